@@ -1,0 +1,104 @@
+"""The one small interface every runtime sits behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.errors import ContractError
+from hpddrnet_trt.manifest import InputContract, Manifest
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Output of one inference, following the model's :class:`~hpddrnet_trt.manifest.OutputContract`.
+
+    ``labels`` uint8 ``[N, H, W]`` (also filled by arg-max when the model gives logits);
+    ``confidence`` float32 ``[N, H, W]`` or None; ``logits`` float32 ``[N, C, H, W]`` or None.
+    """
+
+    labels: npt.NDArray[np.uint8]
+    confidence: npt.NDArray[np.float32] | None = None
+    logits: npt.NDArray[np.float32] | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A loaded model file. Use it as a context manager, or call :meth:`close`."""
+
+    manifest: Manifest
+
+    @property
+    def runtime(self) -> str:
+        """Runtime, version and device for people, e.g. ``onnxruntime 1.23 (CPU, 2 threads)``."""
+        ...
+
+    def infer(self, images: npt.NDArray[Any]) -> Prediction:
+        """Run one batch that follows ``manifest.input``; raises :class:`ContractError` otherwise."""
+        ...
+
+    def close(self) -> None:
+        """Free the runtime's resources; calling it again does nothing."""
+        ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class EngineBase:
+    """Shared context-manager behaviour of the engines."""
+
+    manifest: Manifest
+
+    def close(self) -> None:
+        """Nothing to free by default."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def input_contract(manifest: Manifest) -> InputContract:
+    """The manifest's input contract, or a :class:`ContractError` when it has none (a checkpoint)."""
+    if manifest.input is None or manifest.output is None:
+        raise ContractError("this description has no input contract; export the checkpoint to ONNX first")
+    return manifest.input
+
+
+def check_input(images: npt.NDArray[Any], contract: InputContract) -> None:
+    """Raise :class:`ContractError` unless ``images`` follows ``contract``."""
+    if not isinstance(images, np.ndarray) or images.ndim != 4:
+        shape = getattr(images, "shape", None)
+        raise ContractError(
+            f"expected an array [batch, {contract.channels}, height, width], got {type(images).__name__} {shape}"
+        )
+    if images.dtype != np.dtype(contract.dtype):
+        raise ContractError(f"expected dtype {contract.dtype}, got {images.dtype}; convert the image first")
+    check_shape(images.shape, contract)
+
+
+def check_shape(shape: tuple[int, ...], contract: InputContract) -> None:
+    """Raise :class:`ContractError` unless ``[N, C, H, W]`` is admitted by ``contract``."""
+    batch, channels, height, width = shape
+    if channels != contract.channels:
+        raise ContractError(f"expected {contract.channels} channel(s), got {channels} in shape {tuple(shape)}")
+    for name, size, axis in (("batch", batch, contract.batch), ("height", height, contract.height),
+                             ("width", width, contract.width)):
+        if not axis.admits(size):
+            raise ContractError(f"{name} {size} is outside this model's range {axis}; resize, tile, or export again")
+    if height % contract.multiple or width % contract.multiple:
+        raise ContractError(
+            f"height and width must be multiples of {contract.multiple}, got {height}x{width}; "
+            "use Segmenter, which pads any size"
+        )

@@ -1,0 +1,76 @@
+"""Whole files or no files: writes go to a temporary name beside the target, then rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpddrnet_trt.errors import BadInputFile, UserError
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the target's folder; rename it to ``target`` on success.
+
+    The temporary file keeps the target's suffix (libraries choose a format by it) and is removed
+    when the block raises, also on Ctrl-C. A full or read-only disk becomes a :class:`UserError`.
+    """
+    target = Path(target)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.stem}.", suffix=f".tmp{target.suffix}", dir=target.parent
+        )
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
+        os.replace(temporary, target)
+    except OSError as exc:
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST}:
+            raise UserError(
+                f"cannot write {target}: {exc.strerror}; free some space or choose another output path"
+            ) from exc
+        raise
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(target: str | Path, content: bytes) -> Path:
+    """Write ``content`` to ``target`` atomically and return the path."""
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content)
+    return Path(target)
+
+
+def write_text(target: str | Path, content: str) -> Path:
+    """Write UTF-8 ``content`` to ``target`` atomically and return the path."""
+    return write_bytes(target, content.encode("utf-8"))
+
+
+def existing_file(path: str | Path, what: str) -> Path:
+    """Return ``path`` as a :class:`Path`, or raise :class:`BadInputFile` saying what was expected."""
+    path = Path(path)
+    if not path.exists():
+        raise BadInputFile(f"{what} {path} does not exist; check the path")
+    if not path.is_file():
+        raise BadInputFile(f"{what} {path} is not a file; give the path of a file")
+    return path
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's content, as lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

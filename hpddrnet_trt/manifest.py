@@ -1,0 +1,303 @@
+"""What a model file says about itself.
+
+One description travels with a model through its whole life: in the header of a checkpoint
+(safetensors metadata), in the ``metadata_props`` of an ONNX file, and in the JSON file beside a
+TensorRT engine (``model.engine`` + ``model.engine.json``). Each stage adds what it knows. This
+module imports no heavy library, so a microscope PC reads every description.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hpddrnet_trt.errors import BadInputFile, require
+from hpddrnet_trt.files import existing_file
+
+FORMAT_VERSION = 1
+METADATA_KEY = "hpddrnet_trt"
+IGNORE_INDEX = 255
+SIZE_MULTIPLE = 8  # the network's spatial branch works at one eighth of the input size
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class ClassInfo(_Record):
+    """One class: its name and the RGB colour (0..255) it is drawn in."""
+
+    name: str = Field(min_length=1)
+    color: tuple[int, int, int]
+
+
+class Normalisation(_Record):
+    """Grey levels (0..255, RGB order) are mapped to ``(value - mean) / std`` per channel."""
+
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # ImageNet, as the authors train
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    @model_validator(mode="after")
+    def _positive_std(self) -> Normalisation:
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        return self
+
+
+class NetworkConfig(_Record):
+    """The network's variant as data.
+
+    ``eca`` and ``pam`` say where efficient channel attention and position attention sit.
+    ``context`` / ``fusion`` is the authors' code, which every published checkpoint comes from;
+    ``spatial`` / ``context`` is the placement that the paper's abstract describes.
+    """
+
+    channels: int = Field(default=32, ge=1)  # 32: 23-slim, 64: 23
+    ppm_channels: int = Field(default=128, ge=1)
+    head_channels: int = Field(default=64, ge=1)
+    num_classes: int = Field(ge=2, le=255)
+    eca: Literal["context", "spatial", "none"] = "context"
+    pam: Literal["fusion", "context", "none"] = "fusion"
+
+    @property
+    def name(self) -> str:
+        """A short readable name, e.g. ``hpddrnet-23-slim`` or ``hpddrnet-23-no-eca``."""
+        size = {32: "23-slim", 64: "23"}.get(self.channels, f"{self.channels}ch")
+        if self.eca == "none" and self.pam == "none":
+            return f"ddrnet-{size}"
+        tags = [f"{'no-' if where == 'none' else where + '-'}{what}"
+                for what, where, usual in (("eca", self.eca, "context"), ("pam", self.pam, "fusion"))
+                if where != usual]
+        return "-".join(["hpddrnet", size, *tags])
+
+
+class DataRecord(_Record):
+    """The data a model was trained on."""
+
+    name: str
+    sha256: str | None = None  # of all images and masks, see FolderDataset.checksum
+    licence: str | None = None
+    train_images: int | None = None
+    grey_mean: float | None = None
+    grey_std: float | None = None
+
+
+class AxisRange(_Record):
+    """Admitted sizes of one input axis, inclusive; ``maximum=None`` means no upper bound."""
+
+    minimum: int = Field(default=1, ge=1)
+    maximum: int | None = None
+
+    @property
+    def fixed(self) -> int | None:
+        """The one admitted size, or None when the axis is dynamic."""
+        return self.minimum if self.minimum == self.maximum else None
+
+    def admits(self, size: int) -> bool:
+        return size >= self.minimum and (self.maximum is None or size <= self.maximum)
+
+    def __str__(self) -> str:
+        if self.fixed is not None:
+            return str(self.fixed)
+        return f"{self.minimum}..{self.maximum if self.maximum is not None else 'any'}"
+
+
+class InputContract(_Record):
+    """What goes in: ``[batch, channels, height, width]``.
+
+    ``uint8`` with one channel is a grey 8-bit micrograph, normalisation happens in the graph;
+    ``float32`` with three channels is an already normalised image.
+    """
+
+    dtype: Literal["uint8", "float32"] = "uint8"
+    channels: Literal[1, 3] = 1
+    batch: AxisRange = AxisRange()
+    height: AxisRange = AxisRange(minimum=SIZE_MULTIPLE)
+    width: AxisRange = AxisRange(minimum=SIZE_MULTIPLE)
+    multiple: int = SIZE_MULTIPLE
+
+
+class OutputContract(_Record):
+    """What comes out.
+
+    ``labels``: class indices, uint8 ``[batch, height, width]``, and with ``confidence`` the
+    softmax probability of that class, float32 of the same shape. ``logits``: float32
+    ``[batch, classes, height, width]`` at full resolution (needed for flip, multi-scale, tiling).
+    """
+
+    kind: Literal["labels", "logits"] = "labels"
+    confidence: bool = False
+
+
+class CalibrationRecord(_Record):
+    """How the ranges of an INT8 model were found."""
+
+    method: str
+    images: int
+    images_sha256: str
+    source: str
+    tool: str
+
+
+class Evidence(_Record):
+    """One measured comparison of this file with the PyTorch FP32 reference."""
+
+    what: str  # e.g. "export parity", "accuracy"
+    runtime: str  # engine that ran the file
+    values: dict[str, float]  # e.g. miou, reference_miou, agreement, max_abs_difference
+    images: int
+    source: str  # dataset and split, or "random input 1x1x256x256"
+
+
+class EngineRecord(_Record):
+    """What only a built TensorRT engine knows."""
+
+    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    compute_capabilities: list[str]  # ["8.9"], or ["portable"] for an RTX default build
+    gpu: str | None  # name of the GPU it was built on, None when built without one
+    profiles: list[dict[str, list[int]]]  # {"min": [...], "opt": [...], "max": [...]}
+    sha256: str
+    bytes: int
+    precision_proof: dict[str, Any]  # where it comes from and the share of layers per type
+    build_seconds: float
+
+
+class Manifest(_Record):
+    """Description of a model file; see the module docstring."""
+
+    format_version: int = FORMAT_VERSION
+    name: str = "model"
+    network: NetworkConfig
+    classes: list[ClassInfo]
+    normalisation: Normalisation = Normalisation()
+    data: DataRecord | None = None
+    metrics: dict[str, float] = {}  # of the checkpoint, fractions: {"val/miou": 0.81}
+    remarks: list[str] = []
+    checkpoint_sha256: str | None = None
+    versions: dict[str, str] = {}
+    # from ONNX export on
+    input: InputContract | None = None
+    output: OutputContract | None = None
+    attention: Literal["matmul", "attention-op"] | None = None
+    precision: Precision | None = None
+    quantised_for: Literal["tensorrt", "onnxruntime"] | None = None
+    calibration: CalibrationRecord | None = None
+    evidence: list[Evidence] = []
+    # from the engine build on
+    engine: EngineRecord | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format version {self.format_version} is newer than this package reads "
+                f"({FORMAT_VERSION}); upgrade hpddrnet-trt"
+            )
+        if len(self.classes) != self.network.num_classes:
+            raise ValueError(
+                f"{len(self.classes)} classes are described but the network has {self.network.num_classes}"
+            )
+        return self
+
+    @property
+    def class_names(self) -> list[str]:
+        return [entry.name for entry in self.classes]
+
+    @property
+    def palette(self) -> list[tuple[int, int, int]]:
+        return [entry.color for entry in self.classes]
+
+    def replace(self, **changes: Any) -> Manifest:
+        """A copy with ``changes`` applied and validated."""
+        return Manifest.model_validate({**dict(self), **changes})
+
+    def to_json(self) -> str:
+        return self.model_dump_json(exclude_none=True, indent=1)
+
+
+def parse_manifest(text: str, source: str | Path) -> Manifest:
+    """Validate a JSON description; ``source`` names the file in errors."""
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "description"
+        raise BadInputFile(
+            f"the description in {source} is not valid ({where}: {first['msg']}); "
+            "the file was damaged or written by another program: export it again"
+        ) from exc
+
+
+def sidecar_path(engine: str | Path) -> Path:
+    """``model.engine`` -> ``model.engine.json``."""
+    return Path(f"{engine}.json")
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read the description of a ``.safetensors``, ``.onnx`` or ``.engine`` file.
+
+    Raises :class:`BadInputFile` when the file is missing, damaged, or carries no description.
+    """
+    path = existing_file(path, "model file")
+    readers = {".safetensors": _from_safetensors, ".onnx": _from_onnx, ".engine": _from_sidecar}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise BadInputFile(
+            f"{path} is not a model file of this package (known endings: {', '.join(readers)}); "
+            "checkpoints of mmsegmentation become ours with: hpddrnet-trt convert-checkpoint"
+        )
+    text = reader(path)
+    if text is None:
+        raise BadInputFile(
+            f"{path} carries no description of the model (classes, input contract); "
+            "it was not written by this package: export it again with hpddrnet-trt export"
+        )
+    return parse_manifest(text, path)
+
+
+def _from_sidecar(path: Path) -> str | None:
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        raise BadInputFile(f"{sidecar} is missing; keep it beside {path.name}, or build the engine again")
+    try:
+        return sidecar.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise BadInputFile(f"{sidecar} cannot be read ({exc}); build the engine again") from exc
+
+
+def _from_onnx(path: Path) -> str | None:
+    onnx = require("onnx", "export", "read ONNX files")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as exc:  # protobuf raises its own, version-dependent classes
+        raise BadInputFile(f"{path} is not a readable ONNX file ({exc}); export it again") from exc
+    if not model.graph.node:
+        raise BadInputFile(f"{path} is not a readable ONNX file (it holds no graph); export it again")
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            return str(entry.value)
+    return None
+
+
+def _from_safetensors(path: Path) -> str | None:
+    # Layout: 8 bytes little-endian header length, JSON header, tensors.
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise BadInputFile(f"{path} is not a safetensors file or is truncated; copy or train it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as exc:
+            raise BadInputFile(f"{path} has a damaged header ({exc}); copy or train it again") from exc
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    text = metadata.get(METADATA_KEY)
+    return str(text) if text is not None else None

@@ -1,0 +1,185 @@
+"""HPDDRNet and DDRNet: one network, variants by data.
+
+The layout follows the authors' published code, which every checkpoint comes from: ECA after the
+first two stages of the low-resolution (context) branch, PAM on what flows from the high-resolution
+(spatial) to the context branch. The paper's abstract describes another placement (ECA in the
+spatial branch, PAM in the context branch); it is available as ``eca="spatial"``, ``pam="context"``
+and is untested against any reference, since none was published.
+
+With ``C = channels``: stem at 1/8 of the input (2C channels); context branch at 1/16 (4C), 1/32 (8C)
+and 1/64 (16C); spatial branch at 1/8 (2C, 2C, 4C); logits at 1/8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.manifest import NetworkConfig
+from hpddrnet_trt.models.attention import ECA, PositionAttention
+from hpddrnet_trt.models.blocks import BN_MOMENTUM, DAPPM, Bottleneck, ConvNormAct, NormActConv, basic_stage
+
+_SLIM: dict[str, Any] = {"channels": 32, "ppm_channels": 128, "head_channels": 64}
+_FULL: dict[str, Any] = {"channels": 64, "ppm_channels": 128, "head_channels": 128}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hpddrnet-23-slim": _SLIM,
+    "hpddrnet-23-slim-no-eca": {**_SLIM, "eca": "none"},
+    "hpddrnet-23-slim-no-pam": {**_SLIM, "pam": "none"},
+    "hpddrnet-23-slim-spatial-eca-context-pam": {**_SLIM, "eca": "spatial", "pam": "context"},
+    "ddrnet-23-slim": {**_SLIM, "eca": "none", "pam": "none"},
+    "hpddrnet-23": _FULL,
+    "hpddrnet-23-no-eca": {**_FULL, "eca": "none"},
+    "hpddrnet-23-no-pam": {**_FULL, "pam": "none"},
+    "ddrnet-23": {**_FULL, "eca": "none", "pam": "none"},
+}
+
+
+def network_config(variant: str, num_classes: int) -> NetworkConfig:
+    """The configuration of a named variant; raises :class:`UsageError` for an unknown name."""
+    if variant not in VARIANTS:
+        raise UsageError(f"unknown network {variant!r}; choose one of: {', '.join(VARIANTS)}")
+    return NetworkConfig(num_classes=num_classes, **VARIANTS[variant])
+
+
+def resize(x: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear resize of ``[N, C, h, w]`` with pixel centres aligned (``align_corners=False``)."""
+    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+
+
+class Backbone(nn.Module):
+    """Image ``[N, 3, H, W]`` to features ``[N, 4C, H/8, W/8]``.
+
+    In training mode also returns the spatial features after the first fusion ``[N, 2C, H/8, W/8]``,
+    which the auxiliary head reads.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        c = config.channels
+        self.config = config
+        self.stem = nn.Sequential(
+            ConvNormAct(3, c, 3, stride=2),
+            ConvNormAct(c, c, 3, stride=2),
+            basic_stage(c, c),
+            nn.ReLU(),
+            basic_stage(c, 2 * c, stride=2),
+            nn.ReLU(),
+        )
+        self.context_branch_layers = nn.ModuleList(
+            [
+                basic_stage(2 * c, 4 * c, stride=2),
+                basic_stage(4 * c, 8 * c, stride=2),
+                nn.Sequential(Bottleneck(8 * c, 8 * c, stride=2)),
+            ]
+        )
+        self.spatial_branch_layers = nn.ModuleList(
+            [basic_stage(2 * c, 2 * c), basic_stage(2 * c, 2 * c), nn.Sequential(Bottleneck(2 * c, 2 * c))]
+        )
+        self.compression_1 = ConvNormAct(4 * c, 2 * c, 1, act=False)
+        self.compression_2 = ConvNormAct(8 * c, 2 * c, 1, act=False)
+        self.down_1 = ConvNormAct(2 * c, 4 * c, 3, stride=2, act=False)
+        self.down_2 = nn.Sequential(
+            ConvNormAct(2 * c, 4 * c, 3, stride=2), ConvNormAct(4 * c, 8 * c, 3, stride=2, act=False)
+        )
+        if config.eca != "none":
+            self.ecas = nn.ModuleList([ECA(), ECA()])
+        if config.pam != "none":
+            self.sps = nn.ModuleList([PositionAttention(4 * c), PositionAttention(8 * c)])
+        self.spp = DAPPM(16 * c, config.ppm_channels, 4 * c)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        height, width = x.shape[-2] // 8, x.shape[-1] // 8
+        x = self.stem(x)
+
+        context = self._attend_channels(0, self.context_branch_layers[0](x), "context")
+        spatial = self._attend_channels(0, self.spatial_branch_layers[0](x), "spatial")
+        context, spatial = self._fuse(0, context, spatial, height, width)
+        after_first_fusion = spatial
+
+        context = self._attend_channels(1, self.context_branch_layers[1](F.relu(context)), "context")
+        spatial = self._attend_channels(1, self.spatial_branch_layers[1](F.relu(spatial)), "spatial")
+        context, spatial = self._fuse(1, context, spatial, height, width)
+
+        spatial = self.spatial_branch_layers[2](F.relu(spatial))
+        context = self.spp(self.context_branch_layers[2](F.relu(context)))
+        features = spatial + resize(context, height, width)
+        return (features, after_first_fusion) if self.training else features
+
+    def _fuse(self, stage: int, context: Tensor, spatial: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Bilateral fusion: each branch receives the other, both read before either changes."""
+        down, compression = ((self.down_1, self.compression_1), (self.down_2, self.compression_2))[stage]
+        flow_down, flow_up = down(F.relu(spatial)), compression(F.relu(context))
+        if self.config.pam == "fusion":
+            flow_down = self.sps[stage](flow_down)
+        elif self.config.pam == "context":
+            context = self.sps[stage](context)
+        return context + flow_down, spatial + resize(flow_up, height, width)
+
+    def _attend_channels(self, stage: int, x: Tensor, branch: str) -> Tensor:
+        return self.ecas[stage](x) if self.config.eca == branch else x
+
+
+class Head(nn.Module):
+    """Main and auxiliary classifier; features in, logits at 1/8 of the input size out."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        c, width = config.channels, config.head_channels
+        self.head = self._hidden(4 * c, width)
+        self.conv_seg = nn.Conv2d(width, config.num_classes, 1)
+        self.aux_head = self._hidden(2 * c, width)
+        self.aux_cls_seg = nn.Conv2d(width, config.num_classes, 1)
+
+    @staticmethod
+    def _hidden(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            NormActConv(inputs, outputs, 3), nn.BatchNorm2d(outputs, momentum=BN_MOMENTUM), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, features: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(features, tuple):
+            main, auxiliary = features
+            return self.conv_seg(self.head(main)), self.aux_cls_seg(self.aux_head(auxiliary))
+        return self.conv_seg(self.head(features))
+
+
+class HPDDRNet(nn.Module):
+    """The complete network.
+
+    Input: normalised RGB ``[N, 3, H, W]`` with H and W multiples of 8. Output: logits
+    ``[N, classes, H/8, W/8]``; in training mode the pair (main, auxiliary).
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.decode_head = Head(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # He initialisation as in mmsegmentation's DDRNet; the classifiers start near zero.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                # Attention starts almost closed: its flow into the context branch grows from zero.
+                nn.init.normal_(module.weight, std=0.001)
+                nn.init.zeros_(module.bias)
+        for classifier in (self.decode_head.conv_seg, self.decode_head.aux_cls_seg):
+            nn.init.normal_(classifier.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.decode_head(self.backbone(x))
+
+    def predict_logits(self, x: Tensor) -> Tensor:
+        """Logits at the input's own resolution, ``[N, classes, H, W]`` (evaluation mode)."""
+        logits = self(x)
+        if isinstance(logits, tuple):
+            raise UsageError("predict_logits needs evaluation mode; call network.eval() first")
+        return resize(logits, x.shape[-2], x.shape[-1])

@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the repository (``HPDDRNET_SHARED`` or ``../shared``)."""
+    folder = Path(os.environ.get("HPDDRNET_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"reference data not found at {folder}; set HPDDRNET_SHARED to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """Tensors computed by the authors' own implementation."""
+    return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def sem_data(shared: Path) -> Path:
+    """Real SEM micrographs with masks."""
+    return shared / "data"
