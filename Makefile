@@ -1,0 +1,66 @@
+# The two commands: `make demo` (the main job, end to end) and `make test`.
+# Both create their environment in .venv first; nothing else needs to be installed by hand.
+#
+#   make demo                      simulated micrographs
+#   make demo DATA=folder          your own (images|masks/{train,val,test}, see README)
+#   make demo TRAIN="..."          further key=value settings of the training
+#   make gpu                       GPU tests and the full benchmark on an NVIDIA machine
+
+SUITABLE = import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+  $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CLI := $(BIN)/hpddrnet-trt
+# A machine with an NVIDIA GPU gets the full TensorRT too; TensorRT-RTX builds engines without one.
+EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,polygraphy,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
+comma := ,
+
+DATA ?=
+TRAIN ?=
+NAME := $(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),demo)
+RUN := runs/$(NAME)
+DATASET := $(or $(DATA),$(RUN)/data)
+
+.PHONY: help demo test lint gpu environment clean
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
+
+environment: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(or $(PYTHON),false) -c '$(SUITABLE)' || \
+	  { echo "Python 3.10 to 3.13 is needed; call: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(READY)
+	$(if $(DATA),,$(CLI) simulate $(DATASET))
+	$(CLI) check-dataset $(DATASET) --contact-sheet $(RUN)/dataset.png
+	$(BIN)/python train/train.py --config train/configs/demo.yaml run.name=$(NAME) data.path=$(DATASET) $(TRAIN)
+	$(BIN)/python train/evaluate.py $(RUN)/$(NAME).safetensors --data $(DATASET)
+	$(BIN)/python export/export_onnx.py $(RUN)/$(NAME).safetensors $(RUN)/model.onnx
+	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8.onnx --data $(DATASET)
+	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8-cpu.onnx --data $(DATASET) --form onnxruntime
+	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp32
+	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp16
+	$(BIN)/python export/build_engine.py $(RUN)/model.int8.onnx --precision int8
+	$(CLI) segment $(DATASET) $(RUN)/labels --model $(RUN)/model.onnx
+	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu tests
+	$(MAKE) demo RUN=$(RUN)
+	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report --publish benchmarks/results
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,377 @@
+"""The command line: `hpddrnet-trt <command>`. A command is one documented function.
+
+The recipes (`train/train.py`, `export/build_engine.py`, ...) run these same functions. Errors the
+package raises on purpose are printed as one sentence; exit codes: 0 done, 1 failed, 2 usage.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from hpddrnet_trt import __version__
+from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.manifest import Manifest
+
+app = typer.Typer(
+    name="hpddrnet-trt",
+    help="Semantic segmentation of SEM micrographs: train, export, calibrate, build, run and measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelFile = Annotated[Path, typer.Argument(help="Model file: .safetensors, .onnx or .engine.")]
+OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export.")]
+Engine = Annotated[
+    Literal["auto", "torch", "onnxruntime", "openvino", "tensorrt"],
+    typer.Option(help="Runtime; auto chooses by the file's ending."),
+]
+Mode = Annotated[
+    Literal["single", "flip", "multiscale"],
+    typer.Option(help="One view, with mirrored view, or six scales with mirrored views (the last two need logits)."),
+]
+Data = Annotated[Path, typer.Option(help="Dataset folder (images|masks/{train,val,test} or {split}/{imgs,labels}).")]
+Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file, e.g. train/configs/demo.yaml.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = None,
+) -> None:
+    """Train a network; an interrupted run continues where it stopped when called again."""
+    from hpddrnet_trt.training.config import load_config
+    from hpddrnet_trt.training.run import train as run_training
+
+    result = run_training(load_config(config, settings or []))
+    typer.echo(f"best checkpoint: {result.checkpoint}")
+    for name, value in sorted(result.metrics.items()):
+        typer.echo(f"  {name}: {value:.4f}")
+
+
+@app.command()
+def evaluate(
+    model: ModelFile,
+    data: Data,
+    split: Split = "test",
+    mode: Mode = "single",
+    engine: Engine = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Report mIoU, per-class IoU, pixel and mean accuracy of a checkpoint or any model file."""
+    import json
+    from dataclasses import asdict
+
+    from hpddrnet_trt.data.datasets import FolderDataset
+    from hpddrnet_trt.evaluation import evaluate as run_evaluation
+    from hpddrnet_trt.files import write_text
+    from hpddrnet_trt.segmenter import load_segmenter
+
+    dataset = FolderDataset.open(data)
+    with load_segmenter(model, engine=engine, mode=mode) as segmenter:
+        scores = run_evaluation(segmenter, dataset, split)
+        names = segmenter.manifest.class_names
+        typer.echo(f"{model} on {dataset.name}/{split}, mode {mode}, {segmenter.engine.runtime}")
+    typer.echo(scores.table(names))
+    if json_file is not None:
+        record = {"model": str(model), "data": dataset.name, "split": split, "mode": mode, "classes": names}
+        write_text(json_file, json.dumps({**record, **asdict(scores)}, indent=1) + "\n")
+        typer.echo(f"written: {json_file}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint (.safetensors).")],
+    target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    batch: Annotated[int | None, typer.Option(help="Fixed batch size; dynamic when left out.")] = None,
+    height: Annotated[int | None, typer.Option(help="Fixed height in pixels; dynamic when left out.")] = None,
+    width: Annotated[int | None, typer.Option(help="Fixed width in pixels; dynamic when left out.")] = None,
+    attention: Annotated[
+        Literal["matmul", "attention-op"], typer.Option(help="Form of position attention; matmul runs everywhere.")
+    ] = "matmul",
+    output: Annotated[
+        Literal["labels", "logits"], typer.Option(help="Class indices, or scores (for flip and multi-scale).")
+    ] = "labels",
+    confidence: Annotated[bool, typer.Option(help="Add a map of the winning class's probability.")] = False,
+    grey_input: Annotated[
+        bool, typer.Option(help="One-channel uint8 input; --no-grey-input takes three normalised float channels.")
+    ] = True,
+    data: Annotated[
+        Path | None, typer.Option(help="Micrographs or dataset (test split) to compare on; simulated when left out.")
+    ] = None,
+) -> None:
+    """Export a checkpoint to one self-describing ONNX file and compare it with PyTorch."""
+    from hpddrnet_trt.deploy.calibration_data import find_images
+    from hpddrnet_trt.deploy.onnx_export import export_onnx
+
+    manifest = export_onnx(
+        checkpoint, target, batch=batch, height=height, width=width, attention=attention, output=output,
+        confidence=confidence, grey_input=grey_input, images=find_images(data, "test") if data else (),
+    )  # fmt: skip
+    _echo_evidence(manifest)
+    typer.echo(f"written: {target}")
+
+
+@app.command()
+def calibrate(
+    model: OnnxFile,
+    target: Annotated[Path, typer.Argument(help="INT8 ONNX file to write.")],
+    data: Annotated[Path, typer.Option(help="Dataset folder, folder of micrographs, or one micrograph.")],
+    split: Split = "train",
+    form: Annotated[
+        Literal["tensorrt", "onnxruntime"],
+        typer.Option(help="tensorrt: explicit symmetric Q/DQ with FP16 around it; onnxruntime: the CPU's fast form."),
+    ] = "tensorrt",
+    method: Annotated[
+        Literal["minmax", "percentile", "mse"], typer.Option(help="How a range is taken from the values seen.")
+    ] = "minmax",
+    max_images: Annotated[int, typer.Option(min=1, help="Micrographs to measure ranges on.")] = 64,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Refuse a result that agrees with FP32 on fewer pixels than this.")
+    ] = 0.9,
+) -> None:
+    """Measure activation ranges on micrographs and write an INT8 model."""
+    from hpddrnet_trt.deploy.calibration_data import find_images
+    from hpddrnet_trt.deploy.quantize import calibrate as run_calibration
+
+    manifest = run_calibration(
+        model, target, find_images(data, split), form=form, method=method, max_images=max_images,
+        min_agreement=min_agreement,
+    )  # fmt: skip
+    if manifest.calibration is not None:
+        typer.echo(f"calibrated on {manifest.calibration.images} images ({manifest.calibration.method})")
+    _echo_evidence(manifest)
+    typer.echo(f"written: {target}")
+
+
+@app.command()
+def build(
+    model: OnnxFile,
+    precision: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Precision of the engine.")] = "fp16",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
+    ] = None,
+    flavour: Annotated[
+        Literal["auto", "tensorrt", "tensorrt-rtx"],
+        typer.Option(help="auto: TensorRT where it and a GPU are, else TensorRT-RTX (builds without a GPU)."),
+    ] = "auto",
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="Optimisation profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
+    ] = None,
+    calibration_data: Annotated[
+        Path | None, typer.Option("--calib", help="For int8 from an FP32 file: micrographs to calibrate on.")
+    ] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="File that keeps tactic timings between builds.")] = None,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="Target GPU, e.g. 8.9; repeat for several (TensorRT-RTX).")
+    ] = None,
+    workspace_mib: Annotated[int | None, typer.Option(min=1, help="Memory limit of tactics, in MiB.")] = None,
+    optimisation_level: Annotated[int | None, typer.Option(min=0, max=5, help="Builder effort.")] = None,
+    version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False,
+) -> None:
+    """Build a TensorRT engine, prove its precision and write it with its description."""
+    from hpddrnet_trt.deploy.build import build_engine
+    from hpddrnet_trt.deploy.calibration_data import find_images
+
+    target = output or model.with_name(f"{model.stem.removesuffix('.int8')}.{precision}.engine")
+    manifest = build_engine(
+        model, target, precision=precision, flavour=flavour, shapes=shapes,
+        calibration_images=find_images(calibration_data) if calibration_data else None,
+        timing_cache=timing_cache, compute_capabilities=compute_capability, workspace_mib=workspace_mib,
+        optimisation_level=optimisation_level, version_compatible=version_compatible,
+    )  # fmt: skip
+    typer.echo(f"written: {target} ({manifest.engine.bytes / 1e6:.1f} MB)" if manifest.engine else f"written: {target}")
+
+
+@app.command()
+def inspect(model: ModelFile) -> None:
+    """Print what a model file says about itself, as JSON."""
+    from hpddrnet_trt.manifest import read_manifest
+
+    typer.echo(read_manifest(model).to_json())
+
+
+@app.command()
+def segment(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Micrographs, folders, globs, or a dataset.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for label maps and overlays.")],
+    model: Annotated[Path, typer.Option(help="Model file: .safetensors, .onnx or .engine.")],
+    engine: Engine = "auto",
+    mode: Mode = "single",
+    split: Split = "test",
+    overlay: Annotated[bool, typer.Option(help="Also write a picture of the labels over the micrograph.")] = True,
+    tiff: Annotated[bool, typer.Option(help="Write label maps as TIFF instead of palette PNG.")] = False,
+    resume: Annotated[bool, typer.Option(help="Skip micrographs that this model has segmented before.")] = True,
+) -> None:
+    """Segment micrographs of any size: label PNG or TIFF, and an overlay."""
+    from hpddrnet_trt.deploy.calibration_data import find_images
+    from hpddrnet_trt.segment_files import segment_paths
+    from hpddrnet_trt.segmenter import load_segmenter
+
+    sources = [image for item in inputs for image in find_images(item, split)]
+    with load_segmenter(model, engine=engine, mode=mode) as segmenter:
+        summary = segment_paths(
+            segmenter, sources, output, overlay=overlay, suffix=".tif" if tiff else ".png", resume=resume
+        )
+    typer.echo(f"{summary}\nwritten to {output}")
+    if summary.failed:
+        raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def benchmark(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model files, or a folder that holds them.")],
+    data: Data,
+    split: Split = "test",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("report"),
+    size: Annotated[
+        list[str] | None, typer.Option(help="Timed frame, e.g. 1024x1024; repeat for several; default: as the images.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Frames per inference.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; each runs every engine once.")] = 30,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per engine.")] = None,
+    publish: Annotated[
+        Path | None, typer.Option(help="Also copy the report there, named after the machine's GPU or CPU and the day.")
+    ] = None,
+) -> None:
+    """Compare every engine and precision with the PyTorch reference in one interleaved run."""
+    from hpddrnet_trt.benchmark.images import load_images, parse_size
+    from hpddrnet_trt.benchmark.report import format_table, publish_report, write_report
+    from hpddrnet_trt.benchmark.result import Settings
+    from hpddrnet_trt.benchmark.suite import entries_for, model_files, run_benchmark
+
+    settings = Settings(
+        sizes=tuple(parse_size(text) for text in size or ()), batch=batch, rounds=rounds, threads=threads
+    )
+    result = run_benchmark(entries_for(model_files(models)), load_images(data, split), settings)
+    written = write_report(result, output)
+    typer.echo(format_table(result))
+    if publish is not None:
+        typer.echo(f"published: {publish_report(written, result, publish)}")
+    typer.echo(f"report: {written.html}")
+
+
+@app.command()
+def check_dataset(
+    folder: Annotated[Path, typer.Argument(help="Dataset folder.")],
+    contact_sheet: Annotated[Path | None, typer.Option(help="Write a PNG of images with their masks.")] = None,
+) -> None:
+    """Report counts, sizes, class fractions and every fault of a dataset; exit code 1 if it has any."""
+    from hpddrnet_trt.data.check import check_dataset as run_check
+
+    report = run_check(folder, contact_sheet=contact_sheet)
+    typer.echo(report.text())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="Folder to write the dataset to.")],
+    train_images: Annotated[int, typer.Option("--train", min=1)] = 24,
+    val_images: Annotated[int, typer.Option("--val", min=1)] = 4,
+    test_images: Annotated[int, typer.Option("--test", min=1)] = 4,
+    size: Annotated[int, typer.Option(min=64, help="Edge length in pixels.")] = 512,
+    seed: int = 0,
+) -> None:
+    """Write a dataset of simulated SEM images (grains, pores, clay) with exact masks."""
+    from hpddrnet_trt.data.simulate import write_dataset
+
+    dataset = write_dataset(folder, train=train_images, val=val_images, test=test_images, size=size, seed=seed)
+    typer.echo(f"written: {dataset.root}")
+
+
+@app.command()
+def convert_checkpoint(
+    source: Annotated[Path, typer.Argument(help="Checkpoint of HPDDRNet or mmsegmentation (.pth).")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint to write (.safetensors).")],
+    classes: Annotated[
+        str | None, typer.Option(help="Comma-separated class names; default: as stored in the checkpoint.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the training data.")] = None,
+) -> None:
+    """Turn a checkpoint of the HPDDRNet / mmsegmentation world into ours; executes nothing from the file."""
+    from hpddrnet_trt.models.checkpoints import convert_checkpoint as run_conversion
+
+    names = [part.strip() for part in classes.split(",")] if classes else None
+    manifest = run_conversion(source, target, name=name, classes=names, licence=licence)
+    for remark in manifest.remarks:
+        typer.echo(f"remark: {remark}")
+    typer.echo(f"written: {target} ({manifest.network.name}, classes: {', '.join(manifest.class_names)})")
+
+
+@app.command()
+def engines() -> None:
+    """List the runtimes of this machine: version, or the reason why one is missing."""
+    from hpddrnet_trt.engines import available_engines
+
+    for name, state in available_engines().items():
+        typer.echo(f"{name:<14} {state}")
+
+
+def _echo_evidence(manifest: Manifest) -> None:
+    """Print the last comparison with the reference."""
+    if manifest.evidence:
+        last = manifest.evidence[-1]
+        figures = ", ".join(f"{name} {value:.6g}" for name, value in last.values.items())
+        typer.echo(f"{last.what} on {last.images} images ({last.source}, {last.runtime}): {figures}")
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"hpddrnet-trt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More messages, and tracebacks of errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    if verbose:
+        os.environ["HPDDRNET_DEBUG"] = "1"
+
+
+def run(command: Callable[..., Any] | typer.Typer) -> NoReturn:
+    """Run one command function (as the recipes do) or the whole app, and exit with its code."""
+    if not isinstance(command, typer.Typer):
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        single.command()(command)
+        command = single
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        command()
+    except UserError as exc:
+        if os.environ.get("HPDDRNET_DEBUG"):
+            raise
+        sys.exit(_fail(str(exc), exc.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+    except OSError as exc:
+        if exc.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}:
+            raise
+        sys.exit(_fail(f"{exc.strerror}: {exc.filename or 'output'}; free some space or choose another path", 1))
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def main() -> NoReturn:
+    """Entry point of the installed program."""
+    run(app)
+
