@@ -8,14 +8,16 @@ module imports no heavy library, so a microscope PC reads every description.
 
 from __future__ import annotations
 
+import io
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hpddrnet_trt.errors import BadInputFile, require
+from hpddrnet_trt.errors import BadInputFile
 from hpddrnet_trt.files import existing_file
 
 FORMAT_VERSION = 1
@@ -161,12 +163,13 @@ class EngineRecord(_Record):
     flavour: Literal["tensorrt", "tensorrt-rtx"]
     version: str
     compute_capabilities: list[str]  # ["8.9"], or ["portable"] for an RTX default build
-    gpu: str | None  # name of the GPU it was built on, None when built without one
+    gpu: str | None = None  # name of the GPU it was built on, None when built without one
     profiles: list[dict[str, list[int]]]  # {"min": [...], "opt": [...], "max": [...]}
     sha256: str
     bytes: int
     precision_proof: dict[str, Any]  # where it comes from and the share of layers per type
     build_seconds: float
+    version_compatible: bool = False  # built to run on later TensorRT versions as well
 
 
 class Manifest(_Record):
@@ -273,17 +276,55 @@ def _from_sidecar(path: Path) -> str | None:
 
 
 def _from_onnx(path: Path) -> str | None:
-    onnx = require("onnx", "export", "read ONNX files")
+    # Read from the file's bytes: a microscope PC has a runtime for ONNX, but not the onnx package.
+    # ONNX is a protobuf; ModelProto's field 7 is the graph, field 14 a key (1) and value (2).
+    metadata: dict[bytes, bytes] = {}
+    graph = False
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as exc:  # protobuf raises its own, version-dependent classes
+        with path.open("rb") as stream:
+            for number, content in _protobuf_fields(stream, path.stat().st_size, skip=7):
+                graph = graph or number == 7
+                if number == 14:
+                    pair = dict(_protobuf_fields(io.BytesIO(content), len(content)))
+                    metadata[pair.get(1, b"")] = pair.get(2, b"")
+        if not graph:
+            raise ValueError("it holds no graph")
+        text = metadata.get(METADATA_KEY.encode())
+        return None if text is None else text.decode("utf-8")
+    except ValueError as exc:
         raise BadInputFile(f"{path} is not a readable ONNX file ({exc}); export it again") from exc
-    if not model.graph.node:
-        raise BadInputFile(f"{path} is not a readable ONNX file (it holds no graph); export it again")
-    for entry in model.metadata_props:
-        if entry.key == METADATA_KEY:
-            return str(entry.value)
-    return None
+
+
+def _protobuf_fields(stream: BinaryIO, end: int, skip: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Field numbers and contents of one protobuf message; field ``skip`` is passed over, numbers are left empty."""
+    fixed = {1: 8, 5: 4}
+    while stream.tell() < end:
+        key = _varint(stream)
+        number, wire = key >> 3, key & 7
+        if number == 0 or wire not in {0, 1, 2, 5}:
+            raise ValueError("it is damaged or another kind of file")
+        length = _varint(stream) if wire == 2 else fixed.get(wire, 0)
+        if wire == 0:
+            _varint(stream)
+        if stream.tell() + length > end:
+            raise ValueError("it is cut off in the middle")
+        if number == skip:
+            stream.seek(length, 1)
+            yield number, b""
+        else:
+            yield number, stream.read(length)
+
+
+def _varint(stream: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = stream.read(1)
+        if not byte:
+            raise ValueError("it is cut off in the middle")
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+    raise ValueError("it is damaged or another kind of file")
 
 
 def _from_safetensors(path: Path) -> str | None:

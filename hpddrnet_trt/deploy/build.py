@@ -1,0 +1,370 @@
+"""ONNX file -> TensorRT engine file with its description and the proof of its precision."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.deploy.shapes import Profile, default_profiles, is_static, narrowed, parse_shapes
+from hpddrnet_trt.deploy.tensorrt_api import (
+    TensorRT,
+    choose_flavour,
+    compute_capability,
+    progress_monitor,
+    run_cancellable,
+)
+from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu, gpu_or_none
+from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.files import atomic_path, existing_file, write_bytes
+from hpddrnet_trt.manifest import EngineRecord, InputContract, Manifest, Precision, read_manifest, sidecar_path
+
+logger = logging.getLogger(__name__)
+
+INPUT = "image"
+PORTABLE = "portable"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How the builder works; the defaults suit every machine.
+
+    ``timing_cache``: file of kernel timings, read if there and written afterwards (flavour tensorrt
+    only). ``compute_capabilities``: GPUs an RTX engine is for, like ``["8.9", "12.0"]``; None is the
+    portable default (8.0 and later). ``workspace_mib``: upper bound of scratch memory in MiB.
+    ``optimisation_level``: 0 (quick build) to 5 (fast engine). ``version_compatible``: also runs on
+    later TensorRT versions, somewhat slower (flavour tensorrt only). ``tf32``: let FP32 layers round
+    their inputs to TF32; off, because position attention's scores do not survive it.
+    """
+
+    timing_cache: Path | None = None
+    compute_capabilities: Sequence[str] | None = None
+    workspace_mib: int | None = None
+    optimisation_level: int | None = None
+    version_compatible: bool = False
+    tf32: bool = False
+    progress: bool = True
+
+    def check(self, api: TensorRT) -> None:
+        """Raise :class:`UsageError` for what this library cannot do."""
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise UsageError(f"the workspace limit is {self.workspace_mib} MiB; give at least 1, or leave it out")
+        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
+            raise UsageError(f"builder optimisation level {self.optimisation_level} does not exist; give 0 to 5")
+        if api.is_rtx and self.version_compatible:
+            raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
+        if not api.is_rtx and self.compute_capabilities:
+            raise UsageError(
+                f"{api.label} builds for the GPU it runs on; leave the compute capabilities out, "
+                "or choose --flavour tensorrt-rtx"
+            )
+        if api.is_rtx and self.timing_cache is not None:
+            logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
+
+
+def build_engine(
+    source_onnx: str | Path,
+    target: str | Path,
+    *,
+    precision: Precision,
+    flavour: str = "auto",
+    shapes: str | None = None,
+    calibration_images: str | Path | Sequence[Path] | None = None,
+    timing_cache: str | Path | None = None,
+    compute_capabilities: Sequence[str] | None = None,
+    workspace_mib: int | None = None,
+    optimisation_level: int | None = None,
+    version_compatible: bool = False,
+    progress: bool = True,
+) -> Manifest:
+    """Build ``target`` (ending ``.engine``) and the description beside it (``.engine.json``).
+
+    ``precision`` lives in the ONNX file: ``fp32`` takes an FP32 file; ``fp16`` a typed FP16 file, or an
+    FP32 file, which is converted first; ``int8`` a file calibrated for TensorRT, or an FP32 file with
+    ``calibration_images`` (dataset, folder or files; with ``fp16`` its ranges are checked on them).
+    ``flavour``: ``auto``, ``tensorrt`` (needs the GPU it builds for) or ``tensorrt-rtx`` (builds
+    without one). ``shapes``: see :mod:`hpddrnet_trt.deploy.shapes`; needless for a static ONNX file.
+    The rest is described at :class:`BuildSettings`.
+
+    The engine must prove its precision (:mod:`hpddrnet_trt.deploy.proof`). Both files are written at
+    the end, whole or not at all. Returns the engine's :class:`Manifest`. Raises :class:`UsageError`,
+    :class:`BadInputFile`, :class:`NoGpu`, :class:`MissingDependency` or :class:`UserError`.
+    """
+    source, target = existing_file(source_onnx, "ONNX file"), Path(target)
+    _check_request(source, target, precision)
+    manifest = _exported(source)
+    settings = BuildSettings(
+        timing_cache=Path(timing_cache) if timing_cache is not None else None,
+        compute_capabilities=compute_capabilities,
+        workspace_mib=workspace_mib,
+        optimisation_level=optimisation_level,
+        version_compatible=version_compatible,
+        progress=progress,
+    )
+    api = choose_flavour(flavour)
+    settings.check(api)
+    gpu = gpu_or_none() if api.is_rtx else find_gpu()
+    profiles = _profiles(source, manifest, shapes)
+    with _in_precision(source, manifest, precision, calibration_images) as (path, ready):
+        job = _Job(api, path, source, ready, profiles, settings, gpu)
+        return job.build(target, precision)
+
+
+def _check_request(source: Path, target: Path, precision: str) -> None:
+    if source.suffix.lower() != ".onnx":
+        raise UsageError(f"{source} is not an ONNX file; engines are built from the .onnx file of the export")
+    if target.suffix != ".engine":
+        raise UsageError(f"the engine file {target} must end with .engine; write {target.with_suffix('.engine')}")
+    if precision not in get_args(Precision):
+        raise UsageError(f"precision {precision!r} is unknown; choose {', '.join(get_args(Precision))}")
+
+
+def _exported(source: Path) -> Manifest:
+    manifest = read_manifest(source)
+    if manifest.input is None or manifest.output is None or manifest.precision is None:
+        raise BadInputFile(f"{source} does not describe its input, output and precision; export it again")
+    return manifest
+
+
+def _contract(manifest: Manifest) -> InputContract:
+    assert manifest.input is not None  # _exported has checked
+    return manifest.input
+
+
+def _profiles(source: Path, manifest: Manifest, shapes: str | None) -> list[Profile]:
+    contract = _contract(manifest)
+    if shapes is not None:
+        return parse_shapes(shapes, contract)
+    profiles = default_profiles(contract)
+    if not is_static(contract):
+        logger.warning("%s has a dynamic input and no --shapes was given: building for %s", source.name, profiles[0])
+    return profiles
+
+
+@contextmanager
+def _in_precision(
+    source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
+) -> Iterator[tuple[Path, Manifest]]:
+    """The ONNX file in the precision asked for, converted or calibrated into a temporary file if need be."""
+    _check_precision(source, manifest, precision, images)
+    if manifest.precision == precision:
+        yield source, manifest
+        return
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        path = Path(folder) / f"{source.stem}.{precision}.onnx"
+        if precision == "fp16":
+            from hpddrnet_trt.deploy.precision import convert_precision
+
+            yield path, convert_precision(source, path, "fp16", images=_image_list(images))
+        else:
+            from hpddrnet_trt.deploy.quantize import calibrate
+
+            yield path, calibrate(source, path, _image_list(images), form="tensorrt")
+
+
+def _check_precision(
+    source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
+) -> None:
+    has = manifest.precision
+    if manifest.quantised_for == "onnxruntime":
+        raise UsageError(
+            f"{source} was quantised for ONNX Runtime on a CPU, which TensorRT does not run; calibrate the FP32 file "
+            "for TensorRT: hpddrnet-trt calibrate MODEL.onnx MODEL.int8.onnx --data FOLDER --form tensorrt"
+        )
+    if precision == "int8" and has == "fp32" and images is None:
+        raise UsageError(
+            f"{source} is FP32 and INT8 needs calibration on micrographs; run: hpddrnet-trt calibrate {source.name} "
+            f"{source.stem}.int8.onnx --data FOLDER, or give the micrographs here"
+        )
+    if images is not None and (has != "fp32" or precision == "fp32"):
+        raise UsageError(
+            f"calibration images turn an FP32 file into INT8 or FP16, but {source} is {str(has).upper()} and "
+            f"{precision.upper()} was asked for; leave the images out"
+        )
+    if has not in ("fp32", precision):
+        raise UsageError(
+            f"{source} is {str(has).upper()}, {precision.upper()} was asked for; "
+            f"give the FP32 file or choose --precision {has}"
+        )
+
+
+def _image_list(images: str | Path | Sequence[Path] | None) -> list[Path]:
+    from hpddrnet_trt.deploy.calibration_data import find_images
+
+    return [] if images is None else find_images(images)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One build: ``path`` is parsed, ``source`` is what the user named."""
+
+    api: TensorRT
+    path: Path
+    source: Path
+    manifest: Manifest
+    profiles: list[Profile]
+    settings: BuildSettings
+    gpu: Gpu | None
+
+    def build(self, target: Path, precision: Precision) -> Manifest:
+        """Parse, prove, build, prove again where a GPU is, write both files."""
+        self.api.log.clear()
+        builder = self.api.module.Builder(self.api.log)
+        network = self._parse(builder)
+        label = f"the engine of {self.source.name}"
+        proof = proof_from_network(self.api.module, network, self.profiles[0].optimum)
+        check_proof(proof, precision, label)
+        config = self._configure(builder)
+        started = time.perf_counter()
+        plan = memoryview(self._run(builder, network, config))
+        seconds = time.perf_counter() - started
+        self._save_timing_cache(config)
+        if self.gpu is not None:
+            proof = self._inspected(plan, proof)
+            check_proof(proof, precision, label)
+        manifest = self._describe(plan, proof, seconds, precision)
+        with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
+            engine_file.write_bytes(plan)
+            description.write_text(manifest.to_json(), encoding="utf-8")
+        logger.info("%s: %.1f MB in %.1f s; %s", target, plan.nbytes / 1e6, seconds, summary(proof))
+        return manifest
+
+    def _parse(self, builder: Any) -> Any:
+        trt = self.api.module
+        # Needed by TensorRT 10; the later libraries always type strongly and ignore the flag.
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self.api.log)
+        if not parser.parse_from_file(str(self.path)):
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            reason = "; ".join(_parser_message(error) for error in errors) or self.api.log.explain("no reason given")
+            raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again")
+        if network.num_inputs != 1 or network.get_input(0).name != INPUT:
+            names = [network.get_input(index).name for index in range(network.num_inputs)]
+            raise BadInputFile(f"{self.source} has the inputs {names} instead of [{INPUT!r}]; export the model again")
+        return network
+
+    def _configure(self, builder: Any) -> Any:
+        trt, settings = self.api.module, self.settings
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can show later
+        if not settings.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if settings.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if settings.workspace_mib is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
+        if settings.optimisation_level is not None:
+            config.builder_optimization_level = settings.optimisation_level
+        for profile in self.profiles:
+            self._add_profile(builder, config, profile)
+        self._target_gpus(config)
+        self._load_timing_cache(config)
+        return config
+
+    def _add_profile(self, builder: Any, config: Any, profile: Profile) -> None:
+        entry = builder.create_optimization_profile()
+        entry.set_shape(INPUT, profile.minimum, profile.optimum, profile.maximum)
+        if config.add_optimization_profile(entry) < 0:
+            reason = self.api.log.explain("no reason given")
+            raise UserError(f"{self.api.label} refuses the profile {profile}: {reason}")
+
+    def _target_gpus(self, config: Any) -> None:
+        targets = list(dict.fromkeys(self.settings.compute_capabilities or ()))
+        if not targets:
+            return
+        config.num_compute_capabilities = len(targets)
+        for index, written in enumerate(targets):
+            if not config.set_compute_capability(compute_capability(self.api, written), index):
+                raise UserError(f"{self.api.label} refuses the compute capability {written}")
+
+    def _load_timing_cache(self, config: Any) -> None:
+        path = self.settings.timing_cache
+        if path is None or self.api.is_rtx:
+            return
+        content = path.read_bytes() if path.is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(content), False):
+            logger.warning("the timing cache %s is of another GPU or version: starting a new one", path)
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+
+    def _save_timing_cache(self, config: Any) -> None:
+        path = self.settings.timing_cache
+        if path is not None and not self.api.is_rtx:
+            write_bytes(path, bytes(config.get_timing_cache().serialize()))
+
+    def _run(self, builder: Any, network: Any, config: Any) -> Any:
+        """Build with a progress bar; Ctrl-C ends the build at its next step."""
+        cancel = threading.Event()
+        with tqdm(desc=f"building {self.source.stem}", unit="step", disable=not self.settings.progress) as bar:
+            monitor = progress_monitor(self.api.module, bar, cancel.is_set)
+            config.progress_monitor = monitor
+            plan = run_cancellable(lambda: builder.build_serialized_network(network, config), cancel)
+            config.progress_monitor = None
+        if plan is None:
+            raise UserError(
+                f"{self.api.label} could not build {self.source}: {self.api.log.explain('no reason given')}"
+                f"{self._build_advice()}"
+            )
+        return plan
+
+    def _build_advice(self) -> str:
+        if self.manifest.attention == "attention-op":
+            return "; export the model again with attention as MatMul, which every TensorRT builds"
+        if self.settings.workspace_mib is not None:
+            return f"; the workspace limit of {self.settings.workspace_mib} MiB may be too small"
+        return ""
+
+    def _inspected(self, plan: memoryview, parsed: dict[str, Any]) -> dict[str, Any]:
+        """Proof from the engine inspector; the parsed one with a remark where this GPU cannot load the engine."""
+        trt = self.api.module
+        self.api.log.clear()
+        engine = self.api.runtime().deserialize_cuda_engine(plan)
+        context = engine.create_execution_context() if engine is not None else None
+        if engine is None or context is None:
+            reason = self.api.log.explain("no reason given")
+            if not self.api.is_rtx:  # built for this very GPU
+                raise UserError(f"{self.api.label} cannot load the engine it has just built: {reason}")
+            return {**parsed, "remark": f"the engine cannot be loaded on this GPU: {reason}"}
+        context.set_input_shape(INPUT, self.profiles[0].optimum)
+        inspector = engine.create_engine_inspector()
+        inspector.execution_context = context  # types depend on the shape where it is dynamic
+        return proof_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON), parsed)
+
+    def _describe(self, plan: memoryview, proof: dict[str, Any], seconds: float, precision: Precision) -> Manifest:
+        api = self.api
+        if api.is_rtx:
+            targets = list(dict.fromkeys(self.settings.compute_capabilities or [PORTABLE]))
+        else:
+            targets = [self.gpu.compute_capability] if self.gpu is not None else []
+        record = EngineRecord(
+            flavour=api.flavour,
+            version=api.version,
+            compute_capabilities=targets,
+            gpu=self.gpu.name if self.gpu is not None else None,
+            profiles=[profile.as_record() for profile in self.profiles],
+            sha256=hashlib.sha256(plan).hexdigest(),
+            bytes=plan.nbytes,
+            precision_proof=proof,
+            build_seconds=round(seconds, 3),
+            version_compatible=self.settings.version_compatible,
+        )
+        return self.manifest.replace(
+            input=narrowed(_contract(self.manifest), self.profiles),
+            precision=precision,
+            engine=record,
+            versions={**self.manifest.versions, api.flavour: api.version},
+        )
+
+
+def _parser_message(error: Any) -> str:
+    where = f" in {error.node_operator()} {error.node_name()}" if error.node_operator() else ""
+    return f"{error.desc().strip().rstrip('.')}{where}"

@@ -1,0 +1,481 @@
+"""The TensorRT engine without a GPU: refusals, array interop, and the control flow on simulated CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpddrnet_trt.deploy.build import build_engine
+from hpddrnet_trt.deploy.shapes import Profile
+from hpddrnet_trt.engines import cuda_memory
+from hpddrnet_trt.engines import tensorrt as engine_module
+from hpddrnet_trt.engines.base import Engine
+from hpddrnet_trt.engines.cuda_memory import (
+    LEGACY_STREAM,
+    DeviceArray,
+    check,
+    find_gpu,
+    from_cuda_array_interface,
+    from_dlpack_capsule,
+    gpu_or_none,
+    on_device,
+)
+from hpddrnet_trt.engines.tensorrt import (
+    TensorRTEngine,
+    check_device_array,
+    check_gpu,
+    check_version,
+)
+from hpddrnet_trt.errors import BadInputFile, ContractError, NoGpu, UserError
+from hpddrnet_trt.manifest import EngineRecord, InputContract, sidecar_path
+from tests.engines.simulated_cuda import ForeignArray, SimulatedCuda, SimulatedTensorRT, read
+from tests.tiny_onnx import tiny_model
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec(name) is None, reason=f"{name}, which this test uses without a GPU, is missing"
+    )
+    for name in ("tensorrt_rtx", "cuda.bindings")
+]
+without_gpu = pytest.mark.skipif(gpu_or_none() is not None, reason="shows what happens without a GPU; here is one")
+
+Rng = np.random.Generator
+Images = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ONNX and engine files by output kind, built by the real TensorRT-RTX."""
+    folder = tmp_path_factory.mktemp("engines")
+    found = {}
+    for kind in ("labels", "logits"):
+        source = tiny_model(folder / f"{kind}.onnx", output=kind)  # type: ignore[arg-type]
+        build_engine(
+            source, folder / f"{kind}.engine", precision="fp32", flavour="tensorrt-rtx",
+            shapes="1x1x64x64:1x1x128x128:2x1x256x256,4x1x512x512", progress=False,
+        )  # fmt: skip
+        found[kind] = folder / f"{kind}.engine"
+    return found
+
+
+@pytest.fixture
+def copied(models: dict[str, Path], tmp_path: Path) -> Path:
+    """An engine and its description that a test may damage."""
+    target = tmp_path / "m.engine"
+    target.write_bytes(models["labels"].read_bytes())
+    sidecar_path(target).write_text(sidecar_path(models["labels"]).read_text())
+    return target
+
+
+def _images(*shape: int) -> Images:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+# --- refusals
+
+
+@without_gpu
+def test_without_a_gpu_one_sentence(copied: Path) -> None:
+    with pytest.raises(NoGpu, match=r"no NVIDIA GPU can be used here .*CPU engine"):
+        TensorRTEngine(copied)
+
+
+def test_damaged_files_are_refused_before_any_gpu_is_touched(copied: Path, models: dict[str, Path]) -> None:
+    content = copied.read_bytes()
+    copied.write_bytes(content[:-100])
+    with pytest.raises(BadInputFile, match=rf"truncated \({len(content) - 100} of {len(content)} bytes\); copy it"):
+        TensorRTEngine(copied)
+    for changed in (content + b"\0", content[:500] + bytes([content[500] ^ 1]) + content[501:]):
+        copied.write_bytes(changed)
+        with pytest.raises(BadInputFile, match=r"is not the engine that m\.engine\.json describes"):
+            TensorRTEngine(copied)
+    sidecar_path(copied).unlink()
+    with pytest.raises(BadInputFile, match=r"m\.engine\.json is missing; keep it beside"):
+        TensorRTEngine(copied)
+    with pytest.raises(BadInputFile, match="does not exist"):
+        TensorRTEngine(copied.with_name("none.engine"))
+
+
+def test_description_of_something_else(copied: Path) -> None:
+    fields = json.loads(sidecar_path(copied).read_text())
+    del fields["engine"]
+    sidecar_path(copied).write_text(json.dumps(fields))
+    with pytest.raises(BadInputFile, match="not that of an engine"):
+        TensorRTEngine(copied)
+    sidecar_path(copied).write_text("{")
+    with pytest.raises(BadInputFile, match="is not valid"):
+        TensorRTEngine(copied)
+
+
+def test_other_library_version(copied: Path) -> None:
+    fields = json.loads(sidecar_path(copied).read_text())
+    fields["engine"]["version"] = "1.2.3.4"
+    sidecar_path(copied).write_text(json.dumps(fields))
+    with pytest.raises(BadInputFile, match=r"built with tensorrt-rtx 1\.2\.3\.4, installed is "):
+        TensorRTEngine(copied)
+
+
+def _record(**changes: Any) -> EngineRecord:
+    fields: dict[str, Any] = {
+        "flavour": "tensorrt", "version": "10.9.0.34", "compute_capabilities": ["8.9"], "gpu": "RTX 4000",
+        "profiles": [], "sha256": "", "bytes": 0, "precision_proof": {}, "build_seconds": 1.0,
+    }  # fmt: skip
+    return EngineRecord(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("installed", "compatible", "runs"),
+    [
+        ("10.9.0.34", False, True),
+        ("10.9.0.35", False, False),
+        ("10.10.0.1", False, False),
+        ("10.10.0.1", True, True),  # compared as numbers, not as text
+        ("11.4.0.106", True, True),
+        ("10.8.0.99", True, False),
+    ],
+)
+def test_version_rules(installed: str, compatible: bool, runs: bool) -> None:
+    api: Any = SimpleNamespace(version=installed)
+    record = _record(version_compatible=compatible)
+    if runs:
+        check_version(Path("m.engine"), record, api)
+    else:
+        with pytest.raises(BadInputFile, match=r"tensorrt==10\.9\.0\.34"):
+            check_version(Path("m.engine"), record, api)
+
+
+@pytest.mark.parametrize(
+    ("targets", "here", "says"),
+    [
+        (["8.9"], "8.9", None),
+        (["8.9", "12.0"], "12.0", None),
+        (["8.9", "12.0"], "8.6", "compute capability 8.9, 12.0, A has compute capability 8.6; build the engine again"),
+        (["portable"], "8.0", None),
+        (["portable"], "12.1", None),
+        (["portable"], "7.5", "8.0 and later, A has compute capability 7.5; build it again with --compute-capability"),
+    ],
+)
+def test_gpu_rules(targets: list[str], here: str, says: str | None) -> None:
+    record, gpu = _record(compute_capabilities=targets), cuda_memory.Gpu(0, "A", here)
+    if says is None:
+        check_gpu(Path("m.engine"), record, gpu)
+    else:
+        with pytest.raises(BadInputFile) as caught:
+            check_gpu(Path("m.engine"), record, gpu)
+        assert says in str(caught.value)
+
+
+def test_other_gpu_of_the_same_kind_is_only_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_gpu(Path("m.engine"), _record(), cuda_memory.Gpu(0, "RTX 4090", "8.9"))
+    assert "was built on RTX 4000 and may be slower on RTX 4090" in caplog.text
+
+
+# --- arrays of other libraries
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.sampled_from([np.uint8, np.float32, np.float16, np.int64, np.bool_]),
+)
+def test_dlpack_capsules_are_read(shape: list[int], dtype: Any) -> None:
+    values = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
+    view = from_dlpack_capsule(values.__dlpack__())
+    assert (view.pointer, view.shape, view.dtype) == (values.ctypes.data, values.shape, values.dtype)
+
+
+def test_dlpack_offset_and_strides() -> None:
+    values = np.zeros((4, 6), np.float32)
+    assert from_dlpack_capsule(values[2:].__dlpack__()).pointer == values.ctypes.data + 48
+    with pytest.raises(ContractError, match="not C-contiguous; make a contiguous copy"):
+        from_dlpack_capsule(values[:, ::2].__dlpack__())
+    with pytest.raises(ContractError, match="DLPack type 5"):
+        from_dlpack_capsule(np.zeros(2, np.complex64).__dlpack__())
+
+
+def test_dlpack_of_pytorch_keeps_the_memory_alive() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    view = from_dlpack_capsule(torch.full((2, 3), 7, dtype=torch.uint8).__dlpack__())
+    import ctypes
+
+    assert ctypes.string_at(view.pointer, view.nbytes) == bytes([7] * 6)
+
+
+def _interface(**changes: Any) -> dict[str, Any]:
+    return ForeignArray(4096, np.zeros((2, 1, 8, 8), np.uint8), **changes).__cuda_array_interface__
+
+
+def test_cuda_array_interface_is_read() -> None:
+    view = from_cuda_array_interface(_interface(stream=7), None)
+    assert (view.pointer, view.shape, view.dtype, view.stream) == (4096, (2, 1, 8, 8), np.dtype(np.uint8), 7)
+    assert from_cuda_array_interface(view.__cuda_array_interface__, None) == view
+    assert from_cuda_array_interface(_interface(), None).stream is None
+    # Version 2 cannot say whether work is pending: the default stream is waited for.
+    assert from_cuda_array_interface(_interface(version=2), None).stream == LEGACY_STREAM
+    assert from_cuda_array_interface(_interface(strides=(64, 999, 8, 1)), None).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"strides": (64, 64, 1, 8)}, "not C-contiguous"),
+        ({"mask": object()}, "masked"),
+        ({"version": 1}, "version 1; 2 or newer"),
+        ({"stream": 0}, "stream 0"),
+        ({"typestr": "nonsense"}, "not valid"),
+        ({"data": None}, "not valid"),
+        ({"shape": ("a",)}, "not valid"),
+    ],
+)
+def test_unusable_interfaces(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ContractError, match=says):
+        from_cuda_array_interface(_interface(**changes), None)
+
+
+def test_which_arrays_are_on_a_gpu() -> None:
+    assert not on_device(np.zeros(3))
+    assert not on_device([1, 2])
+    assert not on_device(memoryview(b"x"))
+    assert on_device(ForeignArray(4096, np.zeros(3)))
+    assert on_device(SimpleNamespace(__dlpack_device__=lambda: (2, 0)))
+    assert not on_device(SimpleNamespace(__dlpack_device__=lambda: (1, 0)))
+
+
+def test_arrays_that_need_gradients_are_explained() -> None:
+    class Tensor:
+        @property
+        def __cuda_array_interface__(self) -> Any:
+            raise RuntimeError("requires grad")
+
+    with pytest.raises(ContractError, match=r"requires grad.*detach"):
+        on_device(Tensor())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "says"),
+    [
+        ((8, 8), np.uint8, "got shape"),
+        ((1, 1, 8, 8), np.float32, "expected dtype uint8, got float32 on the GPU"),
+        ((1, 3, 8, 8), np.uint8, "expected 1 channel"),
+        ((1, 1, 8, 9), np.uint8, "multiples of 8"),
+    ],
+)
+def test_device_arrays_follow_the_contract(shape: tuple[int, ...], dtype: Any, says: str) -> None:
+    with pytest.raises(ContractError, match=says):
+        check_device_array(DeviceArray(256, shape, np.dtype(dtype), None), InputContract())
+
+
+def test_cuda_errors_are_sentences() -> None:
+    errors = cuda_memory.cudart().cudaError_t
+    with pytest.raises(UserError, match=r"out of memory while allocating 5 bytes.*smaller"):
+        check((errors.cudaErrorMemoryAllocation, None), "allocating 5 bytes")
+    with pytest.raises(UserError, match="cudaErrorInsufficientDriver while starting; install or update"):
+        check((errors.cudaErrorInsufficientDriver,), "starting")
+    assert check((errors.cudaSuccess, 3), "") == 3
+    assert check((errors.cudaSuccess,), "") is None
+    assert check((errors.cudaSuccess, 1, 2), "") == (1, 2)
+
+
+# --- control flow on simulated CUDA
+
+
+class Bench:
+    """An engine on simulated CUDA, with ONNX Runtime as the truth."""
+
+    def __init__(self, cuda: SimulatedCuda, library: SimulatedTensorRT, engine: TensorRTEngine, source: Path) -> None:
+        self.cuda, self.library, self.engine = cuda, library, engine
+        self._session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+
+    def truth(self, images: Images) -> npt.NDArray[Any]:
+        return np.asarray(self._session.run(None, {"image": images})[0])
+
+
+@pytest.fixture
+def bench(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
+    real = cuda_memory.cudart()
+
+    def start(kind: str = "labels", **options: Any) -> Bench:
+        path = models[kind]
+        cuda = SimulatedCuda(real)
+        monkeypatch.setattr(cuda_memory, "cudart", lambda: cuda)
+        record = json.loads(sidecar_path(path).read_text())["engine"]
+        profiles = [Profile.from_record(entry) for entry in record["profiles"]]
+        library = SimulatedTensorRT(cuda, path.with_suffix(".onnx"), profiles, record["version"])
+        monkeypatch.setattr(engine_module, "load_flavour", lambda flavour: library)
+        return Bench(cuda, library, TensorRTEngine(path, **options), path.with_suffix(".onnx"))
+
+    return start
+
+
+def test_host_arrays(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    with job.engine as engine:
+        assert isinstance(engine, Engine)
+        assert engine.runtime == "Simulated TensorRT (Simulated 0, fp32)"
+        batches = [_images(1, 1, 64, 64), 255 - _images(1, 1, 64, 64)]
+        batches += [_images(*shape) for shape in ((2, 1, 256, 128), (4, 1, 512, 512), (1, 1, 128, 128))]
+        results = [engine.infer(images).labels for images in batches]
+        # Compared at the end: results belong to the caller, later calls do not change them.
+        for images, labels in zip(batches, results, strict=True):
+            np.testing.assert_array_equal(labels, job.truth(images))
+            assert labels.dtype == np.uint8
+
+
+def test_strided_host_arrays_are_taken(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    images = _images(1, 1, 128, 256)[:, :, :, ::2]
+    np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(np.ascontiguousarray(images)))
+
+
+def test_profiles_are_switched(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    job.engine.infer(_images(4, 1, 512, 512))
+    assert job.library.context.profile == 1
+    job.engine.infer(_images(1, 1, 64, 64))
+    assert job.library.context.profile == 0
+
+
+def test_steady_frames_allocate_nothing(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    job.engine.infer(_images(1, 1, 256, 256))
+    before = job.cuda.allocations
+    for size in (256, 128, 64, 256):
+        job.engine.infer(_images(1, 1, size, size))
+    assert job.cuda.allocations == before
+
+
+def test_device_arrays_are_used_in_place(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    images = _images(1, 1, 128, 128)
+    borrowed = job.cuda.array(images)
+    results = job.engine.infer_device(borrowed)
+    assert job.library.context.addresses["image"] == borrowed.__cuda_array_interface__["data"][0]
+    assert not [entry for entry in job.cuda.log if entry[0] == "copy"]
+    np.testing.assert_array_equal(read(results["labels"]), job.truth(images))
+    assert results["labels"].__cuda_array_interface__["stream"] is None
+    np.testing.assert_array_equal(job.engine.infer(borrowed).labels, job.truth(images))
+
+
+def test_unaligned_device_arrays_are_copied(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    images = _images(1, 1, 64, 64)
+    np.testing.assert_array_equal(job.engine.infer(job.cuda.array(images, offset=3)).labels, job.truth(images))
+
+
+def test_streams_are_ordered(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    borrowed = job.cuda.array(_images(1, 1, 64, 64))
+    borrowed.__cuda_array_interface__["stream"] = 77
+    job.engine.infer_device(borrowed)
+    job.cuda.log.clear()
+    results = job.engine.infer_device(borrowed, synchronise=False)
+    assert job.cuda.log == [("record", 77), ("wait", job.engine.stream)]
+    assert results["labels"].__cuda_array_interface__["stream"] == job.engine.stream
+
+
+def test_arrays_of_another_gpu_are_refused(bench: Callable[..., Bench]) -> None:
+    job = bench(device=1)
+    borrowed = job.cuda.array(_images(1, 1, 64, 64))
+    with pytest.raises(ContractError, match="on GPU 0, the engine on GPU 1; move it there"):
+        job.engine.infer(borrowed)
+    elsewhere = SimpleNamespace(__dlpack_device__=lambda: (2, 0), __dlpack__=None)
+    with pytest.raises(ContractError, match="DLPack device 2:0, the engine on GPU 1"):
+        job.engine.infer(elsewhere)
+
+
+def test_the_current_gpu_is_restored(bench: Callable[..., Bench]) -> None:
+    job = bench(device=1)
+    assert job.cuda.current == 0
+    job.engine.infer(_images(1, 1, 64, 64))
+    assert job.cuda.current == 0
+
+
+def test_logits_also_give_labels(bench: Callable[..., Bench]) -> None:
+    job = bench("logits")
+    images = _images(2, 1, 64, 64)
+    result = job.engine.infer(images)
+    truth = job.truth(images)
+    assert result.logits is not None
+    np.testing.assert_array_equal(result.logits, truth)
+    np.testing.assert_array_equal(result.labels, truth.argmax(1))
+    assert result.labels.dtype == np.uint8
+
+
+def test_bad_inputs_leave_the_engine_usable(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    bad: list[Any] = [
+        _images(64, 64),
+        _images(1, 3, 64, 64),
+        _images(1, 1, 64, 68),
+        _images(1, 1, 32, 64),
+        _images(1, 1, 512, 512),  # inside the hull of the profiles, but in none of them
+        _images(1, 1, 64, 64).astype(np.float32),
+        [[1]],
+        job.cuda.array(_images(1, 1, 64, 64).astype(np.float32)),
+    ]
+    for images in bad:
+        with pytest.raises(ContractError):
+            job.engine.infer(images)
+    good = _images(1, 1, 64, 64)
+    np.testing.assert_array_equal(job.engine.infer(good).labels, job.truth(good))
+
+
+def test_a_failed_run_is_an_error_and_not_the_end(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    good = _images(1, 1, 64, 64)
+    job.library.context.fails = True
+    with pytest.raises(UserError, match="failed on an input of 1x1x64x64"):
+        job.engine.infer(good)
+    job.library.context.fails = False
+    np.testing.assert_array_equal(job.engine.infer(good).labels, job.truth(good))
+
+
+def test_close_frees_everything_once(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    results = job.engine.infer_device(_images(1, 1, 64, 64))
+    job.engine.infer(_images(1, 1, 64, 64))
+    assert job.cuda.memory
+    job.engine.close()
+    job.engine.close()
+    assert not job.cuda.memory
+    with pytest.raises(ContractError, match="was closed"):
+        job.engine.infer(_images(1, 1, 64, 64))
+    with pytest.raises(ContractError, match="array is gone"):
+        results["labels"].__cuda_array_interface__  # noqa: B018
+
+
+def test_an_engine_that_does_not_load_is_explained(
+    bench: Callable[..., Bench], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = bench()
+    job.library.loads = False
+    with pytest.raises(BadInputFile, match=r"cannot load .*labels\.engine on Simulated 0.*build the engine again"):
+        TensorRTEngine(models["labels"])
+    job.library.loads = True
+    job.library.context = None  # type: ignore[assignment]
+    monkeypatch.setattr(
+        job.library, "runtime",
+        lambda: SimpleNamespace(
+            deserialize_cuda_engine=lambda content: SimpleNamespace(create_execution_context=lambda: None)
+        ),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="too little free memory"):
+        TensorRTEngine(models["labels"])
+
+
+def test_missing_device_index(bench: Callable[..., Bench]) -> None:
+    bench()
+    with pytest.raises(NoGpu, match="GPU 5 does not exist, this machine has 2; choose 0 to 1"):
+        find_gpu(5)

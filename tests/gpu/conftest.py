@@ -1,0 +1,44 @@
+"""GPU tests run where a GPU and a TensorRT library are, and say why they are skipped elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from hpddrnet_trt.deploy.build import build_engine
+from hpddrnet_trt.deploy.tensorrt_api import Flavour, load_flavour
+from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu
+from hpddrnet_trt.engines.tensorrt import TensorRTEngine
+from hpddrnet_trt.errors import MissingDependency, NoGpu, UserError
+from tests.tiny_onnx import tiny_model
+
+
+@pytest.fixture(scope="session")
+def require_gpu() -> Gpu:
+    """The GPU, or a skip with the reason."""
+    try:
+        return find_gpu()
+    except (NoGpu, MissingDependency) as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="session", params=get_args(Flavour))
+def flavour(request: pytest.FixtureRequest, require_gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Each installed library that can run an engine on this GPU."""
+    name: Flavour = request.param
+    try:
+        load_flavour(name)
+    except MissingDependency as exc:
+        pytest.skip(str(exc))
+    folder: Path = tmp_path_factory.mktemp("probe")
+    source = tiny_model(folder / "probe.onnx", shape=(1, 64, 64))
+    try:
+        build_engine(source, folder / "probe.engine", precision="fp32", flavour=name, progress=False)
+        TensorRTEngine(folder / "probe.engine").close()
+    except UserError as exc:
+        if name == "tensorrt":  # supports every current GPU; TensorRT-RTX names the ones it runs on
+            raise
+        pytest.skip(f"{name} does not run on {require_gpu.name}: {exc}")
+    return name

@@ -1,0 +1,212 @@
+"""Engines built and run on a real GPU, against ONNX Runtime on the CPU running the same ONNX file."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+
+from hpddrnet_trt.deploy.build import build_engine
+from hpddrnet_trt.engines.cuda_memory import DeviceBuffer, Gpu, Stream, check, cudart, current_device
+from hpddrnet_trt.engines.tensorrt import TensorRTEngine
+from hpddrnet_trt.errors import BadInputFile, ContractError
+from hpddrnet_trt.manifest import sidecar_path
+from tests.tiny_onnx import tiny_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]
+
+SHAPES = "1x1x64x64:1x1x256x256:4x1x512x512"
+# Arg-max may tip where two scores are equal to within the precision: that many pixels may differ.
+AGREEMENT = {"fp32": 0.9999, "fp16": 0.99, "int8": 0.98}
+
+
+def _images(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _truth(source: Path, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    options = onnxruntime.SessionOptions()
+    session = onnxruntime.InferenceSession(
+        str(source), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+    )
+    return np.asarray(session.run(None, {"image": images})[0])
+
+
+def _agreement(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> float:
+    assert left.shape == right.shape
+    return float((left == right).mean())
+
+
+def _built(folder: Path, flavour: str, precision: Any = "fp32", **options: Any) -> tuple[Path, Path]:
+    source = tiny_model(folder / f"{precision}.onnx", typing=precision)
+    target = folder / f"{precision}.engine"
+    build_engine(
+        source, target, precision=precision, flavour=flavour, shapes=SHAPES, progress=False, **options
+    )
+    return source, target
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_labels_agree_with_onnx_runtime(tmp_path: Path, flavour: str, precision: str) -> None:
+    source, target = _built(tmp_path, flavour, precision)
+    with TensorRTEngine(target) as engine:
+        for shape in ((1, 1, 256, 256), (4, 1, 64, 128), (1, 1, 512, 512), (1, 1, 256, 256)):
+            images = _images(*shape)
+            assert _agreement(engine.infer(images).labels, _truth(source, images)) >= AGREEMENT[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_precision_is_proven_on_the_gpu(tmp_path: Path, flavour: str, precision: str) -> None:
+    _, target = _built(tmp_path, flavour, precision)
+    record = json.loads(sidecar_path(target).read_text())["engine"]
+    proof = record["precision_proof"]
+    assert record["gpu"]
+    assert proof["convolutions"][precision] > 0
+    # Either the inspector spoke, or the proof says why it did not.
+    assert proof["source"] == "engine inspector" or "engine" in proof["remark"]
+
+
+def test_the_real_network_agrees(tmp_path: Path, flavour: str) -> None:
+    """The exported network, random weights, FP32 and FP16 engines against ONNX Runtime."""
+    torch = pytest.importorskip("torch", reason="PyTorch, which exports the network, is not installed")
+    from hpddrnet_trt.deploy.onnx_export import export_onnx
+    from hpddrnet_trt.manifest import ClassInfo, Manifest
+    from hpddrnet_trt.models.checkpoints import save_checkpoint
+    from hpddrnet_trt.models.network import HPDDRNet, network_config
+
+    torch.manual_seed(0)
+    config = network_config("hpddrnet-23-slim", 3)
+    classes = [ClassInfo(name=name, color=(0, 0, 0)) for name in "abc"]
+    checkpoint = save_checkpoint(
+        tmp_path / "m.safetensors", HPDDRNet(config).eval(), Manifest(network=config, classes=classes)
+    )
+    source = tmp_path / "m.onnx"
+    export_onnx(checkpoint, source)
+    images = _images(1, 1, 256, 384)
+    truth = _truth(source, images)
+    for precision in ("fp32", "fp16"):
+        target = tmp_path / f"m.{precision}.engine"
+        build_engine(
+            source, target, precision=precision, flavour=flavour,  # type: ignore[arg-type]
+            shapes="1x1x256x256:1x1x256x384:1x1x512x512", progress=False,
+        )  # fmt: skip
+        with TensorRTEngine(target) as engine:
+            assert _agreement(engine.infer(images).labels, truth) >= AGREEMENT[precision]
+
+
+def _torch_array(images: npt.NDArray[Any]) -> Any:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    return torch.from_numpy(images).cuda()
+
+
+def _cupy_array(images: npt.NDArray[Any]) -> Any:
+    return pytest.importorskip("cupy", reason="CuPy is not installed").asarray(images)
+
+
+def _pycuda_array(images: npt.NDArray[Any]) -> Any:
+    pytest.importorskip("pycuda.autoprimaryctx", reason="PyCUDA is not installed")
+    from pycuda import gpuarray
+
+    return gpuarray.to_gpu(images)
+
+
+@pytest.mark.parametrize("place", [_torch_array, _cupy_array, _pycuda_array])
+def test_arrays_of_other_libraries(tmp_path: Path, flavour: str, place: Any) -> None:
+    source, target = _built(tmp_path, flavour)
+    images = _images(2, 1, 128, 256)
+    with TensorRTEngine(target) as engine:
+        there = place(images)
+        assert _agreement(engine.infer(there).labels, _truth(source, images)) >= AGREEMENT["fp32"]
+        with pytest.raises(ContractError, match="C-contiguous"):
+            engine.infer(there[:, :, :, ::2])
+
+
+def test_results_on_the_gpu_reach_pytorch(tmp_path: Path, flavour: str) -> None:
+    source, target = _built(tmp_path, flavour)
+    images = _images(1, 1, 256, 256)
+    there = _torch_array(images)
+    import torch
+
+    with TensorRTEngine(target) as engine:
+        labels = torch.as_tensor(engine.infer_device(there)["labels"], device="cuda")
+        assert _agreement(labels.cpu().numpy(), _truth(source, images)) >= AGREEMENT["fp32"]
+        # An array that starts in the middle of an allocation is not aligned as TensorRT wants it.
+        two = torch.cat([there[:, :, :, :8], there], dim=3).flatten()[3 : 3 + there.numel()].reshape(there.shape)
+        assert _agreement(engine.infer(two).labels, _truth(source, two.cpu().numpy())) >= AGREEMENT["fp32"]
+
+
+def test_plain_cuda_memory(tmp_path: Path, flavour: str, require_gpu: Gpu) -> None:
+    """Device input and output with nothing but cuda-python."""
+    from hpddrnet_trt.engines.cuda_memory import DeviceArray, PinnedBuffer
+
+    source, target = _built(tmp_path, flavour)
+    images = _images(1, 1, 256, 256)
+    with TensorRTEngine(target) as engine, current_device(require_gpu.index):
+        stream, memory, host = Stream(), DeviceBuffer(images.nbytes), PinnedBuffer(images.nbytes)
+        host.view(images.shape, np.uint8)[...] = images
+        stream.copy(memory.pointer, host.pointer, images.nbytes)
+        batch = DeviceArray(memory.pointer, images.shape, images.dtype, memory, stream.handle)
+        labels = engine.infer_device(batch)["labels"]
+        result = PinnedBuffer(labels.nbytes)
+        stream.copy(result.pointer, labels.pointer, labels.nbytes)
+        stream.synchronise()
+        found = result.view(labels.shape, np.uint8)
+        assert _agreement(found, _truth(source, images)) >= AGREEMENT["fp32"]
+
+
+def test_threads_with_their_own_engines(tmp_path: Path, flavour: str) -> None:
+    source, target = _built(tmp_path, flavour)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        images = _images(1, 1, 256, 256, seed=seed)
+        truth = _truth(source, images)
+        with TensorRTEngine(target) as engine:
+            wrong.extend(
+                seed for _ in range(20) if _agreement(engine.infer(images).labels, truth) < AGREEMENT["fp32"]
+            )
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_steady_frames_take_no_more_memory(tmp_path: Path, flavour: str) -> None:
+    _, target = _built(tmp_path, flavour)
+    images = _images(4, 1, 512, 512)
+    with TensorRTEngine(target) as engine:
+        engine.infer(images)
+        free, _ = check(cudart().cudaMemGetInfo(), "reading free memory")
+        for _ in range(100):
+            engine.infer(images)
+        after, _ = check(cudart().cudaMemGetInfo(), "reading free memory")
+    assert free - after < 16 << 20
+
+
+def test_timing_cache_is_written_and_read(tmp_path: Path, flavour: str) -> None:
+    if flavour != "tensorrt":
+        pytest.skip("TensorRT-RTX has no timing cache")
+    cache = tmp_path / "timing.cache"
+    _built(tmp_path, flavour, timing_cache=cache)
+    assert cache.stat().st_size > 0
+    _built(tmp_path, flavour, timing_cache=cache)
+
+
+def test_an_engine_for_another_gpu_is_refused(tmp_path: Path, flavour: str) -> None:
+    _, target = _built(tmp_path, flavour)
+    fields = json.loads(sidecar_path(target).read_text())
+    fields["engine"]["compute_capabilities"] = ["5.0"]
+    sidecar_path(target).write_text(json.dumps(fields))
+    with pytest.raises(BadInputFile, match=r"compute capability 5\.0.*build the engine again"):
+        TensorRTEngine(target)
