@@ -1,0 +1,118 @@
+"""Engines: one model file, one runtime, one small interface (:mod:`hpddrnet_trt.engines.base`)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpddrnet_trt.engines.base import Engine, Prediction
+from hpddrnet_trt.errors import UsageError, UserError, require
+
+__all__ = ["ENGINES", "Engine", "Prediction", "available_engines", "engine_status", "load_engine"]
+
+
+class _Kind(NamedTuple):
+    """One engine: where its class is, the files it runs, and what it needs."""
+
+    module: str
+    class_name: str
+    suffixes: tuple[str, ...]
+    needs: str  # import name of the runtime
+    extra: str
+    gpu: bool = False
+
+
+# The first engine that takes a suffix is the one `auto` chooses.
+_KINDS: dict[str, _Kind] = {
+    "torch": _Kind("torch", "TorchEngine", (".safetensors", ".pth", ".pt"), "torch", "export"),
+    "onnxruntime": _Kind("onnxruntime", "OnnxRuntimeEngine", (".onnx",), "onnxruntime", "export"),
+    "openvino": _Kind("openvino", "OpenVINOEngine", (".onnx",), "openvino", "openvino"),
+    "tensorrt": _Kind("tensorrt", "TensorRTEngine", (".engine",), "tensorrt", "tensorrt", gpu=True),
+    "tensorrt-rtx": _Kind("tensorrt", "TensorRTEngine", (".engine",), "tensorrt_rtx", "tensorrt-rtx", gpu=True),
+}
+ENGINES: tuple[str, ...] = tuple(_KINDS)
+
+
+class EngineStatus(NamedTuple):
+    """Whether an engine can run on this machine; ``detail`` is its version, or the reason why not."""
+
+    usable: bool
+    detail: str
+
+
+def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engine:
+    """Open a model file with the engine that suits it.
+
+    ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch,
+    ``.onnx``: onnxruntime, ``.engine``: the TensorRT flavour it was built with), or one of
+    :data:`ENGINES`. ``options`` go to the engine's class; those that are None are left out.
+
+    Raises :class:`UsageError` for an unknown engine, ending or option, and what the engine raises:
+    :class:`BadInputFile`, :class:`MissingDependency`, :class:`NoGpu`.
+    """
+    path = Path(path)
+    name = _choose(path, engine)
+    kind = _KINDS[name]
+    if kind.module == "torch":
+        require("torch", kind.extra, f"run the checkpoint {path}")
+    cls = getattr(importlib.import_module(f"hpddrnet_trt.engines.{kind.module}"), kind.class_name)
+    given = {key: value for key, value in options.items() if value is not None}
+    known = [key for key in inspect.signature(cls).parameters if key != "path"]
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise UsageError(f"the {name} engine has no option {', '.join(unknown)}; it has: {', '.join(known)}")
+    loaded: Engine = cls(path, **given)
+    return loaded
+
+
+def _choose(path: Path, engine: str) -> str:
+    if engine != "auto" and engine not in _KINDS:
+        raise UsageError(f"unknown engine {engine!r}; choose one of: auto, {', '.join(ENGINES)}")
+    suitable = [name for name, kind in _KINDS.items() if path.suffix.lower() in kind.suffixes]
+    if engine == "auto" and suitable:
+        return suitable[0]
+    if engine == "auto":
+        endings = sorted({suffix for kind in _KINDS.values() for suffix in kind.suffixes})
+        raise UsageError(f"{path} has none of the known endings of model files: {', '.join(endings)}")
+    if engine not in suitable:
+        raise UsageError(f"the {engine} engine runs {' and '.join(_KINDS[engine].suffixes)} files, not {path}")
+    return engine
+
+
+def engine_status(name: str) -> EngineStatus:
+    """Whether the engine ``name`` can run here, without loading its runtime."""
+    if name not in _KINDS:
+        raise UsageError(f"unknown engine {name!r}; choose one of: {', '.join(ENGINES)}")
+    kind = _KINDS[name]
+    if importlib.util.find_spec(kind.needs) is None:
+        return EngineStatus(False, f"not installed; pip install 'hpddrnet-trt[{kind.extra}]'")
+    number = _version(kind)
+    if kind.gpu and (reason := _no_gpu()):
+        return EngineStatus(False, f"{number} is installed, but {reason}")
+    return EngineStatus(True, number)
+
+
+def available_engines() -> dict[str, str]:
+    """Every engine's version, or ``not available: <reason>``, by name."""
+    found = {name: engine_status(name) for name in ENGINES}
+    return {name: state.detail if state.usable else f"not available: {state.detail}" for name, state in found.items()}
+
+
+def _version(kind: _Kind) -> str:
+    installed = packages_distributions().get(kind.needs)
+    return version(installed[0]) if installed else "unknown version"
+
+
+def _no_gpu() -> str | None:
+    """Why no GPU can be used, or None when one can."""
+    from hpddrnet_trt.engines import cuda_memory
+
+    try:
+        cuda_memory.find_gpu()
+    except UserError as exc:
+        return str(exc)
+    return None

@@ -1,0 +1,83 @@
+"""Accuracy of a segmenter on a dataset with masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.errors import ContractError, UsageError
+from hpddrnet_trt.metrics import ConfusionMatrix, Scores
+from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.views import Mode
+
+Grey8 = npt.NDArray[np.uint8]
+
+
+def evaluate(
+    segmenter: Segmenter,
+    dataset: FolderDataset,
+    split: str,
+    mode: Mode | None = None,
+    *,
+    progress: bool = True,
+) -> Scores:
+    """Scores of ``segmenter`` on one split; ``mode`` overrides the segmenter's own.
+
+    Images are brought to 8 bits by the dataset, as in training, and keep their own size, as in
+    mmsegmentation's test loop; areas are summed over the split (see :mod:`hpddrnet_trt.metrics`).
+
+    Raises :class:`ContractError` when the dataset's classes are not the model's,
+    :class:`UsageError` for an unknown split or a segmenter with a grey window of its own, and
+    :class:`BadInputFile` for a mask that does not fit its image or the classes.
+    """
+    segmenter = segmenter if mode is None else segmenter.with_mode(mode)
+    _check_fits(segmenter, dataset)
+    matrix = ConfusionMatrix(len(segmenter.manifest.classes))
+    for image, mask in _samples(dataset, split, f"evaluate {split}", progress):
+        matrix.update(segmenter.segment(image).labels, mask)
+    return matrix.scores()
+
+
+def compare(
+    segmenter: Segmenter, reference: Segmenter, dataset: FolderDataset, split: str, *, progress: bool = True
+) -> tuple[Scores, Scores, float]:
+    """Scores of two segmenters on the same images, and the share of pixels on which they agree.
+
+    Returns ``(scores, reference scores, agreement)``; agreement counts every pixel, labelled or not.
+    Raises as :func:`evaluate` does.
+    """
+    for each in (segmenter, reference):
+        _check_fits(each, dataset)
+    matrices = [ConfusionMatrix(len(dataset.classes)) for _ in range(2)]
+    equal = total = 0
+    for image, mask in _samples(dataset, split, f"compare on {split}", progress):
+        labels = [each.segment(image).labels for each in (segmenter, reference)]
+        for matrix, found in zip(matrices, labels, strict=True):
+            matrix.update(found, mask)
+        equal += int(np.count_nonzero(labels[0] == labels[1]))
+        total += mask.size
+    return matrices[0].scores(), matrices[1].scores(), equal / total
+
+
+def _check_fits(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    """See that model and dataset name the same classes in the same order."""
+    if segmenter.window is not None:
+        raise UsageError(
+            "a dataset gives 8-bit images, which a second grey window would change; "
+            "evaluate with a segmenter without window"
+        )
+    model, data = segmenter.manifest.class_names, dataset.class_names
+    if model != data:
+        raise ContractError(
+            f"model {segmenter.manifest.name!r} knows the classes {', '.join(model)}, but dataset {dataset.name!r} "
+            f"is labelled with {', '.join(data)}; use a dataset with the model's classes in the same order"
+        )
+
+
+def _samples(dataset: FolderDataset, split: str, title: str, progress: bool) -> Iterator[tuple[Grey8, Grey8]]:
+    for sample in tqdm(dataset.split(split), desc=title, unit="image", disable=not progress):
+        yield dataset.load(sample)

@@ -1,0 +1,148 @@
+"""ONNX Runtime engine on small real graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpddrnet_trt.engines.base import Engine
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
+from hpddrnet_trt.manifest import read_manifest
+from tests.toy import grey_image, manifest, toy_logits, write_toy_onnx
+
+
+def _batch(*seeds: int, size: int = 24) -> np.ndarray:
+    return np.stack([grey_image(size, size, seed) for seed in seeds])[:, None]
+
+
+def test_labels_follow_the_graph(tmp_path: Path) -> None:
+    images = _batch(1, 2)
+    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), threads=1) as engine:
+        assert isinstance(engine, Engine)
+        found = engine.infer(images)
+        assert "CPU, 1 thread" in engine.runtime
+    assert found.labels.dtype == np.uint8
+    assert found.logits is None
+    assert found.confidence is None
+    expected = np.stack([toy_logits(image[0]).argmax(0) for image in images])
+    assert (found.labels == expected)[:, 1:-1, 1:-1].mean() > 0.98  # the ONNX mean does not round
+    assert set(np.unique(found.labels)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_logits_confidence_and_their_labels(tmp_path: Path, half: bool) -> None:
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True), half=half)
+    with OnnxRuntimeEngine(path) as engine:
+        found = engine.infer(_batch(3))
+    assert found.logits is not None
+    assert found.logits.dtype == np.float32
+    assert np.array_equal(found.labels, found.logits.argmax(axis=1))
+    scores = np.exp(found.logits) / np.exp(found.logits).sum(axis=1, keepdims=True)
+    assert found.confidence is not None
+    assert np.allclose(found.confidence, scores.max(axis=1), atol=1e-5)
+
+
+def test_symmetric_int8_graph_stays_close(tmp_path: Path) -> None:
+    exact = write_toy_onnx(tmp_path / "f.onnx", manifest("logits"))
+    quantised = write_toy_onnx(
+        tmp_path / "q.onnx", manifest("logits", precision="int8", quantised_for="tensorrt"), symmetric_int8=True
+    )
+    images = _batch(4)
+    with OnnxRuntimeEngine(exact) as first, OnnxRuntimeEngine(quantised) as second:
+        difference = np.abs(first.infer(images).logits - second.infer(images).logits).max()
+    assert 0 < difference <= 0.05 * 255 / 127 / 2 + 1e-3  # half a step of the grey scale, times the slope
+
+
+def test_arrays_of_any_layout(tmp_path: Path) -> None:
+    images = _batch(5, 6)
+    scrambled = np.asfortranarray(images)[:, :, ::-1][:, :, ::-1]
+    scrambled.flags.writeable = False
+    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest())) as engine:
+        assert np.array_equal(engine.infer(scrambled).labels, engine.infer(images).labels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        ((24, 24), np.uint8, "expected an array"),
+        ((1, 1, 24, 24), np.float32, "dtype uint8"),
+        ((1, 3, 24, 24), np.uint8, "channel"),
+        ((1, 1, 20, 24), np.uint8, "multiples of 8"),
+        ((0, 1, 24, 24), np.uint8, "batch 0"),
+    ],
+)
+def test_contract(tmp_path: Path, shape: tuple[int, ...], dtype: type, words: str) -> None:
+    engine = OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()))
+    with pytest.raises(ContractError, match=words):
+        engine.infer(np.zeros(shape, dtype))
+
+
+def test_fixed_size(tmp_path: Path) -> None:
+    engine = OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest(size=32)))
+    assert engine.infer(np.zeros((1, 1, 32, 32), np.uint8)).labels.shape == (1, 32, 32)
+    with pytest.raises(ContractError, match="height 40 is outside this model's range 32"):
+        engine.infer(np.zeros((1, 1, 40, 32), np.uint8))
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    whole = write_toy_onnx(tmp_path / "m.onnx", manifest()).read_bytes()
+    bad = tmp_path / "bad.onnx"
+    for length in range(0, len(whole), 97):
+        bad.write_bytes(whole[:length])
+        with pytest.raises(BadInputFile, match=r"bad\.onnx"):
+            OnnxRuntimeEngine(bad)
+    for content in (b"\x89PNG\r\n\x1a\n" + bytes(100), b"not a model at all", bytes(64), b"\xff" * 64):
+        bad.write_bytes(content)
+        with pytest.raises(BadInputFile, match="not a readable ONNX file"):
+            read_manifest(bad)
+    with pytest.raises(BadInputFile, match="does not exist"):
+        OnnxRuntimeEngine(tmp_path / "missing.onnx")
+    with pytest.raises(BadInputFile, match="carries no description"):
+        OnnxRuntimeEngine(write_toy_onnx(bad, manifest(), attach=False))
+
+
+def test_graph_that_onnxruntime_refuses(tmp_path: Path) -> None:
+    import onnx
+
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest())
+    model = onnx.load(str(path))
+    model.graph.node[1].op_type = "NoSuchOperator"
+    onnx.save(model, str(path))
+    with pytest.raises(BadInputFile, match="cannot be loaded by ONNX Runtime"):
+        OnnxRuntimeEngine(path)
+
+
+def test_description_that_promises_more_than_the_graph(tmp_path: Path) -> None:
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest())
+    import onnx
+
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, {"hpddrnet_trt": manifest("logits").to_json()})
+    onnx.save(model, str(path))
+    with pytest.raises(BadInputFile, match="no output logits"):
+        OnnxRuntimeEngine(path)
+
+
+def test_options_and_close(tmp_path: Path) -> None:
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest())
+    with pytest.raises(UsageError, match="threads must be at least 1"):
+        OnnxRuntimeEngine(path, threads=0)
+    with pytest.raises(UsageError, match="unknown device 'tpu'"):
+        OnnxRuntimeEngine(path, device="tpu")  # type: ignore[arg-type]
+    engine = OnnxRuntimeEngine(path, device="auto")
+    engine.close()
+    engine.close()
+    with pytest.raises(UserError, match="closed"):
+        engine.infer(np.zeros((1, 1, 8, 8), np.uint8))
+
+
+def test_cuda_is_refused_where_missing(tmp_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(NoGpu, match="no CUDA support"):
+        OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), device="cuda")
