@@ -245,10 +245,11 @@ def benchmark(
     ] = None,
 ) -> None:
     """Compare every engine and precision with the PyTorch reference in one interleaved run."""
+    from hpddrnet_trt.benchmark.folders import model_files, publish_report
     from hpddrnet_trt.benchmark.images import load_images, parse_size
-    from hpddrnet_trt.benchmark.report import format_table, publish_report, write_report
+    from hpddrnet_trt.benchmark.report import format_table, write_report
     from hpddrnet_trt.benchmark.result import Settings
-    from hpddrnet_trt.benchmark.suite import entries_for, model_files, run_benchmark
+    from hpddrnet_trt.benchmark.suite import entries_for, run_benchmark
 
     settings = Settings(
         sizes=tuple(parse_size(text) for text in size or ()), batch=batch, rounds=rounds, threads=threads

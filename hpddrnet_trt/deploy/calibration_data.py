@@ -1,0 +1,202 @@
+"""Micrographs for calibration: which ones, and which crops of them.
+
+Files are opened one at a time, so memory does not grow with their number, and every choice is a
+function of the files alone, so a calibration can be repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from hpddrnet_trt.data.datasets import image_files
+from hpddrnet_trt.data.layouts import Layout, detect_layout, scan_split
+from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.files import sha256_of
+from hpddrnet_trt.manifest import AxisRange, InputContract, Normalisation
+
+DEFAULT_SIZE = 512  # crop edge in pixels where the model leaves it open: the usual training crop
+MINIMUM_CROPS = 32  # few images are cut into several crops each, up to this many in total
+SURVEYED_PER_IMAGE = 8  # at most this many candidates are read for each image to be chosen
+
+Grey = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A window of a micrograph, top-left corner in pixels."""
+
+    image: Path
+    top: int
+    left: int
+
+
+def find_images(source: str | Path | Sequence[str | Path], split: str = "train") -> list[Path]:
+    """Micrographs meant by ``source``: one split of a dataset folder, a folder, a pattern, or files.
+
+    Masks are not needed. Raises :class:`UsageError` for an empty split or list and what
+    :func:`~hpddrnet_trt.data.datasets.image_files` raises.
+    """
+    if not isinstance(source, str | Path):
+        images = [path for entry in source for path in image_files(entry)]
+    elif (layout := _dataset_layout(Path(source))) is not None:
+        files = scan_split(Path(source), layout, split)
+        images = sorted([*(sample.image for sample in files.samples), *files.images_without_mask])
+    else:
+        images = image_files(source)
+    if not images:
+        raise UsageError(f"no micrograph in split {split!r} of {source}; choose another split, folder or files")
+    return images
+
+
+def _dataset_layout(folder: Path) -> Layout | None:
+    try:
+        return detect_layout(folder) if folder.is_dir() else None
+    except BadInputFile:  # a plain folder of micrographs
+        return None
+
+
+def crop_size(contract: InputContract, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the calibration crops: what the model fixes, what was asked for, or 512.
+
+    Raises :class:`UsageError` for a size that the model does not admit.
+    """
+    height, width = (
+        _axis_size(axis, asked, contract.multiple)
+        for axis, asked in zip((contract.height, contract.width), size or (None, None), strict=True)
+    )
+    for name, value, axis in (("height", height, contract.height), ("width", width, contract.width)):
+        if value % contract.multiple or not axis.admits(value):
+            raise UsageError(
+                f"calibration crops of {height}x{width} do not fit this model: {name} must be a multiple of "
+                f"{contract.multiple} within {axis}; leave the size out or choose another"
+            )
+    return height, width
+
+
+def _axis_size(axis: AxisRange, asked: int | None, multiple: int) -> int:
+    if asked is not None:
+        return asked
+    if axis.fixed is not None:
+        return axis.fixed
+    # Both bounds are rounded into the range, so that the result is admitted and a multiple.
+    largest = (axis.maximum or DEFAULT_SIZE) // multiple * multiple
+    smallest = -(-axis.minimum // multiple) * multiple
+    return max(min(DEFAULT_SIZE, largest), smallest)
+
+
+def read_grey(path: Path) -> Grey:
+    """A micrograph as 8-bit grey levels ``[H, W]``, windowed as the segmenter does by default."""
+    return to_grey8(read_micrograph(path).pixels)[0]
+
+
+def choose_images(images: Sequence[Path], count: int) -> list[Path]:
+    """At most ``count`` images that together span the grey levels of all, in a fixed order.
+
+    Each image is described by grey-level percentiles (1, 25, 50, 75, 99) and its standard
+    deviation; starting from the most typical one, the image farthest from those taken is added
+    (greedy k-centre, Gonzalez 1985). Very long lists are first thinned evenly.
+    """
+    ordered = sorted(set(images))
+    if len(ordered) <= count:
+        return ordered
+    step = max(len(ordered) / (SURVEYED_PER_IMAGE * count), 1.0)
+    candidates = [ordered[int(index * step)] for index in range(int(len(ordered) / step))]
+    described = tqdm(candidates, desc="surveying grey levels", unit="image")
+    points = np.stack([_describe(read_grey(path)) for path in described])
+    points /= np.maximum(points.std(axis=0), 1.0)
+    chosen = [int(np.argmin(np.linalg.norm(points - np.median(points, axis=0), axis=1)))]
+    distance = np.linalg.norm(points - points[chosen[0]], axis=1)
+    while len(chosen) < count:
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
+    return sorted({candidates[index] for index in chosen})
+
+
+def _describe(grey: Grey) -> npt.NDArray[np.float64]:
+    sample = grey[::4, ::4]
+    return np.array([*np.percentile(sample, (1, 25, 50, 75, 99)), sample.std()])
+
+
+def split_held_out(images: Sequence[Path], most: int = 8) -> tuple[list[Path], list[Path]]:
+    """(for calibration, held out): every fourth image, at most ``most``, is held out; none of fewer than 4."""
+    ordered = sorted(set(images))
+    held = ordered[3::4]
+    if len(held) > most:
+        held = [held[int(index * len(held) / most)] for index in range(most)]
+    taken = set(held)
+    return [path for path in ordered if path not in taken], held
+
+
+def plan_crops(images: Sequence[Path], height: int, width: int, minimum: int = MINIMUM_CROPS) -> list[Crop]:
+    """Non-overlapping crops, spread evenly over each image, the same number from every image.
+
+    With ``minimum`` or more images that is one crop each, in the centre. An image no larger than
+    the crop gives one. Only image sizes are looked at; files are opened one at a time.
+    """
+    each = -(-minimum // len(images))
+    crops = []
+    for path in images:
+        rows, columns = read_grey(path).shape
+        grid = [(top, left) for top in _starts(rows, height) for left in _starts(columns, width)]
+        # Positions nearest to evenly spaced places along the grid: the middle one where each == 1.
+        picks = sorted({int((index + 0.5) * len(grid) / each) for index in range(min(each, len(grid)))})
+        crops += [Crop(path, *grid[pick]) for pick in picks]
+    return crops
+
+
+def _starts(length: int, crop: int) -> list[int]:
+    """First pixels of as many disjoint crops as fit along one axis, spread to both ends."""
+    count = max(length // crop, 1)
+    spare = max(length - crop, 0)
+    return [spare // 2] if count == 1 else [round(index * spare / (count - 1)) for index in range(count)]
+
+
+def cut(grey: Grey, crop: Crop, height: int, width: int) -> Grey:
+    """The pixels of a crop, uint8 ``[height, width]``; a smaller image is continued by reflection."""
+    window = grey[crop.top : crop.top + height, crop.left : crop.left + width]
+    missing = (height - window.shape[0], width - window.shape[1])
+    if max(missing) > 0:
+        window = np.pad(window, ((0, missing[0]), (0, missing[1])), mode="reflect")
+    return np.ascontiguousarray(window)
+
+
+def batches(
+    crops: Sequence[Crop], height: int, width: int, contract: InputContract, normalisation: Normalisation
+) -> Iterator[npt.NDArray[Any]]:
+    """Model inputs of the smallest admitted batch size; the last batch is filled up from the first crops."""
+    size = contract.batch.minimum
+    path, grey = None, None  # crops of one image follow each other: read it once
+    window: list[Grey] = []
+    for crop in [*crops, *(crops[index % len(crops)] for index in range(-len(crops) % size))]:
+        if grey is None or path != crop.image:
+            path, grey = crop.image, read_grey(crop.image)
+        window.append(cut(grey, crop, height, width))
+        if len(window) == size:
+            yield to_input(np.stack(window)[:, np.newaxis], contract, normalisation)
+            window = []
+
+
+def to_input(grey: Grey, contract: InputContract, normalisation: Normalisation) -> npt.NDArray[Any]:
+    """uint8 ``[N, 1, H, W]`` as the contract wants it: unchanged, or normalised RGB float32 ``[N, 3, H, W]``."""
+    if contract.dtype == "uint8":
+        return np.repeat(grey, contract.channels, axis=1)
+    mean = np.array(normalisation.mean, np.float32).reshape(1, 3, 1, 1)
+    std = np.array(normalisation.std, np.float32).reshape(1, 3, 1, 1)
+    return (np.repeat(grey, contract.channels, axis=1).astype(np.float32) - mean) / std
+
+
+def checksum(images: Sequence[Path]) -> str:
+    """One SHA-256 over the content of all images, whatever their names or order."""
+    digest = hashlib.sha256()
+    for line in sorted(sha256_of(path) for path in images):
+        digest.update(line.encode())
+    return digest.hexdigest()
