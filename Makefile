@@ -22,6 +22,7 @@ DATA ?=
 TRAIN ?=
 NAME := $(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),demo)
 RUN := runs/$(NAME)
+SHAPES ?= 1x1x256x256:1x1x512x512:4x1x1024x1024
 DATASET := $(or $(DATA),$(RUN)/data)
 
 .PHONY: help demo test lint gpu environment clean
@@ -46,9 +47,9 @@ demo: $(READY)
 	$(BIN)/python export/export_onnx.py $(RUN)/$(NAME).safetensors $(RUN)/model.onnx
 	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8.onnx --data $(DATASET)
 	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8-cpu.onnx --data $(DATASET) --form onnxruntime
-	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp32
-	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp16
-	$(BIN)/python export/build_engine.py $(RUN)/model.int8.onnx --precision int8
+	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp32 --shapes $(SHAPES)
+	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp16 --shapes $(SHAPES)
+	$(BIN)/python export/build_engine.py $(RUN)/model.int8.onnx --precision int8 --shapes $(SHAPES)
 	$(CLI) segment $(DATASET) $(RUN)/labels --model $(RUN)/model.onnx
 	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report
 

@@ -182,6 +182,7 @@ def build(
     """Build a TensorRT engine, prove its precision and write it with its description."""
     from hpddrnet_trt.deploy.build import build_engine
     from hpddrnet_trt.deploy.calibration_data import find_images
+    from hpddrnet_trt.deploy.proof import summary
 
     target = output or model.with_name(f"{model.stem.removesuffix('.int8')}.{precision}.engine")
     manifest = build_engine(
@@ -190,7 +191,9 @@ def build(
         timing_cache=timing_cache, compute_capabilities=compute_capability, workspace_mib=workspace_mib,
         optimisation_level=optimisation_level, version_compatible=version_compatible,
     )  # fmt: skip
-    typer.echo(f"written: {target} ({manifest.engine.bytes / 1e6:.1f} MB)" if manifest.engine else f"written: {target}")
+    if manifest.engine is not None:
+        typer.echo(summary(manifest.engine.precision_proof))
+        typer.echo(f"written: {target} ({manifest.engine.bytes / 1e6:.1f} MB, {manifest.engine.build_seconds:.1f} s)")
 
 
 @app.command()
@@ -325,8 +328,9 @@ def _echo_evidence(manifest: Manifest) -> None:
     """Print the last comparison with the reference."""
     if manifest.evidence:
         last = manifest.evidence[-1]
-        figures = ", ".join(f"{name} {value:.6g}" for name, value in last.values.items())
-        typer.echo(f"{last.what} on {last.images} images ({last.source}, {last.runtime}): {figures}")
+        typer.echo(f"{last.what}, {last.images} images ({last.source}; {last.runtime}):")
+        for name, value in last.values.items():
+            typer.echo(f"  {name:<28} {value:.6g}")
 
 
 def _version(show: bool) -> None:

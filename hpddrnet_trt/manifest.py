@@ -13,7 +13,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -29,14 +29,18 @@ Precision = Literal["fp32", "fp16", "int8"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    # Metrics of absent classes are NaN, which JSON cannot write as a number: "NaN" is read back.
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings")
+
+
+ColourValue = Annotated[int, Field(ge=0, le=255)]
 
 
 class ClassInfo(_Record):
     """One class: its name and the RGB colour (0..255) it is drawn in."""
 
     name: str = Field(min_length=1)
-    color: tuple[int, int, int]
+    color: tuple[ColourValue, ColourValue, ColourValue]
 
 
 class Normalisation(_Record):

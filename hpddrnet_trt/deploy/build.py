@@ -18,6 +18,8 @@ from tqdm import tqdm
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
 from hpddrnet_trt.deploy.shapes import Profile, default_profiles, is_static, narrowed, parse_shapes
 from hpddrnet_trt.deploy.tensorrt_api import (
+    INPUT,
+    PORTABLE,
     TensorRT,
     choose_flavour,
     compute_capability,
@@ -31,8 +33,6 @@ from hpddrnet_trt.manifest import EngineRecord, InputContract, Manifest, Precisi
 
 logger = logging.getLogger(__name__)
 
-INPUT = "image"
-PORTABLE = "portable"
 
 
 @dataclass(frozen=True)

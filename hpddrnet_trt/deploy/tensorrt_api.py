@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+INPUT = "image"  # name of the engines' one input
+PORTABLE = "portable"  # in place of a compute capability: TensorRT-RTX's default build
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _MAJOR_VERSIONS: dict[Flavour, tuple[int, ...]] = {"tensorrt": (10, 11), "tensorrt-rtx": (1,)}

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.deploy.build import INPUT, PORTABLE
 from hpddrnet_trt.deploy.shapes import Profile, choose_profile
-from hpddrnet_trt.deploy.tensorrt_api import TensorRT, load_flavour
+from hpddrnet_trt.deploy.tensorrt_api import INPUT, PORTABLE, TensorRT, load_flavour
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, check_shape, input_contract
 from hpddrnet_trt.engines.cuda_memory import (
     DeviceArray,

@@ -51,8 +51,6 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a residual sum; ``act`` says whether a ReLU follows the sum."""
 
-    expansion = 1
-
     def __init__(self, inputs: int, width: int, stride: int = 1, act: bool = True) -> None:
         super().__init__()
         self.conv1 = ConvNormAct(inputs, width, 3, stride)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.manifest import NetworkConfig
+from hpddrnet_trt.errors import ContractError, UsageError
+from hpddrnet_trt.manifest import SIZE_MULTIPLE, NetworkConfig
 from hpddrnet_trt.models.attention import ECA, PositionAttention
 from hpddrnet_trt.models.blocks import BN_MOMENTUM, DAPPM, Bottleneck, ConvNormAct, NormActConv, basic_stage
 
@@ -150,7 +151,9 @@ class HPDDRNet(nn.Module):
     """The complete network.
 
     Input: normalised RGB ``[N, 3, H, W]`` with H and W multiples of 8. Output: logits
-    ``[N, classes, H/8, W/8]``; in training mode the pair (main, auxiliary).
+    ``[N, classes, H/8, W/8]``; in training mode the pair (main, auxiliary). Raises
+    :class:`ContractError` for any other input, and for a single image in training mode (the global
+    mean of the pyramid pooling gives batch normalisation one value per channel and image).
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -175,7 +178,25 @@ class HPDDRNet(nn.Module):
             nn.init.normal_(classifier.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        # An exported graph has its own contract: sizes are symbols there, not numbers to compare.
+        if not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()):
+            self._check_input(x)
         return self.decode_head(self.backbone(x))
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+            raise ContractError(
+                f"the network takes normalised RGB images, float [batch, 3, height, width], not {x.dtype} "
+                f"{list(x.shape)}"
+            )
+        height, width = x.shape[2:]
+        if 0 in x.shape or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+            raise ContractError(
+                f"the network takes heights and widths that are multiples of {SIZE_MULTIPLE}, not {height}x{width} "
+                f"(batch {x.shape[0]}); pad or resize the image, or use Segmenter, which takes any size"
+            )
+        if self.training and x.shape[0] < 2:
+            raise ContractError("training needs at least two images per batch on each device; raise the batch size")
 
     def predict_logits(self, x: Tensor) -> Tensor:
         """Logits at the input's own resolution, ``[N, classes, H, W]`` (evaluation mode)."""

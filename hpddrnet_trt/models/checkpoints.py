@@ -1,0 +1,290 @@
+"""Saving and loading the network: our own format, and conversion of foreign checkpoints.
+
+Ours is a safetensors file whose header carries the :class:`~hpddrnet_trt.manifest.Manifest` as JSON:
+weights and their description in one file, and nothing in it can run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from hpddrnet_trt import __version__
+from hpddrnet_trt.errors import BadInputFile, UsageError, require
+from hpddrnet_trt.files import existing_file, write_bytes
+from hpddrnet_trt.manifest import (
+    METADATA_KEY,
+    ClassInfo,
+    DataRecord,
+    Manifest,
+    NetworkConfig,
+    Normalisation,
+    parse_manifest,
+)
+from hpddrnet_trt.models.foreign import (
+    ForeignCheckpoint,
+    described_classes,
+    described_normalisation,
+    distinct_colours,
+    infer_config,
+    read_foreign,
+)
+from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.models.unpickle import ZIP_MAGIC
+
+__all__ = [
+    "ForeignCheckpoint",
+    "convert_checkpoint",
+    "load_any_checkpoint",
+    "load_backbone_weights",
+    "load_checkpoint",
+    "read_foreign",
+    "save_checkpoint",
+]
+
+SUFFIX = ".safetensors"
+_COUNTER = ".num_batches_tracked"
+# What a checkpoint pretrained for image classification does not have.
+_SEGMENTATION_ONLY = ("spp.", "ecas.", "sps.")
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(path: str | Path, network: HPDDRNet, manifest: Manifest) -> Path:
+    """Write weights and description to ``path`` (``.safetensors``), whole or not at all.
+
+    Raises :class:`UsageError` for another ending or a manifest of another network.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise UsageError(f"a checkpoint's name ends in {SUFFIX}, not {path.suffix or 'nothing'!r}: {path}")
+    if manifest.network != network.config:
+        raise UsageError(
+            f"the description is of {manifest.network.name} with {manifest.network.num_classes} classes, the network "
+            f"is {network.config.name} with {network.config.num_classes}"
+        )
+    description = manifest.replace(checkpoint_sha256=None)  # a file cannot hold its own checksum
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    content = _safetensors().save(tensors, metadata={METADATA_KEY: description.to_json()})
+    return write_bytes(path, content)
+
+
+def load_checkpoint(path: str | Path) -> tuple[HPDDRNet, Manifest]:
+    """Read a checkpoint of ours: the network in evaluation mode on the CPU, and its description
+    with ``checkpoint_sha256`` filled in.
+
+    Raises :class:`BadInputFile` when the file is missing, damaged, without a description, or when
+    its weights do not fit the network it describes.
+    """
+    path = existing_file(path, "checkpoint")
+    content = _read(path)
+    weights, metadata = _parse(content, path)
+    if METADATA_KEY not in metadata:
+        raise BadInputFile(
+            f"{path} carries no description of the model (classes, network); it was not written by this package: "
+            "give a checkpoint of hpddrnet-trt train or convert-checkpoint"
+        )
+    manifest = parse_manifest(metadata[METADATA_KEY], path)
+    network = _build(manifest.network, weights, path)
+    return network, manifest.replace(checkpoint_sha256=hashlib.sha256(content).hexdigest())
+
+
+def load_any_checkpoint(path: str | Path) -> tuple[HPDDRNet, Manifest]:
+    """Like :func:`load_checkpoint` for our format and for foreign ones, told apart by content."""
+    path = existing_file(path, "checkpoint")
+    if not _is_foreign(path):
+        return load_checkpoint(path)
+    network, manifest = _from_foreign(read_foreign(path), path.stem, None, None)
+    return network, manifest.replace(checkpoint_sha256=hashlib.sha256(_read(path)).hexdigest())
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    palette: Sequence[tuple[int, int, int]] | None = None,
+    licence: str | None = None,
+) -> Manifest:
+    """Write our format from a checkpoint of mmsegmentation or of the HPDDRNet authors.
+
+    ``name`` of the model (default: the source's file name); ``classes`` and ``palette`` (RGB, 0..255)
+    replace what the file says; ``licence`` of the data the model was trained on. Returns the
+    description, whose ``remarks`` tell what was dropped or assumed.
+
+    Raises :class:`BadInputFile` for a file that does not hold such a network (one error lists every
+    missing, unknown or misshapen weight) and :class:`UsageError` for classes that do not match it.
+    """
+    checkpoint = read_foreign(source)
+    network, manifest = _from_foreign(checkpoint, name or checkpoint.path.stem, classes, palette)
+    if licence is not None:
+        manifest = manifest.replace(data=DataRecord(name="unknown", licence=licence))
+    written = save_checkpoint(target, network, manifest)
+    for remark in manifest.remarks:
+        log.info("%s: %s", source, remark)
+    return manifest.replace(checkpoint_sha256=hashlib.sha256(_read(written)).hexdigest())
+
+
+def load_backbone_weights(network: HPDDRNet, path: str | Path) -> list[str]:
+    """Start training from pretrained weights: copy a checkpoint's backbone into ``network``.
+
+    Reads backbone-only files (``stem.0.conv.weight`` ...), such as mmsegmentation's ImageNet models,
+    full foreign checkpoints, and ours; the classifiers are left alone. Pyramid pooling and attention
+    may be absent as a whole, since ImageNet models have none; they keep their values. Unknown weights
+    are ignored. Both are told in the returned remarks. Raises :class:`BadInputFile`, listing them
+    all, when other weights are missing or any has another shape; ``network`` is then unchanged.
+    """
+    path = existing_file(path, "checkpoint")
+    remarks: list[str] = []
+    if _is_foreign(path):
+        checkpoint = read_foreign(path)
+        given, remarks = checkpoint.state_dict, list(checkpoint.remarks)
+    else:
+        given, _ = _parse(_read(path), path)
+    if any(key.startswith("backbone.") for key in given):
+        given = {key[len("backbone.") :]: value for key, value in given.items() if key.startswith("backbone.")}
+    expected = network.backbone.state_dict()
+    kept = tuple(part for part in _SEGMENTATION_ONLY if _has(expected, part) and not _has(given, part))
+    if kept:
+        expected = {key: value for key, value in expected.items() if not key.startswith(kept)}
+        remarks.append(f"not in the file, trained from their initial values: {', '.join(part[:-1] for part in kept)}")
+    unknown = sorted(key for key in given if key not in expected)
+    if unknown:
+        remarks.append(f"ignored {len(unknown)} weights that the backbone does not have: {', '.join(unknown)}")
+    wanted = {key: value for key, value in given.items() if key in expected}
+    weights = _fitting(expected, wanted, f"the backbone of {network.config.name}", path)
+    network.backbone.load_state_dict(weights, strict=False)  # completeness was checked above
+    return remarks
+
+
+def _has(names: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _from_foreign(
+    checkpoint: ForeignCheckpoint,
+    name: str,
+    classes: Sequence[str] | None,
+    palette: Sequence[tuple[int, int, int]] | None,
+) -> tuple[HPDDRNet, Manifest]:
+    config = infer_config(checkpoint)
+    network = _build(config, checkpoint.state_dict, checkpoint.path)
+    remarks = list(checkpoint.remarks)
+    normalisation = described_normalisation(checkpoint.meta)
+    if normalisation is None:
+        normalisation = Normalisation()
+        remarks.append("the file names no normalisation; ImageNet's mean and standard deviation are assumed")
+    manifest = Manifest(
+        name=name,
+        network=config,
+        classes=_class_table(checkpoint, config.num_classes, classes, palette, remarks),
+        normalisation=normalisation,
+        remarks=remarks,
+        versions={"hpddrnet_trt": __version__, "torch": str(torch.__version__)},
+    )
+    return network, manifest
+
+
+def _class_table(
+    checkpoint: ForeignCheckpoint,
+    count: int,
+    names: Sequence[str] | None,
+    palette: Sequence[tuple[int, int, int]] | None,
+    remarks: list[str],
+) -> list[ClassInfo]:
+    """Classes from the arguments, else from the file, else numbered (with a remark)."""
+    for what, given in (("class names", names), ("colours", palette)):
+        if given is not None and len(given) != count:
+            raise UsageError(f"{len(given)} {what} were given but {checkpoint.path} has {count} classes")
+    described = described_classes(checkpoint.meta)
+    if described is not None and len(described) != count:
+        remarks.append(f"the file describes {len(described)} classes but its network has {count}; ignored")
+        described = None
+    if names is None and described is None:
+        remarks.append("the file names no classes; they are numbered")
+    chosen = names or [entry.name for entry in described or []] or [f"class {index}" for index in range(count)]
+    colours = palette or [entry.color for entry in described or []] or distinct_colours(count)
+    try:
+        return [ClassInfo(name=name, color=colour) for name, colour in zip(chosen, colours, strict=True)]
+    except ValidationError as exc:
+        raise UsageError(f"class names must be text and colours three values each: {exc.errors()[0]['msg']}") from exc
+
+
+def _build(config: NetworkConfig, weights: Mapping[str, Tensor], source: Path) -> HPDDRNet:
+    """The network with these weights, in evaluation mode."""
+    # On the meta device a network costs no memory, so a lying shape is found before it is allocated,
+    # and the random state that training is seeded with is left alone.
+    with torch.device("meta"):
+        network = HPDDRNet(config)
+    what = f"{config.name} with {config.num_classes} classes"
+    network.load_state_dict(_fitting(network.state_dict(), weights, what, source), assign=True)
+    return network.eval()
+
+
+def _fitting(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, source: Path
+) -> dict[str, Tensor]:
+    """``given`` in the types of ``expected``, or one error that lists everything that does not fit."""
+    missing = [name for name in expected if name not in given and not name.endswith(_COUNTER)]
+    unknown = sorted(name for name in given if name not in expected)
+    misshapen = [
+        f"{name} is {tuple(given[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    lists = (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+    parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists if names]
+    if parts:
+        raise BadInputFile(
+            f"the weights in {source} do not fit {what} ({'; '.join(parts)}); "
+            "give a checkpoint of this network, or train one"
+        )
+    for name, value in given.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise BadInputFile(f"{source} holds a weight that is not finite ({name}): its training diverged")
+    # Files older than the batch counter lack it; it plays no part in inference.
+    return {
+        name: given[name].to(value.dtype) if name in given else torch.zeros(value.shape, dtype=value.dtype)
+        for name, value in expected.items()
+    }
+
+
+def _is_foreign(path: Path) -> bool:
+    # A safetensors file starts with the length of its header, whose third byte on is small or zero,
+    # and with "{" at the ninth byte; a pickle starts with 0x80 and its protocol number.
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    return head.startswith(ZIP_MAGIC) or (head[:1] == b"\x80" and head[8:9] != b"{")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions") from exc
+
+
+def _parse(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    library = _safetensors()
+    error = require("safetensors", "train", "read checkpoints").SafetensorError
+    try:
+        tensors = library.load(content)
+    except (error, ValueError, KeyError) as exc:
+        raise BadInputFile(
+            f"{path} is not a safetensors file or is truncated ({exc}); copy it again, or convert a foreign "
+            "checkpoint with: hpddrnet-trt convert-checkpoint"
+        ) from exc
+    length = int.from_bytes(content[:8], "little")
+    return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
+
+
+def _safetensors() -> Any:
+    return require("safetensors.torch", "train", "read and write checkpoints")
