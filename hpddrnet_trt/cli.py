@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from hpddrnet_trt import __version__
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.manifest import Manifest
 
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 app = typer.Typer(
     name="hpddrnet-trt",
     help="Semantic segmentation of SEM micrographs: train, export, calibrate, build, run and measure.",
@@ -49,13 +50,14 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = None,
 ) -> None:
     """Train a network; an interrupted run continues where it stopped when called again."""
+    for module in ("torch", "lightning", "tensorboard", "safetensors"):
+        require(module, "train", "train a network")
     from hpddrnet_trt.training.config import load_config
     from hpddrnet_trt.training.run import train as run_training
 
+    logging.getLogger("hpddrnet_trt.training").setLevel(logging.INFO)  # says what it continues from
     result = run_training(load_config(config, settings or []))
-    typer.echo(f"best checkpoint: {result.checkpoint}")
-    for name, value in sorted(result.metrics.items()):
-        typer.echo(f"  {name}: {value:.4f}")
+    typer.echo(f"best mIoU {result.metrics['val/miou']:.4f} at step {result.metrics['step']:.0f}: {result.checkpoint}")
 
 
 @app.command()
@@ -251,10 +253,10 @@ def benchmark(
     from hpddrnet_trt.benchmark.folders import model_files, publish_report
     from hpddrnet_trt.benchmark.images import load_images, parse_size
     from hpddrnet_trt.benchmark.report import format_table, write_report
-    from hpddrnet_trt.benchmark.result import Settings
+    from hpddrnet_trt.benchmark.result import make_settings
     from hpddrnet_trt.benchmark.suite import entries_for, run_benchmark
 
-    settings = Settings(
+    settings = make_settings(
         sizes=tuple(parse_size(text) for text in size or ()), batch=batch, rounds=rounds, threads=threads
     )
     result = run_benchmark(entries_for(model_files(models)), load_images(data, split), settings)
@@ -263,6 +265,8 @@ def benchmark(
     if publish is not None:
         typer.echo(f"published: {publish_report(written, result, publish)}")
     typer.echo(f"report: {written.html}")
+    if not result.complete:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -362,8 +366,10 @@ def run(command: Callable[..., Any] | typer.Typer) -> NoReturn:
         if os.environ.get("HPDDRNET_DEBUG"):
             raise
         sys.exit(_fail(str(exc), exc.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
+    except SystemExit as exc:
+        if exc.code == INTERRUPTED:  # typer turns Ctrl-C into this exit, without a word
+            _fail("interrupted", INTERRUPTED)
+        raise
     except OSError as exc:
         if exc.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}:
             raise

@@ -1,0 +1,24 @@
+"""Measuring: engines and precisions against the PyTorch reference, in one interleaved run."""
+
+from __future__ import annotations
+
+from hpddrnet_trt.benchmark.images import Image, ImageSet, load_images, parse_size
+from hpddrnet_trt.benchmark.report import format_table, write_report
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Settings, load_result, make_settings
+from hpddrnet_trt.benchmark.suite import Entry, entries_for, run_benchmark
+
+__all__ = [
+    "BenchmarkResult",
+    "Entry",
+    "Image",
+    "ImageSet",
+    "Settings",
+    "entries_for",
+    "format_table",
+    "load_images",
+    "load_result",
+    "make_settings",
+    "parse_size",
+    "run_benchmark",
+    "write_report",
+]

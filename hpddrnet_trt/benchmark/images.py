@@ -1,0 +1,135 @@
+"""The images of a benchmark: whole ones for accuracy, frames of a given size for timing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.manifest import IGNORE_INDEX, SIZE_MULTIPLE, ClassInfo
+
+Grey8 = npt.NDArray[np.uint8]
+MAX_FRAMES = 16  # distinct timed frames kept in memory
+
+
+@dataclass(frozen=True)
+class Image:
+    """One test image: ``grey`` uint8 ``[H, W]`` and, where labelled, its ``mask`` uint8 of the same shape."""
+
+    name: str
+    grey: Grey8
+    mask: Grey8 | None = None
+
+    def __post_init__(self) -> None:
+        if self.grey.ndim != 2 or self.grey.dtype != np.uint8 or not self.grey.size:
+            raise UsageError(
+                f"benchmark image {self.name} must be 8-bit grey [height, width], "
+                f"got {self.grey.dtype} {self.grey.shape}"
+            )
+        if self.mask is not None and self.mask.shape != self.grey.shape:
+            raise UsageError(f"the mask of {self.name} is {self.mask.shape}, its image {self.grey.shape}; fix the pair")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and where they come from; ``classes`` of the masks, None without masks."""
+
+    name: str
+    images: Sequence[Image]
+    classes: Sequence[ClassInfo] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise UsageError(f"there are no images in {self.name}; choose another folder or split")
+        for image in self.images:
+            self._check_mask(image)
+
+    def _check_mask(self, image: Image) -> None:
+        if image.mask is None:
+            return
+        if self.classes is None:
+            raise UsageError(f"{self.name} has masks but no classes; give the classes that the masks' values mean")
+        labelled = image.mask[image.mask != IGNORE_INDEX]
+        if labelled.size and labelled.max() >= len(self.classes):
+            raise UsageError(
+                f"the mask of {image.name} holds the value {labelled.max()}, but there are {len(self.classes)} classes "
+                f"(0 to {len(self.classes) - 1}) and {IGNORE_INDEX} for ignore; correct the mask"
+            )
+
+
+def load_images(path: str | Path, split: str = "test", limit: int | None = None) -> ImageSet:
+    """The images of a dataset's ``split`` with their masks, or a file, folder or glob of micrographs.
+
+    16-bit and float micrographs are windowed to 8 bits, each with its own default window.
+    Raises :class:`UsageError` for an empty choice and :class:`BadInputFile` for an unreadable image.
+    """
+    from hpddrnet_trt.data.datasets import FolderDataset, image_files
+    from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+
+    if limit is not None and limit < 1:
+        raise UsageError(f"the number of images must be at least 1, got {limit}")
+    if _is_dataset(path):
+        dataset = FolderDataset.open(path)
+        samples = dataset.split(split)[:limit]
+        pairs = [(sample.name, *dataset.load(sample)) for sample in samples]
+        images = [Image(name, grey, mask) for name, grey, mask in pairs]
+        return ImageSet(f"{dataset.name}/{split}", images, dataset.classes)
+    files = image_files(path)[:limit]
+    return ImageSet(str(path), [Image(file.stem, to_grey8(read_micrograph(file).pixels)[0]) for file in files])
+
+
+def _is_dataset(path: str | Path) -> bool:
+    from hpddrnet_trt.data.layouts import detect_layout
+
+    try:
+        detect_layout(path)
+    except BadInputFile:
+        return False
+    return True
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"1024"`` or ``"768x1024"`` (height x width) as (height, width)."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?:[x×]\s*(\d+)\s*)?", text)
+    if match is None:
+        raise UsageError(f"size {text!r} is not understood; write 1024 or 768x1024 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def own_size(images: Sequence[Image]) -> tuple[int, int]:
+    """Height and width of the first image, reduced to multiples of 8 (at least 8)."""
+    height, width = (max(SIZE_MULTIPLE, edge - edge % SIZE_MULTIPLE) for edge in images[0].grey.shape)
+    return height, width
+
+
+def fit(grey: Grey8, height: int, width: int) -> tuple[Grey8, str]:
+    """A frame of ``height`` x ``width``: the centre where the image is larger, tiled by reflection where
+    it is smaller; and a word on what was done (empty when nothing was)."""
+    done = []
+    if grey.shape[0] > height or grey.shape[1] > width:
+        top, left = max(0, (grey.shape[0] - height) // 2), max(0, (grey.shape[1] - width) // 2)
+        grey = grey[top : top + height, left : left + width]
+        done.append("cropped to its centre")
+    if grey.shape != (height, width):
+        grey = np.pad(grey, ((0, height - grey.shape[0]), (0, width - grey.shape[1])), mode="symmetric")
+        done.append("tiled by reflection")
+    return np.ascontiguousarray(grey), " and ".join(done)
+
+
+def timing_frames(images: Sequence[Image], height: int, width: int, batch: int) -> tuple[list[Grey8], str]:
+    """Batches ``[batch, height, width]`` that go through all images, and a sentence on how they were made."""
+    count = min(MAX_FRAMES, max(1, -(-len(images) // batch)))
+    used = range(min(len(images), count * batch))
+    fitted = [fit(images[index].grey, height, width) for index in used]
+    frames = [
+        np.stack([fitted[(start * batch + offset) % len(fitted)][0] for offset in range(batch)])
+        for start in range(count)
+    ]
+    done = {how: sum(entry[1] == how for entry in fitted) for how in sorted({entry[1] for entry in fitted})}
+    text = "; ".join(f"{number} {how or 'used as they are'}" for how, number in done.items())
+    return frames, f"frames of {height}x{width} for timing, from {len(fitted)} images: {text}"

@@ -1,0 +1,156 @@
+"""The timing loop: fair orders, honest statistics, failures and interrupts kept apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpddrnet_trt.benchmark.timing import (
+    describe,
+    latency_of,
+    ratio_of_medians,
+    round_orders,
+    time_interleaved,
+)
+from hpddrnet_trt.errors import ContractError, UsageError
+
+FRAMES = [np.full((1, 8, 8), value, dtype=np.uint8) for value in (10, 20, 30)]
+latencies = st.lists(st.floats(0.001, 1000), min_size=1, max_size=60)
+
+
+@given(latencies)
+def test_quantiles_are_those_of_numpy(samples: list[float]) -> None:
+    found = latency_of(samples)
+    assert [found.p50, found.p95, found.p99] == pytest.approx(np.quantile(samples, [0.5, 0.95, 0.99]))
+    assert (found.maximum, found.mean) == (max(samples), pytest.approx(np.mean(samples)))
+
+
+def test_no_samples_is_an_error() -> None:
+    with pytest.raises(UsageError, match="at least one round"):
+        latency_of([])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0.01, 10)), min_size=5, max_size=40), st.integers(0, 9))
+def test_the_interval_holds_the_ratio_and_inverts_with_it(pairs: list[tuple[float, float]], seed: int) -> None:
+    first, second = zip(*pairs, strict=True)
+    found = ratio_of_medians(first, second, seed=seed)
+    assert found.value == pytest.approx(np.median(first) / np.median(second))
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low <= found.value <= found.high
+    swapped = ratio_of_medians(second, first, seed=seed)
+    # Resampled medians invert exactly; interpolation between two of 2000 resamples does not, hence the tolerance.
+    assert swapped.low is not None
+    assert swapped.value == pytest.approx(1 / found.value)
+    assert swapped.low <= 1 / found.low
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for trial in range(60):
+        reference, samples = 4 * rng.lognormal(0, 0.1, 41), 2 * rng.lognormal(0, 0.1, 41)
+        found = ratio_of_medians(reference.tolist(), samples.tolist(), seed=trial)
+        assert found.low is not None
+        assert found.high is not None
+        inside += found.low <= 2 <= found.high
+    # 95 % of 60 is 57; a correct interval falls below 49 less than once in 10000.
+    assert inside >= 49
+
+
+def test_what_disturbs_both_does_not_widen_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    weather = rng.uniform(1, 3, 40)  # the machine is up to three times slower in some rounds
+    paired = ratio_of_medians((4 * weather).tolist(), (2 * weather).tolist())
+    shuffled = ratio_of_medians((4 * weather).tolist(), (2 * rng.permutation(weather)).tolist())
+    assert (paired.low, paired.high) == (pytest.approx(2), pytest.approx(2))
+    assert shuffled.low is not None
+    assert shuffled.high is not None
+    assert shuffled.high - shuffled.low > 0.2
+
+
+def test_few_rounds_give_no_interval() -> None:
+    found = ratio_of_medians([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
+    assert (found.value, found.low, found.high) == (2.0, None, None)
+
+
+def test_ratios_of_unequal_rounds_are_refused() -> None:
+    with pytest.raises(UsageError, match="one latency per round"):
+        ratio_of_medians([1.0, 2.0], [1.0])
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 1000))
+def test_every_round_is_a_permutation_and_positions_are_shared_fairly(entries: int, rounds: int, seed: int) -> None:
+    orders = round_orders(entries, rounds, seed)
+    assert len(orders) == rounds
+    assert all(sorted(order) == list(range(entries)) for order in orders)
+    whole = np.array(orders[: rounds - rounds % entries], dtype=int).reshape(-1, entries)
+    for position in range(entries):
+        counts = np.bincount(whole[:, position], minlength=entries)
+        assert counts.min(initial=10**9) == counts.max(initial=0) or not len(whole)
+    assert orders == round_orders(entries, rounds, seed)
+
+
+def test_neighbours_change_between_blocks() -> None:
+    orders = round_orders(5, 50, seed=0)
+    followers = {(order[index], order[index + 1]) for order in orders for index in range(4)}
+    assert len(followers) > 10  # one fixed cycle would have 5
+
+
+class Recorder:
+    """A runner that notes what it saw, with a shared log of the order of calls."""
+
+    def __init__(self, name: str, log: list[tuple[str, int]], fail_at: int | None = None) -> None:
+        self.name, self.log, self.fail_at, self.calls = name, log, fail_at, 0
+
+    def __call__(self, frames: npt.NDArray[np.uint8]) -> None:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise ContractError("the engine gave up")
+        self.log.append((self.name, int(frames[0, 0, 0])))
+
+
+def test_in_each_round_everybody_runs_once_on_the_same_frame() -> None:
+    log: list[tuple[str, int]] = []
+    steps: list[int] = []
+    runners = {name: Recorder(name, log) for name in "abc"}
+    laps = time_interleaved(runners, FRAMES, rounds=7, warmup=2, on_step=lambda: steps.append(1))
+    timed = log[2 * 3 :]
+    for number in range(7):
+        names, frames = zip(*timed[3 * number : 3 * number + 3], strict=True)
+        assert sorted(names) == ["a", "b", "c"]
+        assert set(frames) == {10 * (number % 3 + 1)}
+    assert laps.rounds == 7
+    assert all(len(laps.samples[name]) == 7 and min(laps.samples[name]) > 0 for name in "abc")
+    assert len(steps) == 3 * (2 + 7)
+
+
+def test_one_failure_does_not_stop_the_others() -> None:
+    log: list[tuple[str, int]] = []
+    runners = {"good": Recorder("good", log), "bad": Recorder("bad", log, fail_at=4)}
+    laps = time_interleaved(runners, FRAMES, rounds=6, warmup=1)
+    assert laps.failures == {"bad": "the engine gave up"}
+    assert {label: len(samples) for label, samples in laps.samples.items()} == {"good": 6}
+    assert runners["bad"].calls == 4
+
+
+def test_an_interrupt_keeps_the_finished_rounds_only() -> None:
+    log: list[tuple[str, int]] = []
+
+    def interrupted(frames: npt.NDArray[np.uint8]) -> None:
+        log.append(("b", 0))
+        if sum(name == "b" for name, _ in log) == 4:  # one warm-up, two rounds, then Ctrl-C
+            raise KeyboardInterrupt
+
+    laps = time_interleaved({"a": Recorder("a", log), "b": interrupted}, FRAMES, rounds=9, warmup=1)
+    assert laps.interrupted
+    assert {label: len(samples) for label, samples in laps.samples.items()} == {"a": 2, "b": 2}
+
+
+def test_reasons_are_one_line() -> None:
+    assert describe(UsageError("choose another")) == "choose another"
+    assert describe(RuntimeError("first\n  second")) == "RuntimeError: first second"

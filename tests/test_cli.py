@@ -1,0 +1,181 @@
+"""Every command with bad input: one readable sentence, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpddrnet_trt import cli
+from hpddrnet_trt.manifest import read_manifest
+from hpddrnet_trt.models.checkpoints import save_checkpoint
+from tests.tiny_network import tiny_manifest, tiny_network
+
+Run = Callable[..., tuple[int, str, str]]
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Call the program in an empty folder; gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HPDDRNET_DEBUG", raising=False)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hpddrnet-trt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        output = capfd.readouterr()
+        code = exit_.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, output.out, output.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = tiny_network()
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors", network, tiny_manifest(network))
+
+
+def prepare(folder: Path) -> None:
+    """Files that are not what they are taken for."""
+    (folder / "empty").mkdir()
+    for name in ("bad.onnx", "bad.safetensors", "bad.engine", "bad.pth", "bad.png"):
+        (folder / name).write_bytes(b"\x00\x01 not a model at all")
+    (folder / "bad.yaml").write_text("run: {nam: x}\n")
+    for split in ("train", "val", "test"):
+        for kind, value in (("images", 90), ("masks", 7)):
+            path = folder / "outside" / kind / split / "a.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.full((16, 16), value, np.uint8)).save(path)
+    classes = [{"index": i, "name": f"phase {i}", "color": [i, i, i]} for i in range(3)]
+    (folder / "outside" / "dataset.json").write_text(json.dumps({"name": "outside", "classes": classes}))
+
+
+BAD = [
+    (["train", "--config", "none.yaml"], "none.yaml"),
+    (["train", "--config", "bad.yaml"], "run.name"),
+    (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=empty"], "empty"),
+    (["train", "--config", "{repo}/train/configs/demo.yaml", "optimisation.lr=-1"], "optimisation.lr"),
+    (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=outside"], "outside"),
+    (["evaluate", "none.onnx", "--data", "outside"], "none.onnx"),
+    (["evaluate", "{checkpoint}", "--data", "empty"], "empty"),
+    (["evaluate", "{checkpoint}", "--data", "outside", "--split", "tets"], "tets"),
+    (["export", "none.safetensors", "x.onnx"], "none.safetensors"),
+    (["export", "bad.safetensors", "x.onnx"], "bad.safetensors"),
+    (["export", "{checkpoint}", "x.onnx", "--height", "250", "--width", "256"], "250"),
+    (["calibrate", "bad.onnx", "x.onnx", "--data", "outside"], "bad.onnx"),
+    (["calibrate", "bad.onnx", "x.onnx", "--data", "empty"], "empty"),
+    (["build", "bad.onnx"], "bad.onnx"),
+    (["build", "none.onnx"], "none.onnx"),
+    (["inspect", "bad.engine"], "bad.engine"),
+    (["inspect", "bad.onnx"], "bad.onnx"),
+    (["segment", "empty", "out", "--model", "{checkpoint}"], "empty"),
+    (["segment", "outside/images/test", "out", "--model", "bad.onnx"], "bad.onnx"),
+    (["segment", "outside/images/test", "out", "--model", "bad.engine"], "bad.engine"),
+    (["segment", "outside/images/test", "out", "--model", "{checkpoint}", "--engine", "onnxruntime"], "onnx"),
+    (["benchmark", "empty", "--data", "outside"], "empty"),
+    (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
+    (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
+    (["check-dataset", "none"], "none"),
+    (["convert-checkpoint", "bad.pth", "x.safetensors"], "bad.pth"),
+    (["convert-checkpoint", "none.pth", "x.safetensors"], "none.pth"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD, ids=[" ".join(args) for args, _ in BAD])
+def test_bad_input_is_one_sentence(
+    run: Run, checkpoint: Path, tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    prepare(tmp_path)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    code, _, err = run(*(part.format(repo=REPOSITORY, checkpoint=checkpoint) for part in arguments))
+    assert code in (1, 2), err
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("error: "), err
+    assert named in message
+    assert "Traceback" not in err
+    left = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert not left, f"left behind: {left}"
+
+
+def test_unknown_options_and_choices_are_usage_errors(run: Run) -> None:
+    for arguments in (["trian"], ["build", "x.onnx", "--precision", "int4"], ["segment", "x"], ["export", "--what"]):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert "Error" in err
+        assert "Traceback" not in err
+
+
+def test_dataset_with_faults_is_reported_and_refused(run: Run, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    code, out, _ = run("check-dataset", "outside", "--contact-sheet", "sheet.png")
+    assert code == 1
+    assert "7" in out
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
+def test_one_bad_micrograph_does_not_stop_the_others(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(np.arange(40 * 56, dtype=np.uint32).reshape(40, 56).astype(np.uint8)).save(folder / "good.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
+    code, out, _ = run("segment", "in", "out", "--model", checkpoint)
+    assert code == 1
+    assert "1 segmented" in out
+    assert "broken.png" in out
+    with Image.open(tmp_path / "out" / "good.png") as labels:
+        assert labels.size == (56, 40)
+        assert labels.mode == "P"
+
+
+def test_interrupt_ends_with_one_line(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpddrnet_trt.evaluation.evaluate", interrupted)
+    code, _, err = run("evaluate", checkpoint, "--data", "outside")
+    assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
+
+
+def test_inspect_prints_the_description(run: Run, checkpoint: Path) -> None:
+    code, out, _ = run("inspect", checkpoint)
+    assert code == 0
+    assert read_manifest(checkpoint).to_json() in out
+
+
+def test_help_of_every_command_is_its_docstring(run: Run) -> None:
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__.replace("_", "-")
+        code, out, _ = run(name, "--help")
+        assert code == 0
+        first_line = (command.callback.__doc__ or "").strip().splitlines()[0]
+        assert " ".join(first_line.split()) in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["train/train.py", "train/evaluate.py", "export/export_onnx.py", "export/calibrate.py", "export/build_engine.py",
+     "benchmarks/benchmark.py"],
+)  # fmt: skip
+def test_recipes_are_the_commands(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [recipe, "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(REPOSITORY / recipe), run_name="__main__")
+    assert not exit_.value.code
+    assert "Usage" in capfd.readouterr().out
