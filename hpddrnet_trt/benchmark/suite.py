@@ -78,7 +78,8 @@ def entries_for(files: Sequence[str | Path]) -> list[Entry]:
             label = " ".join(part for part in parts if part)
             if manifest is None or any(entry.label == label for entry in entries):
                 label = f"{label} ({path.name})"
-            entries.append(Entry(label, path, engine))
+            # Labels only, like the others: logits need not leave the GPU.
+            entries.append(Entry(label, path, engine, {"output": "labels"} if engine == "torch" else {}))
     return entries
 
 

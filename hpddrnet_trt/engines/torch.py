@@ -32,9 +32,9 @@ class TorchEngine(EngineBase):
     Parameters: ``device`` ``auto`` (a GPU when PyTorch has one), ``cpu``, ``cuda`` or ``cuda:1``;
     ``threads`` CPU threads of PyTorch, **for the whole process**; ``input_dtype`` ``uint8`` takes
     grey images ``[N, 1, H, W]`` and normalises them, ``float32`` takes normalised RGB
-    ``[N, 3, H, W]``; ``autocast`` ``off`` | ``fp16`` | ``bf16``; ``channels_last`` memory layout.
-
-    Output is logits at the input's resolution, and their labels.
+    ``[N, 3, H, W]``; ``output`` ``logits`` gives logits at the input's resolution and their labels,
+    ``labels`` the labels only (on a GPU the logits are then not copied to the host); ``autocast``
+    ``off`` | ``fp16`` | ``bf16``; ``channels_last`` memory layout.
     """
 
     def __init__(
@@ -44,11 +44,12 @@ class TorchEngine(EngineBase):
         device: str = "auto",
         threads: int | None = None,
         input_dtype: Literal["uint8", "float32"] = "uint8",
+        output: Literal["logits", "labels"] = "logits",
         autocast: Literal["off", "fp16", "bf16"] = "off",
         channels_last: bool = False,
     ) -> None:
         network, manifest = load_any_checkpoint(path)
-        self._setup(network, manifest, device, threads, input_dtype, autocast, channels_last)
+        self._setup(network, manifest, device, threads, input_dtype, output, autocast, channels_last)
 
     @classmethod
     def from_network(
@@ -61,7 +62,7 @@ class TorchEngine(EngineBase):
     ) -> TorchEngine:
         """An engine around a network in memory (put into evaluation mode and moved to ``device``)."""
         engine = cls.__new__(cls)
-        engine._setup(network, manifest, device, None, input_dtype, "off", False)
+        engine._setup(network, manifest, device, None, input_dtype, "logits", "off", False)
         return engine
 
     def _setup(
@@ -71,9 +72,12 @@ class TorchEngine(EngineBase):
         device: str,
         threads: int | None,
         input_dtype: str,
+        output: Literal["logits", "labels"],
         autocast: str,
         channels_last: bool,
     ) -> None:
+        if output not in ("logits", "labels"):
+            raise UsageError(f"output is logits or labels, got {output!r}")
         if input_dtype not in ("uint8", "float32") or autocast not in AUTOCAST:
             raise UsageError(
                 f"input_dtype is uint8 or float32 and autocast one of {', '.join(AUTOCAST)}, "
@@ -87,7 +91,7 @@ class TorchEngine(EngineBase):
         self._contract = InputContract.model_validate(
             {"dtype": input_dtype, "channels": 1 if input_dtype == "uint8" else 3}
         )
-        self.manifest = manifest.replace(input=self._contract, output=OutputContract(kind="logits"))
+        self.manifest = manifest.replace(input=self._contract, output=OutputContract(kind=output))
         self._autocast = autocast
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         module: Any = network.eval().to(self.device)
@@ -114,7 +118,8 @@ class TorchEngine(EngineBase):
             with torch.inference_mode(), _without_tf32(self.device):
                 logits = self._logits(images)
                 labels = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
-                return Prediction(labels, logits=logits.cpu().numpy())
+                wanted = self.manifest.output is not None and self.manifest.output.kind == "logits"
+                return Prediction(labels, logits=logits.cpu().numpy() if wanted else None)
         except (torch.cuda.OutOfMemoryError, MemoryError) as exc:
             raise UserError(f"out of memory on an input of shape {images.shape}; use a smaller image or batch") from exc
 

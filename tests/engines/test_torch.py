@@ -108,3 +108,17 @@ def test_golden_logits(golden: Path, size: str) -> None:
     with TorchEngine(golden / "hpddrnet" / "checkpoint.pth", device="cpu", input_dtype="float32") as engine:
         assert engine.manifest.class_names == ["grains", "pores", "clay"]
         assert np.abs(engine.infer(images).logits - expected).max() < 5e-4
+
+
+def test_labels_only_output_gives_the_same_labels_and_no_logits(
+    network: HPDDRNet, description: Manifest, tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "tiny.safetensors", network, description)
+    image = np.random.default_rng(3).integers(0, 256, (2, 1, 32, 40), dtype=np.uint8)
+    with TorchEngine(checkpoint) as full, TorchEngine(checkpoint, output="labels") as labels_only:
+        expected, found = full.infer(image), labels_only.infer(image)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    assert found.logits is None
+    assert expected.logits is not None
+    with pytest.raises(UsageError, match="output"):
+        TorchEngine(checkpoint, output="scores")  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""ONNX files of this package: reading, writing, and the small graph queries the passes share."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.errors import UserError, require
+from hpddrnet_trt.files import atomic_path
+from hpddrnet_trt.manifest import METADATA_KEY, Manifest, read_manifest
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def load_model(path: str | Path) -> tuple[onnx.ModelProto, Manifest]:
+    """Read an ONNX file of this package and its description.
+
+    Raises :class:`~hpddrnet_trt.errors.BadInputFile` for a damaged or foreign file.
+    """
+    onnx = require("onnx", "export", "read ONNX files")
+    manifest = read_manifest(path)
+    return onnx.load(str(path)), manifest
+
+
+def save_model(model: onnx.ModelProto, target: str | Path, manifest: Manifest) -> Path:
+    """Check ``model``, put ``manifest`` into its ``metadata_props`` and write one self-contained file.
+
+    The file appears complete or not at all. ``model`` itself is changed (its metadata).
+    """
+    onnx = require("onnx", "export", "write ONNX files")
+    del model.metadata_props[:]
+    model.metadata_props.add(key=METADATA_KEY, value=manifest.to_json())
+    model.producer_name = "hpddrnet-trt"
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        raise UserError(f"the graph meant for {target} is not valid ONNX ({exc}); please report this") from exc
+    with atomic_path(target) as temporary:
+        onnx.save(model, str(temporary))
+    return Path(target)
+
+
+def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Tensor name to the node that makes it."""
+    return {name: node for node in graph.node for name in node.output if name}
+
+
+def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Tensor name to the nodes that read it."""
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in dict.fromkeys(node.input):
+            readers[name].append(node)
+    return readers
+
+
+def initializers(graph: onnx.GraphProto) -> dict[str, npt.NDArray[np.generic]]:
+    """Initialiser name to its values."""
+    from onnx import numpy_helper
+
+    return {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Give the graph these nodes, in topological order; drop nodes and initialisers nothing reads."""
+    ordered = _live(graph, _sorted(graph, list(nodes)))
+    del graph.node[:]
+    graph.node.extend(ordered)
+    used = {name for node in ordered for name in node.input} | {entry.name for entry in graph.output}
+    kept = [entry for entry in graph.initializer if entry.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _sorted(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    made = {name for node in nodes for name in node.output}
+    waiting = [(node, {name for name in node.input if name in made}) for node in nodes]
+    ready: set[str] = set()
+    ordered: list[onnx.NodeProto] = []
+    while waiting:
+        rest = []
+        for node, needs in waiting:
+            if needs <= ready:
+                ordered.append(node)
+                ready.update(node.output)
+            else:
+                rest.append((node, needs))
+        if len(rest) == len(waiting):
+            raise ValueError(f"the graph has a cycle through {rest[0][0].name!r}")
+        waiting = rest
+    return ordered
+
+
+def _live(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    needed = {entry.name for entry in graph.output}
+    kept = []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+    return kept[::-1]
+
+
+def count_operators(model: onnx.ModelProto) -> Counter[str]:
+    """How many nodes of each operator the graph has."""
+    return Counter(node.op_type for node in model.graph.node)

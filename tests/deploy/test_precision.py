@@ -1,0 +1,282 @@
+"""FP16 typing: which tensor has which type, that the graph still computes the same, what TensorRT makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from PIL import Image
+
+from hpddrnet_trt.data.simulate import simulate
+from hpddrnet_trt.deploy.onnx_export import ExportOptions, export_network
+from hpddrnet_trt.deploy.onnx_graph import consumers, load_model, producers, save_model
+from hpddrnet_trt.deploy.precision import (
+    SMALLEST_SCALE,
+    attention_score_nodes,
+    convert_precision,
+    fp16_range_report,
+    large_nodes,
+    tensor_types,
+    to_half,
+)
+from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.manifest import read_manifest
+from tests.tiny_network import tiny_manifest, tiny_network
+
+FP32, FP16 = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A static FP32 file whose attention scores pass the end of FP16."""
+    network = tiny_network()
+    torch.manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.25)
+    for name, module in network.named_modules():
+        if name.endswith("pa.fc_q"):
+            module.weight.data *= 3000.0
+    torch.nn.init.normal_(network.decode_head.conv_seg.weight, std=0.05)
+    target = tmp_path_factory.mktemp("precision") / "fp32.onnx"
+    options = ExportOptions(batch=1, height=64, width=96, confidence=True)
+    # Scores this large make the attention a choice of one position, which rounding can flip: the
+    # comparison with PyTorch belongs to the export's own tests.
+    export_network(network, tiny_manifest(network), target, options, verify=False)
+    return target
+
+
+@pytest.fixture(scope="module")
+def half(source: Path) -> Path:
+    target = source.with_name("fp16.onnx")
+    convert_precision(source, target)
+    return target
+
+
+def picture(height: int = 64, width: int = 96, seed: int = 0) -> npt.NDArray[np.uint8]:
+    return simulate(height, width, seed=seed)[0]
+
+
+def run(model: onnx.ModelProto, image: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {model.graph.input[0].name: image}))
+
+
+def test_description_and_contract(source: Path, half: Path) -> None:
+    manifest = read_manifest(half)
+    assert manifest.precision == "fp16"
+    assert manifest.evidence[-1].what == "conversion to FP16"
+    assert manifest.evidence[-1].values["agreement"] > 0.98
+    before, after = onnx.load(str(source)).graph, onnx.load(str(half)).graph
+    assert list(before.input) == list(after.input)
+    assert list(before.output) == list(after.output)
+    assert half.stat().st_size < 0.7 * source.stat().st_size
+
+
+def test_everything_is_fp16_but_the_islands(half: Path) -> None:
+    model = onnx.load(str(half))
+    types = tensor_types(model)
+    scores = attention_score_nodes(model.graph)
+    full = {
+        node.name
+        for node in model.graph.node
+        if node.op_type != "Cast" and any(types[name] == FP32 for name in node.output)
+    }
+    assert scores < full
+    confidence = full - scores
+    assert {node.op_type for node in model.graph.node if node.name in confidence} <= {
+        "ReduceMax", "Sub", "Exp", "ReduceSum", "Reciprocal",
+    }  # fmt: skip
+    weights = [entry for entry in model.graph.initializer if entry.data_type == FP32]
+    assert {reader.op_type for entry in weights for reader in consumers(model.graph)[entry.name]} <= {"Resize"}
+
+
+def test_scores_never_leave_fp32(half: Path) -> None:
+    graph = onnx.load(str(half)).graph
+    made, readers = producers(graph), consumers(graph)
+    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
+    assert len(softmaxes) == 2
+    for softmax in softmaxes:
+        product = made[softmax.input[0]]
+        assert product.op_type == "MatMul"  # and no cast between the two
+        for name in product.input:
+            assert made[name].op_type == "Cast"
+            assert made[name].attribute[0].i == FP32
+        (after,) = readers[softmax.output[0]]
+        assert (after.op_type, after.attribute[0].i) == ("Cast", FP16)
+
+
+def test_image_becomes_fp16_in_one_cast(half: Path) -> None:
+    graph = onnx.load(str(half)).graph
+    (cast,) = consumers(graph)["image"]
+    assert (cast.op_type, cast.attribute[0].i) == ("Cast", FP16)
+
+
+def test_honest_fp16_arithmetic(source: Path, half: Path) -> None:
+    """ONNX's own evaluator rounds every result to FP16, which ONNX Runtime on a CPU does not."""
+    image = picture()[None, None]
+    want, want_confidence = run(onnx.load(str(source)), image)
+    labels, confidence = ReferenceEvaluator(str(half)).run(None, {"image": image})
+    assert len(np.unique(want)) > 1
+    assert np.isfinite(confidence).all()
+    assert np.mean(labels == want) > 0.97
+    assert np.mean(np.abs(confidence - want_confidence)) < 0.02
+
+
+def test_scores_in_fp16_would_overflow(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the island is for: without it the same file gives no numbers."""
+    model, manifest = load_model(source)
+    scores = {node.output[0] for node in model.graph.node if node.name in attention_score_nodes(model.graph)}
+    monkeypatch.setattr("hpddrnet_trt.deploy.precision.attention_score_nodes", lambda graph: set())
+    naive = to_half(model)
+    with np.errstate(all="ignore"):
+        _, confidence = ReferenceEvaluator(naive).run(None, {"image": picture()[None, None]})
+    assert not np.isfinite(confidence).all()
+    assert scores
+    assert manifest.precision == "fp32"
+
+
+def test_range_report_and_nodes_kept_in_fp32(source: Path, tmp_path: Path) -> None:
+    model, manifest = load_model(source)
+    weights = {entry.name: entry for entry in model.graph.initializer}
+    inner = next(node for node in model.graph.node if node.name == "backbone.down_1.conv/Conv")
+    for name in inner.input[1:]:
+        weights[name].CopyFrom(numpy_helper.from_array(2e4 * numpy_helper.to_array(weights[name]), name))
+    loud = tmp_path / "loud.onnx"
+    save_model(model, loud, manifest)
+    image = tmp_path / "a.png"
+    Image.fromarray(picture()).save(image)
+
+    report = fp16_range_report(model, manifest, [image])
+    assert report[inner.output[0]] > 16376
+    found = large_nodes(model.graph, report)
+    assert inner.name in found
+    assert not attention_score_nodes(model.graph) & found.keys()
+
+    target = tmp_path / "half.onnx"
+    written = convert_precision(loud, target, images=[image])
+    types = tensor_types(onnx.load(str(target)))
+    assert types[inner.output[0]] == FP32
+    assert any(inner.name in remark for remark in written.remarks)
+
+
+def test_named_nodes_and_oversized_weights_stay(source: Path) -> None:
+    model, _ = load_model(source)
+    classifier = next(node for node in model.graph.node if node.name == "conv_seg/Conv")
+    del classifier.input[2:]
+    classifier.input.append("large")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1e5, 0, 0], np.float32), "large"))
+    result = to_half(model, ["backbone.stem.1.conv/Conv"])
+    types = tensor_types(result)
+    outputs = {node.name: node.output[0] for node in result.graph.node}
+    assert types[outputs["conv_seg/Conv"]] == FP32
+    assert types[outputs["backbone.stem.1.conv/Conv"]] == FP32
+    assert types[outputs["backbone.stem.0.conv.conv/Conv"]] == FP16
+    onnx.checker.check_model(result, full_check=True)
+
+
+def test_float_input_and_logits_stay_fp32() -> None:
+    weight = numpy_helper.from_array(np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1), "w")
+    model = _model([helper.make_node("Conv", ["image", "w"], ["logits"], "c")], [weight], (1, 3, 4, 4))
+    result = to_half(model)
+    onnx.checker.check_model(result, full_check=True)
+    assert [node.op_type for node in result.graph.node] == ["Cast", "Conv", "Cast"]
+    x = np.random.default_rng(0).normal(size=(1, 3, 4, 4)).astype(np.float32)
+    (got,) = run(result, x)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, x, atol=2e-3)
+
+
+def test_weight_read_in_both_types_is_stored_twice() -> None:
+    weight = numpy_helper.from_array(np.full((3, 1, 1), 0.5, np.float32), "w")
+    nodes = [helper.make_node("Mul", ["image", "w"], ["a"], "m"), helper.make_node("Add", ["a", "w"], ["logits"], "s")]
+    result = to_half(_model(nodes, [weight], (1, 3, 4, 4)), ["s"])
+    assert {entry.name: entry.data_type for entry in result.graph.initializer} == {"w": FP32, "w.fp16": FP16}
+    (got,) = run(result, np.ones((1, 3, 4, 4), np.float32))
+    np.testing.assert_allclose(got, 1.0, atol=1e-3)
+
+
+def test_explicit_int8_graph() -> None:
+    """Scales become FP16; those that FP16 cannot hold are raised and the stored weights re-rounded."""
+    rng = np.random.default_rng(0)
+    scales = np.array([1e-2, 3e-6], np.float32)  # the second is below the smallest normal FP16 number
+    stored = rng.integers(-127, 128, (2, 3, 1, 1)).astype(np.int8)
+    constants = [
+        numpy_helper.from_array(np.array(0.02, np.float32), "sx"),
+        numpy_helper.from_array(np.array(0, np.int8), "zx"),
+        numpy_helper.from_array(stored, "w"),
+        numpy_helper.from_array(scales, "sw"),
+        numpy_helper.from_array(np.zeros(2, np.int8), "zw"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "sx", "zx"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "sx", "zx"], ["x"], "dx"),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wf"], "dw", axis=0),
+        helper.make_node("Conv", ["x", "wf"], ["logits"], "c"),
+    ]
+    model = _model(nodes, constants, (1, 3, 4, 4), channels=2)
+    result = to_half(model)
+    onnx.checker.check_model(result, full_check=True)
+    types = tensor_types(result)
+    assert {types[name] for name in ("sx", "sw", "x", "wf")} == {FP16}
+    assert types["q"] == types["w"] == TensorProto.INT8
+    values = {entry.name: numpy_helper.to_array(entry) for entry in result.graph.initializer}
+    assert values["sw"].min() >= SMALLEST_SCALE
+    before = stored * scales.reshape(2, 1, 1, 1)
+    after = values["w"] * values["sw"].astype(np.float32).reshape(2, 1, 1, 1)
+    assert np.abs(after - before)[1].max() <= SMALLEST_SCALE / 2
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-3)
+    x = rng.normal(size=(1, 3, 4, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(result, x)[0], run(model, x)[0], atol=2e-2)
+
+
+def _model(
+    nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], shape: tuple[int, ...], channels: int = 3
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", FP32, shape)],
+        [helper.make_tensor_value_info("logits", FP32, (shape[0], channels, *shape[2:]))],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_refuses_what_makes_no_sense(source: Path, half: Path, tmp_path: Path) -> None:
+    target = tmp_path / "x.onnx"
+    with pytest.raises(UsageError, match="needs an FP32 file"):
+        convert_precision(half, target)
+    with pytest.raises(UsageError, match="no node called nowhere"):
+        convert_precision(source, target, keep_fp32=["nowhere"])
+    with pytest.raises(UsageError, match="unknown precision"):
+        convert_precision(source, target, "int8")  # type: ignore[arg-type]
+    assert not target.exists()
+
+
+def test_fp32_is_a_copy(source: Path, tmp_path: Path) -> None:
+    manifest = convert_precision(source, tmp_path / "same.onnx", "fp32")
+    assert manifest == read_manifest(source) == read_manifest(tmp_path / "same.onnx")
+    image = picture()[None, None]
+    first, second = (run(onnx.load(str(path)), image)[0] for path in (source, tmp_path / "same.onnx"))
+    assert np.array_equal(first, second)
+
+
+def test_tensorrt_rtx_parses_and_builds(half: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(half.read_bytes()), [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    kinds = [network.get_layer(i).get_output(0).dtype for i in range(network.num_layers)]
+    assert kinds.count(trt.DataType.HALF) > 0.8 * len(kinds)
+    assert builder.build_serialized_network(network, builder.create_builder_config()) is not None
