@@ -1,0 +1,1 @@
+"""Micrographs, masks and datasets: reading, checking, simulating, augmenting (no PyTorch here)."""

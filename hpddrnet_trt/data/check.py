@@ -1,0 +1,319 @@
+"""``check-dataset``: everything that is wrong or odd in a folder dataset, in one report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from hpddrnet_trt.data.contact_sheet import draw_contact_sheet
+from hpddrnet_trt.data.datasets import SplitStatistics, infer_classes, summarise, unknown_values, with_groups
+from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, default_palette, read_description
+from hpddrnet_trt.data.layouts import SPLITS, Layout, Sample, SplitFiles, detect_layout, scan_split
+from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
+from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.manifest import IGNORE_INDEX, ClassInfo
+
+_LISTED = 5  # file names that the text shows of a longer list; the JSON has all
+
+
+@dataclass
+class SplitReport:
+    """One split. Paths are strings relative to the dataset; figures are over readable, matching pairs."""
+
+    images: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)  # "width x height" -> count
+    pixel_types: dict[str, int] = field(default_factory=dict)  # "uint8" -> count
+    grey_mean: float | None = None
+    grey_std: float | None = None
+    class_fractions: list[float] = field(default_factory=list)
+    class_images: list[int] = field(default_factory=list)  # images in which the class occurs
+    ignored_fraction: float = 0.0
+    images_without_mask: list[str] = field(default_factory=list)
+    masks_without_image: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # the sentence about each
+    mismatched_sizes: list[str] = field(default_factory=list)
+    unknown_values: dict[int, list[str]] = field(default_factory=dict)  # label value -> masks
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DatasetReport:
+    """What :func:`check_dataset` found. ``problems`` stand in the way of training, ``warnings`` do not."""
+
+    root: str
+    name: str
+    layout: str
+    licence: str | None
+    classes: list[ClassInfo]
+    splits: dict[str, SplitReport]
+    leaks: list[list[str]]  # identical pictures in different splits
+    duplicates: list[list[str]]  # identical pictures within one split
+    shared_groups: dict[str, list[str]]  # group -> splits it occurs in
+    problems: list[str]
+    warnings: list[str]
+    contact_sheet: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing stands in the way of training."""
+        return not self.problems
+
+    def to_json(self) -> str:
+        """The whole report as JSON; figures that could not be had are null."""
+        content: dict[str, Any] = {"ok": self.ok, **asdict(self)}
+        content["classes"] = [entry.model_dump() for entry in self.classes]
+        return json.dumps(content, indent=1)
+
+    def text(self) -> str:
+        """The report for people."""
+        lines = [
+            f"dataset {self.name} ({self.root}), layout {self.layout}",
+            f"classes: {', '.join(entry.name for entry in self.classes) or 'unknown'}"
+            f"    licence: {self.licence or 'not stated'}",
+        ]
+        for name, split in self.splits.items():
+            lines += ["", *_split_lines(name, split, self.classes)]
+        for title, entries in (("PROBLEMS", self.problems), ("warnings", self.warnings)):
+            if entries:
+                lines += ["", f"{title}:", *(f"  - {entry}" for entry in entries)]
+        if self.contact_sheet:
+            lines += ["", f"contact sheet: {self.contact_sheet}"]
+        verdict = "fit for training" if self.ok else f"not fit for training: {len(self.problems)} problems"
+        return "\n".join([*lines, "", verdict.replace("1 problems", "1 problem")])
+
+
+def check_dataset(
+    folder: str | Path,
+    contact_sheet: str | Path | None = None,
+    *,
+    layout: Layout | None = None,
+    progress: bool = True,
+) -> DatasetReport:
+    """Read every file of a dataset and report; optionally draw a contact sheet (PNG).
+
+    Looks at counts, sizes, grey statistics, class fractions, unknown label values, unpaired and
+    unreadable files, mismatched sizes, pictures that occur twice (across splits: a leak), and
+    groups (specimens) that are spread over splits. Faults of single files become entries of the
+    report; only a folder that is no dataset at all raises :class:`BadInputFile`.
+    """
+    root = Path(folder)
+    found = detect_layout(root, layout)
+    description = read_description(root / FILE_NAME) if (root / FILE_NAME).is_file() else DatasetDescription()
+    files = {split: _scan(root, found, split, description) for split in SPLITS}
+    if not any(entry.samples or entry.images_without_mask or entry.masks_without_image for entry in files.values()):
+        raise BadInputFile(f"dataset {root} is empty: no image in any of {', '.join(SPLITS)}")
+    scan = _Scan(root, description)
+    jobs = [(split, sample) for split in SPLITS for sample in files[split].samples]
+    for split, sample in tqdm(jobs, desc="checking", unit="image", disable=not progress):
+        scan.add(split, sample)
+    report = scan.report(found, files)
+    if contact_sheet is not None:
+        groups = {split: [item for item in entry.samples if item in scan.good] for split, entry in files.items()}
+        draw_contact_sheet(contact_sheet, report.name, report.classes, groups)
+        report.contact_sheet = str(contact_sheet)
+    return report
+
+
+def _scan(root: Path, layout: Layout, split: str, description: DatasetDescription) -> SplitFiles:
+    files = scan_split(root, layout, split)
+    return SplitFiles(
+        with_groups(files.samples, split, description), files.images_without_mask, files.masks_without_image
+    )
+
+
+class _Scan:
+    """Gathers what is known of each file, then writes the report."""
+
+    def __init__(self, root: Path, description: DatasetDescription) -> None:
+        self.root = root
+        self.description = description
+        self.splits: dict[str, SplitReport] = defaultdict(SplitReport)
+        self.grey_levels: dict[str, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros(256, np.int64))
+        self.labels: dict[str, dict[Sample, npt.NDArray[np.int64]]] = defaultdict(dict)
+        self.same_pixels: dict[str, list[tuple[str, str]]] = defaultdict(list)  # hash -> (split, file)
+        self.groups: dict[str, set[str]] = defaultdict(set)
+        self.good: set[Sample] = set()
+
+    def add(self, split: str, sample: Sample) -> None:
+        """Read one sample and note everything about it."""
+        report = self.splits[split]
+        if sample.group is not None:
+            self.groups[sample.group].add(split)
+        try:
+            micrograph = read_micrograph(sample.image)
+            mask = read_mask(sample.mask)
+        except BadInputFile as exc:
+            report.unreadable.append(str(exc))
+            return
+        pixels = micrograph.pixels
+        report.remarks += [f"{self._name(sample.image)}: {remark}" for remark in micrograph.remarks]
+        header = f"{pixels.dtype} {pixels.shape} ".encode()
+        digest = hashlib.sha256(header + pixels.tobytes()).hexdigest()
+        self.same_pixels[digest].append((split, self._name(sample.image)))
+        if micrograph.info_bar_rows is not None and mask.shape[0] == micrograph.info_bar_rows[1]:
+            mask = mask[: micrograph.info_bar_rows[0]]
+        _count(report.sizes, f"{pixels.shape[1]} x {pixels.shape[0]}")
+        _count(report.pixel_types, str(pixels.dtype))
+        if mask.shape != pixels.shape:
+            report.mismatched_sizes.append(
+                f"{self._name(sample.image)} is {pixels.shape[1]} x {pixels.shape[0]}, "
+                f"{self._name(sample.mask)} is {mask.shape[1]} x {mask.shape[0]}"
+            )
+            return
+        self.grey_levels[split] += np.bincount(to_grey8(pixels)[0].ravel(), minlength=256)
+        self.labels[split][sample] = np.bincount(mask.ravel(), minlength=256)
+        self.good.add(sample)
+
+    def report(self, layout: Layout, files: dict[str, SplitFiles]) -> DatasetReport:
+        """Put the findings together."""
+        problems: list[str] = []
+        warnings: list[str] = []
+        classes = self._class_table(problems, warnings)
+        for split, entry in files.items():
+            if entry.samples or entry.images_without_mask or entry.masks_without_image:
+                self._finish_split(split, entry, classes)
+        splits = {name: self.splits[name] for name in SPLITS if name in self.splits}
+        same = list(self.same_pixels.values())
+        leaks = [[name for _, name in group] for group in same if len({split for split, _ in group}) > 1]
+        duplicates = [
+            [name for _, name in group] for group in same if len(group) > 1 and len({split for split, _ in group}) == 1
+        ]
+        shared = {group: sorted(where, key=SPLITS.index) for group, where in self.groups.items() if len(where) > 1}
+        for name, split_report in splits.items():
+            problems += _split_problems(name, split_report)
+            warnings += _split_warnings(name, split_report, classes)
+        problems += [f"the same picture is in different splits (a leak): {_join(group)}" for group in leaks]
+        problems += _training_problems(splits.get("train"), classes)
+        warnings += [f"the same picture occurs twice: {_join(group)}" for group in duplicates]
+        warnings += [
+            f"images of group {group!r} (one specimen or article) occur in {', '.join(where)}: "
+            "scores there may be too good"
+            for group, where in sorted(shared.items())
+        ]
+        warnings += [f"there is no {name} split" for name in ("val", "test") if name not in splits]
+        if self.description.licence is None:
+            warnings.append(f"no licence is stated; write one into {FILE_NAME}")
+        return DatasetReport(
+            root=str(self.root),
+            name=self.description.name or self.root.resolve().name,
+            layout=layout,
+            licence=self.description.licence,
+            classes=classes,
+            splits=splits,
+            leaks=leaks,
+            duplicates=duplicates,
+            shared_groups=dict(sorted(shared.items())),
+            problems=problems,
+            warnings=warnings,
+        )
+
+    def _class_table(self, problems: list[str], warnings: list[str]) -> list[ClassInfo]:
+        listed = self.description.class_table()
+        if listed is not None:
+            return listed
+        total = self._label_counts(*self.labels)
+        try:
+            table, remark = infer_classes(total, self.root)
+        except BadInputFile as exc:
+            problems.append(str(exc))
+            # For the figures only: one nameless class for every value that occurs.
+            count = max((int(value) + 1 for value in np.flatnonzero(total[:IGNORE_INDEX])), default=0)
+            colors = default_palette(count)
+            return [ClassInfo(name=f"value {value}", color=colors[value]) for value in range(count)]
+        warnings.append(remark)
+        return table
+
+    def _label_counts(self, *splits: str) -> npt.NDArray[np.int64]:
+        total = np.zeros(256, dtype=np.int64)
+        for split in splits:
+            for counts in self.labels[split].values():
+                total += counts
+        return total
+
+    def _finish_split(self, split: str, files: SplitFiles, classes: list[ClassInfo]) -> None:
+        report = self.splits[split]
+        report.images = len(files.samples) + len(files.images_without_mask)
+        report.images_without_mask = [self._name(path) for path in files.images_without_mask]
+        report.masks_without_image = [self._name(path) for path in files.masks_without_image]
+        histograms = self.labels[split]
+        for sample, counts in histograms.items():
+            for value in unknown_values(counts, len(classes)):
+                report.unknown_values.setdefault(value, []).append(self._name(sample.mask))
+        statistics: SplitStatistics = summarise(
+            len(histograms), self.grey_levels[split], self._label_counts(split), len(classes)
+        )
+        report.grey_mean = None if math.isnan(statistics.grey_mean) else round(statistics.grey_mean, 3)
+        report.grey_std = None if math.isnan(statistics.grey_std) else round(statistics.grey_std, 3)
+        report.class_fractions = [round(share, 6) for share in statistics.class_fractions]
+        report.ignored_fraction = round(statistics.ignored_fraction, 6)
+        report.class_images = [
+            sum(1 for counts in histograms.values() if counts[index]) for index in range(len(classes))
+        ]
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def _split_problems(name: str, report: SplitReport) -> Iterator[str]:
+    yield from (
+        f"{name}: {title}: {_join(entries)}"
+        for title, entries in (
+            ("images without a mask", report.images_without_mask),
+            ("masks without an image", report.masks_without_image),
+            ("image and mask differ in size", report.mismatched_sizes),
+        )
+        if entries
+    )
+    yield from (f"{name}: {sentence}" for sentence in report.unreadable)
+    for value, masks in sorted(report.unknown_values.items()):
+        yield f"{name}: label value {value} is neither a class nor {IGNORE_INDEX} (ignore), in {_join(masks)}"
+
+
+def _split_warnings(name: str, report: SplitReport, classes: list[ClassInfo]) -> Iterator[str]:
+    if report.remarks:
+        yield f"{name}: {_join(report.remarks)}"
+    absent = [entry.name for entry, count in zip(classes, report.class_images, strict=True) if not count]
+    if absent and report.images:
+        yield f"{name}: no pixel of {', '.join(absent)}"
+
+
+def _training_problems(train: SplitReport | None, classes: list[ClassInfo]) -> Iterator[str]:
+    if train is None or not train.images:
+        yield "there is no train split"
+        return
+    present = [entry.name for entry, share in zip(classes, train.class_fractions, strict=True) if share > 0]
+    if len(present) < 2:
+        found = f"only the class {present[0]!r}" if present else "no labelled pixel"
+        yield f"train: {found} occurs; training needs at least two classes"
+
+
+def _split_lines(name: str, report: SplitReport, classes: list[ClassInfo]) -> Iterator[str]:
+    sizes = ", ".join(f"{count} of {size}" for size, count in sorted(report.sizes.items()))
+    types = ", ".join(f"{count} {kind}" for kind, count in sorted(report.pixel_types.items()))
+    yield f"{name}: {report.images} images ({sizes or 'none readable'} pixels; {types or '-'})"
+    if report.grey_mean is not None and report.grey_std is not None:
+        yield f"  grey (0 to 255): mean {report.grey_mean:.1f}, standard deviation {report.grey_std:.1f}"
+    width = max((len(entry.name) for entry in classes), default=0)
+    for entry, share, images in zip(classes, report.class_fractions, report.class_images, strict=True):
+        yield f"  {entry.name:<{width}}  {100 * share:7.3f} %  in {images} images"
+    if report.ignored_fraction:
+        yield f"  {'(ignored)':<{width}}  {100 * report.ignored_fraction:7.3f} %  of all pixels"
+
+
+def _join(entries: list[str]) -> str:
+    more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
+    return ", ".join(entries[:_LISTED]) + more
+
+
+def _count(counter: dict[str, int], key: str) -> None:
+    counter[key] = Counter(counter)[key] + 1

@@ -1,0 +1,298 @@
+"""Folder datasets: micrographs with masks, in splits, with a class table."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
+from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, default_palette, read_description
+from hpddrnet_trt.data.layouts import SPLITS, Layout, Sample, detect_layout, scan_split
+from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
+from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.files import sha256_of
+from hpddrnet_trt.manifest import IGNORE_INDEX, ClassInfo
+
+__all__ = ["FolderDataset", "Layout", "Sample", "SplitStatistics", "image_files"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SplitStatistics:
+    """Figures of one split. Grey values are of the 8-bit pictures (0..255); fractions sum to one
+    over the labelled pixels, ``ignored_fraction`` is of all pixels."""
+
+    images: int
+    pixels: int
+    grey_mean: float
+    grey_std: float
+    class_fractions: list[float]
+    ignored_fraction: float
+
+
+@dataclass(frozen=True)
+class FolderDataset:
+    """Micrographs and masks of one folder; open it with :meth:`open`.
+
+    ``remarks`` holds what had to be assumed (class names, for example).
+    """
+
+    root: Path
+    layout: Layout
+    name: str
+    classes: list[ClassInfo]
+    licence: str | None
+    samples: dict[str, list[Sample]]
+    pixel_size_m: float | None = None
+    remarks: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        layout: Layout | None = None,
+        *,
+        classes: Sequence[ClassInfo | str] | None = None,
+    ) -> FolderDataset:
+        """Open ``folder`` in one of the two layouts (told by its sub-folders when not given).
+
+        ``folders``: ``images|masks/{train,val,test}/NAME``; ``cityscapes``:
+        ``{train,val,test}/{imgs,labels}`` with ``*_leftImg8bit.*`` and
+        ``*_gtFine_labelTrainIds.*``. Classes come from ``classes``, else from ``dataset.json``,
+        else from the mask values, with a remark.
+
+        Raises :class:`BadInputFile` for missing folders, no pairs, unpaired files, a broken
+        ``dataset.json``, or masks no class table can be read from.
+        """
+        root = Path(folder)
+        layout = detect_layout(root, layout)
+        description = read_description(root / FILE_NAME) if (root / FILE_NAME).is_file() else DatasetDescription()
+        samples = _paired_samples(root, layout, description)
+        remarks: list[str] = []
+        if classes is not None:
+            table = _given_classes(classes)
+        else:
+            listed = description.class_table()
+            table = listed if listed is not None else _inferred_from_files(root, samples, remarks)
+        return cls(
+            root=root,
+            layout=layout,
+            name=description.name or root.resolve().name,
+            classes=table,
+            licence=description.licence,
+            samples=samples,
+            pixel_size_m=description.pixel_size_m,
+            remarks=tuple(remarks),
+        )
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that hold images, in the order train, val, test."""
+        return list(self.samples)
+
+    @property
+    def class_names(self) -> list[str]:
+        return [entry.name for entry in self.classes]
+
+    @property
+    def palette(self) -> list[tuple[int, int, int]]:
+        return [entry.color for entry in self.classes]
+
+    def split(self, name: str) -> list[Sample]:
+        """Samples of one split, sorted by name; :class:`UsageError` when there is no such split."""
+        if name not in self.samples:
+            raise UsageError(f"dataset {self.root} has no split {name!r}; it has {', '.join(self.splits)}")
+        return self.samples[name]
+
+    def load(self, sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Read one sample: grey picture and mask, both uint8 ``[H, W]``.
+
+        A mask drawn over the whole file loses the rows of the information bar as the picture does.
+        Raises :class:`BadInputFile` for sizes that differ or values outside the classes.
+        """
+        grey, mask = read_pair(sample)
+        unknown = unknown_values(np.bincount(mask.ravel(), minlength=256), len(self.classes))
+        if unknown:
+            raise BadInputFile(
+                f"mask {sample.mask} holds the value {unknown[0]}, which is not one of the {len(self.classes)} "
+                f"classes (0 to {len(self.classes) - 1}) nor {IGNORE_INDEX} (ignore); correct the mask or the classes"
+            )
+        return grey, mask
+
+    def checksum(self) -> str:
+        """SHA-256 over splits, names and file contents of all images and masks.
+
+        It does not depend on the folder's place, its layout or the order of its files.
+        """
+        digest = hashlib.sha256()
+        for split in sorted(self.samples):
+            for sample in sorted(self.samples[split], key=lambda sample: sample.name):
+                for kind, path in (("image", sample.image), ("mask", sample.mask)):
+                    digest.update(f"{split}\n{kind}\n{sample.name}\n{sha256_of(path)}\n".encode())
+        return digest.hexdigest()
+
+    def statistics(self, split: str, *, progress: bool = False) -> SplitStatistics:
+        """Grey mean and standard deviation and class fractions of one split; reads every file."""
+        grey_levels = np.zeros(256, dtype=np.int64)
+        labels = np.zeros(256, dtype=np.int64)
+        samples = self.split(split)
+        for sample in tqdm(samples, desc=f"statistics of {split}", unit="image", disable=not progress):
+            grey, mask = self.load(sample)
+            grey_levels += np.bincount(grey.ravel(), minlength=256)
+            labels += np.bincount(mask.ravel(), minlength=256)
+        return summarise(len(samples), grey_levels, labels, len(self.classes))
+
+    def training_statistics(self, split: str = "train", *, progress: bool = False) -> SplitStatistics:
+        """:meth:`statistics`, with a :class:`BadInputFile` when there is nothing to learn:
+        fewer than two classes occur, or no pixel is labelled."""
+        statistics = self.statistics(split, progress=progress)
+        present = [name for name, share in zip(self.class_names, statistics.class_fractions, strict=True) if share > 0]
+        if len(present) < 2:
+            found = f"only the class {present[0]!r}" if present else "no labelled pixel"
+            raise BadInputFile(
+                f"the split {split!r} of dataset {self.root} holds {found}; "
+                "training needs masks with at least two classes"
+            )
+        return statistics
+
+
+def read_pair(sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Read picture (as 8-bit grey) and mask of one sample and see that their sizes agree."""
+    micrograph = read_micrograph(sample.image)
+    grey, _ = to_grey8(micrograph.pixels)
+    mask = read_mask(sample.mask)
+    if micrograph.info_bar_rows is not None and mask.shape[0] == micrograph.info_bar_rows[1]:
+        mask = mask[: micrograph.info_bar_rows[0]]
+    if grey.shape != mask.shape:
+        raise BadInputFile(
+            f"{sample.image} is {grey.shape[1]} x {grey.shape[0]} pixels but its mask {sample.mask} is "
+            f"{mask.shape[1]} x {mask.shape[0]}; a mask has the size of its image"
+        )
+    return grey, mask
+
+
+def unknown_values(label_counts: npt.NDArray[np.integer], num_classes: int) -> list[int]:
+    """Label values that are neither a class nor 255, from a histogram of 256 counts."""
+    return [int(value) for value in np.flatnonzero(label_counts[:IGNORE_INDEX]) if value >= num_classes]
+
+
+def summarise(
+    images: int, grey_levels: npt.NDArray[np.integer], labels: npt.NDArray[np.integer], num_classes: int
+) -> SplitStatistics:
+    """Statistics from two histograms of 256 counts; NaN where nothing was counted."""
+    values = np.arange(256, dtype=np.float64)
+    pixels = int(labels.sum())
+    labelled = int(labels[:num_classes].sum())
+    counted = int(grey_levels.sum())
+    mean = float(values @ grey_levels) / counted if counted else float("nan")
+    variance = float((values - mean) ** 2 @ grey_levels) / counted if counted else float("nan")
+    return SplitStatistics(
+        images=images,
+        pixels=pixels,
+        grey_mean=mean,
+        grey_std=variance**0.5,
+        class_fractions=[int(count) / labelled if labelled else 0.0 for count in labels[:num_classes]],
+        ignored_fraction=int(labels[IGNORE_INDEX]) / pixels if pixels else 0.0,
+    )
+
+
+def infer_classes(label_counts: npt.NDArray[np.integer], root: Path) -> tuple[list[ClassInfo], str]:
+    """A class table from the mask values themselves, and the remark that says so.
+
+    Raises :class:`BadInputFile` when the values are not 0, 1, 2, ... without a gap.
+    """
+    present = [int(value) for value in np.flatnonzero(label_counts[:IGNORE_INDEX])]
+    if present != list(range(len(present))) or len(present) < 2:
+        binary = " (255 is ignore: if it means a class here, rewrite it as 1)" if present == [0] else ""
+        raise BadInputFile(
+            f"the masks of {root} hold the values {_shortened(present)}, from which no class table can be "
+            f"guessed{binary}; list the classes in {root / FILE_NAME}"
+        )
+    palette = default_palette(len(present))
+    table = [ClassInfo(name=f"class {value}", color=palette[value]) for value in present]
+    remark = f"{root} lists no classes; the masks hold 0 to {present[-1]}, taken as {len(present)} unnamed classes"
+    return table, remark
+
+
+def _shortened(values: list[int]) -> str:
+    shown = ", ".join(str(value) for value in values[:10])
+    return f"{shown}, ..." if len(values) > 10 else shown or "nothing but 255"
+
+
+def _given_classes(classes: Sequence[ClassInfo | str]) -> list[ClassInfo]:
+    if not 2 <= len(classes) <= IGNORE_INDEX:
+        raise UsageError(f"a dataset has 2 to {IGNORE_INDEX} classes, {len(classes)} were given")
+    palette = default_palette(len(classes))
+    return [
+        entry if isinstance(entry, ClassInfo) else ClassInfo(name=entry, color=color)
+        for entry, color in zip(classes, palette, strict=True)
+    ]
+
+
+def _paired_samples(root: Path, layout: Layout, description: DatasetDescription) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    for split in SPLITS:
+        files = scan_split(root, layout, split)
+        lonely = [*files.images_without_mask, *files.masks_without_image]
+        if lonely:
+            missing = "mask" if files.images_without_mask else "image"
+            more = f" (and {len(lonely) - 1} more unpaired files)" if len(lonely) > 1 else ""
+            raise BadInputFile(
+                f"{lonely[0]} has no {missing} of the same name in its split{more}; "
+                "add the missing file or remove this one"
+            )
+        if files.samples:
+            found[split] = with_groups(files.samples, split, description)
+    if not found:
+        raise BadInputFile(f"dataset {root} is empty: no image with a mask in any of {', '.join(SPLITS)}")
+    return found
+
+
+def with_groups(samples: list[Sample], split: str, description: DatasetDescription) -> list[Sample]:
+    """Samples with the groups that ``dataset.json`` names for their split."""
+    groups = {entry.name: entry.group for entry in description.files if entry.split == split}
+    return [replace(sample, group=groups.get(sample.name)) for sample in samples]
+
+
+def _inferred_from_files(root: Path, samples: dict[str, list[Sample]], remarks: list[str]) -> list[ClassInfo]:
+    labels = np.zeros(256, dtype=np.int64)
+    everything = [sample for split in samples.values() for sample in split]
+    for sample in tqdm(everything, desc="looking for classes", unit="mask", delay=2):
+        labels += np.bincount(read_mask(sample.mask).ravel(), minlength=256)
+    table, remark = infer_classes(labels, root)
+    log.warning("%s", remark)
+    remarks.append(remark)
+    return table
+
+
+def image_files(path: str | Path) -> list[Path]:
+    """The PNG, JPEG and TIFF files that ``path`` means: one file, a folder's, or those of a pattern.
+
+    Folders are not searched deeper, hidden files are left out, the order is by name. Raises
+    :class:`BadInputFile` when there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        candidates = list(path.iterdir())
+    elif any(sign in path.name for sign in "*?["):
+        candidates = list(path.parent.glob(path.name))
+    else:
+        raise BadInputFile(f"{path} does not exist; give a micrograph, a folder or a pattern such as 'folder/*.tif'")
+    found = sorted(
+        item
+        for item in candidates
+        if item.is_file() and item.suffix.lower() in IMAGE_SUFFIXES and not item.name.startswith(".")
+    )
+    if not found:
+        raise BadInputFile(f"no micrograph found for {path}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return found

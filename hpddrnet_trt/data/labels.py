@@ -1,0 +1,137 @@
+"""Label maps: reading masks, writing them with their colours, drawing them over micrographs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from PIL import Image
+
+from hpddrnet_trt.data.decode import MAX_PIXELS, decode
+from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError
+from hpddrnet_trt.files import atomic_path
+from hpddrnet_trt.manifest import IGNORE_INDEX
+
+Palette = Sequence[tuple[int, int, int]]
+IGNORE_COLOR = (255, 255, 255)
+UNKNOWN_COLOR = (255, 0, 255)  # label values outside the classes: meant to hurt the eye
+
+
+def read_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Read a mask as class indices, uint8 ``[H, W]``.
+
+    The stored numbers count, not their colours: palette files give indices, 1-bit files 0 and 1.
+    RGB masks are accepted when their channels are equal, wider types when they hold 0..255.
+    Raises :class:`BadInputFile` otherwise, and for JPEG, which does not keep numbers.
+    """
+    path = Path(path)
+    decoded = decode(path, "mask", max_pixels)
+    if decoded.format == "JPEG":
+        raise BadInputFile(f"mask {path} is a JPEG, which alters label values; save masks as PNG or TIFF")
+    values = decoded.values
+    if values.ndim == 3 and decoded.alpha and values.shape[2] > 1:
+        values = values[..., :-1]
+    if values.ndim == 3:
+        if np.any(values != values[..., :1]):
+            raise BadInputFile(f"mask {path} is a colour picture; save it with one class index per pixel")
+        values = values[..., 0]
+    return _indices(values, path)
+
+
+def _indices(values: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint8]:
+    if values.dtype == np.uint8 or values.dtype == bool:
+        return np.ascontiguousarray(values, dtype=np.uint8)
+    if values.dtype.kind not in "uif":
+        raise BadInputFile(f"mask {path} holds {values.dtype} values; save it with one class index per pixel")
+    bad = ~((values >= 0) & (values <= 255)) if values.dtype.kind != "f" else ~np.isin(values, np.arange(256))
+    if np.any(bad):
+        raise BadInputFile(
+            f"mask {path} holds the value {values[bad].flat[0]}; class indices are whole numbers from 0 to 255"
+        )
+    return values.astype(np.uint8)
+
+
+def write_labels(
+    path: str | Path, labels: npt.NDArray[np.uint8], palette: Palette, *, pixel_size_m: float | None = None
+) -> Path:
+    """Write a label map as PNG or TIFF, as the path's ending says; see the two writers."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".png":
+        return write_label_png(path, labels, palette)
+    if suffix in {".tif", ".tiff"}:
+        return write_label_tiff(path, labels, palette, pixel_size_m=pixel_size_m)
+    raise UsageError(f"label maps are written as .png or .tif, not as {Path(path).name}; change the output's ending")
+
+
+def write_label_png(path: str | Path, labels: npt.NDArray[np.uint8], palette: Palette) -> Path:
+    """Write uint8 ``[H, W]`` class indices as a palette PNG: numbers for programs, colours for people."""
+    _check_labels(labels)
+    with atomic_path(path) as temporary:
+        image = Image.fromarray(labels)
+        image.putpalette(_colours(palette).tobytes())
+        image.save(temporary, format="PNG")
+    return Path(path)
+
+
+def write_label_tiff(
+    path: str | Path, labels: npt.NDArray[np.uint8], palette: Palette, *, pixel_size_m: float | None = None
+) -> Path:
+    """Write uint8 ``[H, W]`` class indices as a palette TIFF, with its scale when it is known."""
+    _check_labels(labels)
+    options: dict[str, Any] = {}
+    if pixel_size_m is not None:
+        per_centimetre = 1e-2 / pixel_size_m
+        options = {"resolution": (per_centimetre, per_centimetre), "resolutionunit": "CENTIMETER"}
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(
+            temporary,
+            labels,
+            photometric="palette",
+            colormap=_colours(palette).T.astype(np.uint16) * 257,
+            compression="zlib",
+            metadata=None,
+            **options,
+        )
+    return Path(path)
+
+
+def overlay(
+    grey8: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8], palette: Palette, alpha: float = 0.4
+) -> npt.NDArray[np.uint8]:
+    """Draw labels over a micrograph: two uint8 ``[H, W]`` arrays to RGB uint8 ``[H, W, 3]``.
+
+    ``alpha`` is the colour's share. Ignored pixels (255) stay grey; label values outside the
+    palette are drawn in magenta.
+    """
+    _check_labels(labels)
+    if grey8.shape != labels.shape or grey8.dtype != np.uint8:
+        raise ContractError(
+            f"micrograph {grey8.dtype} {grey8.shape} and labels {labels.shape} do not fit together for an overlay"
+        )
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"the overlay's alpha must be between 0 and 1, got {alpha}")
+    # One table per (grey, label) pair: 256 x 256 x 3, then a single look-up.
+    grey = np.arange(256, dtype=np.float32)[None, :, None]
+    mixed = (1 - alpha) * grey + alpha * _colours(palette).astype(np.float32)[:, None, :]
+    mixed[IGNORE_INDEX] = grey[0]
+    return np.rint(mixed).astype(np.uint8)[labels, grey8]
+
+
+def _colours(palette: Palette) -> npt.NDArray[np.uint8]:
+    """A full table of 256 colours, uint8 ``[256, 3]``."""
+    if len(palette) > IGNORE_INDEX:
+        raise UsageError(f"a palette has at most {IGNORE_INDEX} colours, got {len(palette)}")
+    table = np.full((256, 3), UNKNOWN_COLOR, dtype=np.uint8)
+    if len(palette):
+        table[: len(palette)] = np.asarray(palette, dtype=np.uint8)
+    table[IGNORE_INDEX] = IGNORE_COLOR
+    return table
+
+
+def _check_labels(labels: npt.NDArray[Any]) -> None:
+    if labels.ndim != 2 or labels.dtype != np.uint8 or not labels.size:
+        raise ContractError(f"a label map is a two-dimensional uint8 array, got {labels.dtype} {labels.shape}")

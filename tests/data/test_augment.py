@@ -1,0 +1,198 @@
+"""Augmentation: picture and mask stay together, no label is invented, everything is repeatable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hpddrnet_trt.data.augment import Augmentation, AugmentConfig
+from hpddrnet_trt.errors import ContractError
+
+Seed = st.integers(0, 2**32 - 2)
+GEOMETRY: dict[str, Any] = {
+    "contrast": (1, 1), "brightness": (0, 0), "gamma": (1, 1), "noise_probability": 0, "defocus_probability": 0,
+}  # fmt: skip
+
+
+def blobs(height: int, width: int, seed: int = 0, classes: int = 4) -> np.ndarray:
+    """Smooth regions: borders are few, so that interpolation at them weighs little."""
+    noise = np.random.default_rng(seed).standard_normal((height, width)).astype(np.float32)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 9)
+    return (np.argsort(np.argsort(smooth.ravel())) * classes // smooth.size).reshape(height, width).astype(np.uint8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(Seed, st.integers(1, 70), st.integers(1, 70), st.integers(1, 90), st.integers(1, 90))
+def test_label_set_and_shape(seed: int, height: int, width: int, crop_height: int, crop_width: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = rng.choice(np.array([0, 3, 200], np.uint8), (height, width))
+    image = rng.integers(0, 256, (height, width), dtype=np.uint8)
+    kept = image.copy(), mask.copy()
+    augment = Augmentation(AugmentConfig(crop=(crop_height, crop_width)))
+    crop, labels = augment(image, mask, np.random.default_rng(seed))
+    assert crop.shape == labels.shape == (crop_height, crop_width)
+    assert crop.dtype == labels.dtype == np.uint8
+    assert set(np.unique(labels)) <= set(np.unique(mask)) | {255}
+    np.testing.assert_array_equal(image, kept[0])
+    np.testing.assert_array_equal(mask, kept[1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(Seed)
+def test_pure_function_of_its_generator(seed: int) -> None:
+    image, mask = np.random.default_rng(1).integers(0, 256, (80, 90), dtype=np.uint8), blobs(80, 90)
+    augment = Augmentation(AugmentConfig(crop=(64, 48)))
+    np.random.seed(seed)  # the global state must not matter
+    first = augment(image, mask, np.random.default_rng(seed))
+    augment(image, mask, np.random.default_rng(seed + 1))
+    second = Augmentation(AugmentConfig(crop=(64, 48)))(image, mask, np.random.default_rng(seed))
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(Seed)
+def test_picture_and_mask_move_together(seed: int) -> None:
+    """The mask, stretched to grey levels and augmented as a picture, lands on the augmented mask."""
+    mask = blobs(160, 200, seed % 5)
+    crop, labels = Augmentation(AugmentConfig(crop=(96, 96), **GEOMETRY))(
+        mask * np.uint8(60), mask, np.random.default_rng(seed)
+    )
+    inside = labels != 255
+    # Away from the borders of regions both must say the same.
+    flat = cv2.dilate(labels, np.ones((5, 5))) == cv2.erode(labels, np.ones((5, 5)))
+    assert (flat & inside).sum() > 500
+    np.testing.assert_array_equal(np.rint(crop[flat & inside] / 60), labels[flat & inside])
+    # At the borders there is no shift: moving one against the other by a pixel only makes it worse.
+    guess = np.rint(crop / 60)
+    fit = {
+        (dy, dx): (guess == np.roll(labels, (dy, dx), (0, 1)))[8:-8, 8:-8][inside[8:-8, 8:-8]].mean()
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+    }
+    assert fit[0, 0] == max(fit.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(Seed)
+def test_flips_and_quarter_turns_copy_pixels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    image, mask = rng.integers(0, 256, (40, 56), dtype=np.uint8), rng.integers(0, 5, (40, 56), dtype=np.uint8)
+    config = AugmentConfig(crop=(24, 24), rotation_probability=0, scale_probability=0, **GEOMETRY)
+    crop, labels = Augmentation(config)(image, mask, np.random.default_rng(seed))
+    assert not (labels == 255).any()
+    both = image.astype(int) * 8 + mask
+    wanted = crop.astype(int) * 8 + labels
+    windows = np.lib.stride_tricks.sliding_window_view(both, (24, 24))
+    turned = [np.rot90(side, turns) for side in (wanted, wanted[:, ::-1]) for turns in range(4)]
+    assert any((windows == entry).all(axis=(2, 3)).any() for entry in turned)
+
+
+def test_without_augmentation_a_crop_is_a_crop() -> None:
+    image, mask = np.random.default_rng(0).integers(0, 256, (50, 60), dtype=np.uint8), blobs(50, 60)
+    crop, labels = Augmentation(AugmentConfig.none((50, 60)))(image, mask, np.random.default_rng(3))
+    np.testing.assert_array_equal(crop, image)
+    np.testing.assert_array_equal(labels, mask)
+
+
+def test_crop_larger_than_the_picture_mirrors_and_ignores() -> None:
+    image, mask = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8), blobs(20, 30)
+    crop, labels = Augmentation(AugmentConfig.none((64, 80)))(image, mask, np.random.default_rng(1))
+    rows, columns = np.flatnonzero((labels != 255).any(axis=1)), np.flatnonzero((labels != 255).any(axis=0))
+    assert (len(rows), len(columns)) == (20, 30)
+    np.testing.assert_array_equal(labels[np.ix_(rows, columns)], mask)
+    np.testing.assert_array_equal(crop[np.ix_(rows, columns)], image)
+    mirrored = np.pad(image, ((rows[0], 63 - rows[-1]), (columns[0], 79 - columns[-1])), mode="reflect")
+    np.testing.assert_array_equal(crop, mirrored)
+
+
+def test_any_angle_and_scale_occur() -> None:
+    """A bright line's direction and width in the crop cover all angles and the whole scale range."""
+    image = np.zeros((201, 201), np.uint8)
+    image[96:105] = 255
+    config = AugmentConfig(crop=(65, 65), rotation_probability=1, scale_probability=1, class_balance=1, **GEOMETRY)
+    angles, scales = [], []
+    for seed in range(200):
+        crop, _ = Augmentation(config)(image, (image == 0).astype(np.uint8), np.random.default_rng(seed))
+        y, x = np.nonzero(crop > 127)
+        if len(x) < 150:
+            continue
+        values, axes = np.linalg.eigh(np.cov(x, y))
+        angles.append(np.arctan2(axes[1, 1], axes[0, 1]) % np.pi)
+        scales.append(np.sqrt(12 * values[0]) / 9)
+    assert np.histogram(angles, bins=6, range=(0, np.pi))[0].min() >= 5
+    assert min(scales) < 0.75
+    assert max(scales) > 1.6
+
+
+def test_class_balance_finds_rare_pixels() -> None:
+    mask = np.zeros((300, 300), np.uint8)
+    mask[250:253, 40:43] = 1
+    image = mask * np.uint8(100)
+
+    def hits(share: float) -> int:
+        augment = Augmentation(AugmentConfig(crop=(48, 48), class_balance=share))
+        return sum(bool((augment(image, mask, np.random.default_rng(seed))[1] == 1).any()) for seed in range(100))
+
+    assert hits(0.0) < 15
+    assert 40 <= hits(1.0) <= 75  # half of the crops aim at it, and nearly all of those see it
+
+
+def test_shot_noise_has_poisson_variance_and_defocus_softens() -> None:
+    image = np.repeat(np.array([[40, 160]], np.uint8), 200, axis=0).repeat(100, axis=1)
+    mask = np.zeros_like(image)
+    still = AugmentConfig.none((200, 200)).model_dump()
+    noisy = AugmentConfig.model_validate({**still, "noise_probability": 1, "dose": (100, 100)})
+    crop = Augmentation(noisy)(image, mask, np.random.default_rng(0))[0].astype(float)
+    for side, grey in ((crop[:, :90], 40), (crop[:, 110:], 160)):
+        assert side.mean() == pytest.approx(grey, abs=0.6)
+        assert side.std() == pytest.approx(255 * np.sqrt(grey / 255 * 100) / 100, rel=0.05)
+    soft = AugmentConfig.model_validate({**still, "defocus_probability": 1, "defocus": (1.5, 1.5)})
+    crop = Augmentation(soft)(image, mask, np.random.default_rng(0))[0]
+    assert 20 < np.diff(crop[100].astype(int)).max() < 40  # 120 grey levels over a Gaussian edge
+
+
+def test_display_changes_keep_the_order_of_grey_levels() -> None:
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    config = AugmentConfig.model_validate(
+        {**AugmentConfig.none((16, 16)).model_dump(), "contrast": (0.5, 2), "brightness": (-40, 40), "gamma": (0.5, 2)}
+    )
+    curves = set()
+    for seed in range(20):
+        crop, _ = Augmentation(config)(image, np.zeros_like(image), np.random.default_rng(seed))
+        assert (np.diff(crop.ravel().astype(int)) >= 0).all()
+        curves.add(crop.tobytes())
+    assert len(curves) == 20
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        (np.zeros((4, 4), np.uint8), np.zeros((4, 5), np.uint8)),
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)),
+        (np.zeros((4, 4), np.uint16), np.zeros((4, 4), np.uint8)),
+        (np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.int64)),
+        (np.zeros((0, 4), np.uint8), np.zeros((0, 4), np.uint8)),
+    ],
+)
+def test_wrong_arrays(image: np.ndarray, mask: np.ndarray) -> None:
+    with pytest.raises(ContractError, match="must be"):
+        Augmentation()(image, mask, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop": (0, 8)}, {"scale": (2.0, 0.5)}, {"scale": (0, 1)}, {"gamma": (1, float("inf"))},
+        {"brightness": (0, 300)}, {"rotation_probability": 1.5}, {"colour_jitter": 1},
+    ],
+)  # fmt: skip
+def test_senseless_settings(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        AugmentConfig(**options)
