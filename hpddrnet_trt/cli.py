@@ -112,7 +112,7 @@ def export(
     ] = None,
 ) -> None:
     """Export a checkpoint to one self-describing ONNX file and compare it with PyTorch."""
-    from hpddrnet_trt.deploy.calibration_data import find_images
+    from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.deploy.onnx_export import export_onnx
 
     manifest = export_onnx(
@@ -142,7 +142,7 @@ def calibrate(
     ] = 0.9,
 ) -> None:
     """Measure activation ranges on micrographs and write an INT8 model."""
-    from hpddrnet_trt.deploy.calibration_data import find_images
+    from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.deploy.quantize import calibrate as run_calibration
 
     manifest = run_calibration(
@@ -182,8 +182,8 @@ def build(
     version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False,
 ) -> None:
     """Build a TensorRT engine, prove its precision and write it with its description."""
+    from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.deploy.build import build_engine
-    from hpddrnet_trt.deploy.calibration_data import find_images
     from hpddrnet_trt.deploy.proof import summary
 
     target = output or model.with_name(f"{model.stem.removesuffix('.int8')}.{precision}.engine")
@@ -219,7 +219,7 @@ def segment(
     resume: Annotated[bool, typer.Option(help="Skip micrographs that this model has segmented before.")] = True,
 ) -> None:
     """Segment micrographs of any size: label PNG or TIFF, and an overlay."""
-    from hpddrnet_trt.deploy.calibration_data import find_images
+    from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.segment_files import segment_paths
     from hpddrnet_trt.segmenter import load_segmenter
 

@@ -35,8 +35,6 @@ FLOORS = (
     ("manifest",),
     ("metrics", "scores", "views"),
     ("data", "models"),
-    ("engines.cuda_memory",),
-    ("deploy.tensorrt_api", "deploy.shapes"),  # how TensorRT is spoken to, for building and for running
     ("engines",),
     ("segmentation",),
     ("segmenter",),

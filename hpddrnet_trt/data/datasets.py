@@ -20,7 +20,7 @@ from hpddrnet_trt.errors import BadInputFile, UsageError
 from hpddrnet_trt.files import sha256_of
 from hpddrnet_trt.manifest import IGNORE_INDEX, ClassInfo
 
-__all__ = ["FolderDataset", "Layout", "Sample", "SplitStatistics", "image_files"]
+__all__ = ["FolderDataset", "Layout", "Sample", "SplitStatistics", "find_images", "image_files"]
 
 log = logging.getLogger(__name__)
 
@@ -296,3 +296,28 @@ def image_files(path: str | Path) -> list[Path]:
     if not found:
         raise BadInputFile(f"no micrograph found for {path}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found
+
+
+def find_images(source: str | Path | Sequence[str | Path], split: str = "train") -> list[Path]:
+    """Micrographs meant by ``source``: one split of a dataset folder, a folder, a pattern, or files.
+
+    Masks are not needed. Raises :class:`UsageError` for an empty split or list and what
+    :func:`image_files` raises.
+    """
+    if not isinstance(source, str | Path):
+        images = [path for entry in source for path in image_files(entry)]
+    elif (layout := _dataset_layout(Path(source))) is not None:
+        files = scan_split(Path(source), layout, split)
+        images = sorted([*(sample.image for sample in files.samples), *files.images_without_mask])
+    else:
+        images = image_files(source)
+    if not images:
+        raise UsageError(f"no micrograph in split {split!r} of {source}; choose another split, folder or files")
+    return images
+
+
+def _dataset_layout(folder: Path) -> Layout | None:
+    try:
+        return detect_layout(folder) if folder.is_dir() else None
+    except BadInputFile:  # a plain folder of micrographs
+        return None

@@ -15,9 +15,11 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
-from hpddrnet_trt.deploy.shapes import Profile, default_profiles, is_static, narrowed, parse_shapes
-from hpddrnet_trt.deploy.tensorrt_api import (
+from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu, gpu_or_none
+from hpddrnet_trt.engines.shapes import Profile, default_profiles, is_static, narrowed, parse_shapes
+from hpddrnet_trt.engines.tensorrt_api import (
     INPUT,
     PORTABLE,
     TensorRT,
@@ -26,7 +28,6 @@ from hpddrnet_trt.deploy.tensorrt_api import (
     progress_monitor,
     run_cancellable,
 )
-from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu, gpu_or_none
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.files import atomic_path, existing_file, write_bytes
 from hpddrnet_trt.manifest import EngineRecord, InputContract, Manifest, Precision, read_manifest, sidecar_path
@@ -93,7 +94,7 @@ def build_engine(
     FP32 file, which is converted first; ``int8`` a file calibrated for TensorRT, or an FP32 file with
     ``calibration_images`` (dataset, folder or files; with ``fp16`` its ranges are checked on them).
     ``flavour``: ``auto``, ``tensorrt`` (needs the GPU it builds for) or ``tensorrt-rtx`` (builds
-    without one). ``shapes``: see :mod:`hpddrnet_trt.deploy.shapes`; needless for a static ONNX file.
+    without one). ``shapes``: see :mod:`hpddrnet_trt.engines.shapes`; needless for a static ONNX file.
     The rest is described at :class:`BuildSettings`.
 
     The engine must prove its precision (:mod:`hpddrnet_trt.deploy.proof`). Both files are written at
@@ -160,16 +161,17 @@ def _in_precision(
     if manifest.precision == precision:
         yield source, manifest
         return
+    found = [] if images is None else find_images(images)
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         path = Path(folder) / f"{source.stem}.{precision}.onnx"
         if precision == "fp16":
             from hpddrnet_trt.deploy.precision import convert_precision
 
-            yield path, convert_precision(source, path, "fp16", images=_image_list(images))
+            yield path, convert_precision(source, path, "fp16", images=found)
         else:
             from hpddrnet_trt.deploy.quantize import calibrate
 
-            yield path, calibrate(source, path, _image_list(images), form="tensorrt")
+            yield path, calibrate(source, path, found, form="tensorrt")
 
 
 def _check_precision(
@@ -196,12 +198,6 @@ def _check_precision(
             f"{source} is {str(has).upper()}, {precision.upper()} was asked for; "
             f"give the FP32 file or choose --precision {has}"
         )
-
-
-def _image_list(images: str | Path | Sequence[Path] | None) -> list[Path]:
-    from hpddrnet_trt.deploy.calibration_data import find_images
-
-    return [] if images is None else find_images(images)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from hpddrnet_trt.data.datasets import image_files
-from hpddrnet_trt.data.layouts import Layout, detect_layout, scan_split
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
-from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.files import sha256_of
 from hpddrnet_trt.manifest import AxisRange, InputContract, Normalisation
 
@@ -37,31 +35,6 @@ class Crop:
     image: Path
     top: int
     left: int
-
-
-def find_images(source: str | Path | Sequence[str | Path], split: str = "train") -> list[Path]:
-    """Micrographs meant by ``source``: one split of a dataset folder, a folder, a pattern, or files.
-
-    Masks are not needed. Raises :class:`UsageError` for an empty split or list and what
-    :func:`~hpddrnet_trt.data.datasets.image_files` raises.
-    """
-    if not isinstance(source, str | Path):
-        images = [path for entry in source for path in image_files(entry)]
-    elif (layout := _dataset_layout(Path(source))) is not None:
-        files = scan_split(Path(source), layout, split)
-        images = sorted([*(sample.image for sample in files.samples), *files.images_without_mask])
-    else:
-        images = image_files(source)
-    if not images:
-        raise UsageError(f"no micrograph in split {split!r} of {source}; choose another split, folder or files")
-    return images
-
-
-def _dataset_layout(folder: Path) -> Layout | None:
-    try:
-        return detect_layout(folder) if folder.is_dir() else None
-    except BadInputFile:  # a plain folder of micrographs
-        return None
 
 
 def crop_size(contract: InputContract, size: tuple[int, int] | None) -> tuple[int, int]:

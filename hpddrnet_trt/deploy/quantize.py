@@ -68,7 +68,7 @@ def calibrate(
 ) -> Manifest:
     """Write ``target_onnx``, the INT8 form of the FP32 export ``source_onnx``, and return its manifest.
 
-    ``images``: micrographs (see :func:`~hpddrnet_trt.deploy.calibration_data.find_images` for datasets
+    ``images``: micrographs (see :func:`~hpddrnet_trt.data.datasets.find_images` for datasets
     and folders); at most ``max_images`` of them, chosen to span the grey levels, give the ranges.
     ``method``: see :func:`~hpddrnet_trt.deploy.ranges.observe`. ``size``: height and width in pixels of
     the calibration crops where the model is dynamic (512 by default). ``half``: type what is not

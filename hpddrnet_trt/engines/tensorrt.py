@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.deploy.shapes import Profile, choose_profile
-from hpddrnet_trt.deploy.tensorrt_api import INPUT, PORTABLE, TensorRT, load_flavour
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, check_shape, input_contract
 from hpddrnet_trt.engines.cuda_memory import (
     DeviceArray,
@@ -30,6 +28,8 @@ from hpddrnet_trt.engines.cuda_memory import (
     view_device_array,
 )
 from hpddrnet_trt.engines.outputs import expected_outputs, to_prediction
+from hpddrnet_trt.engines.shapes import Profile, choose_profile
+from hpddrnet_trt.engines.tensorrt_api import INPUT, PORTABLE, TensorRT, load_flavour
 from hpddrnet_trt.errors import BadInputFile, ContractError, UserError
 from hpddrnet_trt.files import existing_file
 from hpddrnet_trt.manifest import EngineRecord, InputContract, Manifest, read_manifest

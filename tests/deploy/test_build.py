@@ -23,8 +23,8 @@ from PIL import Image
 
 from hpddrnet_trt.deploy.build import BuildSettings, build_engine
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
-from hpddrnet_trt.deploy.shapes import Profile, choose_profile, default_profiles, narrowed, parse_shapes
-from hpddrnet_trt.deploy.tensorrt_api import (
+from hpddrnet_trt.engines.shapes import Profile, choose_profile, default_profiles, narrowed, parse_shapes
+from hpddrnet_trt.engines.tensorrt_api import (
     choose_flavour,
     compute_capability,
     load_flavour,
@@ -457,7 +457,7 @@ def test_library_messages_become_readable() -> None:
 @needs_rtx
 def test_interrupt_ends_a_running_build(tmp_path: Path) -> None:
     """Ctrl-C during the build cancels it at its next step instead of waiting for its end."""
-    from hpddrnet_trt.deploy.tensorrt_api import progress_monitor
+    from hpddrnet_trt.engines.tensorrt_api import progress_monitor
 
     api = load_flavour("tensorrt-rtx")
     trt, cancel, plans = api.module, threading.Event(), []

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
+from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.deploy import calibration_data, qdq, ranges
-from hpddrnet_trt.deploy.calibration_data import Crop, find_images
+from hpddrnet_trt.deploy.calibration_data import Crop
 from hpddrnet_trt.deploy.quantize import calibrate
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError

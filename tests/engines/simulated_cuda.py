@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from hpddrnet_trt.deploy.shapes import Profile
+from hpddrnet_trt.engines.shapes import Profile
 
 ALIGNMENT = 256
 
@@ -134,7 +134,7 @@ def read(array: Any) -> npt.NDArray[Any]:
 
 
 class SimulatedTensorRT:
-    """Stands in for :class:`~hpddrnet_trt.deploy.tensorrt_api.TensorRT`."""
+    """Stands in for :class:`~hpddrnet_trt.engines.tensorrt_api.TensorRT`."""
 
     label = "Simulated TensorRT"
 

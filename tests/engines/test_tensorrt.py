@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpddrnet_trt.deploy.build import build_engine
-from hpddrnet_trt.deploy.shapes import Profile
 from hpddrnet_trt.engines import cuda_memory
 from hpddrnet_trt.engines import tensorrt as engine_module
 from hpddrnet_trt.engines.base import Engine
@@ -32,6 +31,7 @@ from hpddrnet_trt.engines.cuda_memory import (
     gpu_or_none,
     on_device,
 )
+from hpddrnet_trt.engines.shapes import Profile
 from hpddrnet_trt.engines.tensorrt import (
     TensorRTEngine,
     check_device_array,
