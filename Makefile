@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CLI := $(BIN)/hpddrnet-trt
 # A machine with an NVIDIA GPU gets the full TensorRT too; TensorRT-RTX builds engines without one.
-EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,polygraphy,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
+EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
 comma := ,
 
 DATA ?=
@@ -56,7 +56,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests

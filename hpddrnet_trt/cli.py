@@ -290,12 +290,15 @@ def simulate(
     val_images: Annotated[int, typer.Option("--val", min=1)] = 4,
     test_images: Annotated[int, typer.Option("--test", min=1)] = 4,
     size: Annotated[int, typer.Option(min=64, help="Edge length in pixels.")] = 512,
+    magnification: Annotated[float, typer.Option(min=0.1, max=10, help="1: 20 nm per pixel; 2: 10 nm.")] = 2.0,
     seed: int = 0,
 ) -> None:
     """Write a dataset of simulated SEM images (grains, pores, clay) with exact masks."""
     from hpddrnet_trt.data.simulate import write_dataset
 
-    dataset = write_dataset(folder, train=train_images, val=val_images, test=test_images, size=size, seed=seed)
+    dataset = write_dataset(
+        folder, train=train_images, val=val_images, test=test_images, size=size, magnification=magnification, seed=seed
+    )
     typer.echo(f"written: {dataset.root}")
 
 

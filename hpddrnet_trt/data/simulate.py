@@ -6,8 +6,8 @@ physics, not a Monte Carlo of it; the order of the steps is that of the instrume
 1. *Specimen.* Three phases, drawn as implicit functions of the specimen point (x, y): angular
    mineral **grains** (convex polygons with rough edges, log-normal sizes), **pores** (lens-shaped
    gaps along the bedding, gaps on one side of grains, small holes inside grains) and the **clay**
-   between them (laminated along the bedding direction). Lengths are in pixels of the final
-   picture; the nominal pixel is 20 nm.
+   between them (laminated along the bedding direction). Specimen lengths are in units of the
+   nominal pixel, 20 nm; at ``magnification`` m a pixel is 20 nm / m.
 2. *Scan.* The beam visits row after row while the stage drifts: row r sees the specimen shifted by
    a smooth random walk (pixels). Specimen and mask are evaluated at the same shifted points, so
    the mask is exact: a pixel's label is the phase under the centre of the beam.
@@ -78,7 +78,7 @@ class Imaging:
     dose: float  # primary electrons per pixel
     probe_sigma: float  # pixels
     rim: float  # extra emission at an edge, relative to the flat surface
-    escape_length: float  # pixels
+    escape_length: float  # nominal pixels (20 nm): a property of the specimen
     grain_spread: float  # standard deviation of the grains' yield, relative to clay's
     drift: float  # pixels, standard deviation over the picture
     line_flicker: float  # standard deviation of a line's gain
@@ -117,15 +117,19 @@ def simulate(
     kind: Kind = "se",
     *,
     imaging: Imaging | None = None,
+    magnification: float = 1.0,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Simulate one micrograph: picture and mask, both uint8 ``[height, width]``.
 
+    ``magnification`` enlarges the specimen: 2 shows half the field of view at 10 nm per pixel.
     The same arguments give the same arrays. ``imaging`` fixes the conditions that are drawn
     otherwise; apart from its drift, neither it nor ``kind`` changes the specimen and the mask.
     Raises :class:`UsageError` for sizes below 16 pixels or an unknown ``kind``.
     """
     if min(height, width) < MIN_SIZE:
         raise UsageError(f"a simulated picture is at least {MIN_SIZE} pixels wide and high, got {width} x {height}")
+    if not 0.1 <= magnification <= 10:
+        raise UsageError(f"the magnification of a simulated picture is 0.1 to 10, got {magnification}")
     if kind not in KINDS:
         raise UsageError(f"unknown kind of simulated picture {kind!r}; choose one of {', '.join(KINDS)}")
     # Three independent streams: fixing the conditions leaves specimen and noise as they were.
@@ -133,9 +137,9 @@ def simulate(
         np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(3)
     )
     conditions = imaging or Imaging.draw(imaging_rng, kind)
-    scan = _Scan.draw(height, width, conditions.drift, noise_rng)
+    scan = _Scan.draw(height, width, conditions.drift, magnification, noise_rng)
     specimen = _Specimen.draw(scan, specimen_rng)
-    emission = _emission(specimen, conditions, kind)
+    emission = _emission(specimen, conditions, kind, conditions.escape_length * magnification)
     emission = cv2.GaussianBlur(emission, (0, 0), conditions.probe_sigma).astype(np.float32)
     emission += _charging(specimen, conditions, noise_rng)
     return _detect(emission, conditions, noise_rng), specimen.labels
@@ -143,14 +147,16 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Scan:
-    """Specimen coordinates under the beam, float32 ``[H, W]`` each, and how far they reach out."""
+    """Specimen coordinates under the beam, float32 ``[H, W]`` each in nominal pixels, and how far
+    (in pixels) the drift carries them."""
 
     x: Array
     y: Array
     margin: int
+    magnification: float
 
     @classmethod
-    def draw(cls, height: int, width: int, drift: float, rng: np.random.Generator) -> _Scan:
+    def draw(cls, height: int, width: int, drift: float, magnification: float, rng: np.random.Generator) -> _Scan:
         # Three knots at least, so that short pictures drift smoothly too.
         knots = max(4, height // 48)
         path = rng.standard_normal((knots, 2)).cumsum(axis=0)
@@ -159,20 +165,27 @@ class _Scan:
         shift = cv2.resize(path.astype(np.float32), (2, height), interpolation=cv2.INTER_CUBIC)
         y, x = np.mgrid[0:height, 0:width].astype(np.float32)
         margin = int(np.ceil(np.abs(shift).max())) + 2
-        return cls(x + shift[:, :1], y + shift[:, 1:], margin)
+        scale = np.float32(magnification)
+        return cls((x + shift[:, :1]) / scale, (y + shift[:, 1:]) / scale, margin, magnification)
 
     @property
     def shape(self) -> tuple[int, int]:
         height, width = self.x.shape
         return height, width
 
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Height and width of the field of view in nominal pixels."""
+        height, width = self.shape
+        return height / self.magnification, width / self.magnification
+
     def noise(self, rng: np.random.Generator, scale: float) -> Array:
-        """Smooth unit-variance noise, fixed to the specimen, with features of ``scale`` pixels."""
+        """Smooth unit-variance noise, fixed to the specimen, with features of ``scale`` nominal pixels."""
         return _lattice_noise(rng, self.x, self.y, scale, scale)
 
     def window(self, x: float, y: float, reach: float) -> tuple[slice, slice]:
         """Rows and columns that can see the disc around specimen point (x, y)."""
-        reach += self.margin
+        x, y, reach = x * self.magnification, y * self.magnification, reach * self.magnification + self.margin
         height, width = self.shape
         rows = slice(max(0, int(y - reach)), min(height, int(y + reach) + 2))
         columns = slice(max(0, int(x - reach)), min(width, int(x + reach) + 2))
@@ -236,7 +249,7 @@ def _draw_grains(
     scan: _Scan, rng: np.random.Generator, roughness: Array, labels: npt.NDArray[np.uint8], tone: Array
 ) -> list[_Grain]:
     """Convex polygons with 5 to 9 sides, later ones over earlier ones, about 40 % of the area."""
-    height, width = scan.shape
+    height, width = scan.extent
     density = rng.uniform(0.30, 0.65)
     grains: list[_Grain] = []
     covered = 0.0
@@ -263,7 +276,7 @@ def _draw_grains(
     return grains
 
 
-def _visible_share(x: float, y: float, radius: float, width: int, height: int) -> float:
+def _visible_share(x: float, y: float, radius: float, width: float, height: float) -> float:
     """Rough share of a grain's bounding square that lies in the picture."""
     spans = [
         max(0.0, min(centre + radius, size) - max(centre - radius, 0.0)) / (2 * radius)
@@ -282,7 +295,7 @@ def _draw_pores(
     grains: list[_Grain],
 ) -> None:
     """Lenses in the clay, gaps beside grains, holes in grains; ``labels`` and ``depth`` are drawn into."""
-    height, width = scan.shape
+    height, width = scan.extent
     area = height * width
     draw = _EllipsePainter(scan, roughness, labels, depth, rng)
     for _ in range(rng.poisson(area * rng.uniform(0.9, 2.2) / 1000)):  # between platelets
@@ -322,16 +335,16 @@ class _EllipsePainter:
         self.depth[rows, columns][inside] = self.rng.uniform(0.45, 1.0)
 
 
-def _emission(specimen: _Specimen, conditions: Imaging, kind: Kind) -> Array:
-    """Electrons per primary electron relative to flat clay, ``[H, W]``."""
+def _emission(specimen: _Specimen, conditions: Imaging, kind: Kind, escape_length: float) -> Array:
+    """Electrons per primary electron relative to flat clay, ``[H, W]``; ``escape_length`` in pixels."""
     labels = specimen.labels
     mean_grain = 1.0 if kind == "se" else 1.12
     grain = mean_grain + conditions.grain_spread * specimen.grain_tone
     flat = np.where(labels == GRAIN, grain, 1.0) * (1 + specimen.texture)
-    solid = flat * (1 + conditions.rim * _rims(labels, conditions.escape_length))
+    solid = flat * (1 + conditions.rim * _rims(labels, escape_length))
     inwards = _distance(labels == PORE)
     # The floor of a pore is seen through its mouth: signal falls with depth and distance from the rim.
-    floor = 1 - specimen.pore_depth * (0.45 + 0.45 * (1 - np.exp(-inwards / (1.5 * conditions.escape_length))))
+    floor = 1 - specimen.pore_depth * (0.45 + 0.45 * (1 - np.exp(-inwards / (1.5 * escape_length))))
     return np.where(labels == PORE, floor * (1 + 0.5 * specimen.texture), solid).clip(0.03).astype(np.float32)
 
 
@@ -387,6 +400,7 @@ def write_dataset(
     size: int | tuple[int, int] = 256,
     seed: int = 0,
     kind: Kind = "se",
+    magnification: float = 1.0,
     progress: bool = True,
 ) -> FolderDataset:
     """Write a simulated dataset in the package's own layout and return it opened.
@@ -404,6 +418,7 @@ def write_dataset(
         raise UsageError(f"the seed of a simulation is 0 or more, got {seed}")
     simulation = {
         "version": SIMULATOR_VERSION, "kind": kind, "height": height, "width": width, "seed": seed, "counts": counts,
+        "magnification": magnification,
     }  # fmt: skip
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if _same_simulation(folder, simulation):
@@ -414,14 +429,16 @@ def write_dataset(
     def fill(target: Path) -> None:
         for split, place in tqdm(jobs, desc="simulating micrographs", unit="image", disable=not progress):
             # The split's number is part of the seed: no picture can occur in two splits.
-            image, mask = simulate(height, width, (seed, SPLITS.index(split), place), kind)
+            image, mask = simulate(
+                height, width, (seed, SPLITS.index(split), place), kind, magnification=magnification
+            )
             name = _file_name(split, place)
             _write_pair(target, split, name, image, mask)
         description = DatasetDescription(
             name="simulated-mudrock",
             licence="CC0-1.0 (simulated)",
             classes=list(CLASSES),
-            pixel_size_m=PIXEL_SIZE_M,
+            pixel_size_m=PIXEL_SIZE_M / magnification,
             files=[DescribedFile(split=split, name=_file_name(split, place)) for split, place in jobs],
             simulation=simulation,
         )

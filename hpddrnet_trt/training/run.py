@@ -1,0 +1,386 @@
+"""From a configuration to a trained model: what ``train/train.py`` and ``hpddrnet-trt train`` call."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+import hpddrnet_trt
+from hpddrnet_trt.data.augment import Augmentation
+from hpddrnet_trt.data.datasets import FolderDataset, SplitStatistics
+from hpddrnet_trt.data.simulate import write_dataset
+from hpddrnet_trt.errors import NoGpu, UsageError, UserError
+from hpddrnet_trt.manifest import DataRecord, Manifest, Normalisation, read_manifest
+from hpddrnet_trt.models.checkpoints import load_backbone_weights
+from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.training.callbacks import LAST, Checkpoints, MovingAverage, Progress, Records
+from hpddrnet_trt.training.checkpoint_io import AtomicCheckpointIO, read_training_checkpoint
+from hpddrnet_trt.training.config import SIMULATED, DataSection, LossSection, RunSection, TrainConfig
+from hpddrnet_trt.training.datamodule import ImageStore, SegmentationData, TrainingSamples
+from hpddrnet_trt.training.interruption import StopRequest
+from hpddrnet_trt.training.losses import CrossEntropy, OhemCrossEntropy, SegmentationLoss, balanced_class_weights
+from hpddrnet_trt.training.module import SegmentationModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves behind."""
+
+    checkpoint: Path  # best model, .safetensors with its description
+    last: Path  # training checkpoint of the last step
+    metrics: dict[str, float]  # validation metrics of the best model, fractions, and its "step"
+
+
+@dataclass(frozen=True)
+class _Data:
+    dataset: FolderDataset
+    statistics: SplitStatistics  # of the training split
+    sha256: str
+    training_images: int
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train, or continue a run that was stopped, and return the best model.
+
+    Everything is written to ``<run.folder>/<run.name>``: ``last.ckpt`` (resume), ``metrics.csv``,
+    ``tensorboard/``, the simulated data if asked for, and ``<run.name>.safetensors``, the model of
+    the best validation mIoU. Raises :class:`UserError` with one sentence for everything a user can
+    mend; :class:`~hpddrnet_trt.training.interruption.TrainingInterrupted` after Ctrl-C.
+    """
+    device = _Device.of(config)
+    folder = config.run.path
+    data = _open_data(config, folder)
+    first_step, stored = _find_start(config, folder, data)
+    if first_step >= config.optimisation.max_steps:
+        return _result(config, stored)
+
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    stop = StopRequest()
+    module, manifest = _build(config, data)
+    trainer = _trainer(config, device, _callbacks(config, data, manifest, stop))
+    datamodule = _datamodule(config, data, device, first_step)
+    resume_from = folder / LAST if first_step else None
+    with stop.listening(), _readable_failures(folder), _quiet_lightning():
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+    return _result(config, read_training_checkpoint(folder / LAST))
+
+
+# ------------------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class _Device:
+    accelerator: str
+    devices: int
+    ranks: int
+    images_per_pass: int  # per rank
+    precision: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> _Device:
+        run, optimisation = config.run, config.optimisation
+        gpus = torch.cuda.device_count()
+        accelerator = run.accelerator if run.accelerator != "auto" else "gpu" if gpus else "cpu"
+        if accelerator == "gpu" and not gpus:
+            raise NoGpu("run.accelerator=gpu but no NVIDIA GPU can be used; use run.accelerator=cpu")
+        devices = run.devices if run.devices != "all" else max(1, gpus) if accelerator == "gpu" else 1
+        if devices < 1 or (accelerator == "gpu" and devices > gpus):
+            raise UsageError(f"run.devices={run.devices} but this machine has {gpus or 'no'} GPUs; choose 1..{gpus}")
+        ranks = devices * run.num_nodes
+        images, rest = divmod(optimisation.batch_size, ranks * optimisation.accumulate)
+        if rest or not images:
+            raise UsageError(
+                f"optimisation.batch_size={optimisation.batch_size} cannot be shared evenly by {ranks} device(s) "
+                f"and optimisation.accumulate={optimisation.accumulate} passes; choose a multiple of "
+                f"{ranks * optimisation.accumulate}"
+            )
+        if images * ranks < 2:
+            raise UsageError(
+                "one image per forward pass cannot be trained, since batch normalisation after global pooling needs "
+                "at least two values; raise optimisation.batch_size or lower optimisation.accumulate"
+            )
+        return cls(accelerator, devices, ranks, images, _precision(run, accelerator))
+
+
+def _precision(run: RunSection, accelerator: str) -> str:
+    if run.precision == "auto":
+        if accelerator == "cpu":
+            return "32-true"
+        # Scores of the position attention outgrow FP16 in training; BF16 has the range of FP32.
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    if run.precision == "16-mixed" and accelerator == "cpu":
+        raise UsageError("run.precision=16-mixed needs a GPU; use 32 or bf16-mixed on a CPU")
+    return "32-true" if run.precision == "32" else run.precision
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def _open_data(config: TrainConfig, folder: Path) -> _Data:
+    section = config.data
+    simulated = section.path == SIMULATED
+    dataset = _simulated(section, folder) if simulated else FolderDataset.open(section.path, section.layout)
+    for key in ("train_split", "val_split"):
+        split = getattr(section, key)
+        if split not in dataset.splits:
+            raise UserError(
+                f"the dataset {dataset.root} has no images in its split {split!r} (it has: "
+                f"{', '.join(dataset.splits) or 'none'}); add images with masks or set data.{key}"
+            )
+    statistics = dataset.training_statistics(section.train_split)
+    absent = [name for name, part in zip(dataset.class_names, statistics.class_fractions, strict=True) if not part]
+    if absent:
+        log.warning("no pixel of split %r is labelled %s: it is not learned", section.train_split, ", ".join(absent))
+    return _Data(dataset, statistics, dataset.checksum(), len(dataset.split(section.train_split)))
+
+
+def _simulated(section: DataSection, folder: Path) -> FolderDataset:
+    """The simulated dataset of this run, written once."""
+    return write_dataset(folder / "data", **section.simulated.model_dump())
+
+
+# --------------------------------------------------------------------------- start
+
+
+def _find_start(config: TrainConfig, folder: Path, data: _Data) -> tuple[int, dict[str, Any]]:
+    """The step to start with and, when that is not 0, the training checkpoint."""
+    last = folder / LAST
+    if not last.exists():
+        return 0, {}
+    if config.run.resume == "never":
+        raise UsageError(f"{folder} holds a run already; choose another run.name, or continue it with run.resume=auto")
+    checkpoint = read_training_checkpoint(last)
+    stored = checkpoint.get("hpddrnet_trt", {})
+    if differences := config.differences(stored.get("config", {})):
+        raise UsageError(
+            f"the run in {folder} was started with other settings ({'; '.join(differences)}); "
+            "give the same settings to continue it, or choose another run.name"
+        )
+    if stored["data_sha256"] != data.sha256:
+        raise UsageError(
+            f"the images or masks in {data.dataset.root} changed since the run in {folder} was started; "
+            "restore them to continue it, or choose another run.name"
+        )
+    step = int(checkpoint["global_step"])
+    log.info("continuing %s after step %d", folder, step)
+    return step, checkpoint
+
+
+# ------------------------------------------------------------------------ building
+
+
+def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manifest]:
+    torch.manual_seed(config.run.seed)
+    network_config = config.network.resolve(len(data.dataset.classes))
+    network = HPDDRNet(network_config)
+    normalisation = _normalisation(config, data.statistics)
+    remarks = _pretrain(network, config.network.pretrained)
+    manifest = Manifest(
+        name=config.run.name,
+        network=network_config,
+        classes=list(data.dataset.classes),
+        normalisation=normalisation,
+        data=DataRecord(
+            name=data.dataset.name,
+            sha256=data.sha256,
+            licence=data.dataset.licence,
+            train_images=data.training_images,
+            grey_mean=data.statistics.grey_mean,
+            grey_std=data.statistics.grey_std,
+        ),
+        remarks=remarks,
+        versions=_versions(),
+    )
+    loss = SegmentationLoss(_criterion(config.loss, data), config.loss.auxiliary_weight)
+    module = SegmentationModule(network, loss, normalisation, config.optimisation, config.run.seed)
+    module.stored = {"config": config.model_dump(mode="json"), "data_sha256": data.sha256, "versions": _versions()}
+    return module, manifest
+
+
+def _pretrain(network: HPDDRNet, path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    remarks = load_backbone_weights(network, path)
+    for remark in remarks:
+        log.info("%s: %s", path, remark)
+    return [f"training started from the backbone in {path.name}"]
+
+
+def _normalisation(config: TrainConfig, statistics: SplitStatistics) -> Normalisation:
+    if config.data.normalisation == "imagenet":
+        return Normalisation()
+    mean, std = statistics.grey_mean, max(statistics.grey_std, 1.0)
+    return Normalisation(mean=(mean, mean, mean), std=(std, std, std))
+
+
+def _criterion(section: LossSection, data: _Data) -> CrossEntropy:
+    weights: list[float] | None
+    if isinstance(section.class_weights, list):
+        weights = section.class_weights
+        if len(weights) != len(data.dataset.classes):
+            names = ", ".join(entry.name for entry in data.dataset.classes)
+            raise UsageError(
+                f"loss.class_weights has {len(weights)} values but the data has {len(data.dataset.classes)} "
+                f"classes ({names}); give one weight per class"
+            )
+    else:
+        balanced = section.class_weights == "balanced"
+        weights = balanced_class_weights(data.statistics.class_fractions) if balanced else None
+    if section.kind == "cross-entropy":
+        return CrossEntropy(weights)
+    return OhemCrossEntropy(section.ohem_threshold, section.ohem_min_kept, weights)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "hpddrnet-trt": hpddrnet_trt.__version__,
+        "torch": str(torch.__version__),
+        "lightning": str(lightning.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _callbacks(config: TrainConfig, data: _Data, manifest: Manifest, stop: StopRequest) -> list[pl.Callback]:
+    optimisation, run = config.optimisation, config.run
+    # In this order: the average is up to date before rows are written, rows before the checkpoint.
+    callbacks: list[pl.Callback] = []
+    if optimisation.ema_decay is not None:
+        callbacks.append(MovingAverage(optimisation.ema_decay))
+    callbacks.append(
+        Records(
+            run.path,
+            manifest.class_names,
+            every=run.log_every,
+            images=data.training_images,
+            batch_size=optimisation.batch_size,
+        )
+    )
+    if run.progress:
+        callbacks.append(Progress(run.name, optimisation.max_steps))
+    callbacks.append(
+        Checkpoints(
+            run.path,
+            manifest,
+            stop,
+            max_steps=optimisation.max_steps,
+            val_every=run.val_every,
+            every=run.checkpoint_every,
+        )
+    )
+    return callbacks
+
+
+def _trainer(config: TrainConfig, device: _Device, callbacks: list[pl.Callback]) -> pl.Trainer:
+    run, optimisation = config.run, config.optimisation
+    with _quiet_lightning():
+        return pl.Trainer(
+            accelerator=device.accelerator,
+            devices=device.devices,
+            num_nodes=run.num_nodes,
+            strategy=run.strategy,
+            precision=device.precision,  # type: ignore[arg-type]
+            sync_batchnorm=device.accelerator == "gpu" and device.ranks > 1,
+            deterministic="warn" if run.deterministic else None,
+            max_steps=optimisation.max_steps,
+            accumulate_grad_batches=optimisation.accumulate,
+            gradient_clip_val=optimisation.clip_norm,
+            val_check_interval=run.val_every * optimisation.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=run.path,
+        )
+
+
+def _datamodule(config: TrainConfig, data: _Data, device: _Device, first_step: int) -> SegmentationData:
+    section = config.data
+    budget = section.cache_megabytes * 2**20
+    training, validation = (
+        ImageStore(data.dataset, data.dataset.split(split), budget)
+        for split in (section.train_split, section.val_split)
+    )
+    return SegmentationData(
+        TrainingSamples(training, Augmentation(config.augmentation), config.run.seed),
+        validation,
+        images_per_pass=device.images_per_pass,
+        first_pass=first_step * config.optimisation.accumulate,
+        workers=config.run.workers,
+    )
+
+
+# --------------------------------------------------------------------------- ending
+
+
+def _result(config: TrainConfig, checkpoint: dict[str, Any]) -> TrainResult:
+    folder = config.run.path
+    best = folder / f"{config.run.name}.safetensors"
+    if not best.is_file():
+        raise UserError(f"the run in {folder} is finished but {best} is missing; choose another run.name")
+    metrics = next(
+        state["best_metrics"] for state in checkpoint["callbacks"].values() if "best_metrics" in state
+    )
+    read_manifest(best)  # raises when the file was damaged since
+    return TrainResult(best, folder / LAST, dict(metrics))
+
+
+@contextmanager
+def _readable_failures(folder: Path) -> Iterator[None]:
+    """Turn the ways a run can be cut short into errors for people."""
+    try:
+        yield
+    except (SIGTERMException, SystemExit, KeyboardInterrupt) as exc:
+        raise UserError(f"stopped at once; {_saved(folder)}; give the same command again to continue") from exc
+    except torch.cuda.OutOfMemoryError as exc:
+        raise UserError(
+            f"the GPU's memory is exhausted ({_saved(folder)}); lower augmentation.crop, or raise "
+            "optimisation.accumulate to spread a batch over more passes"
+        ) from exc
+    except OSError as exc:
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise UserError(f"the disk of {folder} is full; free some space and give the same command again") from exc
+        raise
+
+
+def _saved(folder: Path) -> str:
+    last = folder / LAST
+    return f"the last complete checkpoint is {last}" if last.exists() else "nothing was saved yet"
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without Lightning's banners, and without hints that do not apply to this loop."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in (".*does not have many workers.*", ".*LeafSpec.* is deprecated.*"):
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

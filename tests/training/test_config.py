@@ -1,0 +1,97 @@
+"""Configuration files: what is read, and how mistakes are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.training.config import TrainConfig, load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.run.name == path.stem
+    assert config.network.resolve(3).num_classes == 3
+
+
+def test_there_is_a_recipe_for_each_dataset() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} >= {"demo", "mudrock", "nasa_super1", "nasa_ebc", "shale"}
+
+
+def test_mudrock_is_the_authors_schedule() -> None:
+    config = load_config(CONFIGS / "mudrock.yaml")
+    optimisation, loss = config.optimisation, config.loss
+    assert (optimisation.optimiser, optimisation.lr, optimisation.momentum) == ("sgd", 0.01, 0.9)
+    assert (optimisation.weight_decay, optimisation.schedule, optimisation.power) == (5e-4, "poly", 0.9)
+    assert (optimisation.max_steps, optimisation.final_lr) == (120_000, 0)
+    assert (loss.kind, loss.ohem_threshold, loss.ohem_min_kept, loss.auxiliary_weight) == ("ohem", 0.9, 131072, 0.6)
+    assert config.augmentation.crop == (1024, 1024)
+
+
+def test_overrides_replace_and_create_keys(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("optimisation:\n  lr: 0.1\nrun:\n")
+    config = load_config(path, ["optimisation.lr=1e-3", "run.name=b", "loss.class_weights=[1, 2.5]"])
+    assert (config.optimisation.lr, config.run.name, config.loss.class_weights) == (1e-3, "b", [1.0, 2.5])
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optimisation.lr=-1", ["optimisation.lr = -1", "greater than 0"]),
+        ("optimisation.lr=fast", ["optimisation.lr = 'fast'", "number"]),
+        ("optimisation.max_stepz=3", ["unknown key optimisation.max_stepz", "did you mean optimisation.max_steps?"]),
+        ("optimizer.lr=3", ["unknown key optimizer", "did you mean optimisation?"]),
+        ("data.simulated.trian=3", ["did you mean data.simulated.train?"]),
+        ("zzz=3", ["unknown key zzz", "known keys: network, data"]),
+        ("network.variant=unet", ["network.variant = 'unet'", "'hpddrnet-23-slim'"]),
+        ("loss.class_weights=heavy", ["loss.class_weights = 'heavy'", "'balanced'", "list"]),
+        ("augmentation.crop=[100, 100]", ["augmentation.crop [100, 100]", "multiples of 8"]),
+        ("augmentation.gamma=[2, 1]", ["gamma must be a range"]),
+        ("optimisation.warmup_steps=99999", ["warmup_steps (99999)", "max_steps"]),
+        ("optimisation.accumulate=3", ["batch_size (8)", "accumulate (3)"]),
+        ("optimisation.lr=.inf", ["optimisation.lr = inf", "finite"]),
+        ("run.name=../x", ["run.name = '../x'"]),
+        ("optimisation.lr", ["'optimisation.lr'", "section.key=value"]),
+        ("run.name=[", ["not valid YAML"]),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(override: str, parts: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(None, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_unreadable_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(BadInputFile, match="does not exist"):
+        load_config(tmp_path / "missing.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        load_config(broken)
+    broken.write_text("- 1")
+    with pytest.raises(UsageError, match="must hold sections"):
+        load_config(broken)
+    broken.write_text("run: 3")
+    with pytest.raises(UsageError, match=r"broken\.yaml: run = 3"):
+        load_config(broken)
+
+
+def test_differences_name_what_changes_the_weights_only() -> None:
+    before = TrainConfig()
+    stored = before.model_dump(mode="json")
+    assert before.differences(stored) == []
+    harmless = load_config(None, ["run.workers=3", "run.val_every=7", "run.folder=elsewhere", "run.devices=2"])
+    assert harmless.differences(stored) == []
+    other = load_config(None, ["optimisation.lr=0.5", "augmentation.crop=[64, 64]"])
+    assert other.differences(stored) == [
+        "augmentation.crop: [512, 512] -> [64, 64]",
+        "optimisation.lr: 0.001 -> 0.5",
+    ]

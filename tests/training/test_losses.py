@@ -1,0 +1,131 @@
+"""Losses against mmsegmentation's and the authors' own numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hpddrnet_trt.manifest import IGNORE_INDEX, NetworkConfig
+from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.training.losses import (
+    CrossEntropy,
+    OhemCrossEntropy,
+    SegmentationLoss,
+    balanced_class_weights,
+)
+
+
+def test_ohem_equals_mmsegmentation_in_every_golden_case(golden: Path) -> None:
+    arrays = np.load(golden / "losses" / "ohem_cases.npz")
+    cases = json.loads((golden / "losses" / "ohem_expected.json").read_text())
+    assert len(cases) >= 18
+    for case in cases:
+        logits = torch.from_numpy(arrays[case["logits"]].astype(np.float32)).requires_grad_()
+        labels = torch.from_numpy(arrays[case["label"]])
+        criterion = OhemCrossEntropy(case["thres"], case["min_kept"], case["class_weight"])
+        loss = case["loss_weight"] * criterion(logits, labels)
+        loss.backward()
+        assert logits.grad is not None
+        assert loss.item() == pytest.approx(case["loss_f64"], rel=1e-6, abs=1e-9), case
+        assert logits.grad.norm().item() == pytest.approx(case["grad_l2"] or 0.0, rel=1e-5), case
+
+
+def _golden_network(folder: Path, info: dict[str, Any]) -> HPDDRNet:
+    stored = torch.load(folder / "checkpoint.pth", weights_only=True)["state_dict"]
+    kinds = {"hpddrnet": {}, "ddrnet23slim": {"eca": "none", "pam": "none"}}
+    network = HPDDRNet(NetworkConfig(num_classes=info["num_classes"], **kinds[folder.name]))
+    wanted = network.state_dict()
+    network.load_state_dict({name: stored[name].to(wanted[name].dtype) for name in wanted})
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # as the reference was computed
+    return network.train()
+
+
+@pytest.mark.parametrize("name", ["hpddrnet", "ddrnet23slim"])
+@pytest.mark.parametrize("case", ["4x256x256", "2x128x192"])
+def test_training_losses_and_first_sgd_steps_equal_the_authors(golden: Path, name: str, case: str) -> None:
+    info = json.loads((golden / name / "info.json").read_text())
+    train = info["train"][case]
+    with np.load(golden / "inputs.npz") as inputs:
+        images = torch.from_numpy(inputs[train["input_key"]].astype(np.float32))
+        labels = torch.from_numpy(inputs[train["label_key"]])
+    main, auxiliary = train["loss_decode"]
+    criterion = OhemCrossEntropy(main["thres"], main["min_kept"], main["class_weight"])
+    loss = SegmentationLoss(criterion, auxiliary["loss_weight"])
+    network = _golden_network(golden / name, info)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    trajectory = train["sgd_f64"]
+    for step, tolerance in ((0, 1e-5), (1, 1e-3)):
+        losses = loss(network(images), labels)
+        assert [one.item() for one in losses] == pytest.approx(trajectory[step], rel=tolerance)
+        optimiser.zero_grad()
+        sum(losses, torch.zeros(())).backward()
+        optimiser.step()
+
+
+def _reference_ohem(logits: Tensor, labels: Tensor, threshold: float, min_kept: int) -> float:
+    """Slow and plain: sort the labelled pixels, keep the hard ones, take their mean."""
+    table = torch.log_softmax(logits.double(), dim=1).permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+    chances = sorted(
+        math.exp(table[i, label].item()) for i, label in enumerate(labels.flatten().tolist()) if label != IGNORE_INDEX
+    )
+    limit = max(chances[min(min_kept, len(chances) - 1)], threshold)
+    kept = [-math.log(chance) for chance in chances if chance < limit]
+    return sum(kept) / len(kept) if kept else 0.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), threshold=st.floats(0.05, 0.99), min_kept=st.integers(0, 300))
+def test_ohem_equals_a_plain_reference(seed: int, threshold: float, min_kept: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 3, 8, 9, generator=generator, dtype=torch.float32) * 3
+    labels = torch.randint(0, 4, (2, 8, 9), generator=generator).to(torch.uint8)
+    labels[labels == 3] = IGNORE_INDEX
+    expected = _reference_ohem(logits, labels, threshold, min_kept)
+    assert OhemCrossEntropy(threshold, min_kept)(logits, labels).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("criterion", [CrossEntropy(), CrossEntropy([1.0, 2.0]), OhemCrossEntropy()])
+def test_unlabelled_batch_gives_zero_loss_and_zero_gradient(criterion: CrossEntropy) -> None:
+    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
+    loss = criterion(logits, torch.full((1, 4, 4), IGNORE_INDEX, dtype=torch.uint8))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert torch.all(logits.grad == 0)
+
+
+def test_ohem_of_certain_predictions_is_zero_and_not_nan() -> None:
+    logits = torch.zeros(1, 2, 4, 4)
+    logits[:, 0] = 200.0
+    assert OhemCrossEntropy()(logits, torch.zeros(1, 4, 4, dtype=torch.uint8)).item() == 0
+
+
+def test_class_weights_multiply_the_pixels_of_their_class() -> None:
+    logits = torch.zeros(1, 2, 1, 4)
+    labels = torch.tensor([[[0, 1, 1, 1]]], dtype=torch.uint8)
+    assert CrossEntropy([1.0, 3.0])(logits, labels).item() == pytest.approx(math.log(2) * (1 + 9) / 4)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=6))
+def test_balanced_weights_have_mean_one_and_favour_rare_classes(counts: list[float]) -> None:
+    fractions = [count / sum(counts) for count in counts]
+    weights = balanced_class_weights(fractions)
+    assert sum(f * w for f, w in zip(fractions, weights, strict=True)) == pytest.approx(1.0)
+    assert [w for _, w in sorted(zip(fractions, weights, strict=True))] == sorted(weights, reverse=True)
+
+
+def test_balanced_weight_of_an_absent_class_is_finite() -> None:
+    weights = balanced_class_weights([0.9, 0.1, 0.0])
+    assert weights[2] == weights[1] > weights[0]

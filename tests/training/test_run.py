@@ -1,0 +1,347 @@
+"""Whole runs of a tiny network: what they leave behind, and that stopping them changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.errors import NoGpu, UsageError, UserError
+from hpddrnet_trt.metrics import ConfusionMatrix
+from hpddrnet_trt.models.checkpoints import load_checkpoint
+from hpddrnet_trt.training import checkpoint_io
+from hpddrnet_trt.training.config import TrainConfig
+from hpddrnet_trt.training.interruption import TrainingInterrupted
+from hpddrnet_trt.training.module import SegmentationModule
+from hpddrnet_trt.training.run import train
+
+Tiny = Callable[..., TrainConfig]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def differences(first: Any, second: Any, place: str = "") -> list[str]:
+    """Places where two training checkpoints differ by as much as a bit; the run's name may."""
+    if place.endswith("/run/name"):
+        return []
+    if isinstance(first, torch.Tensor):
+        return [] if isinstance(second, torch.Tensor) and torch.equal(first, second) else [place]
+    if isinstance(first, dict):
+        if not isinstance(second, dict) or first.keys() != second.keys():
+            return [f"{place}: keys"]
+        return [found for key in first for found in differences(first[key], second[key], f"{place}/{key}")]
+    if isinstance(first, (list, tuple)):
+        if len(first) != len(second):
+            return [f"{place}: length"]
+        pairs = enumerate(zip(first, second, strict=True))
+        return [found for i, (one, other) in pairs for found in differences(one, other, f"{place}/{i}")]
+    return [] if first == second else [place]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, averages, buffers, optimiser, schedule, loop counters, rows and best model are equal."""
+    one, other = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (first, second))
+    assert {"state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "loops"} <= one.keys()
+    assert differences(one, other) == []
+    assert read_rows(first) == read_rows(second)
+    networks = [load_checkpoint(folder / f"{folder.name}.safetensors") for folder in (first, second)]
+    assert differences(networks[0][0].state_dict(), networks[1][0].state_dict()) == []
+    assert networks[0][1].metrics == networks[1][1].metrics
+
+
+def val_miou(checkpoint: Path, dataset: FolderDataset) -> float:
+    network, manifest = load_checkpoint(checkpoint)
+    confusion = ConfusionMatrix(len(dataset.classes))
+    mean, std = manifest.normalisation.mean[0], manifest.normalisation.std[0]
+    for sample in dataset.split("val"):
+        grey, mask = dataset.load(sample)
+        image = ((torch.tensor(grey).float() - mean) / std).expand(1, 3, *grey.shape)
+        with torch.no_grad():
+            confusion.update(network.predict_logits(image).argmax(1)[0].numpy(), mask)
+    return confusion.scores().miou
+
+
+def test_run_leaves_model_records_and_checkpoint(tiny: Tiny) -> None:
+    config = tiny("run.name=whole")
+    result = train(config)
+    folder = config.run.path
+    assert result.checkpoint == folder / "whole.safetensors"
+    assert result.last == folder / "last.ckpt"
+    rows = read_rows(folder)
+    assert [row["step"] for row in rows if row["train/loss"]] == ["2", "4", "6", "8", "10", "12"]
+    assert [row["step"] for row in rows if row["val/miou"]] == ["5", "10", "12"]  # the last step always
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert torch.load(result.last, weights_only=True)["global_step"] == 12
+
+    _, manifest = load_checkpoint(result.checkpoint)
+    dataset = FolderDataset.open(folder / "data")
+    assert manifest.data is not None
+    assert manifest.data.sha256 == dataset.checksum()
+    assert (manifest.data.licence, manifest.data.train_images) == (dataset.licence, 5)
+    assert manifest.class_names == dataset.class_names
+    assert manifest.palette == dataset.palette
+    grey = dataset.statistics("train")
+    assert manifest.normalisation.mean == pytest.approx([grey.grey_mean] * 3)
+    assert manifest.normalisation.std == pytest.approx([grey.grey_std] * 3)
+    assert {"hpddrnet-trt", "torch", "lightning"} <= manifest.versions.keys()
+    best = max(float(row["val/miou"]) for row in rows if row["val/miou"])
+    assert manifest.metrics["val/miou"] == pytest.approx(best)
+    # The exported weights are the ones that were validated (the averaged ones).
+    assert val_miou(result.checkpoint, dataset) == pytest.approx(best)
+
+    before = result.last.read_bytes()
+    assert train(config) == result  # a finished run has nothing left to do
+    assert result.last.read_bytes() == before
+
+
+KILLER = """
+import os, signal, sys
+from hpddrnet_trt.training.module import SegmentationModule
+from hpddrnet_trt.training.config import load_config
+from hpddrnet_trt.training.run import train
+
+where, at, *overrides = sys.argv[1:]
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+if where == "save":
+    os.fsync = lambda _: die()
+else:
+    method = getattr(SegmentationModule, where)
+    def deadly(self, *args):
+        if self.global_step == int(at):
+            die()
+        return method(self, *args)
+    setattr(SegmentationModule, where, deadly)
+train(load_config(None, overrides))
+"""
+
+
+def _run_and_die(where: str, at: int, config: TrainConfig) -> None:
+    flat = [f"{key}={value}" for key, value in _flat(config.model_dump(mode="json"))]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLER, where, str(at), *flat]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            found.append((prefix + key, value))
+    return found
+
+
+def test_killed_run_continues_to_the_same_bits(tiny: Tiny) -> None:
+    uninterrupted, killed = tiny("run.name=a"), tiny("run.name=b")
+    train(uninterrupted)
+    folder = killed.run.path
+    # In the middle of a step, with two steps done since the checkpoint of step 6.
+    _run_and_die("training_step", 8, killed)
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert read_rows(folder)[-1]["step"] == "8"  # a row the resumed run must not repeat
+    # While a checkpoint is being written: the one before stays whole.
+    _run_and_die("save", 0, killed)
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert list(folder.glob(".last*"))
+    # In the validation of step 10, before its checkpoint.
+    _run_and_die("validation_step", 10, killed)
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 9
+    train(killed)
+    assert_same_run(uninterrupted.run.path, folder)
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("step", [4, 5])  # an ordinary step, and one that a validation follows
+def test_ctrl_c_finishes_the_step_and_resumes_exactly(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
+) -> None:
+    options = [f"optimisation.accumulate={accumulate}", "optimisation.max_steps=8"]
+    uninterrupted, stopped = tiny("run.name=a", *options), tiny("run.name=b", *options)
+    train(uninterrupted)
+    original = SegmentationModule.training_step
+
+    def interrupted(self: SegmentationModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == (step - 1) * accumulate:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationModule, "training_step", interrupted)
+        with pytest.raises(TrainingInterrupted, match=rf"stopped after step {step}; .*same command again"):
+            train(stopped)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert torch.load(stopped.run.path / "last.ckpt", weights_only=True)["global_step"] == step
+    train(stopped)
+    assert_same_run(uninterrupted.run.path, stopped.run.path)
+
+
+def test_second_ctrl_c_stops_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(self: SegmentationModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second signal ends the step")
+
+    monkeypatch.setattr(SegmentationModule, "training_step", impatient)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError, match="stopped at once; nothing was saved yet"):
+        train(tiny())
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_number_of_workers_changes_nothing(tiny: Tiny) -> None:
+    alone, helped = tiny("run.name=a"), tiny("run.name=b", "run.workers=2")
+    train(alone)
+    train(helped)
+    stored = [torch.load(config.run.path / "last.ckpt", weights_only=True) for config in (alone, helped)]
+    assert differences(stored[0]["current_model_state"], stored[1]["current_model_state"]) == []
+    assert read_rows(alone.run.path) == read_rows(helped.run.path)
+
+
+def test_two_processes_train_together(tiny: Tiny) -> None:
+    config = tiny("run.name=two", "run.devices=2", "run.strategy=ddp", "data.simulated.val=3")
+    flat = [f"{key}={value}" for key, value in _flat(config.model_dump(mode="json"))]
+    empty = config.run.folder.parent / "empty.yaml"
+    empty.write_text("")
+    command = [sys.executable, str(REPOSITORY / "train" / "train.py"), "--config", str(empty), *flat]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(config.run.path)
+    assert [row["step"] for row in rows if row["val/miou"]] == ["5", "10", "12"]
+    # Three validation images on two ranks: each counted once.
+    dataset = FolderDataset.open(config.run.path / "data")
+    best = max(float(row["val/miou"]) for row in rows if row["val/miou"])
+    assert val_miou(config.run.path / "two.safetensors", dataset) == pytest.approx(best)
+
+
+def test_bfloat16_and_clipping_and_no_average(tiny: Tiny) -> None:
+    result = train(
+        tiny("run.precision=bf16-mixed", "optimisation.clip_norm=1", "optimisation.ema_decay=null", "run.name=x")
+    )
+    assert np.isfinite(result.metrics["val/loss"])
+
+
+def test_training_starts_from_a_pretrained_backbone(tiny: Tiny) -> None:
+    source = train(tiny("run.name=source")).checkpoint
+    frozen = ["optimisation.lr=1e-12", "optimisation.ema_decay=null", "optimisation.max_steps=1"]
+    tuned = train(tiny("run.name=tuned", f"network.pretrained={source}", *frozen)).checkpoint
+    (before, _), (after, manifest) = load_checkpoint(source), load_checkpoint(tuned)
+    assert torch.allclose(after.backbone.stem[0].conv.weight, before.backbone.stem[0].conv.weight, atol=1e-6)
+    assert "source.safetensors" in manifest.remarks[0]
+
+
+# ------------------------------------------------------------------------- errors
+
+
+def test_other_settings_and_other_data_are_refused(tiny: Tiny) -> None:
+    config = tiny("optimisation.max_steps=3")
+    train(config)
+    with pytest.raises(UsageError, match=r"optimisation\.lr: 0\.001 -> 0\.5.*choose another run\.name"):
+        train(tiny("optimisation.max_steps=3", "optimisation.lr=0.5"))
+    with pytest.raises(UsageError, match=r"holds a run already.*run\.resume=auto"):
+        train(tiny("optimisation.max_steps=3", "run.resume=never"))
+    mask = next((config.run.path / "data" / "masks" / "train").iterdir())
+    Image.fromarray(np.zeros((96, 96), dtype=np.uint8)).save(mask)
+    with pytest.raises(UsageError, match=r"images or masks in .* changed"):
+        train(config)
+
+
+def test_damaged_checkpoint_is_told(tiny: Tiny) -> None:
+    config = tiny("optimisation.max_steps=3")
+    last = train(config).last
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.ckpt is not a readable training checkpoint.*delete it"):
+        train(config)
+    torch.save({"weights": 1}, last)
+    with pytest.raises(UserError, match=r"last\.ckpt is not a training checkpoint"):
+        train(config)
+
+
+def test_diverging_loss_stops_with_step_and_rate(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d+ \(learning rate \S+\).*clip_norm"):
+        train(tiny("optimisation.optimiser=sgd", "optimisation.lr=1e30", "optimisation.schedule=poly"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimisation.batch_size=1"], "one image per forward pass"),
+        (["optimisation.accumulate=4"], "one image per forward pass"),
+        (["run.devices=3"], r"batch_size=4 cannot be shared evenly by 3 device.*multiple of 3"),
+        (["run.precision=16-mixed"], "16-mixed needs a GPU"),
+        (["loss.class_weights=[1, 2]"], r"2 values but the data has 3 classes \(grain"),
+        (["data.val_split=validation"], r"no images in its split 'validation' \(it has: train, val, test\)"),
+        (["data.path=/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_impossible_requests_are_told_before_training(tiny: Tiny, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(tiny(*overrides))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_missing_gpu_is_told(tiny: Tiny) -> None:
+    with pytest.raises(NoGpu, match=r"run\.accelerator=cpu"):
+        train(tiny("run.accelerator=gpu"))
+
+
+def test_masks_of_one_class_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("optimisation.max_steps=3")
+    train(config)
+    data = config.run.path / "data"
+    for mask in (data / "masks" / "train").iterdir():
+        Image.fromarray(np.zeros((96, 96), dtype=np.uint8)).save(mask)
+    with pytest.raises(UserError, match="only the class 'grain'"):
+        train(tiny("run.name=other", f"data.path={data}"))
+
+
+def test_full_disk_keeps_the_last_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    written: list[int] = []
+    flush = os.fsync
+
+    def full(handle: int) -> None:
+        written.append(handle)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(handle)
+
+    monkeypatch.setattr(checkpoint_io.os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: No space left.*free some space"):
+        train(config)
+    assert torch.load(config.run.path / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert not list(config.run.path.glob(".*"))
+
+
+def test_command_tells_mistakes_without_traceback(tmp_path: Path) -> None:
+    script = REPOSITORY / "train" / "train.py"
+    command = [sys.executable, str(script), "--config", str(REPOSITORY / "train" / "configs" / "demo.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, "optimisation.lr=-1"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "optimisation.lr = -1" in done.stderr
+    assert "Traceback" not in done.stderr
