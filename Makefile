@@ -44,11 +44,12 @@ demo: $(READY)
 	$(CLI) check-dataset $(DATASET) --contact-sheet $(RUN)/dataset.png
 	$(BIN)/python train/train.py --config train/configs/demo.yaml run.name=$(NAME) data.path=$(DATASET) $(TRAIN)
 	$(BIN)/python train/evaluate.py $(RUN)/$(NAME).safetensors --data $(DATASET)
-	$(BIN)/python export/export_onnx.py $(RUN)/$(NAME).safetensors $(RUN)/model.onnx
+	$(BIN)/python export/export_onnx.py $(RUN)/$(NAME).safetensors $(RUN)/model.onnx --data $(DATASET)
+	$(BIN)/python export/export_onnx.py $(RUN)/$(NAME).safetensors $(RUN)/model.fp16.onnx --precision fp16 --data $(DATASET)
 	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8.onnx --data $(DATASET)
 	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8-cpu.onnx --data $(DATASET) --form onnxruntime
 	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp32 --shapes $(SHAPES)
-	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp16 --shapes $(SHAPES)
+	$(BIN)/python export/build_engine.py $(RUN)/model.fp16.onnx --precision fp16 --shapes $(SHAPES)
 	$(BIN)/python export/build_engine.py $(RUN)/model.int8.onnx --precision int8 --shapes $(SHAPES)
 	$(CLI) segment $(DATASET) $(RUN)/labels --model $(RUN)/model.onnx
 	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report

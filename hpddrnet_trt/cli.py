@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -107,6 +108,9 @@ def export(
     grey_input: Annotated[
         bool, typer.Option(help="One-channel uint8 input; --no-grey-input takes three normalised float channels.")
     ] = True,
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="fp16: typed FP16 with attention scores in FP32.")
+    ] = "fp32",
     data: Annotated[
         Path | None, typer.Option(help="Micrographs or dataset (test split) to compare on; simulated when left out.")
     ] = None,
@@ -114,11 +118,18 @@ def export(
     """Export a checkpoint to one self-describing ONNX file and compare it with PyTorch."""
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.deploy.onnx_export import export_onnx
+    from hpddrnet_trt.deploy.precision import convert_precision
 
-    manifest = export_onnx(
-        checkpoint, target, batch=batch, height=height, width=width, attention=attention, output=output,
-        confidence=confidence, grey_input=grey_input, images=find_images(data, "test") if data else (),
-    )  # fmt: skip
+    images = find_images(data, "test") if data else []
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        exported = target if precision == "fp32" else Path(folder) / target.name
+        manifest = export_onnx(
+            checkpoint, exported, batch=batch, height=height, width=width, attention=attention, output=output,
+            confidence=confidence, grey_input=grey_input, images=images,
+        )  # fmt: skip
+        if precision == "fp16":
+            _echo_evidence(manifest)
+            manifest = convert_precision(exported, target, "fp16", images=images)
     _echo_evidence(manifest)
     typer.echo(f"written: {target}")
 
@@ -186,7 +197,8 @@ def build(
     from hpddrnet_trt.deploy.build import build_engine
     from hpddrnet_trt.deploy.proof import summary
 
-    target = output or model.with_name(f"{model.stem.removesuffix('.int8')}.{precision}.engine")
+    stem = model.stem.removesuffix(".int8").removesuffix(".fp16")
+    target = output or model.with_name(f"{stem}.{precision}.engine")
     manifest = build_engine(
         model, target, precision=precision, flavour=flavour, shapes=shapes,
         calibration_images=find_images(calibration_data) if calibration_data else None,

@@ -358,6 +358,13 @@ def _readable_failures(folder: Path) -> Iterator[None]:
             f"the GPU's memory is exhausted ({_saved(folder)}); lower augmentation.crop, or raise "
             "optimisation.accumulate to spread a batch over more passes"
         ) from exc
+    except RuntimeError as exc:
+        if "DataLoader worker" not in str(exc):
+            raise
+        raise UserError(
+            f"a process that loads images died, usually for want of memory ({_saved(folder)}); lower run.workers or "
+            "data.cache_megabytes and give the same command again to continue"
+        ) from exc
     except OSError as exc:
         if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise UserError(f"the disk of {folder} is full; free some space and give the same command again") from exc

@@ -23,6 +23,7 @@ from hpddrnet_trt.metrics import ConfusionMatrix
 from hpddrnet_trt.models.checkpoints import load_checkpoint
 from hpddrnet_trt.training import checkpoint_io
 from hpddrnet_trt.training.config import TrainConfig
+from hpddrnet_trt.training.datamodule import TrainingSamples
 from hpddrnet_trt.training.interruption import TrainingInterrupted
 from hpddrnet_trt.training.module import SegmentationModule
 from hpddrnet_trt.training.run import train
@@ -207,6 +208,15 @@ def test_second_ctrl_c_stops_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="stopped at once; nothing was saved yet"):
         train(tiny())
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_death_of_a_worker_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deadly(self: TrainingSamples, number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(TrainingSamples, "__getitem__", deadly)
+    with pytest.raises(UserError, match=r"process that loads images died.*lower run\.workers"):
+        train(tiny("run.workers=1"))
 
 
 def test_number_of_workers_changes_nothing(tiny: Tiny) -> None:
