@@ -298,7 +298,7 @@ def check_dataset(
 @app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Folder to write the dataset to.")],
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 24,
+    train_images: Annotated[int, typer.Option("--train", min=1)] = 48,
     val_images: Annotated[int, typer.Option("--val", min=1)] = 4,
     test_images: Annotated[int, typer.Option("--test", min=1)] = 4,
     size: Annotated[int, typer.Option(min=64, help="Edge length in pixels.")] = 512,
