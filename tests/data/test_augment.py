@@ -65,10 +65,11 @@ def test_picture_and_mask_move_together(seed: int) -> None:
         mask * np.uint8(60), mask, np.random.default_rng(seed)
     )
     inside = labels != 255
-    # Away from the borders of regions both must say the same.
+    # Away from the borders of regions both must say the same. Where the crop is shrunk, a region can be
+    # too thin for nearest sampling to meet it, and the cubic picture still feels it: single pixels.
     flat = cv2.dilate(labels, np.ones((5, 5))) == cv2.erode(labels, np.ones((5, 5)))
     assert (flat & inside).sum() > 500
-    np.testing.assert_array_equal(np.rint(crop[flat & inside] / 60), labels[flat & inside])
+    assert (np.rint(crop[flat & inside] / 60) == labels[flat & inside]).mean() > 0.998
     # At the borders there is no shift: moving one against the other by a pixel only makes it worse.
     guess = np.rint(crop / 60)
     fit = {
