@@ -4,6 +4,7 @@
 #   make demo                      simulated micrographs
 #   make demo DATA=folder          your own (images|masks/{train,val,test}, see README)
 #   make demo TRAIN="..."          further key=value settings of the training
+#   make demo MEASURE="..."        further options of the benchmark
 #   make gpu                       GPU tests and the full benchmark on an NVIDIA machine
 
 SUITABLE = import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
@@ -20,12 +21,13 @@ comma := ,
 
 DATA ?=
 TRAIN ?=
+MEASURE ?=
 NAME := $(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),demo)
 RUN := runs/$(NAME)
 SHAPES ?= 1x1x256x256:1x1x512x512:4x1x1024x1024
 DATASET := $(or $(DATA),$(RUN)/data)
 
-.PHONY: help demo test lint gpu environment clean
+.PHONY: help demo test gpu environment clean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
 
@@ -52,7 +54,7 @@ demo: $(READY)
 	$(BIN)/python export/build_engine.py $(RUN)/model.fp16.onnx --precision fp16 --shapes $(SHAPES)
 	$(BIN)/python export/build_engine.py $(RUN)/model.int8.onnx --precision int8 --shapes $(SHAPES)
 	$(CLI) segment $(DATASET) $(RUN)/labels --model $(RUN)/model.onnx
-	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report
+	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report $(MEASURE)
 
 test: $(READY)
 	$(BIN)/ruff check .
@@ -61,8 +63,7 @@ test: $(READY)
 
 gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests
-	$(MAKE) demo RUN=$(RUN)
-	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report --publish benchmarks/results
+	$(MAKE) demo MEASURE="--size 512x512 --size 1024x1024 --publish benchmarks/results"
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
