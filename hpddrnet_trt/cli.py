@@ -193,7 +193,6 @@ def build(
     version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False,
 ) -> None:
     """Build a TensorRT engine, prove its precision and write it with its description."""
-    from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.deploy.build import build_engine
     from hpddrnet_trt.deploy.proof import summary
 
@@ -201,8 +200,8 @@ def build(
     target = output or model.with_name(f"{stem}.{precision}.engine")
     manifest = build_engine(
         model, target, precision=precision, flavour=flavour, shapes=shapes,
-        calibration_images=find_images(calibration_data) if calibration_data else None,
-        timing_cache=timing_cache, compute_capabilities=compute_capability, workspace_mib=workspace_mib,
+        calibration_images=calibration_data, timing_cache=timing_cache, compute_capabilities=compute_capability,
+        workspace_mib=workspace_mib,
         optimisation_level=optimisation_level, version_compatible=version_compatible,
     )  # fmt: skip
     if manifest.engine is not None:

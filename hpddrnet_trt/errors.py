@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class UserError(Exception):
@@ -37,6 +41,12 @@ class MissingDependency(UserError):
 
 class NoGpu(UserError):
     """An NVIDIA GPU (or its driver) is needed and none can be used."""
+
+
+def first_problem(invalid: ValidationError, whole: str) -> str:
+    """What pydantic found first, as ``place: message``; ``whole`` names the place of the document itself."""
+    first = invalid.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or whole}: {first['msg']}"
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

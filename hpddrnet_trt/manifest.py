@@ -17,7 +17,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.errors import BadInputFile, first_problem
 from hpddrnet_trt.files import existing_file
 
 FORMAT_VERSION = 1
@@ -234,10 +234,8 @@ def parse_manifest(text: str, source: str | Path) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "description"
         raise BadInputFile(
-            f"the description in {source} is not valid ({where}: {first['msg']}); "
+            f"the description in {source} is not valid ({first_problem(exc, 'description')}); "
             "the file was damaged or written by another program: export it again"
         ) from exc
 

@@ -25,6 +25,16 @@ def tiny_network(seed: int = 0, **changes: Any) -> HPDDRNet:
     return network.eval()
 
 
+def lively(network: HPDDRNet) -> HPDDRNet:
+    """The network with attention projections large enough to matter (they start almost closed)."""
+    torch.manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.25)
+            torch.nn.init.normal_(module.bias, std=0.2)
+    return network
+
+
 def tiny_manifest(network: HPDDRNet, **changes: Any) -> Manifest:
     colours = distinct_colours(network.config.num_classes)
     classes = [ClassInfo(name=f"phase {i}", color=colour) for i, colour in enumerate(colours)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,22 +49,23 @@ def main_png(result: BenchmarkResult) -> bytes:
 
 def main_figure(result: BenchmarkResult) -> Any:
     """Left: throughput bars at the last size. Right: mIoU (or agreement) against throughput."""
-    timing = _sizes(result)[-1]
-    rows = [(row, found) for row in result.measured if (found := _at(row, timing)) is not None]
-    with _style():
-        figure, (bars, plane) = _figure(11.6, max(3.6, 1.5 + 0.42 * len(rows)), (1.15, 1))
-        _draw_bars(bars, rows, result, timing)
-        _draw_accuracy(plane, rows, result)
-    return figure
+    return _two_panels(result, _sizes(result)[-1], _draw_bars, _draw_accuracy)
 
 
 def latency_figure(result: BenchmarkResult, timing: Timing) -> Any:
     """Left: box plots of the latencies. Right: their cumulative distribution."""
+    return _two_panels(result, timing, _draw_boxes, _draw_curves)
+
+
+def _two_panels(
+    result: BenchmarkResult, timing: Timing, draw_left: Callable[..., None], draw_right: Callable[..., None]
+) -> Any:
+    """Two drawings of the entries measured at one size, a row's height for each entry."""
     rows = [(row, found) for row in result.measured if (found := _at(row, timing)) is not None]
     with _style():
-        figure, (boxes, curves) = _figure(11.6, max(3.6, 1.5 + 0.42 * len(rows)), (1.15, 1))
-        _draw_boxes(boxes, rows, result, timing)
-        _draw_curves(curves, rows, result)
+        figure, (left, right) = _figure(11.6, max(3.6, 1.5 + 0.42 * len(rows)), (1.15, 1))
+        draw_left(left, rows, result, timing)
+        draw_right(right, rows, result)
     return figure
 
 

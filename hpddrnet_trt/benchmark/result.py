@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpddrnet_trt.benchmark.machine import Machine
-from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.errors import BadInputFile, UsageError, first_problem
 from hpddrnet_trt.files import existing_file
 from hpddrnet_trt.manifest import SIZE_MULTIPLE, ClassInfo
 
@@ -213,9 +213,7 @@ def load_result(path: str | Path) -> BenchmarkResult:
     try:
         return BenchmarkResult.model_validate_json(path.read_bytes())
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
         raise BadInputFile(
-            f"{path} is not a benchmark result this version reads ({where}: {first['msg']}); "
+            f"{path} is not a benchmark result this version reads ({first_problem(exc, 'file')}); "
             "run the benchmark again, or use the version that wrote it"
         ) from exc

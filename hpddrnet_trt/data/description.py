@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.errors import BadInputFile, first_problem
 from hpddrnet_trt.files import existing_file, write_text
 from hpddrnet_trt.manifest import IGNORE_INDEX, ClassInfo
 
@@ -114,9 +114,8 @@ def read_description(path: str | Path) -> DatasetDescription:
     try:
         return DatasetDescription.model_validate_json(path.read_bytes())
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "content"
-        raise BadInputFile(f"{path} is not a valid dataset description ({where}: {first['msg']}); correct it") from exc
+        problem = first_problem(exc, "content")
+        raise BadInputFile(f"{path} is not a valid dataset description ({problem}); correct it") from exc
     except OSError as exc:
         raise BadInputFile(f"{path} cannot be read ({exc.strerror})") from exc
 

@@ -92,6 +92,7 @@ class TorchEngine(EngineBase):
             {"dtype": input_dtype, "channels": 1 if input_dtype == "uint8" else 3}
         )
         self.manifest = manifest.replace(input=self._contract, output=OutputContract(kind=output))
+        self._gives_logits = output == "logits"
         self._autocast = autocast
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         module: Any = network.eval().to(self.device)
@@ -118,8 +119,7 @@ class TorchEngine(EngineBase):
             with torch.inference_mode(), _without_tf32(self.device):
                 logits = self._logits(images)
                 labels = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
-                wanted = self.manifest.output is not None and self.manifest.output.kind == "logits"
-                return Prediction(labels, logits=logits.cpu().numpy() if wanted else None)
+                return Prediction(labels, logits=logits.cpu().numpy() if self._gives_logits else None)
         except (torch.cuda.OutOfMemoryError, MemoryError) as exc:
             raise UserError(f"out of memory on an input of shape {images.shape}; use a smaller image or batch") from exc
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,9 @@ from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.files import sha256_of
 from hpddrnet_trt.manifest import read_manifest
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
-from hpddrnet_trt.models.network import HPDDRNet
-from tests.tiny_network import tiny_manifest, tiny_network
+from tests.tiny_network import lively, tiny_manifest, tiny_network
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, for long when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def lively(network: HPDDRNet) -> HPDDRNet:
-    torch.manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=0.25)
-            torch.nn.init.normal_(module.bias, std=0.2)
-    return network
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,9 @@ from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.manifest import ClassInfo, Manifest, Normalisation
 from hpddrnet_trt.models.attention import PositionAttention
 from hpddrnet_trt.models.network import VARIANTS, HPDDRNet, network_config
-from tests.tiny_network import tiny_manifest, tiny_network
+from tests.tiny_network import lively, tiny_manifest, tiny_network
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-4
 SIZES = [(256, 256), (136, 200), (1024, 1024)]
@@ -32,25 +33,6 @@ ALONE = {
     "grey-input": (Rewrites(**NONE), True),
     "all": (Rewrites(), True),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, for long when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def lively(network: HPDDRNet) -> HPDDRNet:
-    """Attention projections large enough to matter (they start almost closed)."""
-    torch.manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.25)
-            nn.init.normal_(module.bias, std=0.2)
-    return network
 
 
 @functools.cache
