@@ -157,11 +157,11 @@ def _in_precision(
     source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
 ) -> Iterator[tuple[Path, Manifest]]:
     """The ONNX file in the precision asked for, converted or calibrated into a temporary file if need be."""
-    found = [] if images is None else find_images(images)  # a wrong path is told even where none is needed
     _check_precision(source, manifest, precision, images)
     if manifest.precision == precision:
         yield source, manifest
         return
+    found = [] if images is None else find_images(images)
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         path = Path(folder) / f"{source.stem}.{precision}.onnx"
         if precision == "fp16":
