@@ -13,13 +13,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from hpddrnet_trt import __version__
 from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.manifest import Manifest
+
+if TYPE_CHECKING:
+    from hpddrnet_trt.data.datasets import FolderDataset
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 app = typer.Typer(
@@ -30,6 +33,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+datasets_app = typer.Typer(
+    name="datasets", help="Public SEM segmentation sets: list, show, get, convert.", rich_markup_mode=None
+)
+app.add_typer(datasets_app)
 
 ModelFile = Annotated[Path, typer.Argument(help="Model file: .safetensors, .onnx or .engine.")]
 OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export.")]
@@ -43,6 +51,8 @@ Mode = Annotated[
 ]
 Data = Annotated[Path, typer.Option(help="Dataset folder (images|masks/{train,val,test} or {split}/{imgs,labels}).")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+DatasetName = Annotated[str, typer.Argument(help="Name in the catalog, e.g. nasa-super1.")]
+NewFolder = Annotated[Path, typer.Argument(help="Dataset folder to write; new or empty.")]
 
 
 @app.command()
@@ -278,6 +288,63 @@ def benchmark(
     typer.echo(f"report: {written.html}")
     if not result.complete:
         raise typer.Exit(INTERRUPTED)
+
+
+@datasets_app.callback(invoke_without_command=True)
+def datasets(context: typer.Context) -> None:
+    """List the catalog of public SEM segmentation sets; see also `show`, `get` and `convert`."""
+    from hpddrnet_trt.data.catalog.describe import overview
+    from hpddrnet_trt.data.catalog.entries import ENTRIES
+
+    if context.invoked_subcommand is None:
+        typer.echo(overview(ENTRIES.values()))
+
+
+@datasets_app.command("show")
+def show_dataset(name: DatasetName) -> None:
+    """Print all that is known of one dataset: addresses, checksums, licence, citation, what was verified."""
+    from hpddrnet_trt.data.catalog.describe import details
+    from hpddrnet_trt.data.catalog.entries import find_entry
+
+    typer.echo(details(find_entry(name)))
+
+
+@datasets_app.command("get")
+def get_dataset(
+    name: DatasetName,
+    folder: NewFolder,
+    downloads: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept and continued; `downloads` beside FOLDER if left out.")
+    ] = None,
+    accept_unclear_licence: Annotated[
+        bool, typer.Option("--accept-unclear-licence", help="Download although its licence is not clear.")
+    ] = False,
+) -> None:
+    """Download a dataset (continuing an interrupted download), verify it and convert it."""
+    from hpddrnet_trt.data.catalog.entries import find_entry
+    from hpddrnet_trt.data.catalog.get import get_dataset as get
+
+    _echo_dataset(
+        get(find_entry(name), folder, downloads=downloads, accept_unclear_licence=accept_unclear_licence)
+    )
+
+
+@datasets_app.command("convert")
+def convert_dataset(
+    name: DatasetName,
+    source: Annotated[Path, typer.Argument(help="Folder or archive (ZIP, TAR) as the authors publish it.")],
+    folder: NewFolder,
+) -> None:
+    """Convert files that are already here to this package's dataset layout."""
+    from hpddrnet_trt.data.catalog.entries import find_entry
+    from hpddrnet_trt.data.catalog.get import convert_dataset as convert
+
+    _echo_dataset(convert(find_entry(name), source, folder))
+
+
+def _echo_dataset(dataset: FolderDataset) -> None:
+    counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in dataset.splits)
+    typer.echo(f"written: {dataset.root} ({counts}); look at it with: hpddrnet-trt check-dataset {dataset.root}")
 
 
 @app.command()

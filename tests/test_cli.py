@@ -86,6 +86,12 @@ BAD = [
     (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
     (["check-dataset", "none"], "none"),
+    (["datasets", "show", "nosuch"], "nosuch"),
+    (["datasets", "get", "mudrocknet", "new"], "digitalrocksportal"),
+    (["datasets", "get", "metaldam", "new"], "--accept-unclear-licence"),
+    (["datasets", "get", "nasa-super1", "outside"], "outside"),
+    (["datasets", "convert", "nasa-super1", "none.zip", "new"], "none.zip"),
+    (["datasets", "convert", "nasa-super1", "empty", "new"], "empty"),
     (["convert-checkpoint", "bad.pth", "x.safetensors"], "bad.pth"),
     (["convert-checkpoint", "none.pth", "x.safetensors"], "none.pth"),
 ]
@@ -179,3 +185,14 @@ def test_recipes_are_the_commands(
         runpy.run_path(str(REPOSITORY / recipe), run_name="__main__")
     assert not exit_.value.code
     assert "Usage" in capfd.readouterr().out
+
+
+def test_catalog_is_listed_and_shown(run: Run) -> None:
+    code, listing, _ = run("datasets")
+    assert code == 0
+    assert "nasa-super1" in listing
+    assert "10.1038/s41524-022-00878-5" in listing
+    code, entry, _ = run("datasets", "show", "nasa-super1")
+    assert code == 0
+    assert "MIT" in entry
+    assert "not fetched" in entry
