@@ -62,6 +62,11 @@ class NetworkConfig(_Record):
     ``eca`` and ``pam`` say where efficient channel attention and position attention sit.
     ``context`` / ``fusion`` is the authors' code, which every published checkpoint comes from;
     ``spatial`` / ``context`` is the placement that the paper's abstract describes.
+
+    ``detail`` and ``pool_border`` are ours, off in every published checkpoint: a second look at the
+    stem's features at 1/4 before classifying, for what is smaller than the 8 pixels of the
+    branches; and average pooling that leaves out the zeros beyond the border, so that a network
+    trained on crops sees the same means in a whole micrograph.
     """
 
     channels: int = Field(default=32, ge=1)  # 32: 23-slim, 64: 23
@@ -70,17 +75,25 @@ class NetworkConfig(_Record):
     num_classes: int = Field(ge=2, le=255)
     eca: Literal["context", "spatial", "none"] = "context"
     pam: Literal["fusion", "context", "none"] = "fusion"
+    detail: bool = False
+    pool_border: Literal["zeros", "ignored"] = "zeros"
+
+    @property
+    def logit_stride(self) -> int:
+        """Pixels of the image per logit, in each direction."""
+        return SIZE_MULTIPLE // 2 if self.detail else SIZE_MULTIPLE
 
     @property
     def name(self) -> str:
         """A short readable name, e.g. ``hpddrnet-23-slim`` or ``hpddrnet-23-no-eca``."""
         size = {32: "23-slim", 64: "23"}.get(self.channels, f"{self.channels}ch")
+        own = ["detail"] * self.detail + ["borderless"] * (self.pool_border == "ignored")
         if self.eca == "none" and self.pam == "none":
-            return f"ddrnet-{size}"
+            return "-".join([f"ddrnet-{size}", *own])
         tags = [f"{'no-' if where == 'none' else where + '-'}{what}"
                 for what, where, usual in (("eca", self.eca, "context"), ("pam", self.pam, "fusion"))
                 if where != usual]
-        return "-".join(["hpddrnet", size, *tags])
+        return "-".join(["hpddrnet", size, *tags, *own])
 
 
 class DataRecord(_Record):

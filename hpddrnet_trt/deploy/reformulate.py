@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.manifest import SIZE_MULTIPLE, Manifest, NetworkConfig, Normalisation
+from hpddrnet_trt.manifest import Manifest, NetworkConfig, Normalisation
 from hpddrnet_trt.models.attention import ECA, PositionAttention
 from hpddrnet_trt.models.blocks import ConvNormAct, NormActConv
 from hpddrnet_trt.models.network import HPDDRNet
@@ -79,7 +79,7 @@ class DeployNetwork(nn.Module):
         rewrites = rewrites or Rewrites()
         source = copy.deepcopy(network).eval().float()
         self.backbone, head = source.backbone, source.decode_head
-        self.head, self.conv_seg = head.head, head.conv_seg
+        self.head, self.detail, self.conv_seg = head.head, head.detail, head.conv_seg
         if grey_input:
             first = self.backbone.get_submodule("stem.0.conv")
             assert isinstance(first, nn.Conv2d)
@@ -89,9 +89,9 @@ class DeployNetwork(nn.Module):
         if output == "labels":
             if self.conv_seg.out_channels == 2:
                 self.conv_seg = two_class_margin(self.conv_seg)
-            self.output = LabelOutput(confidence)
+            self.output = LabelOutput(confidence, network.config.logit_stride)
         else:
-            self.output = FullSize()
+            self.output = FullSize(network.config.logit_stride)
         self.requires_grad_(False)
         self.eval()
 
@@ -99,9 +99,11 @@ class DeployNetwork(nn.Module):
         return self.output(self.low_resolution_scores(image))
 
     def low_resolution_scores(self, image: Tensor) -> Tensor:
-        """What the classifier gives at 1/8 of the input size: logits, or with two classes and
-        labels as output, the logit of class 1 minus that of class 0."""
-        return self.conv_seg(self.head(self.backbone(image)))
+        """What the classifier gives at 1/8 (with ``detail`` 1/4) of the input size: logits, or with two
+        classes and labels as output, the logit of class 1 minus that of class 0."""
+        features = self.backbone(image)
+        main = self.head(features.main)
+        return self.conv_seg(main if self.detail is None else self.detail(main, features.fine))
 
 
 # ---------------------------------------------------------------------------------- input
@@ -219,27 +221,32 @@ class FoldedECA(nn.Module):
 
 
 class FullSize(nn.Module):
-    """Scores at 1/8 to the input's own size: bilinear, ``align_corners=False``.
+    """Low-resolution scores to the input's own size: bilinear, ``align_corners=False``.
 
-    The sizes are multiples of 8, so the factor is exactly 8 and the graph needs no shape arithmetic.
+    The sizes are multiples of 8, so the factor ``stride`` is exact and the graph needs no shape
+    arithmetic.
     """
 
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
     def forward(self, scores: Tensor) -> Tensor:
-        return F.interpolate(scores, scale_factor=SIZE_MULTIPLE, mode="bilinear", align_corners=False)
+        return F.interpolate(scores, scale_factor=self.stride, mode="bilinear", align_corners=False)
 
 
 class LabelOutput(nn.Module):
-    """Scores at 1/8 to uint8 labels ``[N, H, W]`` at full size, ties going to the first class.
+    """Low-resolution scores to uint8 labels ``[N, H, W]`` at full size, ties going to the first class.
 
     One score channel is the margin of class 1 over class 0 (see :func:`two_class_margin`). With
     ``confidence`` the label's softmax probability follows as float32; it is one over the sum of
     ``exp(score - best score)``, so no softmax over all classes is stored.
     """
 
-    def __init__(self, confidence: bool) -> None:
+    def __init__(self, confidence: bool, stride: int) -> None:
         super().__init__()
         self.confidence = confidence
-        self.full_size = FullSize()
+        self.full_size = FullSize(stride)
 
     def forward(self, scores: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         full = self.full_size(scores)

@@ -89,17 +89,19 @@ def basic_stage(inputs: int, width: int, stride: int = 1) -> nn.Sequential:
 class DAPPM(nn.Module):
     """Deep aggregation pyramid pooling (arXiv:2101.06085, section 3.3).
 
-    Five scales: the input itself, average pools of kernel 5/9/17 with stride 2/4/8 (borders count
-    as zeros), and the global mean; each is fused with the scale before it.
+    Five scales: the input itself, average pools of kernel 5/9/17 with stride 2/4/8, and the global
+    mean; each is fused with the scale before it. ``count_border`` says whether what lies beyond the
+    border counts as zeros, as it does in the published networks. The largest pool then covers 1088
+    pixels of image, so its means shrink with the input: four-fold from 512 to 256 pixels.
     """
 
     pools = ((5, 2), (9, 4), (17, 8))
 
-    def __init__(self, inputs: int, width: int, outputs: int) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, count_border: bool = True) -> None:
         super().__init__()
         self.scales = nn.ModuleList([NormActConv(inputs, width, 1)])
         for kernel, stride in self.pools:
-            pool = nn.AvgPool2d(kernel, stride, kernel // 2)
+            pool = nn.AvgPool2d(kernel, stride, kernel // 2, count_include_pad=count_border)
             self.scales.append(nn.Sequential(pool, NormActConv(inputs, width, 1)))
         self.scales.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), NormActConv(inputs, width, 1)))
         self.processes = nn.ModuleList(NormActConv(width, width, 3) for _ in range(len(self.scales) - 1))

@@ -31,13 +31,16 @@ class NetworkSection(_Section):
     channels: int | None = Field(default=None, ge=1)  # another width than the variant's
     ppm_channels: int | None = Field(default=None, ge=1)
     head_channels: int | None = Field(default=None, ge=1)
+    eca: Literal["context", "spatial", "none"] | None = None  # these four: another than the variant's
+    pam: Literal["fusion", "context", "none"] | None = None
+    detail: bool | None = None  # logits at 1/4, see models.network.Detail
+    pool_border: Literal["zeros", "ignored"] | None = None  # see models.blocks.DAPPM
     pretrained: Path | None = None  # checkpoint whose backbone training starts from, ours or mmsegmentation's
 
     def resolve(self, num_classes: int) -> NetworkConfig:
         """The network's configuration for a number of classes."""
-        widths = {name: getattr(self, name) for name in ("channels", "ppm_channels", "head_channels")}
-        base = dict(network_config(self.variant, num_classes))
-        return NetworkConfig(**{**base, **{name: value for name, value in widths.items() if value is not None}})
+        given = self.model_dump(exclude={"variant", "pretrained"}, exclude_none=True)
+        return NetworkConfig(**{**dict(network_config(self.variant, num_classes)), **given})
 
 
 class SimulationSection(_Section):
@@ -97,6 +100,8 @@ class LossSection(_Section):
     kind: Literal["ohem", "cross-entropy"] = "ohem"
     ohem_threshold: float = Field(default=0.9, gt=0, le=1)
     ohem_min_kept: int = Field(default=131072, ge=0)  # pixels per forward pass of one device
+    overlap: Literal["none", "dice", "lovasz"] = "none"  # added to it, so that areas count and not only pixels
+    overlap_weight: float = Field(default=1.0, gt=0)
     auxiliary_weight: float = Field(default=0.6, ge=0)
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(gt=0)]] = "none"
 

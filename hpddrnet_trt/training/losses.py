@@ -1,4 +1,4 @@
-"""Cross-entropy, online hard example mining, and the two-headed loss of DDRNet.
+"""Cross-entropy, online hard example mining, overlap losses, and the two-headed loss of DDRNet.
 
 Everything is computed in 32-bit floats whatever the network's precision: the threshold of the hard
 example mining compares probabilities close to one, which 16-bit floats cannot tell apart.
@@ -78,6 +78,64 @@ def _mean_of(losses: Tensor, kept: Tensor) -> Tensor:
     return (losses * kept).sum() / kept.sum().clamp(min=1)
 
 
+class SoftDice(nn.Module):
+    """One minus the mean over classes of the soft Dice coefficient (Milletari et al., "V-Net", 3DV 2016;
+    arXiv:1606.04797), summed over the batch.
+
+    ``forward(logits [N, K, H, W] float, labels [N, H, W] integer) -> scalar`` in 0..1. A class counts
+    whatever its share of the pixels; classes without a labelled pixel in the batch are left out.
+    """
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        probability, truth = _labelled_pixels(logits, labels)
+        present = truth.sum(0) > 0
+        shared = (probability * truth).sum(0)
+        dice = 2 * shared / (probability.sum(0) + truth.sum(0)).clamp(min=1)
+        return (1 - dice)[present].sum() / present.sum().clamp(min=1)
+
+
+class LovaszSoftmax(nn.Module):
+    """Convex surrogate of one minus the mean IoU of the classes present (Berman et al., CVPR 2018;
+    arXiv:1705.08790, equation 11), over all labelled pixels of the batch.
+
+    ``forward(logits [N, K, H, W] float, labels [N, H, W] integer) -> scalar`` in 0..1.
+    """
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        probability, truth = _labelled_pixels(logits, labels)
+        if not len(truth):
+            return probability.sum()
+        errors, order = (truth - probability).abs().sort(dim=0, descending=True)
+        truth = truth.gather(0, order)
+        # IoU loss when the worst 1, 2, ... pixels are wrong; its growth is each pixel's weight.
+        missed = truth.cumsum(0)
+        total = missed[-1]
+        jaccard = 1 - (total - missed) / (total + (1 - truth).cumsum(0)).clamp(min=1)
+        weights = torch.cat([jaccard[:1], jaccard.diff(dim=0)])
+        present = total > 0
+        return (errors * weights).sum(0)[present].mean()
+
+
+class WithOverlap(nn.Module):
+    """``criterion + weight * overlap``: pixels and areas together."""
+
+    def __init__(self, criterion: nn.Module, overlap: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.criterion, self.overlap, self.weight = criterion, overlap, weight
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        total: Tensor = self.criterion(logits, labels) + self.weight * self.overlap(logits, labels)
+        return total
+
+
+def _labelled_pixels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and one-hot labels of the labelled pixels, both float ``[pixels, classes]``."""
+    classes = logits.shape[1]
+    valid = labels != IGNORE_INDEX
+    probability = torch.softmax(logits.float(), dim=1).movedim(1, -1)[valid]
+    return probability, F.one_hot(labels[valid].long(), classes).to(probability.dtype)
+
+
 class SegmentationLoss(nn.Module):
     """Loss of the main and of the auxiliary head, each compared at the labels' resolution.
 
@@ -85,7 +143,7 @@ class SegmentationLoss(nn.Module):
     auxiliary one already multiplied by ``auxiliary_weight`` (0.6 in HPDDRNet, 0.4 in DDRNet).
     """
 
-    def __init__(self, criterion: CrossEntropy, auxiliary_weight: float) -> None:
+    def __init__(self, criterion: nn.Module, auxiliary_weight: float) -> None:
         super().__init__()
         self.criterion = criterion
         self.auxiliary_weight = auxiliary_weight

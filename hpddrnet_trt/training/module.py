@@ -56,7 +56,7 @@ class SegmentationModule(pl.LightningModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Grey uint8 ``[N, 1, H, W]`` to the network's input ``[N, 3, H, W]``."""
-        return (images.float() - self.mean) / self.std
+        return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def configure_optimizers(self) -> Any:
         optimiser = build_optimiser(self.optimisation, self.network)

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 
 import hpddrnet_trt
 from hpddrnet_trt.data.augment import Augmentation
@@ -31,7 +32,15 @@ from hpddrnet_trt.training.checkpoint_io import AtomicCheckpointIO, read_trainin
 from hpddrnet_trt.training.config import SIMULATED, DataSection, LossSection, RunSection, TrainConfig
 from hpddrnet_trt.training.datamodule import ImageStore, SegmentationData, TrainingSamples
 from hpddrnet_trt.training.interruption import StopRequest
-from hpddrnet_trt.training.losses import CrossEntropy, OhemCrossEntropy, SegmentationLoss, balanced_class_weights
+from hpddrnet_trt.training.losses import (
+    CrossEntropy,
+    LovaszSoftmax,
+    OhemCrossEntropy,
+    SegmentationLoss,
+    SoftDice,
+    WithOverlap,
+    balanced_class_weights,
+)
 from hpddrnet_trt.training.module import SegmentationModule
 
 log = logging.getLogger(__name__)
@@ -189,6 +198,8 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manife
     torch.manual_seed(config.run.seed)
     network_config = config.network.resolve(len(data.dataset.classes))
     network = HPDDRNet(network_config)
+    # A quarter faster on a CPU, and what tensor cores want; weights and checkpoints stay the same.
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalisation = _normalisation(config, data.statistics)
     remarks = _pretrain(network, config.network.pretrained)
     manifest = Manifest(
@@ -229,7 +240,14 @@ def _normalisation(config: TrainConfig, statistics: SplitStatistics) -> Normalis
     return Normalisation(mean=(mean, mean, mean), std=(std, std, std))
 
 
-def _criterion(section: LossSection, data: _Data) -> CrossEntropy:
+def _criterion(section: LossSection, data: _Data) -> nn.Module:
+    pixels = _pixel_criterion(section, data)
+    if section.overlap == "none":
+        return pixels
+    return WithOverlap(pixels, SoftDice() if section.overlap == "dice" else LovaszSoftmax(), section.overlap_weight)
+
+
+def _pixel_criterion(section: LossSection, data: _Data) -> CrossEntropy:
     weights: list[float] | None
     if isinstance(section.class_weights, list):
         weights = section.class_weights

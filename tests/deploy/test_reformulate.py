@@ -73,6 +73,12 @@ def test_each_rewrite_alone_on_reference_weights(golden: Path, name: str, size: 
     assert difference(network, manifest, picture(*size), *ALONE[name]) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ALONE)
+def test_each_rewrite_alone_with_detail(name: str) -> None:
+    network = lively(tiny_network(detail=True, pool_border="ignored"))
+    assert difference(network, tiny_manifest(network), picture(136, 200), *ALONE[name]) < TOLERANCE
+
+
 @pytest.mark.parametrize("size", SIZES[:2], ids=lambda size: f"{size[0]}x{size[1]}")
 def test_attention_operator_form_on_reference_weights(golden: Path, size: tuple[int, int]) -> None:
     network, manifest = reference_network(golden)
@@ -190,7 +196,7 @@ def test_grey_levels_survive_fp16_exactly() -> None:
 def test_ties_go_to_the_first_class() -> None:
     scores = torch.zeros(1, 4, 3, 5)
     scores[:, 1:3, :, 2:] = 1.0
-    labels = LabelOutput(confidence=False)(scores)
+    labels = LabelOutput(confidence=False, stride=8)(scores)
     assert labels.dtype == torch.uint8
     assert labels.shape == (1, 24, 40)
     assert torch.equal(labels[0, :, 32:], torch.ones(24, 8, dtype=torch.uint8))  # classes 1 and 2 tie

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpddrnet_trt.models import network as network_module
-from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.models.network import Features, HPDDRNet
 
 TOLERANCE = 5e-4
 SMALL = ["1x256x256", "1x512x384", "2x128x192", "1x136x200"]
@@ -28,7 +28,7 @@ def activations(network: HPDDRNet, image: Tensor) -> dict[str, Tensor]:
     """All named intermediate tensors of one forward pass, by their names in the reference data."""
     backbone, found = network.backbone, {}
     places: dict[str, nn.Module] = {
-        "stem": backbone.stem,
+        "stem": backbone.stem[-1],
         "ctx3": backbone.context_branch_layers[0],
         "ctx4": backbone.context_branch_layers[1],
         "ctx5": backbone.context_branch_layers[2],
@@ -48,8 +48,9 @@ def activations(network: HPDDRNet, image: Tensor) -> dict[str, Tensor]:
         places |= {"pam1": backbone.sps[0], "pam2": backbone.sps[1]}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            found[name] = output.clone()  # later operations may work in place
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor | Features) -> None:
+            tensor = output.main if isinstance(output, Features) else output
+            found[name] = tensor.clone()  # later operations may work in place
 
         return hook
 
@@ -230,7 +231,7 @@ def _relu_before_pooling(net: HPDDRNet) -> None:
 
 
 def _relu_before_head(net: HPDDRNet) -> None:
-    net.decode_head.register_forward_pre_hook(lambda _m, inputs: (inputs[0].relu(),))
+    net.decode_head.register_forward_pre_hook(lambda _m, inputs: (inputs[0]._replace(main=inputs[0].main.relu()),))
 
 
 SHARED_MUTATIONS: dict[str, Callable[[HPDDRNet], None]] = {

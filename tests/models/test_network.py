@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpddrnet_trt.errors import ContractError, UsageError
+from hpddrnet_trt.manifest import NetworkConfig
 from hpddrnet_trt.models.attention import ECA, PositionAttention
 from hpddrnet_trt.models.blocks import DAPPM
 from hpddrnet_trt.models.network import VARIANTS, HPDDRNet, network_config
@@ -162,3 +163,40 @@ def test_pooling_counts_borders_as_zeros() -> None:
     assert [(p.kernel_size, p.stride, p.padding) for p in pools] == [(5, 2, 2), (9, 4, 4), (17, 8, 8)]
     corner = pools[0](torch.ones(1, 1, 8, 8))[0, 0, 0, 0]
     assert float(corner) == pytest.approx(9 / 25)
+
+
+def test_pooling_without_borders_keeps_the_mean() -> None:
+    pools = [m for m in DAPPM(8, 4, 8, count_border=False).modules() if isinstance(m, nn.AvgPool2d)]
+    for pool in pools:
+        assert torch.allclose(pool(torch.full((1, 1, 9, 7), 3.0)), torch.tensor(3.0))
+
+
+def test_detail_gives_logits_at_a_quarter() -> None:
+    network = tiny_network(detail=True, pool_border="ignored")
+    image = torch.rand(2, 3, 64, 96)
+    assert network(image).shape == (2, 3, 16, 24)
+    assert network.predict_logits(image).shape == (2, 3, 64, 96)
+    main, auxiliary = network.train()(image)
+    assert main.shape == (2, 3, 16, 24)
+    assert auxiliary.shape == (2, 3, 8, 12)
+    assert network.config.name == "hpddrnet-4ch-detail-borderless"
+
+
+def test_detail_sees_what_the_branches_cannot() -> None:
+    """With the branches' contribution gone, the logits still follow the image at 1/4."""
+    network = tiny_network(detail=True)
+    network.decode_head.head.register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 32:] = 1.0
+    with torch.no_grad():
+        columns = network(image)[0, :, 8]
+    assert not torch.allclose(columns[:, 4], columns[:, 12])
+
+
+def test_detail_costs_what_its_docstring_says() -> None:
+    """Multiply-accumulates per image of 1024x1024: 1x1 from 32 and 3x3 from 64 channels to 64, at 1/4."""
+    with torch.device("meta"):
+        detail = HPDDRNet(NetworkConfig(num_classes=3, **VARIANTS["hpddrnet-23-slim"], detail=True)).decode_head.detail
+    assert detail is not None
+    macs = sum(m.weight.numel() for m in detail.modules() if isinstance(m, nn.Conv2d)) * 256**2
+    assert macs == pytest.approx(2.5e9, rel=0.02)

@@ -18,8 +18,11 @@ from hpddrnet_trt.manifest import IGNORE_INDEX, NetworkConfig
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.losses import (
     CrossEntropy,
+    LovaszSoftmax,
     OhemCrossEntropy,
     SegmentationLoss,
+    SoftDice,
+    WithOverlap,
     balanced_class_weights,
 )
 
@@ -95,8 +98,11 @@ def test_ohem_equals_a_plain_reference(seed: int, threshold: float, min_kept: in
     assert OhemCrossEntropy(threshold, min_kept)(logits, labels).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("criterion", [CrossEntropy(), CrossEntropy([1.0, 2.0]), OhemCrossEntropy()])
-def test_unlabelled_batch_gives_zero_loss_and_zero_gradient(criterion: CrossEntropy) -> None:
+CRITERIA = [CrossEntropy(), CrossEntropy([1.0, 2.0]), OhemCrossEntropy(), SoftDice(), LovaszSoftmax()]
+
+
+@pytest.mark.parametrize("criterion", [*CRITERIA, WithOverlap(CrossEntropy(), SoftDice(), 1.0)])
+def test_unlabelled_batch_gives_zero_loss_and_zero_gradient(criterion: nn.Module) -> None:
     logits = torch.randn(1, 2, 4, 4, requires_grad=True)
     loss = criterion(logits, torch.full((1, 4, 4), IGNORE_INDEX, dtype=torch.uint8))
     loss.backward()
@@ -129,3 +135,52 @@ def test_balanced_weights_have_mean_one_and_favour_rare_classes(counts: list[flo
 def test_balanced_weight_of_an_absent_class_is_finite() -> None:
     weights = balanced_class_weights([0.9, 0.1, 0.0])
     assert weights[2] == weights[1] > weights[0]
+
+
+def _hard(labels: Tensor, classes: int) -> Tensor:
+    """Logits that predict ``labels`` with certainty."""
+    return torch.nn.functional.one_hot(labels.long(), classes).movedim(-1, 1).float() * 200
+
+
+def _overlaps(predicted: Tensor, labels: Tensor, classes: int) -> list[tuple[float, float, float]]:
+    """(intersection, predicted area, true area) of the classes present in the labels, by counting."""
+    pairs = [(p, t) for p, t in zip(predicted.flatten().tolist(), labels.flatten().tolist(), strict=True)
+             if t != IGNORE_INDEX]  # fmt: skip
+    return [
+        (sum(p == t == k for p, t in pairs), sum(p == k for p, _ in pairs), sum(t == k for _, t in pairs))
+        for k in range(classes) if any(t == k for _, t in pairs)
+    ]  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_overlap_losses_of_certain_predictions_are_the_metrics(seed: int) -> None:
+    """Dice is exact there; Lovasz-softmax equals one minus the mean IoU (its defining property)."""
+    generator = torch.Generator().manual_seed(seed)
+    predicted = torch.randint(0, 3, (2, 5, 6), generator=generator)
+    labels = torch.randint(0, 4, (2, 5, 6), generator=generator).to(torch.uint8)
+    labels[labels == 3] = IGNORE_INDEX
+    logits, counts = _hard(predicted, 3), _overlaps(predicted, labels, 3)
+    dice = [2 * both / (one + other) for both, one, other in counts]
+    iou = [both / (one + other - both) for both, one, other in counts]
+    assert SoftDice()(logits, labels).item() == pytest.approx(1 - sum(dice) / len(dice), abs=1e-5)
+    assert LovaszSoftmax()(logits, labels).item() == pytest.approx(1 - sum(iou) / len(iou), abs=1e-5)
+
+
+@pytest.mark.parametrize("criterion", [SoftDice(), LovaszSoftmax()])
+def test_overlap_losses_learn_a_rare_class(criterion: nn.Module) -> None:
+    labels = torch.zeros(1, 10, 10, dtype=torch.uint8)
+    labels[0, 4, 4:6] = 1
+    logits = torch.zeros(1, 2, 10, 10, requires_grad=True)
+    optimiser = torch.optim.Adam([logits], lr=0.5)
+    for _ in range(40):
+        optimiser.zero_grad()
+        criterion(logits, labels).backward()
+        optimiser.step()
+    assert torch.equal(logits.argmax(1), labels.long())
+
+
+def test_mixture_is_the_weighted_sum() -> None:
+    logits, labels = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4), dtype=torch.uint8)
+    parts = CrossEntropy()(logits, labels) + 0.5 * SoftDice()(logits, labels)
+    assert WithOverlap(CrossEntropy(), SoftDice(), 0.5)(logits, labels) == parts
