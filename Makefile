@@ -53,7 +53,7 @@ demo: $(READY)
 	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp32 --shapes $(SHAPES)
 	$(BIN)/python export/build_engine.py $(RUN)/model.fp16.onnx --precision fp16 --shapes $(SHAPES)
 	$(BIN)/python export/build_engine.py $(RUN)/model.int8.onnx --precision int8 --shapes $(SHAPES)
-	$(CLI) segment $(DATASET) $(RUN)/labels --model $(RUN)/model.onnx
+	$(CLI) segment $(DATASET) --output $(RUN)/labels --model $(RUN)/model.onnx
 	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report $(MEASURE)
 
 test: $(READY)

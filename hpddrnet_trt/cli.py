@@ -20,6 +20,7 @@ import typer
 from hpddrnet_trt import __version__
 from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.manifest import Manifest
+from hpddrnet_trt.weights import DEFAULT, locate
 
 if TYPE_CHECKING:
     from hpddrnet_trt.data.datasets import FolderDataset
@@ -39,7 +40,10 @@ datasets_app = typer.Typer(
 )
 app.add_typer(datasets_app)
 
-ModelFile = Annotated[Path, typer.Argument(help="Model file: .safetensors, .onnx or .engine.")]
+ModelFile = Annotated[
+    Path, typer.Argument(help="Model file (.safetensors, .onnx, .engine), or a shipped model's name.")
+]
+Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint (.safetensors), or a shipped model's name.")]
 OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export.")]
 Engine = Annotated[
     Literal["auto", "torch", "onnxruntime", "openvino", "tensorrt"],
@@ -103,7 +107,7 @@ def evaluate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint (.safetensors).")],
+    checkpoint: Checkpoint,
     target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
     batch: Annotated[int | None, typer.Option(help="Fixed batch size; dynamic when left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Fixed height in pixels; dynamic when left out.")] = None,
@@ -130,6 +134,7 @@ def export(
     from hpddrnet_trt.deploy.onnx_export import export_onnx
     from hpddrnet_trt.deploy.precision import convert_precision
 
+    checkpoint = locate(checkpoint, ".safetensors")
     images = find_images(data, "test") if data else []
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         exported = target if precision == "fp32" else Path(folder) / target.name
@@ -220,18 +225,38 @@ def build(
 
 
 @app.command()
+def ship(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model; default: the checkpoint's.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Micrographs or dataset (test split) to compare on; simulated when left out.")
+    ] = None,
+) -> None:
+    """Write a checkpoint in the form models are shared in: FP16 weights, as .safetensors and as .onnx."""
+    from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.deploy.shipping import ship as run_ship
+
+    written = run_ship(
+        locate(checkpoint, ".safetensors"), folder, name=name, images=find_images(data, "test") if data else []
+    )
+    for path in written:
+        typer.echo(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
 def inspect(model: ModelFile) -> None:
     """Print what a model file says about itself, as JSON."""
     from hpddrnet_trt.manifest import read_manifest
 
-    typer.echo(read_manifest(model).to_json())
+    typer.echo(read_manifest(locate(model)).to_json())
 
 
 @app.command()
 def segment(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Micrographs, folders, globs, or a dataset.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for label maps and overlays.")],
-    model: Annotated[Path, typer.Option(help="Model file: .safetensors, .onnx or .engine.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and overlays.")] = Path("labels"),
+    model: Annotated[Path, typer.Option(help="Model file, or the name of a shipped model.")] = Path(DEFAULT),
     engine: Engine = "auto",
     mode: Mode = "single",
     split: Split = "test",
@@ -239,7 +264,11 @@ def segment(
     tiff: Annotated[bool, typer.Option(help="Write label maps as TIFF instead of palette PNG.")] = False,
     resume: Annotated[bool, typer.Option(help="Skip micrographs that this model has segmented before.")] = True,
 ) -> None:
-    """Segment micrographs of any size: label PNG or TIFF, and an overlay."""
+    """Segment micrographs of any size: label PNG or TIFF, and an overlay.
+
+    Without --model the model that comes with the package is used: nickel-base superalloys (matrix,
+    secondary and tertiary precipitates). On other materials train your own.
+    """
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.segment_files import segment_paths
     from hpddrnet_trt.segmenter import load_segmenter

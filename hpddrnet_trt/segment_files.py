@@ -1,4 +1,4 @@
-"""Segment files and folders of micrographs: what ``hpddrnet-trt segment IN OUT`` does."""
+"""Segment files and folders of micrographs: what ``hpddrnet-trt segment`` does."""
 
 from __future__ import annotations
 

@@ -188,7 +188,10 @@ def load_segmenter(
     batch_size: int = 4,
     **options: Any,
 ) -> Segmenter:
-    """Open a model file (:func:`~hpddrnet_trt.engines.load_engine`) and wrap it as a :class:`Segmenter`."""
+    """Open a model (:func:`~hpddrnet_trt.engines.load_engine`) and wrap it as a :class:`Segmenter`.
+
+    ``model_path`` is a file, or the name of a model that comes with the package, such as ``nasa-super1``.
+    """
     loaded = load_engine(model_path, engine, **options)
     try:
         return Segmenter(

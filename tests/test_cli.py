@@ -78,10 +78,10 @@ BAD = [
     (["build", "none.onnx"], "none.onnx"),
     (["inspect", "bad.engine"], "bad.engine"),
     (["inspect", "bad.onnx"], "bad.onnx"),
-    (["segment", "empty", "out", "--model", "{checkpoint}"], "empty"),
-    (["segment", "outside/images/test", "out", "--model", "bad.onnx"], "bad.onnx"),
-    (["segment", "outside/images/test", "out", "--model", "bad.engine"], "bad.engine"),
-    (["segment", "outside/images/test", "out", "--model", "{checkpoint}", "--engine", "onnxruntime"], "onnx"),
+    (["segment", "empty", "--output", "out", "--model", "{checkpoint}"], "empty"),
+    (["segment", "outside/images/test", "--output", "out", "--model", "bad.onnx"], "bad.onnx"),
+    (["segment", "outside/images/test", "--output", "out", "--model", "bad.engine"], "bad.engine"),
+    (["segment", "outside/images/test", "--output", "out", "--model", "{checkpoint}", "--engine", "onnxruntime"], "onnx"),
     (["benchmark", "empty", "--data", "outside"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
@@ -114,7 +114,7 @@ def test_bad_input_is_one_sentence(
 
 
 def test_unknown_options_and_choices_are_usage_errors(run: Run) -> None:
-    for arguments in (["trian"], ["build", "x.onnx", "--precision", "int4"], ["segment", "x"], ["export", "--what"]):
+    for arguments in (["trian"], ["build", "x.onnx", "--precision", "int4"], ["segment"], ["export", "--what"]):
         code, _, err = run(*arguments)
         assert code == 2
         assert "Error" in err
@@ -134,7 +134,7 @@ def test_one_bad_micrograph_does_not_stop_the_others(run: Run, checkpoint: Path,
     folder.mkdir()
     Image.fromarray(np.arange(40 * 56, dtype=np.uint32).reshape(40, 56).astype(np.uint8)).save(folder / "good.png")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
-    code, out, _ = run("segment", "in", "out", "--model", checkpoint)
+    code, out, _ = run("segment", "in", "--output", "out", "--model", checkpoint)
     assert code == 1
     assert "1 segmented" in out
     assert "broken.png" in out

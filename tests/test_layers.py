@@ -31,16 +31,16 @@ WITH_TORCH = (
 # From the ground up. A module imports its own floor and lower ones; longest matching name counts.
 FLOORS = (
     ("errors",),
-    ("files",),
+    ("files", "provenance"),
     ("manifest",),
-    ("metrics", "scores", "views"),
+    ("metrics", "scores", "views", "pages"),
     ("data", "models"),
     ("engines",),
     ("segmentation",),
     ("segmenter",),
     ("evaluation", "segment_files"),
     ("deploy", "training"),
-    ("benchmark",),
+    ("assessment", "benchmark"),
     ("cli",),
     ("__main__",),
 )
@@ -114,7 +114,8 @@ def floor(module: str) -> tuple[int, str]:
 def test_runtime_modules_import_without_heavy_libraries() -> None:
     runtime = [name for name in MODULES if not name.startswith(WITH_TORCH) and name != "hpddrnet_trt.__main__"]
     for expected in ("cli", "segmenter", "evaluation", "metrics", "manifest", "data.micrograph", "data.datasets",
-                     "deploy.build", "engines", "engines.tensorrt", "engines.onnxruntime", "benchmark"):  # fmt: skip
+                     "deploy.build", "engines", "engines.tensorrt", "engines.onnxruntime", "assessment",
+                     "benchmark"):  # fmt: skip
         assert f"hpddrnet_trt.{expected}" in runtime
     arguments = [sys.executable, "-c", CHILD, json.dumps([HEAVY, runtime])]
     child = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=PACKAGE.parent)

@@ -107,7 +107,7 @@ def test_fp32_export_gives_the_labels_of_pytorch(job: Path, data: Path) -> None:
 
 
 def test_segment_and_benchmark(job: Path, data: Path) -> None:
-    call(job, "-m", "hpddrnet_trt", "segment", data, "labels", "--model", "model.onnx")
+    call(job, "-m", "hpddrnet_trt", "segment", data, "--output", "labels", "--model", "model.onnx")
     dataset = FolderDataset.open(data)
     for sample in dataset.split("test"):
         with Image.open(job / "labels" / f"{sample.name}.png") as labels, Image.open(sample.image) as image:

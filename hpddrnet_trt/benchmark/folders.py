@@ -10,12 +10,14 @@ from hpddrnet_trt.benchmark.report import ReportFiles
 from hpddrnet_trt.benchmark.result import BenchmarkResult
 from hpddrnet_trt.errors import BadInputFile
 from hpddrnet_trt.files import write_bytes
+from hpddrnet_trt.weights import locate
 
 MODEL_SUFFIXES = (".safetensors", ".onnx", ".engine")
 
 
 def model_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Model files meant by ``paths``: files as given, and those lying directly in given folders.
+    """Model files meant by ``paths``: files as given, those lying directly in given folders, and both of a
+    model that comes with the package.
 
     Checkpoints come first, so that the reference is the first row, then by name. Raises
     :class:`BadInputFile` for a folder without any.
@@ -23,7 +25,7 @@ def model_files(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
-            found.append(path)
+            found += dict.fromkeys(locate(path, suffix) for suffix in (".safetensors", ".onnx"))
             continue
         inside = [item for item in path.iterdir() if item.suffix in MODEL_SUFFIXES and not item.name.startswith(".")]
         if not inside:

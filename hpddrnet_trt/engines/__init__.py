@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from hpddrnet_trt.engines.base import Engine, Prediction
 from hpddrnet_trt.errors import UsageError, UserError, require
+from hpddrnet_trt.weights import locate, shipped_models
 
 __all__ = ["ENGINES", "Engine", "Prediction", "available_engines", "engine_status", "load_engine"]
 
@@ -45,7 +46,7 @@ class EngineStatus(NamedTuple):
 
 
 def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engine:
-    """Open a model file with the engine that suits it.
+    """Open a model file, or a model that comes with the package by its name, with the engine that suits it.
 
     ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch,
     ``.onnx``: onnxruntime, ``.engine``: the TensorRT flavour it was built with), or one of
@@ -54,7 +55,7 @@ def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engin
     Raises :class:`UsageError` for an unknown engine, ending or option, and what the engine raises:
     :class:`BadInputFile`, :class:`MissingDependency`, :class:`NoGpu`.
     """
-    path = Path(path)
+    path = locate(path, ".safetensors" if engine == "torch" else ".onnx")
     name = _choose(path, engine)
     kind = _KINDS[name]
     if kind.module == "torch":
@@ -77,7 +78,10 @@ def _choose(path: Path, engine: str) -> str:
         return suitable[0]
     if engine == "auto":
         endings = sorted({suffix for kind in _KINDS.values() for suffix in kind.suffixes})
-        raise UsageError(f"{path} has none of the known endings of model files: {', '.join(endings)}")
+        raise UsageError(
+            f"{path} has none of the known endings of model files ({', '.join(endings)}) and is no model that comes "
+            f"with the package ({', '.join(shipped_models())})"
+        )
     if engine not in suitable:
         raise UsageError(f"the {engine} engine runs {' and '.join(_KINDS[engine].suffixes)} files, not {path}")
     return engine

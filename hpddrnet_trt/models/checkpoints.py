@@ -57,10 +57,11 @@ _SEGMENTATION_ONLY = ("spp.", "ecas.", "sps.")
 log = logging.getLogger(__name__)
 
 
-def save_checkpoint(path: str | Path, network: HPDDRNet, manifest: Manifest) -> Path:
+def save_checkpoint(path: str | Path, network: HPDDRNet, manifest: Manifest, *, half: bool = False) -> Path:
     """Write weights and description to ``path`` (``.safetensors``), whole or not at all.
 
-    Raises :class:`UsageError` for another ending or a manifest of another network.
+    ``half`` stores kernels and matrices in FP16, for half the size; vectors (statistics, biases) stay
+    FP32, since small variances would vanish. Raises :class:`UsageError` for another ending or a manifest of another network.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
@@ -72,6 +73,8 @@ def save_checkpoint(path: str | Path, network: HPDDRNet, manifest: Manifest) -> 
         )
     description = manifest.replace(checkpoint_sha256=None)  # a file cannot hold its own checksum
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    if half:
+        tensors = {name: value.half() if value.ndim > 1 else value for name, value in tensors.items()}
     content = _safetensors().save(tensors, metadata={METADATA_KEY: description.to_json()})
     return write_bytes(path, content)
 

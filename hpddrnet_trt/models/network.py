@@ -131,7 +131,7 @@ class Detail(nn.Module):
     """Features at 1/8 to 1/4 with the help of the stem's: for dots and cracks of a few pixels.
 
     Not of the papers. ``relu(up2(coarse) + bn(conv1x1(fine)))``, then a 3x3 convolution:
-    ``[N, K, H/8, W/8]`` and ``[N, C, H/4, W/4]`` to ``[N, K, H/4, W/4]``. It adds 2.5 GMAC (10 %) to
+    ``[N, K, H/8, W/8]`` and ``[N, C, H/4, W/4]`` to ``[N, K, H/4, W/4]``. It adds 2.55 GMAC (10 %) to
     HPDDRNet-23-slim at 1024x1024.
     """
 

@@ -199,4 +199,4 @@ def test_detail_costs_what_its_docstring_says() -> None:
         detail = HPDDRNet(NetworkConfig(num_classes=3, **VARIANTS["hpddrnet-23-slim"], detail=True)).decode_head.detail
     assert detail is not None
     macs = sum(m.weight.numel() for m in detail.modules() if isinstance(m, nn.Conv2d)) * 256**2
-    assert macs == pytest.approx(2.5e9, rel=0.02)
+    assert macs == pytest.approx(2.55e9, rel=0.001)
