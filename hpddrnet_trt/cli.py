@@ -76,6 +76,21 @@ def train(
 
 
 @app.command()
+def measure_training(
+    config: Annotated[Path, typer.Option(help="YAML file, e.g. train/configs/demo.yaml.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 50,
+) -> None:
+    """Measure whether loading and augmenting limit the training of a configuration; keeps nothing."""
+    for module in ("torch", "lightning"):
+        require(module, "train", "measure training")
+    from hpddrnet_trt.training.config import load_config
+    from hpddrnet_trt.training.throughput import measure_throughput
+
+    typer.echo(measure_throughput(load_config(config, settings or []), steps=steps).text())
+
+
+@app.command()
 def evaluate(
     model: ModelFile,
     data: Data,

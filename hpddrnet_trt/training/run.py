@@ -29,7 +29,14 @@ from hpddrnet_trt.models.checkpoints import load_backbone_weights
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.callbacks import LAST, Checkpoints, MovingAverage, Progress, Records
 from hpddrnet_trt.training.checkpoint_io import AtomicCheckpointIO, read_training_checkpoint
-from hpddrnet_trt.training.config import SIMULATED, DataSection, LossSection, RunSection, TrainConfig
+from hpddrnet_trt.training.config import (
+    SIMULATED,
+    DataSection,
+    LossSection,
+    OptimisationConfig,
+    RunSection,
+    TrainConfig,
+)
 from hpddrnet_trt.training.datamodule import ImageStore, SegmentationData, TrainingSamples
 from hpddrnet_trt.training.interruption import StopRequest
 from hpddrnet_trt.training.losses import (
@@ -88,6 +95,23 @@ def train(config: TrainConfig) -> TrainResult:
     with stop.listening(), _readable_failures(folder), _quiet_lightning():
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
     return _result(config, read_training_checkpoint(folder / LAST))
+
+
+def rehearse(config: TrainConfig, steps: int, callback: pl.Callback) -> None:
+    """Run the first steps of the training of ``config`` and keep nothing; ``callback`` looks on.
+
+    No validation, no checkpoint. Simulated data are made in ``run.folder`` as for a real run.
+    """
+    optimisation = {**dict(config.optimisation), "max_steps": steps, "warmup_steps": 0}
+    config = config.model_copy(update={"optimisation": OptimisationConfig(**optimisation)})
+    device = _Device.of(config)
+    data = _open_data(config, config.run.path)
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    module, _ = _build(config, data)
+    trainer = _trainer(config, device, [callback], validate=False)
+    with _quiet_lightning():
+        trainer.fit(module, datamodule=_datamodule(config, data, device, 0))
 
 
 # ------------------------------------------------------------------------- devices
@@ -305,7 +329,9 @@ def _callbacks(config: TrainConfig, data: _Data, manifest: Manifest, stop: StopR
     return callbacks
 
 
-def _trainer(config: TrainConfig, device: _Device, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(
+    config: TrainConfig, device: _Device, callbacks: list[pl.Callback], validate: bool = True
+) -> pl.Trainer:
     run, optimisation = config.run, config.optimisation
     with _quiet_lightning():
         return pl.Trainer(
@@ -320,6 +346,7 @@ def _trainer(config: TrainConfig, device: _Device, callbacks: list[pl.Callback])
             accumulate_grad_batches=optimisation.accumulate,
             gradient_clip_val=optimisation.clip_norm,
             val_check_interval=run.val_every * optimisation.accumulate,
+            limit_val_batches=None if validate else 0,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
