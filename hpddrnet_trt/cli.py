@@ -97,26 +97,46 @@ def evaluate(
     split: Split = "test",
     mode: Mode = "single",
     engine: Engine = "auto",
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a page (.html): confusion, area fractions, worst images, learning curves."),
+    ] = None,
+    robustness: Annotated[
+        bool,
+        typer.Option("--robustness", help="Also score the images under changed contrast, noise, magnification, ..."),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Report mIoU, per-class IoU, pixel and mean accuracy of a checkpoint or any model file."""
-    import json
-    from dataclasses import asdict
+    """Report mIoU, per-class IoU, pixel and mean accuracy of a checkpoint or any model file.
 
+    With --report also as a page with pictures, and beside it a table of all images (.csv). Learning
+    curves are in it when metrics.csv of the training run lies beside the model.
+    """
+    import json
+
+    from hpddrnet_trt.assessment import assess, check_target, curves_beside, measure_robustness, write_report
     from hpddrnet_trt.data.datasets import FolderDataset
-    from hpddrnet_trt.evaluation import evaluate as run_evaluation
     from hpddrnet_trt.files import write_text
     from hpddrnet_trt.segmenter import load_segmenter
 
+    if report is not None:
+        check_target(report)
+    file = locate(model, ".safetensors" if engine == "torch" else ".onnx")
     dataset = FolderDataset.open(data)
-    with load_segmenter(model, engine=engine, mode=mode) as segmenter:
-        scores = run_evaluation(segmenter, dataset, split)
-        names = segmenter.manifest.class_names
+    with load_segmenter(file, engine=engine, mode=mode) as segmenter:
+        found = assess(segmenter, dataset, split, model_file=file)
+        robust = measure_robustness(segmenter, dataset, split, model_file=file) if robustness else None
         typer.echo(f"{model} on {dataset.name}/{split}, mode {mode}, {segmenter.engine.runtime}")
-    typer.echo(scores.table(names))
+    typer.echo(found.scores.table(found.class_names))
+    if robust is not None:
+        typer.echo(f"\n{robust.table()}")
+    if report is not None:
+        for path in write_report(found, report, curves=curves_beside(file), robustness=robust):
+            if path is not None:
+                typer.echo(f"written: {path}")
     if json_file is not None:
-        record = {"model": str(model), "data": dataset.name, "split": split, "mode": mode, "classes": names}
-        write_text(json_file, json.dumps({**record, **asdict(scores)}, indent=1) + "\n")
+        record = found.record() | ({} if robust is None else {"robustness": robust.record()})
+        write_text(json_file, json.dumps(record, indent=1, allow_nan=False) + "\n")
         typer.echo(f"written: {json_file}")
 
 

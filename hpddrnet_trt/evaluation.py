@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.data.datasets import FolderDataset, Sample
 from hpddrnet_trt.errors import ContractError, UsageError
 from hpddrnet_trt.metrics import ConfusionMatrix, Scores
 from hpddrnet_trt.segmenter import Segmenter
@@ -34,10 +34,9 @@ def evaluate(
     :class:`UsageError` for an unknown split or a segmenter with a grey window of its own, and
     :class:`BadInputFile` for a mask that does not fit its image or the classes.
     """
-    segmenter = segmenter if mode is None else segmenter.with_mode(mode)
-    _check_fits(segmenter, dataset)
+    segmenter = fitting(segmenter, dataset, mode)
     matrix = ConfusionMatrix(len(segmenter.manifest.classes))
-    for image, mask in _samples(dataset, split, f"evaluate {split}", progress):
+    for _, image, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
         matrix.update(segmenter.segment(image).labels, mask)
     return matrix.scores()
 
@@ -51,10 +50,10 @@ def compare(
     Raises as :func:`evaluate` does.
     """
     for each in (segmenter, reference):
-        _check_fits(each, dataset)
+        fitting(each, dataset)
     matrices = [ConfusionMatrix(len(dataset.classes)) for _ in range(2)]
     equal = total = 0
-    for image, mask in _samples(dataset, split, f"compare on {split}", progress):
+    for _, image, mask in samples_of(dataset, split, f"compare on {split}", progress=progress):
         labels = [each.segment(image).labels for each in (segmenter, reference)]
         for matrix, found in zip(matrices, labels, strict=True):
             matrix.update(found, mask)
@@ -63,8 +62,11 @@ def compare(
     return matrices[0].scores(), matrices[1].scores(), equal / total
 
 
-def _check_fits(segmenter: Segmenter, dataset: FolderDataset) -> None:
-    """See that model and dataset name the same classes in the same order."""
+def fitting(segmenter: Segmenter, dataset: FolderDataset, mode: Mode | None = None) -> Segmenter:
+    """The segmenter, in ``mode`` where one is given, if model and dataset name the same classes in the same order.
+
+    Raises :class:`ContractError` or :class:`UsageError` as :func:`evaluate` does.
+    """
     if segmenter.window is not None:
         raise UsageError(
             "a dataset gives 8-bit images, which a second grey window would change; "
@@ -76,8 +78,12 @@ def _check_fits(segmenter: Segmenter, dataset: FolderDataset) -> None:
             f"model {segmenter.manifest.name!r} knows the classes {', '.join(model)}, but dataset {dataset.name!r} "
             f"is labelled with {', '.join(data)}; use a dataset with the model's classes in the same order"
         )
+    return segmenter if mode is None else segmenter.with_mode(mode)
 
 
-def _samples(dataset: FolderDataset, split: str, title: str, progress: bool) -> Iterator[tuple[Grey8, Grey8]]:
+def samples_of(
+    dataset: FolderDataset, split: str, title: str, *, progress: bool = True
+) -> Iterator[tuple[Sample, Grey8, Grey8]]:
+    """Every sample of a split with its 8-bit image and its mask, one at a time, under a progress bar."""
     for sample in tqdm(dataset.split(split), desc=title, unit="image", disable=not progress):
-        yield dataset.load(sample)
+        yield sample, *dataset.load(sample)

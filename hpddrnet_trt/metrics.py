@@ -3,6 +3,13 @@
 Definitions follow mmsegmentation's ``IoUMetric`` (pixels labelled 255 are ignored, areas are
 summed over all images before dividing, a class absent from labels and predictions is NaN and is
 left out of the mean), so figures compare with published ones. Values are fractions, 0..1.
+
+Published figures for SEM images often average over images instead. ``mean_image_micro_iou`` is the
+one of Stuckner, Harder and Smith (npj Comput. Mater. 8, 200, 2022): with truth and prediction as
+one-hot channels, each image gives ``sum TP / sum (TP + FP + FN)``, sums over its classes, and the
+figure is the plain mean over the images. A wrong pixel counts twice in the denominator (missed in
+one channel, false in another), so an image with pixel accuracy a has a / (2 - a). Images without a
+labelled pixel have no such figure and are left out; without any other image the mean is NaN.
 """
 
 from __future__ import annotations
@@ -27,18 +34,22 @@ class Scores:
     mean_dice: float
     iou: list[float]
     accuracy: list[float]
+    precision: list[float]  # NaN where a class is never predicted
     dice: list[float]
     micro_iou: float  # intersection over union summed over classes, over the whole set
+    mean_image_micro_iou: float  # the same figure of each image, averaged over the images
     images: int
 
     def table(self, class_names: Sequence[str]) -> str:
         """A plain-text table, one class a row."""
-        width = max(len(name) for name in [*class_names, "pixel accuracy"])
+        width = max(len(name) for name in [*class_names, "mean image micro IoU"])
         lines = [f"{'class':<{width}}  {'IoU':>7}  {'acc':>7}  {'Dice':>7}"]
         for name, iou, acc, dice in zip(class_names, self.iou, self.accuracy, self.dice, strict=True):
             lines.append(f"{name:<{width}}  {iou:7.4f}  {acc:7.4f}  {dice:7.4f}")
         lines.append(f"{'mean':<{width}}  {self.miou:7.4f}  {self.mean_accuracy:7.4f}  {self.mean_dice:7.4f}")
         lines.append(f"{'pixel accuracy':<{width}}  {self.pixel_accuracy:7.4f}   ({self.images} images)")
+        lines.append(f"{'micro IoU':<{width}}  {self.micro_iou:7.4f}   (over the set)")
+        lines.append(f"{'mean image micro IoU':<{width}}  {self.mean_image_micro_iou:7.4f}   (averaged per image)")
         return "\n".join(lines)
 
 
@@ -51,6 +62,7 @@ class ConfusionMatrix:
     ignore_index: int = IGNORE_INDEX
     images: int = 0
     counts: npt.NDArray[np.int64] = field(init=False)
+    image_micro_ious: list[float] = field(init=False, default_factory=list)  # of the images with labelled pixels
 
     def __post_init__(self) -> None:
         self.counts = np.zeros((self.num_classes, self.num_classes + 1), dtype=np.int64)
@@ -71,15 +83,22 @@ class ConfusionMatrix:
         guess = predicted[valid].astype(np.int64)
         guess[(guess < 0) | (guess >= self.num_classes)] = self.num_classes
         columns = self.num_classes + 1
-        self.counts += np.bincount(truth * columns + guess, minlength=self.counts.size).reshape(self.counts.shape)
+        counts = np.bincount(truth * columns + guess, minlength=self.counts.size).reshape(self.counts.shape)
+        self.counts += counts
         self.images += 1
+        if truth.size:
+            hit, label, guessed = _areas(counts)
+            self.image_micro_ious.append(float(hit.sum() / (label + guessed - hit).sum()))
+
+    def add(self, other: ConfusionMatrix) -> None:
+        """Add everything that was added to ``other``, a matrix of the same classes."""
+        self.counts += other.counts
+        self.images += other.images
+        self.image_micro_ious += other.image_micro_ious
 
     def scores(self) -> Scores:
         """Metrics of everything added so far; NaN where nothing was labelled."""
-        square = self.counts[:, : self.num_classes]
-        hit = np.diag(square).astype(np.float64)
-        label = self.counts.sum(axis=1).astype(np.float64)
-        predicted = square.sum(axis=0).astype(np.float64)
+        hit, label, predicted = _areas(self.counts)
         union = label + predicted - hit
         iou, acc = _divide(hit, union), _divide(hit, label)
         dice = _divide(2 * hit, label + predicted)
@@ -90,8 +109,10 @@ class ConfusionMatrix:
             mean_dice=_nanmean(dice),
             iou=iou.tolist(),
             accuracy=acc.tolist(),
+            precision=_divide(hit, predicted).tolist(),
             dice=dice.tolist(),
             micro_iou=float(_divide(hit.sum(), union.sum())),
+            mean_image_micro_iou=_nanmean(np.asarray(self.image_micro_ious, dtype=np.float64)),
             images=self.images,
         )
 
@@ -101,6 +122,12 @@ def agreement(first: npt.NDArray[np.integer], second: npt.NDArray[np.integer]) -
     if first.shape != second.shape:
         raise ContractError(f"label maps of shapes {first.shape} and {second.shape} cannot be compared")
     return float(np.mean(first == second)) if first.size else float("nan")
+
+
+def _areas(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Pixels of each class: right ones, true ones and predicted ones."""
+    square = counts[:, : len(counts)]
+    return tuple(area.astype(np.float64) for area in (np.diag(square), counts.sum(axis=1), square.sum(axis=0)))
 
 
 def _divide(top: npt.ArrayLike, bottom: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -69,6 +69,7 @@ BAD = [
     (["evaluate", "none.onnx", "--data", "outside"], "none.onnx"),
     (["evaluate", "{checkpoint}", "--data", "empty"], "empty"),
     (["evaluate", "{checkpoint}", "--data", "outside", "--split", "tets"], "tets"),
+    (["evaluate", "{checkpoint}", "--data", "outside", "--report", "page.pdf"], "ends in .html"),
     (["export", "none.safetensors", "x.onnx"], "none.safetensors"),
     (["export", "bad.safetensors", "x.onnx"], "bad.safetensors"),
     (["export", "{checkpoint}", "x.onnx", "--height", "250", "--width", "256"], "250"),
@@ -81,7 +82,7 @@ BAD = [
     (["segment", "empty", "--output", "out", "--model", "{checkpoint}"], "empty"),
     (["segment", "outside/images/test", "--output", "out", "--model", "bad.onnx"], "bad.onnx"),
     (["segment", "outside/images/test", "--output", "out", "--model", "bad.engine"], "bad.engine"),
-    (["segment", "outside/images/test", "--output", "out", "--model", "{checkpoint}", "--engine", "onnxruntime"], "onnx"),
+    (["segment", "outside/images/test", "--model", "{checkpoint}", "--engine", "onnxruntime"], "onnx"),
     (["benchmark", "empty", "--data", "outside"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
@@ -151,7 +152,7 @@ def test_interrupt_ends_with_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpddrnet_trt.evaluation.evaluate", interrupted)
+    monkeypatch.setattr("hpddrnet_trt.assessment.assess", interrupted)
     code, _, err = run("evaluate", checkpoint, "--data", "outside")
     assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
 

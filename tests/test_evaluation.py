@@ -42,6 +42,8 @@ def test_scores_are_those_of_the_known_mistakes(dataset: FolderDataset) -> None:
     assert scores.images == 3
     assert scores.pixel_accuracy == pytest.approx(1 - wrong / labelled)
     assert 0.5 < scores.miou < scores.pixel_accuracy
+    accuracies = [1 - 4 / (height - 4) for height, _ in SHAPES]  # of one image: micro-IoU is a / (2 - a)
+    assert scores.mean_image_micro_iou == pytest.approx(np.mean([a / (2 - a) for a in accuracies]))
 
 
 def test_mode_overrides_the_segmenters(dataset: FolderDataset) -> None:

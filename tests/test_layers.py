@@ -31,7 +31,7 @@ WITH_TORCH = (
 # From the ground up. A module imports its own floor and lower ones; longest matching name counts.
 FLOORS = (
     ("errors",),
-    ("files", "provenance"),
+    ("files", "provenance", "weights"),
     ("manifest",),
     ("metrics", "scores", "views", "pages"),
     ("data", "models"),

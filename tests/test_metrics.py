@@ -93,12 +93,34 @@ def test_by_hand() -> None:
     assert scores.pixel_accuracy == 3 / 4
 
 
+def test_micro_iou_of_two_images_by_hand() -> None:
+    confusion = ConfusionMatrix(2)
+    confusion.update(np.array([[0, 0, 1, 1]]), np.array([[0, 0, 1, 0]]))  # 3 of 4 right: 3 / 5
+    confusion.update(np.array([[0, 0]]), np.array([[1, 255]]))  # nothing right
+    confusion.update(np.array([[0, 1]]), np.array([[255, 255]]))  # nothing labelled: left out
+    scores = confusion.scores()
+    assert scores.mean_image_micro_iou == pytest.approx((3 / 5 + 0) / 2)
+    assert scores.micro_iou == pytest.approx(3 / 7)  # the larger image counts more here
+    assert scores.precision == [pytest.approx(2 / 3), pytest.approx(1 / 2)]
+    assert scores.images == 3
+
+
+def test_a_class_that_is_never_predicted_has_no_precision() -> None:
+    confusion = ConfusionMatrix(2)
+    confusion.update(np.array([[0, 0]]), np.array([[0, 1]]))
+    scores = confusion.scores()
+    assert scores.precision[0] == 1 / 2
+    assert math.isnan(scores.precision[1])
+    assert scores.iou[1] == 0
+
+
 def test_nothing_labelled() -> None:
     confusion = ConfusionMatrix(2)
     confusion.update(np.zeros((2, 2), np.uint8), np.full((2, 2), 255, np.uint8))
     scores = confusion.scores()
     assert scores.images == 1
     assert all(math.isnan(value) for value in (scores.miou, scores.pixel_accuracy, scores.micro_iou, *scores.iou))
+    assert math.isnan(scores.mean_image_micro_iou)
 
 
 def test_bad_arrays() -> None:
@@ -117,9 +139,11 @@ def test_table() -> None:
     confusion = ConfusionMatrix(2)
     confusion.update(np.array([[0, 1]]), np.array([[0, 0]]))
     lines = confusion.scores().table(["grain", "pore"]).splitlines()
-    assert [line.split()[0] for line in lines] == ["class", "grain", "pore", "mean", "pixel"]
+    assert [line.split()[0] for line in lines] == ["class", "grain", "pore", "mean", "pixel", "micro", "mean"]
     assert lines[1].split()[1:] == ["0.5000", "0.5000", "0.6667"]
     assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[5].split()[:3] == ["micro", "IoU", "0.3333"]  # 1 right pixel, 2 + 1 - 0 in the unions
+    assert lines[6].split()[:5] == ["mean", "image", "micro", "IoU", "0.3333"]
 
 
 predictions = hnp.arrays(np.uint8, IMAGE, elements=st.integers(0, CLASSES))  # CLASSES itself is out of range
@@ -135,13 +159,16 @@ def scores_of(images: list[tuple[Any, Any]]) -> Scores:
 
 
 def same(first: Scores, second: Scores) -> None:
-    for name in ("iou", "accuracy", "dice", "miou", "mean_accuracy", "pixel_accuracy", "mean_dice", "micro_iou"):
+    for name in ("iou", "accuracy", "precision", "dice", "miou", "mean_accuracy", "pixel_accuracy", "mean_dice",
+                 "micro_iou"):  # fmt: skip
         np.testing.assert_allclose(getattr(first, name), getattr(second, name), atol=1e-12)
 
 
 @given(pairs)
 def test_bounds_and_relations(images: list[tuple[Any, Any]]) -> None:
     scores = scores_of(images)
+    for iou, precision in zip(scores.iou, scores.precision, strict=True):
+        assert math.isnan(precision) or iou <= precision <= 1
     for iou, accuracy, dice in zip(scores.iou, scores.accuracy, scores.dice, strict=True):
         if not math.isnan(iou):
             assert 0 <= iou <= dice <= 1
@@ -149,6 +176,45 @@ def test_bounds_and_relations(images: list[tuple[Any, Any]]) -> None:
         if not math.isnan(accuracy):
             assert iou <= accuracy <= 1  # the union holds at least all labelled pixels
     assert scores.images == len(images)
+
+
+def one_hot_micro_iou(predicted: Any, labels: Any) -> float:
+    """The published definition, word for word: two one-hot volumes, their intersection over their union."""
+    channels = np.arange(CLASSES)[:, None, None]
+    labelled = labels != 255
+    truth, guess = ((array == channels) & labelled for array in (labels, predicted))
+    union = np.count_nonzero(truth | guess)
+    return np.count_nonzero(truth & guess) / union if union else math.nan
+
+
+@given(pairs)
+def test_micro_iou_averaged_over_images_is_that_of_one_hot_channels(images: list[tuple[Any, Any]]) -> None:
+    values = [one_hot_micro_iou(*pair) for pair, labelled in zip(images, (m != 255 for _, m in images), strict=True)
+              if labelled.any()]  # fmt: skip
+    expected = float(np.mean(values)) if values else math.nan
+    assert scores_of(images).mean_image_micro_iou == pytest.approx(expected, nan_ok=True)
+
+
+@given(predictions, masks)
+def test_of_one_image_both_micro_ious_are_the_same(predicted: Any, mask: Any) -> None:
+    scores = scores_of([(predicted, mask)])
+    assert scores.mean_image_micro_iou == pytest.approx(scores.micro_iou, nan_ok=True)
+    if predicted[mask != 255].max(initial=0) < CLASSES and not math.isnan(scores.pixel_accuracy):
+        accuracy = scores.pixel_accuracy
+        assert scores.micro_iou == pytest.approx(accuracy / (2 - accuracy))
+
+
+@given(pairs, pairs)
+def test_matrices_add(first: list[tuple[Any, Any]], second: list[tuple[Any, Any]]) -> None:
+    total, other = ConfusionMatrix(CLASSES), ConfusionMatrix(CLASSES)
+    for confusion, images in ((total, first), (other, second)):
+        for predicted, labels in images:
+            confusion.update(predicted, labels)
+    total.add(other)
+    together = scores_of([*first, *second])
+    same(total.scores(), together)
+    assert total.scores().mean_image_micro_iou == pytest.approx(together.mean_image_micro_iou, nan_ok=True)
+    assert total.images == together.images
 
 
 @given(pairs, st.permutations(range(CLASSES)))

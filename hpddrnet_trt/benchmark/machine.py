@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from hpddrnet_trt import __version__
 from hpddrnet_trt.errors import require
+from hpddrnet_trt.provenance import library_versions
 
-LIBRARIES = (
-    "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx", "cuda-python",
-    "numpy", "opencv-python-headless",
-)  # fmt: skip
 BUSY_SHARE = 0.15  # share of the processor used by others above which a warning is due
 _MIB = 1 << 20
 
@@ -91,25 +85,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries that matter for speed, and of this package."""
-    found = {name: number for name in LIBRARIES if (number := _version(name)) is not None}
-    return {"hpddrnet-trt": __version__, **found}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def command_line() -> str:
-    """The command of this process, to repeat it."""
-    interpreter, *arguments = sys.orig_argv
-    return shlex.join([Path(interpreter).name, *arguments])
 
 
 def find_gpus() -> list[Gpu]:

@@ -1,16 +1,15 @@
-"""The report's figures, drawn with matplotlib's Agg canvas (no display, no global state)."""
+"""The report's figures."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Row, Timing
-from hpddrnet_trt.errors import require
+from hpddrnet_trt.pages.drawing import logarithmic, new_figure, png, style, svg_address
+from hpddrnet_trt.pages.text import number
 
 # Okabe and Ito's colour-blind safe palette: one colour per runtime; the precision is the marker.
 _COLOURS = {
@@ -21,12 +20,6 @@ _OTHERS = ("#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _MARKERS = {"FP32": "o", "FP16": "s", "BF16": "D", "INT8": "^", "FP8": "v"}
 _AREAS = {"o": 150, "s": 95, "^": 70}  # larger below smaller, so that points on top of each other show
 _HATCHES = {"FP16": "//", "BF16": "//", "INT8": "..", "FP8": ".."}
-_STYLE = {
-    "font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
-    "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": "#e4e4e4", "hatch.linewidth": 0.7, "legend.frameon": False,
-    "svg.fonttype": "path", "svg.hashsalt": "hpddrnet-trt",
-}  # fmt: skip
 
 
 def figures(result: BenchmarkResult) -> dict[str, str]:
@@ -36,15 +29,15 @@ def figures(result: BenchmarkResult) -> dict[str, str]:
     """
     if not result.measured:
         return {}
-    drawn = {"main": _svg(main_figure(result))}
+    drawn = {"main": svg_address(main_figure(result))}
     for timing in _sizes(result):
-        drawn[f"latency-{timing.height}x{timing.width}"] = _svg(latency_figure(result, timing))
+        drawn[f"latency-{timing.height}x{timing.width}"] = svg_address(latency_figure(result, timing))
     return drawn
 
 
 def main_png(result: BenchmarkResult) -> bytes:
     """The main figure as PNG at 160 dpi."""
-    return _saved(main_figure(result), "png")
+    return png(main_figure(result))
 
 
 def main_figure(result: BenchmarkResult) -> Any:
@@ -62,8 +55,9 @@ def _two_panels(
 ) -> Any:
     """Two drawings of the entries measured at one size, a row's height for each entry."""
     rows = [(row, found) for row in result.measured if (found := _at(row, timing)) is not None]
-    with _style():
-        figure, (left, right) = _figure(11.6, max(3.6, 1.5 + 0.42 * len(rows)), (1.15, 1))
+    with style():
+        figure = new_figure(11.6, max(3.6, 1.5 + 0.42 * len(rows)))
+        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         draw_left(left, rows, result, timing)
         draw_right(right, rows, result)
     return figure
@@ -143,7 +137,7 @@ def _draw_boxes(axes: Any, rows: Sequence[tuple[Row, Timing]], result: Benchmark
     axes.grid(axis="y", visible=False)
     medians = [found.p50_ms for _, found in rows]
     if max(medians) > 8 * min(medians):
-        _logarithmic(axes)
+        logarithmic(axes)
     else:
         axes.set_xlim(left=0)
     unit = "frame" if timing.batch == 1 else f"batch of {timing.batch}"
@@ -159,34 +153,16 @@ def _draw_curves(axes: Any, rows: Sequence[tuple[Row, Timing]], result: Benchmar
             color=colour_of(result, row), label=row.label,
             linestyle={"FP16": "--", "BF16": "--", "INT8": ":", "FP8": ":"}.get(row.precision or "", "-"),
         )  # fmt: skip
-    _logarithmic(axes)
+    logarithmic(axes)
     axes.set_xlabel("latency, ms")
     axes.set_ylabel("rounds at or below, %")
     axes.set_title("Cumulative distribution")
     _legend(axes)
 
 
-def _logarithmic(axes: Any) -> None:
-    """A logarithmic x axis with plain numbers at 1, 2 and 5 times the powers of ten (1 and 3 over a wide range)."""
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    ticker = require("matplotlib.ticker", "benchmark", "draw the report's figures")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3) if low <= 0 or high / low > 50 else (1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-
-
 def _legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9.5)
-
-
-def number(value: float) -> str:
-    """Three significant digits without exponent, e.g. ``0.123``, ``4.56``, ``1230``."""
-    if value == 0 or not np.isfinite(value):
-        return f"{value:g}"
-    digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
-    return f"{value:.{digits}f}"
 
 
 def _sizes(result: BenchmarkResult) -> list[Timing]:
@@ -202,27 +178,3 @@ def _at(row: Row, size: Timing) -> Timing | None:
     return next(
         (timing for timing in row.timings if (timing.height, timing.width) == (size.height, size.width)), None
     )
-
-
-def _style() -> Any:
-    return require("matplotlib", "benchmark", "draw the report's figures").rc_context(_STYLE)
-
-
-def _figure(width: float, height: float, ratios: tuple[float, float]) -> tuple[Any, Any]:
-    matplotlib_figure = require("matplotlib.figure", "benchmark", "draw the report's figures")
-    backend = require("matplotlib.backends.backend_agg", "benchmark", "draw the report's figures")
-    figure = matplotlib_figure.Figure(figsize=(width, height), layout="constrained")
-    backend.FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, 2, width_ratios=ratios)
-
-
-def _saved(figure: Any, form: str) -> bytes:
-    stream = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else {}  # the same result gives the same file
-    with _style():
-        figure.savefig(stream, format=form, dpi=160, facecolor="white", metadata=metadata)
-    return stream.getvalue()
-
-
-def _svg(figure: Any) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(_saved(figure, "svg")).decode("ascii")

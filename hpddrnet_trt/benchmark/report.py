@@ -17,11 +17,13 @@ import numpy.typing as npt
 from PIL import Image as PillowImage
 
 from hpddrnet_trt.benchmark.machine import BUSY_SHARE
-from hpddrnet_trt.benchmark.plots import figures, main_png, number
+from hpddrnet_trt.benchmark.plots import figures, main_png
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Picture, Ratio, Row, Timing
-from hpddrnet_trt.errors import require
 from hpddrnet_trt.files import write_bytes, write_text
 from hpddrnet_trt.manifest import IGNORE_INDEX
+from hpddrnet_trt.pages.page import render
+from hpddrnet_trt.pages.pictures import jpeg, palette_png
+from hpddrnet_trt.pages.text import number, percent
 
 _ALPHA = 115  # of 255, opacity of the labels over the micrograph
 _DIFFERENCE = (255, 176, 0)  # bright amber: told from grey by brightness alone
@@ -71,13 +73,9 @@ def write_report(result: BenchmarkResult, folder: str | Path) -> ReportFiles:
 
 def render_html(result: BenchmarkResult) -> str:
     """The page as text."""
-    jinja2 = require("jinja2", "benchmark", "write the report")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpddrnet_trt.benchmark", "."),
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(percent=percent, number=number, ratio=ratio_text, mib=mib, megabytes=megabytes)
-    page: str = environment.get_template("report.html.j2").render(
+    return render(
+        "benchmark/report.html.j2",
+        filters={"ratio": ratio_text, "mib": mib, "megabytes": megabytes},
         result=result,
         headline=headline(result),
         figures=figures(result),
@@ -85,7 +83,6 @@ def render_html(result: BenchmarkResult) -> str:
         method=method(result),
         best=_best(result),
     )
-    return page
 
 
 def headline(result: BenchmarkResult) -> str:
@@ -152,11 +149,6 @@ def _best(result: BenchmarkResult) -> dict[str, str]:
 
 
 # -- text ------------------------------------------------------------------------------------------
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """A fraction as ``98.76 %``, a dash for None."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def mib(value: float | None) -> str:
@@ -235,7 +227,7 @@ def _gallery(result: BenchmarkResult, picture: Picture) -> Gallery:
             pair.append(_difference(f"{label}, against mask", (found != mask) & (mask != IGNORE_INDEX)))
         pairs.append(pair)
     height, width = grey.shape
-    return Gallery(picture.name, picture.part, f"{width} / {height}", _jpeg(grey), pairs)
+    return Gallery(picture.name, picture.part, f"{width} / {height}", jpeg(grey), pairs)
 
 
 def _difference(title: str, different: npt.NDArray[np.bool_]) -> Panel:
@@ -255,7 +247,7 @@ def _label_overlay(labels: npt.NDArray[np.uint8], palette: Sequence[tuple[int, i
     colours = np.zeros((256, 4), dtype=np.uint8)
     colours[: len(palette), :3] = palette
     colours[: len(palette), 3] = _ALPHA
-    return _palette_png(labels, colours)
+    return palette_png(labels, colours)
 
 
 def _difference_overlay(different: npt.NDArray[np.bool_]) -> str:
@@ -263,22 +255,7 @@ def _difference_overlay(different: npt.NDArray[np.bool_]) -> str:
     grown = cv2.dilate(different.astype(np.uint8), np.ones((3, 3), dtype=np.uint8))
     colours = np.zeros((256, 4), dtype=np.uint8)
     colours[0], colours[1] = (*_DIMMED, 150), (*_DIFFERENCE, 255)
-    return _palette_png(np.asarray(grown, dtype=np.uint8), colours)
-
-
-def _palette_png(indices: npt.NDArray[np.uint8], colours: npt.NDArray[np.uint8]) -> str:
-    height, width = indices.shape
-    image = PillowImage.frombytes("P", (width, height), np.ascontiguousarray(indices).tobytes())
-    image.putpalette(colours[:, :3].tobytes())
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True, transparency=colours[:, 3].tobytes())
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-
-
-def _jpeg(grey: npt.NDArray[np.uint8]) -> str:
-    stream = io.BytesIO()
-    PillowImage.fromarray(grey).save(stream, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    return palette_png(np.asarray(grown, dtype=np.uint8), colours)
 
 
 def _decode(content: str) -> npt.NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hpddrnet_trt.benchmark.frame import frame_to_labels
 from hpddrnet_trt.benchmark.images import Grey8, Image, ImageSet, own_size, timing_frames
-from hpddrnet_trt.benchmark.machine import CpuMeter, busy_warnings, command_line, describe_machine
+from hpddrnet_trt.benchmark.machine import CpuMeter, busy_warnings, describe_machine
 from hpddrnet_trt.benchmark.probe import probe
 from hpddrnet_trt.benchmark.result import (
     Accuracy,
@@ -37,6 +37,7 @@ from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.files import existing_file
 from hpddrnet_trt.manifest import ClassInfo, Manifest, read_manifest
 from hpddrnet_trt.metrics import ConfusionMatrix
+from hpddrnet_trt.provenance import command_line
 from hpddrnet_trt.views import network_input
 
 logger = logging.getLogger(__name__)

@@ -112,6 +112,25 @@ class FolderDataset:
             raise UsageError(f"dataset {self.root} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.samples[name]
 
+    def shared_groups(self, split: str) -> list[str]:
+        """Groups (specimens, articles) of a split that occur in another split as well."""
+        elsewhere = {sample.group for name, samples in self.samples.items() if name != split for sample in samples}
+        return sorted({sample.group for sample in self.split(split) if sample.group} & elsewhere)
+
+    def without_shared_groups(self, split: str) -> FolderDataset:
+        """The dataset with those images left out of ``split`` whose group occurs in another split.
+
+        Raises :class:`UsageError` when none would be left.
+        """
+        shared = self.shared_groups(split)
+        kept = [sample for sample in self.split(split) if sample.group not in shared]
+        if not kept:
+            raise UsageError(
+                f"every image in split {split!r} of {self.root} is of a group that other splits hold as well "
+                f"({', '.join(shared)}); split by group is not possible with these splits"
+            )
+        return replace(self, samples={**self.samples, split: kept})
+
     def load(self, sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """Read one sample: grey picture and mask, both uint8 ``[H, W]``.
 

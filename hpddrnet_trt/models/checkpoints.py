@@ -61,7 +61,8 @@ def save_checkpoint(path: str | Path, network: HPDDRNet, manifest: Manifest, *, 
     """Write weights and description to ``path`` (``.safetensors``), whole or not at all.
 
     ``half`` stores kernels and matrices in FP16, for half the size; vectors (statistics, biases) stay
-    FP32, since small variances would vanish. Raises :class:`UsageError` for another ending or a manifest of another network.
+    FP32, since small variances would vanish. Raises :class:`UsageError` for another ending or a
+    manifest of another network.
     """
     path = Path(path)
     if path.suffix != SUFFIX:

@@ -61,6 +61,7 @@ class DataSection(_Section):
     layout: Layout | None = None  # None: found out from the folder
     train_split: str = "train"
     val_split: str = "val"
+    separate_groups: bool = False  # leave out training images of specimens that other splits hold as well
     normalisation: Literal["dataset", "imagenet"] = "dataset"
     cache_megabytes: int = Field(default=1024, ge=0)  # decoded images kept in memory, per worker process
     simulated: SimulationSection = SimulationSection()

@@ -176,6 +176,14 @@ def _open_data(config: TrainConfig, folder: Path) -> _Data:
                 f"the dataset {dataset.root} has no images in its split {split!r} (it has: "
                 f"{', '.join(dataset.splits) or 'none'}); add images with masks or set data.{key}"
             )
+    shared = dataset.shared_groups(section.train_split)
+    if section.separate_groups:
+        dataset = dataset.without_shared_groups(section.train_split)
+    elif shared:
+        log.warning(
+            "groups in split %r and in others: %s; scores will flatter, see data.separate_groups",
+            section.train_split, ", ".join(shared),
+        )  # fmt: skip
     statistics = dataset.training_statistics(section.train_split)
     absent = [name for name, part in zip(dataset.class_names, statistics.class_fractions, strict=True) if not part]
     if absent:

@@ -15,7 +15,6 @@ from hpddrnet_trt.benchmark import machine
 from hpddrnet_trt.benchmark.machine import (
     CpuMeter,
     busy_warnings,
-    command_line,
     describe_machine,
     device_memory_mib,
     find_gpus,
@@ -76,7 +75,3 @@ def test_gpus_are_read_from_the_drivers_tool(tmp_path: Path, monkeypatch: pytest
     assert find_gpus() == []
     answer("No devices were found\\n")
     assert find_gpus() == []
-
-
-def test_the_command_can_be_repeated() -> None:
-    assert command_line().split()[0] == Path(sys.orig_argv[0]).name

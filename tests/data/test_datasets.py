@@ -307,3 +307,27 @@ def test_image_files(folders: Path) -> None:
     for wrong in (train / "none.png", folders, train / "*.jpg"):
         with pytest.raises(BadInputFile, match=r"none\.png|no micrograph found"):
             image_files(wrong)
+
+
+def test_groups_in_two_splits_can_be_left_out_of_training(tmp_path: Path) -> None:
+    names = {"train": ["a", "b", "c"], "val": ["d"], "test": ["e"]}
+    groups = {"a": "steel", "b": "iron", "c": None, "d": "steel", "e": None}
+    for split, entries in names.items():
+        for name in entries:
+            for kind, value in (("images", 90), ("masks", 1)):
+                path = tmp_path / kind / split / f"{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((16, 16), value, np.uint8)).save(path)
+    files = [
+        {"split": split, "name": name, "group": groups[name]}
+        for split, entries in names.items() for name in entries if groups[name]
+    ]  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "x", "classes": ["p", "q"], "files": files}))
+    dataset = FolderDataset.open(tmp_path)
+    assert dataset.shared_groups("train") == ["steel"]
+    separate = dataset.without_shared_groups("train")
+    assert [sample.name for sample in separate.split("train")] == ["b", "c"]
+    assert separate.split("val") == dataset.split("val")
+    assert separate.checksum() != dataset.checksum()
+    with pytest.raises(UsageError, match="every image in split 'val'"):
+        dataset.without_shared_groups("val")
