@@ -152,10 +152,9 @@ class _Device:
 
 
 def _precision(run: RunSection, accelerator: str) -> str:
-    # auto is FP32 everywhere: BF16 training falls far behind (train/README.md), attention outgrows FP16.
     if run.precision == "16-mixed" and accelerator == "cpu":
         raise UsageError("run.precision=16-mixed needs a GPU; use 32 or bf16-mixed on a CPU")
-    return "32-true" if run.precision in ("auto", "32") else run.precision
+    return "32-true" if run.precision == "32" else run.precision
 
 
 # ---------------------------------------------------------------------------- data

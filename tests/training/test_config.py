@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path: Path) -> None:
     config = load_config(path)
-    assert config.run.name == path.stem
+    assert config.run.name == path.stem.replace("_", "-")
     assert config.network.resolve(3).num_classes == 3
 
 
@@ -95,3 +95,10 @@ def test_differences_name_what_changes_the_weights_only() -> None:
         "augmentation.crop: [512, 512] -> [64, 64]",
         "optimisation.lr: 0.001 -> 0.5",
     ]
+
+
+def test_precision_is_fp32_unless_asked_and_32_needs_no_quotes() -> None:
+    assert load_config(None).run.precision == "32"
+    assert load_config(None, ["run.precision=32"]).run.precision == "32"
+    with pytest.raises(UsageError, match=r"run\.precision"):
+        load_config(None, ["run.precision=8"])
