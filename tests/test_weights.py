@@ -49,13 +49,14 @@ def test_checkpoint_and_onnx_give_the_same_labels(name: str) -> None:
     assert np.mean(labels == wanted) > 0.99  # simulated grains are nothing it knows: close calls everywhere
 
 
-def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_means_the_shipped_files_whatever_lies_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert locate(DEFAULT) == FOLDER / f"{DEFAULT}.onnx"
     assert locate(DEFAULT, ".safetensors") == FOLDER / f"{DEFAULT}.safetensors"
     assert locate("runs/model.onnx") == Path("runs/model.onnx")
     Path(DEFAULT).mkdir()
-    assert locate(DEFAULT) == Path(DEFAULT)
+    assert locate(DEFAULT) == FOLDER / f"{DEFAULT}.onnx"
+    assert locate(f"{DEFAULT}/x.onnx") == Path(DEFAULT, "x.onnx")
 
 
 def test_unknown_names_list_what_is_there() -> None:

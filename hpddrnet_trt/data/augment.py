@@ -16,7 +16,7 @@ what exact resume rests on.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -41,7 +41,9 @@ class AugmentConfig(BaseModel):
 
     crop: tuple[int, int] = (512, 512)  # height, width of what comes out, pixels
     rotation_probability: float = Field(default=0.5, ge=0, le=1)  # any angle; else a multiple of 90 degrees
-    flip: bool = True
+    # Mirrored and, without free rotation, turned by multiples of 90 degrees; "horizontal": left-right
+    # only, where up and down mean something (layers on a substrate).
+    flip: bool | Literal["horizontal"] = True
     scale_probability: float = Field(default=0.75, ge=0, le=1)
     scale: Range = (0.5, 2.0)  # magnification
     class_balance: float = Field(default=0.25, ge=0, le=1)  # share of crops that aim at a random class
@@ -115,7 +117,7 @@ class Augmentation:
         flipped, scaled, zoom = rng.random() < 0.5, rng.random(), _log_uniform(rng, config.scale)
         if any_angle < config.rotation_probability:
             cosine, sine = math.cos(angle), math.sin(angle)
-        elif config.rotation_probability > 0 or config.flip:
+        elif config.rotation_probability > 0 or config.flip is True:
             cosine, sine = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))[quarter]
         else:
             cosine, sine = 1.0, 0.0

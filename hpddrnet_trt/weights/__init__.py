@@ -20,8 +20,6 @@ def shipped_models() -> list[str]:
 def locate(model: str | Path, suffix: str = ".onnx") -> Path:
     """The shipped file with that ending when ``model`` is a shipped model's name, else ``model`` as a path.
 
-    A file or folder of that name in the working directory comes first.
+    A folder of that name in the working directory (the dataset, perhaps) does not matter.
     """
-    path = Path(model)
-    shipped = str(model) in shipped_models() and not path.exists()
-    return FOLDER / f"{model}{suffix}" if shipped else path
+    return FOLDER / f"{model}{suffix}" if str(model) in shipped_models() else Path(model)

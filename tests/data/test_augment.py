@@ -95,6 +95,17 @@ def test_flips_and_quarter_turns_copy_pixels(seed: int) -> None:
     assert any((windows == entry).all(axis=(2, 3)).any() for entry in turned)
 
 
+def test_horizontal_flips_leave_up_and_down_alone() -> None:
+    image, mask = np.random.default_rng(0).integers(0, 256, (50, 60), dtype=np.uint8), blobs(50, 60)
+    config = AugmentConfig.none((50, 60)).model_copy(update={"flip": "horizontal"})
+    crops = [Augmentation(config)(image, mask, np.random.default_rng(seed)) for seed in range(20)]
+    mirrored = [np.array_equal(crop, image[:, ::-1]) and np.array_equal(labels, mask[:, ::-1]) for crop, labels in crops]
+    same = [np.array_equal(crop, image) and np.array_equal(labels, mask) for crop, labels in crops]
+    assert any(mirrored)
+    assert any(same)
+    assert all(one != other for one, other in zip(mirrored, same, strict=True))
+
+
 def test_without_augmentation_a_crop_is_a_crop() -> None:
     image, mask = np.random.default_rng(0).integers(0, 256, (50, 60), dtype=np.uint8), blobs(50, 60)
     crop, labels = Augmentation(AugmentConfig.none((50, 60)))(image, mask, np.random.default_rng(3))
