@@ -83,6 +83,9 @@ BAD = [
     (["segment", "outside/images/test", "--output", "out", "--model", "bad.onnx"], "bad.onnx"),
     (["segment", "outside/images/test", "--output", "out", "--model", "bad.engine"], "bad.engine"),
     (["segment", "outside/images/test", "--model", "{checkpoint}", "--engine", "onnxruntime"], "onnx"),
+    (["segment", "outside/images/test", "--model", "nasa-super9"], "nasa-super1"),
+    (["ship", "none.safetensors", "out"], "none.safetensors"),
+    (["measure-training", "--config", "none.yaml"], "none.yaml"),
     (["benchmark", "empty", "--data", "outside"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
@@ -197,3 +200,24 @@ def test_catalog_is_listed_and_shown(run: Run) -> None:
     assert code == 0
     assert "MIT" in entry
     assert "not fetched" in entry
+
+
+def test_the_shipped_model_segments_without_being_named(run: Run, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 84), dtype=np.uint8)).save(tmp_path / "frame.png")
+    code, out, err = run("segment", "frame.png")
+    assert code == 0, err
+    assert "written to labels" in out
+    with Image.open(tmp_path / "labels" / "frame.png") as labels:
+        assert labels.size == (84, 60)
+        assert set(np.unique(np.asarray(labels))) <= {0, 1, 2}
+    code, out, _ = run("inspect", "nasa-super1")
+    assert code == 0
+    assert [entry["name"] for entry in json.loads(out)["classes"]] == ["matrix", "secondary", "tertiary"]
+
+
+def test_a_checkpoint_is_shipped_in_two_files(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    code, out, err = run("ship", checkpoint, "out", "--name", "mine")
+    assert code == 0, err
+    assert out.count("written: ") == 2
+    for suffix in (".safetensors", ".onnx"):
+        assert read_manifest(tmp_path / "out" / f"mine{suffix}").name == "mine"
