@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -454,7 +455,16 @@ def test_library_messages_become_readable() -> None:
     assert readable(message) == "API Usage Error (Input tensor image has static dimensions)"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where a shell started the tests in the background and had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @needs_rtx
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_ends_a_running_build(tmp_path: Path) -> None:
     """Ctrl-C during the build cancels it at its next step instead of waiting for its end."""
     from hpddrnet_trt.engines.tensorrt_api import progress_monitor
