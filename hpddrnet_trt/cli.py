@@ -125,7 +125,7 @@ def evaluate(
     dataset = FolderDataset.open(data)
     with load_segmenter(file, engine=engine, mode=mode) as segmenter:
         found = assess(segmenter, dataset, split, model_file=file)
-        robust = measure_robustness(segmenter, dataset, split, model_file=file) if robustness else None
+        robust = measure_robustness(segmenter, dataset, split) if robustness else None
         typer.echo(f"{model} on {dataset.name}/{split}, mode {mode}, {segmenter.engine.runtime}")
     typer.echo(found.scores.table(found.class_names))
     if robust is not None:

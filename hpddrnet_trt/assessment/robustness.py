@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from hpddrnet_trt.assessment.results import Grey8, Origin, origin_of, plain
+from hpddrnet_trt.assessment.results import Grey8, plain
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.shifts import SHIFTS, Shift
 from hpddrnet_trt.errors import ContractError
@@ -88,7 +87,8 @@ class Sweep:
 class Robustness:
     """All sweeps of one model on one split; ``seed`` fixes the noise."""
 
-    origin: Origin
+    data: str  # name of the dataset
+    split: str
     class_names: list[str]
     sweeps: list[Sweep]
     seed: int
@@ -122,7 +122,6 @@ def measure_robustness(
     *,
     shifts: Sequence[Shift] = SHIFTS,
     seed: int = 0,
-    model_file: str | Path | None = None,
     progress: bool = True,
 ) -> Robustness:
     """Scores on one split for every value of every shift, the other knobs left alone.
@@ -135,7 +134,6 @@ def measure_robustness(
     """
     segmenter = fitting(segmenter, dataset, mode)
     dataset.split(split)  # an unknown split is told before all files are read
-    origin = origin_of(segmenter, dataset, split, model_file)
     runs = [[_Run(shift, value, len(dataset.classes)) for value in shift.values] for shift in shifts]
     flat = [run for sweep in runs for run in sweep]
     total = len(flat) * len(dataset.split(split))
@@ -149,7 +147,7 @@ def measure_robustness(
                     run.add(segmenter, image, mask, np.random.default_rng([seed, index]))
                 bar.update()
     sweeps = [Sweep(shift, [run.point() for run in sweep]) for shift, sweep in zip(shifts, runs, strict=True)]
-    return Robustness(origin, dataset.class_names, sweeps, seed)
+    return Robustness(dataset.name, split, dataset.class_names, sweeps, seed)
 
 
 class _Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import logging
 import re
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from hpddrnet_trt import __version__
 from hpddrnet_trt.data.catalog.entry import RemoteFile
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.files import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -101,18 +101,10 @@ def _difference(file: RemoteFile, path: Path) -> str:
         return f"has {size} bytes instead of {file.size}"
     for name, expected in (("sha256", file.sha256), ("md5", file.md5)):
         if expected is not None:
-            digest = _digest(path, name)
+            digest = digest_of(path, name)
             if digest != expected.lower():
                 return f"has the {name} {digest} instead of {expected}"
     return ""
-
-
-def _digest(path: Path, name: str) -> str:
-    digest = hashlib.new(name, usedforsecurity=False)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fetch_with_retries(file: RemoteFile, part: _Part, timeout: float, pause: float) -> None:
