@@ -1,0 +1,16 @@
+"""The command line: `hpddrnet-trt <command>`. A command is one documented function.
+
+The recipes (`train/train.py`, `export/build_engine.py`, ...) run these same functions.
+"""
+
+# ruff: noqa: I001 - the order of these lines is the order of the commands in --help
+from hpddrnet_trt.cli.program import app, main, run
+from hpddrnet_trt.cli.training import train, evaluate, measure_training
+from hpddrnet_trt.cli.deployment import build, calibrate, convert_checkpoint, export, inspect, ship
+from hpddrnet_trt.cli.running import benchmark, engines, segment
+from hpddrnet_trt.cli.datasets import check_dataset, simulate
+
+__all__ = [
+    "app", "benchmark", "build", "calibrate", "check_dataset", "convert_checkpoint", "engines", "evaluate", "export",
+    "inspect", "main", "measure_training", "run", "segment", "ship", "simulate", "train",
+]  # fmt: skip

@@ -1,0 +1,24 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+ModelFile = Annotated[
+    Path, typer.Argument(help="Model file (.safetensors, .onnx, .engine), or a shipped model's name.")
+]
+Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint (.safetensors), or a shipped model's name.")]
+OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export.")]
+Engine = Annotated[
+    Literal["auto", "torch", "onnxruntime", "openvino", "tensorrt"],
+    typer.Option(help="Runtime; auto chooses by the file's ending."),
+]
+Mode = Annotated[
+    Literal["single", "flip", "multiscale"],
+    typer.Option(help="One view, with mirrored view, or six scales with mirrored views (the last two need logits)."),
+]
+Data = Annotated[Path, typer.Option(help="Dataset folder (images|masks/{train,val,test} or {split}/{imgs,labels}).")]
+Split = Annotated[str, typer.Option(help="Split of the dataset.")]
