@@ -29,7 +29,7 @@ from hpddrnet_trt.engines.cuda_memory import (
 )
 from hpddrnet_trt.engines.outputs import expected_outputs, to_prediction
 from hpddrnet_trt.engines.shapes import Profile, choose_profile
-from hpddrnet_trt.engines.tensorrt_api import INPUT, PORTABLE, TensorRT, load_flavour
+from hpddrnet_trt.engines.tensorrt_api import INPUT, PORTABLE, TensorRT, layer_profiler, load_flavour
 from hpddrnet_trt.errors import BadInputFile, ContractError, UserError
 from hpddrnet_trt.files import existing_file
 from hpddrnet_trt.manifest import EngineRecord, InputContract, Manifest, read_manifest
@@ -152,6 +152,22 @@ class TensorRTEngine(EngineBase):
             return {
                 name: DeviceArray(view.pointer, view.shape, view.dtype, view.owner) for name, view in views.items()
             }
+
+    def profile(self, images: npt.NDArray[Any], runs: int) -> list[list[tuple[str, float]]]:
+        """Run one batch ``runs`` times with a profiler: (layer, milliseconds) of every layer of each run.
+
+        The profiler stays attached and slows later runs down: close the engine afterwards.
+        """
+        with self._lock, current_device(self._gpu.index):
+            profiler = layer_profiler(self._api.module)
+            self._context.profiler = profiler
+            found = []
+            for _ in range(runs):
+                profiler.layers.clear()
+                self._run(images)
+                self._stream.synchronise()
+                found.append(list(profiler.layers))
+            return found
 
     def _run(self, images: Any) -> dict[str, DeviceArray]:
         if not self._open:

@@ -169,6 +169,20 @@ def progress_monitor(trt: Any, bar: Any, cancelled: Callable[[], bool]) -> Any:
     return Monitor()
 
 
+def layer_profiler(trt: Any) -> Any:
+    """An ``IProfiler`` that collects (layer, milliseconds) in its list ``layers``."""
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.layers: list[tuple[str, float]] = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.layers.append((layer_name, ms))
+
+    return Profiler()
+
+
 def run_cancellable(work: Callable[[], Any], cancel: threading.Event) -> Any:
     """Run ``work`` in a thread, so that Ctrl-C reaches Python while the library is busy.
 

@@ -141,7 +141,7 @@ class SimulatedTensorRT:
     def __init__(self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], version: str) -> None:
         self.version = version
         self.module = SimpleNamespace(
-            TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"), nptype=lambda dtype: dtype
+            TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"), nptype=lambda dtype: dtype, IProfiler=SimulatedProfiler
         )
         self.log = SimpleNamespace(clear=lambda: None, explain=lambda otherwise: otherwise)
         self.context = SimulatedContext(cuda, onnx_file, profiles)
@@ -159,6 +159,10 @@ class SimulatedTensorRT:
         return SimpleNamespace(deserialize_cuda_engine=lambda content: engine if self.loads else None)
 
 
+class SimulatedProfiler:
+    """``IProfiler``: the library calls its method once per layer and run."""
+
+
 class SimulatedContext:
     """Execution context: holds the rules of the real one (profile, shape, addresses before running)."""
 
@@ -171,6 +175,8 @@ class SimulatedContext:
         }
         self.profile, self.shape, self.addresses = 0, None, {}
         self.fails = False
+        self.profiler: Any = None
+        self.runs = 0
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile, self.shape = index, None
@@ -204,4 +210,8 @@ class SimulatedContext:
             assert result.shape == self.get_tensor_shape(name)
             self._cuda.require(self.addresses[name], result.nbytes)
             ctypes.memmove(self.addresses[name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+        self.runs += 1
+        if self.profiler is not None:
+            self.profiler.report_layer_time("stem + relu", 0.5 if self.runs % 2 else 0.25)
+            self.profiler.report_layer_time("head", 0.125)
         return True

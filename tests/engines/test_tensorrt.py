@@ -31,6 +31,7 @@ from hpddrnet_trt.engines.cuda_memory import (
     gpu_or_none,
     on_device,
 )
+from hpddrnet_trt.engines.layer_times import layer_times
 from hpddrnet_trt.engines.shapes import Profile
 from hpddrnet_trt.engines.tensorrt import (
     TensorRTEngine,
@@ -337,6 +338,14 @@ def test_strided_host_arrays_are_taken(bench: Callable[..., Bench]) -> None:
     job = bench()
     images = _images(1, 1, 128, 256)[:, :, :, ::2]
     np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(np.ascontiguousarray(images)))
+
+
+def test_layer_times_are_medians_over_the_runs(bench: Callable[..., Bench], models: dict[str, Path]) -> None:
+    job = bench()
+    job.engine.close()
+    times = layer_times(models["labels"], _images(1, 1, 64, 64), runs=5)
+    assert times == {"stem + relu": 0.25, "head": 0.125}  # runs 6 to 10: 0.25 0.5 0.25 0.5 0.25
+    assert job.library.context.runs == 10
 
 
 def test_profiles_are_switched(bench: Callable[..., Bench]) -> None:
