@@ -23,7 +23,7 @@ from hpddrnet_trt.manifest import AxisRange, InputContract, Normalisation
 
 DEFAULT_SIZE = 512  # crop edge in pixels where the model leaves it open: the usual training crop
 MINIMUM_CROPS = 32  # few images are cut into several crops each, up to this many in total
-SURVEYED_PER_IMAGE = 8  # at most this many candidates are read for each image to be chosen
+SURVEYED = 512  # at most this many images are read to choose from
 
 Grey = npt.NDArray[np.uint8]
 
@@ -72,26 +72,36 @@ def read_grey(path: Path) -> Grey:
 
 
 def choose_images(images: Sequence[Path], count: int) -> list[Path]:
-    """At most ``count`` images that together span the grey levels of all, in a fixed order.
+    """At most ``count`` images that together span the grey levels of all, the most telling first.
 
     Each image is described by grey-level percentiles (1, 25, 50, 75, 99) and its standard
     deviation; starting from the most typical one, the image farthest from those taken is added
-    (greedy k-centre, Gonzalez 1985). Very long lists are first thinned evenly.
+    (greedy k-centre, Gonzalez 1985). So the choice for a smaller ``count`` is the beginning of the
+    choice for a larger one. Of very long lists an even part is looked at, the rest comes last.
     """
     ordered = sorted(set(images))
-    if len(ordered) <= count:
-        return ordered
-    step = max(len(ordered) / (SURVEYED_PER_IMAGE * count), 1.0)
+    step = max(len(ordered) / SURVEYED, 1.0)
     candidates = [ordered[int(index * step)] for index in range(int(len(ordered) / step))]
+    if len(ordered) <= 1:
+        return ordered[:count]
     described = tqdm(candidates, desc="surveying grey levels", unit="image")
     points = np.stack([_describe(read_grey(path)) for path in described])
     points /= np.maximum(points.std(axis=0), 1.0)
-    chosen = [int(np.argmin(np.linalg.norm(points - np.median(points, axis=0), axis=1)))]
-    distance = np.linalg.norm(points - points[chosen[0]], axis=1)
-    while len(chosen) < count:
+    first = int(np.argmin(np.linalg.norm(points - np.median(points, axis=0), axis=1)))
+    chosen = [candidates[index] for index in _farthest_first(points, first, count)]
+    taken = set(candidates)
+    return (chosen + [path for path in ordered if path not in taken])[:count]
+
+
+def _farthest_first(points: npt.NDArray[np.float64], first: int, count: int) -> list[int]:
+    """Indices of at most ``count`` rows: ``first``, then always the one farthest from those before."""
+    chosen = [first]
+    distance = np.linalg.norm(points - points[first], axis=1)
+    while len(chosen) < min(count, len(points)):
+        distance[chosen[-1]] = -1.0  # equal points are taken once each
         chosen.append(int(np.argmax(distance)))
         distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
-    return sorted({candidates[index] for index in chosen})
+    return chosen
 
 
 def _describe(grey: Grey) -> npt.NDArray[np.float64]:
@@ -109,21 +119,26 @@ def split_held_out(images: Sequence[Path], most: int = 8) -> tuple[list[Path], l
     return [path for path in ordered if path not in taken], held
 
 
-def plan_crops(images: Sequence[Path], height: int, width: int, minimum: int = MINIMUM_CROPS) -> list[Crop]:
-    """Non-overlapping crops, spread evenly over each image, the same number from every image.
+def plan_crops(
+    images: Sequence[Path], height: int, width: int, minimum: int = MINIMUM_CROPS, *, each: int | None = None
+) -> list[Crop]:
+    """Non-overlapping crops spread over each image, at most ``each`` of every image.
 
-    With ``minimum`` or more images that is one crop each, in the centre. An image no larger than
-    the crop gives one. Only image sizes are looked at; files are opened one at a time.
+    Without ``each`` so many that there are ``minimum`` in total. The first crop of an image is in its
+    centre, every further one far from those before, so fewer crops are the beginning of more. An
+    image no larger than the crop gives one. Only image sizes are looked at; files are opened one at a time.
     """
-    each = -(-minimum // len(images))
-    crops = []
-    for path in images:
-        rows, columns = read_grey(path).shape
-        grid = [(top, left) for top in _starts(rows, height) for left in _starts(columns, width)]
-        # Positions nearest to evenly spaced places along the grid: the middle one where each == 1.
-        picks = sorted({int((index + 0.5) * len(grid) / each) for index in range(min(each, len(grid)))})
-        crops += [Crop(path, *grid[pick]) for pick in picks]
-    return crops
+    each = -(-minimum // len(images)) if each is None else each
+    return [Crop(path, *place) for path in images for place in _places(read_grey(path).shape, height, width, each)]
+
+
+def _places(shape: tuple[int, ...], height: int, width: int, count: int) -> list[tuple[int, int]]:
+    """Top-left corners of at most ``count`` crops."""
+    grid = [(top, left) for top in _starts(shape[0], height) for left in _starts(shape[1], width)]
+    points = np.array(grid, dtype=np.float64)
+    centre = (points[0] + points[-1]) / 2
+    first = int(np.argmin(np.linalg.norm(points - centre, axis=1)))
+    return [grid[index] for index in _farthest_first(points, first, count)]
 
 
 def _starts(length: int, crop: int) -> list[int]:
@@ -147,15 +162,30 @@ def batches(
 ) -> Iterator[npt.NDArray[Any]]:
     """Model inputs of the smallest admitted batch size; the last batch is filled up from the first crops."""
     size = contract.batch.minimum
-    path, grey = None, None  # crops of one image follow each other: read it once
+    filled = [*crops, *(crops[index % len(crops)] for index in range(-len(crops) % size))]
     window: list[Grey] = []
-    for crop in [*crops, *(crops[index % len(crops)] for index in range(-len(crops) % size))]:
-        if grey is None or path != crop.image:
-            path, grey = crop.image, read_grey(crop.image)
-        window.append(cut(grey, crop, height, width))
+    for _, grey in _windows(filled, height, width):
+        window.append(grey)
         if len(window) == size:
             yield to_input(np.stack(window)[:, np.newaxis], contract, normalisation)
             window = []
+
+
+def inputs(
+    crops: Sequence[Crop], height: int, width: int, contract: InputContract, normalisation: Normalisation
+) -> Iterator[tuple[Crop, npt.NDArray[Any]]]:
+    """Every crop by itself as a model input; a larger fixed batch is filled up with copies of it."""
+    for crop, grey in _windows(crops, height, width):
+        stacked = np.broadcast_to(grey, (contract.batch.minimum, 1, height, width))
+        yield crop, to_input(stacked, contract, normalisation)
+
+
+def _windows(crops: Sequence[Crop], height: int, width: int) -> Iterator[tuple[Crop, Grey]]:
+    path, grey = None, None  # crops of one image follow each other: read it once
+    for crop in crops:
+        if grey is None or path != crop.image:
+            path, grey = crop.image, read_grey(crop.image)
+        yield crop, cut(grey, crop, height, width)
 
 
 def to_input(grey: Grey, contract: InputContract, normalisation: Normalisation) -> npt.NDArray[Any]:
