@@ -25,7 +25,7 @@ METADATA_KEY = "hpddrnet_trt"
 IGNORE_INDEX = 255
 SIZE_MULTIPLE = 8  # the network's spatial branch works at one eighth of the input size
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
 class _Record(BaseModel):
@@ -164,6 +164,17 @@ class CalibrationRecord(_Record):
     tool: str
 
 
+class MixedPrecisionRecord(_Record):
+    """Which layers a search for the fastest file within an accuracy budget left in FP16."""
+
+    budget: str
+    floating: list[str]  # node names, of the layers that could have been quantised
+    layers: int  # how many could have been
+    searched_on: str  # dataset and split
+    points: list[dict[str, float]]  # measured choices: floating layers, milliseconds, miou_drop_points, agreement
+    cost_source: str  # where the milliseconds come from
+
+
 class Evidence(_Record):
     """One measured comparison of this file with the PyTorch FP32 reference."""
 
@@ -209,6 +220,8 @@ class Manifest(_Record):
     precision: Precision | None = None
     quantised_for: Literal["tensorrt", "onnxruntime"] | None = None
     calibration: CalibrationRecord | None = None
+    mixed: MixedPrecisionRecord | None = None
+    placement: dict[str, Any] | None = None  # of Q/DQ pairs: residual stages, float islands, expected reformats
     evidence: list[Evidence] = []
     # from the engine build on
     engine: EngineRecord | None = None

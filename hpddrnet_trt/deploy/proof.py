@@ -89,7 +89,9 @@ def _operand_type(trt: Any, tensor: Any, producers: dict[str, Any]) -> str:
 
 
 def _weights_type(layer: Any) -> str:
-    return {"float32": "FLOAT", "float16": "HALF"}.get(str(layer.kernel.dtype), str(layer.kernel.dtype).upper())
+    # A numpy array's type, or the library's own (``DataType.BF16``) where numpy has none.
+    name = str(layer.kernel.dtype).rpartition(".")[2]
+    return {"float32": "FLOAT", "float16": "HALF"}.get(name, name.upper())
 
 
 def _precision(operands: Sequence[str]) -> str:
@@ -212,6 +214,8 @@ def check_proof(proof: dict[str, Any], precision: str, label: str) -> None:
 
 _REMEDY = {
     "int8": "calibrate the FP32 ONNX file for TensorRT again",
+    "fp8": "quantise the FP32 ONNX file to FP8 again, or ask for INT8",
+    "bf16": "convert the FP32 ONNX file to BF16 again, or ask for --precision fp16",
     "fp16": "convert the FP32 ONNX file again, or ask for --precision fp32",
     "fp32": "give the FP32 ONNX file, or ask for the precision that this one has",
 }

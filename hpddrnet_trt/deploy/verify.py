@@ -1,7 +1,8 @@
-"""Does an exported graph compute what the unmodified PyTorch network computes?
+"""Does an exported graph compute what the unmodified PyTorch network computes, and a typed one what FP32 does?
 
-ONNX Runtime runs the graph, several sizes where they are dynamic. Compared are the classifier's
-scores at 1/8 of the input size, read inside the graph, and the graph's own outputs.
+ONNX Runtime runs the graph, several sizes where they are dynamic. With PyTorch are compared the
+classifier's scores at 1/8 of the input size, read inside the graph, and the graph's own outputs; with
+another graph, the labels.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,10 @@ import numpy.typing as npt
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.deploy.calibration_data import Crop, Grey, cut, read_grey, to_input
 from hpddrnet_trt.deploy.onnx_graph import producers
+from hpddrnet_trt.deploy.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.manifest import Evidence, InputContract, Manifest
+from hpddrnet_trt.metrics import ConfusionMatrix
 
 if TYPE_CHECKING:
     import onnx
@@ -106,36 +109,81 @@ def compare_with_pytorch(
     return evidence
 
 
-def compare_graphs(
-    model: onnx.ModelProto, reference: onnx.ModelProto, manifest: Manifest, images: Sequence[Path] = (), *, what: str
-) -> Evidence:
-    """Run two graphs of one contract on ONNX Runtime and compare their labels.
+class ComparedLabels(NamedTuple):
+    """One comparison of labels; ``finite``: no floating-point output held infinity or NaN."""
 
-    ``manifest`` describes both, ``what`` names the comparison. Raises :class:`UserError` when an output
-    is not finite or the labels agree on less than ``LOWEST_AGREEMENT`` of the pixels.
+    evidence: Evidence
+    finite: bool
+
+    @property
+    def iou(self) -> float:
+        """Mean IoU against the reference's labels, 0..1."""
+        return self.evidence.values["miou_against_fp32"]
+
+
+class LabelComparison:
+    """Labels of an FP32 graph on a few inputs, kept to compare other graphs of its contract with.
+
+    ``manifest`` describes the graphs; ``images`` are micrographs, cut or mirrored to sizes that the graph
+    takes; without any, simulated ones are used. ONNX Runtime runs everything, on a CPU.
     """
-    sessions = [_session(model), _session(reference)]
-    equal = pixels = count = 0
-    for batch in _batches(manifest, images):
-        feed = _feed(batch, manifest)
-        outputs = [session.run(None, feed) for session in sessions]
-        if not all(np.isfinite(values).all() for values in outputs[0]):
-            raise UserError(f"{what}: the new graph gives values that are not finite; keep more nodes in FP32")
-        first, second = (
-            values[0].argmax(axis=1) if manifest.output and manifest.output.kind == "logits" else values[0]
-            for values in outputs
+
+    def __init__(self, reference: onnx.ModelProto, manifest: Manifest, images: Sequence[Path] = ()) -> None:
+        self._manifest = manifest
+        self._source = _source(images)
+        self._feeds = [_feed(batch, manifest) for batch in _batches(manifest, images)]
+        self._labels = [self._run(_session(reference), feed)[0] for feed in self._feeds]
+
+    def compare(self, model: onnx.ModelProto, what: str) -> ComparedLabels:
+        """Agreement with the reference's labels, and mean IoU against them; ``what`` names the comparison.
+
+        A graph in FP16, BF16 or FP8 runs with that rounding (:mod:`hpddrnet_trt.deploy.rounding`).
+        """
+        rounded = uses_half(model)
+        session = _session(simulate_rounding(model) if rounded else model)
+        matrix = ConfusionMatrix(self._manifest.network.num_classes)
+        finite = True
+        for feed, expected in zip(self._feeds, self._labels, strict=True):
+            labels, sound = self._run(session, feed)
+            finite = finite and sound
+            for got, wanted in zip(labels, expected, strict=True):
+                matrix.update(got, wanted)
+        scores = matrix.scores()
+        evidence = Evidence(
+            what=what,
+            runtime=f"{_runtime()}, {RUNTIME_REMARK}" if rounded else _runtime(),
+            values={"agreement": scores.pixel_accuracy, "miou_against_fp32": scores.miou},
+            images=matrix.images,
+            source=self._source,
         )
-        equal, pixels, count = equal + int((first == second).sum()), pixels + first.size, count + len(batch)
-    agreement = equal / pixels
-    logger.info("%s: labels agree on %.4f %% of the pixels of %d images", what, 100 * agreement, count)
+        return ComparedLabels(evidence, finite)
+
+    def _run(self, session: Any, feed: dict[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], bool]:
+        """Labels ``[N, H, W]``, and whether every output is finite."""
+        outputs = session.run(None, feed)
+        logits = self._manifest.output is not None and self._manifest.output.kind == "logits"
+        labels = outputs[0].argmax(axis=1) if logits else outputs[0]
+        return labels, all(bool(np.isfinite(values).all()) for values in outputs)
+
+
+def check_labels(compared: ComparedLabels) -> None:
+    """Report a comparison of labels; raise :class:`UserError` when it shows a broken graph.
+
+    That is one with an output that is not finite, or whose labels agree on less than ``LOWEST_AGREEMENT``.
+    """
+    evidence = compared.evidence
+    agreement, what = evidence.values["agreement"], evidence.what
+    if not compared.finite:
+        raise UserError(f"{what}: the new graph gives values that are not finite; keep more nodes in FP32")
     if agreement < LOWEST_AGREEMENT:
         raise UserError(
             f"{what}: labels agree on only {agreement:.2%} of the pixels ({LOWEST_AGREEMENT:.0%} needed); "
             "no file was written: keep more nodes in FP32"
         )
-    return Evidence(
-        what=what, runtime=_runtime(), values={"agreement": agreement}, images=count, source=_source(images)
-    )
+    logger.info(
+        "%s: labels agree on %.4f %% of the pixels of %d images, mean IoU against FP32 %.4f (%s)",
+        what, 100 * agreement, evidence.images, compared.iou, evidence.runtime,
+    )  # fmt: skip
 
 
 def _with_scores(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:

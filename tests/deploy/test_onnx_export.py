@@ -17,9 +17,9 @@ from PIL import Image
 
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.deploy import onnx_export
+from hpddrnet_trt.deploy.half import to_half
 from hpddrnet_trt.deploy.onnx_export import ExportOptions, export_network, export_onnx
 from hpddrnet_trt.deploy.onnx_graph import consumers, count_operators, load_model, producers
-from hpddrnet_trt.deploy.precision import to_half
 from hpddrnet_trt.deploy.verify import compare_with_pytorch
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.files import sha256_of

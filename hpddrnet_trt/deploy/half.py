@@ -1,16 +1,18 @@
-"""FP16 typing of an ONNX graph: precision lives in the file, never in a builder's flag.
+"""FP16 and BF16 typing of an ONNX graph: precision lives in the file, never in a builder's flag.
 
 The pass walks the graph once and gives every floating-point node one type. Casts appear only where
-a tensor goes from one type to the other. Everything is FP16 except
+a tensor goes from one type to the other. Everything is FP16 (or BF16) except
 
 * position attention's scores: the product of query and keys and its softmax. Trained scores reach
-  5e4 and FP16 ends at 65504, so the product's inputs are cast to FP32 and the softmax's result back;
+  5e4 and FP16 ends at 65504; BF16 has the range, but its 8 bits would move scores that large by
+  hundreds. The product's inputs are cast to FP32 and the softmax's result back;
 * the confidence map, which is an exponential of differences;
+* in BF16, the class scores: see :func:`score_nodes`;
 * nodes whose weights do not fit into FP16, and those the caller names.
 
-The 8-bit input is cast to FP16 directly, which is exact for 0..255. Floating-point inputs and outputs
-of the graph stay FP32, so the file's contract does not change. Explicit INT8 graphs work as well: the
-scales of quantise and dequantise nodes become FP16, see :func:`to_half`.
+The 8-bit input is cast to FP16 or BF16 directly, which is exact for 0..255. Floating-point inputs and
+outputs of the graph stay FP32, so the file's contract does not change. Explicit INT8 and FP8 graphs
+work as well: the scales of quantise and dequantise nodes become FP16, see :func:`to_half`.
 
 Why not a library: ONNX Runtime's float16 converter with a block list for MatMul and Softmax casts the
 scores to FP16 and back *between* the two, where they overflow; it does not know scales either.
@@ -21,25 +23,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.deploy.blocks import block_of
 from hpddrnet_trt.deploy.onnx_graph import consumers, initializers, load_model, producers, replace_nodes, save_model
+from hpddrnet_trt.deploy.tensors import fold_constants, tensor_types
 from hpddrnet_trt.errors import UsageError, require
 from hpddrnet_trt.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnx
 
+    from hpddrnet_trt.deploy.verify import ComparedLabels, LabelComparison
+
 logger = logging.getLogger(__name__)
 
+Half = Literal["fp16", "bf16"]
 FP16_MAX = 65504.0
+# Mean IoU of labels against FP32 labels below which blocks are left in FP32. FP16 and BF16 of a trained
+# network keep 0.9997 and 0.9989 (nasa-super1, all 14 images).
+FAITHFUL_IOU = 0.99
 # An activation this large on the micrographs tried could pass the end of FP16 on others.
 SAFE_RANGE = FP16_MAX / 4
-# Smallest normal FP16 number; scales below it lose bits.
-SMALLEST_SCALE = 2.0**-14
+# Of quantise and dequantise nodes. A subnormal FP16 number: its neighbours are 6 % apart, so a scale that is
+# rounded up to the next one makes steps at most that much coarser. Raising scales to the smallest
+# *normal* number instead left kernels of a real network with 15 of 127 steps (weights 29 % off).
+SMALLEST_SCALE = 2.0**-20
+_SMALLEST_NORMAL = 2.0**-14
+# Convolution and average pooling take BF16 from this version of the ONNX operators on.
+_BF16_OPSET = 22
 # Inputs that the ONNX standard fixes to FP32 whatever the node's type: Resize's roi and scales.
 _ALWAYS_FP32 = {("Resize", 1), ("Resize", 2)}
 
@@ -47,22 +62,26 @@ _ALWAYS_FP32 = {("Resize", 1), ("Resize", 2)}
 def convert_precision(
     source: str | Path,
     target: str | Path,
-    precision: Literal["fp16", "fp32"] = "fp16",
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16",
     *,
     keep_fp32: Iterable[str] = (),
     images: Sequence[Path] = (),
+    least_iou: float = FAITHFUL_IOU,
 ) -> Manifest:
     """Write ``source`` (an FP32 file of this package) to ``target`` in ``precision``.
 
-    ``keep_fp32`` names further nodes to leave in FP32. With ``images`` (micrographs) the FP32 graph is
-    run on them first, and nodes whose values come near the end of FP16 stay in FP32 as well. The
-    result is run on ONNX Runtime and its labels compared with those of ``source``; that runtime
-    computes FP16 graphs in FP32 on a CPU, so it proves the graph, not FP16's rounding. Raises
+    ``keep_fp32`` names further nodes to leave in FP32. With ``images`` (micrographs) more nodes may
+    stay in FP32, each with a remark in the description: in FP16 those whose values come near its end,
+    and, where the labels' mean IoU against those of ``source`` is below ``least_iou``, the blocks of the
+    network whose rounding costs most. The labels are compared with rounding simulated on ONNX Runtime
+    (:mod:`hpddrnet_trt.deploy.rounding`); this is the evidence in the description. Raises
     :class:`UsageError` for a source that is not FP32 or an unknown node name, :class:`UserError` when
-    the converted graph does not run or gives other labels.
+    the converted graph gives other labels.
     """
-    if precision not in ("fp16", "fp32"):
-        raise UsageError(f"unknown precision {precision!r}; choose fp16 or fp32 (INT8 comes from calibration)")
+    if precision not in ("fp32", *get_args(Half)):
+        raise UsageError(
+            f"unknown precision {precision!r}; choose fp16, bf16 or fp32 (INT8 and FP8 come from calibration)"
+        )
     model, manifest = load_model(source)
     if manifest.precision != "fp32":
         raise UsageError(f"{source} is {manifest.precision}, conversion needs an FP32 file; give the exported one")
@@ -73,41 +92,103 @@ def convert_precision(
     if unknown := keep - {node.name for node in model.graph.node}:
         raise UsageError(f"{source} has no node called {', '.join(sorted(unknown))}; nodes to keep must exist")
     remarks = list(manifest.remarks)
-    if images:
+    if images and precision == "fp16":
         report = fp16_range_report(model, manifest, images)
         for name, peak in large_nodes(model.graph, report).items():
             keep.add(name)
             remarks.append(f"{name} stays in FP32: its values reach {peak:.3g}")
-    from hpddrnet_trt.deploy.verify import compare_graphs
+    from hpddrnet_trt.deploy.verify import LabelComparison, check_labels
 
-    half = to_half(model, keep)
-    evidence = compare_graphs(half, model, manifest, images, what="conversion to FP16")
-    manifest = manifest.replace(precision="fp16", remarks=remarks, evidence=[*manifest.evidence, evidence])
+    what = f"conversion to {precision.upper()}"
+    comparison = LabelComparison(model, manifest, images)
+    half = to_half(model, keep, precision)
+    compared = comparison.compare(half, what)
+    # Simulated micrographs prove the graph, but what a network does with them is no ground for choices.
+    if images and not _is_faithful(compared, least_iou):
+        half, compared, kept = _keep_blocks(model, keep, precision, comparison, compared, least_iou)
+        remarks += kept
+    check_labels(compared)
+    evidence = [*manifest.evidence, compared.evidence]
+    manifest = manifest.replace(precision=precision, remarks=remarks, evidence=evidence)
     save_model(half, target, manifest)
     return manifest
+
+
+def _is_faithful(compared: ComparedLabels, least_iou: float) -> bool:
+    return compared.finite and compared.iou >= least_iou
+
+
+def _keep_blocks(
+    model: onnx.ModelProto,
+    keep: set[str],
+    kind: Half,
+    comparison: LabelComparison,
+    before: ComparedLabels,
+    least_iou: float,
+) -> tuple[onnx.ModelProto, ComparedLabels, list[str]]:
+    """Leave blocks in FP32 until the labels are faithful: the graph, its comparison, a remark for each block.
+
+    Each block is first tried alone; then they are kept in the order of what each gained, as long as
+    that helps, until mean IoU against FP32 reaches ``least_iou``.
+    """
+    what = before.evidence.what
+    blocks: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        blocks.setdefault(block_of(node.name), set()).add(node.name)
+    logger.info("%s: mean IoU against FP32 is %.4f; trying %d blocks in FP32", what, before.iou, len(blocks))
+
+    def attempt(names: set[str]) -> tuple[onnx.ModelProto, ComparedLabels]:
+        half = to_half(model, keep | names, kind)
+        return half, comparison.compare(half, what)
+
+    alone = {block: attempt(names)[1].iou for block, names in blocks.items()}
+    best, now, remarks = to_half(model, keep, kind), before, []
+    kept: set[str] = set()
+    for block in sorted(blocks, key=lambda name: -alone[name]):
+        half, found = attempt(kept | blocks[block])
+        if found.iou <= now.iou and found.finite <= now.finite:
+            continue
+        remarks.append(
+            f"{block} stays in FP32: rounding it costs labels (IoU against FP32 {now.iou:.4f}, now {found.iou:.4f})"
+        )
+        best, now = half, found
+        kept |= blocks[block]
+        if _is_faithful(now, least_iou):
+            break
+    else:
+        logger.warning("%s: no choice of blocks in FP32 brings the labels' mean IoU against FP32 to %g (%.4f)",
+                       what, least_iou, now.iou)  # fmt: skip
+    return best, now, remarks
 
 
 # ------------------------------------------------------------------------------ typing
 
 
-def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = ()) -> onnx.ModelProto:
-    """A copy of ``model`` in FP16 with the FP32 islands that the module describes.
+def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = "fp16") -> onnx.ModelProto:
+    """A copy of ``model`` in FP16 or BF16 (``kind``) with the FP32 islands that the module describes.
 
-    Works on plain FP32 graphs and on explicit INT8 graphs (opset 19 and later): there the scales
-    become FP16, so that dequantised tensors are FP16. A scale below the smallest normal FP16 number
-    (2^-14) is raised to it; weights stored as integers are re-rounded to the raised scale, which
-    moves each by at most half a step of 2^-14, and an activation keeps its values in fewer steps
-    (symmetric quantisation is assumed: zero points of zero).
+    ``keep_fp32`` names nodes that stay in FP32 besides. Works on plain FP32 graphs and on explicit INT8
+    and FP8 graphs (opset 19 and later): there the scales take the type, so that dequantised tensors
+    have it. A scale below the smallest normal FP16 number (2^-14) is raised to the next subnormal one
+    (2^-20 at least), and weights stored as integers are re-rounded to it (symmetric quantisation is
+    assumed: zero points of zero). A BF16 graph is of opset 22 or later, which is where ONNX begins to
+    have BF16 convolutions.
     """
     onnx = require("onnx", "export", "convert ONNX files to FP16")
     result = onnx.ModelProto()
     result.CopyFrom(model)
+    if kind == "bf16":
+        result = _at_least_opset(result, _BF16_OPSET)
     graph = result.graph
-    _constants_to_initializers(graph)
+    fold_constants(graph)
     _name_nodes(graph)
-    _raise_small_scales(graph)
-    keep = set(keep_fp32) | attention_score_nodes(graph) | _confidence_nodes(graph) | _unfit_nodes(graph)
-    typing = _Typing(graph, tensor_types(result), keep)
+    keep = set(keep_fp32) | attention_score_nodes(graph)
+    if kind == "bf16":
+        keep |= score_nodes(graph)
+    else:
+        _raise_small_scales(graph)
+        keep |= _confidence_nodes(graph) | _unfit_nodes(graph)
+    typing = _Typing(graph, tensor_types(result), keep, kind)
     nodes = [made for node in graph.node for made in typing.convert(node)]
     nodes += typing.cast_outputs(nodes)
     typing.convert_initializers()
@@ -116,14 +197,23 @@ def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = ()) -> onnx.Model
     return result
 
 
+def _at_least_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
+    from onnx import version_converter
+
+    if any(entry.domain in ("", "ai.onnx") and entry.version < version for entry in model.opset_import):
+        return version_converter.convert_version(model, version)
+    return model
+
+
 class _Typing:
     """One walk over the graph in topological order; see :func:`to_half`."""
 
-    def __init__(self, graph: onnx.GraphProto, types: Mapping[str, int], keep: set[str]) -> None:
+    def __init__(self, graph: onnx.GraphProto, types: Mapping[str, int], keep: set[str], kind: Half) -> None:
         from onnx import TensorProto
 
-        self.fp32, self.fp16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
-        self.graph, self.keep = graph, keep
+        self.fp32 = int(TensorProto.FLOAT)
+        self.half = int(TensorProto.FLOAT16 if kind == "fp16" else TensorProto.BFLOAT16)
+        self.graph, self.keep, self.kind = graph, keep, kind
         self.floats = {name for name, kind in types.items() if kind == self.fp32}
         self.weights = {entry.name for entry in graph.initializer} & self.floats
         self.now = {entry.name: self.fp32 for entry in graph.input}  # type of each activation so far
@@ -132,7 +222,7 @@ class _Typing:
 
     def convert(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """The casts this node needs, then the node itself."""
-        want = self.fp32 if node.name in self.keep else self.fp16
+        want = self.fp32 if node.name in self.keep else self.half
         for slot, name in enumerate(node.input):
             if name not in self.floats or node.op_type == "Cast":
                 continue
@@ -140,7 +230,7 @@ class _Typing:
             if name in self.weights:
                 self.reads.setdefault(name, []).append((node, slot, kind))
             elif self.now[name] != kind:
-                node.input[slot] = f"{name}.{'fp32' if kind == self.fp32 else 'fp16'}"
+                node.input[slot] = f"{name}.{'fp32' if kind == self.fp32 else self.kind}"
                 if node.input[slot] not in self.casts:
                     self.casts.add(node.input[slot])
                     yield _cast(name, node.input[slot], kind)
@@ -154,7 +244,7 @@ class _Typing:
         """Floating-point outputs of the graph stay FP32."""
         made = []
         for entry in self.graph.output:
-            if self.now.get(entry.name) != self.fp16:
+            if self.now.get(entry.name) != self.half:
                 continue
             inner = f"{entry.name}.inner"
             for node in nodes:
@@ -164,17 +254,19 @@ class _Typing:
         return made
 
     def convert_initializers(self) -> None:
-        """Weights read in FP16 become FP16; one read in both types gets a copy."""
-        from onnx import numpy_helper
+        """Weights read in FP16 (BF16) take that type; one read in both types gets a copy."""
+        from onnx import helper, numpy_helper
+
+        dtype = helper.tensor_dtype_to_np_dtype(self.half)
 
         for entry in list(self.graph.initializer):
             reads = self.reads.get(entry.name, [])
-            halves = [(node, slot) for node, slot, kind in reads if kind == self.fp16]
+            halves = [(node, slot) for node, slot, kind in reads if kind == self.half]
             if not halves:
                 continue
             both = len(halves) < len(reads)
-            name = f"{entry.name}.fp16" if both else entry.name
-            half = numpy_helper.from_array(numpy_helper.to_array(entry).astype(np.float16), name)
+            name = f"{entry.name}.{self.kind}" if both else entry.name
+            half = numpy_helper.from_array(numpy_helper.to_array(entry).astype(dtype), name)
             if not both:
                 entry.CopyFrom(half)
                 continue
@@ -193,17 +285,6 @@ def _rename(names: Any, old: str, new: str) -> None:
     for index, name in enumerate(names):
         if name == old:
             names[index] = new
-
-
-def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Element type of every tensor, initialisers included."""
-    from onnx import shape_inference
-
-    graph = shape_inference.infer_shapes(model, strict_mode=True).graph
-    types = {entry.name: int(entry.data_type) for entry in graph.initializer}
-    for entry in [*graph.value_info, *graph.input, *graph.output]:
-        types[entry.name] = int(entry.type.tensor_type.elem_type)
-    return types
 
 
 # ------------------------------------------------------------------- what stays in FP32
@@ -245,6 +326,26 @@ def _confidence_nodes(graph: onnx.GraphProto) -> set[str]:
     return found
 
 
+def score_nodes(graph: onnx.GraphProto) -> set[str]:
+    """From the classifier's convolution (the last one on the way to each output) to the outputs.
+
+    In BF16 these stay in FP32: two classes whose scores differ by less than one part in 256 would tie
+    there, and arg-max would give every tie to the first class. Measured on nasa-super1 (14 images,
+    simulated rounding): mean IoU against FP32 labels 0.9989 with these in FP32, 0.9988 without, for 0.05 %
+    of the multiply-accumulates.
+    """
+    made = producers(graph)
+    found: set[str] = set()
+    frontier = [entry.name for entry in graph.output]
+    while frontier:
+        node = made.get(frontier.pop())
+        if node is not None and node.name not in found:
+            found.add(node.name)
+            if node.op_type != "Conv":
+                frontier.extend(node.input)
+    return found
+
+
 def _unfit_nodes(graph: onnx.GraphProto) -> set[str]:
     """Nodes with a weight beyond the end of FP16."""
     large = {
@@ -266,7 +367,7 @@ def fp16_range_report(model: onnx.ModelProto, manifest: Manifest, images: Sequen
     from onnx import TensorProto
 
     from hpddrnet_trt.deploy.calibration_data import batches, crop_size, plan_crops
-    from hpddrnet_trt.deploy.ranges import observe
+    from hpddrnet_trt.deploy.statistics import extremes
     from hpddrnet_trt.engines.base import input_contract
 
     contract = input_contract(manifest)
@@ -274,9 +375,7 @@ def fp16_range_report(model: onnx.ModelProto, manifest: Manifest, images: Sequen
     tensors = [name for name in producers(model.graph) if types.get(name) == TensorProto.FLOAT]
     height, width = crop_size(contract, None)
     crops = plan_crops(images, height, width)
-    ranges = observe(
-        model, tensors, lambda: batches(crops, height, width, contract, manifest.normalisation), "minmax"
-    )  # fmt: skip
+    ranges = extremes(model, tensors, batches(crops, height, width, contract, manifest.normalisation))
     return {name: max(abs(low), abs(high)) for name, (low, high) in ranges.items()}
 
 
@@ -292,19 +391,6 @@ def large_nodes(graph: onnx.GraphProto, report: Mapping[str, float], limit: floa
 
 
 # ------------------------------------------------------------------------ preparing the graph
-
-
-def _constants_to_initializers(graph: onnx.GraphProto) -> None:
-    from onnx import numpy_helper
-
-    kept = []
-    for node in graph.node:
-        value = next((entry.t for entry in node.attribute if entry.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(value), node.output[0]))
-        else:
-            kept.append(node)
-    replace_nodes(graph, kept)
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
@@ -324,8 +410,8 @@ def _raise_small_scales(graph: onnx.GraphProto) -> None:
     raised: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
     for name in {node.input[1] for node in nodes} & entries.keys():
         old = numpy_helper.to_array(entries[name])
-        if old.dtype == np.float32 and (old < SMALLEST_SCALE).any():
-            raised[name] = old, np.maximum(old, np.float32(SMALLEST_SCALE))
+        if old.dtype == np.float32 and (old < _SMALLEST_NORMAL).any():
+            raised[name] = old, np.where(old < _SMALLEST_NORMAL, half_scale(old), old)
             entries[name].CopyFrom(numpy_helper.from_array(raised[name][1], name))
     stored = {
         node.input[0]: node
@@ -341,4 +427,12 @@ def _raise_small_scales(graph: onnx.GraphProto) -> None:
         rounded = np.rint(integers * (old / new).reshape(shape)).astype(integers.dtype)
         entries[name].CopyFrom(numpy_helper.from_array(rounded, name))
     if raised:
-        logger.info("%d scales below the smallest normal FP16 number were raised to it", len(raised))
+        logger.debug("scales of %d tensors are subnormal FP16 numbers", len(raised))
+
+
+def half_scale(scales: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The smallest FP16 numbers that are not below ``scales``, and not below :data:`SMALLEST_SCALE`; as float32."""
+    least = np.maximum(scales, np.float32(SMALLEST_SCALE)).astype(np.float32)
+    nearest = least.astype(np.float16)
+    up = np.where(nearest.astype(np.float32) < least, np.nextafter(nearest, np.float16(np.inf)), nearest)
+    return np.asarray(up.astype(np.float32))
