@@ -7,7 +7,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,14 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from hpddrnet_trt.data.datasets import find_images
+from hpddrnet_trt.deploy.legacy import (
+    configure_weak_typing,
+    creation_flags,
+    legacy_problems,
+    lower_opset,
+    needs_weak_typing,
+)
+from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
 from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu, gpu_or_none
 from hpddrnet_trt.engines.shapes import Profile, default_profiles, is_static, narrowed, parse_shapes
@@ -30,10 +38,21 @@ from hpddrnet_trt.engines.tensorrt_api import (
 )
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.files import atomic_path, existing_file, write_bytes
-from hpddrnet_trt.manifest import EngineRecord, InputContract, Manifest, Precision, read_manifest, sidecar_path
+from hpddrnet_trt.manifest import (
+    EngineRecord,
+    Evidence,
+    InputContract,
+    Manifest,
+    Precision,
+    read_manifest,
+    sidecar_path,
+)
 
 logger = logging.getLogger(__name__)
 
+# Runs a candidate (an engine, or the ONNX file it was built from) and returns what it found, or raises
+# UserError: then nothing is written.
+Accept = Callable[[Path], Evidence]
 
 
 @dataclass(frozen=True)
@@ -86,19 +105,23 @@ def build_engine(
     workspace_mib: int | None = None,
     optimisation_level: int | None = None,
     version_compatible: bool = False,
+    accept: Accept | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Build ``target`` (ending ``.engine``) and the description beside it (``.engine.json``).
 
-    ``precision`` lives in the ONNX file: ``fp32`` takes an FP32 file; ``fp16`` a typed FP16 file, or an
-    FP32 file, which is converted first; ``int8`` a file calibrated for TensorRT, or an FP32 file with
-    ``calibration_images`` (dataset, folder or files; with ``fp16`` its ranges are checked on them).
+    ``precision`` lives in the ONNX file: ``fp32`` takes an FP32 file; ``fp16`` and ``bf16`` a file typed
+    so, or an FP32 file, which is converted first; ``int8`` and ``fp8`` a file calibrated for TensorRT,
+    or an FP32 file with ``calibration_images`` (dataset, folder or files; with ``fp16`` its ranges are
+    checked on them). ``accept`` judges the result (:mod:`hpddrnet_trt.precision.gate`): the engine
+    where this machine's GPU runs it, else the very ONNX file it was built from.
     ``flavour``: ``auto``, ``tensorrt`` (needs the GPU it builds for) or ``tensorrt-rtx`` (builds
     without one). ``shapes``: see :mod:`hpddrnet_trt.engines.shapes`; needless for a static ONNX file.
     The rest is described at :class:`BuildSettings`.
 
     The engine must prove its precision (:mod:`hpddrnet_trt.deploy.proof`). Both files are written at
-    the end, whole or not at all. Returns the engine's :class:`Manifest`. Raises :class:`UsageError`,
+    the end, whole or not at all. Returns the engine's :class:`Manifest`. On TensorRT 8 (not tried on one)
+    the file is rewritten for it first (:mod:`hpddrnet_trt.deploy.legacy`). Raises :class:`UsageError`,
     :class:`BadInputFile`, :class:`NoGpu`, :class:`MissingDependency` or :class:`UserError`.
     """
     source, target = existing_file(source_onnx, "ONNX file"), Path(target)
@@ -116,8 +139,9 @@ def build_engine(
     settings.check(api)
     gpu = gpu_or_none() if api.is_rtx else find_gpu()
     profiles = _profiles(source, manifest, shapes)
-    with _in_precision(source, manifest, precision, calibration_images) as (path, ready):
-        job = _Job(api, path, source, ready, profiles, settings, gpu)
+    prepared = _for_weak_typing if is_weakly_typed(api) else _in_precision
+    with prepared(source, manifest, precision, calibration_images) as (path, ready):
+        job = _Job(api, path, source, ready, profiles, settings, gpu, accept)
         return job.build(target, precision)
 
 
@@ -164,14 +188,44 @@ def _in_precision(
     found = [] if images is None else find_images(images)
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         path = Path(folder) / f"{source.stem}.{precision}.onnx"
-        if precision == "fp16":
-            from hpddrnet_trt.deploy.precision import convert_precision
+        if precision in ("fp16", "bf16"):
+            from hpddrnet_trt.deploy.half import convert_precision
 
-            yield path, convert_precision(source, path, "fp16", images=found)
+            yield path, convert_precision(source, path, precision, images=found)
         else:
             from hpddrnet_trt.deploy.quantize import calibrate
 
-            yield path, calibrate(source, path, found, form="tensorrt")
+            assert precision in ("int8", "fp8")  # FP32 files are taken as they are
+            yield path, calibrate(source, path, found, form="tensorrt", precision=precision)
+
+
+@contextmanager
+def _for_weak_typing(
+    source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
+) -> Iterator[tuple[Path, Manifest]]:
+    """The same for TensorRT before 10: FP32 typing throughout (the builder's flags lower it), opset 17."""
+    from hpddrnet_trt.deploy.quantize import calibrate
+
+    _check_precision(source, manifest, precision, images)
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        path, typed = source, manifest
+        if precision == "int8" and manifest.precision == "fp32":
+            path = Path(folder) / "calibrated.onnx"
+            typed = calibrate(source, path, find_images(images or []), form="tensorrt", half=False)
+        model, _ = load_model(path)
+        model = lower_opset(model) if not legacy_problems(model, any_opset=True) else model
+        if problems := legacy_problems(model):
+            raise BadInputFile(
+                f"TensorRT before 10 cannot read {source}: {'; '.join(problems)}; give the FP32 file that export wrote"
+            )
+        lowered = Path(folder) / f"{source.stem}.{precision}.onnx"
+        save_model(model, lowered, typed)
+        yield lowered, typed
+
+
+def is_weakly_typed(api: TensorRT) -> bool:
+    """Whether this library takes precisions from builder flags, see :mod:`hpddrnet_trt.deploy.legacy`."""
+    return not api.is_rtx and needs_weak_typing(api.version)
 
 
 def _check_precision(
@@ -183,14 +237,14 @@ def _check_precision(
             f"{source} was quantised for ONNX Runtime on a CPU, which TensorRT does not run; calibrate the FP32 file "
             "for TensorRT: hpddrnet-trt calibrate MODEL.onnx MODEL.int8.onnx --data FOLDER --form tensorrt"
         )
-    if precision == "int8" and has == "fp32" and images is None:
+    if precision in ("int8", "fp8") and has == "fp32" and images is None:
         raise UsageError(
-            f"{source} is FP32 and INT8 needs calibration on micrographs; run: hpddrnet-trt calibrate {source.name} "
-            f"{source.stem}.int8.onnx --data FOLDER, or give the micrographs here"
+            f"{source} is FP32 and {precision.upper()} needs calibration on micrographs; run: hpddrnet-trt calibrate "
+            f"{source.name} {source.stem}.{precision}.onnx --data FOLDER, or give the micrographs here"
         )
     if images is not None and (has != "fp32" or precision == "fp32"):
         raise UsageError(
-            f"calibration images turn an FP32 file into INT8 or FP16, but {source} is {str(has).upper()} and "
+            f"calibration images turn an FP32 file into a lower precision, but {source} is {str(has).upper()} and "
             f"{precision.upper()} was asked for; leave the images out"
         )
     if has not in ("fp32", precision):
@@ -211,6 +265,7 @@ class _Job:
     profiles: list[Profile]
     settings: BuildSettings
     gpu: Gpu | None
+    accept: Accept | None = None
 
     def build(self, target: Path, precision: Precision) -> Manifest:
         """Parse, prove, build, prove again where a GPU is, write both files."""
@@ -219,16 +274,22 @@ class _Job:
         network = self._parse(builder)
         label = f"the engine of {self.source.name}"
         proof = proof_from_network(self.api.module, network, self.profiles[0].optimum)
-        check_proof(proof, precision, label)
+        weak = is_weakly_typed(self.api)
+        if not weak:  # there the flags decide, and only the inspector shows what became of them
+            check_proof(proof, precision, label)
         config = self._configure(builder)
+        if weak:
+            held = configure_weak_typing(self.api.module, network, config, precision)
+            logger.info("held in FP32: %s", ", ".join(held) or "nothing")
         started = time.perf_counter()
         plan = memoryview(self._run(builder, network, config))
         seconds = time.perf_counter() - started
         self._save_timing_cache(config)
+        runs_here = False
         if self.gpu is not None:
-            proof = self._inspected(plan, proof)
+            runs_here, proof = self._inspected(plan, proof)
             check_proof(proof, precision, label)
-        manifest = self._describe(plan, proof, seconds, precision)
+        manifest = self._accepted(plan, self._describe(plan, proof, seconds, precision), runs_here=runs_here)
         with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
             engine_file.write_bytes(plan)
             description.write_text(manifest.to_json(), encoding="utf-8")
@@ -237,8 +298,9 @@ class _Job:
 
     def _parse(self, builder: Any) -> Any:
         trt = self.api.module
-        # Needed by TensorRT 10; the later libraries always type strongly and ignore the flag.
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        # TensorRT 10 needs to be told to type strongly; later libraries always do and ignore the flag.
+        version = "10" if self.api.is_rtx else self.api.version
+        network = builder.create_network(creation_flags(trt, version))
         parser = trt.OnnxParser(network, self.api.log)
         if not parser.parse_from_file(str(self.path)):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -301,10 +363,13 @@ class _Job:
         """Build with a progress bar; Ctrl-C ends the build at its next step."""
         cancel = threading.Event()
         with tqdm(desc=f"building {self.source.stem}", unit="step", disable=not self.settings.progress) as bar:
-            monitor = progress_monitor(self.api.module, bar, cancel.is_set)
-            config.progress_monitor = monitor
+            watched = hasattr(self.api.module, "IProgressMonitor")  # not in every 8.x
+            if watched:
+                monitor = progress_monitor(self.api.module, bar, cancel.is_set)
+                config.progress_monitor = monitor
             plan = run_cancellable(lambda: builder.build_serialized_network(network, config), cancel)
-            config.progress_monitor = None
+            if watched:
+                config.progress_monitor = None
         if plan is None:
             raise UserError(
                 f"{self.api.label} could not build {self.source}: {self.api.log.explain('no reason given')}"
@@ -319,8 +384,8 @@ class _Job:
             return f"; the workspace limit of {self.settings.workspace_mib} MiB may be too small"
         return ""
 
-    def _inspected(self, plan: memoryview, parsed: dict[str, Any]) -> dict[str, Any]:
-        """Proof from the engine inspector; the parsed one with a remark where this GPU cannot load the engine."""
+    def _inspected(self, plan: memoryview, parsed: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        """Whether this GPU runs the engine, and proof from the inspector (the parsed one, with a remark, if not)."""
         trt = self.api.module
         self.api.log.clear()
         engine = self.api.runtime().deserialize_cuda_engine(plan)
@@ -329,11 +394,29 @@ class _Job:
             reason = self.api.log.explain("no reason given")
             if not self.api.is_rtx:  # built for this very GPU
                 raise UserError(f"{self.api.label} cannot load the engine it has just built: {reason}")
-            return {**parsed, "remark": f"the engine cannot be loaded on this GPU: {reason}"}
+            return False, {**parsed, "remark": f"the engine cannot be loaded on this GPU: {reason}"}
         context.set_input_shape(INPUT, self.profiles[0].optimum)
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context  # types depend on the shape where it is dynamic
-        return proof_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON), parsed)
+        return True, proof_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON), parsed)
+
+    def _accepted(self, plan: memoryview, manifest: Manifest, *, runs_here: bool) -> Manifest:
+        """The description with the evidence of whoever accepts the result."""
+        if self.accept is None:
+            return manifest
+        if not runs_here:
+            evidence = self.accept(self.path)
+            logger.warning(
+                "no GPU here runs this engine: its accuracy was verified on the ONNX file it was built from (%s)",
+                evidence.runtime,
+            )
+        else:
+            with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+                candidate = Path(folder) / f"{self.path.stem}.engine"
+                candidate.write_bytes(plan)
+                sidecar_path(candidate).write_text(manifest.to_json(), encoding="utf-8")
+                evidence = self.accept(candidate)
+        return manifest.replace(evidence=[*manifest.evidence, evidence])
 
     def _describe(self, plan: memoryview, proof: dict[str, Any], seconds: float, precision: Precision) -> Manifest:
         api = self.api

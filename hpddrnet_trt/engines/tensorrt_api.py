@@ -1,4 +1,4 @@
-"""One view on NVIDIA's two inference libraries: TensorRT (10, 11) and TensorRT for RTX (1).
+"""One view on NVIDIA's two inference libraries: TensorRT (10, 11; 8 untried) and TensorRT for RTX (1).
 
 Both have the same Python classes in modules ``tensorrt`` and ``tensorrt_rtx``. What differs, and what
 both do without raising (return None, log, crash), is kept here. Nothing is imported before use.
@@ -25,7 +25,7 @@ INPUT = "image"  # name of the engines' one input
 PORTABLE = "portable"  # in place of a compute capability: TensorRT-RTX's default build
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_MAJOR_VERSIONS: dict[Flavour, tuple[int, ...]] = {"tensorrt": (10, 11), "tensorrt-rtx": (1,)}
+_MAJOR_VERSIONS: dict[Flavour, tuple[int, ...]] = {"tensorrt": (8, 10, 11), "tensorrt-rtx": (1,)}
 
 
 @dataclass(frozen=True)

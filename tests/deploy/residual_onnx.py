@@ -25,6 +25,7 @@ from hpddrnet_trt.manifest import (
 
 QUANTISABLE = ("stem", "first", "second", "shortcut", "classifier")  # convolutions of feature maps
 GATE = "gate"
+STAGE = "stage"  # the residual block of :func:`fusion_model`
 
 
 def residual_model(path: Path, *, batch: int | None = None, size: int | None = None) -> Path:
@@ -96,3 +97,53 @@ def _description(batch: int | None, size: int | None) -> Manifest:
         precision="fp32",
         attention="matmul",
     )
+
+
+def fusion_model() -> onnx.ModelProto:
+    """Two branches that meet: sums, upsampling, pooling and concatenation around residual blocks.
+
+    The block ``stage`` has an identity shortcut and no final ReLU. A ReLU reads it, which feeds the
+    smaller branch (a second block, ``deeper``), and so does the sum with that branch upsampled, which is
+    made of the second block pooled and unpooled, concatenated and gated. FP32, ``[1, 4, 16, 16]`` in,
+    ``[1, 3, 16, 16]`` out.
+    """
+    rng = np.random.default_rng(5)
+    constants: list[onnx.TensorProto] = []
+    nodes: list[onnx.NodeProto] = []
+
+    def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        name = f"{STAGE}/{output}" if output == STAGE else output
+        nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
+        return output
+
+    def conv(source: str, name: str, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> str:
+        weights = rng.normal(0, 1, (outputs, inputs, kernel, kernel)).astype(np.float32)
+        bias = rng.normal(0, 0.1, outputs).astype(np.float32)
+        constants.extend(
+            [numpy_helper.from_array(weights, f"{name}.weight"), numpy_helper.from_array(bias, f"{name}.bias")]
+        )
+        parts = [source, f"{name}.weight", f"{name}.bias"]
+        return node("Conv", parts, name, strides=[stride] * 2, pads=[kernel // 2] * 4)
+
+    x = node("Relu", [conv("image", "entry", 4, 8)], "x")
+    inner = node("Relu", [conv(x, "one", 8, 8)], "inner")
+    stage = node("Add", [conv(inner, "two", 8, 8), x], STAGE)
+    small = node("Relu", [conv(node("Relu", [stage], "stage_relu"), "down", 8, 8, stride=2)], "small")
+    deep = conv(small, "three", 8, 8)
+    deeper = node("Add", [conv(node("Relu", [deep], "deep_relu"), "four", 8, 8), small], "deeper")
+    pool = node("AveragePool", [node("Relu", [deeper], "deeper_relu")], "pooled", kernel_shape=[3, 3], pads=[1] * 4)
+    both = node("Concat", [conv(pool, "pool_conv", 8, 8, 1), conv("deeper_relu", "side", 8, 8, 1)], "both", axis=1)
+    back = conv(node("Sigmoid", [both], "gate"), "back", 16, 8, 1)
+    constants.append(numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales"))
+    up = node("Resize", [back, "", "scales"], "upsampled", mode="linear")
+    fused = node("Relu", [node("Add", [stage, up], "fused")], "fused_relu")
+    conv(fused, "head", 8, 3, 1)
+
+    graph = helper.make_graph(
+        nodes,
+        "fusion",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 4, 16, 16])],
+        [helper.make_tensor_value_info("head", TensorProto.FLOAT, [1, 3, 16, 16])],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)

@@ -316,7 +316,8 @@ def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ({}, "fp32", "images", "leave the images out"),
         ({"precision": "fp16"}, "fp16", "images", "leave the images out"),
         ({"precision": "int8", "quantised_for": "tensorrt"}, "int8", "images", "leave the images out"),
-        ({}, "fp8", None, "precision 'fp8' is unknown; choose fp32, fp16, int8"),
+        ({}, "fp8", None, "hpddrnet-trt calibrate m.onnx m.fp8.onnx --data"),
+        ({}, "int4", None, "precision 'int4' is unknown; choose fp32, fp16, bf16, int8, fp8"),
     ],
 )
 @needs_rtx
