@@ -36,10 +36,18 @@ class NetworkSection(_Section):
     detail: bool | None = None  # logits at 1/4, see models.network.Detail
     pool_border: Literal["zeros", "ignored"] | None = None  # see models.blocks.DAPPM
     pretrained: Path | None = None  # checkpoint whose backbone training starts from, ours or mmsegmentation's
+    # Checkpoint of ours that training starts from as a whole; the other keys and data.normalisation are then its own.
+    initial: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> NetworkSection:
+        if self.pretrained is not None and self.initial is not None:
+            raise ValueError("pretrained (a backbone) and initial (a whole network) exclude each other; give one")
+        return self
 
     def resolve(self, num_classes: int) -> NetworkConfig:
         """The network's configuration for a number of classes."""
-        given = self.model_dump(exclude={"variant", "pretrained"}, exclude_none=True)
+        given = self.model_dump(exclude={"variant", "pretrained", "initial"}, exclude_none=True)
         return NetworkConfig(**{**dict(network_config(self.variant, num_classes)), **given})
 
 
@@ -83,6 +91,7 @@ class OptimisationConfig(_Section):
     accumulate: int = Field(default=1, ge=1)  # forward passes per step
     clip_norm: float | None = Field(default=None, gt=0)  # largest norm of the gradient
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # weight averaging; None: off
+    freeze_norm: bool = False  # batch-norm uses the mean and variance it has, and leaves them as they are
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimisationConfig:
@@ -105,6 +114,14 @@ class LossSection(_Section):
     overlap_weight: float = Field(default=1.0, gt=0)
     auxiliary_weight: float = Field(default=0.6, ge=0)
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(gt=0)]] = "none"
+
+
+class QuantisationSection(_Section):
+    """Train with the rounding of the INT8 form, see :mod:`hpddrnet_trt.training.quantisation`."""
+
+    enabled: bool = False
+    images: int = Field(default=32, ge=1)  # the first training crops, which give the activations' ranges
+    percentile: float = Field(default=100.0, ge=90, le=100)  # of a batch's values that a range holds, in percent
 
 
 class RunSection(_Section):
@@ -141,6 +158,7 @@ class TrainConfig(_Section):
     augmentation: AugmentConfig = AugmentConfig()
     optimisation: OptimisationConfig = OptimisationConfig()
     loss: LossSection = LossSection()
+    quantisation: QuantisationSection = QuantisationSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -149,16 +167,27 @@ class TrainConfig(_Section):
             raise ValueError(
                 f"augmentation.crop {list(self.augmentation.crop)} must be multiples of {SIZE_MULTIPLE} (height, width)"
             )
+        if self.quantisation.enabled and not self.optimisation.freeze_norm:
+            raise ValueError(
+                "quantisation.enabled needs optimisation.freeze_norm=true: INT8 folds batch-norm's statistics into the "
+                "weights, and those of a batch would hide the shift that rounding causes"
+            )
+        if self.quantisation.enabled and self.run.precision != "32":
+            raise ValueError(
+                f"quantisation.enabled needs run.precision=32, not {self.run.precision}, which rounds once more"
+            )
         return self
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
         """Keys whose value differs from a stored configuration, as ``key: stored -> now``.
 
-        Keys that cannot change the weights are left out (folder, resume, how often to report),
-        and so are those that say what to run on: a run may move to another machine, though only
-        the same kind of device continues it to the last bit.
+        A key that is younger than the stored run had its default then. Keys that cannot change the
+        weights are left out (folder, resume, how often to report), and so are those that say what to
+        run on: a run may move to another machine, though only the same kind of device continues it to
+        the last bit.
         """
-        now, before = _flatten(self.model_dump(mode="json")), _flatten(stored)
+        now = _flatten(self.model_dump(mode="json"))
+        before = {**_flatten(TrainConfig().model_dump(mode="json")), **_flatten(stored)}
         return [
             f"{key}: {before.get(key)} -> {now.get(key)}"
             for key in sorted({*now, *before})

@@ -7,15 +7,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpddrnet_trt.errors import UserError
 from hpddrnet_trt.manifest import IGNORE_INDEX, Normalisation
 from hpddrnet_trt.metrics import ConfusionMatrix, Scores
-from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.models.network import HPDDRNet, resize
 from hpddrnet_trt.training.config import OptimisationConfig
 from hpddrnet_trt.training.losses import CrossEntropy, SegmentationLoss
 from hpddrnet_trt.training.order import network_seed
+from hpddrnet_trt.training.quantisation import FakeQuantisation
 from hpddrnet_trt.training.schedule import build_optimiser, build_scheduler, learning_rate
 
 Batch = tuple[Tensor, Tensor]  # grey images uint8 [N, 1, H, W], masks uint8 [N, H, W]
@@ -26,6 +27,9 @@ class SegmentationModule(pl.LightningModule):
 
     After each validation ``scores`` holds the metrics over all images and ranks, ``val_loss`` the
     mean cross-entropy per labelled pixel; ``losses`` the main and auxiliary loss of the last pass.
+    With ``quantisation``, validation and every second step see the network as its INT8 form. The steps
+    between keep it a network that works in floating point, too: otherwise its weights come to rely on the
+    rounding, and FP16, mixed precision and the comparison with FP32 have nothing to stand on.
     """
 
     mean: Tensor
@@ -38,9 +42,11 @@ class SegmentationModule(pl.LightningModule):
         normalisation: Normalisation,
         optimisation: OptimisationConfig,
         seed: int,
+        quantisation: FakeQuantisation | None = None,
     ) -> None:
         super().__init__()
         self.network = network
+        self.quantisation = quantisation
         self.loss = loss
         self.optimisation = optimisation
         self.seed = seed
@@ -53,6 +59,24 @@ class SegmentationModule(pl.LightningModule):
         self._val_sums = [0.0, 0.0]  # summed loss, labelled pixels
         for name, values in (("mean", normalisation.mean), ("std", normalisation.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.train()
+
+    def train(self, mode: bool = True) -> SegmentationModule:
+        super().train(mode)
+        if self.optimisation.freeze_norm:
+            for module in self.network.modules():
+                if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                    module.eval()
+        return self
+
+    def logits(self, images: Tensor, *, rounded: bool) -> Tensor | tuple[Tensor, Tensor]:
+        """The network's output for its normalised input ``[N, 3, H, W]``; ``rounded`` with ``quantisation``."""
+        logits: Tensor | tuple[Tensor, Tensor]
+        if self.quantisation is None or not rounded:
+            logits = self.network(images)
+        else:
+            logits = self.quantisation(self.network, images)
+        return logits
 
     def normalise(self, images: Tensor) -> Tensor:
         """Grey uint8 ``[N, 1, H, W]`` to the network's input ``[N, 3, H, W]``."""
@@ -73,7 +97,7 @@ class SegmentationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = batch
-        logits = self.network(self.normalise(images))
+        logits = self.logits(self.normalise(images), rounded=self.global_step % 2 == 0)
         with torch.autocast(images.device.type, enabled=False):
             main, auxiliary = self.loss(logits, masks)
         self.losses = (main.item(), auxiliary.item())
@@ -93,7 +117,9 @@ class SegmentationModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, masks = batch
-        logits = self.network.predict_logits(self.normalise(images)).float()
+        coarse = self.logits(self.normalise(images), rounded=True)
+        assert isinstance(coarse, Tensor)
+        logits = resize(coarse.float(), images.shape[-2], images.shape[-1])
         labelled = float((masks != IGNORE_INDEX).sum())
         self._val_sums[0] += float(self._plain_loss(logits, masks)) * labelled
         self._val_sums[1] += labelled

@@ -24,9 +24,7 @@ from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import FolderDataset, SplitStatistics
 from hpddrnet_trt.data.simulate import write_dataset
 from hpddrnet_trt.errors import NoGpu, UsageError, UserError
-from hpddrnet_trt.manifest import DataRecord, Manifest, Normalisation, read_manifest
-from hpddrnet_trt.models.checkpoints import load_backbone_weights
-from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.manifest import DataRecord, Manifest, read_manifest
 from hpddrnet_trt.training.callbacks import LAST, Checkpoints, MovingAverage, Progress, Records
 from hpddrnet_trt.training.checkpoint_io import AtomicCheckpointIO, read_training_checkpoint
 from hpddrnet_trt.training.config import (
@@ -49,6 +47,8 @@ from hpddrnet_trt.training.losses import (
     balanced_class_weights,
 )
 from hpddrnet_trt.training.module import SegmentationModule
+from hpddrnet_trt.training.quantisation import FakeQuantisation
+from hpddrnet_trt.training.starting import starting_point
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ def train(config: TrainConfig) -> TrainResult:
     module, manifest = _build(config, data)
     trainer = _trainer(config, device, _callbacks(config, data, manifest, stop))
     datamodule = _datamodule(config, data, device, first_step)
+    if not first_step:
+        _observe(config, module, datamodule)
     resume_from = folder / LAST if first_step else None
     with stop.listening(), _readable_failures(folder), _quiet_lightning():
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
@@ -110,8 +112,10 @@ def rehearse(config: TrainConfig, steps: int, callback: pl.Callback) -> None:
         torch.set_num_threads(config.run.threads)
     module, _ = _build(config, data)
     trainer = _trainer(config, device, [callback], validate=False)
+    datamodule = _datamodule(config, data, device, 0)
+    _observe(config, module, datamodule)
     with _quiet_lightning():
-        trainer.fit(module, datamodule=_datamodule(config, data, device, 0))
+        trainer.fit(module, datamodule=datamodule)
 
 
 # ------------------------------------------------------------------------- devices
@@ -208,7 +212,7 @@ def _find_start(config: TrainConfig, folder: Path, data: _Data) -> tuple[int, di
             f"the run in {folder} was started with other settings ({'; '.join(differences)}); "
             "give the same settings to continue it, or choose another run.name"
         )
-    if stored["data_sha256"] != data.sha256:
+    if stored.get("data_sha256") != data.sha256:
         raise UsageError(
             f"the images or masks in {data.dataset.root} changed since the run in {folder} was started; "
             "restore them to continue it, or choose another run.name"
@@ -222,18 +226,15 @@ def _find_start(config: TrainConfig, folder: Path, data: _Data) -> tuple[int, di
 
 
 def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manifest]:
-    torch.manual_seed(config.run.seed)
-    network_config = config.network.resolve(len(data.dataset.classes))
-    network = HPDDRNet(network_config)
+    start = starting_point(config, data.dataset, data.statistics, data.sha256)
+    network = start.network
     # A quarter faster on a CPU, and what tensor cores want; weights and checkpoints stay the same.
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    normalisation = _normalisation(config, data.statistics)
-    remarks = _pretrain(network, config.network.pretrained)
     manifest = Manifest(
         name=config.run.name,
-        network=network_config,
+        network=network.config,
         classes=list(data.dataset.classes),
-        normalisation=normalisation,
+        normalisation=start.normalisation,
         data=DataRecord(
             name=data.dataset.name,
             sha256=data.sha256,
@@ -242,29 +243,33 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manife
             grey_mean=data.statistics.grey_mean,
             grey_std=data.statistics.grey_std,
         ),
-        remarks=remarks,
+        remarks=start.remarks,
         versions=_versions(),
     )
     loss = SegmentationLoss(_criterion(config.loss, data), config.loss.auxiliary_weight)
-    module = SegmentationModule(network, loss, normalisation, config.optimisation, config.run.seed)
+    quantisation = (
+        FakeQuantisation(network, start.normalisation, config.quantisation.percentile)
+        if config.quantisation.enabled
+        else None
+    )
+    module = SegmentationModule(
+        network, loss, start.normalisation, config.optimisation, config.run.seed, quantisation
+    )
     module.stored = {"config": config.model_dump(mode="json"), "data_sha256": data.sha256, "versions": _versions()}
     return module, manifest
 
 
-def _pretrain(network: HPDDRNet, path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    remarks = load_backbone_weights(network, path)
-    for remark in remarks:
-        log.info("%s: %s", path, remark)
-    return [f"training started from the backbone in {path.name}"]
-
-
-def _normalisation(config: TrainConfig, statistics: SplitStatistics) -> Normalisation:
-    if config.data.normalisation == "imagenet":
-        return Normalisation()
-    mean, std = statistics.grey_mean, max(statistics.grey_std, 1.0)
-    return Normalisation(mean=(mean, mean, mean), std=(std, std, std))
+def _observe(config: TrainConfig, module: SegmentationModule, data: SegmentationData) -> None:
+    """Ranges for fake quantisation, from the first training samples: the same on every rank."""
+    if module.quantisation is None:
+        return
+    count, size = config.quantisation.images, data.images_per_pass
+    batches = (
+        torch.stack([data.training[number][0] for number in range(first, min(first + size, count))])
+        for first in range(0, count, size)
+    )
+    module.quantisation.observe(module.network, map(module.normalise, batches))
+    module.train()
 
 
 def _criterion(section: LossSection, data: _Data) -> nn.Module:
@@ -433,7 +438,9 @@ def _quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for message in (".*does not have many workers.*", ".*LeafSpec.* is deprecated.*"):
+            # Modules in evaluation mode are batch-norm's, frozen on purpose.
+            hints = (".*does not have many workers.*", ".*LeafSpec.* is deprecated.*", ".*in eval mode at the start.*")
+            for message in hints:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:

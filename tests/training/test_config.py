@@ -97,6 +97,17 @@ def test_differences_name_what_changes_the_weights_only() -> None:
     ]
 
 
+def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
+    stored = TrainConfig().model_dump(mode="json")
+    del stored["quantisation"], stored["optimisation"]["freeze_norm"]
+    assert TrainConfig().differences(stored) == []
+    tuned = load_config(None, ["quantisation.enabled=true", "optimisation.freeze_norm=true"])
+    assert tuned.differences(stored) == [
+        "optimisation.freeze_norm: False -> True",
+        "quantisation.enabled: False -> True",
+    ]
+
+
 def test_precision_is_fp32_unless_asked_and_32_needs_no_quotes() -> None:
     assert load_config(None).run.precision == "32"
     assert load_config(None, ["run.precision=32"]).run.precision == "32"
