@@ -163,6 +163,10 @@ def test_interrupt_ends_with_one_line(
 def test_inspect_prints_the_description(run: Run, checkpoint: Path) -> None:
     code, out, _ = run("inspect", checkpoint)
     assert code == 0
+    assert "checkpoint" in out.splitlines()[0]
+    assert "phase 0, phase 1, phase 2" in out
+    code, out, _ = run("inspect", "--json", checkpoint)
+    assert code == 0
     assert read_manifest(checkpoint).to_json() in out
 
 
@@ -210,7 +214,7 @@ def test_the_shipped_model_segments_without_being_named(run: Run, tmp_path: Path
     with Image.open(tmp_path / "labels" / "frame.png") as labels:
         assert labels.size == (84, 60)
         assert set(np.unique(np.asarray(labels))) <= {0, 1, 2}
-    code, out, _ = run("inspect", "nasa-super1")
+    code, out, _ = run("inspect", "--json", "nasa-super1")
     assert code == 0
     assert [entry["name"] for entry in json.loads(out)["classes"]] == ["matrix", "secondary", "tertiary"]
 

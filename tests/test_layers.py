@@ -40,7 +40,7 @@ FLOORS = (
     ("segmenter",),
     ("evaluation", "segment_files"),
     ("deploy", "training"),
-    ("assessment", "benchmark"),
+    ("assessment", "benchmark", "precision"),
     ("cli",),
     ("__main__",),
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
 from hpddrnet_trt.cli.arguments import Checkpoint, ModelFile, OnnxFile, Split
 from hpddrnet_trt.cli.program import app
-from hpddrnet_trt.manifest import Manifest
+from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.manifest import Manifest, Precision
 from hpddrnet_trt.weights import locate
 
 
@@ -52,7 +53,7 @@ def export(
         bool, typer.Option(help="One-channel uint8 input; --no-grey-input takes three normalised float channels.")
     ] = True,
     precision: Annotated[
-        Literal["fp32", "fp16"], typer.Option(help="fp16: typed FP16 with attention scores in FP32.")
+        Literal["fp32", "fp16", "bf16"], typer.Option(help="fp16, bf16: typed so, with attention scores in FP32.")
     ] = "fp32",
     data: Annotated[
         Path | None, typer.Option(help="Micrographs or dataset (test split) to compare on; simulated when left out.")
@@ -60,8 +61,8 @@ def export(
 ) -> None:
     """Export a checkpoint to one self-describing ONNX file and compare it with PyTorch."""
     from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.deploy.half import convert_precision
     from hpddrnet_trt.deploy.onnx_export import export_onnx
-    from hpddrnet_trt.deploy.precision import convert_precision
 
     checkpoint = locate(checkpoint, ".safetensors")
     images = find_images(data, "test") if data else []
@@ -71,10 +72,10 @@ def export(
             checkpoint, exported, batch=batch, height=height, width=width, attention=attention, output=output,
             confidence=confidence, grey_input=grey_input, images=images,
         )  # fmt: skip
-        if precision == "fp16":
-            _echo_evidence(manifest)
-            manifest = convert_precision(exported, target, "fp16", images=images)
-    _echo_evidence(manifest)
+        if precision != "fp32":
+            echo_evidence(manifest)
+            manifest = convert_precision(exported, target, precision, images=images)
+    echo_evidence(manifest)
     typer.echo(f"written: {target}")
 
 
@@ -88,34 +89,59 @@ def calibrate(
         Literal["tensorrt", "onnxruntime"],
         typer.Option(help="tensorrt: explicit symmetric Q/DQ with FP16 around it; onnxruntime: the CPU's fast form."),
     ] = "tensorrt",
+    precision: Annotated[
+        Literal["int8", "fp8"], typer.Option(help="fp8: E4M3, for TensorRT on Ada, Hopper, Blackwell.")
+    ] = "int8",
     method: Annotated[
-        Literal["minmax", "percentile", "mse"], typer.Option(help="How a range is taken from the values seen.")
-    ] = "minmax",
+        Literal["max", "percentile", "entropy", "mse", "auto"],
+        typer.Option(help="How ranges are taken from the values seen; auto: the one closest to FP32."),
+    ] = "max",
+    tool: Annotated[
+        Literal["own", "modelopt"],
+        typer.Option(help="Who places the pairs: this package (ONNX Runtime's quantiser), or NVIDIA ModelOpt."),
+    ] = "own",
     max_images: Annotated[int, typer.Option(min=1, help="Micrographs to measure ranges on.")] = 64,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse a result that agrees with FP32 on fewer pixels than this.")
     ] = 0.9,
+    cache: Annotated[bool, typer.Option(help="Keep what was measured, so that an interrupted run goes on.")] = True,
 ) -> None:
-    """Measure activation ranges on micrographs and write an INT8 model."""
+    """Measure activation ranges on micrographs and write an INT8 (or FP8) model."""
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.deploy.quantize import calibrate as run_calibration
 
     manifest = run_calibration(
-        model, target, find_images(data, split), form=form, method=method, max_images=max_images,
-        min_agreement=min_agreement,
+        model, target, find_images(data, split), form=form, precision=precision, method=method, tool=tool,
+        max_images=max_images, min_agreement=min_agreement, cache="user" if cache else None,
     )  # fmt: skip
     if manifest.calibration is not None:
         typer.echo(f"calibrated on {manifest.calibration.images} images ({manifest.calibration.method})")
-    _echo_evidence(manifest)
+    echo_evidence(manifest)
     typer.echo(f"written: {target}")
 
 
 @app.command()
 def build(
     model: OnnxFile,
-    precision: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Precision of the engine.")] = "fp16",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8", "fp8", "auto"],
+        typer.Option(help="Precision of the engine; auto: the fastest that keeps the budget, from an FP32 file."),
+    ] = "fp16",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
+    ] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="Dataset: refuse the engine unless it keeps the budget on it.")
+    ] = None,
+    max_miou_drop: Annotated[
+        float | None, typer.Option(help="Budget for --verify: points of mIoU that may be lost against FP32.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Budget for --verify: smallest share of pixels labelled as FP32, 0..1.")
+    ] = None,
+    verify_split: Annotated[str, typer.Option(help="Split that --verify judges on.")] = "test",
+    reference: Annotated[
+        Path | None, typer.Option(help="Checkpoint or FP32 ONNX file for --verify; default: found beside MODEL.")
     ] = None,
     flavour: Annotated[
         Literal["auto", "tensorrt", "tensorrt-rtx"],
@@ -126,7 +152,7 @@ def build(
         typer.Option(help="Optimisation profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
     ] = None,
     calibration_data: Annotated[
-        Path | None, typer.Option("--calib", help="For int8 from an FP32 file: micrographs to calibrate on.")
+        Path | None, typer.Option("--calib", help="For int8 and fp8 from an FP32 file: micrographs to calibrate on.")
     ] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="File that keeps tactic timings between builds.")] = None,
     compute_capability: Annotated[
@@ -136,21 +162,36 @@ def build(
     optimisation_level: Annotated[int | None, typer.Option(min=0, max=5, help="Builder effort.")] = None,
     version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False,
 ) -> None:
-    """Build a TensorRT engine, prove its precision and write it with its description."""
-    from hpddrnet_trt.deploy.build import build_engine
-    from hpddrnet_trt.deploy.proof import summary
+    """Build a TensorRT engine, prove its precision and write it with its description.
 
-    stem = model.stem.removesuffix(".int8").removesuffix(".fp16")
-    target = output or model.with_name(f"{stem}.{precision}.engine")
-    manifest = build_engine(
-        model, target, precision=precision, flavour=flavour, shapes=shapes,
-        calibration_images=calibration_data, timing_cache=timing_cache, compute_capabilities=compute_capability,
-        workspace_mib=workspace_mib,
-        optimisation_level=optimisation_level, version_compatible=version_compatible,
+    With --verify it is written only if it keeps the accuracy asked for; where no GPU runs it, the
+    very ONNX file it was built from is judged on the CPU instead, and the description says so.
+    """
+    from hpddrnet_trt.deploy.proof import summary
+    from hpddrnet_trt.precision.budget import Budget
+    from hpddrnet_trt.precision.engine import build_verified
+    from hpddrnet_trt.precision.gate import WHAT, Gate
+
+    if verify is None and (max_miou_drop is not None or min_agreement is not None):
+        raise UsageError("a budget is checked on a dataset: give --verify DATA with --max-miou-drop or --min-agreement")
+    gate = None if verify is None else Gate(verify, Budget(max_miou_drop, min_agreement), verify_split, reference)
+    target = output or model.with_name(f"{_plain_stem(model)}.{precision}.engine")
+    manifest = build_verified(
+        model, target, precision=precision, gate=gate, calibration_images=calibration_data, flavour=flavour,
+        shapes=shapes, timing_cache=timing_cache, compute_capabilities=compute_capability,
+        workspace_mib=workspace_mib, optimisation_level=optimisation_level, version_compatible=version_compatible,
     )  # fmt: skip
     if manifest.engine is not None:
         typer.echo(summary(manifest.engine.precision_proof))
+        if manifest.evidence and manifest.evidence[-1].what == WHAT:
+            echo_evidence(manifest)
         typer.echo(f"written: {target} ({manifest.engine.bytes / 1e6:.1f} MB, {manifest.engine.build_seconds:.1f} s)")
+
+
+def _plain_stem(model: Path) -> str:
+    """A file's name without ending and precision: ``model.int8.onnx`` -> ``model``."""
+    stem, _, last = model.stem.rpartition(".")
+    return stem if stem and last in get_args(Precision) else model.stem
 
 
 @app.command()
@@ -174,14 +215,21 @@ def ship(
 
 
 @app.command()
-def inspect(model: ModelFile) -> None:
-    """Print what a model file says about itself, as JSON."""
+def inspect(
+    model: ModelFile,
+    layers: Annotated[bool, typer.Option("--layers", help="Also every convolution with its precision.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole description as JSON.")] = False,
+) -> None:
+    """Print what a model file says about itself: contract, precision by layer, calibration, evidence."""
+    from hpddrnet_trt.deploy.describe import describe
     from hpddrnet_trt.manifest import read_manifest
 
-    typer.echo(read_manifest(locate(model)).to_json())
+    file = locate(model)
+    manifest = read_manifest(file)
+    typer.echo(manifest.to_json() if as_json else describe(manifest, file, layers=layers))
 
 
-def _echo_evidence(manifest: Manifest) -> None:
+def echo_evidence(manifest: Manifest) -> None:
     """Print the last comparison with the reference."""
     if manifest.evidence:
         last = manifest.evidence[-1]

@@ -80,6 +80,20 @@ def benchmark(
 
 
 @app.command()
+def profile(
+    engine: Annotated[Path, typer.Argument(help="Engine file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("layer-times.json"),
+    size: Annotated[str, typer.Option(help="Frame, e.g. 1024x1024.")] = "1024x1024",
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 50,
+) -> None:
+    """Time each layer of an engine on this GPU; choose-precision takes the result with --layer-times."""
+    from hpddrnet_trt.benchmark.images import parse_size
+    from hpddrnet_trt.engines.layer_times import write_layer_times
+
+    typer.echo(f"written: {write_layer_times(engine, output, parse_size(size), runs=runs)}")
+
+
+@app.command()
 def engines() -> None:
     """List the runtimes of this machine: version, or the reason why one is missing."""
     from hpddrnet_trt.engines import available_engines

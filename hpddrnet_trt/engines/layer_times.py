@@ -34,7 +34,7 @@ def layer_times(path: str | Path, images: npt.NDArray[Any], *, runs: int = 50, d
 
 
 def write_layer_times(path: str | Path, target: str | Path, size: tuple[int, int], *, runs: int = 50) -> Path:
-    """Measure on one frame of noise of ``size`` (height, width) and write JSON: ``gpu``, ``shape``, ``milliseconds``."""
+    """Measure on a frame of noise of ``size`` (height, width); writes JSON: ``gpu``, ``shape``, ``milliseconds``."""
     with TensorRTEngine(path) as engine:
         contract, gpu = input_contract(engine.manifest), engine.runtime
     shape = (contract.batch.minimum, contract.channels, *size)

@@ -141,7 +141,9 @@ class SimulatedTensorRT:
     def __init__(self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], version: str) -> None:
         self.version = version
         self.module = SimpleNamespace(
-            TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"), nptype=lambda dtype: dtype, IProfiler=SimulatedProfiler
+            TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
+            nptype=lambda dtype: dtype,
+            IProfiler=SimulatedProfiler,
         )
         self.log = SimpleNamespace(clear=lambda: None, explain=lambda otherwise: otherwise)
         self.context = SimulatedContext(cuda, onnx_file, profiles)

@@ -1,0 +1,206 @@
+"""Commands about precision: convert, analyse, choose within a budget, compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hpddrnet_trt.cli.arguments import Data
+from hpddrnet_trt.cli.program import app
+from hpddrnet_trt.errors import UsageError
+
+Fp32File = Annotated[Path, typer.Argument(help="FP32 ONNX file written by export.")]
+JudgeSplit = Annotated[str, typer.Option(help="Split of the dataset that candidates are judged on.")]
+Calibration = Annotated[
+    Path | None, typer.Option("--calib", help="Micrographs to calibrate on; default: the dataset's training split.")
+]
+Method = Annotated[
+    Literal["max", "percentile", "entropy", "mse"], typer.Option(help="How ranges are taken from the values seen.")
+]
+MaxImages = Annotated[int, typer.Option(min=1, help="Micrographs to calibrate on.")]
+Low = Annotated[Literal["int8", "fp8"], typer.Option(help="The low precision.")]
+Reference = Annotated[
+    Path | None, typer.Option(help="Checkpoint or FP32 ONNX file to compare with; default: found beside MODEL.")
+]
+Size = Annotated[str | None, typer.Option(help="Calibration crops, e.g. 512x512; default: as the model, or 512x512.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw it to this file (.png).")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Resume = Annotated[bool, typer.Option(help="Go on from what an interrupted run has measured.")]
+
+
+@app.command()
+def convert_precision(
+    model: Fp32File,
+    target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    precision: Annotated[Literal["fp16", "bf16"], typer.Option(help="Type of everything that survives it.")] = "fp16",
+    data: Annotated[
+        Path | None, typer.Option(help="Micrographs or dataset (test split): checks ranges, compares labels.")
+    ] = None,
+) -> None:
+    """Type an FP32 export FP16 or BF16; what would overflow or lose too much on the micrographs stays FP32."""
+    from hpddrnet_trt.cli.deployment import echo_evidence
+    from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.deploy.half import convert_precision as convert
+
+    manifest = convert(model, target, precision, images=find_images(data, "test") if data else [])
+    for remark in manifest.remarks:
+        typer.echo(f"remark: {remark}")
+    echo_evidence(manifest)
+    typer.echo(f"written: {target}")
+
+
+@app.command()
+def compare_precisions(
+    model: Fp32File,
+    data: Data,
+    split: JudgeSplit = "test",
+    calibration_data: Calibration = None,
+    max_images: MaxImages = 64,
+    size: Size = None,
+    reference: Reference = None,
+    json_file: JsonFile = None,
+) -> None:
+    """One table of accuracy: FP16, BF16, INT8 by every calibration method, and FP8 against FP32."""
+    from hpddrnet_trt.precision.survey import survey
+
+    with _study(model, data, split, "int8", calibration_data, "max", max_images, size, reference, True) as study:
+        found = survey(study)
+    typer.echo(found.text())
+    _write_json(json_file, found.record())
+
+
+@app.command()
+def sensitivity(
+    model: Fp32File,
+    data: Data,
+    split: JudgeSplit = "val",
+    precision: Low = "int8",
+    by: Annotated[Literal["layer", "block"], typer.Option(help="What is quantised at a time.")] = "layer",
+    calibration_data: Calibration = None,
+    method: Method = "max",
+    max_images: MaxImages = 64,
+    size: Size = None,
+    reference: Reference = None,
+    plot: Plot = None,
+    json_file: JsonFile = None,
+    resume: Resume = True,
+) -> None:
+    """Rank layers or blocks by what their low precision alone does to mIoU and to the labels."""
+    from hpddrnet_trt.precision.sensitivity import analyse
+
+    _check_pictures(plot)
+    with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, resume) as study:
+        found = analyse(study.trials, by=by, operations=study.shares)
+    typer.echo(found.text())
+    if plot is not None:
+        from hpddrnet_trt.precision.figures import draw_sensitivity
+
+        typer.echo(f"written: {draw_sensitivity(found, plot)}")
+    _write_json(json_file, found.record())
+
+
+@app.command()
+def choose_precision(
+    model: Fp32File,
+    target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    data: Data,
+    max_miou_drop: Annotated[float | None, typer.Option(help="Points of mIoU that may be lost.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Smallest share of equal labels, 0..1.")] = None,
+    split: JudgeSplit = "val",
+    precision: Low = "int8",
+    calibration_data: Calibration = None,
+    method: Method = "max",
+    max_images: MaxImages = 64,
+    size: Size = None,
+    reference: Reference = None,
+    device: Annotated[
+        str, typer.Option(help="Whose data sheet layer times are estimated from: l4, agx-orin, h200.")
+    ] = "l4",
+    layer_times: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Layer times measured on a GPU instead: of the INT8 and of the FP16 engine (`profile`)."),
+    ] = None,
+    frontier: Annotated[bool, typer.Option(help="Measure the frontier even where quantising everything does.")] = False,
+    plot: Plot = None,
+    json_file: JsonFile = None,
+    resume: Resume = True,
+) -> None:
+    """Write the fastest INT8 (or FP8) file, with layers in FP16 where needed, that keeps an accuracy budget."""
+    from hpddrnet_trt.precision.budget import Budget
+    from hpddrnet_trt.precision.choose import choose_precision as choose
+    from hpddrnet_trt.precision.cost import cost_model
+
+    budget = Budget(max_miou_drop, min_agreement)
+    _check_pictures(plot)
+    with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, resume) as study:
+        cost = cost_model(study.trials.recipe, study.operations, device=device, layer_times=layer_times)
+        choice = choose(
+            study.trials, target, budget, cost, calibration=study.calibration, always_search=frontier
+        )
+    typer.echo(choice.text())
+    if choice.frontier is not None:
+        if plot is not None:
+            from hpddrnet_trt.precision.figures import draw_frontier
+
+            typer.echo(f"written: {draw_frontier(choice.frontier, plot)}")
+        _write_json(json_file, choice.frontier.record())
+    typer.echo(f"written: {target}")
+
+
+@app.command()
+def calibration_curve(
+    model: Fp32File,
+    data: Data,
+    split: JudgeSplit = "val",
+    precision: Low = "int8",
+    calibration_data: Calibration = None,
+    method: Method = "max",
+    max_images: MaxImages = 64,
+    size: Size = None,
+    reference: Reference = None,
+    plot: Plot = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Accuracy against the number of calibration micrographs: how many are enough."""
+    from hpddrnet_trt.precision.curve import measure_curve
+
+    _check_pictures(plot)
+    with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, True) as study:
+        found = measure_curve(study.trials.recipe, study.judge, study.statistics, study.method)
+    typer.echo(found.text())
+    if plot is not None:
+        from hpddrnet_trt.precision.figures import draw_curve
+
+        typer.echo(f"written: {draw_curve(found, plot)}")
+    _write_json(json_file, found.record())
+
+
+def _study(
+    model: Path, data: Path, split: str, precision: Any, calibration: Path | None, method: Any, max_images: int,
+    size: str | None, reference: Path | None, resume: bool,
+) -> Any:  # fmt: skip
+    from hpddrnet_trt.benchmark.images import parse_size
+    from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.precision.preparation import open_study
+
+    return open_study(
+        model, data, split=split, precision=precision, method=method, max_images=max_images,
+        calibration_images=None if calibration is None else find_images(calibration, "train"),
+        size=None if size is None else parse_size(size), reference=reference, resume=resume,
+    )  # fmt: skip
+
+
+def _check_pictures(plot: Path | None) -> None:
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UsageError(f"the picture {plot} must end with .png; write {plot.with_suffix('.png')}")
+
+
+def _write_json(target: Path | None, record: dict[str, Any]) -> None:
+    from hpddrnet_trt.files import write_text
+
+    if target is not None:
+        write_text(target, json.dumps(record, indent=1) + "\n")
+        typer.echo(f"written: {target}")

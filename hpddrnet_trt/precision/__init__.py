@@ -1,0 +1,1 @@
+"""How much precision a model needs."""

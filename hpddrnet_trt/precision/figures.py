@@ -1,0 +1,112 @@
+"""Pictures of a sensitivity analysis, a mixed-precision search and a calibration curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpddrnet_trt.deploy.blocks import short
+from hpddrnet_trt.files import write_bytes
+from hpddrnet_trt.pages.drawing import new_figure, png, style
+from hpddrnet_trt.precision.curve import CalibrationCurve
+from hpddrnet_trt.precision.search import Frontier
+from hpddrnet_trt.precision.sensitivity import Part, Sensitivity
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+_ROWS = 30  # bars of the ranking
+_NAMED = 6  # points with a name in the scatter
+_FLOOR = 1e-3  # percent: what is smaller is drawn here, on logarithmic axes
+
+
+def draw_sensitivity(found: Sensitivity, target: str | Path) -> Path:
+    """Left: the most sensitive parts. Right: harm against share of the operations, what a search weighs."""
+    rows = found.parts[:_ROWS][::-1]
+    with style():
+        figure = new_figure(12.4, max(4.2, 1.6 + 0.24 * len(rows)))
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        places = range(len(rows))
+        left.barh(places, [100 * part.harm for part in rows], color=_BLUE, height=0.62)
+        left.set_yticks(places, [short(part.name) for part in rows], fontsize=8)
+        left.set_xlabel(f"labels' IoU lost against FP32, % ({found.precision.upper()} in this {found.by} alone)")
+        left.grid(axis="y", visible=False)
+        count = f"{len(rows)} of {len(found.parts)}" if len(rows) < len(found.parts) else str(len(rows))
+        left.set_title(f"Most sensitive {found.by}s ({count})")
+        for place, part in zip(places, rows, strict=True):
+            left.annotate(
+                f"{-part.accuracy.drop:+.2f}", (100 * part.harm, place), xytext=(4, 0), textcoords="offset points",
+                va="center", fontsize=7.5, color=_GREY,
+            )  # fmt: skip
+        left.margins(x=0.12, y=0.015)
+        _scatter(right, found)
+        figure.suptitle(
+            f"{found.source}, {found.together.images} images; grey figures: change of mIoU in points; all at once "
+            f"{-found.together.drop:+.2f} points, IoU to FP32 {100 * found.together.fidelity:.2f} %", fontsize=10,
+        )  # fmt: skip
+    return write_bytes(target, png(figure))
+
+
+def _scatter(axes: Any, found: Sensitivity) -> None:
+    def place(part: Part) -> tuple[float, float]:
+        return max(100 * part.operations, _FLOOR), max(100 * part.harm, _FLOOR)
+
+    axes.scatter(*zip(*(place(part) for part in found.parts), strict=True), s=26, color=_ORANGE, alpha=0.75)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("share of multiply-accumulates, %")
+    axes.set_ylabel("labels' IoU lost against FP32, %")
+    axes.set_title("Harm against work: top left is cheap to keep in FP16")
+    for part in found.parts[:_NAMED]:
+        axes.annotate(short(part.name), place(part), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+
+
+def draw_frontier(found: Frontier, target: str | Path) -> Path:
+    """mIoU lost against time, one point a measured choice, the budget as a line."""
+    with style():
+        figure = new_figure(8.6, 4.6)
+        axes = figure.subplots()
+        for kept, colour, label in ((True, _GREEN, "keeps the budget"), (False, _GREY, "misses it")):
+            points = [point for point in found.points if found.budget.kept_by(point.accuracy) == kept]
+            axes.scatter(
+                [point.milliseconds for point in points], [point.accuracy.drop for point in points],
+                s=34, color=colour, label=label,
+            )  # fmt: skip
+        for point in found.points:
+            axes.annotate(
+                str(len(point.floating)), (point.milliseconds, point.accuracy.drop), xytext=(4, 4),
+                textcoords="offset points", fontsize=7.5, color=_GREY,
+            )  # fmt: skip
+        if found.chosen is not None:
+            axes.scatter(
+                [found.chosen.milliseconds], [found.chosen.accuracy.drop], s=150, facecolors="none",
+                edgecolors=_ORANGE, linewidths=2, label="chosen",
+            )  # fmt: skip
+        if found.budget.max_miou_drop is not None:
+            axes.axhline(found.budget.max_miou_drop, color=_ORANGE, linewidth=1, linestyle="--", label="budget")
+        axes.invert_yaxis()
+        axes.set_xlabel(f"ms per frame ({found.cost_source})")
+        axes.set_ylabel("points of mIoU lost against FP32")
+        axes.set_title(f"{found.precision.upper()} with layers kept in FP16 (their number beside each point)")
+        axes.legend(loc="lower right")
+    return write_bytes(target, png(figure))
+
+
+def draw_curve(found: CalibrationCurve, target: str | Path) -> Path:
+    """Accuracy against the number of calibration micrographs."""
+    counts = [point.images for point in found.points]
+    with style():
+        figure = new_figure(10.4, 4.2)
+        left, right = figure.subplots(1, 2)
+        for axes, values, label in (
+            (left, [100 * point.accuracy.miou for point in found.points], "mIoU, %"),
+            (right, [100 * point.accuracy.fidelity for point in found.points], "labels' IoU against FP32, %"),
+        ):
+            axes.plot(counts, values, "o-", color=_BLUE)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(counts, [str(count) for count in counts])
+            axes.minorticks_off()
+            axes.set_xlabel("calibration micrographs")
+            axes.set_ylabel(label)
+        left.axhline(100 * found.points[0].accuracy.reference_miou, color=_GREY, linestyle="--", label="FP32")
+        left.legend()
+        figure.suptitle(f"{found.precision.upper()}, method {found.method}, on {found.source}", fontsize=10.5)
+    return write_bytes(target, png(figure))

@@ -1,0 +1,125 @@
+"""The judge: a candidate's accuracy beside the reference's, and answers that are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.deploy.half import to_half
+from hpddrnet_trt.deploy.onnx_graph import load_model
+from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.metrics import ConfusionMatrix
+from hpddrnet_trt.precision.accuracy import Judge
+from hpddrnet_trt.precision.trials import Recipe, Trials
+from hpddrnet_trt.segmenter import load_segmenter
+
+Loaded = tuple[onnx.ModelProto, object]
+
+
+@pytest.fixture
+def judge(fp32: Path, data: Path) -> Iterator[Judge]:
+    with load_segmenter(fp32) as reference, Judge(FolderDataset.open(data), "val", reference, progress=False) as open_:
+        yield open_
+
+
+@pytest.fixture
+def recipe(fp32: Path) -> Recipe:
+    model, manifest = load_model(fp32)
+    qdq.name_nodes(model)
+    plan = qdq.plan(model, "tensorrt")
+    return Recipe(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
+
+
+def test_the_reference_itself_loses_nothing(judge: Judge, fp32: Path) -> None:
+    model, manifest = load_model(fp32)
+    found = judge.score_graph(model, manifest)
+    assert (found.drop, found.agreement, found.fidelity, found.images) == (0, 1, 1, 3)
+    assert 0.8 < found.miou < 0.95  # masks carry 5 % noise
+    assert found.runtime.startswith("onnxruntime")
+
+
+def test_figures_are_those_of_the_labels(judge: Judge, recipe: Recipe, data: Path, fp32: Path, tmp_path: Path) -> None:
+    """Against a straightforward computation from whole label maps."""
+    graph = recipe.graph(recipe.layers[:2], half=False)
+    found = judge.score_graph(graph, recipe.described(recipe.layers[:2], half=False))
+    from hpddrnet_trt.deploy.onnx_graph import save_model
+
+    path = save_model(graph, tmp_path / "it.onnx", recipe.described(recipe.layers[:2], half=False))
+    masks, labels = ConfusionMatrix(3), ConfusionMatrix(3)
+    dataset = FolderDataset.open(data)
+    with load_segmenter(path) as candidate, load_segmenter(fp32) as reference:
+        for sample in dataset.split("val"):
+            image, mask = dataset.load(sample)
+            got = candidate.segment(image).labels
+            masks.update(got, mask)
+            labels.update(got, reference.segment(image).labels)
+    assert found.miou == masks.scores().miou
+    assert found.agreement == labels.scores().pixel_accuracy < 1
+    assert list(found.class_ious.values()) == labels.scores().iou
+    assert found.drop == pytest.approx(100 * (judge.reference_miou - found.miou))
+    evidence = found.evidence("a test", judge.source)
+    assert evidence.values["miou_drop_points"] == found.drop
+    assert set(evidence.values) >= {"iou_against_reference/dark", "agreement", "reference_miou"}
+
+
+def test_half_precision_is_rounded_and_says_so(judge: Judge, fp32: Path) -> None:
+    model, manifest = load_model(fp32)
+    before = model.SerializeToString(deterministic=True)
+    found = judge.score_graph(to_half(model), manifest.replace(precision="fp16"))
+    assert "simulated rounding" in found.runtime
+    assert 0.99 < found.agreement <= 1
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_a_split_without_images(fp32: Path, data: Path) -> None:
+    dataset = FolderDataset.open(data)
+    dataset.samples["empty"] = []
+    with load_segmenter(fp32) as reference, pytest.raises(UsageError, match=r"'empty'.*holds no images"):
+        Judge(dataset, "empty", reference, progress=False)
+
+
+def test_answers_are_kept_and_reused(
+    judge: Judge, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / "journal.json"
+    first = Trials(recipe, judge, journal=journal).measure(recipe.layers)
+    again = Trials(recipe, judge, journal=journal)
+    monkeypatch.setattr(judge, "score_graph", lambda *_, **__: pytest.fail("measured again"))
+    assert again.measure(recipe.layers) == first
+    assert again.measure(list(reversed(recipe.layers))) == first  # a set, not an order
+
+
+@pytest.mark.parametrize("damage", ["cut", "other network", "not json"])
+def test_a_journal_that_does_not_fit_is_started_anew(
+    judge: Judge, recipe: Recipe, tmp_path: Path, damage: str
+) -> None:
+    journal = tmp_path / "journal.json"
+    first = Trials(recipe, judge, journal=journal).measure(recipe.layers)
+    content = json.loads(journal.read_text())
+    for entry in content["answers"].values():
+        entry["miou"] = 0.123
+        if damage == "cut":
+            del entry["agreement"]
+    if damage == "other network":
+        content["identity"] = "another"
+    journal.write_text("{" if damage == "not json" else json.dumps(content))
+    assert Trials(recipe, judge, journal=journal).measure(recipe.layers) == first
+
+
+def test_unknown_layers_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(UsageError, match="no convolution to quantise called nonsense"):
+        recipe.graph(["nonsense"], half=False)
+
+
+def test_nothing_quantised_is_the_network_itself(judge: Judge, recipe: Recipe) -> None:
+    found = Trials(recipe, judge).measure([])
+    assert (found.agreement, found.drop) == (1, 0)
+    assert recipe.described([], half=True).precision == "fp16"
+    assert np.isclose(found.miou, judge.reference_miou)

@@ -1,0 +1,116 @@
+"""From a budget to a file, end to end on a small network, and the calibration curve."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from hpddrnet_trt.deploy.qdq import count_convolutions
+from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.manifest import read_manifest
+from hpddrnet_trt.precision.budget import Budget
+from hpddrnet_trt.precision.choose import choose_precision
+from hpddrnet_trt.precision.cost import cost_model
+from hpddrnet_trt.precision.curve import counts_up_to, measure_curve
+from hpddrnet_trt.precision.engine import build_verified
+from hpddrnet_trt.precision.gate import Gate
+from hpddrnet_trt.precision.preparation import Study, open_study
+from hpddrnet_trt.precision.trials import Trials
+from tests.deploy.residual_onnx import QUANTISABLE
+from tests.precision.fakes import FakeCost
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
+
+
+@pytest.fixture
+def study(fp32: Path, data: Path) -> Iterator[Study]:
+    with open_study(fp32, data, size=(96, 96)) as found:
+        yield found
+
+
+def spoilt(study: Study, tensor: str) -> Trials:
+    """The same study with one activation's range far too small."""
+    ranges = {**study.trials.recipe.ranges, tensor: (-0.01, 0.01)}
+    return Trials(replace(study.trials.recipe, ranges=ranges), study.judge)
+
+
+def test_int8_throughout_where_that_holds(study: Study, tmp_path: Path) -> None:
+    cost = cost_model(study.trials.recipe, study.operations)
+    choice = choose_precision(
+        study.trials, tmp_path / "m.onnx", Budget(max_miou_drop=5.0), cost, calibration=study.calibration,
+        progress=False,
+    )  # fmt: skip
+    assert choice.frontier is None
+    manifest = read_manifest(tmp_path / "m.onnx")
+    assert (manifest.precision, manifest.quantised_for, manifest.mixed) == ("int8", "tensorrt", None)
+    assert manifest.calibration is not None
+    assert manifest.calibration.images == 6
+    assert manifest.placement is not None
+    assert manifest.placement["counts"]["reformats_in_stages"] == 0
+    assert count_convolutions(onnx.load(str(tmp_path / "m.onnx"))) == (len(QUANTISABLE), 6)
+
+
+def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: Path) -> None:
+    trials = spoilt(study, "stem_out")  # read by `first` and `shortcut`
+    cost = FakeCost(dict.fromkeys(trials.recipe.layers, 0.1))
+    budget = Budget(max_miou_drop=2.0)
+    choice = choose_precision(
+        trials, tmp_path / "m.onnx", budget, cost, calibration=study.calibration, progress=False
+    )  # fmt: skip
+    assert choice.frontier is not None
+    manifest = read_manifest(tmp_path / "m.onnx")
+    assert manifest.mixed is not None
+    assert {"first", "shortcut"} <= set(manifest.mixed.floating)
+    assert len(manifest.mixed.floating) < len(QUANTISABLE)
+    assert choice.accuracy.drop <= 2.0
+    assert manifest.evidence[-1].values["miou_drop_points"] == choice.accuracy.drop
+    kept = [entry for entry in manifest.placement["convolutions"] if entry["name"] == "first"]  # type: ignore[index]
+    assert "search" in kept[0]["reason"]
+
+
+def test_nothing_is_written_when_no_choice_holds(study: Study, tmp_path: Path) -> None:
+    cost = cost_model(study.trials.recipe, study.operations)
+    with pytest.raises(UserError, match=r"no choice of layers keeps the budget .* was not written"):
+        choose_precision(
+            study.trials, tmp_path / "m.onnx", Budget(min_agreement=1.0), cost, calibration=study.calibration,
+            progress=False,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curve(study: Study) -> None:
+    found = measure_curve(
+        study.trials.recipe, study.judge, study.statistics, "max", progress=False
+    )
+    assert [point.images for point in found.points] == [1, 2, 4, 6]
+    assert found.enough in (1, 2, 4, 6)
+    everything = study.trials.measure(study.trials.recipe.layers)
+    assert found.points[-1].accuracy == everything  # all micrographs: the study's own ranges
+    assert f"enough: {found.enough}" in found.text()
+
+
+def test_counts() -> None:
+    assert counts_up_to(1) == [1]
+    assert counts_up_to(10) == [1, 2, 4, 8, 10]
+    assert counts_up_to(64) == [1, 2, 4, 8, 16, 32, 64]
+
+
+@needs_rtx
+def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m.engine"
+    manifest = build_verified(
+        fp32, target, precision="auto", gate=Gate(data, Budget(max_miou_drop=5.0)), flavour="tensorrt-rtx",
+        shapes="1x1x96x96:1x1x96x96:1x1x96x96", progress=False,
+    )  # fmt: skip
+    assert manifest.precision == "int8"
+    assert [entry.what for entry in manifest.evidence[-2:]] == [
+        "choice of precision for simulated/val", "accuracy against FP32",
+    ]  # fmt: skip
+    assert read_manifest(target) == manifest

@@ -1,0 +1,140 @@
+"""The gate: what keeps its budget is written with the evidence, what does not is refused in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.deploy.build import build_engine
+from hpddrnet_trt.deploy.half import to_half
+from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
+from hpddrnet_trt.engines.cuda_memory import gpu_or_none
+from hpddrnet_trt.errors import UsageError, UserError
+from hpddrnet_trt.manifest import CalibrationRecord, read_manifest, sidecar_path
+from hpddrnet_trt.precision.budget import Budget
+from hpddrnet_trt.precision.engine import build_verified
+from hpddrnet_trt.precision.gate import WHAT, Gate, find_reference
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
+without_gpu = pytest.mark.skipif(gpu_or_none() is not None, reason="shows what happens without a GPU; here is one")
+RECORD = CalibrationRecord(method="max", images=1, images_sha256="0", source="one image", tool="a test")
+Write = Callable[[str, float], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, fp32: Path) -> Write:
+    """Write an INT8 file whose activations are clipped at a given value, beside the FP32 file."""
+    shutil.copy(fp32, tmp_path / "model.onnx")
+
+    def call(name: str, clip: float) -> Path:
+        model, manifest = load_model(fp32)
+        qdq.name_nodes(model)
+        plan = qdq.plan(model, "tensorrt")
+        graph = to_half(qdq.quantise(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-clip, clip))))
+        described = manifest.replace(precision="int8", quantised_for="tensorrt", calibration=RECORD)
+        return save_model(graph, tmp_path / name, described)
+
+    return call
+
+
+def test_a_sound_file_passes_with_evidence(write: Write, data: Path, tmp_path: Path) -> None:
+    gate = Gate(data, Budget(max_miou_drop=3.0, min_agreement=0.9))
+    evidence = gate.verify(write("model.int8.onnx", 8.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
+    assert evidence.what == WHAT
+    assert evidence.images == 2
+    assert evidence.values["allowed_miou_drop_points"] == 3.0
+    assert evidence.values["required_agreement"] == 0.9
+    assert evidence.values["miou_drop_points"] <= 3.0
+    assert "simulated/test, FP32: model.onnx on onnxruntime" in evidence.source
+    assert "simulated rounding" in evidence.runtime
+
+
+def test_a_broken_calibration_is_refused(write: Write, data: Path, tmp_path: Path) -> None:
+    gate = Gate(data, Budget(max_miou_drop=0.5))
+    with pytest.raises(UserError) as refused:
+        gate.verify(write("model.int8.onnx", 1.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
+    words = str(refused.value)
+    assert words.startswith("INT8 misses the budget on simulated/test: mIoU falls by ")
+    assert "0.5 are allowed" in words
+    assert "calibrated on 1 image (method max)" in words
+    assert f"{tmp_path / 'm.engine'} was not written: calibrate on more" in words
+
+
+@needs_rtx
+@without_gpu
+def test_an_engine_without_gpu_is_judged_by_its_onnx_file(
+    write: Write, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "m.engine"
+    manifest = build_verified(
+        write("model.int8.onnx", 8.0), target, precision="int8", flavour="tensorrt-rtx", progress=False,
+        shapes="1x1x96x96:1x1x96x96:1x1x96x96", gate=Gate(data, Budget(max_miou_drop=3.0)),
+    )  # fmt: skip
+    stored = read_manifest(target)
+    assert stored.evidence[-1] == manifest.evidence[-1]
+    assert stored.evidence[-1].what == WHAT
+    assert "was verified on the ONNX file it was built from" in caplog.text
+
+
+@needs_rtx
+def test_a_refused_engine_leaves_nothing_behind(write: Write, data: Path, tmp_path: Path) -> None:
+    source, target = write("model.int8.onnx", 1.0), tmp_path / "m.engine"
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="misses the budget"):
+        build_verified(
+            source, target, precision="int8", flavour="tensorrt-rtx", progress=False,
+            shapes="1x1x96x96:1x1x96x96:1x1x96x96", gate=Gate(data, Budget(max_miou_drop=0.5)),
+        )  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@needs_rtx
+def test_the_engine_itself_is_judged_where_it_runs(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU `accept` gets an engine file with its description beside it, not the ONNX file."""
+    from hpddrnet_trt.deploy import build
+
+    seen: list[tuple[str, str | None, bool]] = []
+
+    def accept(candidate: Path) -> object:
+        seen.append((candidate.suffix, read_manifest(candidate).precision, sidecar_path(candidate).is_file()))
+        raise UserError("seen")
+
+    monkeypatch.setattr(build._Job, "_inspected", lambda self, plan, parsed: (True, parsed))
+    monkeypatch.setattr(build, "gpu_or_none", lambda: SimpleNamespace(name="a GPU"))
+    with pytest.raises(UserError, match="seen"):
+        build_engine(
+            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
+            shapes="1x1x96x96:1x1x96x96:1x1x96x96", accept=accept, progress=False,  # type: ignore[arg-type]
+        )  # fmt: skip
+    assert seen == [(".engine", "int8", True)]
+
+
+def test_the_reference_is_the_fp32_file_of_the_same_checkpoint(write: Write, tmp_path: Path, fp32: Path) -> None:
+    source = write("model.int8.onnx", 8.0)
+    model, manifest = load_model(fp32)
+    save_model(model, tmp_path / "a-other.onnx", manifest.replace(checkpoint_sha256="of another checkpoint"))
+    (tmp_path / "b-foreign.onnx").write_bytes(b"not ours")
+    assert find_reference(source, read_manifest(source)) == tmp_path / "model.onnx"
+    assert find_reference(tmp_path / "model.onnx", manifest) == tmp_path / "model.onnx"
+
+
+def test_a_missing_reference_is_asked_for(write: Write, tmp_path: Path) -> None:
+    source = write("model.int8.onnx", 8.0)
+    (tmp_path / "model.onnx").unlink()
+    with pytest.raises(UsageError, match="--reference"):
+        find_reference(source, read_manifest(source))
+
+
+def test_auto_needs_a_budget(fp32: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--precision auto needs a budget"):
+        build_verified(fp32, tmp_path / "m.engine", precision="auto", gate=None)
