@@ -77,6 +77,21 @@ BAD = [
     (["calibrate", "bad.onnx", "x.onnx", "--data", "empty"], "empty"),
     (["build", "bad.onnx"], "bad.onnx"),
     (["build", "none.onnx"], "none.onnx"),
+    (["build", "bad.onnx", "--max-miou-drop", "0.3"], "--verify DATA"),
+    (["build", "bad.onnx", "--verify", "outside"], "needs a limit"),
+    (["build", "bad.onnx", "--verify", "outside", "--max-miou-drop", "-1"], "got -1"),
+    (["build", "bad.onnx", "--precision", "auto"], "needs a budget"),
+    (["profile", "none.engine"], "none.engine"),
+    (["convert-precision", "none.onnx", "x.onnx"], "none.onnx"),
+    (["compare-precisions", "bad.onnx", "--data", "outside"], "bad.onnx"),
+    (["sensitivity", "bad.onnx", "--data", "outside"], "bad.onnx"),
+    (["sensitivity", "bad.onnx", "--data", "outside", "--plot", "x.svg"], "x.png"),
+    (["choose-precision", "nasa-super1", "x.onnx", "--data", "outside"], "needs a limit"),
+    (["choose-precision", "nasa-super1", "x.onnx", "--data", "outside", "--max-miou-drop", "1"], "phase 0"),
+    (["choose-precision", "nasa-super1", "x.onnx", "--data", "empty", "--max-miou-drop", "1"], "empty"),
+    (["calibration-curve", "none.onnx", "--data", "outside"], "none.onnx"),
+    (["compare", "nasa-super1", "none.onnx", "--images", "outside"], "none.onnx"),
+    (["compare", "nasa-super1", "nasa-super1", "--images", "empty"], "empty"),
     (["inspect", "bad.engine"], "bad.engine"),
     (["inspect", "bad.onnx"], "bad.onnx"),
     (["segment", "empty", "--output", "out", "--model", "{checkpoint}"], "empty"),
@@ -183,7 +198,7 @@ def test_help_of_every_command_is_its_docstring(run: Run) -> None:
 @pytest.mark.parametrize(
     "recipe",
     ["train/train.py", "train/evaluate.py", "export/export_onnx.py", "export/calibrate.py", "export/build_engine.py",
-     "benchmarks/benchmark.py"],
+     "export/choose_precision.py", "benchmarks/benchmark.py"],
 )  # fmt: skip
 def test_recipes_are_the_commands(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -8,13 +8,13 @@ from hpddrnet_trt.cli.program import app, main, run
 from hpddrnet_trt.cli.training import train, evaluate, measure_training
 from hpddrnet_trt.cli.deployment import build, calibrate, convert_checkpoint, export, inspect, ship
 from hpddrnet_trt.cli.precision import (
-    convert_precision, compare_precisions, sensitivity, choose_precision, calibration_curve,
+    convert_precision, compare_precisions, sensitivity, choose_precision, calibration_curve, compare,
 )  # fmt: skip
 from hpddrnet_trt.cli.running import benchmark, engines, profile, segment
 from hpddrnet_trt.cli.datasets import check_dataset, simulate
 
 __all__ = [
     "app", "benchmark", "build", "calibrate", "calibration_curve", "check_dataset", "choose_precision",
-    "compare_precisions", "convert_checkpoint", "convert_precision", "engines", "evaluate", "export", "inspect",
-    "main", "measure_training", "profile", "run", "segment", "sensitivity", "ship", "simulate", "train",
+    "compare", "compare_precisions", "convert_checkpoint", "convert_precision", "engines", "evaluate", "export",
+    "inspect", "main", "measure_training", "profile", "run", "segment", "sensitivity", "ship", "simulate", "train",
 ]  # fmt: skip

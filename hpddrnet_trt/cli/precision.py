@@ -11,8 +11,9 @@ import typer
 from hpddrnet_trt.cli.arguments import Data
 from hpddrnet_trt.cli.program import app
 from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.weights import locate
 
-Fp32File = Annotated[Path, typer.Argument(help="FP32 ONNX file written by export.")]
+Fp32File = Annotated[Path, typer.Argument(help="FP32 ONNX file written by export, or a shipped model's name.")]
 JudgeSplit = Annotated[str, typer.Option(help="Split of the dataset that candidates are judged on.")]
 Calibration = Annotated[
     Path | None, typer.Option("--calib", help="Micrographs to calibrate on; default: the dataset's training split.")
@@ -25,7 +26,7 @@ Low = Annotated[Literal["int8", "fp8"], typer.Option(help="The low precision.")]
 Reference = Annotated[
     Path | None, typer.Option(help="Checkpoint or FP32 ONNX file to compare with; default: found beside MODEL.")
 ]
-Size = Annotated[str | None, typer.Option(help="Calibration crops, e.g. 512x512; default: as the model, or 512x512.")]
+Size = Annotated[str | None, typer.Option(help="Calibration crops, e.g. 512x512; default: as the images.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw it to this file (.png).")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 Resume = Annotated[bool, typer.Option(help="Go on from what an interrupted run has measured.")]
@@ -45,7 +46,7 @@ def convert_precision(
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.deploy.half import convert_precision as convert
 
-    manifest = convert(model, target, precision, images=find_images(data, "test") if data else [])
+    manifest = convert(locate(model, ".onnx"), target, precision, images=find_images(data, "test") if data else [])
     for remark in manifest.remarks:
         typer.echo(f"remark: {remark}")
     echo_evidence(manifest)
@@ -178,18 +179,54 @@ def calibration_curve(
     _write_json(json_file, found.record())
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="The reference: ONNX file, checkpoint, engine, or a shipped model's name.")],
+    b: Annotated[Path, typer.Argument(help="The file in question.")],
+    images: Annotated[Path, typer.Option(help="Micrographs, a folder, or a dataset.")],
+    split: Annotated[str, typer.Option(help="Split, where the micrographs are a dataset.")] = "val",
+    limit: Annotated[
+        float, typer.Option(help="Error that a layer may make by itself, as a fraction of its values' RMS.")
+    ] = 0.1,
+    max_images: Annotated[int, typer.Option(min=1, help="Micrographs to use.")] = 8,
+    size: Annotated[str | None, typer.Option(help="Crops, e.g. 512x512; best the size the model is run at.")] = None,
+    labels_only: Annotated[bool, typer.Option("--labels-only", help="Compare labels, not layers.")] = False,
+    plot: Plot = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare two model files layer by layer: where the error is made, how it grows, what becomes of the labels."""
+    from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.precision.compare import compare as run_comparison
+
+    _check_pictures(plot)
+    found = run_comparison(
+        a, b, find_images(images, split), limit=limit, max_images=max_images, size=_size(size), layers=not labels_only
+    )
+    typer.echo(found.text())
+    if plot is not None:
+        from hpddrnet_trt.precision.comparison_figures import save_figure
+
+        typer.echo(f"written: {save_figure(found, plot)}")
+    _write_json(json_file, found.record())
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    from hpddrnet_trt.benchmark.images import parse_size
+
+    return None if text is None else parse_size(text)
+
+
 def _study(
     model: Path, data: Path, split: str, precision: Any, calibration: Path | None, method: Any, max_images: int,
     size: str | None, reference: Path | None, resume: bool,
 ) -> Any:  # fmt: skip
-    from hpddrnet_trt.benchmark.images import parse_size
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.precision.preparation import open_study
 
     return open_study(
-        model, data, split=split, precision=precision, method=method, max_images=max_images,
+        locate(model, ".onnx"), data, split=split, precision=precision, method=method, max_images=max_images,
         calibration_images=None if calibration is None else find_images(calibration, "train"),
-        size=None if size is None else parse_size(size), reference=reference, resume=resume,
+        size=_size(size), reference=reference, resume=resume,
     )  # fmt: skip
 
 

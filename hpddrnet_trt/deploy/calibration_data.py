@@ -21,7 +21,8 @@ from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.files import sha256_of
 from hpddrnet_trt.manifest import AxisRange, InputContract, Normalisation
 
-DEFAULT_SIZE = 512  # crop edge in pixels where the model leaves it open: the usual training crop
+LARGEST_SIZE = 1024  # crop edge in pixels, where neither the model nor the caller says one
+_LOOKED_AT = 9  # images that the usual size is taken from
 MINIMUM_CROPS = 32  # few images are cut into several crops each, up to this many in total
 SURVEYED = 512  # at most this many images are read to choose from
 
@@ -37,14 +38,22 @@ class Crop:
     left: int
 
 
-def crop_size(contract: InputContract, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the calibration crops: what the model fixes, what was asked for, or 512.
+def crop_size(
+    contract: InputContract, size: tuple[int, int] | None, images: Sequence[Path]
+) -> tuple[int, int]:
+    """Height and width of the crops: what the model fixes, what was asked for, or the images' usual size.
 
-    Raises :class:`UsageError` for a size that the model does not admit.
+    Pyramid pooling and position attention see the whole input, and their ranges depend on its size: so
+    whole images, as they will be segmented, up to 1024 pixels. Raises :class:`UsageError` for a size
+    that the model does not admit.
     """
+    asked: tuple[int | None, int | None] = size or (None, None)
+    usual = (LARGEST_SIZE, LARGEST_SIZE)
+    if None in (asked[0] or contract.height.fixed, asked[1] or contract.width.fixed):
+        usual = _usual_size(images)
     height, width = (
-        _axis_size(axis, asked, contract.multiple)
-        for axis, asked in zip((contract.height, contract.width), size or (None, None), strict=True)
+        _axis_size(axis, wanted, common, contract.multiple)
+        for axis, wanted, common in zip((contract.height, contract.width), asked, usual, strict=True)
     )
     for name, value, axis in (("height", height, contract.height), ("width", width, contract.width)):
         if value % contract.multiple or not axis.admits(value):
@@ -55,15 +64,23 @@ def crop_size(contract: InputContract, size: tuple[int, int] | None) -> tuple[in
     return height, width
 
 
-def _axis_size(axis: AxisRange, asked: int | None, multiple: int) -> int:
+def _usual_size(images: Sequence[Path]) -> tuple[int, int]:
+    """Median height and width of a few of the images."""
+    step = max(len(images) // _LOOKED_AT, 1)
+    shapes = [read_grey(path).shape for path in images[::step][:_LOOKED_AT]]
+    heights, widths = zip(*shapes, strict=True)
+    return int(np.median(heights)), int(np.median(widths))
+
+
+def _axis_size(axis: AxisRange, asked: int | None, usual: int, multiple: int) -> int:
     if asked is not None:
         return asked
     if axis.fixed is not None:
         return axis.fixed
     # Both bounds are rounded into the range, so that the result is admitted and a multiple.
-    largest = (axis.maximum or DEFAULT_SIZE) // multiple * multiple
+    largest = min(axis.maximum or LARGEST_SIZE, LARGEST_SIZE) // multiple * multiple
     smallest = -(-axis.minimum // multiple) * multiple
-    return max(min(DEFAULT_SIZE, largest), smallest)
+    return max(min(usual // multiple * multiple, largest), smallest)
 
 
 def read_grey(path: Path) -> Grey:

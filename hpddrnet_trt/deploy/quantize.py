@@ -90,9 +90,10 @@ def calibrate(
     and folders); at most ``max_images`` of them, chosen to span the grey levels, give the ranges.
     ``method``: see :mod:`hpddrnet_trt.deploy.ranges`; ``auto`` tries all that the tool has and keeps the one with
     the highest IoU against FP32 labels, averaged over classes. ``size``: height and width in pixels of
-    the calibration crops where the model is dynamic (512 by default). ``half``: type what is not
-    quantised FP16 (form ``tensorrt`` only). ``held_out``: images for the comparison with the FP32 file
-    (and for the choice of ``auto``); without them every fourth of ``images`` is set aside.
+    the calibration crops where the model is dynamic (the images' own by default, 1024 at most).
+    ``half``: type what is not quantised FP16 (form ``tensorrt`` only). ``held_out``: images for the
+    comparison with the FP32 file (and for the choice of ``auto``); without them every fourth of
+    ``images`` is set aside.
     ``min_agreement``: the smallest share of pixels with equal labels that is accepted;
     ``min_class_iou``: the smallest intersection over union of the labels with the FP32 ones in any class, which
     notices a rare class that agreement overlooks (off by default; below 0.8 there is a warning).
@@ -226,7 +227,7 @@ def activation_ranges(
     """
     if not images:
         raise UsageError("no calibration image was given; give a dataset, a folder or files of micrographs")
-    height, width = calibration_data.crop_size(input_contract(manifest), size)
+    height, width = calibration_data.crop_size(input_contract(manifest), size, images)
     crops = calibration_data.plan_crops(images, height, width, each=crops_per_image)
     statistics = _together(model, manifest, chosen.tensors, crops, (height, width), cache)
     return ranges_of(statistics, method, form == "tensorrt")
@@ -289,7 +290,7 @@ def _gather(
 ) -> _Data:
     if not images:
         raise UsageError("no calibration image was given; give a dataset, a folder or files of micrographs")
-    height, width = calibration_data.crop_size(contract, size)
+    height, width = calibration_data.crop_size(contract, size, images)
     images = sorted({path.resolve() for path in images})
     if held_out:
         judges = sorted({path.resolve() for path in held_out})

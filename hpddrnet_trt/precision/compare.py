@@ -68,8 +68,9 @@ def compare(
     Both are model files of this package or names of models that come with it: ``.onnx``, a checkpoint,
     or ``.engine`` (labels only; needs its GPU). ``images``: at most ``max_images`` of them are used,
     chosen to span the grey levels, one crop each, more of fewer than eight. ``size``: height and width
-    in pixels of the crops where both models are dynamic (512 by default). ``limit``: the error, as a
-    fraction of a layer's RMS, above which a layer counts as diverging when it makes it by itself.
+    in pixels of the crops where both models are dynamic (the images' own by default, 1024 at most).
+    ``limit``: the error, as a fraction of a layer's RMS, above which a layer counts as diverging when it
+    makes it by itself.
     ``layers=False`` compares labels only, each file on the runtime that users run it on.
 
     Raises :class:`UsageError` for models of different classes, without a common input size or without a
@@ -201,7 +202,7 @@ class _Data:
         }
         multiple = math.lcm(given[0].multiple, given[1].multiple)
         self.contracts = [contract.model_copy(update={**shared, "multiple": multiple}) for contract in given]
-        self.height, self.width = calibration_data.crop_size(self.contracts[0], size)
+        self.height, self.width = calibration_data.crop_size(self.contracts[0], size, images)
         self.batch = shared["batch"].minimum
         chosen = calibration_data.choose_images(images, max_images)
         self.crops = calibration_data.plan_crops(chosen, self.height, self.width, IMAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,18 @@ def _scatter(axes: Any, found: Sensitivity) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("share of multiply-accumulates, %")
     axes.set_ylabel("labels' IoU lost against FP32, %")
-    axes.set_title("Harm against work: top left is cheap to keep in FP16")
-    for part in found.parts[:_NAMED]:
-        axes.annotate(short(part.name), place(part), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+    axes.set_title("Harm against work")
+    named: list[tuple[float, float]] = []
+    for part in found.parts:
+        where = place(part)
+        if len(named) < _NAMED and all(_apart(where, other) for other in named):
+            axes.annotate(short(part.name), where, xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=7.5)
+            named.append(where)
+
+
+def _apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether the names of two points, on logarithmic axes, do not touch."""
+    return abs(log10(one[0] / other[0])) > 1.2 or abs(log10(one[1] / other[1])) > 0.06
 
 
 def draw_frontier(found: Frontier, target: str | Path) -> Path:

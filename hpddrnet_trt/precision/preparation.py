@@ -70,8 +70,8 @@ def open_study(
     if precision == "fp8":
         plan = qdq.subset(model, "tensorrt", fp8_layers(model))
     contract = input_contract(manifest)
-    height, width = calibration_data.crop_size(contract, size)
     images = find_images(data, "train") if calibration_images is None else list(calibration_images)
+    height, width = calibration_data.crop_size(contract, size, images)
     chosen = calibration_data.choose_images(images, max_images)
     crops = calibration_data.plan_crops(chosen, height, width)
     measured = measure(model, manifest, plan.tensors, crops, (height, width), cache=cache)

@@ -140,16 +140,27 @@ def test_float_input_is_normalised_rgb() -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "expected"),
+    ("axis", "image", "expected"),
     [
-        (AxisRange(minimum=8), 512),
-        (AxisRange(minimum=64, maximum=300), 296),
-        (AxisRange(minimum=600, maximum=2048), 600),
-        (AxisRange(minimum=1024, maximum=1024), 1024),
+        (AxisRange(minimum=8), 700, 696),
+        (AxisRange(minimum=8), 3000, 1024),
+        (AxisRange(minimum=64, maximum=300), 700, 296),
+        (AxisRange(minimum=600, maximum=2048), 100, 600),
+        (AxisRange(minimum=1024, maximum=1024), 100, 1024),
     ],
 )
-def test_crop_size_follows_the_model(axis: AxisRange, expected: int) -> None:
-    assert calibration_data.crop_size(InputContract(height=axis, width=axis), None) == (expected, expected)
+def test_crop_size_follows_model_and_images(
+    axis: AxisRange, image: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_data, "read_grey", lambda path: np.zeros((image, image), np.uint8))
+    contract = InputContract(height=axis, width=axis)
+    assert calibration_data.crop_size(contract, None, [Path("a"), Path("b")]) == (expected, expected)
+
+
+def test_crop_size_as_asked_opens_no_image() -> None:
+    assert calibration_data.crop_size(InputContract(), (64, 128), [Path("missing.png")]) == (64, 128)
+    with pytest.raises(UsageError, match="height must be a multiple of 8"):
+        calibration_data.crop_size(InputContract(), (60, 128), [])
 
 
 def test_checksum_is_of_contents(images: list[Path]) -> None:

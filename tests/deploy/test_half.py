@@ -25,6 +25,7 @@ from hpddrnet_trt.deploy.half import (
     fp16_range_report,
     half_scale,
     large_nodes,
+    normalisation_nodes,
     score_nodes,
     to_half,
 )
@@ -103,12 +104,14 @@ def test_everything_is_fp16_but_the_islands(half: Path) -> None:
         if node.op_type != "Cast" and any(types[name] == FP32 for name in node.output)
     }
     assert scores < full
-    confidence = full - scores
+    confidence = full - scores - normalisation_nodes(model.graph)
     assert {node.op_type for node in model.graph.node if node.name in confidence} <= {
         "ReduceMax", "Sub", "Exp", "ReduceSum", "Reciprocal",
     }  # fmt: skip
     weights = [entry for entry in model.graph.initializer if entry.data_type == FP32]
-    assert {reader.op_type for entry in weights for reader in consumers(model.graph)[entry.name]} <= {"Resize"}
+    assert {reader.op_type for entry in weights for reader in consumers(model.graph)[entry.name]} <= {
+        "Resize", "Mul", "Add",  # the last two: of the image's normalisation
+    }  # fmt: skip
 
 
 def test_scores_never_leave_fp32(half: Path) -> None:
@@ -126,10 +129,15 @@ def test_scores_never_leave_fp32(half: Path) -> None:
         assert (after.op_type, after.attribute[0].i) == ("Cast", FP16)
 
 
-def test_image_becomes_fp16_in_one_cast(half: Path) -> None:
+def test_the_image_is_normalised_in_fp32_and_rounded_once(half: Path) -> None:
     graph = onnx.load(str(half)).graph
-    (cast,) = consumers(graph)["image"]
-    assert (cast.op_type, cast.attribute[0].i) == ("Cast", FP16)
+    (node,) = consumers(graph)["image"]
+    assert (node.op_type, node.attribute[0].i) == ("Cast", FP32)
+    operators = []
+    while node.op_type != "Conv":
+        operators.append(node.op_type)
+        (node,) = consumers(graph)[node.output[0]]
+    assert operators == ["Cast", "Mul", "Add", "Cast"]
 
 
 def test_honest_fp16_arithmetic(source: Path, half: Path) -> None:
@@ -209,11 +217,11 @@ def test_float_input_and_logits_stay_fp32() -> None:
 
 def test_weight_read_in_both_types_is_stored_twice() -> None:
     weight = numpy_helper.from_array(np.full((3, 1, 1), 0.5, np.float32), "w")
-    nodes = [helper.make_node("Mul", ["image", "w"], ["a"], "m"), helper.make_node("Add", ["a", "w"], ["logits"], "s")]
+    nodes = [helper.make_node("Max", ["image", "w"], ["a"], "m"), helper.make_node("Add", ["a", "w"], ["logits"], "s")]
     result = to_half(_model(nodes, [weight], (1, 3, 4, 4)), ["s"])
     assert {entry.name: entry.data_type for entry in result.graph.initializer} == {"w": FP32, "w.fp16": FP16}
     (got,) = run(result, np.ones((1, 3, 4, 4), np.float32))
-    np.testing.assert_allclose(got, 1.0, atol=1e-3)
+    np.testing.assert_allclose(got, 1.5, atol=1e-3)
 
 
 def test_explicit_int8_graph() -> None:
@@ -321,7 +329,7 @@ def test_bf16_file(source: Path, brain: Path) -> None:
     }
     scores = score_nodes(model.graph)
     assert "conv_seg/Conv" in scores
-    assert full == attention_score_nodes(model.graph) | {
+    assert full == attention_score_nodes(model.graph) | {"backbone.stem.0.conv/Mul", "backbone.stem.0.conv/Add"} | {
         node.name for node in model.graph.node if node.name in scores and types[node.output[0]] == FP32
         and node.op_type != "Cast"
     }  # fmt: skip
@@ -380,8 +388,8 @@ def fragile_file(source: Path, target: Path, distance: float) -> Path:
     features = classifier.input[0]
     graph.initializer.append(numpy_helper.from_array(np.array(distance, np.float32), "far"))
     graph.node.extend([
-        helper.make_node("Add", [features, "far"], ["away"], "fragile.part.a/Add"),
-        helper.make_node("Sub", ["away", "far"], ["back"], "fragile.part.b/Sub"),
+        helper.make_node("Add", [features, "far"], ["away"], "fragile.part.conv1/Add"),
+        helper.make_node("Sub", ["away", "far"], ["back"], "fragile.part.conv2/Sub"),
     ])  # fmt: skip
     classifier.input[0] = "back"
     replace_nodes(graph, graph.node)

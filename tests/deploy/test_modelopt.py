@@ -215,7 +215,8 @@ def test_interrupt_ends_the_child_and_leaves_nothing(tmp_path: Path) -> None:
     )
     path = residual_model(tmp_path / "model.onnx")
     (tmp_path / "scratch").mkdir()
-    code = (
+    code = (  # a shell's background jobs begin with SIGINT ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import numpy, onnx; from hpddrnet_trt.deploy.modelopt import quantise_with_modelopt as run; "
         f"run(onnx.load({str(path)!r}), [numpy.zeros((1, 1, {SIZE}, {SIZE}), numpy.uint8)])"
     )

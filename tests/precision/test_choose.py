@@ -106,7 +106,7 @@ def test_counts() -> None:
 def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.engine"
     manifest = build_verified(
-        fp32, target, precision="auto", gate=Gate(data, Budget(max_miou_drop=5.0)), flavour="tensorrt-rtx",
+        fp32, target, precision="auto", gate=Gate(data, Budget(max_miou_drop=8.0)), flavour="tensorrt-rtx",
         shapes="1x1x96x96:1x1x96x96:1x1x96x96", progress=False,
     )  # fmt: skip
     assert manifest.precision == "int8"
