@@ -120,6 +120,9 @@ def choose_precision(
     device: Annotated[
         str, typer.Option(help="Whose data sheet layer times are estimated from: l4, agx-orin, h200.")
     ] = "l4",
+    frame: Annotated[
+        str | None, typer.Option(help="Frame that times are estimated for, e.g. 1024x1024; default: as the crops.")
+    ] = None,
     layer_times: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Layer times measured on a GPU instead: of the INT8 and of the FP16 engine (`profile`)."),
@@ -136,7 +139,9 @@ def choose_precision(
 
     budget = Budget(max_miou_drop, min_agreement)
     _check_pictures(plot)
-    with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, resume) as study:
+    with _study(
+        model, data, split, precision, calibration_data, method, max_images, size, reference, resume, _size(frame)
+    ) as study:
         cost = cost_model(study.trials.recipe, study.operations, device=device, layer_times=layer_times)
         choice = choose(
             study.trials, target, budget, cost, calibration=study.calibration, always_search=frontier
@@ -218,7 +223,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 def _study(
     model: Path, data: Path, split: str, precision: Any, calibration: Path | None, method: Any, max_images: int,
-    size: str | None, reference: Path | None, resume: bool,
+    size: str | None, reference: Path | None, resume: bool, frame: tuple[int, int] | None = None,
 ) -> Any:  # fmt: skip
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.precision.preparation import open_study
@@ -226,7 +231,7 @@ def _study(
     return open_study(
         locate(model, ".onnx"), data, split=split, precision=precision, method=method, max_images=max_images,
         calibration_images=None if calibration is None else find_images(calibration, "train"),
-        size=_size(size), reference=reference, resume=resume,
+        size=_size(size), frame=frame, reference=reference, resume=resume,
     )  # fmt: skip
 
 

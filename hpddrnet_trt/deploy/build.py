@@ -24,6 +24,7 @@ from hpddrnet_trt.deploy.legacy import (
     needs_weak_typing,
 )
 from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
+from hpddrnet_trt.deploy.placement import reformats_from_inspector
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
 from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu, gpu_or_none
 from hpddrnet_trt.engines.shapes import Profile, default_profiles, is_static, narrowed, parse_shapes
@@ -398,7 +399,10 @@ class _Job:
         context.set_input_shape(INPUT, self.profiles[0].optimum)
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context  # types depend on the shape where it is dynamic
-        return True, proof_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON), parsed)
+        information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        return True, {
+            **proof_from_inspector(information, parsed), "reformats": reformats_from_inspector(information)
+        }  # fmt: skip
 
     def _accepted(self, plan: memoryview, manifest: Manifest, *, runs_here: bool) -> Manifest:
         """The description with the evidence of whoever accepts the result."""

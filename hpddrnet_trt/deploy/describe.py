@@ -116,6 +116,9 @@ def _proof(record: EngineRecord, *, layers: bool) -> list[str]:
     rows = summary(proof).split("; ")
     if "remark" in proof:
         rows.append(f"remark: {proof['remark']}")
+    if "layers" in proof.get("reformats", {}):
+        found = proof["reformats"]
+        rows.append(f"reformats in the engine: {found['reformats']} of {found['layers']} layers")
     if layers:
         rows += [_layer(entry) for entry in proof.get("parsed_network", proof).get("layers", [])]
     return rows

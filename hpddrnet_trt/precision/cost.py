@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 # Fused into the convolution before them: they cost no kernel and no bytes of their own.
 _EPILOGUES = ("Relu", "Add")
+_POINTWISE = ("Add", "BatchNormalization", "Mul", "Relu", "Sigmoid")  # their kernels also quantise what they write
 
 
 DEFAULT_DEVICE = "l4"
@@ -93,9 +94,10 @@ class Estimate:
                 total += self._product(node, operation, node.name in chosen, stored_low, readers)
             elif node.op_type not in _EPILOGUES or not _follows_convolution(node, made):
                 total += self._milliseconds(0, _BYTES["fp16"] * (operation.inputs + operation.outputs), "fp16")
-        for name in stored_low:  # a kernel of its own quantises what no quantised convolution writes
+        for name in stored_low:
             origin = _convolution_before(name, made)
-            if origin is None or origin not in chosen:
+            pointwise = origin is None and name in made and made[name].op_type in _POINTWISE
+            if origin not in chosen and not pointwise:  # a kernel of its own quantises
                 elements = self._elements(name, made)
                 total += self._milliseconds(0, elements * (_BYTES["fp16"] + _BYTES[self.precision]), "fp16")
         return total

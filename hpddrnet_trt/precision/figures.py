@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log10
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from hpddrnet_trt.deploy.blocks import short
 from hpddrnet_trt.files import write_bytes
 from hpddrnet_trt.pages.drawing import new_figure, png, style
+from hpddrnet_trt.precision.accuracy import Accuracy
 from hpddrnet_trt.precision.curve import CalibrationCurve
 from hpddrnet_trt.precision.search import Frontier
 from hpddrnet_trt.precision.sensitivity import Part, Sensitivity
@@ -70,34 +72,46 @@ def _apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def draw_frontier(found: Frontier, target: str | Path) -> Path:
-    """mIoU lost against time, one point a measured choice, the budget as a line."""
+    """Change of mIoU, and share of changed labels, against time: a point for each measured choice."""
+    budget = found.budget
     with style():
-        figure = new_figure(8.6, 4.6)
-        axes = figure.subplots()
-        for kept, colour, label in ((True, _GREEN, "keeps the budget"), (False, _GREY, "misses it")):
-            points = [point for point in found.points if found.budget.kept_by(point.accuracy) == kept]
-            axes.scatter(
-                [point.milliseconds for point in points], [point.accuracy.drop for point in points],
-                s=34, color=colour, label=label,
-            )  # fmt: skip
-        for point in found.points:
-            axes.annotate(
-                str(len(point.floating)), (point.milliseconds, point.accuracy.drop), xytext=(4, 4),
-                textcoords="offset points", fontsize=7.5, color=_GREY,
-            )  # fmt: skip
-        if found.chosen is not None:
-            axes.scatter(
-                [found.chosen.milliseconds], [found.chosen.accuracy.drop], s=150, facecolors="none",
-                edgecolors=_ORANGE, linewidths=2, label="chosen",
-            )  # fmt: skip
-        if found.budget.max_miou_drop is not None:
-            axes.axhline(found.budget.max_miou_drop, color=_ORANGE, linewidth=1, linestyle="--", label="budget")
-        axes.invert_yaxis()
-        axes.set_xlabel(f"ms per frame ({found.cost_source})")
-        axes.set_ylabel("points of mIoU lost against FP32")
-        axes.set_title(f"{found.precision.upper()} with layers kept in FP16 (their number beside each point)")
-        axes.legend(loc="lower right")
+        figure = new_figure(12.0, 4.8)
+        left, right = figure.subplots(1, 2)
+        _choices(left, found, lambda accuracy: -accuracy.drop)
+        left.set_ylabel("change of mIoU against FP32, points")
+        if budget.max_miou_drop is not None:
+            left.axhline(-budget.max_miou_drop, color=_ORANGE, linewidth=1, linestyle="--", label="budget")
+        _choices(right, found, lambda accuracy: 100 * (1 - accuracy.agreement))
+        right.set_ylabel("pixels with another label than FP32, %")
+        if budget.min_agreement is not None:
+            right.axhline(100 * (1 - budget.min_agreement), color=_ORANGE, linewidth=1, linestyle="--", label="budget")
+        for axes in (left, right):
+            axes.set_xlabel("ms per frame")
+            axes.legend(fontsize=9)
+        figure.suptitle(
+            f"{found.precision.upper()} with layers kept in FP16 (their number beside each point), {found.source}; "
+            f"{found.cost_source}", fontsize=10,
+        )  # fmt: skip
     return write_bytes(target, png(figure))
+
+
+def _choices(axes: Any, found: Frontier, value: Callable[[Accuracy], float]) -> None:
+    for kept, colour, label in ((True, _GREEN, "keeps the budget"), (False, _GREY, "misses it")):
+        points = [point for point in found.points if found.budget.kept_by(point.accuracy) == kept]
+        axes.scatter(
+            [point.milliseconds for point in points], [value(point.accuracy) for point in points],
+            s=34, color=colour, label=label,
+        )  # fmt: skip
+    for point in found.points:
+        axes.annotate(
+            str(len(point.floating)), (point.milliseconds, value(point.accuracy)), xytext=(4, 4),
+            textcoords="offset points", fontsize=7.5, color=_GREY,
+        )  # fmt: skip
+    if found.chosen is not None:
+        axes.scatter(
+            [found.chosen.milliseconds], [value(found.chosen.accuracy)], s=150, facecolors="none",
+            edgecolors=_ORANGE, linewidths=2, label="chosen",
+        )  # fmt: skip
 
 
 def draw_curve(found: CalibrationCurve, target: str | Path) -> Path:

@@ -34,7 +34,7 @@ class Study:
     method: Method
     calibration: CalibrationRecord
     statistics: tuple[Statistics, ...]  # by micrograph, in the order that covers the grey levels early
-    operations: dict[str, Work]  # of one frame of the calibration crops' size
+    operations: dict[str, Work]  # of one frame
 
     @property
     def shares(self) -> dict[str, float]:
@@ -53,6 +53,7 @@ def open_study(
     method: Method = "max",
     max_images: int = MAX_IMAGES,
     size: tuple[int, int] | None = None,
+    frame: tuple[int, int] | None = None,
     precision: Quantised = "int8",
     reference: Path | None = None,
     cache: Cache = "user",
@@ -61,8 +62,10 @@ def open_study(
     """Calibrate the FP32 export ``source`` and open a judge on ``split`` of the dataset ``data``.
 
     ``calibration_images``: default is the dataset's training split. ``reference``: what candidates are
-    compared with, default as :func:`~hpddrnet_trt.precision.gate.find_reference`. ``cache``: see
-    :mod:`hpddrnet_trt.deploy.statistics_cache`; with ``resume`` what an earlier run has measured is used.
+    compared with, default as :func:`~hpddrnet_trt.precision.gate.find_reference`. ``size``: of the
+    calibration crops; ``frame``: the height and width that operations are counted for, default ``size``.
+    ``cache``: see :mod:`hpddrnet_trt.deploy.statistics_cache`; with ``resume`` what an earlier run has
+    measured is used.
     """
     model, manifest = float_model(source)
     qdq.name_nodes(model)
@@ -89,7 +92,9 @@ def open_study(
             method=method,
             calibration=calibration_record(chosen, crops, (height, width), method),
             statistics=statistics,
-            operations=macs_and_bytes(model, (contract.batch.minimum, contract.channels, height, width)),
+            operations=macs_and_bytes(
+                model, (contract.batch.minimum, contract.channels, *(frame or (height, width)))
+            ),
         )
 
 

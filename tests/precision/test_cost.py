@@ -40,10 +40,15 @@ def test_quantising_everything_is_faster_than_nothing(recipe: Recipe) -> None:
 def test_one_layer_in_floating_point_costs_time(recipe: Recipe) -> None:
     cost = estimate(recipe, DEVICES["l4"])
     everything = set(recipe.layers)
-    for layer in everything - {"classifier"}:
+    for layer in everything:
         assert cost(everything - {layer}) > cost(everything)
-    # Its input comes from attention: to quantise it takes a kernel, which three classes are not worth.
-    assert cost(everything - {"classifier"}) < cost(everything)
+
+
+def test_a_quantised_layer_between_floating_point_ones_needs_a_conversion(recipe: Recipe) -> None:
+    """`second` alone in INT8: a kernel must quantise what `first` writes."""
+    cost = estimate(recipe, Device("launches only", {"fp32": 1e9, "fp16": 1e9, "int8": 1e9}, 1e9, launch_us=1000))
+    assert cost({"second"}) - cost([]) == pytest.approx(1.0, abs=1e-6)
+    assert cost({"first", "second"}) - cost({"first"}) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_compute_and_bandwidth_bind_where_they_should(recipe: Recipe) -> None:
