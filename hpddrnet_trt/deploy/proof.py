@@ -229,4 +229,6 @@ def summary(proof: dict[str, Any]) -> str:
     for kind, count in sorted(convolutions.items(), key=lambda entry: -entry[1]):
         share = proof["macs_share"].get(kind, 0.0)
         parts.append(f"{kind} {count} of {total} convolutions and {share:.0%} of all multiply-accumulates")
+    products = {kind: share for kind, share in proof["macs_share"].items() if kind not in convolutions and share > 0}
+    parts += [f"{kind} {share:.0%} of all multiply-accumulates, in matrix products" for kind, share in products.items()]
     return f"{'; '.join(parts)} ({proof['source']})"
