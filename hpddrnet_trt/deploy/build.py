@@ -381,6 +381,10 @@ class _Job:
     def _build_advice(self) -> str:
         if self.manifest.attention == "attention-op":
             return "; export the model again with attention as MatMul, which every TensorRT builds"
+        least = {"fp8": "8.9", "bf16": "8.0"}.get(str(self.manifest.precision))
+        if least is not None and self.settings.compute_capabilities:
+            kind = str(self.manifest.precision).upper()
+            return f"; {kind} runs on compute capability {least} and later: leave older ones out, or choose INT8 or FP16"
         if self.settings.workspace_mib is not None:
             return f"; the workspace limit of {self.settings.workspace_mib} MiB may be too small"
         return ""

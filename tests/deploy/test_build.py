@@ -22,8 +22,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from PIL import Image
 
-from hpddrnet_trt.deploy.build import BuildSettings, build_engine
+from hpddrnet_trt.data.simulate import simulate
+from hpddrnet_trt.deploy.build import BuildSettings, _for_weak_typing, build_engine
+from hpddrnet_trt.deploy.legacy import legacy_problems
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.shapes import Profile, choose_profile, default_profiles, narrowed, parse_shapes
 from hpddrnet_trt.engines.tensorrt_api import (
     choose_flavour,
@@ -34,6 +37,7 @@ from hpddrnet_trt.engines.tensorrt_api import (
 )
 from hpddrnet_trt.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
 from hpddrnet_trt.manifest import METADATA_KEY, AxisRange, InputContract, read_manifest, sidecar_path
+from tests.deploy.residual_onnx import residual_model
 from tests.tiny_onnx import HIDDEN, tiny_model
 
 needs_rtx = pytest.mark.skipif(
@@ -422,6 +426,38 @@ def test_option_refusals(tmp_path: Path, options: dict[str, Any], says: str) -> 
         build_engine(source, tmp_path / "m.engine", **{**usual, **options})
     assert says in str(caught.value)
     assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+def test_bf16_for_a_gpu_without_it(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    with pytest.raises(UserError, match=r"could not build .*BF16 runs on compute capability 8\.0 and later"):
+        build_engine(
+            source, tmp_path / "m.engine", precision="bf16", flavour="tensorrt-rtx", compute_capabilities=["7.5"],
+            progress=False,
+        )  # fmt: skip
+    assert _nothing_written(tmp_path, source)
+
+
+@pytest.mark.parametrize(("precision", "images"), [("fp16", False), ("int8", True)])
+def test_a_file_for_tensorrt_8(tmp_path: Path, precision: Any, images: bool) -> None:
+    """FP32 typing at opset 17, pairs with FP32 scales: what its parser reads. It was not run on one."""
+    source = residual_model(tmp_path / "m.onnx")
+    pictures = tmp_path / "pictures"
+    for seed in range(4):
+        pictures.mkdir(exist_ok=True)
+        Image.fromarray(simulate(96, 96, seed)[0]).save(pictures / f"{seed}.png")
+    given = pictures if images else None
+    with _for_weak_typing(source, read_manifest(source), precision, given) as (path, manifest):
+        model = onnx.load(str(path))
+        assert legacy_problems(model) == []
+        assert model.opset_import[0].version == 17
+        assert manifest.precision == ("int8" if images else "fp32")
+        pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        assert bool(pairs) == images
+        with OnnxRuntimeEngine(path) as lowered, OnnxRuntimeEngine(source) as reference:
+            picture = simulate(96, 96, 9)[0][None, None]
+            assert (lowered.infer(picture).labels == reference.infer(picture).labels).mean() > 0.95
 
 
 # --- the library behind one face
