@@ -18,6 +18,7 @@ promises FP8 for matrix products only
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ import numpy.typing as npt
 
 from hpddrnet_trt.deploy import qdq
 from hpddrnet_trt.deploy.half import half_scale
-from hpddrnet_trt.deploy.onnx_graph import initializers
+from hpddrnet_trt.deploy.onnx_graph import initializers, int_attribute
+from hpddrnet_trt.deploy.tensors import along
 from hpddrnet_trt.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ _FIRST_OPSET = 19  # FP8 and FP16 scales of quantise and dequantise nodes
 
 def suits_fp8(node: onnx.NodeProto, kernel: Sequence[int]) -> bool:
     """Whether TensorRT has a fast FP8 kernel for a convolution; ``kernel``: shape ``[out, in, height, width]``."""
-    groups = next((entry.i for entry in node.attribute if entry.name == "group"), 1)
-    return groups == 1 and min(kernel[:2]) >= FEWEST_CHANNELS and int(np.prod(kernel[2:])) <= MOST_TAPS
+    suitable = min(kernel[:2]) >= FEWEST_CHANNELS and math.prod(kernel[2:]) <= MOST_TAPS
+    return suitable and int_attribute(node, "group", 1) == 1
 
 
 def fp8_layers(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -83,7 +85,8 @@ def to_fp8(quantised: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelPro
             name = stored.removesuffix("_quantized")
             if name not in weights:
                 raise UsageError(f"the FP32 graph holds no weights called {name!r}; give the one that was quantised")
-            _quantise_weights(entries[stored], entries[scale], weights[name].astype(np.float32), _axis(node))
+            axis = int_attribute(node, "axis", 1)
+            _quantise_weights(entries[stored], entries[scale], weights[name].astype(np.float32), axis)
         elif scale not in done:
             steps = onnx.numpy_helper.to_array(entries[scale]) * np.float32(_INT8_MAX / E4M3_MAX)
             _store(entries[scale], half_scale(steps))
@@ -98,32 +101,26 @@ def _quantise_weights(
 ) -> None:
     steps = weight_steps(weights, axis)
     _store(scale, steps)
-    _store_fp8(stored, weights / _along(steps, axis, weights.ndim))
+    _store_fp8(stored, weights / along(steps, axis, weights.ndim))
 
 
 def weight_steps(weights: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
     """Scale of each output channel: the one with the smallest squared error, FP16 numbers as float32.
 
     Powers of two apart scales give the same rounding (but for subnormals), so one octave above the
-    smallest admissible scale is searched. Worth 0.2 to 0.3 points of mIoU on the shipped model.
+    smallest admissible scale is searched. On nasa-super1 (calibrated on train with ``max``; the first 512x512
+    pixels of the four images of val and test, simulated rounding) mean IoU against FP32 labels is 0.9894
+    instead of 0.9879.
     """
     others = tuple(index for index in range(weights.ndim) if index != axis)
     least = np.abs(weights).max(axis=others) / np.float32(E4M3_MAX)
     best, best_error = half_scale(least), np.full(least.shape, np.inf)
     for factor in np.linspace(1, 2, _SCALES_TRIED, endpoint=False, dtype=np.float32):
         steps = half_scale(least * factor)
-        along = _along(steps, axis, weights.ndim)
-        error = np.square(_rounded(weights / along).astype(np.float32) * along - weights).sum(axis=others)
+        scale = along(steps, axis, weights.ndim)
+        error = np.square(_rounded(weights / scale).astype(np.float32) * scale - weights).sum(axis=others)
         best, best_error = np.where(error < best_error, steps, best), np.minimum(error, best_error)
     return best
-
-
-def _along(steps: npt.NDArray[np.float32], axis: int, dimensions: int) -> npt.NDArray[np.float32]:
-    return steps.reshape([-1 if index == axis else 1 for index in range(dimensions)])
-
-
-def _axis(node: onnx.NodeProto) -> int:
-    return next((int(entry.i) for entry in node.attribute if entry.name == "axis"), 1)
 
 
 def _store(entry: onnx.TensorProto, values: npt.NDArray[np.float32]) -> None:

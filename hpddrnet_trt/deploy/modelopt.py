@@ -58,6 +58,7 @@ TIMEOUT_S = 3600.0
 # What ``import modelopt.onnx`` asks for; its own extra [onnx] brings CUDA packages as well.
 _NEEDED = ("modelopt", "onnx", "onnxruntime", "onnx_graphsurgeon", "onnxslim", "lief", "torch")
 _LOG_LINES = 12  # of the child's log, in an error's message
+_ADVICE = "quantise with our own tool instead (--tool own)"
 _MISSING = 3  # exit code of a child that could not import ModelOpt
 
 
@@ -187,7 +188,6 @@ def _run_child(folder: Path, timeout_s: float) -> str:
     }
     log = folder / "log.txt"
     command = [sys.executable, "-m", __name__, str(folder)]
-    advice = "quantise with ONNX Runtime's tool instead"
     try:
         with log.open("wb") as stream:
             child = subprocess.run(
@@ -196,14 +196,14 @@ def _run_child(folder: Path, timeout_s: float) -> str:
             )  # fmt: skip
     except subprocess.TimeoutExpired as exc:
         raise UserError(
-            f"ModelOpt did not finish within {timeout_s:.0f} s; use fewer images, or {advice}{_tail(log)}"
+            f"ModelOpt did not finish within {timeout_s:.0f} s; use fewer images, or {_ADVICE}{_tail(log)}"
         ) from exc
     if child.returncode == _MISSING:
         raise MissingDependency(_last_line(log))
     if child.returncode < 0:
-        raise UserError(f"ModelOpt's process died by signal {-child.returncode}; {advice}{_tail(log)}")
+        raise UserError(f"ModelOpt's process died by signal {-child.returncode}; {_ADVICE}{_tail(log)}")
     if child.returncode:
-        raise UserError(f"ModelOpt failed ({_last_line(log)}); {advice}{_tail(log)}")
+        raise UserError(f"ModelOpt failed ({_last_line(log)}); {_ADVICE}{_tail(log)}")
     return _tail(log)
 
 
@@ -226,7 +226,7 @@ def _read_result(path: Path, source: onnx.ModelProto, log: str) -> onnx.ModelPro
     import onnx
 
     protobuf: Any = importlib.import_module("google.protobuf.message")  # without type stubs
-    advice = f"quantise with ONNX Runtime's tool instead{log}"
+    advice = f"{_ADVICE}{log}"
     try:
         result = onnx.load(str(path))
         onnx.checker.check_model(result, full_check=True)

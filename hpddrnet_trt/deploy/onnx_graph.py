@@ -67,6 +67,11 @@ def initializers(graph: onnx.GraphProto) -> dict[str, npt.NDArray[np.generic]]:
     return {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
 
 
+def int_attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    """An integer attribute of a node, or the operator's default."""
+    return next((int(entry.i) for entry in node.attribute if entry.name == name), default)
+
+
 def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
     """Give the graph these nodes, in topological order; drop nodes and initialisers nothing reads."""
     ordered = _live(graph, _sorted(graph, list(nodes)))
@@ -79,7 +84,7 @@ def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> No
 
 
 def _sorted(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    made = {name for node in nodes for name in node.output}
+    made = {name for node in nodes for name in node.output if name}  # "" is an optional output left out
     waiting = [(node, {name for name in node.input if name in made}) for node in nodes]
     ready: set[str] = set()
     ordered: list[onnx.NodeProto] = []
@@ -103,7 +108,7 @@ def _live(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.Node
     for node in reversed(nodes):
         if needed.intersection(node.output):
             kept.append(node)
-            needed.update(node.input)
+            needed.update(name for name in node.input if name)
     return kept[::-1]
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hpddrnet_trt.deploy.onnx_graph import int_attribute
 from hpddrnet_trt.errors import UsageError, UserError, require
 
 if TYPE_CHECKING:
@@ -99,6 +100,6 @@ def _macs(node: Any, shapes: Mapping[str, Shape]) -> int:
     if node.op_type == "MatMul":
         return _elements(shapes, node.output[0]) * _size(shapes, node.input[0])[-1]
     if node.op_type == "Gemm":
-        transposed = next((entry.i for entry in node.attribute if entry.name == "transA"), 0)
-        return _elements(shapes, node.output[0]) * _size(shapes, node.input[0])[0 if transposed else -1]
+        inner = 0 if int_attribute(node, "transA", 0) else -1
+        return _elements(shapes, node.output[0]) * _size(shapes, node.input[0])[inner]
     return 0

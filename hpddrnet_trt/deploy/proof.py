@@ -222,7 +222,7 @@ _REMEDY = {
 
 
 def summary(proof: dict[str, Any]) -> str:
-    """One line for people: ``int8 50 of 55 convolutions, 93 % of multiply-accumulates (parsed network)``."""
+    """One line for people: ``int8 50 of 55 convolutions and 93% of all multiply-accumulates; ... (parsed network)``."""
     convolutions: dict[str, int] = proof["convolutions"]
     total = sum(convolutions.values())
     parts = []

@@ -1,11 +1,12 @@
 """From statistics of activations to the ranges that an 8-bit type spans.
 
-``max``: all values seen. ``percentile``: all but 0.01 % of them. ``mse``: the range with the smallest
-mean squared error of clipping and rounding. ``entropy``: the range whose quantised distribution has
-the smallest Kullback-Leibler divergence from the original one (Migacz, "8-bit Inference with
-TensorRT", GTC 2017), which has nothing to go by where a tensor takes so few values that 8 bits
-number them all: there it is the range of ``max``. (Measured on nasa-super1: the network's own 8-bit
-input, 256 spikes in the histogram, was cut to half its range, which cost 0.05 of mean IoU.)
+``max``: all values seen. ``percentile``: all but 0.01 % of them (all, where so few are not zero).
+``mse``: the range with the smallest mean squared error of clipping and rounding. ``entropy``: the
+range whose quantised distribution has the smallest Kullback-Leibler divergence from the original one
+(Migacz, "8-bit Inference with TensorRT", GTC 2017), which has nothing to go by where a tensor takes so
+few values that 8 bits number them all: there it is the range of ``max``. (Measured on nasa-super1: the
+network's own 8-bit input, 256 spikes in the histogram, was cut to half its range, which cost 0.05 of
+mean IoU.)
 
 The symmetric form (TensorRT) gives (-T, T); the other one (ONNX Runtime) ranges that hold zero, with
 both ends drawn in by the same factor.
@@ -84,7 +85,10 @@ def _percentile(sides: _Sides) -> Range:
     beyond = (sides.counts.sum() + sides.zeros) * (1 - PERCENTILE / 100)
     if not sides.symmetric:
         beyond /= 2  # half on either side
-    return sides.range(_reach(sides.below, beyond), _reach(sides.above, beyond))
+    reach = _reach(sides.below, beyond), _reach(sides.above, beyond)
+    if not any(reach):  # a range of nothing but zero has no scale
+        reach = len(sides.below), len(sides.above)
+    return sides.range(*reach)
 
 
 def _reach(counts: _Counts, beyond: float) -> int:

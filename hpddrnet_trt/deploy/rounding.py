@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.deploy.onnx_graph import consumers, producers, replace_nodes
-from hpddrnet_trt.deploy.tensors import tensor_types
+from hpddrnet_trt.deploy.onnx_graph import consumers, int_attribute, producers, replace_nodes
+from hpddrnet_trt.deploy.tensors import along, tensor_types
 from hpddrnet_trt.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -148,10 +148,10 @@ class _Rewriting:
         from onnx import numpy_helper
 
         stored, scale = (self.constants[name] for name in node.input[:2])
-        whole, steps = _values(stored), _values(scale)
+        whole, axis = _values(stored), int_attribute(node, "axis", 1)
         if len(node.input) > 2:
-            whole = whole - _along(_values(self.constants[node.input[2]]), node, whole.ndim)
-        values = whole * _along(steps, node, whole.ndim)
+            whole = whole - along(_values(self.constants[node.input[2]]), axis, whole.ndim)
+        values = whole * along(_values(scale), axis, whole.ndim)
         name, kind = node.output[0], self.types[node.output[0]]
         if kind in self.narrow and not self._is_exact(node):
             from onnx.helper import tensor_dtype_to_np_dtype
@@ -178,15 +178,6 @@ def _values(entry: onnx.TensorProto) -> npt.NDArray[np.float32]:
     from onnx import numpy_helper
 
     return numpy_helper.to_array(entry).astype(np.float32)
-
-
-def _along(values: npt.NDArray[np.float32], node: onnx.NodeProto, dimensions: int) -> npt.NDArray[np.float32]:
-    """Scales or zero points in the shape that multiplies the tensor: one value, or one per channel."""
-    if values.size == 1:
-        return values.reshape(())
-    shape = [1] * dimensions
-    shape[next((entry.i for entry in node.attribute if entry.name == "axis"), 1)] = -1
-    return values.reshape(shape)
 
 
 def _cast(source: str, target: str, kind: int, **attributes: Any) -> onnx.NodeProto:

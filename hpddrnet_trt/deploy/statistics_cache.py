@@ -43,7 +43,7 @@ class StatisticsCache:
 
     Files appear whole or not at all, under names that follow from their content's source, so
     several runs may share a folder. A damaged file counts as missing. A folder that cannot be
-    written gives one warning and no cache.
+    written gives one warning and is only read.
     """
 
     def __init__(self, cache: Cache, graph: str, tensors: Sequence[str]) -> None:
@@ -51,6 +51,7 @@ class StatisticsCache:
         self._graph = graph
         self._tensors = tensors
         self._grown = False
+        self._writable = True
 
     def load(self, key: str) -> Statistics | None:
         """What is kept under this key, or None."""
@@ -70,14 +71,14 @@ class StatisticsCache:
 
     def store(self, key: str, statistics: Statistics) -> None:
         """Keep statistics under a key."""
-        if self._root is None:
+        if self._root is None or not self._writable:
             return
         try:
             write_bytes(self._path(self._root, key), to_bytes(statistics))
             self._grown = True
         except (OSError, UserError) as exc:
             logger.warning("calibration statistics are not kept for the next run: %s", exc)
-            self._root = None
+            self._writable = False
 
     def prune(self, limit: int | None = None) -> None:
         """Delete the files of any graph that were not used for longest, down to the limit in bytes."""

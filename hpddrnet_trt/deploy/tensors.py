@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from hpddrnet_trt.deploy.onnx_graph import replace_nodes
 
@@ -19,6 +21,15 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
     for entry in [*graph.value_info, *graph.input, *graph.output]:
         types[entry.name] = int(entry.type.tensor_type.elem_type)
     return types
+
+
+def along(values: npt.NDArray[Any], axis: int, dimensions: int) -> npt.NDArray[Any]:
+    """Scales or zero points (one, or one per channel on ``axis``) in the shape that multiplies a tensor."""
+    if values.size == 1:
+        return values.reshape(())
+    shape = [1] * dimensions
+    shape[axis] = -1
+    return values.reshape(shape)
 
 
 def fold_constants(graph: onnx.GraphProto) -> None:

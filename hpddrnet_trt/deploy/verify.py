@@ -92,7 +92,7 @@ def compare_with_pytorch(
             **({"max_confidence_difference": worst.confidence_difference} if "confidence" in names else {}),
         },
         images=count,
-        source=_source(images),
+        source=_source(images[:count]),
     )
     logger.info(
         "compared with PyTorch on %d images: labels agree on %.4f %% of the pixels, largest score difference %.2e "
@@ -130,8 +130,9 @@ class LabelComparison:
 
     def __init__(self, reference: onnx.ModelProto, manifest: Manifest, images: Sequence[Path] = ()) -> None:
         self._manifest = manifest
-        self._source = _source(images)
-        self._feeds = [_feed(batch, manifest) for batch in _batches(manifest, images)]
+        batches = list(_batches(manifest, images))
+        self._source = _source(images[: sum(map(len, batches))])
+        self._feeds = [_feed(batch, manifest) for batch in batches]
         self._labels = [self._run(_session(reference), feed)[0] for feed in self._feeds]
 
     def compare(self, model: onnx.ModelProto, what: str) -> ComparedLabels:
@@ -235,7 +236,7 @@ def _compare(got: dict[str, Any], tap: str, network: HPDDRNet, image: npt.NDArra
 
 
 def _batches(manifest: Manifest, images: Sequence[Path]) -> Iterator[Grey]:
-    """Grey images, uint8 ``[N, 1, H, W]``, of sizes the model takes."""
+    """Grey images, uint8 ``[N, 1, H, W]``, of sizes the model takes; of the first few micrographs, in order."""
     assert manifest.input is not None  # the exporter has written it
     batch, height, width = manifest.input.batch.fixed, manifest.input.height.fixed, manifest.input.width.fixed
     sizes = list(dict.fromkeys((batch or n, height or h, width or w) for n, h, w in _DYNAMIC_SIZES))

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from hpddrnet_trt.deploy.blocks import short
 
-# A quantiser that could hold values this many times larger than any seen wastes two bits; sound files reach 2.6.
+# A quantiser that could hold values this many times larger than any seen wastes two bits; nasa-super1 in INT8
+# (``max``) reaches 1.7 on 4 crops of 512x512 from val and test.
 WIDE = 4.0
 _CLIPPED = 0.7  # and one that holds less than this share of the largest value seen cuts much off
 NEAR = 2  # pixels from a border between classes
@@ -123,6 +124,7 @@ class Comparison:
         return next((layer for layer in self.layers if self.diverges(layer)), None)
 
     def diverges(self, layer: LayerError) -> bool:
+        """Whether a layer's own error, or the width of its input's quantiser, is beyond its limit."""
         return layer.own > self.limit or (layer.own > 0 and layer.span is not None and layer.span > WIDE)
 
     def worst(self, count: int = _SHOWN) -> list[LayerError]:

@@ -246,7 +246,7 @@ class Probe:
                 for (low, high), (in_a, _) in zip(sums.spans, layer.rounded, strict=True)
             ]
             largest = float(found[f"{place}.largest"])
-            if not largest <= sums.largest:  # larger, or not a number
+            if not (math.isnan(sums.largest) or largest <= sums.largest):  # larger, or the first NaN
                 index = np.unravel_index(int(found[f"{place}.place"]), values[layer.a].shape)
                 sums.largest, sums.batch = largest, self._batches
                 sums.place = tuple(int(axis) for axis in index)

@@ -19,7 +19,9 @@ from PIL import Image
 
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.deploy.half import (
+    FP16_MAX,
     SMALLEST_SCALE,
+    _keep_blocks,
     attention_score_nodes,
     convert_precision,
     fp16_range_report,
@@ -34,9 +36,10 @@ from hpddrnet_trt.deploy.onnx_graph import consumers, load_model, producers, rep
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_network
 from hpddrnet_trt.deploy.rounding import simulate_rounding
 from hpddrnet_trt.deploy.tensors import fold_constants, tensor_types
+from hpddrnet_trt.deploy.verify import ComparedLabels
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.errors import UsageError, UserError
-from hpddrnet_trt.manifest import read_manifest
+from hpddrnet_trt.manifest import Evidence, read_manifest
 from tests.deploy.residual_onnx import residual_model
 from tests.tiny_network import tiny_manifest, tiny_network
 
@@ -138,6 +141,25 @@ def test_the_image_is_normalised_in_fp32_and_rounded_once(half: Path) -> None:
         operators.append(node.op_type)
         (node,) = consumers(graph)[node.output[0]]
     assert operators == ["Cast", "Mul", "Add", "Cast"]
+
+
+def test_a_sum_of_grey_levels_and_features_is_no_normalisation() -> None:
+    """The image's own channels may be joined; what a convolution made of it ends the normalisation."""
+    weight = numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "w")
+    half = numpy_helper.from_array(np.array(0.5, np.float32), "h")
+    nodes = [
+        helper.make_node("Mul", ["image", "h"], ["scaled"], "scaled"),
+        helper.make_node("Shape", ["image"], ["size"], "size"),
+        helper.make_node("ConstantOfShape", ["size"], ["empty"], "empty"),
+        helper.make_node("Sub", ["scaled", "empty"], ["grey"], "grey"),
+        helper.make_node("Conv", ["grey", "w"], ["features"], "features"),
+        helper.make_node("Add", ["grey", "features"], ["sum"], "sum"),
+        helper.make_node("Mul", ["sum", "h"], ["product"], "product"),
+        helper.make_node("Concat", ["grey", "scaled"], ["both"], "both", axis=1),
+        helper.make_node("Concat", ["both", "product"], ["logits"], "all", axis=1),
+    ]
+    model = _model(nodes, [weight, half], (1, 3, 4, 4), channels=9)
+    assert normalisation_nodes(model.graph) == {"scaled", "grey", "both"}
 
 
 def test_honest_fp16_arithmetic(source: Path, half: Path) -> None:
@@ -269,6 +291,12 @@ def test_half_scales_are_never_too_small_and_hardly_too_large(wanted: list[float
     np.testing.assert_array_equal(kept.astype(np.float16).astype(np.float32), kept)
 
 
+def test_scales_beyond_fp16_stay_as_they_are() -> None:
+    """And their nodes in FP32, instead of an infinite scale that makes every value NaN."""
+    scales = np.array([FP16_MAX, np.nextafter(np.float32(FP16_MAX), np.float32(np.inf)), 1e9], np.float32)
+    np.testing.assert_array_equal(half_scale(scales), scales)
+
+
 def _model(
     nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], shape: tuple[int, ...], channels: int = 3
 ) -> onnx.ModelProto:
@@ -372,6 +400,35 @@ def test_bf16_explicit_int8_graph() -> None:
     assert types["logits"] == FP32
 
 
+def test_a_quantised_convolution_in_fp32_keeps_its_pairs() -> None:
+    """BF16 leaves the class scores' convolution in FP32: no Cast may part it from what dequantises for it."""
+    constants = [
+        numpy_helper.from_array(np.array(0.021, np.float32), "s"),
+        numpy_helper.from_array(np.array(0, np.int8), "z"),
+        numpy_helper.from_array(np.array([0.013, 0.017, 0.019], np.float32), "sw"),
+        numpy_helper.from_array(np.zeros(3, np.int8), "zw"),
+        numpy_helper.from_array(np.diag([50, 60, 70]).astype(np.int8).reshape(3, 3, 1, 1), "w"),
+    ]
+    nodes = [
+        helper.make_node("Relu", ["image"], ["r"], "r"),
+        helper.make_node("QuantizeLinear", ["r", "s", "z"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["x"], "d"),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["k"], "dw", axis=0),
+        helper.make_node("Conv", ["x", "k"], ["logits"], "last"),
+    ]
+    result = to_half(_model(nodes, constants, (1, 3, 4, 4)), kind="bf16")
+    onnx.checker.check_model(result, full_check=True)
+    made, types = producers(result.graph), tensor_types(result)
+    last = made["logits"]
+    assert [made[name].op_type for name in last.input] == ["DequantizeLinear"] * 2
+    assert {types[name] for name in [*last.input, *last.output]} == {FP32}
+    assert types["r"] == BF16
+    # Both sides of the pair have one scale, the one that BF16 can hold.
+    values = {entry.name: numpy_helper.to_array(entry) for entry in result.graph.initializer}
+    quantised, dequantised = (values[made[name].input[1]].astype(np.float32) for name in ("q", "x"))
+    assert quantised == dequantised != np.float32(0.021)
+
+
 def test_onnxruntime_says_that_it_has_no_bf16(brain: Path) -> None:
     with pytest.raises(UsageError, match=r"is BF16, which ONNX Runtime .* has no kernels for on CPU"):
         OnnxRuntimeEngine(brain)
@@ -412,6 +469,46 @@ def test_harmed_blocks_stay_in_fp32(source: Path, tmp_path: Path) -> None:
     assert evidence.source == "a.png"
     # Without micrographs nothing is chosen.
     assert not any("fragile" in remark for remark in convert_precision(fragile, target).remarks)
+
+
+class Scripted:
+    """Answers by which of the two blocks is in FP32."""
+
+    def __init__(self, answers: dict[str, tuple[bool, float]]) -> None:
+        self.answers = answers
+
+    def compare(self, model: onnx.ModelProto, what: str) -> ComparedLabels:
+        types = tensor_types(model)
+        finite, iou = self.answers["".join(name for name in "ab" if types[name] == FP32)]
+        values = {"agreement": iou, "miou_against_fp32": iou}
+        return ComparedLabels(Evidence(what=what, runtime="none", values=values, images=1, source="none"), finite)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_values_that_are_finite_come_before_labels_that_are_right(named: bool) -> None:
+    constants = [numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), name) for name in ("v", "w")]
+    nodes = [
+        helper.make_node("Conv", ["image", "v"], ["a"], "one/Conv" if named else ""),
+        helper.make_node("Conv", ["a", "w"], ["b"], "two/Conv" if named else ""),
+        helper.make_node("Relu", ["b"], ["logits"], "last/Relu" if named else ""),
+    ]
+    model = _model(nodes, constants, (1, 3, 4, 4))
+    comparison: Any = Scripted({"": (False, 0.8), "a": (False, 0.95), "b": (True, 0.7), "ab": (True, 0.9)})
+    before = comparison.compare(to_half(model), "conversion")
+    half, found, remarks = _keep_blocks(model, set(), "fp16", comparison, before, 0.85)
+    assert (found.finite, found.iou) == (True, 0.9)
+    first, second = ("two", "one") if named else ("Conv_1", "Conv_0")
+    assert [remark.split()[0] for remark in remarks] == [first, second]
+    assert {tensor_types(half)[name] for name in "ab"} == {FP32}
+
+
+def test_the_evidence_names_the_micrographs_that_were_used(tmp_path: Path) -> None:
+    images = [tmp_path / f"{name}.png" for name in "abcd"]
+    for image in images:
+        Image.fromarray(picture()).save(image)
+    source = residual_model(tmp_path / "m.onnx", batch=1, size=64)
+    evidence = convert_precision(source, tmp_path / "half.onnx", images=images, least_iou=0).evidence[-1]
+    assert (evidence.images, evidence.source) == (2, "a.png, b.png")
 
 
 def test_no_choice_of_blocks_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -113,7 +113,7 @@ def test_variants_of_the_network(tmp_path: Path, changes: dict[str, Any]) -> Non
 
 
 def test_types_do_not_matter(shipped: Any, quantised: Any) -> None:
-    """FP16 beside INT8, and FP8: the same pairs, the same verdict."""
+    """FP16 or BF16 beside INT8 or FP8: the same pairs, the same verdict."""
     full, half = analyse(quantised), analyse(to_half(quantised))
     assert half.stages == full.stages
     assert [entry.name for entry in half.islands] == [entry.name for entry in full.islands]
@@ -122,6 +122,11 @@ def test_types_do_not_matter(shipped: Any, quantised: Any) -> None:
     eight = analyse(to_half(to_fp8(quantised, shipped)))
     _assert_sound(eight)
     assert {entry.precision for entry in eight.convolutions} == {"fp8", "fp16"}
+    for graph, kind in ((quantised, "int8"), (to_fp8(quantised, shipped), "fp8")):
+        brain = analyse(to_half(graph, kind="bf16"))
+        _assert_sound(brain)
+        assert {entry.precision for entry in brain.convolutions} == {kind, "bf16"}
+        assert len(brain.reformats) == len(full.reformats)
 
 
 def test_fp8_of_what_suits_it(shipped: Any) -> None:

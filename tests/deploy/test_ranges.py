@@ -68,6 +68,25 @@ def test_a_value_that_the_sample_missed_counts_where_nothing_else_does(symmetric
     assert ranges_of({"x": entry}, method, symmetric)["x"][1] == 8
 
 
+@FORMS
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [5.0, -5.0, 2.0, -1e-30, 1e30])
+@pytest.mark.parametrize("count", [1, 1000])
+def test_one_value(value: float, count: int, symmetric: bool, method: str) -> None:
+    """Also of negative sign only; the last bin's width is the tolerance."""
+    low, high = range_of(np.full(count, value, np.float32), method, symmetric)
+    assert max(-low, high) == pytest.approx(abs(value), rel=1e-3)
+    assert symmetric or (low == 0 if value > 0 else high == 0)
+
+
+@FORMS
+def test_percentile_of_almost_nothing_but_zeros_has_a_scale(symmetric: bool) -> None:
+    values = np.zeros(100_000)
+    values[:5] = [1, 2, 3, 4, 6]
+    low, high = range_of(values, "percentile", symmetric)
+    assert (low, high) == ((-6, 6) if symmetric else (0, 6))
+
+
 def test_an_unknown_method_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'minmax'.*max, percentile, entropy, mse"):
         ranges_of({}, "minmax", True)

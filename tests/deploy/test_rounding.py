@@ -144,6 +144,25 @@ def test_any_numbers(x: npt.NDArray[np.float32]) -> None:
     assert_same(pair().run(None, feed(x))[0], in_fp8(x))
 
 
+@HALVES
+def test_an_fp32_island_at_the_input_rounds_once(kind: int) -> None:
+    """Grey levels are normalised in FP32: neither the product nor the constants are rounded, only what leaves."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["float"], "float", to=FP32),
+        helper.make_node("Mul", ["float", "m"], ["scaled"], "scaled"),
+        helper.make_node("Add", ["scaled", "a"], ["grey"], "grey"),
+        helper.make_node("Cast", ["grey"], ["half"], "half", to=kind),
+        helper.make_node("Relu", ["half"], ["r"], "r"),
+        helper.make_node("Cast", ["r"], ["y"], "y", to=FP32),
+    ]
+    scale, shift = np.float32([0.0313]), np.float32([-1.2345])
+    model = graph(nodes, {"m": scale, "a": shift})
+    x = np.arange(256, dtype=np.float32)
+    got = session(simulate_rounding(model)).run(None, feed(x))[0].ravel()
+    want = np.maximum((x * scale + shift).astype(NUMPY[kind]).astype(np.float32), 0)
+    np.testing.assert_array_equal(got, want)
+
+
 def test_convolution_sums_are_fp32() -> None:
     """2048 + 1 + 1 would stay 2048 in FP16 sums; only the result is rounded."""
     weights = np.ones((1, 1, 3, 1), np.float16)

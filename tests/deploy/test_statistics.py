@@ -447,6 +447,35 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     assert len([message for message in caplog.messages if "not kept for the next run" in message]) == 2  # one a run
 
 
+def test_a_folder_that_can_only_be_read_is_read(
+    measured: Measure, images: list[Path], runs: list[int], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = measured(images[1:])
+
+    def refused(*_: Any) -> None:
+        raise UserError("cannot write: read-only file system")
+
+    monkeypatch.setattr(statistics_cache, "write_bytes", refused)
+    found = measured(images[:1] + images[1:])  # the first one is missing
+    assert len(runs) == len(images)
+    assert all(same(one, other) for one, other in zip(expected, found[1:], strict=True))
+    assert sum("not kept for the next run" in message for message in caplog.messages) == 1
+
+
+def test_models_share_the_limit_and_not_the_files(tmp_path: Path) -> None:
+    """One run prunes what another model's run would read next: that one measures again."""
+    kept = {"x": histogram(np.linspace(0, 1, 100))}
+    first, second = (StatisticsCache(tmp_path, graph, ["x"]) for graph in ("first", "second"))
+    second.store("key", kept)
+    os.utime(kept_files(tmp_path)[0], (0, 0))
+    assert first.load("key") is None
+    first.store("key", kept)
+    first.prune(kept_files(tmp_path)[0].stat().st_size)
+    assert second.load("key") is None
+    assert first.load("key") is not None
+
+
 def test_the_files_used_least_recently_go_first(tmp_path: Path) -> None:
     kept = {"x": histogram(np.linspace(0, 1, 100))}
     cache = StatisticsCache(tmp_path, "graph", ["x"])

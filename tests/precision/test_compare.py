@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from hpddrnet_trt.data.datasets import find_images
@@ -28,7 +28,7 @@ from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.precision.compare import compare, near_border, polygraphy_command
 from hpddrnet_trt.precision.comparison import Comparison, LabelAgreement
 from hpddrnet_trt.precision.comparison_figures import save_figure
-from hpddrnet_trt.precision.comparison_layers import match_layers, ratio
+from hpddrnet_trt.precision.comparison_layers import Probe, match_layers, ratio
 from hpddrnet_trt.weights import locate
 from tests.deploy.residual_onnx import QUANTISABLE, residual_model
 from tests.tiny_network import lively, tiny_manifest, tiny_network
@@ -177,6 +177,27 @@ def test_values_that_are_not_finite(plain: Path, micrographs: list[Path], tmp_pa
     assert record["first_divergence"] == "second"
     assert next(entry for entry in record["layers"] if entry["name"] == "second")["own"] is None
     assert save_figure(found, tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_value_that_is_no_number_stays_the_largest_difference() -> None:
+    """Whatever later batches hold."""
+
+    def root(factor: float) -> onnx.ModelProto:
+        nodes = [helper.make_node("Mul", ["x", "c"], ["m"], "m"), helper.make_node("Sqrt", ["m"], ["y"], "y")]
+        ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 1, 1])] for name in "xy"]
+        constant = numpy_helper.from_array(np.float32(factor), "c")
+        graph = helper.make_graph(nodes, "g", *ends, [constant])
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+    a, b = root(1), root(1.1)
+    probe = Probe(a, b, match_layers(a, b))
+    for value in (1, -1, 9):
+        image = np.full((1, 1, 1, 1), value, np.float32)
+        probe.run(image, image)
+    product, result = probe.sums
+    assert (product.largest, product.batch) == (pytest.approx(0.9, rel=1e-5), 2)
+    assert math.isnan(result.largest)
+    assert result.batch == 1
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
