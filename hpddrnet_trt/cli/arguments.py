@@ -11,7 +11,7 @@ ModelFile = Annotated[
     Path, typer.Argument(help="Model file (.safetensors, .onnx, .engine), or a shipped model's name.")
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint (.safetensors), or a shipped model's name.")]
-OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export.")]
+OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export, or a shipped model's name.")]
 Engine = Annotated[
     Literal["auto", "torch", "onnxruntime", "openvino", "tensorrt"],
     typer.Option(help="Runtime; auto chooses by the file's ending."),

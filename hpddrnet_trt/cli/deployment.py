@@ -111,8 +111,8 @@ def calibrate(
     from hpddrnet_trt.deploy.quantize import calibrate as run_calibration
 
     manifest = run_calibration(
-        model, target, find_images(data, split), form=form, precision=precision, method=method, tool=tool,
-        max_images=max_images, min_agreement=min_agreement, cache="user" if cache else None,
+        locate(model, ".onnx"), target, find_images(data, split), form=form, precision=precision, method=method,
+        tool=tool, max_images=max_images, min_agreement=min_agreement, cache="user" if cache else None,
     )  # fmt: skip
     if manifest.calibration is not None:
         typer.echo(f"calibrated on {manifest.calibration.images} images ({manifest.calibration.method})")
@@ -177,8 +177,8 @@ def build(
     gate = None if verify is None else Gate(verify, Budget(max_miou_drop, min_agreement), verify_split, reference)
     target = output or model.with_name(f"{_plain_stem(model)}.{precision}.engine")
     manifest = build_verified(
-        model, target, precision=precision, gate=gate, calibration_images=calibration_data, flavour=flavour,
-        shapes=shapes, timing_cache=timing_cache, compute_capabilities=compute_capability,
+        locate(model, ".onnx"), target, precision=precision, gate=gate, calibration_images=calibration_data,
+        flavour=flavour, shapes=shapes, timing_cache=timing_cache, compute_capabilities=compute_capability,
         workspace_mib=workspace_mib, optimisation_level=optimisation_level, version_compatible=version_compatible,
     )  # fmt: skip
     if manifest.engine is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +47,7 @@ def convert_precision(
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.deploy.half import convert_precision as convert
 
+    _check_target(model, target)
     manifest = convert(locate(model, ".onnx"), target, precision, images=find_images(data, "test") if data else [])
     for remark in manifest.remarks:
         typer.echo(f"remark: {remark}")
@@ -67,6 +69,7 @@ def compare_precisions(
     """One table of accuracy: FP16, BF16, INT8 by every calibration method, and FP8 against FP32."""
     from hpddrnet_trt.precision.survey import survey
 
+    _check_outputs(None, json_file)
     with _study(model, data, split, "int8", calibration_data, "max", max_images, size, reference, True) as study:
         found = survey(study)
     typer.echo(found.text())
@@ -92,7 +95,7 @@ def sensitivity(
     """Rank layers or blocks by what their low precision alone does to mIoU and to the labels."""
     from hpddrnet_trt.precision.sensitivity import analyse
 
-    _check_pictures(plot)
+    _check_outputs(plot, json_file)
     with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, resume) as study:
         found = analyse(study.trials, by=by, operations=study.shares)
     typer.echo(found.text())
@@ -135,10 +138,12 @@ def choose_precision(
     """Write the fastest INT8 (or FP8) file, with layers in FP16 where needed, that keeps an accuracy budget."""
     from hpddrnet_trt.precision.budget import Budget
     from hpddrnet_trt.precision.choose import choose_precision as choose
-    from hpddrnet_trt.precision.cost import cost_model
+    from hpddrnet_trt.precision.cost import check_device, cost_model
 
+    check_device(device, precision)
     budget = Budget(max_miou_drop, min_agreement)
-    _check_pictures(plot)
+    _check_outputs(plot, json_file)
+    _check_target(model, target)
     with _study(
         model, data, split, precision, calibration_data, method, max_images, size, reference, resume, _size(frame)
     ) as study:
@@ -153,6 +158,8 @@ def choose_precision(
 
             typer.echo(f"written: {draw_frontier(choice.frontier, plot)}")
         _write_json(json_file, choice.frontier.record())
+    elif plot is not None or json_file is not None:
+        typer.echo("no picture and no figures: everything in low precision keeps the budget; --frontier measures more")
     typer.echo(f"written: {target}")
 
 
@@ -173,7 +180,7 @@ def calibration_curve(
     """Accuracy against the number of calibration micrographs: how many are enough."""
     from hpddrnet_trt.precision.curve import measure_curve
 
-    _check_pictures(plot)
+    _check_outputs(plot, json_file)
     with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, True) as study:
         found = measure_curve(study.trials.recipe, study.judge, study.statistics, study.method)
     typer.echo(found.text())
@@ -203,7 +210,7 @@ def compare(
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.precision.compare import compare as run_comparison
 
-    _check_pictures(plot)
+    _check_outputs(plot, json_file)
     found = run_comparison(
         a, b, find_images(images, split), limit=limit, max_images=max_images, size=_size(size), layers=not labels_only
     )
@@ -235,9 +242,30 @@ def _study(
     )  # fmt: skip
 
 
-def _check_pictures(plot: Path | None) -> None:
+def _check_outputs(plot: Path | None, json_file: Path | None) -> None:
+    """Before minutes are spent on what they shall hold."""
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"the picture {plot} must end with .png; write {plot.with_suffix('.png')}")
+    for path in (plot, json_file):
+        if path is not None:
+            _check_place(path)
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name the file to write in it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise UsageError(f"cannot write {path}: {above} is no folder that may be written to; choose another path")
+
+
+def _check_target(model: Path, target: Path) -> None:
+    """The same for the ONNX file; the FP32 file itself stays."""
+    _check_place(target)
+    if target.suffix.lower() != ".onnx":
+        raise UsageError(f"the ONNX file to write, {target}, must end with .onnx; write {target.name}.onnx")
+    if locate(model, ".onnx").resolve() == target.resolve():
+        raise UsageError(f"{target} would overwrite the FP32 model it is made from; choose another output path")
 
 
 def _write_json(target: Path | None, record: dict[str, Any]) -> None:

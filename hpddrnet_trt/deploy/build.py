@@ -125,9 +125,8 @@ def build_engine(
     the file is rewritten for it first (:mod:`hpddrnet_trt.deploy.legacy`). Raises :class:`UsageError`,
     :class:`BadInputFile`, :class:`NoGpu`, :class:`MissingDependency` or :class:`UserError`.
     """
-    source, target = existing_file(source_onnx, "ONNX file"), Path(target)
-    _check_request(source, target, precision)
-    manifest = _exported(source)
+    source, target = Path(source_onnx), Path(target)
+    manifest = check_build(source, target, precision, calibration_images)
     settings = BuildSettings(
         timing_cache=Path(timing_cache) if timing_cache is not None else None,
         compute_capabilities=compute_capabilities,
@@ -144,6 +143,17 @@ def build_engine(
     with prepared(source, manifest, precision, calibration_images) as (path, ready):
         job = _Job(api, path, source, ready, profiles, settings, gpu, accept)
         return job.build(target, precision)
+
+
+def check_build(
+    source: Path, target: Path, precision: Precision, images: str | Path | Sequence[Path] | None = None
+) -> Manifest:
+    """The description of ``source``, where an engine of this precision can be made of it; else raises as the build."""
+    existing_file(source, "ONNX file")
+    _check_request(source, target, precision)
+    manifest = _exported(source)
+    _check_precision(source, manifest, precision, images)
+    return manifest
 
 
 def _check_request(source: Path, target: Path, precision: str) -> None:
@@ -182,7 +192,6 @@ def _in_precision(
     source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
 ) -> Iterator[tuple[Path, Manifest]]:
     """The ONNX file in the precision asked for, converted or calibrated into a temporary file if need be."""
-    _check_precision(source, manifest, precision, images)
     if manifest.precision == precision:
         yield source, manifest
         return
@@ -207,7 +216,6 @@ def _for_weak_typing(
     """The same for TensorRT before 10: FP32 typing throughout (the builder's flags lower it), opset 17."""
     from hpddrnet_trt.deploy.quantize import calibrate
 
-    _check_precision(source, manifest, precision, images)
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         path, typed = source, manifest
         if precision == "int8" and manifest.precision == "fp32":
@@ -384,7 +392,7 @@ class _Job:
         least = {"fp8": "8.9", "bf16": "8.0"}.get(str(self.manifest.precision))
         if least is not None and self.settings.compute_capabilities:
             kind = str(self.manifest.precision).upper()
-            return f"; {kind} runs on compute capability {least} and later: leave older ones out, or choose INT8 or FP16"
+            return f"; {kind} runs on compute capability {least} and later: leave older out, or choose INT8 or FP16"
         if self.settings.workspace_mib is not None:
             return f"; the workspace limit of {self.settings.workspace_mib} MiB may be too small"
         return ""
@@ -413,7 +421,7 @@ class _Job:
         if self.accept is None:
             return manifest
         if not runs_here:
-            evidence = self.accept(self.path)
+            evidence = self._accepted_as_onnx(self.accept, manifest)
             logger.warning(
                 "no GPU here runs this engine: its accuracy was verified on the ONNX file it was built from (%s)",
                 evidence.runtime,
@@ -425,6 +433,14 @@ class _Job:
                 sidecar_path(candidate).write_text(manifest.to_json(), encoding="utf-8")
                 evidence = self.accept(candidate)
         return manifest.replace(evidence=[*manifest.evidence, evidence])
+
+    def _accepted_as_onnx(self, accept: Accept, manifest: Manifest) -> Evidence:
+        """Whoever accepts sees the ONNX file with the engine's contract: what the engine cannot take, it cannot."""
+        model, described = load_model(self.path)
+        with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+            candidate = Path(folder) / self.path.name
+            save_model(model, candidate, described.replace(input=manifest.input))
+            return accept(candidate)
 
     def _describe(self, plan: memoryview, proof: dict[str, Any], seconds: float, precision: Precision) -> Manifest:
         api = self.api

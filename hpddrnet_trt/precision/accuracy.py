@@ -37,7 +37,11 @@ ROUNDED = ("fp16", "bf16", "fp8", "int8")
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A candidate beside the FP32 reference, on the same images; fractions, 0..1."""
+    """A candidate beside the FP32 reference, on the same images; fractions, 0..1.
+
+    mIoU is of the classes that occur in the masks, for both. Over classes that only predictions hold, as
+    :mod:`hpddrnet_trt.metrics` counts them, one pixel of an absent class would weigh as much as a whole class.
+    """
 
     miou: float
     reference_miou: float
@@ -81,7 +85,7 @@ class Judge:
 
     ``reference``: the FP32 model, an open segmenter that the caller closes. Raises as
     :func:`~hpddrnet_trt.evaluation.evaluate` does when model and dataset do not fit, and
-    :class:`UsageError` for a split without images.
+    :class:`UsageError` for a split without images or without a labelled pixel.
     """
 
     def __init__(
@@ -91,13 +95,14 @@ class Judge:
         self._dataset, self._split, self._threads, self._progress = dataset, split, threads, progress
         self._folder = tempfile.TemporaryDirectory(prefix="hpddrnet-trt-")
         try:
-            self.reference_miou, self.images = self._measure_reference(fitting(reference, dataset))
+            # Of the labels that candidates are compared with, whoever gave them, and of the masks.
+            digest = hashlib.sha256(f"{dataset.checksum()} {split} {dataset.class_names}".encode())
+            self.reference_miou, self.images = self._measure_reference(fitting(reference, dataset), digest)
         except BaseException:
             self._folder.cleanup()
             raise
         self.reference_runtime = reference.engine.runtime
-        identity = f"{reference.manifest.checkpoint_sha256} {dataset.checksum()} {split}"
-        self.digest = hashlib.sha256(identity.encode()).hexdigest()
+        self.digest = digest.hexdigest()
 
     @property
     def source(self) -> str:
@@ -118,7 +123,7 @@ class Judge:
         self._each(title, add)
         found = reference.scores()
         return Accuracy(
-            miou=masks.scores().miou,
+            miou=_miou(masks),
             reference_miou=self.reference_miou,
             agreement=found.pixel_accuracy,
             class_ious={name: iou for name, iou in zip(names, found.iou, strict=True) if not np.isnan(iou)},
@@ -155,18 +160,24 @@ class Judge:
     ) -> None:
         self.close()
 
-    def _measure_reference(self, reference: Segmenter) -> tuple[float, int]:
+    def _measure_reference(self, reference: Segmenter, digest: hashlib._Hash) -> tuple[float, int]:
         matrix = ConfusionMatrix(len(self._dataset.class_names))
 
         def add(index: int, image: Labels, mask: Labels) -> None:
             labels = reference.segment(image).labels
+            digest.update(np.ascontiguousarray(labels).data)
             np.savez_compressed(self._kept(index), labels=labels)
             matrix.update(labels, mask)
 
         self._each(f"FP32 reference on {self._split}", add)
         if not matrix.images:
             raise UsageError(f"split {self._split!r} of {self._dataset.root} holds no images to judge on")
-        return matrix.scores().miou, matrix.images
+        if not matrix.counts.any():
+            raise UsageError(
+                f"the masks of split {self._split!r} of {self._dataset.root} label no pixel (all are 255, ignore), "
+                "so there is no mIoU; choose another split"
+            )
+        return _miou(matrix), matrix.images
 
     def _each(self, title: str | None, use: Callable[[int, Labels, Labels], None]) -> None:
         shown = self._progress and title is not None
@@ -181,6 +192,12 @@ class Judge:
         with np.load(self._kept(index)) as archive:
             labels: Labels = archive["labels"]
         return labels
+
+
+def _miou(matrix: ConfusionMatrix) -> float:
+    """Mean IoU of the classes that occur in the masks; see :class:`Accuracy`."""
+    occurs = matrix.counts.any(axis=1)
+    return float(np.mean(np.asarray(matrix.scores().iou)[occurs]))
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:

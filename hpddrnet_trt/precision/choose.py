@@ -18,7 +18,7 @@ from hpddrnet_trt.manifest import CalibrationRecord, Manifest, MixedPrecisionRec
 from hpddrnet_trt.precision.accuracy import Accuracy
 from hpddrnet_trt.precision.budget import Budget
 from hpddrnet_trt.precision.cost import Cost
-from hpddrnet_trt.precision.search import Frontier, search
+from hpddrnet_trt.precision.search import Frontier, Point, search
 from hpddrnet_trt.precision.sensitivity import Sensitivity, analyse
 from hpddrnet_trt.precision.trials import Trials
 
@@ -116,7 +116,11 @@ def _mixed(frontier: Frontier, floating: tuple[str, ...]) -> MixedPrecisionRecor
 
 
 def _none_holds(frontier: Frontier, target: str | Path) -> str:
-    best = min(frontier.points, key=lambda point: point.accuracy.drop)
+    def badness(point: Point) -> tuple[int, float]:
+        found, limited = point.accuracy, frontier.budget.max_miou_drop is not None
+        return len(frontier.budget.breaches(found)), found.drop if limited else -found.agreement
+
+    best = min(frontier.points, key=badness)
     return (
         f"no choice of layers keeps the budget ({frontier.budget}) on {frontier.source}: the best, with "
         f"{len(best.floating)} of {frontier.layers} layers in FP16, has {best.accuracy.text()}; {target} was not "

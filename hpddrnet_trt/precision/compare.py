@@ -5,7 +5,8 @@ exported first. A TensorRT engine shows its labels only.
 
 A layer's error is the RMS of the difference over the RMS of A's values. What a layer *makes by itself*
 is measured, not guessed from the growth of the error: B's layer runs on A's activations. The difference
-matters: position attention's softmax multiplies an INT8 network's error by twenty without making any.
+matters: position attention's softmax multiplies an INT8 network's error by 6 to 13 without making any
+(nasa-super1, calibrated with ``max`` and ``entropy``, 4 crops of 512x512 from val and test).
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from hpddrnet_trt.weights import locate
 if TYPE_CHECKING:
     import onnx
 
-LIMIT = 0.1  # a sound 8-bit layer makes 0.2 to 9 % by itself (nasa-super1), one with a wrong scale far more
+# A sound INT8 convolution makes 0.1 to 9 % by itself (nasa-super1, as above), one with a wrong scale far more.
+LIMIT = 0.1
 IMAGES = 8
 Array = npt.NDArray[Any]
 Labels = npt.NDArray[np.uint8]

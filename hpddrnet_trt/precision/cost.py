@@ -178,6 +178,14 @@ def by_convolution(times: Mapping[str, float], layers: Collection[str]) -> dict[
     return found
 
 
+def check_device(device: str, precision: str) -> None:
+    """Raise :class:`UsageError` for a device without a data sheet, or one without this precision."""
+    if device not in DEVICES:
+        raise UsageError(f"no data sheet of a device called {device!r} is known; choose one of: {', '.join(DEVICES)}")
+    if precision not in DEVICES[device].tera_operations:
+        raise UsageError(f"{DEVICES[device].name} has no {precision.upper()}; choose another device or precision")
+
+
 def cost_model(
     recipe: Recipe,
     operations: Mapping[str, Work],
@@ -190,16 +198,19 @@ def cost_model(
     Raises :class:`UsageError` for an unknown device, :class:`BadInputFile` for files that hold no layer times.
     """
     if layer_times is not None:
-        (low, name), (high, _) = (_read_times(path) for path in layer_times)
+        (low, name), (high, _) = (_read_times(path, recipe.layers) for path in layer_times)
         return Measured(low, high, recipe.layers, name)
-    if device not in DEVICES:
-        raise UsageError(f"no data sheet of a device called {device!r} is known; choose one of: {', '.join(DEVICES)}")
+    check_device(device, recipe.precision)
     return Estimate(recipe.model, operations, DEVICES[device], recipe.precision)
 
 
-def _read_times(path: Path) -> tuple[dict[str, float], str]:
+def _read_times(path: Path, layers: Collection[str]) -> tuple[dict[str, float], str]:
     try:
         content = json.loads(existing_file(path, "file of layer times").read_text(encoding="utf-8"))
-        return {str(name): float(value) for name, value in content["milliseconds"].items()}, str(content["gpu"])
+        times = {str(name): float(value) for name, value in content["milliseconds"].items()}
+        gpu = str(content["gpu"])
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise BadInputFile(f"{path} holds no layer times; write it on a GPU with: hpddrnet-trt profile ENGINE") from exc
+    if not any(by_convolution(times, layers).values()):
+        raise BadInputFile(f"{path} names no layer of this network; profile engines built from its ONNX files")
+    return times, gpu

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpddrnet_trt.data.datasets import find_images
-from hpddrnet_trt.deploy.build import build_engine
+from hpddrnet_trt.deploy.build import build_engine, check_build
 from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.manifest import Manifest, Precision, read_manifest
 from hpddrnet_trt.precision.choose import Choice, choose_precision
 from hpddrnet_trt.precision.cost import DEFAULT_DEVICE, cost_model
 from hpddrnet_trt.precision.gate import Gate
-from hpddrnet_trt.precision.preparation import open_study
+from hpddrnet_trt.precision.preparation import open_study, warn_of_overlap
 
 
 def build_verified(
@@ -42,6 +42,12 @@ def build_verified(
         return gate.verify(candidate, source, target)
 
     accepting = None if gate is None else accept
+    if precision != "auto":
+        check_build(source, target, precision, calibration_images)
+    if gate is not None:
+        gate.check(source)
+        if calibration_images is not None:
+            warn_of_overlap(find_images(calibration_images), find_images(gate.data, gate.split), gate.split)
     if precision != "auto":
         return build_engine(
             source, target, precision=precision, calibration_images=calibration_images, accept=accepting, **options

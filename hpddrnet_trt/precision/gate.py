@@ -14,11 +14,13 @@ from pathlib import Path
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.deploy.onnx_graph import load_model
 from hpddrnet_trt.errors import UsageError, UserError
+from hpddrnet_trt.evaluation import fitting
 from hpddrnet_trt.files import sha256_of
 from hpddrnet_trt.manifest import Evidence, Manifest, read_manifest
 from hpddrnet_trt.precision.accuracy import Accuracy, Judge
 from hpddrnet_trt.precision.budget import Budget
 from hpddrnet_trt.segmenter import load_segmenter
+from hpddrnet_trt.weights import locate
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,16 @@ class Gate:
     split: str = "test"
     reference: Path | None = None
 
+    def check(self, source: Path) -> None:
+        """Whether :meth:`verify` could judge what is made from ``source``, before anyone spends minutes on that.
+
+        Raises what it would raise: a missing split, other classes, no reference.
+        """
+        dataset = FolderDataset.open(self.data)
+        dataset.split(self.split)
+        with load_segmenter(reference_for(self.reference, source, read_manifest(source))) as fp32:
+            fitting(fp32, dataset)
+
     def verify(self, candidate: Path, source: Path, target: Path) -> Evidence:
         """Run ``candidate`` (an ONNX file or an engine made from ``source``) and return the evidence.
 
@@ -45,7 +57,7 @@ class Gate:
         Raises :class:`UsageError` when no reference is found or the data do not fit the model.
         """
         manifest = read_manifest(candidate)
-        reference = self.reference or find_reference(source, manifest)
+        reference = reference_for(self.reference, source, manifest)
         dataset = FolderDataset.open(self.data)
         with load_segmenter(reference) as fp32, Judge(dataset, self.split, fp32) as judge:
             found = _run(judge, candidate, manifest)
@@ -67,6 +79,28 @@ def _run(judge: Judge, candidate: Path, manifest: Manifest) -> Accuracy:
         return judge.score_graph(*load_model(candidate), title=f"{manifest.precision} on {judge.source}")
     with load_segmenter(candidate) as segmenter:
         return judge.score(segmenter, title=f"engine on {judge.source}")
+
+
+def reference_for(given: Path | None, source: Path, manifest: Manifest) -> Path:
+    """The model file to compare with: ``given`` (a file or a shipped model's name), else :func:`find_reference`.
+
+    Raises :class:`UsageError` for a file that is not FP32; one of another checkpoint is taken with a warning.
+    """
+    if given is None:
+        return find_reference(source, manifest)
+    path = locate(given)
+    described = read_manifest(path)
+    if described.precision not in (None, "fp32") or described.quantised_for is not None:
+        raise UsageError(
+            f"the reference {path} is {str(described.precision).upper()}, so it would hide what lower precision costs; "
+            "give the checkpoint or the FP32 ONNX file"
+        )
+    checkpoint = sha256_of(path) if path.suffix.lower() == ".safetensors" else described.checkpoint_sha256
+    if checkpoint != manifest.checkpoint_sha256:
+        logger.warning(
+            "the reference %s is of another checkpoint than %s: the difference is not of precision alone", path, source
+        )  # fmt: skip
+    return path
 
 
 def find_reference(source: Path, manifest: Manifest) -> Path:
@@ -108,6 +142,9 @@ def _refusal(breaches: list[str], found: Accuracy, source: str, manifest: Manife
             "calibrate on more and more varied micrographs or by another method, let `hpddrnet-trt choose-precision` "
             "find the layers to keep in FP16, or fine-tune with quantisation (train/README.md)"
         )
+    if manifest.mixed is not None:
+        how += f" {len(manifest.mixed.floating)} of {manifest.mixed.layers} layers are FP16, chosen on another split."
+        advice = "allow more, choose on more micrographs or for a smaller loss than is allowed here, or use FP16"
     return (
         f"{str(manifest.precision).upper()} misses the budget on {source}: {'; '.join(breaches)} (mIoU "
         f"{100 * found.miou:.2f} % instead of {100 * found.reference_miou:.2f} %; class {worst!r} changed most, IoU "

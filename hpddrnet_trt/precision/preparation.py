@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from hpddrnet_trt.deploy.ranges import Method, ranges_of
 from hpddrnet_trt.deploy.statistics import measure
 from hpddrnet_trt.deploy.statistics_cache import Cache, cache_folder
 from hpddrnet_trt.engines.base import input_contract
-from hpddrnet_trt.manifest import CalibrationRecord
+from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.manifest import CalibrationRecord, InputContract
 from hpddrnet_trt.precision.accuracy import Judge
-from hpddrnet_trt.precision.gate import find_reference
+from hpddrnet_trt.precision.gate import reference_for
 from hpddrnet_trt.precision.trials import Quantised, Recipe, Trials
 from hpddrnet_trt.segmenter import load_segmenter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ def open_study(
     """Calibrate the FP32 export ``source`` and open a judge on ``split`` of the dataset ``data``.
 
     ``calibration_images``: default is the dataset's training split. ``reference``: what candidates are
-    compared with, default as :func:`~hpddrnet_trt.precision.gate.find_reference`. ``size``: of the
+    compared with, default as :func:`~hpddrnet_trt.precision.gate.reference_for`. ``size``: of the
     calibration crops; ``frame``: the height and width that operations are counted for, default ``size``.
     ``cache``: see :mod:`hpddrnet_trt.deploy.statistics_cache`; with ``resume`` what an earlier run has
-    measured is used.
+    measured is used. Raises :class:`UsageError` before anything is measured for a split, a frame or a
+    reference that does not do.
     """
     model, manifest = float_model(source)
     qdq.name_nodes(model)
@@ -73,17 +78,24 @@ def open_study(
     if precision == "fp8":
         plan = qdq.subset(model, "tensorrt", fp8_layers(model))
     contract = input_contract(manifest)
+    dataset = FolderDataset.open(data)
+    judged = [sample.image for sample in dataset.split(split)]
+    if calibration_images is None and "train" not in dataset.splits:
+        raise UsageError(f"dataset {data} has no training split to calibrate on; name micrographs with --calib")
+    compared_with = reference_for(reference, source, manifest)
     images = find_images(data, "train") if calibration_images is None else list(calibration_images)
     height, width = calibration_data.crop_size(contract, size, images)
     chosen = calibration_data.choose_images(images, max_images)
+    warn_of_overlap(chosen, judged, f"{dataset.name}/{split}")
     crops = calibration_data.plan_crops(chosen, height, width)
+    shown = (height, width) if frame is None else _checked_frame(frame, contract)
+    operations = macs_and_bytes(model, (contract.batch.minimum, contract.channels, *shown))
     measured = measure(model, manifest, plan.tensors, crops, (height, width), cache=cache)
     statistics = tuple(found for _, found in measured)
     ranges = ranges_of(reduce(merge, statistics), method, symmetric=True)
     recipe = Recipe(model, manifest, plan, ranges, precision)
-    dataset = FolderDataset.open(data)
     with (
-        load_segmenter(reference or find_reference(source, manifest)) as fp32,
+        load_segmenter(compared_with) as fp32,
         Judge(dataset, split, fp32) as judge,
     ):
         yield Study(
@@ -92,10 +104,28 @@ def open_study(
             method=method,
             calibration=calibration_record(chosen, crops, (height, width), method),
             statistics=statistics,
-            operations=macs_and_bytes(
-                model, (contract.batch.minimum, contract.channels, *(frame or (height, width)))
-            ),
+            operations=operations,
         )
+
+
+def warn_of_overlap(calibrated: Sequence[Path], judged: Sequence[Path], where: str) -> None:
+    """Warn where micrographs that give the figures gave the ranges too."""
+    both = {path.resolve() for path in calibrated} & {path.resolve() for path in judged}
+    if both:
+        logger.warning(
+            "%d of the %d micrographs of %s that accuracy is measured on gave the ranges as well: it flatters",
+            len(both), len(judged), where,
+        )  # fmt: skip
+
+
+def _checked_frame(frame: tuple[int, int], contract: InputContract) -> tuple[int, int]:
+    for name, value, axis in zip(("height", "width"), frame, (contract.height, contract.width), strict=True):
+        if value < 1 or value % contract.multiple or not axis.admits(value):
+            raise UsageError(
+                f"times cannot be estimated for a frame of {frame[0]}x{frame[1]}: the model's {name} is a multiple of "
+                f"{contract.multiple} within {axis}"
+            )
+    return frame
 
 
 def _journal(recipe: Recipe, judge: Judge, cache: Cache) -> Path | None:

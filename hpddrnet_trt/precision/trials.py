@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpddrnet_trt.deploy import qdq
-from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.errors import UsageError, UserError
 from hpddrnet_trt.files import write_text
 from hpddrnet_trt.manifest import Manifest
 from hpddrnet_trt.precision.accuracy import Accuracy, Judge
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import onnx
 
     from hpddrnet_trt.deploy.ranges import Range
+
+logger = logging.getLogger(__name__)
 
 Quantised = Literal["int8", "fp8"]
 
@@ -79,13 +82,13 @@ class Trials:
     """Accuracy by choice of layers; each choice is measured once.
 
     ``journal``: a JSON file that holds the answers between runs; one of another network, of other
-    data or versions is started anew. None keeps them in memory.
+    data or versions is started anew, and one that cannot be written gives a warning. None keeps them in memory.
     """
 
     def __init__(self, recipe: Recipe, judge: Judge, *, journal: Path | None = None) -> None:
         self.recipe, self.judge = recipe, judge
         self._journal = journal
-        self._identity = _identity(recipe, judge)
+        self._identity = "" if journal is None else _identity(recipe, judge)
         self._answers = _read(journal, self._identity)
 
     def measure(self, layers: Collection[str], *, half: bool = False) -> Accuracy:
@@ -100,19 +103,29 @@ class Trials:
         return Accuracy(**self._answers[key])
 
     def _write(self) -> None:
-        if self._journal is not None:
-            content = {"identity": self._identity, "answers": self._answers}
+        if self._journal is None:
+            return
+        content = {"identity": self._identity, "answers": self._answers}
+        try:
             write_text(self._journal, json.dumps(content, indent=1) + "\n")
+        except (OSError, UserError) as exc:
+            logger.warning("what was measured is not kept for the next run: %s", exc)
+            self._journal = None
 
 
 def _identity(recipe: Recipe, judge: Judge) -> str:
+    """Of all that an answer follows from, the passes that make and round the graphs included."""
     import onnxruntime
 
-    return f"{recipe.digest()} {judge.digest} onnxruntime {onnxruntime.__version__}"
+    from hpddrnet_trt.deploy.rounding import simulate_rounding
+
+    run = simulate_rounding(recipe.graph(recipe.layers, half=True)).SerializeToString(deterministic=True)
+    graph = hashlib.sha256(run).hexdigest()
+    return f"{recipe.digest()} {graph} {judge.digest} onnxruntime {onnxruntime.__version__}"
 
 
 def _read(journal: Path | None, identity: str) -> dict[str, dict[str, Any]]:
-    if journal is None or not journal.is_file():
+    if journal is None:
         return {}
     try:
         content = json.loads(journal.read_text(encoding="utf-8"))
@@ -121,6 +134,6 @@ def _read(journal: Path | None, identity: str) -> dict[str, dict[str, Any]]:
         answers: dict[str, dict[str, Any]] = content["answers"]
         for entry in answers.values():
             Accuracy(**entry)
-    except (ValueError, KeyError, TypeError):
-        return {}  # cut off or foreign: measure again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # not there, cut off or foreign: measure again
     return answers

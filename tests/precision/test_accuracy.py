@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
+from PIL import Image
 
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.deploy import qdq
 from hpddrnet_trt.deploy.half import to_half
-from hpddrnet_trt.deploy.onnx_graph import load_model
+from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
 from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.metrics import ConfusionMatrix
 from hpddrnet_trt.precision.accuracy import Judge
 from hpddrnet_trt.precision.trials import Recipe, Trials
 from hpddrnet_trt.segmenter import load_segmenter
 
-Loaded = tuple[onnx.ModelProto, object]
+Mask = npt.NDArray[np.uint8]
 
 
 @pytest.fixture
@@ -49,8 +53,6 @@ def test_figures_are_those_of_the_labels(judge: Judge, recipe: Recipe, data: Pat
     """Against a straightforward computation from whole label maps."""
     graph = recipe.graph(recipe.layers[:2], half=False)
     found = judge.score_graph(graph, recipe.described(recipe.layers[:2], half=False))
-    from hpddrnet_trt.deploy.onnx_graph import save_model
-
     path = save_model(graph, tmp_path / "it.onnx", recipe.described(recipe.layers[:2], half=False))
     masks, labels = ConfusionMatrix(3), ConfusionMatrix(3)
     dataset = FolderDataset.open(data)
@@ -96,7 +98,7 @@ def test_answers_are_kept_and_reused(
     assert again.measure(list(reversed(recipe.layers))) == first  # a set, not an order
 
 
-@pytest.mark.parametrize("damage", ["cut", "other network", "not json"])
+@pytest.mark.parametrize("damage", ["cut", "other network", "not json", "a list"])
 def test_a_journal_that_does_not_fit_is_started_anew(
     judge: Judge, recipe: Recipe, tmp_path: Path, damage: str
 ) -> None:
@@ -109,6 +111,8 @@ def test_a_journal_that_does_not_fit_is_started_anew(
             del entry["agreement"]
     if damage == "other network":
         content["identity"] = "another"
+    if damage == "a list":
+        content["answers"] = list(content["answers"].values())
     journal.write_text("{" if damage == "not json" else json.dumps(content))
     assert Trials(recipe, judge, journal=journal).measure(recipe.layers) == first
 
@@ -123,3 +127,56 @@ def test_nothing_quantised_is_the_network_itself(judge: Judge, recipe: Recipe) -
     assert (found.agreement, found.drop) == (1, 0)
     assert recipe.described([], half=True).precision == "fp16"
     assert np.isclose(found.miou, judge.reference_miou)
+
+
+def with_masks(data: Path, target: Path, change: Callable[[Mask], Mask]) -> FolderDataset:
+    """A copy of the dataset with other masks on ``val``."""
+    shutil.copytree(data, target)
+    for path in (target / "masks" / "val").iterdir():
+        Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
+    return FolderDataset.open(target)
+
+
+def test_a_class_that_no_mask_holds_does_not_decide(fp32: Path, data: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """The reference predicts class 2, the masks have none: a candidate that never predicts it gains no third."""
+    dataset = with_masks(data, tmp_path / "absent", lambda mask: np.where(mask == 2, np.uint8(255), mask))
+    model, manifest = load_model(fp32)
+    bias = next(entry for entry in model.graph.initializer if entry.name == "classifier.bias")
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[2] = -1e6
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as judge:
+        found = judge.score_graph(model, manifest)
+    assert judge.reference_miou > 0.8
+    assert abs(found.drop) < 5
+    assert found.agreement < 1  # of all pixels, those that the masks leave out too
+
+
+def test_masks_without_a_label_are_no_ground(fp32: Path, data: Path, tmp_path: Path) -> None:
+    dataset = with_masks(data, tmp_path / "ignored", lambda mask: np.full_like(mask, 255))
+    with load_segmenter(fp32) as reference, pytest.raises(UsageError, match="label no pixel"):
+        Judge(dataset, "val", reference, progress=False)
+
+
+def test_answers_are_of_one_reference(judge: Judge, data: Path, fp32: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Another reference of the same checkpoint, here a quantised one, is another judge with other answers."""
+    ranges = dict.fromkeys(recipe.plan.tensors, (-3.0, 3.0))
+    graph = replace(recipe, ranges=ranges).graph(recipe.layers, half=False)
+    other = save_model(graph, tmp_path / "int8.onnx", recipe.described(recipe.layers, half=False))
+    dataset = FolderDataset.open(data)
+    with load_segmenter(other) as reference, Judge(dataset, "val", reference, progress=False) as second:
+        assert second.digest != judge.digest
+    with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as same:
+        assert same.digest == judge.digest
+
+
+def test_a_journal_that_cannot_be_written_is_a_warning(
+    judge: Judge, recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    trials = Trials(recipe, judge, journal=tmp_path / "file" / "journal.json")
+    first = trials.measure(recipe.layers)
+    assert caplog.text.count("not kept for the next run") == 1
+    assert trials.measure(recipe.layers) == first
+    trials.measure([])
+    assert caplog.text.count("not kept for the next run") == 1

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from hpddrnet_trt.deploy.qdq import count_convolutions
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.errors import UsageError, UserError
 from hpddrnet_trt.manifest import read_manifest
 from hpddrnet_trt.precision.budget import Budget
-from hpddrnet_trt.precision.choose import choose_precision
+from hpddrnet_trt.precision.choose import _none_holds, choose_precision
 from hpddrnet_trt.precision.cost import cost_model
 from hpddrnet_trt.precision.curve import counts_up_to, measure_curve
 from hpddrnet_trt.precision.engine import build_verified
 from hpddrnet_trt.precision.gate import Gate
 from hpddrnet_trt.precision.preparation import Study, open_study
+from hpddrnet_trt.precision.search import Frontier, Point
 from hpddrnet_trt.precision.trials import Trials
 from tests.deploy.residual_onnx import QUANTISABLE
-from tests.precision.fakes import FakeCost
+from tests.precision.fakes import FakeCost, accuracy
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
@@ -114,3 +117,40 @@ def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> N
         "choice of precision for simulated/val", "accuracy against FP32",
     ]  # fmt: skip
     assert read_manifest(target) == manifest
+
+
+def test_a_study_refuses_before_it_measures(fp32: Path, data: Path, tmp_path: Path) -> None:
+    def opened(folder: Path, **options: Any) -> None:
+        with open_study(fp32, folder, size=(96, 96), **options):
+            pytest.fail("measured")
+
+    without_training = tmp_path / "data"
+    shutil.copytree(data, without_training, ignore=shutil.ignore_patterns("train"))
+    with pytest.raises(UsageError, match="no training split to calibrate on; name micrographs with --calib"):
+        opened(without_training)
+    with pytest.raises(UsageError, match="no split 'tset'"):
+        opened(data, split="tset")
+    with pytest.raises(UsageError, match=r"frame of 100x90: the model's \w+ is a multiple of"):
+        opened(data, frame=(100, 90))
+
+
+def test_judging_what_was_calibrated_on_is_said(
+    fp32: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = sorted((data / "images" / "val").iterdir())
+    with open_study(fp32, data, size=(96, 96), calibration_images=images[:2]):
+        assert "2 of the 3 micrographs of simulated/val" in caplog.text
+    caplog.clear()
+    with open_study(fp32, data, size=(96, 96)):
+        assert "as well" not in caplog.text
+
+
+def test_the_best_of_what_fails_is_by_the_limit_that_fails() -> None:
+    """mIoU, which nobody limits here, happens to be highest where everything is quantised."""
+    points = (
+        Point((), accuracy(0.0, agreement=0.99), 1.0), Point(("a",), accuracy(0.1, agreement=0.999), 2.0),
+    )  # fmt: skip
+    failed = Frontier("int8", Budget(min_agreement=1.0), "formula/val", 1, points, None, "formula")
+    assert "the best, with 1 of 1 layers in FP16" in _none_holds(failed, "m.onnx")
+    both = replace(failed, budget=Budget(max_miou_drop=0.5, min_agreement=1.0))
+    assert "the best, with 0 of 1 layers in FP16" in _none_holds(both, "m.onnx")

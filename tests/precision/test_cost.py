@@ -102,3 +102,6 @@ def test_cost_models_by_name(recipe: Recipe, tmp_path: Path) -> None:
     assert cost_model(recipe, work, layer_times=(good, good)).source == "layer times measured on a GPU"
     with pytest.raises(BadInputFile, match=r"bad\.json holds no layer times"):
         cost_model(recipe, work, layer_times=(good, bad))
+    bad.write_text(json.dumps({"gpu": "a GPU", "milliseconds": {"a layer of another network": 1.0}}))
+    with pytest.raises(BadInputFile, match=r"bad\.json names no layer of this network"):
+        cost_model(recipe, work, layer_times=(good, bad))

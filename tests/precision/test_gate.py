@@ -15,11 +15,11 @@ from hpddrnet_trt.deploy.build import build_engine
 from hpddrnet_trt.deploy.half import to_half
 from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
 from hpddrnet_trt.engines.cuda_memory import gpu_or_none
-from hpddrnet_trt.errors import UsageError, UserError
-from hpddrnet_trt.manifest import CalibrationRecord, read_manifest, sidecar_path
+from hpddrnet_trt.errors import ContractError, UsageError, UserError
+from hpddrnet_trt.manifest import CalibrationRecord, MixedPrecisionRecord, read_manifest, sidecar_path
 from hpddrnet_trt.precision.budget import Budget
 from hpddrnet_trt.precision.engine import build_verified
-from hpddrnet_trt.precision.gate import WHAT, Gate, find_reference
+from hpddrnet_trt.precision.gate import WHAT, Gate, find_reference, reference_for
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
@@ -138,3 +138,54 @@ def test_a_missing_reference_is_asked_for(write: Write, tmp_path: Path) -> None:
 def test_auto_needs_a_budget(fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--precision auto needs a budget"):
         build_verified(fp32, tmp_path / "m.engine", precision="auto", gate=None)
+
+
+def test_what_the_gate_needs_is_checked_before_building(
+    fp32: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpddrnet_trt.precision import engine
+
+    monkeypatch.setattr(engine, "build_engine", lambda *_, **__: pytest.fail("built first"))
+    budget, target = Budget(max_miou_drop=1.0), tmp_path / "m.engine"
+    for gate, says in (
+        (Gate(data, budget, split="tset"), "no split 'tset'"),
+        (Gate(tmp_path / "none", budget), "does not exist"),
+        (Gate(data, budget, reference=tmp_path / "none.onnx"), "does not exist"),
+    ):
+        with pytest.raises(UserError, match=says):
+            build_verified(fp32, target, precision="fp16", gate=gate)
+
+
+def test_the_reference_is_fp32(write: Write, fp32: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    int8 = write("model.int8.onnx", 8.0)
+    with pytest.raises(UsageError, match=r"the reference .*model\.int8\.onnx is INT8"):
+        reference_for(int8, fp32, read_manifest(fp32))
+    assert reference_for(fp32, int8, read_manifest(int8)) == fp32
+    assert not caplog.records
+    manifest = read_manifest(int8).replace(checkpoint_sha256="another")
+    assert reference_for(fp32, int8, manifest) == fp32
+    assert "is of another checkpoint" in caplog.text
+
+
+@needs_rtx
+@without_gpu
+def test_an_engine_too_small_for_the_micrographs_is_not_accepted(write: Write, data: Path, tmp_path: Path) -> None:
+    """Without a GPU the ONNX file is judged, but with the sizes that the engine takes."""
+    with pytest.raises(ContractError, match="96 pixels does not fit"):
+        build_verified(
+            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
+            shapes="1x1x64x64:1x1x64x64:1x1x64x64", gate=Gate(data, Budget(max_miou_drop=3.0)), progress=False,
+        )  # fmt: skip
+    assert not (tmp_path / "m.engine").exists()
+
+
+def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_path: Path) -> None:
+    path = write("model.int8.onnx", 1.0)
+    model, manifest = load_model(path)
+    mixed = MixedPrecisionRecord(
+        budget="none", floating=["stem"], layers=5, searched_on="simulated/val", points=[], cost_source="a test"
+    )
+    save_model(model, path, manifest.replace(mixed=mixed))
+    with pytest.raises(UserError, match=r"1 of 5 layers are FP16.*choose on more micrographs") as refused:
+        Gate(data, Budget(max_miou_drop=0.5)).verify(path, path, tmp_path / "m.engine")
+    assert "choose-precision" not in str(refused.value)
