@@ -421,13 +421,13 @@ def fp16_range_report(model: onnx.ModelProto, manifest: Manifest, images: Sequen
     """Largest absolute value of every floating-point activation of an FP32 graph over micrographs.
 
     The images are run at the model's own size, or in crops of their usual size where it is dynamic
-    (:func:`~hpddrnet_trt.deploy.calibration_data.crop_size`). Raises :class:`UsageError` without images,
+    (:func:`~hpddrnet_trt.deploy.calibration.micrographs.crop_size`). Raises :class:`UsageError` without images,
     :class:`UserError` when an activation is not finite.
     """
     from onnx import TensorProto
 
-    from hpddrnet_trt.deploy.calibration_data import batches, crop_size, plan_crops
-    from hpddrnet_trt.deploy.statistics import extremes
+    from hpddrnet_trt.deploy.calibration.micrographs import batches, crop_size, plan_crops
+    from hpddrnet_trt.deploy.calibration.statistics import extremes
     from hpddrnet_trt.engines.base import input_contract
 
     contract = input_contract(manifest)

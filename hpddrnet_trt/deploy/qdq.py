@@ -57,8 +57,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hpddrnet_trt.deploy.calibration.ranges import Range
 from hpddrnet_trt.deploy.onnx_graph import consumers, producers, replace_nodes
-from hpddrnet_trt.deploy.ranges import Range
 
 Form = Literal["tensorrt", "onnxruntime"]
 # Wider sets (residual sums, pooling, concatenation, resizing) were measured: no faster, less exact.

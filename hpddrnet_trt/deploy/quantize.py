@@ -23,15 +23,16 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from hpddrnet_trt.deploy import calibration_data, modelopt, qdq
+from hpddrnet_trt.deploy import modelopt, qdq
+from hpddrnet_trt.deploy.calibration import micrographs
+from hpddrnet_trt.deploy.calibration.histograms import Statistics, merge
+from hpddrnet_trt.deploy.calibration.ranges import METHODS, Method, Range, ranges_of
+from hpddrnet_trt.deploy.calibration.statistics import measure
+from hpddrnet_trt.deploy.calibration.statistics_cache import Cache
 from hpddrnet_trt.deploy.fp8 import fp8_layers, to_fp8
 from hpddrnet_trt.deploy.half import to_half
-from hpddrnet_trt.deploy.histograms import Statistics, merge
 from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
 from hpddrnet_trt.deploy.placement import analyse
-from hpddrnet_trt.deploy.ranges import METHODS, Method, Range, ranges_of
-from hpddrnet_trt.deploy.statistics import measure
-from hpddrnet_trt.deploy.statistics_cache import Cache
 from hpddrnet_trt.deploy.tensors import fold_constants
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
@@ -57,9 +58,9 @@ class _Data:
     """The crops of one calibration: those that give ranges, and those it is judged on."""
 
     images: list[Path]
-    crops: list[calibration_data.Crop]
+    crops: list[micrographs.Crop]
     held_out: list[Path]
-    held_out_crops: list[calibration_data.Crop]
+    held_out_crops: list[micrographs.Crop]
     independent: bool  # no held-out image was calibrated on
     height: int
     width: int
@@ -88,17 +89,17 @@ def calibrate(
     or ``modelopt`` for NVIDIA's quantiser (form ``tensorrt``; see :mod:`hpddrnet_trt.deploy.modelopt`).
     ``images``: micrographs (see :func:`~hpddrnet_trt.data.datasets.find_images` for datasets
     and folders); at most ``max_images`` of them, chosen to span the grey levels, give the ranges.
-    ``method``: see :mod:`hpddrnet_trt.deploy.ranges`; ``auto`` tries all that the tool has and keeps the one with
-    the highest IoU against FP32 labels, averaged over classes. ``size``: height and width in pixels of
-    the calibration crops where the model is dynamic (the images' own by default, 1024 at most).
-    ``half``: type what is not quantised FP16 (form ``tensorrt`` only). ``held_out``: images for the
-    comparison with the FP32 file (and for the choice of ``auto``); without them every fourth of
-    ``images`` is set aside.
+    ``method``: see :mod:`hpddrnet_trt.deploy.calibration.ranges`; ``auto`` tries all that the tool has and
+    keeps the one with the highest IoU against FP32 labels, averaged over classes.
+    ``size``: height and width in pixels of the calibration crops where the model is dynamic (the images'
+    own by default, 1024 at most). ``half``: type what is not quantised FP16 (form ``tensorrt`` only).
+    ``held_out``: images for the comparison with the FP32 file (and for the choice of ``auto``);
+    without them every fourth of ``images`` is set aside.
     ``min_agreement``: the smallest share of pixels with equal labels that is accepted;
     ``min_class_iou``: the smallest intersection over union of the labels with the FP32 ones in any class, which
     notices a rare class that agreement overlooks (off by default; below 0.8 there is a warning).
     ``cache``: where what was measured on each crop is kept, ``None`` for nowhere, see
-    :mod:`hpddrnet_trt.deploy.statistics_cache`; an interrupted calibration continues from there.
+    :mod:`hpddrnet_trt.deploy.calibration.statistics_cache`; an interrupted calibration continues from there.
 
     The same files give the same result. Raises :class:`UsageError` for a request that makes no
     sense, :class:`BadInputFile` for an unreadable file, :class:`UserError` when the quantised model
@@ -194,7 +195,7 @@ def _quantised(
         statistics = _together(model, manifest, chosen.tensors, data.crops, size, cache)
     for method in methods:
         if request.tool == "modelopt":
-            feed = calibration_data.batches(data.crops, *size, contract, manifest.normalisation)
+            feed = micrographs.batches(data.crops, *size, contract, manifest.normalisation)
             result = modelopt.quantise_with_modelopt(
                 model, feed, method="entropy" if method == "entropy" else "max", precision=request.precision
             )
@@ -227,8 +228,8 @@ def activation_ranges(
     """
     if not images:
         raise UsageError("no calibration image was given; give a dataset, a folder or files of micrographs")
-    height, width = calibration_data.crop_size(input_contract(manifest), size, images)
-    crops = calibration_data.plan_crops(images, height, width, each=crops_per_image)
+    height, width = micrographs.crop_size(input_contract(manifest), size, images)
+    crops = micrographs.plan_crops(images, height, width, each=crops_per_image)
     statistics = _together(model, manifest, chosen.tensors, crops, (height, width), cache)
     return ranges_of(statistics, method, form == "tensorrt")
 
@@ -237,7 +238,7 @@ def _together(
     model: Any,
     manifest: Manifest,
     tensors: Sequence[str],
-    crops: Sequence[calibration_data.Crop],
+    crops: Sequence[micrographs.Crop],
     size: tuple[int, int],
     cache: Cache,
 ) -> Statistics:
@@ -290,22 +291,22 @@ def _gather(
 ) -> _Data:
     if not images:
         raise UsageError("no calibration image was given; give a dataset, a folder or files of micrographs")
-    height, width = calibration_data.crop_size(contract, size, images)
+    height, width = micrographs.crop_size(contract, size, images)
     images = sorted({path.resolve() for path in images})
     if held_out:
         judges = sorted({path.resolve() for path in held_out})
         pool = [path for path in images if path not in judges]
     else:
-        pool, judges = calibration_data.split_held_out(images)
+        pool, judges = micrographs.split_held_out(images)
     independent = bool(pool and judges)
     pool = pool or images
-    chosen = calibration_data.choose_images(pool, max_images)
-    judges = calibration_data.choose_images(judges or chosen, _HELD_OUT_CROPS)
+    chosen = micrographs.choose_images(pool, max_images)
+    judges = micrographs.choose_images(judges or chosen, _HELD_OUT_CROPS)
     return _Data(
         images=chosen,
-        crops=calibration_data.plan_crops(chosen, height, width),
+        crops=micrographs.plan_crops(chosen, height, width),
         held_out=judges,
-        held_out_crops=calibration_data.plan_crops(judges, height, width, _HELD_OUT_CROPS)[:_HELD_OUT_CROPS],
+        held_out_crops=micrographs.plan_crops(judges, height, width, _HELD_OUT_CROPS)[:_HELD_OUT_CROPS],
         independent=independent,
         height=height,
         width=width,
@@ -314,7 +315,7 @@ def _gather(
 
 def calibration_record(
     images: Sequence[Path],
-    crops: Sequence[calibration_data.Crop],
+    crops: Sequence[micrographs.Crop],
     size: tuple[int, int],
     method: str,
     tool: Tool = "own",
@@ -325,7 +326,7 @@ def calibration_record(
     return CalibrationRecord(
         method=method,
         images=len(images),
-        images_sha256=calibration_data.checksum(images),
+        images_sha256=micrographs.checksum(images),
         source=f"{named}{' ...' if len(folders) > 3 else ''}: {len(crops)} crops of {size[0]}x{size[1]}",
         tool=f"onnxruntime {_runtime_version()}" if tool == "own" else f"modelopt {modelopt.installed_version()}",
     )
@@ -360,7 +361,7 @@ class _Reference:
 
     def _batches(self, purpose: str) -> Iterator[npt.NDArray[Any]]:
         data, contract = self._data, input_contract(self._manifest)
-        feed = calibration_data.batches(
+        feed = micrographs.batches(
             data.held_out_crops, data.height, data.width, contract, self._manifest.normalisation
         )
         total = -(-len(data.held_out_crops) // contract.batch.minimum)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
-from hpddrnet_trt.deploy.calibration_data import Crop, Grey, cut, read_grey, to_input
+from hpddrnet_trt.deploy.calibration.micrographs import Crop, Grey, cut, read_grey, to_input
 from hpddrnet_trt.deploy.onnx_graph import producers
 from hpddrnet_trt.deploy.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 from hpddrnet_trt.errors import UserError, require

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from hpddrnet_trt.deploy import calibration_data
 from hpddrnet_trt.deploy.blocks import block_of
+from hpddrnet_trt.deploy.calibration import micrographs
 from hpddrnet_trt.deploy.onnx_graph import load_model
 from hpddrnet_trt.deploy.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 from hpddrnet_trt.engines import load_engine
@@ -204,10 +204,10 @@ class _Data:
         }
         multiple = math.lcm(given[0].multiple, given[1].multiple)
         self.contracts = [contract.model_copy(update={**shared, "multiple": multiple}) for contract in given]
-        self.height, self.width = calibration_data.crop_size(self.contracts[0], size, images)
+        self.height, self.width = micrographs.crop_size(self.contracts[0], size, images)
         self.batch = shared["batch"].minimum
-        chosen = calibration_data.choose_images(images, max_images)
-        self.crops = calibration_data.plan_crops(chosen, self.height, self.width, IMAGES)
+        chosen = micrographs.choose_images(images, max_images)
+        self.crops = micrographs.plan_crops(chosen, self.height, self.width, IMAGES)
         self.described = (
             f"{len(self.crops)} crop{'s' * (len(self.crops) > 1)} of {self.height}x{self.width} from {len(chosen)} "
             f"micrograph{'s' * (len(chosen) > 1)}"
@@ -216,7 +216,7 @@ class _Data:
     def batches(self) -> Iterator[tuple[Array, Array]]:
         """Pairs of inputs of the same crops."""
         feeds = [
-            calibration_data.batches(self.crops, self.height, self.width, contract, manifest.normalisation)
+            micrographs.batches(self.crops, self.height, self.width, contract, manifest.normalisation)
             for contract, manifest in zip(self.contracts, self.manifests, strict=True)
         ]
         total = -(-len(self.crops) // self.batch)

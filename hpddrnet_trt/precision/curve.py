@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hpddrnet_trt.deploy.histograms import Statistics, merge
-from hpddrnet_trt.deploy.ranges import ranges_of
+from hpddrnet_trt.deploy.calibration.histograms import Statistics, merge
+from hpddrnet_trt.deploy.calibration.ranges import ranges_of
 from hpddrnet_trt.precision.accuracy import Accuracy, Judge
 from hpddrnet_trt.precision.trials import Recipe, Trials
 
@@ -77,7 +77,7 @@ def measure_curve(
     """Quantise with the ranges of the first 1, 2, 4, ... micrographs and score each.
 
     ``statistics``: of each micrograph, in the order of
-    :func:`~hpddrnet_trt.deploy.calibration_data.choose_images`, which covers the grey levels as early as
+    :func:`~hpddrnet_trt.deploy.calibration.micrographs.choose_images`, which covers the grey levels as early as
     it can. The ranges of ``recipe`` itself are not used.
     """
     merged = list(accumulate(statistics, merge))

@@ -10,14 +10,15 @@ from functools import reduce
 from pathlib import Path
 
 from hpddrnet_trt.data.datasets import FolderDataset, find_images
-from hpddrnet_trt.deploy import calibration_data, qdq
+from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.deploy.calibration import micrographs
+from hpddrnet_trt.deploy.calibration.histograms import Statistics, merge
+from hpddrnet_trt.deploy.calibration.ranges import Method, ranges_of
+from hpddrnet_trt.deploy.calibration.statistics import measure
+from hpddrnet_trt.deploy.calibration.statistics_cache import Cache, cache_folder
 from hpddrnet_trt.deploy.fp8 import fp8_layers
-from hpddrnet_trt.deploy.histograms import Statistics, merge
 from hpddrnet_trt.deploy.operations import Work, macs_and_bytes
 from hpddrnet_trt.deploy.quantize import MAX_IMAGES, calibration_record, float_model
-from hpddrnet_trt.deploy.ranges import Method, ranges_of
-from hpddrnet_trt.deploy.statistics import measure
-from hpddrnet_trt.deploy.statistics_cache import Cache, cache_folder
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.manifest import CalibrationRecord, InputContract
@@ -68,7 +69,7 @@ def open_study(
     ``calibration_images``: default is the dataset's training split. ``reference``: what candidates are
     compared with, default as :func:`~hpddrnet_trt.precision.gate.reference_for`. ``size``: of the
     calibration crops; ``frame``: the height and width that operations are counted for, default ``size``.
-    ``cache``: see :mod:`hpddrnet_trt.deploy.statistics_cache`; with ``resume`` what an earlier run has
+    ``cache``: see :mod:`hpddrnet_trt.deploy.calibration.statistics_cache`; with ``resume`` what an earlier run has
     measured is used. Raises :class:`UsageError` before anything is measured for a split, a frame or a
     reference that does not do.
     """
@@ -84,10 +85,10 @@ def open_study(
         raise UsageError(f"dataset {data} has no training split to calibrate on; name micrographs with --calib")
     compared_with = reference_for(reference, source, manifest)
     images = find_images(data, "train") if calibration_images is None else list(calibration_images)
-    height, width = calibration_data.crop_size(contract, size, images)
-    chosen = calibration_data.choose_images(images, max_images)
+    height, width = micrographs.crop_size(contract, size, images)
+    chosen = micrographs.choose_images(images, max_images)
     warn_of_overlap(chosen, judged, f"{dataset.name}/{split}")
-    crops = calibration_data.plan_crops(chosen, height, width)
+    crops = micrographs.plan_crops(chosen, height, width)
     shown = (height, width) if frame is None else _checked_frame(frame, contract)
     operations = macs_and_bytes(model, (contract.batch.minimum, contract.channels, *shown))
     measured = measure(model, manifest, plan.tensors, crops, (height, width), cache=cache)

@@ -10,10 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.deploy.calibration.histograms import merge
+from hpddrnet_trt.deploy.calibration.ranges import METHODS, ranges_of
 from hpddrnet_trt.deploy.fp8 import fp8_layers
 from hpddrnet_trt.deploy.half import to_half
-from hpddrnet_trt.deploy.histograms import merge
-from hpddrnet_trt.deploy.ranges import METHODS, ranges_of
 from hpddrnet_trt.precision.accuracy import Accuracy
 from hpddrnet_trt.precision.preparation import Study
 from hpddrnet_trt.precision.trials import Trials

@@ -24,7 +24,7 @@ from hpddrnet_trt.precision.accuracy import Accuracy, Judge
 if TYPE_CHECKING:
     import onnx
 
-    from hpddrnet_trt.deploy.ranges import Range
+    from hpddrnet_trt.deploy.calibration.ranges import Range
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from PIL import Image
 
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.deploy.calibration.statistics import extremes
 from hpddrnet_trt.deploy.fp8 import E4M3_MAX, fp8_layers, suits_fp8, to_fp8
 from hpddrnet_trt.deploy.half import half_scale, to_half
 from hpddrnet_trt.deploy.onnx_graph import initializers, load_model, save_model
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_network
 from hpddrnet_trt.deploy.rounding import simulate_rounding, uses_half
-from hpddrnet_trt.deploy.statistics import extremes
 from hpddrnet_trt.deploy.tensors import fold_constants, tensor_types
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.errors import UsageError

@@ -390,7 +390,7 @@ def test_fp8_maps_the_largest_value_to_36(batches: list[Any]) -> None:
 def test_real_network_on_real_micrographs(sem_data: Path) -> None:
     """The shipped network: all of our plan is INT8, nothing else, and labels hardly change."""
     from hpddrnet_trt.data.datasets import FolderDataset
-    from hpddrnet_trt.deploy import calibration_data
+    from hpddrnet_trt.deploy.calibration import micrographs
     from hpddrnet_trt.engines.base import input_contract
     from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
     from hpddrnet_trt.precision.accuracy import Judge
@@ -398,8 +398,8 @@ def test_real_network_on_real_micrographs(sem_data: Path) -> None:
 
     path = Path(modelopt.__file__).parents[1] / "weights" / "nasa-super1.onnx"
     model, manifest = load_model(path)
-    crops = calibration_data.plan_crops(sorted((sem_data / "nasa-super1/images/train").iterdir())[:4], 512, 512, 4)
-    feed = calibration_data.batches(crops, 512, 512, input_contract(manifest), manifest.normalisation)
+    crops = micrographs.plan_crops(sorted((sem_data / "nasa-super1/images/train").iterdir())[:4], 512, 512, 4)
+    feed = micrographs.batches(crops, 512, 512, input_contract(manifest), manifest.normalisation)
     quantised = quantise_with_modelopt(model, feed)
     qdq.name_nodes(model)
     assert qdq.count_convolutions(quantised) == (len(qdq.plan(model, "tensorrt").nodes), 61)

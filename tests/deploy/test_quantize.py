@@ -16,10 +16,11 @@ from PIL import Image
 
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.deploy import calibration_data, fp8, modelopt, qdq, statistics
+from hpddrnet_trt.deploy import fp8, modelopt, qdq
+from hpddrnet_trt.deploy.calibration import micrographs, statistics
+from hpddrnet_trt.deploy.calibration.ranges import METHODS
+from hpddrnet_trt.deploy.calibration.statistics import extremes
 from hpddrnet_trt.deploy.quantize import METHODS_TRIED, activation_ranges, calibrate
-from hpddrnet_trt.deploy.ranges import METHODS
-from hpddrnet_trt.deploy.statistics import extremes
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.manifest import read_manifest
@@ -205,7 +206,7 @@ def test_the_file_describes_its_calibration(
     assert manifest.calibration is not None
     assert manifest.calibration.images == 9  # every fourth of twelve is held out
     kept = [path for path in images if path not in images[3::4]]
-    assert manifest.calibration.images_sha256 == calibration_data.checksum(kept)
+    assert manifest.calibration.images_sha256 == micrographs.checksum(kept)
     evidence = manifest.evidence[-1]
     assert evidence.images == 3
     assert "not calibrated on" in evidence.source

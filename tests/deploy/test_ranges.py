@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpddrnet_trt.deploy.histograms import histogram, merge
-from hpddrnet_trt.deploy.ranges import METHODS, Range, _divergence, _reach, _Sides, ranges_of
+from hpddrnet_trt.deploy.calibration.histograms import histogram, merge
+from hpddrnet_trt.deploy.calibration.ranges import METHODS, Range, _divergence, _reach, _Sides, ranges_of
 from hpddrnet_trt.errors import UsageError
 
 FORMS = pytest.mark.parametrize("symmetric", [True, False])

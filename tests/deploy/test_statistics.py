@@ -28,11 +28,20 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.deploy import qdq, statistics, statistics_cache
-from hpddrnet_trt.deploy.calibration_data import plan_crops
-from hpddrnet_trt.deploy.histograms import BINS, Histogram, Statistics, from_bytes, histogram, merge, to_bytes
-from hpddrnet_trt.deploy.statistics import extremes, measure
-from hpddrnet_trt.deploy.statistics_cache import StatisticsCache, cache_folder
+from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.deploy.calibration import statistics, statistics_cache
+from hpddrnet_trt.deploy.calibration.histograms import (
+    BINS,
+    Histogram,
+    Statistics,
+    from_bytes,
+    histogram,
+    merge,
+    to_bytes,
+)
+from hpddrnet_trt.deploy.calibration.micrographs import plan_crops
+from hpddrnet_trt.deploy.calibration.statistics import extremes, measure
+from hpddrnet_trt.deploy.calibration.statistics_cache import StatisticsCache, cache_folder
 from hpddrnet_trt.errors import UsageError, UserError
 from hpddrnet_trt.manifest import Manifest, read_manifest
 from tests.deploy.residual_onnx import residual_model
@@ -293,9 +302,9 @@ from pathlib import Path
 from functools import reduce
 import onnx
 from hpddrnet_trt.deploy import qdq
-from hpddrnet_trt.deploy.calibration_data import Crop
-from hpddrnet_trt.deploy.histograms import merge
-from hpddrnet_trt.deploy.statistics import measure
+from hpddrnet_trt.deploy.calibration.micrographs import Crop
+from hpddrnet_trt.deploy.calibration.histograms import merge
+from hpddrnet_trt.deploy.calibration.statistics import measure
 from hpddrnet_trt.manifest import read_manifest
 
 source, images = sys.argv[1], json.loads(sys.argv[2])

@@ -13,8 +13,8 @@ from PIL import Image
 
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.deploy import calibration_data
-from hpddrnet_trt.deploy.calibration_data import Crop
+from hpddrnet_trt.deploy.calibration import micrographs
+from hpddrnet_trt.deploy.calibration.micrographs import Crop
 from hpddrnet_trt.errors import BadInputFile, UsageError
 from hpddrnet_trt.manifest import AxisRange, InputContract, Normalisation
 
@@ -36,11 +36,11 @@ def test_chosen_images_span_the_grey_levels(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{index:02d}.png")
         pixels = np.clip(rng.normal(level, 3, (32, 32)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(paths[-1])
-    chosen = calibration_data.choose_images(paths, 3)
+    chosen = micrographs.choose_images(paths, 3)
     assert len(chosen) == 3
     assert {paths[10], paths[11]} <= set(chosen)
-    assert calibration_data.choose_images(paths[::-1], 3) == chosen
-    assert sorted(calibration_data.choose_images(paths, 50)) == paths
+    assert micrographs.choose_images(paths[::-1], 3) == chosen
+    assert sorted(micrographs.choose_images(paths, 50)) == paths
 
 
 def test_a_smaller_choice_is_the_beginning_of_a_larger_one(
@@ -50,19 +50,19 @@ def test_a_smaller_choice_is_the_beginning_of_a_larger_one(
     twin.write_bytes(images[3].read_bytes())
     everything = [*images, twin]
     for surveyed in (512, 5):  # all of them, or every third
-        monkeypatch.setattr(calibration_data, "SURVEYED", surveyed)
-        order = calibration_data.choose_images(everything, 20)
+        monkeypatch.setattr(micrographs, "SURVEYED", surveyed)
+        order = micrographs.choose_images(everything, 20)
         assert sorted(order) == sorted(everything)
         for count in range(14):
-            assert calibration_data.choose_images(everything, count) == order[:count]
-    assert calibration_data.choose_images([], 3) == []
+            assert micrographs.choose_images(everything, count) == order[:count]
+    assert micrographs.choose_images([], 3) == []
 
 
 def test_the_first_choice_is_typical_and_the_next_is_unlike_it(tmp_path: Path) -> None:
     paths = [tmp_path / f"{level:03d}.png" for level in (20, 90, 100, 110, 230)]
     for path in paths:
         Image.fromarray(np.full((16, 16), int(path.stem), np.uint8)).save(path)
-    assert [path.stem for path in calibration_data.choose_images(paths, 3)] == ["100", "230", "020"]
+    assert [path.stem for path in micrographs.choose_images(paths, 3)] == ["100", "230", "020"]
 
 
 def test_images_are_found_in_datasets_folders_and_lists(tmp_path: Path, images: list[Path]) -> None:
@@ -83,7 +83,7 @@ def test_images_are_found_in_datasets_folders_and_lists(tmp_path: Path, images: 
 
 @given(length=st.integers(1, 3000), crop=st.integers(8, 1024))
 def test_crops_fit_and_do_not_overlap(length: int, crop: int) -> None:
-    starts = calibration_data._starts(length, crop)
+    starts = micrographs._starts(length, crop)
     assert all(0 <= start <= max(length - crop, 0) for start in starts)
     assert all(second - first >= crop for first, second in itertools.pairwise(starts))
 
@@ -91,28 +91,28 @@ def test_crops_fit_and_do_not_overlap(length: int, crop: int) -> None:
 def test_few_images_are_cut_into_several_crops(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     Image.fromarray(np.zeros((300, 200), np.uint8)).save(path)
-    crops = calibration_data.plan_crops([path], 64, 64, minimum=5)
+    crops = micrographs.plan_crops([path], 64, 64, minimum=5)
     assert len(set(crops)) == 5
-    assert calibration_data.plan_crops([path], 512, 512, minimum=5) == [Crop(path, 0, 0)]
-    assert len(calibration_data.plan_crops([path] * 5, 64, 64, minimum=5)) == 5
+    assert micrographs.plan_crops([path], 512, 512, minimum=5) == [Crop(path, 0, 0)]
+    assert len(micrographs.plan_crops([path] * 5, 64, 64, minimum=5)) == 5
 
 
 def test_crops_of_an_image_do_not_depend_on_how_many_images_there_are(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     Image.fromarray(np.zeros((320, 320), np.uint8)).save(path)
-    crops = calibration_data.plan_crops([path], 64, 64, each=25)
+    crops = micrographs.plan_crops([path], 64, 64, each=25)
     assert len(set(crops)) == 25
     assert crops[0] == Crop(path, 128, 128)  # the centre, then the corners
     assert {(crop.top, crop.left) for crop in crops[1:5]} == {(0, 0), (0, 256), (256, 0), (256, 256)}
     for each in (1, 4, 25):
-        assert calibration_data.plan_crops([path], 64, 64, each=each) == crops[:each]
-        assert calibration_data.plan_crops([path] * 3, 64, 64, each=each) == crops[:each] * 3
+        assert micrographs.plan_crops([path], 64, 64, each=each) == crops[:each]
+        assert micrographs.plan_crops([path] * 3, 64, 64, each=each) == crops[:each] * 3
 
 
 def test_every_crop_is_an_input_of_its_own(images: list[Path]) -> None:
     contract = InputContract(batch=AxisRange(minimum=3, maximum=3))
-    crops = calibration_data.plan_crops(images[:2], 16, 24, each=2)
-    found = list(calibration_data.inputs(crops, 16, 24, contract, Normalisation()))
+    crops = micrographs.plan_crops(images[:2], 16, 24, each=2)
+    found = list(micrographs.inputs(crops, 16, 24, contract, Normalisation()))
     assert [crop for crop, _ in found] == crops
     for crop, batch in found:
         grey = np.asarray(Image.open(crop.image))[crop.top : crop.top + 16, crop.left : crop.left + 24]
@@ -123,7 +123,7 @@ def test_every_crop_is_an_input_of_its_own(images: list[Path]) -> None:
 
 def test_a_small_image_is_continued_by_reflection() -> None:
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    got = calibration_data.cut(grey, Crop(Path(), 0, 0), 8, 8)
+    got = micrographs.cut(grey, Crop(Path(), 0, 0), 8, 8)
     assert got.shape == (8, 8)
     np.testing.assert_array_equal(got[:5, 0], [0, 4, 8, 4, 0])
     np.testing.assert_array_equal(got[0], [0, 1, 2, 3, 2, 1, 0, 1])
@@ -132,11 +132,11 @@ def test_a_small_image_is_continued_by_reflection() -> None:
 def test_float_input_is_normalised_rgb() -> None:
     grey = np.array([[[[0, 255]]]], np.uint8)
     contract = InputContract(dtype="float32", channels=3)
-    got = calibration_data.to_input(grey, contract, Normalisation(mean=(1, 2, 3), std=(2, 4, 8)))
+    got = micrographs.to_input(grey, contract, Normalisation(mean=(1, 2, 3), std=(2, 4, 8)))
     assert got.dtype == np.float32
     np.testing.assert_allclose(got[0, :, 0, 1], [127, 63.25, 31.5])
-    assert calibration_data.to_input(grey, InputContract(), Normalisation()) is not None
-    np.testing.assert_array_equal(calibration_data.to_input(grey, InputContract(), Normalisation()), grey)
+    assert micrographs.to_input(grey, InputContract(), Normalisation()) is not None
+    np.testing.assert_array_equal(micrographs.to_input(grey, InputContract(), Normalisation()), grey)
 
 
 @pytest.mark.parametrize(
@@ -152,17 +152,17 @@ def test_float_input_is_normalised_rgb() -> None:
 def test_crop_size_follows_model_and_images(
     axis: AxisRange, image: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration_data, "read_grey", lambda path: np.zeros((image, image), np.uint8))
+    monkeypatch.setattr(micrographs, "read_grey", lambda path: np.zeros((image, image), np.uint8))
     contract = InputContract(height=axis, width=axis)
-    assert calibration_data.crop_size(contract, None, [Path("a"), Path("b")]) == (expected, expected)
+    assert micrographs.crop_size(contract, None, [Path("a"), Path("b")]) == (expected, expected)
 
 
 def test_crop_size_as_asked_opens_no_image() -> None:
-    assert calibration_data.crop_size(InputContract(), (64, 128), [Path("missing.png")]) == (64, 128)
+    assert micrographs.crop_size(InputContract(), (64, 128), [Path("missing.png")]) == (64, 128)
     with pytest.raises(UsageError, match="height must be a multiple of 8"):
-        calibration_data.crop_size(InputContract(), (60, 128), [])
+        micrographs.crop_size(InputContract(), (60, 128), [])
 
 
 def test_checksum_is_of_contents(images: list[Path]) -> None:
-    assert calibration_data.checksum(images) == calibration_data.checksum(images[::-1])
-    assert calibration_data.checksum(images) != calibration_data.checksum(images[1:])
+    assert micrographs.checksum(images) == micrographs.checksum(images[::-1])
+    assert micrographs.checksum(images) != micrographs.checksum(images[1:])

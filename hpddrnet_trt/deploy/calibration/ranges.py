@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.deploy.histograms import Histogram, Statistics
+from hpddrnet_trt.deploy.calibration.histograms import Histogram, Statistics
 from hpddrnet_trt.errors import UsageError
 
 Method = Literal["max", "percentile", "entropy", "mse"]

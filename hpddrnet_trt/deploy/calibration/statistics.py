@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from hpddrnet_trt.deploy.calibration_data import Crop, inputs
-from hpddrnet_trt.deploy.histograms import BINS, Statistics, histogram, merge
-from hpddrnet_trt.deploy.statistics_cache import Cache, StatisticsCache
+from hpddrnet_trt.deploy.calibration.histograms import BINS, Statistics, histogram, merge
+from hpddrnet_trt.deploy.calibration.micrographs import Crop, inputs
+from hpddrnet_trt.deploy.calibration.statistics_cache import Cache, StatisticsCache
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.errors import UsageError, UserError
 from hpddrnet_trt.manifest import Manifest
@@ -42,10 +42,10 @@ def measure(
 ) -> Iterator[tuple[Path, Statistics]]:
     """Statistics of the named tensors of an FP32 ``ModelProto``, one micrograph at a time.
 
-    ``crops``: what :func:`~hpddrnet_trt.deploy.calibration_data.plan_crops` gives for crops of ``size``
+    ``crops``: what :func:`~hpddrnet_trt.deploy.calibration.micrographs.plan_crops` gives for crops of ``size``
     (height, width); those of one micrograph follow each other. ``cache``: where the
-    statistics of crops are kept (:mod:`hpddrnet_trt.deploy.statistics_cache`), ``None`` for nowhere; crops that are
-    there already are not computed again, whichever run or interrupted run left them.
+    statistics of crops are kept (:mod:`hpddrnet_trt.deploy.calibration.statistics_cache`), ``None`` for
+    nowhere; crops that are there already are not computed again, whichever run or interrupted run left them.
 
     To compare numbers of micrographs, give the crops of the longest choice and the same number
     from every image: ``itertools.accumulate((entry for _, entry in measure(...)), merge)`` is the

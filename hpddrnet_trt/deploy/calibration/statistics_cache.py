@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from hpddrnet_trt.deploy.histograms import Statistics, from_bytes, to_bytes
+from hpddrnet_trt.deploy.calibration.histograms import Statistics, from_bytes, to_bytes
 from hpddrnet_trt.errors import UserError
 from hpddrnet_trt.files import write_bytes
 
