@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,17 +94,14 @@ def sensitivity(
     resume: Resume = True,
 ) -> None:
     """Rank layers or blocks by what their low precision alone does to mIoU and to the labels."""
+    from hpddrnet_trt.precision.figures import draw_sensitivity
     from hpddrnet_trt.precision.sensitivity import analyse
 
     _check_outputs(plot, json_file)
     with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, resume) as study:
         found = analyse(study.trials, by=by, operations=study.shares)
     typer.echo(found.text())
-    if plot is not None:
-        from hpddrnet_trt.precision.figures import draw_sensitivity
-
-        typer.echo(f"written: {draw_sensitivity(found, plot)}")
-    _write_json(json_file, found.record())
+    _write_found(found, draw_sensitivity, plot, json_file)
 
 
 @app.command()
@@ -139,6 +137,7 @@ def choose_precision(
     from hpddrnet_trt.precision.budget import Budget
     from hpddrnet_trt.precision.choose import choose_precision as choose
     from hpddrnet_trt.precision.cost import check_device, cost_model
+    from hpddrnet_trt.precision.figures import draw_frontier
 
     check_device(device, precision)
     budget = Budget(max_miou_drop, min_agreement)
@@ -153,11 +152,7 @@ def choose_precision(
         )
     typer.echo(choice.text())
     if choice.frontier is not None:
-        if plot is not None:
-            from hpddrnet_trt.precision.figures import draw_frontier
-
-            typer.echo(f"written: {draw_frontier(choice.frontier, plot)}")
-        _write_json(json_file, choice.frontier.record())
+        _write_found(choice.frontier, draw_frontier, plot, json_file)
     elif plot is not None or json_file is not None:
         typer.echo("no picture and no figures: everything in low precision keeps the budget; --frontier measures more")
     typer.echo(f"written: {target}")
@@ -179,16 +174,13 @@ def calibration_curve(
 ) -> None:
     """Accuracy against the number of calibration micrographs: how many are enough."""
     from hpddrnet_trt.precision.curve import measure_curve
+    from hpddrnet_trt.precision.figures import draw_curve
 
     _check_outputs(plot, json_file)
     with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, True) as study:
         found = measure_curve(study.trials.recipe, study.judge, study.statistics, study.method)
     typer.echo(found.text())
-    if plot is not None:
-        from hpddrnet_trt.precision.figures import draw_curve
-
-        typer.echo(f"written: {draw_curve(found, plot)}")
-    _write_json(json_file, found.record())
+    _write_found(found, draw_curve, plot, json_file)
 
 
 @app.command()
@@ -209,17 +201,14 @@ def compare(
     """Compare two model files layer by layer: where the error is made, how it grows, what becomes of the labels."""
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.precision.compare import compare as run_comparison
+    from hpddrnet_trt.precision.comparison_figures import save_figure
 
     _check_outputs(plot, json_file)
     found = run_comparison(
         a, b, find_images(images, split), limit=limit, max_images=max_images, size=_size(size), layers=not labels_only
     )
     typer.echo(found.text())
-    if plot is not None:
-        from hpddrnet_trt.precision.comparison_figures import save_figure
-
-        typer.echo(f"written: {save_figure(found, plot)}")
-    _write_json(json_file, found.record())
+    _write_found(found, save_figure, plot, json_file)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -261,11 +250,19 @@ def _check_place(path: Path) -> None:
 
 def _check_target(model: Path, target: Path) -> None:
     """The same for the ONNX file; the FP32 file itself stays."""
+    from hpddrnet_trt.deploy.onnx_graph import check_target
+
     _check_place(target)
-    if target.suffix.lower() != ".onnx":
-        raise UsageError(f"the ONNX file to write, {target}, must end with .onnx; write {target.name}.onnx")
-    if locate(model, ".onnx").resolve() == target.resolve():
-        raise UsageError(f"{target} would overwrite the FP32 model it is made from; choose another output path")
+    check_target(locate(model, ".onnx"), target)
+
+
+def _write_found(
+    found: Any, draw: Callable[[Any, Path], Path], plot: Path | None, json_file: Path | None
+) -> None:
+    """The picture and the figures of a result, where they were asked for."""
+    if plot is not None:
+        typer.echo(f"written: {draw(found, plot)}")
+    _write_json(json_file, found.record())
 
 
 def _write_json(target: Path | None, record: dict[str, Any]) -> None:

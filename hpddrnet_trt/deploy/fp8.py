@@ -49,10 +49,7 @@ def suits_fp8(node: onnx.NodeProto, kernel: Sequence[int]) -> bool:
 
 
 def fp8_layers(model: onnx.ModelProto) -> tuple[str, ...]:
-    """The convolutions of TensorRT's INT8 plan that suit FP8, in the graph's order; nodes must be named.
-
-    ``qdq.subset(model, "tensorrt", fp8_layers(model))`` is the plan for them.
-    """
+    """The convolutions of TensorRT's INT8 plan that suit FP8, in the graph's order; nodes must be named."""
     shapes = {entry.name: list(entry.dims) for entry in model.graph.initializer}
     planned = set(qdq.plan(model, "tensorrt").nodes)
     return tuple(
@@ -60,6 +57,11 @@ def fp8_layers(model: onnx.ModelProto) -> tuple[str, ...]:
         for node in model.graph.node
         if node.op_type == "Conv" and node.name in planned and suits_fp8(node, shapes[node.input[1]])
     )
+
+
+def fp8_plan(model: onnx.ModelProto) -> qdq.Plan:
+    """Where the pairs of :func:`fp8_layers` go."""
+    return qdq.subset(model, "tensorrt", fp8_layers(model))
 
 
 def to_fp8(quantised: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:

@@ -53,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 Method = Literal["max", "entropy"]
 METHODS: tuple[str, ...] = get_args(Method)
-Precision = Literal["int8", "fp8"]
 TIMEOUT_S = 3600.0
 # What ``import modelopt.onnx`` asks for; its own extra [onnx] brings CUDA packages as well.
 _NEEDED = ("modelopt", "onnx", "onnxruntime", "onnx_graphsurgeon", "onnxslim", "lief", "torch")
@@ -96,7 +95,7 @@ def quantise_with_modelopt(
     batches: Iterable[npt.NDArray[Any]],
     *,
     method: Method = "max",
-    precision: Precision = "int8",
+    precision: qdq.Quantised = "int8",
     exclude: Collection[str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> onnx.ModelProto:
@@ -122,8 +121,8 @@ def quantise_with_modelopt(
     onnx = require("onnx", "export", "quantise ONNX models")
     if method not in METHODS:
         raise UsageError(f"unknown ModelOpt method {method!r}; choose one of: {', '.join(METHODS)}")
-    if precision not in get_args(Precision):
-        raise UsageError(f"ModelOpt is asked for {precision!r}; choose one of: {', '.join(get_args(Precision))}")
+    if precision not in get_args(qdq.Quantised):
+        raise UsageError(f"ModelOpt is asked for {precision!r}; choose one of: {', '.join(get_args(qdq.Quantised))}")
     if precision == "fp8" and method != "max":
         raise UsageError(f"ModelOpt's FP8 needs the method 'max', not {method!r}: it derives FP8 scales from maxima")
     source = onnx.ModelProto()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.errors import UserError, require
+from hpddrnet_trt.errors import UsageError, UserError, require
 from hpddrnet_trt.files import atomic_path
 from hpddrnet_trt.manifest import METADATA_KEY, Manifest, read_manifest
 
@@ -44,6 +44,15 @@ def save_model(model: onnx.ModelProto, target: str | Path, manifest: Manifest) -
     with atomic_path(target) as temporary:
         onnx.save(model, str(temporary))
     return Path(target)
+
+
+def check_target(source: str | Path, target: str | Path) -> None:
+    """Raise :class:`UsageError` unless ``target`` may hold what a pass makes of the FP32 file ``source``."""
+    source, target = Path(source), Path(target)
+    if target.suffix.lower() != ".onnx":
+        raise UsageError(f"the ONNX file to write, {target}, must end with .onnx; write {target.with_suffix('.onnx')}")
+    if source.resolve() == target.resolve():
+        raise UsageError(f"{target} would overwrite the FP32 model it is made from; choose another output path")
 
 
 def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

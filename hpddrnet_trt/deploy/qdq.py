@@ -61,6 +61,7 @@ from hpddrnet_trt.deploy.calibration.ranges import Range
 from hpddrnet_trt.deploy.onnx_graph import consumers, producers, replace_nodes
 
 Form = Literal["tensorrt", "onnxruntime"]
+Quantised = Literal["int8", "fp8"]  # what pairs quantise to
 # Wider sets (residual sums, pooling, concatenation, resizing) were measured: no faster, less exact.
 _CPU_OPERATORS = ("Conv", "Relu")
 
@@ -133,8 +134,11 @@ def name_nodes(model: Any) -> None:
 
 def plan(model: Any, form: Form) -> Plan:
     """Decide what to quantise in a float ``ModelProto`` whose nodes are named."""
-    graph = _Graph(model)
-    return _tensorrt_plan(graph) if form == "tensorrt" else _cpu_plan(graph)
+    return _plan(_Graph(model), form)
+
+
+def _plan(graph: _Graph, form: Form, only: Collection[str] | None = None) -> Plan:
+    return _tensorrt_plan(graph, only) if form == "tensorrt" else _cpu_plan(graph, only)
 
 
 def subset(model: Any, form: Form, convolutions: Collection[str]) -> Plan:
@@ -146,10 +150,10 @@ def subset(model: Any, form: Form, convolutions: Collection[str]) -> Plan:
     """
     graph = _Graph(model)
     wanted = set(convolutions)
-    full = plan(model, form)
+    full = _plan(graph, form)
     if unknown := wanted - {node.name for node in graph.convolutions() if node.name in full.nodes}:
         raise ValueError(f"the plan quantises no convolution called {', '.join(sorted(unknown))}")
-    return _tensorrt_plan(graph, wanted) if form == "tensorrt" else _cpu_plan(graph, wanted)
+    return _plan(graph, form, wanted)
 
 
 def _tensorrt_plan(graph: _Graph, only: Collection[str] | None = None) -> Plan:

@@ -29,9 +29,9 @@ from hpddrnet_trt.deploy.calibration.histograms import Statistics, merge
 from hpddrnet_trt.deploy.calibration.ranges import METHODS, Method, Range, ranges_of
 from hpddrnet_trt.deploy.calibration.statistics import measure
 from hpddrnet_trt.deploy.calibration.statistics_cache import Cache
-from hpddrnet_trt.deploy.fp8 import fp8_layers, to_fp8
+from hpddrnet_trt.deploy.fp8 import fp8_plan, to_fp8
 from hpddrnet_trt.deploy.half import to_half
-from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
+from hpddrnet_trt.deploy.onnx_graph import check_target, load_model, save_model
 from hpddrnet_trt.deploy.placement import analyse
 from hpddrnet_trt.deploy.tensors import fold_constants
 from hpddrnet_trt.engines.base import input_contract
@@ -42,7 +42,6 @@ from hpddrnet_trt.metrics import ConfusionMatrix
 
 logger = logging.getLogger(__name__)
 
-Quantised = Literal["int8", "fp8"]
 Tool = Literal["own", "modelopt"]
 
 MAX_IMAGES = 64
@@ -72,7 +71,7 @@ def calibrate(
     images: Sequence[Path],
     *,
     form: qdq.Form = "tensorrt",
-    precision: Quantised = "int8",
+    precision: qdq.Quantised = "int8",
     method: Method | Literal["auto"] = "max",
     tool: Tool = "own",
     max_images: int = MAX_IMAGES,
@@ -108,7 +107,7 @@ def calibrate(
     require("onnxruntime", "export", "calibrate models")
     request = _Request(form, precision, method, tool, half)
     request.check()
-    _check_files(source_onnx, target_onnx)
+    check_target(source_onnx, target_onnx)
     if max_images < 1:
         raise UsageError(f"at least one calibration image is needed, {max_images} were asked for")
     for what, least in ("agreement", min_agreement), ("IoU per class", min_class_iou):
@@ -149,7 +148,7 @@ class _Request:
     """What the quantised file is to be."""
 
     form: qdq.Form
-    precision: Quantised
+    precision: qdq.Quantised
     method: str
     tool: Tool
     half: bool
@@ -165,7 +164,7 @@ class _Request:
         """Raise :class:`UsageError` for what is unknown or does not go together."""
         for what, value, known in (
             ("form", self.form, get_args(qdq.Form)),
-            ("precision", self.precision, get_args(Quantised)),
+            ("precision", self.precision, get_args(qdq.Quantised)),
             ("tool", self.tool, get_args(Tool)),
             ("calibration method", self.method, (*self.methods, "auto")),
         ):
@@ -181,7 +180,7 @@ class _Request:
         """What is quantised."""
         if self.precision == "int8":
             return qdq.plan(model, self.form)
-        return qdq.subset(model, self.form, fp8_layers(model))
+        return fp8_plan(model)
 
 
 def _quantised(
@@ -244,13 +243,6 @@ def _together(
 ) -> Statistics:
     """The statistics of all crops."""
     return reduce(merge, (entry for _, entry in measure(model, manifest, tensors, crops, size, cache=cache)))
-
-
-def _check_files(source: str | Path, target: str | Path) -> None:
-    if Path(target).suffix.lower() != ".onnx":
-        raise UsageError(f"the quantised model {target} must end with .onnx; write {Path(target).with_suffix('.onnx')}")
-    if Path(source).resolve() == Path(target).resolve():
-        raise UsageError(f"{target} would overwrite the FP32 model it is made from; choose another output path")
 
 
 def float_model(source: str | Path) -> tuple[Any, Manifest]:

@@ -25,9 +25,12 @@ def layer_times(path: str | Path, images: npt.NDArray[Any], *, runs: int = 50, d
     Raises what :class:`~hpddrnet_trt.engines.tensorrt.TensorRTEngine` raises.
     """
     with TensorRTEngine(path, device=device) as engine:
-        reported = engine.profile(images, WARM_UP + runs)
+        return _medians(engine, images, runs)
+
+
+def _medians(engine: TensorRTEngine, images: npt.NDArray[Any], runs: int) -> dict[str, float]:
     times: dict[str, list[float]] = defaultdict(list)
-    for run in reported[WARM_UP:]:
+    for run in engine.profile(images, WARM_UP + runs)[WARM_UP:]:
         for name, milliseconds in run:
             times[name].append(milliseconds)
     return {name: median(values) for name, values in times.items()}
@@ -36,9 +39,10 @@ def layer_times(path: str | Path, images: npt.NDArray[Any], *, runs: int = 50, d
 def write_layer_times(path: str | Path, target: str | Path, size: tuple[int, int], *, runs: int = 50) -> Path:
     """Measure on a frame of noise of ``size`` (height, width); writes JSON: ``gpu``, ``shape``, ``milliseconds``."""
     with TensorRTEngine(path) as engine:
-        contract, gpu = input_contract(engine.manifest), engine.runtime
-    shape = (contract.batch.minimum, contract.channels, *size)
-    noise = np.random.default_rng(0).integers(0, 256, shape)
-    images = noise.astype(np.uint8) if contract.dtype == "uint8" else (noise / 255).astype(np.float32)
-    record = {"gpu": gpu, "shape": list(shape), "milliseconds": layer_times(path, images, runs=runs)}
+        contract = input_contract(engine.manifest)
+        shape = (contract.batch.minimum, contract.channels, *size)
+        noise = np.random.default_rng(0).integers(0, 256, shape)
+        images = noise.astype(np.uint8) if contract.dtype == "uint8" else (noise / 255).astype(np.float32)
+        times = _medians(engine, images, runs)
+        record = {"gpu": engine.runtime, "shape": list(shape), "milliseconds": times}
     return write_text(target, json.dumps(record, indent=1) + "\n")

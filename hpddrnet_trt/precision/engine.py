@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +37,7 @@ def build_verified(
     :func:`~hpddrnet_trt.deploy.build.build_engine`, whose errors are raised as well.
     """
     source, target = Path(source), Path(target)
-
-    def accept(candidate: Path) -> Any:
-        assert gate is not None
-        return gate.verify(candidate, source, target)
-
-    accepting = None if gate is None else accept
+    accept = None if gate is None else partial(gate.verify, source=source, target=target)
     if precision != "auto":
         check_build(source, target, precision, calibration_images)
     if gate is not None:
@@ -50,7 +46,7 @@ def build_verified(
             warn_of_overlap(find_images(calibration_images), find_images(gate.data, gate.split), gate.split)
     if precision != "auto":
         return build_engine(
-            source, target, precision=precision, calibration_images=calibration_images, accept=accepting, **options
+            source, target, precision=precision, calibration_images=calibration_images, accept=accept, **options
         )
     if gate is None:
         raise UsageError("--precision auto needs a budget: give --verify DATA with --max-miou-drop or --min-agreement")
@@ -58,7 +54,7 @@ def build_verified(
         chosen = Path(folder) / f"{source.stem}.onnx"
         found = _choose(source, chosen, gate, calibration_images, split, device).manifest.precision
         assert found is not None  # the choice has just described it
-        return build_engine(chosen, target, precision=found, accept=accepting, **options)
+        return build_engine(chosen, target, precision=found, accept=accept, **options)
 
 
 def _choose(

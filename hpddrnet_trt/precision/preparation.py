@@ -16,7 +16,7 @@ from hpddrnet_trt.deploy.calibration.histograms import Statistics, merge
 from hpddrnet_trt.deploy.calibration.ranges import Method, ranges_of
 from hpddrnet_trt.deploy.calibration.statistics import measure
 from hpddrnet_trt.deploy.calibration.statistics_cache import Cache, cache_folder
-from hpddrnet_trt.deploy.fp8 import fp8_layers
+from hpddrnet_trt.deploy.fp8 import fp8_plan
 from hpddrnet_trt.deploy.operations import Work, macs_and_bytes
 from hpddrnet_trt.deploy.quantize import MAX_IMAGES, calibration_record, float_model
 from hpddrnet_trt.engines.base import input_contract
@@ -24,7 +24,7 @@ from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.manifest import CalibrationRecord, InputContract
 from hpddrnet_trt.precision.accuracy import Judge
 from hpddrnet_trt.precision.gate import reference_for
-from hpddrnet_trt.precision.trials import Quantised, Recipe, Trials
+from hpddrnet_trt.precision.trials import Recipe, Trials
 from hpddrnet_trt.segmenter import load_segmenter
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def open_study(
     max_images: int = MAX_IMAGES,
     size: tuple[int, int] | None = None,
     frame: tuple[int, int] | None = None,
-    precision: Quantised = "int8",
+    precision: qdq.Quantised = "int8",
     reference: Path | None = None,
     cache: Cache = "user",
     resume: bool = True,
@@ -75,9 +75,7 @@ def open_study(
     """
     model, manifest = float_model(source)
     qdq.name_nodes(model)
-    plan = qdq.plan(model, "tensorrt")
-    if precision == "fp8":
-        plan = qdq.subset(model, "tensorrt", fp8_layers(model))
+    plan = fp8_plan(model) if precision == "fp8" else qdq.plan(model, "tensorrt")
     contract = input_contract(manifest)
     dataset = FolderDataset.open(data)
     judged = [sample.image for sample in dataset.split(split)]

@@ -32,10 +32,6 @@ class Point:
     accuracy: Accuracy
     milliseconds: float
 
-    @property
-    def label(self) -> str:
-        return f"{len(self.floating)} float"
-
 
 @dataclass(frozen=True)
 class Frontier:

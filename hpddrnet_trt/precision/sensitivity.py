@@ -68,10 +68,7 @@ class Sensitivity:
 
 
 def _row(name: str, width: int, found: Accuracy, operations: float) -> str:
-    return (
-        f"{name:<{width}}  {operations:>6.1%}  {-found.drop:>+7.2f}  {100 * found.agreement:>11.3f}%  "
-        f"{100 * found.fidelity:>10.2f}%"
-    )
+    return f"{name:<{width}}  {operations:>6.1%}  {found.cells()}"
 
 
 def analyse(

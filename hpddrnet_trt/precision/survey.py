@@ -12,7 +12,7 @@ from tqdm import tqdm
 from hpddrnet_trt.deploy import qdq
 from hpddrnet_trt.deploy.calibration.histograms import merge
 from hpddrnet_trt.deploy.calibration.ranges import METHODS, ranges_of
-from hpddrnet_trt.deploy.fp8 import fp8_layers
+from hpddrnet_trt.deploy.fp8 import fp8_plan
 from hpddrnet_trt.deploy.half import to_half
 from hpddrnet_trt.precision.accuracy import Accuracy
 from hpddrnet_trt.precision.preparation import Study
@@ -47,7 +47,7 @@ class Survey:
             found = row.accuracy
             lines.append(
                 f"{row.name:<{width}}  {row.layers:>12} of {self.convolutions:<2}  {100 * found.miou:>6.2f}%  "
-                f"{-found.drop:>+7.2f}  {100 * found.agreement:>11.3f}%  {100 * found.fidelity:>10.2f}%"
+                f"{found.cells()}"
             )
         lines.append("rounding of FP16, BF16 and FP8 is simulated, sums are accumulated in FP32")
         return "\n".join(lines)
@@ -74,6 +74,6 @@ def _rows(study: Study) -> Iterator[Row]:
     for method in METHODS:
         trials = Trials(replace(int8, ranges=ranges_of(statistics, method, symmetric=True)), judge)
         yield Row(f"INT8 {method}", len(int8.layers), trials.measure(int8.layers, half=True))
-    plan = qdq.subset(model, "tensorrt", fp8_layers(model))
-    fp8 = replace(recipe, plan=plan, ranges=ranges_of(statistics, "max", symmetric=True), precision="fp8")
+    ranges = ranges_of(statistics, "max", symmetric=True)
+    fp8 = replace(recipe, plan=fp8_plan(model), ranges=ranges, precision="fp8")
     yield Row("FP8 max", len(fp8.layers), Trials(fp8, judge).measure(fp8.layers, half=True))

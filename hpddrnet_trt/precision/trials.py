@@ -13,7 +13,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hpddrnet_trt.deploy import qdq
 from hpddrnet_trt.errors import UsageError, UserError
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Quantised = Literal["int8", "fp8"]
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -42,7 +40,7 @@ class Recipe:
     manifest: Manifest  # of the FP32 file
     plan: qdq.Plan
     ranges: Mapping[str, Range]
-    precision: Quantised = "int8"
+    precision: qdq.Quantised = "int8"
 
     @property
     def layers(self) -> tuple[str, ...]:
