@@ -198,6 +198,9 @@ class EngineRecord(_Record):
     precision_proof: dict[str, Any]  # where it comes from and the share of layers per type
     build_seconds: float
     version_compatible: bool = False  # built to run on later TensorRT versions as well
+    # Memory for activations while it runs, by the builder's log; for one fixed shape only: with a range of shapes
+    # the log does not count what position attention needs at the largest.
+    activation_bytes: int | None = None
 
 
 class Manifest(_Record):
@@ -216,7 +219,7 @@ class Manifest(_Record):
     # from ONNX export on
     input: InputContract | None = None
     output: OutputContract | None = None
-    attention: Literal["matmul", "attention-op"] | None = None
+    attention: Literal["matmul", "attention-op", "function", "plain"] | None = None
     precision: Precision | None = None
     quantised_for: Literal["tensorrt", "onnxruntime"] | None = None
     calibration: CalibrationRecord | None = None

@@ -8,24 +8,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
 from hpddrnet_trt.data.datasets import find_images
-from hpddrnet_trt.deploy.legacy import (
-    configure_weak_typing,
-    creation_flags,
-    legacy_problems,
-    lower_opset,
-    needs_weak_typing,
-)
+from hpddrnet_trt.deploy.legacy import configure_weak_typing, for_tensorrt8
 from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
 from hpddrnet_trt.deploy.placement import reformats_from_inspector
-from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.deploy.proof import PARSED_NETWORK, check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.engines.attention import in_type, uses_bf16
 from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu, gpu_or_none
 from hpddrnet_trt.engines.shapes import Profile, default_profiles, is_static, narrowed, parse_shapes
 from hpddrnet_trt.engines.tensorrt_api import (
@@ -51,6 +46,11 @@ from hpddrnet_trt.manifest import (
 
 logger = logging.getLogger(__name__)
 
+BF16_FROM = 8  # major compute capability
+
+Tiling = Literal["none", "fast", "moderate", "full"]
+TILINGS: tuple[Tiling, ...] = get_args(Tiling)
+
 # Runs a candidate (an engine, or the ONNX file it was built from) and returns what it found, or raises
 # UserError: then nothing is written.
 Accept = Callable[[Path], Evidence]
@@ -63,7 +63,9 @@ class BuildSettings:
     ``timing_cache``: file of kernel timings, read if there and written afterwards (flavour tensorrt
     only). ``compute_capabilities``: GPUs an RTX engine is for, like ``["8.9", "12.0"]``; None is the
     portable default (8.0 and later). ``workspace_mib``: upper bound of scratch memory in MiB.
-    ``optimisation_level``: 0 (quick build) to 5 (fast engine). ``version_compatible``: also runs on
+    ``optimisation_level``: 0 (quick build) to 5 (fast engine). ``tiling``: how long the builder looks
+    for ways to run neighbouring layers tile by tile in the cache. ``sparsity``: let it use kernels for
+    weights with two zeros in four, which changes nothing for other weights. ``version_compatible``: also runs on
     later TensorRT versions, somewhat slower (flavour tensorrt only). ``tf32``: let FP32 layers round
     their inputs to TF32; off, because position attention's scores do not survive it.
     """
@@ -72,6 +74,8 @@ class BuildSettings:
     compute_capabilities: Sequence[str] | None = None
     workspace_mib: int | None = None
     optimisation_level: int | None = None
+    tiling: Tiling | None = None
+    sparsity: bool = False
     version_compatible: bool = False
     tf32: bool = False
     progress: bool = True
@@ -82,6 +86,18 @@ class BuildSettings:
             raise UsageError(f"the workspace limit is {self.workspace_mib} MiB; give at least 1, or leave it out")
         if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
             raise UsageError(f"builder optimisation level {self.optimisation_level} does not exist; give 0 to 5")
+        if self.tiling is not None and self.tiling not in TILINGS:
+            raise UsageError(f"tiling {self.tiling!r} is unknown; choose {', '.join(TILINGS)}")
+        self._check_library(api)
+
+    def _check_library(self, api: TensorRT) -> None:
+        trt = api.module
+        if self.tiling is not None and not hasattr(trt, "TilingOptimizationLevel"):
+            raise UsageError(f"{api.label} has no tiling search (TensorRT 10.8 and later have); leave --tiling out")
+        if self.optimisation_level is not None and not hasattr(trt.IBuilderConfig, "builder_optimization_level"):
+            raise UsageError(f"{api.label} has no optimisation levels (8.6 and later have); leave the level out")
+        if self.version_compatible and not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
+            raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
         if api.is_rtx and self.version_compatible:
             raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
         if not api.is_rtx and self.compute_capabilities:
@@ -91,6 +107,11 @@ class BuildSettings:
             )
         if api.is_rtx and self.timing_cache is not None:
             logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
+        if api.is_rtx and (self.optimisation_level is not None or self.tiling is not None or self.sparsity):
+            logger.warning(
+                "%s chooses kernels on the machine that runs the engine: optimisation level, tiling and sparsity "
+                "do not change the file", api.label,
+            )  # fmt: skip
 
 
 def build_engine(
@@ -105,6 +126,8 @@ def build_engine(
     compute_capabilities: Sequence[str] | None = None,
     workspace_mib: int | None = None,
     optimisation_level: int | None = None,
+    tiling: Tiling | None = None,
+    sparsity: bool = False,
     version_compatible: bool = False,
     accept: Accept | None = None,
     progress: bool = True,
@@ -122,7 +145,7 @@ def build_engine(
 
     The engine must prove its precision (:mod:`hpddrnet_trt.deploy.proof`). Both files are written at
     the end, whole or not at all. Returns the engine's :class:`Manifest`. On TensorRT 8 (not tried on one)
-    the file is rewritten for it first (:mod:`hpddrnet_trt.deploy.legacy`). Raises :class:`UsageError`,
+    any such file is rewritten for it first (:mod:`hpddrnet_trt.deploy.legacy`). Raises :class:`UsageError`,
     :class:`BadInputFile`, :class:`NoGpu`, :class:`MissingDependency` or :class:`UserError`.
     """
     source, target = Path(source_onnx), Path(target)
@@ -132,6 +155,8 @@ def build_engine(
         compute_capabilities=compute_capabilities,
         workspace_mib=workspace_mib,
         optimisation_level=optimisation_level,
+        tiling=tiling,
+        sparsity=sparsity,
         version_compatible=version_compatible,
         progress=progress,
     )
@@ -139,8 +164,15 @@ def build_engine(
     settings.check(api)
     gpu = gpu_or_none() if api.is_rtx else find_gpu()
     profiles = _profiles(source, manifest, shapes)
-    prepared = _for_weak_typing if is_weakly_typed(api) else _in_precision
-    with prepared(source, manifest, precision, calibration_images) as (path, ready):
+    if not api.shares_profiles and any(profile.minimum != profile.maximum for profile in profiles):
+        raise UsageError(
+            f"engines of {api.label} run one fixed shape here: give it with --shapes, e.g. --shapes 1x1x1024x1024"
+        )
+    prepared = _for_weak_typing if api.weakly_typed else _in_precision
+    with ExitStack() as stack:
+        path, ready = stack.enter_context(prepared(source, manifest, precision, calibration_images))
+        if _lacks_bf16(settings, api, gpu):
+            path = stack.enter_context(_with_fp32_scores(path, ready))
         job = _Job(api, path, source, ready, profiles, settings, gpu, accept)
         return job.build(target, precision)
 
@@ -209,11 +241,34 @@ def _in_precision(
             yield path, calibrate(source, path, found, form="tensorrt", precision=precision)
 
 
+def _lacks_bf16(settings: BuildSettings, api: TensorRT, gpu: Gpu | None) -> bool:
+    """Whether one of the GPUs that the engine is for does not compute in BF16."""
+    targets = settings.compute_capabilities or ()
+    if not api.is_rtx and gpu is not None:
+        targets = [gpu.compute_capability]
+    return any(int(written.partition(".")[0]) < BF16_FROM for written in targets if written[:1].isdigit())
+
+
+@contextmanager
+def _with_fp32_scores(path: Path, manifest: Manifest) -> Iterator[Path]:
+    """The file itself, or, if its position attention is BF16, a temporary one where scores are FP32."""
+    model, _ = load_model(path)
+    if manifest.precision == "bf16" or not uses_bf16(model):
+        yield path  # a BF16 file is BF16 throughout: the builder says so
+        return
+    logger.warning(
+        "position attention is built with FP32 scores, because a GPU older than compute capability %d.0 has no BF16: "
+        "its memory grows with the square of the number of pixels there", BF16_FROM,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        yield save_model(in_type(model, "fp32"), Path(folder) / path.name, manifest)
+
+
 @contextmanager
 def _for_weak_typing(
     source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
 ) -> Iterator[tuple[Path, Manifest]]:
-    """The same for TensorRT before 10: FP32 typing throughout (the builder's flags lower it), opset 17."""
+    """The same for TensorRT 8: FP32 typing throughout (the builder's flags lower it), opset 17."""
     from hpddrnet_trt.deploy.quantize import calibrate
 
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
@@ -222,19 +277,13 @@ def _for_weak_typing(
             path = Path(folder) / "calibrated.onnx"
             typed = calibrate(source, path, find_images(images or []), form="tensorrt", half=False)
         model, _ = load_model(path)
-        model = lower_opset(model) if not legacy_problems(model, any_opset=True) else model
-        if problems := legacy_problems(model):
-            raise BadInputFile(
-                f"TensorRT before 10 cannot read {source}: {'; '.join(problems)}; give the FP32 file that export wrote"
-            )
+        try:
+            model = for_tensorrt8(model)
+        except UserError as exc:
+            raise BadInputFile(f"TensorRT 8 cannot read {source}: {exc}") from exc
         lowered = Path(folder) / f"{source.stem}.{precision}.onnx"
         save_model(model, lowered, typed)
         yield lowered, typed
-
-
-def is_weakly_typed(api: TensorRT) -> bool:
-    """Whether this library takes precisions from builder flags, see :mod:`hpddrnet_trt.deploy.legacy`."""
-    return not api.is_rtx and needs_weak_typing(api.version)
 
 
 def _check_precision(
@@ -283,7 +332,7 @@ class _Job:
         network = self._parse(builder)
         label = f"the engine of {self.source.name}"
         proof = proof_from_network(self.api.module, network, self.profiles[0].optimum)
-        weak = is_weakly_typed(self.api)
+        weak = self.api.weakly_typed
         if not weak:  # there the flags decide, and only the inspector shows what became of them
             check_proof(proof, precision, label)
         config = self._configure(builder)
@@ -294,11 +343,16 @@ class _Job:
         plan = memoryview(self._run(builder, network, config))
         seconds = time.perf_counter() - started
         self._save_timing_cache(config)
+        activations = self._activation_bytes()  # before the log is cleared
         runs_here = False
         if self.gpu is not None:
             runs_here, proof = self._inspected(plan, proof)
-            check_proof(proof, precision, label)
-        manifest = self._accepted(plan, self._describe(plan, proof, seconds, precision), runs_here=runs_here)
+            if weak and proof["source"] == PARSED_NETWORK:
+                logger.warning("%s: its precision is not proven, the inspector shows no convolution by type", label)
+            else:
+                check_proof(proof, precision, label)
+        described = self._describe(plan, proof, seconds, precision, activations)
+        manifest = self._accepted(plan, described, runs_here=runs_here)
         with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
             engine_file.write_bytes(plan)
             description.write_text(manifest.to_json(), encoding="utf-8")
@@ -308,8 +362,9 @@ class _Job:
     def _parse(self, builder: Any) -> Any:
         trt = self.api.module
         # TensorRT 10 needs to be told to type strongly; later libraries always do and ignore the flag.
-        version = "10" if self.api.is_rtx else self.api.version
-        network = builder.create_network(creation_flags(trt, version))
+        kinds = trt.NetworkDefinitionCreationFlag
+        kind = kinds.EXPLICIT_BATCH if self.api.weakly_typed else kinds.STRONGLY_TYPED
+        network = builder.create_network(1 << int(kind))
         parser = trt.OnnxParser(network, self.api.log)
         if not parser.parse_from_file(str(self.path)):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -332,6 +387,13 @@ class _Job:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
         if settings.optimisation_level is not None:
             config.builder_optimization_level = settings.optimisation_level
+        if settings.tiling is not None:
+            config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, settings.tiling.upper())
+        if settings.sparsity:
+            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        if self.api.is_rtx and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # The engine then never allocates while it runs, which a CUDA graph needs (the flag's documentation).
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         for profile in self.profiles:
             self._add_profile(builder, config, profile)
         self._target_gpus(config)
@@ -372,7 +434,7 @@ class _Job:
         """Build with a progress bar; Ctrl-C ends the build at its next step."""
         cancel = threading.Event()
         with tqdm(desc=f"building {self.source.stem}", unit="step", disable=not self.settings.progress) as bar:
-            watched = hasattr(self.api.module, "IProgressMonitor")  # not in every 8.x
+            watched = hasattr(self.api.module, "IProgressMonitor")  # not in TensorRT 8
             if watched:
                 monitor = progress_monitor(self.api.module, bar, cancel.is_set)
                 config.progress_monitor = monitor
@@ -393,6 +455,11 @@ class _Job:
         if least is not None and self.settings.compute_capabilities:
             kind = str(self.manifest.precision).upper()
             return f"; {kind} runs on compute capability {least} and later: leave older out, or choose INT8 or FP16"
+        if self.api.is_rtx and _lacks_bf16(self.settings, self.api, self.gpu):
+            return (
+                "; TensorRT-RTX has no FP32 matrix products for GPUs older than compute capability 8.0, which position "
+                "attention needs there: build with TensorRT 10 on that GPU"
+            )
         if self.settings.workspace_mib is not None:
             return f"; the workspace limit of {self.settings.workspace_mib} MiB may be too small"
         return ""
@@ -402,7 +469,7 @@ class _Job:
         trt = self.api.module
         self.api.log.clear()
         engine = self.api.runtime().deserialize_cuda_engine(plan)
-        context = engine.create_execution_context() if engine is not None else None
+        context = self.api.create_context(engine) if engine is not None else None
         if engine is None or context is None:
             reason = self.api.log.explain("no reason given")
             if not self.api.is_rtx:  # built for this very GPU
@@ -442,7 +509,14 @@ class _Job:
             save_model(model, candidate, described.replace(input=manifest.input))
             return accept(candidate)
 
-    def _describe(self, plan: memoryview, proof: dict[str, Any], seconds: float, precision: Precision) -> Manifest:
+    def _activation_bytes(self) -> int | None:
+        """What the builder's log says, where it can be believed: with one fixed shape (see :class:`EngineRecord`)."""
+        static = len(self.profiles) == 1 and self.profiles[0].minimum == self.profiles[0].maximum
+        return self.api.log.activation_bytes if static else None
+
+    def _describe(
+        self, plan: memoryview, proof: dict[str, Any], seconds: float, precision: Precision, activations: int | None
+    ) -> Manifest:
         api = self.api
         if api.is_rtx:
             targets = list(dict.fromkeys(self.settings.compute_capabilities or [PORTABLE]))
@@ -459,6 +533,7 @@ class _Job:
             precision_proof=proof,
             build_seconds=round(seconds, 3),
             version_compatible=self.settings.version_compatible,
+            activation_bytes=activations,
         )
         return self.manifest.replace(
             input=narrowed(_contract(self.manifest), self.profiles),
@@ -469,5 +544,7 @@ class _Job:
 
 
 def _parser_message(error: Any) -> str:
+    if not hasattr(error, "node_operator"):  # TensorRT 8
+        return f"{error.desc().strip().rstrip('.')} in node {error.node()}"
     where = f" in {error.node_operator()} {error.node_name()}" if error.node_operator() else ""
     return f"{error.desc().strip().rstrip('.')}{where}"

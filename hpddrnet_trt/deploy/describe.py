@@ -61,6 +61,8 @@ def _sections(manifest: Manifest, *, layers: bool) -> Iterator[tuple[str, list[s
         ]
     if manifest.engine is not None:
         yield "profiles", [_profile(entry) for entry in manifest.engine.profiles]
+        if (activations := manifest.engine.activation_bytes) is not None:
+            yield "memory", [f"{activations / 2**20:,.0f} MiB for activations, by the builder's log"]
     for index, entry in enumerate(manifest.evidence):
         yield "" if index else "evidence", _evidence(entry)
     if manifest.remarks:

@@ -3,9 +3,12 @@
 The pass walks the graph once and gives every floating-point node one type. Casts appear only where
 a tensor goes from one type to the other. Everything is FP16 (or BF16) except
 
-* position attention's scores: the product of query and keys and its softmax. Trained scores reach
-  5e4 and FP16 ends at 65504; BF16 has the range, but its 8 bits would move scores that large by
-  hundreds. The product's inputs are cast to FP32 and the softmax's result back;
+* position attention: trained scores reach 2e7 and FP16 ends at 65504. Both products and the softmax are
+  BF16, which has the range of FP32: TensorRT runs them as one fused kernel that stores no scores (see
+  :mod:`hpddrnet_trt.engines.attention`). Or, with ``scores="fp32"``, the product of queries and keys and
+  the softmax are FP32, for GPUs without BF16. Labels equal to those of FP32 attention, on three datasets:
+  99.999 % with inputs and weights rounded to BF16, as in the fused kernel; 99.994 % with the scores
+  rounded as well, as in kernels of their own;
 * the normalisation of the image: see :func:`normalisation_nodes`;
 * the confidence map, which is an exponential of differences;
 * in BF16, the class scores: see :func:`score_nodes`;
@@ -31,6 +34,7 @@ import numpy.typing as npt
 from hpddrnet_trt.deploy.blocks import block_of
 from hpddrnet_trt.deploy.onnx_graph import (
     consumers,
+    enlarges,
     initializers,
     int_attribute,
     load_model,
@@ -40,6 +44,7 @@ from hpddrnet_trt.deploy.onnx_graph import (
 )
 from hpddrnet_trt.deploy.qdq import name_nodes
 from hpddrnet_trt.deploy.tensors import along, fold_constants, tensor_types
+from hpddrnet_trt.engines.attention import ScoreType, in_type
 from hpddrnet_trt.errors import UsageError, require
 from hpddrnet_trt.manifest import Manifest
 
@@ -181,10 +186,13 @@ def _keep_blocks(
 # ------------------------------------------------------------------------------ typing
 
 
-def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = "fp16") -> onnx.ModelProto:
+def to_half(
+    model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = "fp16", scores: ScoreType = "bf16"
+) -> onnx.ModelProto:
     """A copy of ``model`` in FP16 or BF16 (``kind``) with the FP32 islands that the module describes.
 
-    ``keep_fp32`` names nodes that stay in FP32 besides. Works on plain FP32 graphs and on explicit INT8
+    ``keep_fp32`` names nodes that stay in FP32 besides. ``scores``: what position attention computes in,
+    see :func:`~hpddrnet_trt.engines.attention.in_type`. Works on plain FP32 graphs and on explicit INT8
     and FP8 graphs (opset 19 and later): there the scales take the type, so that dequantised tensors
     have it. A scale below the smallest normal FP16 number (2^-14) is raised to the next subnormal one
     (2^-20 at least), and weights stored as integers are re-rounded to it (symmetric quantisation is
@@ -192,6 +200,7 @@ def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = 
     have BF16 convolutions.
     """
     onnx = require("onnx", "export", "convert ONNX files to FP16")
+    asked = set(keep_fp32)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     if kind == "bf16":
@@ -199,7 +208,7 @@ def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = 
     graph = result.graph
     fold_constants(graph)
     name_nodes(result)
-    keep = set(keep_fp32) | attention_score_nodes(graph) | normalisation_nodes(graph)
+    keep = asked | attention_score_nodes(graph) | normalisation_nodes(graph)
     if kind == "bf16":
         keep |= score_nodes(graph)
     else:
@@ -212,7 +221,7 @@ def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = 
     typing.convert_initializers()
     replace_nodes(graph, nodes)
     del graph.value_info[:]
-    return result
+    return in_type(result, "bf16", asked) if scores == "bf16" else result
 
 
 def _at_least_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
@@ -357,7 +366,7 @@ def normalisation_nodes(graph: onnx.GraphProto) -> set[str]:
 
 
 def _confidence_nodes(graph: onnx.GraphProto) -> set[str]:
-    """From the resize on, the nodes that nothing but the confidence map reads."""
+    """The nodes that nothing but the confidence map reads, back to a resize if there is one."""
     made, readers = producers(graph), consumers(graph)
     found: set[str] = set()
     frontier = [entry.name for entry in graph.output if entry.name == "confidence"]
@@ -386,7 +395,7 @@ def score_nodes(graph: onnx.GraphProto) -> set[str]:
         node = made.get(frontier.pop())
         if node is not None and node.name not in found:
             found.add(node.name)
-            if node.op_type != "Conv":
+            if node.op_type != "Conv" or enlarges(node, made):
                 frontier.extend(node.input)
     return found
 

@@ -36,6 +36,9 @@ ATTENTION_OPSET = 23  # the first with the Attention operator
 _SKIPPED_OPTIMISERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
 
 
+ExportedAttention = Literal["matmul", "attention-op", "function"]
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What the exported graph looks like; ``None`` for a size means dynamic.
@@ -46,7 +49,7 @@ class ExportOptions:
     batch: int | None = None
     height: int | None = None
     width: int | None = None
-    attention: Literal["matmul", "attention-op"] = "matmul"
+    attention: ExportedAttention = "matmul"
     output: Literal["labels", "logits"] = "labels"
     confidence: bool = False
     grey_input: bool = True
@@ -97,7 +100,7 @@ def export_onnx(
     batch: int | None = None,
     height: int | None = None,
     width: int | None = None,
-    attention: Literal["matmul", "attention-op"] = "matmul",
+    attention: ExportedAttention = "matmul",
     output: Literal["labels", "logits"] = "labels",
     confidence: bool = False,
     grey_input: bool = True,
@@ -109,10 +112,11 @@ def export_onnx(
     """Export a checkpoint of this package to ``target`` and return the file's description.
 
     ``batch``, ``height`` and ``width`` fix a size, or leave it dynamic (None). ``attention`` is
-    ``matmul`` (every runtime) or ``attention-op`` (opset 23 and later, for runtimes with a fused
-    kernel). With ``verify`` the file is run on ONNX Runtime and compared with the unmodified PyTorch
-    network, on ``images`` (micrographs) or on simulated ones; the figures are logged and stored in the
-    description. Raises :class:`UserError` when they differ, and then leaves no file.
+    ``matmul`` (every runtime), ``attention-op`` (opset 23 and later, for runtimes with a fused kernel) or
+    ``function`` (``hpddrnet::PositionAttention``, whose body is ``matmul``; for plugins of that name).
+    With ``verify`` the file is run on ONNX Runtime and compared with the unmodified PyTorch network, on
+    ``images`` (micrographs) or on simulated ones; the figures are logged and stored in the description.
+    Raises :class:`UserError` when they differ, and then leaves no file.
     """
     options = ExportOptions(batch, height, width, attention, output, confidence, grey_input, opset)
     checkpoint = existing_file(checkpoint, "checkpoint")
@@ -164,7 +168,7 @@ def trace(network: HPDDRNet, manifest: Manifest, options: ExportOptions) -> onnx
     deployed = DeployNetwork(
         network,
         manifest,
-        attention=options.attention,
+        attention="attention-op" if options.attention == "attention-op" else "matmul",
         grey_input=options.grey_input,
         output=options.output,
         confidence=options.confidence,
@@ -173,7 +177,7 @@ def trace(network: HPDDRNet, manifest: Manifest, options: ExportOptions) -> onnx
     shape = (options.batch or 2, 1 if options.grey_input else 3, options.height or 128, options.width or 192)
     example = torch.zeros(shape, dtype=torch.uint8 if options.grey_input else torch.float32)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 deployed,
                 (example,),
@@ -188,7 +192,7 @@ def trace(network: HPDDRNet, manifest: Manifest, options: ExportOptions) -> onnx
     except torch.onnx.OnnxExporterError as exc:
         raise UserError(f"PyTorch {torch.__version__} could not export this network to ONNX: {exc}") from exc
     model: onnx.ModelProto = program.model_proto
-    _name_after_modules(model)
+    name_after_modules(model)
     _name_axes(model, options)
     return model
 
@@ -227,13 +231,19 @@ def _name_axes(model: onnx.ModelProto, options: ExportOptions) -> None:
                 dims[position].dim_param = name
 
 
-def _name_after_modules(model: onnx.ModelProto) -> None:
-    """Name nodes after the module they come from; drop the exporter's notes (they hold local paths)."""
+def name_after_modules(model: onnx.ModelProto) -> None:
+    """Name nodes after the module they come from; drop the exporter's notes (they hold local paths).
+
+    A node of which the exporter lost the module (it makes a split of several steps) belongs to its input's.
+    """
     seen: Counter[str] = Counter()
+    made: dict[str, str] = {}  # tensor: module
     for node in model.graph.node:
         notes = {entry.key: entry.value for entry in node.metadata_props}
         scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "['']"))
-        module = next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        before = made.get(node.input[0], "") if node.input else ""
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), before)
+        made.update(dict.fromkeys(node.output, module))
         name = f"{module}/{node.op_type}" if module else node.op_type
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
@@ -252,7 +262,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what the exporter says and is known to be harmless."""
 
     class NoTorchvision(logging.Filter):

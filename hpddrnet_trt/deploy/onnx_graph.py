@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.engines.attention import as_function, expanded
 from hpddrnet_trt.errors import UsageError, UserError, require
 from hpddrnet_trt.files import atomic_path
 from hpddrnet_trt.manifest import METADATA_KEY, Manifest, read_manifest
@@ -19,21 +20,25 @@ if TYPE_CHECKING:
 
 
 def load_model(path: str | Path) -> tuple[onnx.ModelProto, Manifest]:
-    """Read an ONNX file of this package and its description.
+    """Read an ONNX file of this package and its description; functions are written out as their operators.
 
     Raises :class:`~hpddrnet_trt.errors.BadInputFile` for a damaged or foreign file.
     """
     onnx = require("onnx", "export", "read ONNX files")
     manifest = read_manifest(path)
-    return onnx.load(str(path)), manifest
+    model = onnx.load(str(path))
+    return expanded(model) if model.functions else model, manifest
 
 
 def save_model(model: onnx.ModelProto, target: str | Path, manifest: Manifest) -> Path:
     """Check ``model``, put ``manifest`` into its ``metadata_props`` and write one self-contained file.
 
-    The file appears complete or not at all. ``model`` itself is changed (its metadata).
+    Position attention becomes a function where the manifest says so. The file appears complete or not at
+    all. ``model`` itself is changed (its metadata).
     """
     onnx = require("onnx", "export", "write ONNX files")
+    if manifest.attention == "function" and not model.functions:
+        model = as_function(model)
     del model.metadata_props[:]
     model.metadata_props.add(key=METADATA_KEY, value=manifest.to_json())
     model.producer_name = "hpddrnet-trt"
@@ -67,6 +72,35 @@ def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
         for name in dict.fromkeys(node.input):
             readers[name].append(node)
     return readers
+
+
+def class_scores(graph: onnx.GraphProto) -> str:
+    """Name of the class scores at low resolution: what the graph's first output is enlarged from.
+
+    Raises :class:`UserError` for a graph that enlarges nothing.
+    """
+    made = producers(graph)
+    frontier = [graph.output[0].name]
+    while frontier:
+        node = made.get(frontier.pop(0))
+        if node is None:
+            continue
+        if node.op_type == "Resize":
+            return node.input[0]
+        if enlarges(node, made):
+            return made[node.input[0]].input[0]
+        frontier.extend(node.input)
+    raise UserError("the graph enlarges no class scores; export the model again")
+
+
+def enlarges(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a node is the convolution that enlarges the scores (``Phases`` of :mod:`.reformulate`).
+
+    It is the only one that repeats the outermost pixels at the border. Its weights are interpolation weights, so it
+    is no part of the network to quantise. ``made``: :func:`producers`.
+    """
+    before = made.get(node.input[0]) if node.op_type == "Conv" else None
+    return before is not None and before.op_type == "Pad"
 
 
 def initializers(graph: onnx.GraphProto) -> dict[str, npt.NDArray[np.generic]]:

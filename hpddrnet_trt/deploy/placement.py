@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpddrnet_trt.deploy.fp8 import suits_fp8
-from hpddrnet_trt.deploy.onnx_graph import consumers, producers
+from hpddrnet_trt.deploy.onnx_graph import consumers, enlarges, producers
 
 if TYPE_CHECKING:
     import onnx
@@ -230,7 +230,11 @@ class _Graph:
         self.inputs = {entry.name for entry in graph.input} - self.entries.keys()
         self.outputs = {entry.name for entry in graph.output}
         self.data = self._data_nodes()
-        self.convolutions = [node for node in self.nodes if node.op_type in ("Conv", "ConvTranspose")]
+        self.convolutions = [
+            node
+            for node in self.nodes
+            if node.op_type in ("Conv", "ConvTranspose") and not enlarges(node, self.maker)
+        ]
         self.blocks = list(self._blocks())
         self.kernels = self._kernels()
         self.in_kernel = {id(node) for kernel in self.kernels for node in (kernel.convolution, *kernel.taken)}

@@ -9,7 +9,7 @@ tested on its own against the unmodified network. Folded weights are computed in
   weight matrix, which needs no transposition.
 * *Position attention*: four projections become two, see :class:`FoldedPositionAttention`.
 * *Grey input*: see :class:`GreyStem`.
-* *Labels*: see :class:`LabelOutput`.
+* *Labels*: see :class:`Phases` and :class:`LabelOutput`.
 * The auxiliary head is dropped.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,11 +38,12 @@ OutputKind = Literal["labels", "logits"]
 
 @dataclass(frozen=True)
 class Rewrites:
-    """Which rewrites of the network's inside are applied; all of them by default."""
+    """Which rewrites are applied; all of them by default."""
 
     fold_norm: bool = True
     fold_channel_attention: bool = True
     fold_attention: bool = True
+    phases: bool = True
 
 
 class DeployNetwork(nn.Module):
@@ -89,7 +91,9 @@ class DeployNetwork(nn.Module):
         if output == "labels":
             if self.conv_seg.out_channels == 2:
                 self.conv_seg = two_class_margin(self.conv_seg)
-            self.output = LabelOutput(confidence, network.config.logit_stride)
+            self.output = LabelOutput(
+                confidence, network.config.logit_stride, self.conv_seg.out_channels, rewrites.phases
+            )
         else:
             self.output = FullSize(network.config.logit_stride)
         self.requires_grad_(False)
@@ -235,31 +239,104 @@ class FullSize(nn.Module):
         return F.interpolate(scores, scale_factor=self.stride, mode="bilinear", align_corners=False)
 
 
+class Phases(nn.Module):
+    """Bilinear enlargement by ``stride`` as one small convolution; exact, borders included.
+
+    An output pixel lies at one of ``stride`` x ``stride`` phases of its source pixel, and each phase is
+    a fixed weighting of the 3x3 source pixels around it (bilinear, ``align_corners=False``; beyond the
+    border the outermost pixel counts, so the source is padded with it). All phases are channels of
+    one convolution at the low resolution: scores ``[N, C, h, w]`` in, C tensors ``[N, stride^2, h, w]``
+    out, one per class, that a depth-to-space step would bring to full size. The weights are multiples
+    of ``1 / (2 stride)^2``: exact in FP16 and BF16.
+
+    Runtimes do this faster than an image resize of few channels, and what follows (:class:`LabelOutput`)
+    need not bring every class to full size.
+    """
+
+    def __init__(self, classes: int, stride: int) -> None:
+        super().__init__()
+        self.phases = stride**2
+        taps = torch.zeros(stride, 3, dtype=torch.float64)
+        for phase in range(stride):
+            offset = (phase + 0.5) / stride - 0.5  # from the centre of the source pixel, in source pixels
+            taps[phase, 1] = 1 - abs(offset)
+            taps[phase, 0 if offset < 0 else 2] = abs(offset)
+        kernels = torch.einsum("ai,bj->abij", taps, taps).reshape(self.phases, 3, 3)
+        weight = torch.zeros(classes, self.phases, classes, 3, 3, dtype=torch.float64)
+        for index in range(classes):
+            weight[index, :, index] = kernels
+        self.conv = nn.Conv2d(classes, classes * self.phases, 3, bias=False)
+        self.conv.weight = nn.Parameter(weight.flatten(0, 1).float())
+
+    def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(self.conv(F.pad(scores, (1, 1, 1, 1), mode="replicate")), self.phases, dim=1)
+
+
+# With more classes the convolution, whose work grows with their square, costs more than a resize.
+MAX_PHASE_CLASSES = 8
+
+
 class LabelOutput(nn.Module):
     """Low-resolution scores to uint8 labels ``[N, H, W]`` at full size, ties going to the first class.
+
+    Up to :data:`MAX_PHASE_CLASSES` classes are enlarged as :class:`Phases` and compared one after the
+    other, element by element, which runtimes fuse; only labels are brought to full size. More classes
+    (or ``phases=False``) are resized and go through arg-max.
 
     One score channel is the margin of class 1 over class 0 (see :func:`two_class_margin`). With
     ``confidence`` the label's softmax probability follows as float32; it is one over the sum of
     ``exp(score - best score)``, so no softmax over all classes is stored.
     """
 
-    def __init__(self, confidence: bool, stride: int) -> None:
+    def __init__(self, confidence: bool, stride: int, classes: int, phases: bool = True) -> None:
         super().__init__()
-        self.confidence = confidence
-        self.full_size = FullSize(stride)
+        self.confidence, self.stride = confidence, stride
+        self.enlarge = Phases(classes, stride) if phases and classes <= MAX_PHASE_CLASSES else FullSize(stride)
 
     def forward(self, scores: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        full = self.full_size(scores)
+        if isinstance(self.enlarge, FullSize):
+            return self._from_resized(self.enlarge(scores))
+        planes = self.enlarge(scores)
+        if len(planes) == 1:
+            return self._from_margin(self._full_size(planes[0]))
+        labels, best = _first_largest(planes)
+        # Depth to space moves floating point everywhere; TensorRT builds it for no 8-bit type.
+        full = self._full_size(labels).to(torch.uint8)
+        return (full, self._full_size(_confidence(planes, best))) if self.confidence else full
+
+    def _full_size(self, phases: Tensor) -> Tensor:
+        return F.pixel_shuffle(phases, self.stride).squeeze(1)
+
+    def _from_margin(self, margin: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        labels = (margin > 0).to(torch.uint8)
+        return (labels, torch.sigmoid(margin.float().abs())) if self.confidence else labels
+
+    def _from_resized(self, full: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if full.shape[1] == 1:
-            margin = full.squeeze(1)
-            labels = (margin > 0).to(torch.uint8)
-            return (labels, torch.sigmoid(margin.float().abs())) if self.confidence else labels
+            return self._from_margin(full.squeeze(1))
         labels = full.argmax(dim=1).to(torch.uint8)
         if not self.confidence:
             return labels
         full = full.float()
         best = full.amax(dim=1, keepdim=True)
         return labels, torch.exp(full - best).sum(dim=1).reciprocal()
+
+
+def _first_largest(planes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Index of the first largest of two or more equally shaped tensors, in their own type, and the largest itself."""
+    best, labels = torch.maximum(planes[0], planes[1]), (planes[1] > planes[0]).to(planes[0].dtype)
+    for index, plane in enumerate(planes[2:], start=2):
+        labels = torch.where(plane > best, float(index), labels)
+        best = torch.maximum(best, plane)
+    return labels, best
+
+
+def _confidence(planes: Sequence[Tensor], best: Tensor) -> Tensor:
+    best = best.float()
+    total = torch.exp(planes[0].float() - best)
+    for plane in planes[1:]:
+        total = total + torch.exp(plane.float() - best)
+    return total.reciprocal()
 
 
 def two_class_margin(classifier: nn.Conv2d) -> nn.Conv2d:

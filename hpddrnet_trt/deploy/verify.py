@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.deploy.calibration.micrographs import Crop, Grey, cut, read_grey, to_input
-from hpddrnet_trt.deploy.onnx_graph import producers
+from hpddrnet_trt.deploy.onnx_graph import class_scores
 from hpddrnet_trt.deploy.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.manifest import Evidence, InputContract, Manifest
@@ -188,19 +188,13 @@ def check_labels(compared: ComparedLabels) -> None:
 
 
 def _with_scores(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
-    """A copy of ``model`` that also gives the scores before the last resize, and their name."""
+    """A copy of ``model`` that also gives the scores before they are enlarged, and their name."""
     onnx = require("onnx", "export", "check the exported file")
-    made = producers(model.graph)
-    frontier = [entry.name for entry in model.graph.output]
-    while frontier:
-        node = made[frontier.pop(0)]
-        if node.op_type == "Resize":
-            copy = onnx.ModelProto()
-            copy.CopyFrom(model)
-            copy.graph.output.append(onnx.helper.make_tensor_value_info(node.input[0], onnx.TensorProto.FLOAT, None))
-            return copy, node.input[0]
-        frontier.extend(name for name in node.input if name in made)
-    raise UserError("the exported graph has no final resize; please report this")
+    scores = class_scores(model.graph)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.output.append(onnx.helper.make_tensor_value_info(scores, onnx.TensorProto.FLOAT, None))
+    return copy, scores
 
 
 def _compare(got: dict[str, Any], tap: str, network: HPDDRNet, image: npt.NDArray[np.float32], worst: _Worst) -> None:

@@ -150,7 +150,7 @@ def _exported(
         batch=contract.batch.fixed,
         height=contract.height.fixed,
         width=contract.width.fixed,
-        attention=other.attention or "matmul",
+        attention=other.attention if other.attention in ("attention-op", "function") else "matmul",
         output=output.kind if output else "labels",
         grey_input=contract.dtype == "uint8",
         images=images,

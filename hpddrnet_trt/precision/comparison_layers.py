@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.deploy.onnx_graph import initializers, producers
+from hpddrnet_trt.deploy.onnx_graph import class_scores, initializers, producers
 from hpddrnet_trt.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -183,16 +183,13 @@ def _sources(name: str, paired: Mapping[str, str], side: _Side) -> set[str]:
 
 
 def nearest_layer(b: onnx.ModelProto, layers: Sequence[Layer]) -> int | None:
-    """Place of the class scores: the activation that B's first output follows from, before resize and arg-max."""
+    """Place of the class scores: the activation that B enlarges to full size, or that this one follows from."""
     made = producers(b.graph)
     places = {layer.b: place for place, layer in enumerate(layers)}
-    frontier = [b.graph.output[0].name]
-    while frontier:
-        name = frontier.pop(0)
-        if name in places and layers[places[name]].operator != "Resize":
-            return places[name]
-        frontier.extend(made[name].input[:1] if name in made else [])
-    return None
+    name = class_scores(b.graph)
+    while name not in places and name in made and made[name].input:
+        name = made[name].input[0]
+    return places.get(name)
 
 
 # ------------------------------------------------------------------------------ probing

@@ -14,6 +14,7 @@ from hpddrnet_trt.deploy.calibration.histograms import merge
 from hpddrnet_trt.deploy.calibration.ranges import METHODS, ranges_of
 from hpddrnet_trt.deploy.fp8 import fp8_plan
 from hpddrnet_trt.deploy.half import to_half
+from hpddrnet_trt.deploy.qdq import count_convolutions
 from hpddrnet_trt.precision.accuracy import Accuracy
 from hpddrnet_trt.precision.preparation import Study
 from hpddrnet_trt.precision.trials import Trials
@@ -59,7 +60,7 @@ class Survey:
 
 def survey(study: Study, *, progress: bool = True) -> Survey:
     """Score every precision on the study's split, the quantised ones with FP16 around them."""
-    convolutions = sum(node.op_type == "Conv" for node in study.trials.recipe.model.graph.node)
+    _, convolutions = count_convolutions(study.trials.recipe.model)
     rows = tuple(tqdm(_rows(study), desc="precisions", total=3 + len(METHODS), unit="", disable=not progress))
     return Survey(study.judge.source, convolutions, rows)
 

@@ -24,7 +24,6 @@ from PIL import Image
 
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.deploy.build import BuildSettings, _for_weak_typing, build_engine
-from hpddrnet_trt.deploy.legacy import legacy_problems
 from hpddrnet_trt.deploy.proof import check_proof, proof_from_inspector, proof_from_network, summary
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.shapes import Profile, choose_profile, default_profiles, narrowed, parse_shapes
@@ -38,6 +37,7 @@ from hpddrnet_trt.engines.tensorrt_api import (
 from hpddrnet_trt.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
 from hpddrnet_trt.manifest import METADATA_KEY, AxisRange, InputContract, read_manifest, sidecar_path
 from tests.deploy.residual_onnx import residual_model
+from tests.tiny_export import write_fp16
 from tests.tiny_onnx import HIDDEN, tiny_model
 
 needs_rtx = pytest.mark.skipif(
@@ -416,6 +416,7 @@ def test_unwritable_target_keeps_the_old_engine(tmp_path: Path) -> None:
         ({"compute_capabilities": ["9.0"]}, "'9.0' is not one that TensorRT-RTX"),
         ({"workspace_mib": 0}, "give at least 1"),
         ({"optimisation_level": 6}, "give 0 to 5"),
+        ({"tiling": "deep"}, "tiling 'deep' is unknown; choose none, fast, moderate, full"),
         ({"version_compatible": True}, "cannot build version-compatible engines"),
     ],
 )
@@ -426,6 +427,22 @@ def test_option_refusals(tmp_path: Path, options: dict[str, Any], says: str) -> 
         build_engine(source, tmp_path / "m.engine", **{**usual, **options})
     assert says in str(caught.value)
     assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+def test_builder_options_do_not_change_an_rtx_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the warning says: its kernels are chosen where the engine runs."""
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    given: list[dict[str, Any]] = [{}, {"optimisation_level": 5}, {"tiling": "full"}, {"sparsity": True}]
+    plans = set()
+    for options in given:
+        caplog.clear()
+        build_engine(
+            source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False, **options
+        )
+        assert ("do not change the file" in caplog.text) == bool(options)
+        plans.add((tmp_path / "m.engine").read_bytes())
+    assert len(plans) == 1
 
 
 @needs_rtx
@@ -450,7 +467,6 @@ def test_a_file_for_tensorrt_8(tmp_path: Path, precision: Any, images: bool) -> 
     given = pictures if images else None
     with _for_weak_typing(source, read_manifest(source), precision, given) as (path, manifest):
         model = onnx.load(str(path))
-        assert legacy_problems(model) == []
         assert model.opset_import[0].version == 17
         assert manifest.precision == ("int8" if images else "fp32")
         pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
@@ -458,6 +474,29 @@ def test_a_file_for_tensorrt_8(tmp_path: Path, precision: Any, images: bool) -> 
         with OnnxRuntimeEngine(path) as lowered, OnnxRuntimeEngine(source) as reference:
             picture = simulate(96, 96, 9)[0][None, None]
             assert (lowered.infer(picture).labels == reference.infer(picture).labels).mean() > 0.95
+
+
+@needs_rtx
+def test_attention_for_a_gpu_without_bf16_names_another_library(tmp_path: Path) -> None:
+    source = write_fp16(tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=r"no FP32 matrix products .* build with TensorRT 10 on that GPU"):
+        build_engine(
+            source, tmp_path / "m.engine", precision="fp16", flavour="tensorrt-rtx", shapes="1x1x64x64",
+            compute_capabilities=["7.5"], progress=False,
+        )  # fmt: skip
+    assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+@pytest.mark.parametrize(("shapes", "known"), [("1x1x128x128", True), ("1x1x64x64:1x1x128x128:2x1x128x128", False)])
+def test_memory_for_activations_is_known_of_one_shape(tmp_path: Path, shapes: str, known: bool) -> None:
+    source = tiny_model(tmp_path / "m.onnx")
+    engine = build_engine(
+        source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", shapes=shapes, progress=False
+    ).engine
+    assert engine is not None
+    assert (engine.activation_bytes is not None) == known
+    assert engine.activation_bytes is None or engine.activation_bytes > 0
 
 
 # --- the library behind one face

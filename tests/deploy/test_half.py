@@ -106,10 +106,10 @@ def test_everything_is_fp16_but_the_islands(half: Path) -> None:
         for node in model.graph.node
         if node.op_type != "Cast" and any(types[name] == FP32 for name in node.output)
     }
-    assert scores < full
-    confidence = full - scores - normalisation_nodes(model.graph)
-    assert {node.op_type for node in model.graph.node if node.name in confidence} <= {
-        "ReduceMax", "Sub", "Exp", "ReduceSum", "Reciprocal",
+    assert {types[name] for node in model.graph.node if node.name in scores for name in node.output} == {BF16}
+    confidence = full - normalisation_nodes(model.graph)
+    assert {node.op_type for node in model.graph.node if node.name in confidence} == {
+        "Max", "Sub", "Exp", "Add", "Reciprocal", "DepthToSpace", "Squeeze",
     }  # fmt: skip
     weights = [entry for entry in model.graph.initializer if entry.data_type == FP32]
     assert {reader.op_type for entry in weights for reader in consumers(model.graph)[entry.name]} <= {
@@ -117,8 +117,22 @@ def test_everything_is_fp16_but_the_islands(half: Path) -> None:
     }  # fmt: skip
 
 
-def test_scores_never_leave_fp32(half: Path) -> None:
+def test_attention_is_bf16_throughout(half: Path) -> None:
     graph = onnx.load(str(half)).graph
+    made, readers = producers(graph), consumers(graph)
+    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
+    assert len(softmaxes) == 2
+    for softmax in softmaxes:
+        product, (mix,) = made[softmax.input[0]], readers[softmax.output[0]]
+        assert (product.op_type, mix.op_type) == ("MatMul", "MatMul")  # and no cast between the three
+        for name in (*product.input, mix.input[1]):
+            assert (made[name].op_type, made[name].attribute[0].i) == ("Cast", BF16)
+        (after,) = readers[mix.output[0]]
+        assert (after.op_type, after.attribute[0].i) == ("Cast", FP16)
+
+
+def test_scores_can_stay_in_fp32(source: Path) -> None:
+    graph = to_half(load_model(source)[0], scores="fp32").graph
     made, readers = producers(graph), consumers(graph)
     softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
     assert len(softmaxes) == 2
@@ -178,7 +192,7 @@ def test_scores_in_fp16_would_overflow(source: Path, monkeypatch: pytest.MonkeyP
     model, manifest = load_model(source)
     scores = {node.output[0] for node in model.graph.node if node.name in attention_score_nodes(model.graph)}
     monkeypatch.setattr("hpddrnet_trt.deploy.half.attention_score_nodes", lambda graph: set())
-    naive = to_half(model)
+    naive = to_half(model, scores="fp32")
     with np.errstate(all="ignore"):
         _, confidence = ReferenceEvaluator(naive).run(None, {"image": picture()[None, None]})
     assert not np.isfinite(confidence).all()
@@ -340,7 +354,7 @@ def brain(source: Path) -> Path:
 
 
 def test_bf16_file(source: Path, brain: Path) -> None:
-    """Everything is BF16 but the attention's scores and the class scores; the contract does not change."""
+    """Everything is BF16 but the image's normalisation and the class scores; the contract does not change."""
     before, model = onnx.load(str(source)), onnx.load(str(brain))
     manifest = read_manifest(brain)
     assert manifest.precision == "bf16"
@@ -357,13 +371,13 @@ def test_bf16_file(source: Path, brain: Path) -> None:
     }
     scores = score_nodes(model.graph)
     assert "conv_seg/Conv" in scores
-    assert full == attention_score_nodes(model.graph) | {"backbone.stem.0.conv/Mul", "backbone.stem.0.conv/Add"} | {
+    assert full == {"backbone.stem.0.conv/Mul", "backbone.stem.0.conv/Add"} | {
         node.name for node in model.graph.node if node.name in scores and types[node.output[0]] == FP32
         and node.op_type != "Cast"
     }  # fmt: skip
     assert FP16 not in types.values()
     for node in model.graph.node:
-        if node.op_type == "Conv" and node.name != "conv_seg/Conv":
+        if node.op_type == "Conv" and node.name not in scores:
             assert {types[name] for name in [*node.input, *node.output]} == {BF16}
 
 
@@ -522,6 +536,7 @@ def test_no_choice_of_blocks_is_enough(tmp_path: Path, caplog: pytest.LogCapture
 def test_overflow_is_seen_and_nothing_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding is simulated, so that scores beyond FP16 become infinite as they would on a GPU."""
     monkeypatch.setattr("hpddrnet_trt.deploy.half.attention_score_nodes", lambda graph: set())
+    monkeypatch.setattr("hpddrnet_trt.deploy.half.in_type", lambda model, scores, leave: model)
     with pytest.raises(UserError, match="conversion to FP16: the new graph gives values that are not finite"):
         convert_precision(source, tmp_path / "x.onnx")
     assert not (tmp_path / "x.onnx").exists()
@@ -565,7 +580,8 @@ def test_tensorrt_rtx_parses_and_builds(half: Path, brain: Path, kind: str) -> N
     assert types.count({"fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16}[kind]) > 0.8 * len(types)
     proof = proof_from_network(trt, network, (1, 1, 64, 96))
     check_proof(proof, kind, "it")
-    assert proof["convolutions"].get("fp32", 0) == (1 if kind == "bf16" else 0)  # the classifier's
+    # The classifier's, and the one that enlarges its scores.
+    assert proof["convolutions"].get("fp32", 0) == (2 if kind == "bf16" else 0)
     operands = {name for row in proof["layers"] for name in row["operands"]}
-    assert operands == {"FLOAT", {"fp16": "HALF", "bf16": "BF16"}[kind]}
+    assert operands == {"BF16", {"fp16": "HALF", "bf16": "FLOAT"}[kind]}
     assert builder.build_serialized_network(network, builder.create_builder_config()) is not None

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.deploy.reformulate import DeployNetwork, FoldedPositionAttention, GreyStem, LabelOutput, Rewrites
+from hpddrnet_trt.deploy.reformulate import (
+    MAX_PHASE_CLASSES,
+    DeployNetwork,
+    FoldedPositionAttention,
+    FullSize,
+    GreyStem,
+    LabelOutput,
+    Phases,
+    Rewrites,
+)
 from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.manifest import ClassInfo, Manifest, Normalisation
 from hpddrnet_trt.models.attention import PositionAttention
@@ -193,10 +202,44 @@ def test_grey_levels_survive_fp16_exactly() -> None:
 # ------------------------------------------------------------------------------------ output
 
 
-def test_ties_go_to_the_first_class() -> None:
+@pytest.mark.parametrize("stride", [2, 4, 8])
+@given(classes=st.integers(1, 4), height=st.integers(1, 5), width=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_phases_are_the_bilinear_enlargement(stride: int, classes: int, height: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(2, classes, height, width)
+    planes = Phases(classes, stride)(scores)
+    full = torch.cat([torch.nn.functional.pixel_shuffle(plane, stride) for plane in planes], dim=1)
+    want = torch.nn.functional.interpolate(scores, scale_factor=stride, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(full, want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+def test_weights_of_the_phases_are_exact_in_half_precision(stride: int) -> None:
+    weight = Phases(3, stride).conv.weight
+    assert torch.equal(weight, weight.half().float())
+    assert torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize(("classes", "phases"), [(MAX_PHASE_CLASSES, True), (MAX_PHASE_CLASSES + 1, True), (3, False)])
+def test_both_ways_of_labelling_agree(classes: int, phases: bool) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(2, classes, 6, 9)
+    output = LabelOutput(True, 4, classes, phases)
+    assert isinstance(output.enlarge, Phases if phases and classes <= MAX_PHASE_CLASSES else FullSize)
+    full = torch.nn.functional.interpolate(scores, scale_factor=4, mode="bilinear", align_corners=False)
+    labels, confidence = output(scores)
+    top = full.topk(2, dim=1).values
+    clear = top[:, 0] - top[:, 1] > 1e-5
+    assert torch.equal(labels[clear], full.argmax(1).to(torch.uint8)[clear])
+    torch.testing.assert_close(confidence, torch.softmax(full, 1).amax(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("phases", [True, False])
+def test_ties_go_to_the_first_class(phases: bool) -> None:
     scores = torch.zeros(1, 4, 3, 5)
     scores[:, 1:3, :, 2:] = 1.0
-    labels = LabelOutput(confidence=False, stride=8)(scores)
+    labels = LabelOutput(False, 8, 4, phases)(scores)
     assert labels.dtype == torch.uint8
     assert labels.shape == (1, 24, 40)
     assert torch.equal(labels[0, :, 32:], torch.ones(24, 8, dtype=torch.uint8))  # classes 1 and 2 tie
