@@ -107,7 +107,10 @@ def network_input(
         padded = pad(image, height, width)
         for channel, plane in enumerate(entry):
             source = padded[..., channel] if padded.ndim == 3 else padded
-            plane[...] = source if tables is None else tables[channel][source]
+            if tables is None:
+                plane[...] = source
+            else:
+                cv2.LUT(source, tables[channel], dst=plane)
     return batch
 
 

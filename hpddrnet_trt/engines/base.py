@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -41,6 +42,25 @@ class Engine(Protocol):
         """Run one batch that follows ``manifest.input``; raises :class:`ContractError` otherwise."""
         ...
 
+    def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
+        """Run batches with as many in flight as suits the engine; results in the order given."""
+        ...
+
+    def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
+        """One batch placed where the engine computes, for measuring the network alone.
+
+        Each call of the result runs one inference on it and returns when that is complete; the outputs
+        stay where they are. Valid until :meth:`close`; no other call may run in between.
+        """
+        ...
+
+    def layer_times(self, images: npt.NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """Median milliseconds of each layer, by the runtime's own name for it, over ``runs`` inferences.
+
+        Empty where the runtime has no profiler. May slow later inferences: measure other things first.
+        """
+        ...
+
     def close(self) -> None:
         """Free the runtime's resources; calling it again does nothing."""
         ...
@@ -53,9 +73,18 @@ class Engine(Protocol):
 
 
 class EngineBase:
-    """Shared context-manager behaviour of the engines."""
+    """What engines share: one batch at a time, no profiler, the context manager."""
 
     manifest: Manifest
+
+    def infer(self, images: npt.NDArray[Any]) -> Prediction:
+        raise NotImplementedError
+
+    def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
+        return map(self.infer, batches)
+
+    def layer_times(self, images: npt.NDArray[Any], runs: int = 20) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         """Nothing to free by default."""

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import tempfile
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
+from hpddrnet_trt.engines.onnxruntime_graph import needs_blocks, source_for_cpu
 from hpddrnet_trt.engines.outputs import expected_outputs, to_prediction
 from hpddrnet_trt.errors import BadInputFile, NoGpu, UsageError, UserError, require
 from hpddrnet_trt.manifest import Manifest, read_manifest
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+LANES = 2  # batches in flight on a GPU: one computes while another is copied
+WARM_UP = 3  # profiled runs that are not counted
+_PROFILED = "_kernel_time"
 
 
 class OnnxRuntimeEngine(EngineBase):
@@ -21,10 +33,19 @@ class OnnxRuntimeEngine(EngineBase):
 
     On a CPU, FP16 and FP8 files are computed in FP32: FP16 shows no rounding at all, FP8 that of its
     pairs, slowly (:mod:`hpddrnet_trt.deploy.rounding` shows the rest). BF16 files run on CUDA at most.
+    Position attention is computed in FP32, for large images in blocks
+    (:mod:`hpddrnet_trt.engines.onnxruntime_graph`): memory then grows linearly with the image.
 
     Parameters: ``threads`` CPU threads of one inference (default: all cores); ``device`` ``cpu``,
     ``cuda`` or ``auto`` (CUDA when this build of ONNX Runtime has it); ``providers`` names of
-    execution providers, overrides ``device``.
+    execution providers, overrides ``device``; ``defaults`` opens the session without any setting of
+    ours but ``threads`` and the provider, to compare with.
+
+    For experiments: ``spinning`` lets idle threads wait busily for the next operator; ``arena`` keeps
+    freed CPU memory for the next inference; ``cuda_graph`` records the whole graph on the first run of
+    a bound batch (CUDA, one fixed shape). On CUDA, FP32 is computed in FP32, not in TF32; cuDNN tries
+    all its convolution algorithms (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html).
+    What concerns CUDA has not been run on a GPU yet.
 
     Raises :class:`BadInputFile` for a missing, truncated or foreign file, :class:`NoGpu` when CUDA
     was asked for and cannot be used, :class:`UserError` when an inference fails.
@@ -37,84 +58,255 @@ class OnnxRuntimeEngine(EngineBase):
         threads: int | None = None,
         device: Literal["auto", "cpu", "cuda"] = "cpu",
         providers: list[str] | None = None,
+        defaults: bool = False,
+        spinning: bool = True,
+        arena: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         input_contract(self.manifest)
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads must be at least 1, got {threads}")
+        if defaults and not (spinning and arena and not cuda_graph):
+            raise UsageError("defaults=True leaves every setting to ONNX Runtime; drop spinning, arena and cuda_graph")
         self._ort = require("onnxruntime", "export", "run ONNX files")
         self._errors = _error_classes()
-        wanted = providers or _providers(self._ort, device)
-        self._session: Any = self._open(wanted, _session_options(self._ort, threads, self.manifest))
-        self._check_session(wanted)
-        self._threads = threads
+        self._wanted = providers or _providers(self._ort, device)
+        if cuda_graph and self._wanted[0] != CUDA:
+            raise UsageError("cuda_graph needs device='cuda'")
+        self._threads, self._defaults, self._cuda_graph = threads, defaults, cuda_graph
+        self._spinning, self._arena = spinning, arena
+        # A graph is recorded for bound memory only; each such batch has a graph of its own.
+        self._no_graph = self._graph_options(-1) if cuda_graph else None
+        self._graph_ids = itertools.count(1)
+        self._session: Any = self._open(self._session_options())
+        self._in_blocks: Any = None  # for large images, opened with the first of them
+        self._check_session()
 
     @property
     def runtime(self) -> str:
         provider = self._live().get_providers()[0].removesuffix("ExecutionProvider")
         threads = f", {self._threads} thread{'s' if self._threads > 1 else ''}" if self._threads else ""
-        return f"onnxruntime {self._ort.__version__} ({provider}{threads})"
+        defaults = ", defaults" if self._defaults else ""
+        return f"onnxruntime {self._ort.__version__} ({provider}{threads}{defaults})"
 
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
         """Run one batch; see :class:`~hpddrnet_trt.engines.base.Engine`."""
-        session = self._live()
-        check_input(images, input_contract(self.manifest))
-        try:
-            outputs = session.run(self._names, {self._input: np.ascontiguousarray(images)})
-        except self._errors as exc:
-            raise UserError(
-                f"ONNX Runtime could not run {self.path} on an input of shape {images.shape} "
-                f"({_first_line(exc)}); try a smaller image or batch, or export the model again"
-            ) from exc
+        session = self._checked(images)
+        with self._readable_errors(images.shape):
+            outputs = session.run(self._names, {self._input: np.ascontiguousarray(images)}, self._no_graph)
         return to_prediction(dict(zip(self._names, outputs, strict=True)))
 
+    def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
+        """Run batches; on CUDA two at a time in bound memory, so that copies and computing overlap."""
+        if self._device == "cpu":
+            return super().infer_many(batches)
+        return self._in_lanes(batches, 1 if self._cuda_graph else LANES)  # one thread at a time runs a graph
+
+    def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
+        """One batch, and the outputs, in memory of the device that computes."""
+        session = self._checked(images)
+        with self._readable_errors(images.shape):
+            bound = self._bound(session, np.ascontiguousarray(images))
+
+        def run() -> None:
+            self._live()
+            with self._readable_errors(images.shape):
+                bound.run()
+
+        return run
+
+    def layer_times(self, images: npt.NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """Median milliseconds of each operator over ``runs``, in a second session with its profiler on.
+
+        Names are ONNX Runtime's: the file's node, or the tensor that a convolution in its own layout makes
+        (``relu_2_nchwc``). Empty on CUDA, where the profiler times launches, not kernels.
+        """
+        self._checked(images)
+        if self._device != "cpu":
+            return {}
+        source = np.ascontiguousarray(images)
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._session_options() or self._ort.SessionOptions()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._open(options, blocks=needs_blocks(images.shape))
+            try:
+                with self._readable_errors(images.shape):
+                    for _ in range(WARM_UP + runs):
+                        session.run(self._names, {self._input: source})
+            finally:
+                profile = Path(session.end_profiling())  # also closes the file
+            return _operator_times(profile, runs)
+
     def close(self) -> None:
-        self._session = None
+        self._session = self._in_blocks = None
+
+    # -- parts -----------------------------------------------------------------------------------
 
     def _live(self) -> Any:
         if self._session is None:
             raise UsageError(f"the engine of {self.path} is closed; load it again")
         return self._session
 
-    def _open(self, providers: list[str], options: Any) -> Any:
+    def _checked(self, images: npt.NDArray[Any]) -> Any:
+        session = self._live()
+        check_input(images, input_contract(self.manifest))
+        if self._device != "cpu" or self._defaults or not needs_blocks(images.shape):
+            return session
+        if self._in_blocks is None:
+            self._in_blocks = self._open(self._session_options(), blocks=True)
+        return self._in_blocks
+
+    @contextmanager
+    def _readable_errors(self, shape: tuple[int, ...]) -> Iterator[None]:
         try:
-            return self._ort.InferenceSession(
-                str(self.path), options, providers=providers, disabled_optimizers=_disabled_optimizers(self.manifest)
-            )
+            yield
+        except self._errors as exc:
+            raise UserError(
+                f"ONNX Runtime could not run {self.path} on an input of shape {shape} "
+                f"({_first_line(exc)}); try a smaller image or batch, or export the model again"
+            ) from exc
+
+    def _in_lanes(self, batches: Iterable[npt.NDArray[Any]], lanes: int) -> Iterator[Prediction]:
+        """Each lane is a thread with its own bound memory; ONNX Runtime leaves the interpreter lock while it runs."""
+        bound: list[dict[tuple[int, ...], _Bound]] = [{} for _ in range(lanes)]
+
+        def job(lane: int, images: npt.NDArray[Any]) -> Prediction:
+            session = self._checked(images)
+            source = np.ascontiguousarray(images)
+            with self._readable_errors(images.shape):
+                memory = bound[lane].get(images.shape)
+                if memory is None:
+                    memory = bound[lane][images.shape] = self._bound(session, source)
+                else:
+                    memory.load(source)
+                memory.run()
+                outputs = memory.to_host()
+            return to_prediction(dict(zip(self._names, outputs, strict=True)))
+
+        waiting: deque[Future[Prediction]] = deque()
+        with ThreadPoolExecutor(lanes, thread_name_prefix="onnxruntime") as pool:
+            for number, images in enumerate(batches):
+                waiting.append(pool.submit(job, number % lanes, images))
+                if len(waiting) == lanes:  # a lane gets its next batch after its last one is done
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _bound(self, session: Any, images: npt.NDArray[Any]) -> _Bound:
+        # On a CPU the value would be the caller's own memory, which later batches must not overwrite.
+        source = images.copy() if self._device == "cpu" else images
+        value = self._ort.OrtValue.ortvalue_from_numpy(source, self._device, 0)
+        graph = self._graph_options(next(self._graph_ids)) if self._cuda_graph else None
+        return _Bound(session, self._input, value, self._names, self._device, graph, self._no_graph)
+
+    def _graph_options(self, number: int) -> Any:
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(number))
+        return options
+
+    def _session_options(self) -> Any:
+        """None where ONNX Runtime shall take its own."""
+        if self._defaults and self._threads is None:
+            return None
+        options = self._ort.SessionOptions()
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        if self._defaults:
+            return options
+        levels = self._ort.GraphOptimizationLevel
+        # The higher levels fuse FP8 pairs into integer operators, which do not take them (onnxruntime 1.31).
+        options.graph_optimization_level = (
+            levels.ORT_ENABLE_BASIC if self.manifest.precision == "fp8" else levels.ORT_ENABLE_ALL
+        )
+        options.log_severity_level = 3  # errors only
+        options.enable_cpu_mem_arena = self._arena
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spinning else "0")
+        return options
+
+    def _open(self, options: Any, blocks: bool = False) -> Any:
+        providers: list[Any] = list(self._wanted)
+        extra: dict[str, Any] = {}
+        if not self._defaults:
+            extra["disabled_optimizers"] = _disabled_optimizers(self.manifest)
+            if self._wanted[0] == CUDA:
+                graph = "1" if self._cuda_graph else "0"
+                settings = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": graph}
+                providers[0] = (CUDA, settings)
+        source: str | bytes = str(self.path)
+        if self._wanted[0] == CPU and not self._defaults:
+            source = source_for_cpu(self.path, self.manifest, blocks)
+        try:
+            return self._ort.InferenceSession(source, options, providers=providers, **extra)
         except self._errors as exc:
             if self.manifest.precision == "bf16":
                 raise UsageError(
                     f"{self.path} is BF16, which ONNX Runtime {self._ort.__version__} has no kernels for on "
-                    f"{providers[0].removesuffix('ExecutionProvider')} ({_first_line(exc)}); build a TensorRT engine "
-                    "from it, or run the FP32 or FP16 file here"
+                    f"{self._wanted[0].removesuffix('ExecutionProvider')} ({_first_line(exc)}); build a TensorRT "
+                    "engine from it, or run the FP32 or FP16 file here"
                 ) from exc
             raise BadInputFile(
                 f"{self.path} cannot be loaded by ONNX Runtime {self._ort.__version__} ({_first_line(exc)}); "
                 "export it again"
             ) from exc
 
-    def _check_session(self, providers: list[str]) -> None:
+    def _check_session(self) -> None:
         # ONNX Runtime falls back to the CPU with no more than a log line when a provider fails.
-        if self._session.get_providers()[0] != providers[0]:
+        if self._session.get_providers()[0] != self._wanted[0]:
             raise NoGpu(
-                f"ONNX Runtime could not start {providers[0]}; check driver and libraries, or use device='cpu'"
+                f"ONNX Runtime could not start {self._wanted[0]}; check driver and libraries, or use device='cpu'"
             )
+        self._device = "cuda" if self._wanted[0] == CUDA else "cpu"
         self._input = self._session.get_inputs()[0].name
         self._names = expected_outputs(self.manifest, [out.name for out in self._session.get_outputs()], self.path)
 
 
-def _session_options(ort: Any, threads: int | None, manifest: Manifest) -> Any:
-    options = ort.SessionOptions()
-    levels = ort.GraphOptimizationLevel
-    # The higher levels fuse FP8 pairs into integer operators, which do not take them (onnxruntime 1.31).
-    options.graph_optimization_level = (
-        levels.ORT_ENABLE_BASIC if manifest.precision == "fp8" else levels.ORT_ENABLE_ALL
-    )
-    options.log_severity_level = 3  # errors only
-    if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads must be at least 1, got {threads}")
-        options.intra_op_num_threads = threads
-    return options
+class _Bound:
+    """One input and the outputs at fixed addresses of ``device`` (``cpu``, ``cuda``); a run allocates none of them.
+
+    ``options`` of each run, ``first`` of the one that finds out the outputs' shapes.
+    """
+
+    def __init__(
+        self, session: Any, name: str, value: Any, outputs: list[str], device: str, options: Any, first: Any
+    ) -> None:
+        self._session, self._input, self._options = session, value, options
+        finding = session.io_binding()
+        finding.bind_ortvalue_input(name, value)
+        for output in outputs:
+            finding.bind_output(output, device, 0)
+        session.run_with_iobinding(finding, first)
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(name, value)
+        for output, found in zip(outputs, finding.get_outputs(), strict=True):
+            self._binding.bind_ortvalue_output(output, found)
+
+    def load(self, images: npt.NDArray[Any]) -> None:
+        """Another batch of the same shape."""
+        self._input.update_inplace(images)
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+
+    def to_host(self) -> list[npt.NDArray[Any]]:
+        """Copies of the outputs in host memory."""
+        return list(self._binding.copy_outputs_to_cpu())
+
+
+def _operator_times(profile: Path, runs: int) -> dict[str, float]:
+    """Median milliseconds of each operator over the last ``runs`` inferences of a profile (Chrome's trace format)."""
+    events = json.loads(profile.read_text(encoding="utf-8"))
+    nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith(_PROFILED)]
+    # The nodes inside a Scan are reported besides it, once per turn: they end while it is running.
+    scans = [(event["ts"], event["ts"] + event["dur"]) for event in nodes if event["args"].get("op_name") == "Scan"]
+    microseconds: dict[str, list[float]] = defaultdict(list)
+    for event in nodes:
+        if not any(start < event["ts"] + event["dur"] < end for start, end in scans):
+            microseconds[event["name"].removesuffix(_PROFILED)].append(event["dur"])
+    return {name: median(values[-runs:]) / 1000 for name, values in microseconds.items()}
 
 
 def _disabled_optimizers(manifest: Manifest) -> list[str]:

@@ -1,7 +1,7 @@
 """OpenVINO: the faster CPU engine on many Intel and AMD machines, an optional extra.
 
-Guards, each for a hazard measured with OpenVINO 2026.4: inference precision is set to f32 (its
-own choice was slower and less exact), graphs are compiled for one static shape each (INT8 with
+Guards, each for a hazard measured with OpenVINO 2026.4: FP32 files are computed in FP32 (its own
+choice is BF16 where the processor has it), graphs are compiled for one static shape each (INT8 with
 dynamic shapes gave wrong labels), and graphs quantised in ONNX Runtime's own form are refused
 (some crashed the process). :func:`verify_in_child` checks a file before it is trusted.
 """
@@ -12,9 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,26 +25,36 @@ import numpy.typing as npt
 import hpddrnet_trt
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.engines.openvino_attention import fuse_attention
 from hpddrnet_trt.engines.outputs import expected_outputs, to_prediction
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError, require
 from hpddrnet_trt.manifest import read_manifest
 from hpddrnet_trt.metrics import agreement
 
-COMPILED_SHAPES = 4  # compiled graphs kept per engine, the least recently used goes first
+COMPILED_GRAPHS = 4  # kept per engine (a shape, for latency or for throughput); the least recently used goes first
+
+Precision = Literal["auto", "f32", "bf16", "default"]
+Hint = Literal["LATENCY", "THROUGHPUT"]
 
 
 class OpenVINOEngine(EngineBase):
     """Runs an exported ``.onnx`` file on the CPU with OpenVINO.
 
-    ``threads``: CPU threads of one inference (default: OpenVINO's choice). The first inference of
-    a new input shape compiles the graph for it (0.3 s to 2 s).
+    ``threads``: CPU threads of one inference (default: OpenVINO's choice). ``precision``: what
+    floating-point layers are computed in. ``auto``: FP32 for an FP32 file; for one of reduced precision
+    (FP16, BF16, INT8, FP8) BF16 where the processor computes it, else FP32. ``f32`` and ``bf16`` ask for
+    one; ``default`` gives OpenVINO no instruction at all, to compare with. Position attention runs as
+    OpenVINO's fused operator (:mod:`hpddrnet_trt.engines.openvino_attention`), but for ``default``.
+
+    The first inference of a new input shape compiles the graph for it (0.3 s to 2 s);
+    :meth:`infer_many` compiles a second one, which runs several batches side by side.
 
     Raises :class:`MissingDependency` without OpenVINO, :class:`BadInputFile` for a missing,
     truncated or foreign file, :class:`UsageError` for a graph quantised for ONNX Runtime,
     :class:`UserError` when an inference fails.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, threads: int | None = None, precision: Precision = "auto") -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         input_contract(self.manifest)
@@ -52,39 +65,149 @@ class OpenVINOEngine(EngineBase):
             )
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
+        if precision not in get_args(Precision):
+            raise UsageError(f"precision {precision!r} is unknown; choose one of: {', '.join(get_args(Precision))}")
         self._ov = require("openvino", "openvino", "run models with OpenVINO")
         self._threads = threads
         self._core: Any = self._ov.Core()
+        self._has_bf16 = computes_bf16()
+        self._precision = self._choose_precision(precision)
         self._names = self._read_outputs()
-        self._compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._compiled: OrderedDict[tuple[tuple[int, ...], Hint], list[Any]] = OrderedDict()
+
+    def _choose_precision(self, asked: Precision) -> Precision:
+        if asked == "bf16" and not self._has_bf16:
+            raise UsageError("this processor does not compute in BF16; choose precision 'f32' or 'auto'")
+        if asked != "auto":
+            return asked
+        return "bf16" if self._has_bf16 and self.manifest.precision not in (None, "fp32") else "f32"
 
     @property
     def runtime(self) -> str:
         threads = f", {self._threads} thread{'s' if self._threads > 1 else ''}" if self._threads else ""
-        return f"openvino {self._ov.__version__.split('-')[0]} (CPU{threads})"
+        kind = ", BF16" if self.float_precision == "bf16" else ""
+        kind += ", defaults" if self._precision == "default" else ""
+        return f"openvino {self._ov.__version__.split('-')[0]} (CPU{threads}{kind})"
 
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
         """Run one batch; see :class:`~hpddrnet_trt.engines.base.Engine`."""
-        if self._core is None:
-            raise UsageError(f"the engine of {self.path} is closed; load it again")
         check_input(images, input_contract(self.manifest))
+        with self._errors(images.shape):
+            (request,) = self._requests(images.shape, "LATENCY")
+            return self._prediction(request.infer([np.ascontiguousarray(images)], share_inputs=True))
+
+    @property
+    def float_precision(self) -> Literal["f32", "bf16"]:
+        """What floating-point layers are computed in."""
+        if self._precision == "default":
+            return "bf16" if self._has_bf16 else "f32"
+        return "bf16" if self._precision == "bf16" else "f32"
+
+    def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
+        """Run batches side by side, each on few threads: more of them per second than one after the other.
+
+        A batch that does not follow the contract ends the iteration after the results before it.
+        """
+        waiting: deque[tuple[Any, npt.NDArray[Any]]] = deque()  # request, and the input it still reads
+        shape: tuple[int, ...] = ()
+        free: list[Any] = []
+        problem: UserError | None = None
         try:
-            request = self._request(images.shape)
-            results = request.infer([np.ascontiguousarray(images)], share_inputs=True)
-        except RuntimeError as exc:
-            raise UserError(
-                f"OpenVINO could not run {self.path} on an input of shape {images.shape} ({_reason(exc)}); "
-                "try a smaller image or batch, or the onnxruntime engine"
-            ) from exc
-        return to_prediction({name: results[name] for name in self._names})
+            for images in batches:
+                try:
+                    self._live()
+                    check_input(images, input_contract(self.manifest))
+                except UserError as exc:
+                    problem = exc
+                    break
+                if images.shape != shape:
+                    while waiting:
+                        yield self._collect(waiting)[1]
+                    shape, free = images.shape, list(self._requests(images.shape, "THROUGHPUT"))
+                if not free:
+                    request, found = self._collect(waiting)
+                    free.append(request)
+                    yield found
+                array = np.ascontiguousarray(images)
+                with self._errors(images.shape):
+                    free[-1].start_async([array], share_inputs=True)
+                waiting.append((free.pop(), array))
+            while waiting:
+                yield self._collect(waiting)[1]
+            if problem is not None:
+                raise problem
+        finally:
+            for request, _ in waiting:  # an abandoned generator leaves nothing running
+                with suppress(RuntimeError):  # it would hide what ended the loop
+                    request.wait()
+
+    def _collect(self, waiting: deque[tuple[Any, npt.NDArray[Any]]]) -> tuple[Any, Prediction]:
+        request, images = waiting.popleft()
+        with self._errors(images.shape):
+            request.wait()
+            return request, self._prediction({name: request.get_tensor(name).data.copy() for name in self._names})
+
+    def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
+        """See :class:`~hpddrnet_trt.engines.base.Engine`."""
+        check_input(images, input_contract(self.manifest))
+        with self._errors(images.shape):
+            (request,) = self._requests(images.shape, "LATENCY")
+            request.set_input_tensor(self._ov.Tensor(np.ascontiguousarray(images), shared_memory=True))
+
+        def run() -> None:
+            self._live()
+            with self._errors(images.shape):
+                request.start_async()
+                request.wait()
+
+        return run
+
+    def layer_times(self, images: npt.NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """See :class:`~hpddrnet_trt.engines.base.Engine`; compiles the graph once more, with counters."""
+        check_input(images, input_contract(self.manifest))
+        # A layer that takes less than a microsecond is reported as not run, in that inference or in all.
+        counted: list[dict[str, float]] = []
+        with self._errors(images.shape):
+            compiled = self._compile(images.shape, "LATENCY", {"PERF_COUNT": True})
+            request = compiled.create_infer_request()
+            for _ in range(runs + 1):
+                request.infer([np.ascontiguousarray(images)], share_inputs=True)
+                counted.append(
+                    {
+                        layer.node_name: 1e3 * layer.real_time.total_seconds()
+                        for layer in request.profiling_info
+                        if layer.status == layer.Status.EXECUTED
+                    }
+                )
+        del counted[0]  # prepares weights
+        names = _names_in_file(compiled)
+        found: dict[str, float] = defaultdict(float)
+        for name in dict.fromkeys(name for run in counted for name in run):
+            found[names.get(name) or name] += median(run.get(name, 0.0) for run in counted)
+        return dict(found)
 
     def close(self) -> None:
         self._compiled.clear()
         self._core = None
 
+    def _live(self) -> Any:
+        if self._core is None:
+            raise UsageError(f"the engine of {self.path} is closed; load it again")
+        return self._core
+
+    @contextmanager
+    def _errors(self, shape: tuple[int, ...]) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as exc:
+            raise UserError(
+                f"OpenVINO could not run {self.path} on an input of shape {shape} ({_reason(exc)}); "
+                "try a smaller image or batch, or the onnxruntime engine"
+            ) from exc
+
     def _read(self) -> Any:
         try:
-            return self._core.read_model(str(self.path))
+            return self._live().read_model(str(self.path))
         except RuntimeError as exc:
             raise BadInputFile(f"{self.path} cannot be loaded by OpenVINO ({_reason(exc)}); export it again") from exc
 
@@ -92,36 +215,55 @@ class OpenVINOEngine(EngineBase):
         present = [name for port in self._read().outputs for name in port.get_names()]
         return expected_outputs(self.manifest, present, self.path)
 
-    def _request(self, shape: tuple[int, ...]) -> Any:
-        """The inference request compiled for ``shape``."""
-        if shape not in self._compiled:
-            model = self._read()
-            model.reshape({model.inputs[0]: self._ov.PartialShape(list(shape))})
-            settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-            if self._threads is not None:
-                settings["INFERENCE_NUM_THREADS"] = self._threads
-            self._compiled[shape] = self._core.compile_model(model, "CPU", settings).create_infer_request()
-            if len(self._compiled) > COMPILED_SHAPES:
+    def _prediction(self, results: Any) -> Prediction:
+        return to_prediction({name: results[name] for name in self._names})
+
+    def _requests(self, shape: tuple[int, ...], hint: Hint) -> list[Any]:
+        """The inference requests of the graph compiled for ``shape``: as many as run side by side."""
+        key = (shape, hint)
+        if key not in self._compiled:
+            compiled = self._compile(shape, hint)
+            count = 1 if hint == "LATENCY" else compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+            self._compiled[key] = [compiled.create_infer_request() for _ in range(count)]
+            if len(self._compiled) > COMPILED_GRAPHS:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(shape)
-        return self._compiled[shape]
+        self._compiled.move_to_end(key)
+        return self._compiled[key]
+
+    def _compile(self, shape: tuple[int, ...], hint: Hint, more: Mapping[str, Any] | None = None) -> Any:
+        model = self._read()
+        model.reshape({model.inputs[0]: self._ov.PartialShape(list(shape))})
+        settings: dict[str, Any] = dict(more or {})
+        if self._precision != "default":
+            fuse_attention(model)
+            settings |= {"INFERENCE_PRECISION_HINT": self._precision, "PERFORMANCE_HINT": hint}
+        elif hint == "THROUGHPUT":
+            settings["PERFORMANCE_HINT"] = hint
+        if self._threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = self._threads
+        return self._live().compile_model(model, "CPU", settings)
 
 
 def verify_in_child(
-    path: str | Path, images: npt.NDArray[Any], *, minimum_agreement: float = 0.99, timeout_s: float = 300.0
+    path: str | Path,
+    images: npt.NDArray[Any],
+    *,
+    precision: Precision = "auto",
+    minimum_agreement: float = 0.99,
+    timeout_s: float = 300.0,
 ) -> float:
     """Run ``path`` with OpenVINO in a child process and compare its labels with ONNX Runtime's.
 
-    ``images``: one batch that follows the model's input contract. Returns the share of equal
-    labels. Raises :class:`UserError` when the child crashes, hangs, or agrees on less than
-    ``minimum_agreement``; the calling process is never at risk.
+    ``images``: one batch that follows the model's input contract; ``precision``: as the engine's.
+    Returns the share of equal labels. Raises :class:`UserError` when the child crashes, hangs, or agrees
+    on less than ``minimum_agreement``; the calling process is never at risk.
     """
     with OnnxRuntimeEngine(path) as engine:
         expected = engine.infer(images).labels
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "images.npy", Path(folder) / "labels.npy"
         np.save(source, images)
-        _run_child([str(path), str(source), str(target)], Path(path), timeout_s)
+        _run_child([str(path), str(source), str(target), precision], Path(path), timeout_s)
         share = agreement(np.load(target), expected)
     if not share >= minimum_agreement:
         raise UserError(
@@ -136,7 +278,8 @@ def _run_child(arguments: list[str], path: Path, timeout_s: float) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "hpddrnet_trt.engines.openvino", *arguments]
     try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace",
+                               timeout=timeout_s, check=False)  # fmt: skip
     except subprocess.TimeoutExpired as exc:
         raise UserError(f"OpenVINO did not finish {path} within {timeout_s:.0f} s; use the onnxruntime engine") from exc
     if child.returncode:
@@ -145,14 +288,26 @@ def _run_child(arguments: list[str], path: Path, timeout_s: float) -> None:
         raise UserError(f"OpenVINO {died} on {path}; use the onnxruntime engine for this file")
 
 
-def _child(path: str, source: str, target: str) -> int:
+def _child(path: str, source: str, target: str, precision: str) -> int:
     try:
-        with OpenVINOEngine(path) as engine:
+        with OpenVINOEngine(path, precision=cast(Precision, precision)) as engine:
             np.save(target, engine.infer(np.load(source)).labels)
     except UserError as exc:
         print(exc, file=sys.stderr)
         return exc.exit_code
     return 0
+
+
+def computes_bf16() -> bool:
+    """Whether OpenVINO computes in BF16 on this processor."""
+    openvino = require("openvino", "openvino", "run models with OpenVINO")
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _names_in_file(compiled: Any) -> dict[str, str]:
+    """Names of the file's nodes, joined by commas, that each layer of a compiled graph was made from."""
+    layers = compiled.get_runtime_model().get_ops()
+    return {layer.get_friendly_name(): layer.get_rt_info()["originalLayersNames"].astype(str) for layer in layers}
 
 
 def _reason(exc: RuntimeError) -> str:

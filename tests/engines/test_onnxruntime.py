@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,3 +148,135 @@ def test_cuda_is_refused_where_missing(tmp_path: Path) -> None:
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(NoGpu, match="no CUDA support"):
         OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), device="cuda")
+
+
+def test_many_batches_keep_their_order(tmp_path: Path) -> None:
+    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), threads=1) as engine:
+        batches = [_batch(seed, size=24 + 8 * (seed % 2)) for seed in range(5)]
+        found = [prediction.labels for prediction in engine.infer_many(iter(batches))]
+        for labels, images in zip(found, batches, strict=True):
+            np.testing.assert_array_equal(labels, engine.infer(images).labels)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_lanes_of_bound_memory(tmp_path: Path, lanes: int) -> None:
+    """What CUDA runs, on the CPU: memory is used again, results are nobody else's, the order is kept."""
+    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest("logits")), threads=1) as engine:
+        batches = [_batch(seed, size=24 + 8 * (seed // 2 % 2)) for seed in range(9)]
+        originals = [images.copy() for images in batches]
+        before = threading.active_count()
+        found = list(engine._in_lanes(iter(batches), lanes))
+        assert threading.active_count() == before
+        for prediction, images, original in zip(found, batches, originals, strict=True):
+            expected = engine.infer(images)
+            np.testing.assert_array_equal(prediction.labels, expected.labels)
+            np.testing.assert_array_equal(prediction.logits, expected.logits)
+            np.testing.assert_array_equal(images, original)
+        with pytest.raises(ContractError, match="dtype uint8"):
+            list(engine._in_lanes([batches[0], batches[0].astype(np.float32)], lanes))
+
+
+def test_bound_batch_stays_in_place(tmp_path: Path) -> None:
+    engine = OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), threads=1)
+    images = _batch(1)
+    expected = engine.infer(images).labels
+    bound = engine._bound(engine._session, images)
+    images[:] = 0  # the engine has its own copy
+    bound.run()
+    (first,) = bound._binding.get_outputs()
+    bound.run()
+    (second,) = bound._binding.get_outputs()
+    assert first.data_ptr() == second.data_ptr()
+    np.testing.assert_array_equal(bound.to_host()[0], expected)
+    run = engine.bind(_batch(2))
+    run()
+    with pytest.raises(ContractError, match="multiples of 8"):
+        engine.bind(np.zeros((1, 1, 20, 24), np.uint8))
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        run()
+
+
+def test_layer_times_of_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), threads=1) as engine:
+        times = engine.layer_times(_batch(1), runs=4)
+    assert len(times) >= 4
+    assert all(value >= 0 for value in times.values())
+    assert any("Conv" in name or "nchwc" in name or "scores" in name for name in times)
+    assert not any(name.endswith("_kernel_time") for name in times)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]  # no profile is left behind
+
+
+def test_defaults_are_onnxruntimes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest())
+    asked: list[tuple[Any, dict[str, Any]]] = []
+    real = onnxruntime.InferenceSession
+
+    def recorded(source: str, options: Any, **others: Any) -> Any:
+        asked.append((options, others))
+        return real(source, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    with OnnxRuntimeEngine(path, defaults=True) as engine:
+        assert "defaults" in engine.runtime
+        plain = engine.infer(_batch(1)).labels
+    assert asked[-1] == (None, {"providers": ["CPUExecutionProvider"]})
+    with OnnxRuntimeEngine(path, defaults=True, threads=1) as engine:
+        np.testing.assert_array_equal(engine.infer(_batch(1)).labels, plain)
+    assert asked[-1][0].intra_op_num_threads == 1
+    assert asked[-1][0].log_severity_level == onnxruntime.SessionOptions().log_severity_level
+    with OnnxRuntimeEngine(path, threads=1, spinning=False, arena=False) as engine:
+        np.testing.assert_array_equal(engine.infer(_batch(1)).labels, plain)
+    options, others = asked[-1]
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert not options.enable_cpu_mem_arena
+    assert others["disabled_optimizers"] == []
+    for wrong in ({"spinning": False}, {"arena": False}, {"cuda_graph": True}):
+        with pytest.raises(UsageError, match="defaults=True leaves every setting"):
+            OnnxRuntimeEngine(path, defaults=True, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="needs device='cuda'"):
+        OnnxRuntimeEngine(path, cuda_graph=True)
+
+
+class _CudaSession:
+    """A session of ONNX Runtime with CUDA, as far as opening and running it is asked about."""
+
+    def __init__(self, source: str, options: Any, *, providers: list[Any], **others: Any) -> None:
+        import onnxruntime
+
+        self.real = onnxruntime.capi.onnxruntime_inference_collection.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"]
+        )
+        self.asked, self.runs = providers, []
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def run(self, names: Any, feeds: Any, options: Any = None) -> Any:
+        self.runs.append(None if options is None else options.get_run_config_entry("gpu_graph_id"))
+        return self.real.run(names, feeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_settings_of_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: bool) -> None:
+    import onnxruntime
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", _CudaSession)
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest())
+    engine = OnnxRuntimeEngine(path, device="cuda", cuda_graph=graph)
+    (name, settings), cpu = engine._session.asked
+    assert (name, cpu) == tuple(providers)
+    assert settings["use_tf32"] == "0"  # FP32 is FP32
+    assert settings["enable_cuda_graph"] == str(int(graph))
+    engine.infer(_batch(1))
+    assert engine._session.runs == ["-1" if graph else None]  # no graph of memory that is not bound
+    assert engine.layer_times(_batch(1)) == {}
+    assert OnnxRuntimeEngine(path, device="auto", defaults=True)._session.asked == providers

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from hpddrnet_trt.deploy.groups import group_of, tensor_owners
 from hpddrnet_trt.engines import openvino as module
 from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino import OpenVINOEngine, verify_in_child
 from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError, UserError
+from tests.tiny_export import frames, write_fp32
 from tests.toy import grey_image, manifest, write_toy_onnx
 
 pytest.importorskip("openvino", reason="OpenVINO is an optional extra and not installed")
@@ -46,7 +50,7 @@ def test_compiled_shapes_are_bounded(tmp_path: Path) -> None:
     with OpenVINOEngine(write_toy_onnx(tmp_path / "m.onnx", manifest())) as engine:
         for size in (8, 16, 24, 32, 40, 8):
             assert engine.infer(_images(size)).labels.shape == (1, size, size)
-        assert [shape[2] for shape in engine._compiled] == [24, 32, 40, 8]
+        assert [shape[2] for shape, _ in engine._compiled] == [24, 32, 40, 8]
 
 
 def test_refuses_onnxruntime_form(tmp_path: Path) -> None:
@@ -97,3 +101,158 @@ def test_child_reports_failure_and_crash(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module.sys, "executable", str(crashing))
     with pytest.raises(UserError, match="died by signal 11"):
         verify_in_child(path, _images(24))
+
+
+# --- precision
+
+
+@pytest.mark.parametrize(
+    ("asked", "file", "has_bf16", "chosen"),
+    [
+        ("auto", "fp32", True, "f32"),
+        ("auto", "fp16", True, "bf16"),
+        ("auto", "int8", True, "bf16"),
+        ("auto", "fp16", False, "f32"),
+        ("f32", "fp16", True, "f32"),
+        ("bf16", "fp32", True, "bf16"),
+        ("default", "fp32", False, "f32"),
+        ("default", "fp32", True, "bf16"),
+    ],
+)
+def test_precision_follows_file_and_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, file: Any, has_bf16: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(module, "computes_bf16", lambda: has_bf16)
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest(precision=file))
+    with OpenVINOEngine(path, threads=1, precision=asked) as engine:
+        assert engine.float_precision == chosen
+        assert ("BF16" in engine.runtime) == (chosen == "bf16")
+        assert ("defaults" in engine.runtime) == (asked == "default")
+
+
+def test_precision_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest())
+    with pytest.raises(UsageError, match=r"precision 'fp16' is unknown; choose one of: auto, f32, bf16, default"):
+        OpenVINOEngine(path, precision="fp16")  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "computes_bf16", lambda: False)
+    with pytest.raises(UsageError, match="does not compute in BF16; choose precision 'f32' or 'auto'"):
+        OpenVINOEngine(path, precision="bf16")
+    with pytest.raises(UsageError, match="threads must be at least 1"):
+        OpenVINOEngine(path, threads=0)
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16", "default"])
+def test_every_precision_gives_the_labels(network: Path, precision: Any) -> None:
+    if precision == "bf16" and not module.computes_bf16():
+        pytest.skip("this processor does not compute in BF16")
+    images = frames(1, 64, 96)
+    with OpenVINOEngine(network, threads=1, precision=precision) as engine, OnnxRuntimeEngine(network) as other:
+        found, expected = engine.infer(images).labels, other.infer(images).labels
+        low = engine.float_precision == "bf16"
+    assert len(np.unique(expected)) > 1
+    assert (found == expected).mean() > (0.95 if low else 0.999)
+
+
+# --- several batches side by side, bound batches, layer times
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network with position attention."""
+    return write_fp32(tmp_path_factory.mktemp("network") / "fp32.onnx")
+
+
+class _Compiled:
+    """A compiled graph that asks for three requests, however few threads there are."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def get_property(self, name: str) -> int:
+        assert name == "OPTIMAL_NUMBER_OF_INFER_REQUESTS"
+        return 3
+
+    def create_infer_request(self) -> Any:
+        return self.real.create_infer_request()
+
+
+@pytest.fixture
+def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenVINOEngine]:
+    """An engine that runs three batches side by side."""
+    compile_ = OpenVINOEngine._compile
+    monkeypatch.setattr(OpenVINOEngine, "_compile", lambda *arguments: _Compiled(compile_(*arguments)))
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True))
+    with OpenVINOEngine(path, threads=1) as engine:
+        yield engine
+
+
+def _varied(sizes: list[int]) -> list[np.ndarray]:
+    return [grey_image(size, size, seed)[None, None] for seed, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("sizes", [[], [24], [24] * 8, [24, 24, 40, 24, 24, 24, 24, 24, 16]])
+def test_many_are_as_one_by_one_and_in_order(three: OpenVINOEngine, sizes: list[int]) -> None:
+    batches = _varied(sizes)
+    found = list(three.infer_many(iter(batches)))
+    assert len(found) == len(batches)
+    for images, prediction in zip(batches, found, strict=True):  # after all: results are their own memory
+        expected = three.infer(images)
+        np.testing.assert_array_equal(prediction.labels, expected.labels)
+        np.testing.assert_allclose(prediction.logits, expected.logits, atol=1e-5)
+        np.testing.assert_allclose(prediction.confidence, expected.confidence, atol=1e-5)
+
+
+def test_a_row_left_early_leaves_the_engine_usable(three: OpenVINOEngine) -> None:
+    batches = _varied([24] * 6)
+    row = three.infer_many(batches)
+    next(row)
+    row.close()  # type: ignore[attr-defined]  # it is a generator
+    for images, prediction in zip(batches, three.infer_many(batches), strict=True):
+        np.testing.assert_array_equal(prediction.labels, three.infer(images).labels)
+
+
+def test_a_bad_batch_ends_the_row_after_the_results_before_it(three: OpenVINOEngine) -> None:
+    batches = _varied([24, 24])
+    row = three.infer_many([*batches, np.zeros((1, 1, 20, 24), np.uint8), *batches])
+    for images in batches:
+        np.testing.assert_array_equal(next(row).labels, three.infer(images).labels)
+    with pytest.raises(ContractError, match="multiples of 8"):
+        next(row)
+    assert len(list(three.infer_many(batches))) == 2
+
+
+def test_closing_ends_a_row(three: OpenVINOEngine) -> None:
+    row = three.infer_many(batch for batch in _varied([24] * 9))
+    next(row)
+    three.close()
+    with pytest.raises(UsageError, match="closed"):
+        list(row)
+
+
+def test_bound_batch(network: Path) -> None:
+    images = frames(2, 64, 96)
+    with OpenVINOEngine(network, threads=1) as engine:
+        run = engine.bind(images)
+        run()
+        run()
+        (request,) = engine._requests(images.shape, "LATENCY")
+        np.testing.assert_array_equal(request.get_tensor("labels").data, engine.infer(images).labels)
+        with pytest.raises(ContractError, match="multiples of 8"):
+            engine.bind(np.zeros((1, 1, 12, 8), np.uint8))
+    with pytest.raises(UsageError, match="closed"):
+        run()
+    for call in (engine.bind, engine.layer_times):
+        with pytest.raises(UsageError, match="closed"):
+            call(images)
+
+
+def test_layers_are_named_after_the_files_nodes(network: Path) -> None:
+    with OpenVINOEngine(network, threads=1) as engine:
+        times = engine.layer_times(frames(1, 64, 96), runs=2)
+    assert min(times.values()) >= 0
+    owners = tensor_owners(network)
+    known = [name for name in times if set(name.split(",")) & set(owners.values())]
+    assert len(known) > 0.7 * len(times)
+    groups = [group_of(name, owners) for name in times]
+    assert "position attention" in groups
+    assert groups.count("other") < 0.1 * len(groups)

@@ -1,0 +1,43 @@
+"""What ONNX Runtime is given in place of a file whose position attention it does not run well as it is.
+
+Two cases, both exact but for rounding: attention in BF16, for which its CPU kernels are missing, gets
+FP32 scores; and where the scores of all tokens would fill the memory, attention works in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpddrnet_trt.engines.attention import expanded, in_blocks, in_type, position_attentions, uses_bf16
+from hpddrnet_trt.errors import BadInputFile, require
+from hpddrnet_trt.manifest import Manifest
+
+TOKEN_STRIDE = 16  # pixels of the image per token and direction, at the finest of the attentions
+# Scores of all pairs of tokens, FP32, above which attention works in blocks: reached at about 1450x1450.
+LARGEST_SCORES_MIB = 256
+
+
+def needs_blocks(shape: Sequence[int]) -> bool:
+    """Whether the scores of an image batch ``[N, C, H, W]`` are more than :data:`LARGEST_SCORES_MIB`."""
+    batch, _, height, width = shape
+    tokens = -(-height // TOKEN_STRIDE) * -(-width // TOKEN_STRIDE)
+    return batch * tokens**2 * 4 > LARGEST_SCORES_MIB << 20
+
+
+def source_for_cpu(path: Path, manifest: Manifest, blocks: bool) -> str | bytes:
+    """The file's path, or the graph to load in its place."""
+    typed = manifest.precision in ("fp16", "int8", "fp8")
+    if not (blocks or typed):
+        return str(path)
+    onnx = require("onnx", "export", "read ONNX files")
+    try:
+        model = onnx.load(str(path))
+    except Exception as exc:  # protobuf's own error classes differ between its versions
+        raise BadInputFile(f"{path} is damaged or no ONNX file ({exc}); export it again") from exc
+    model, changed = (expanded(model), True) if model.functions else (model, False)
+    if typed and uses_bf16(model):
+        model, changed = in_type(model, "fp32"), True
+    if blocks and position_attentions(model.graph):
+        model, changed = in_blocks(model), True
+    return model.SerializeToString() if changed else str(path)

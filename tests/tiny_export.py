@@ -1,0 +1,68 @@
+"""One export of a tiny network with lively attention, made once per test session, in the forms that engines run."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from PIL import Image
+
+from hpddrnet_trt.data.simulate import simulate
+from hpddrnet_trt.deploy.half import to_half
+from hpddrnet_trt.deploy.onnx_export import ExportOptions, trace
+from hpddrnet_trt.deploy.onnx_graph import save_model
+from hpddrnet_trt.deploy.quantize import calibrate
+from hpddrnet_trt.manifest import Manifest
+from tests.tiny_network import lively, tiny_manifest, tiny_network
+
+
+@cache
+def _exported() -> tuple[bytes, Manifest]:
+    network, options = lively(tiny_network()), ExportOptions()
+    manifest = tiny_manifest(
+        network, input=options.input_contract, output=options.output_contract, attention="matmul", precision="fp32"
+    )
+    return trace(network, manifest, options).SerializeToString(), manifest
+
+
+def exported() -> tuple[onnx.ModelProto, Manifest]:
+    """The FP32 graph with dynamic sizes, and its description."""
+    content, manifest = _exported()
+    return onnx.load_from_string(content), manifest
+
+
+def write_fp32(path: Path, **manifest: Any) -> Path:
+    """``manifest`` overrides fields of the description; with ``attention="function"`` the graph follows."""
+    model, described = exported()
+    return save_model(model, path, described.replace(**manifest))
+
+
+def write_fp16(path: Path) -> Path:
+    """FP16 with position attention in BF16."""
+    model, manifest = exported()
+    return save_model(to_half(model), path, manifest.replace(precision="fp16"))
+
+
+def write_int8(path: Path) -> Path:
+    """INT8 Q/DQ in TensorRT's form, the rest FP16, position attention in BF16."""
+    source = write_fp32(path.with_name(f"{path.stem}.source.onnx"))
+    calibrate(source, path, pictures(path.with_name(f"{path.stem}.pictures"), 2), min_agreement=0.5, cache=None)
+    return path
+
+
+def pictures(folder: Path, count: int, height: int = 64, width: int = 96) -> list[Path]:
+    """Simulated micrographs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{seed}.png" for seed in range(count)]
+    for seed, path in enumerate(paths):
+        Image.fromarray(simulate(height, width, seed)[0]).save(path)
+    return paths
+
+
+def frames(batch: int, height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """Simulated micrographs ``[batch, 1, height, width]``."""
+    return np.stack([simulate(height, width, [seed, number])[0] for number in range(batch)])[:, None]
