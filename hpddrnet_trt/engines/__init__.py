@@ -27,15 +27,21 @@ class _Kind(NamedTuple):
     gpu: bool = False
 
 
+_CHECKPOINTS = (".safetensors", ".pth", ".pt")
+
 # The first engine that takes a suffix is the one `auto` chooses.
 _KINDS: dict[str, _Kind] = {
-    "torch": _Kind("torch", "TorchEngine", (".safetensors", ".pth", ".pt"), "torch", "export"),
+    "torch": _Kind("torch", "TorchEngine", _CHECKPOINTS, "torch", "export"),
     "onnxruntime": _Kind("onnxruntime", "OnnxRuntimeEngine", (".onnx",), "onnxruntime", "export"),
     "openvino": _Kind("openvino", "OpenVINOEngine", (".onnx",), "openvino", "openvino"),
     "tensorrt": _Kind("tensorrt", "TensorRTEngine", (".engine",), "tensorrt", "tensorrt", gpu=True),
     "tensorrt-rtx": _Kind("tensorrt", "TensorRTEngine", (".engine",), "tensorrt_rtx", "tensorrt-rtx", gpu=True),
+    "torch-tensorrt": _Kind(
+        "torch_tensorrt", "TorchTensorRTEngine", _CHECKPOINTS, "torch_tensorrt", "torch-tensorrt", gpu=True
+    ),
 }
 ENGINES: tuple[str, ...] = tuple(_KINDS)
+_FOR_CHECKPOINTS = tuple(name for name, kind in _KINDS.items() if kind.suffixes == _CHECKPOINTS)
 
 
 class EngineStatus(NamedTuple):
@@ -55,10 +61,10 @@ def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engin
     Raises :class:`UsageError` for an unknown engine, ending or option, and what the engine raises:
     :class:`BadInputFile`, :class:`MissingDependency`, :class:`NoGpu`.
     """
-    path = locate(path, ".safetensors" if engine == "torch" else ".onnx")
+    path = locate(path, ".safetensors" if engine in _FOR_CHECKPOINTS else ".onnx")
     name = _choose(path, engine)
     kind = _KINDS[name]
-    if kind.module == "torch":
+    if name in _FOR_CHECKPOINTS:
         require("torch", kind.extra, f"run the checkpoint {path}")
     cls = getattr(importlib.import_module(f"hpddrnet_trt.engines.{kind.module}"), kind.class_name)
     given = {key: value for key, value in options.items() if value is not None}

@@ -1,29 +1,33 @@
 """PyTorch: the reference every other engine is compared with.
 
 Runs the unmodified network of a checkpoint, by default eagerly in FP32 with TF32 off, so that its
-figures are those of the authors' implementation. The options for reduced precision and memory
-layout exist to be measured against, not to be the reference.
+figures are those of the authors' implementation. The options for compilation, reduced precision and
+memory layout exist to be measured against, not to be the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input
+from hpddrnet_trt.engines.torch_modules import module_times
+from hpddrnet_trt.engines.torch_overlap import Overlap, as_source
 from hpddrnet_trt.errors import NoGpu, UsageError, UserError
 from hpddrnet_trt.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
 
 AUTOCAST = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPILE = ("off", "default", "max-autotune")
+COMPILED_SHAPES = 64  # torch.compile gives up after 8 by default; each input shape is compiled once
 
 
 class TorchEngine(EngineBase):
@@ -34,7 +38,14 @@ class TorchEngine(EngineBase):
     grey images ``[N, 1, H, W]`` and normalises them, ``float32`` takes normalised RGB
     ``[N, 3, H, W]``; ``output`` ``logits`` gives logits at the input's resolution and their labels,
     ``labels`` the labels only (on a GPU the logits are then not copied to the host); ``autocast``
-    ``off`` | ``fp16`` | ``bf16``; ``channels_last`` memory layout.
+    ``off`` | ``fp16`` | ``bf16`` (FP16 overflows in a trained position attention: all logits become NaN);
+    ``channels_last`` memory layout; ``cudnn_benchmark`` lets cuDNN time its algorithms at every new
+    shape and keep the fastest.
+
+    ``compile``: ``default`` or ``max-autotune`` runs everything from the image tensor to the labels
+    through ``torch.compile``, once for every input shape (minutes with ``max-autotune``). On a GPU
+    ``max-autotune`` records CUDA graphs; on a CPU, weights are constants that may be folded and
+    re-ordered (``freezing``), as PyTorch advises for inference there, and a C++ compiler is needed.
     """
 
     def __init__(
@@ -47,9 +58,14 @@ class TorchEngine(EngineBase):
         output: Literal["logits", "labels"] = "logits",
         autocast: Literal["off", "fp16", "bf16"] = "off",
         channels_last: bool = False,
+        compile: Literal["off", "default", "max-autotune"] = "off",
+        cudnn_benchmark: bool = False,
     ) -> None:
         network, manifest = load_any_checkpoint(path)
-        self._setup(network, manifest, device, threads, input_dtype, output, autocast, channels_last)
+        self._setup(
+            network, manifest, device=device, threads=threads, input_dtype=input_dtype, output=output,
+            autocast=autocast, channels_last=channels_last, compile=compile, cudnn_benchmark=cudnn_benchmark,
+        )  # fmt: skip
 
     @classmethod
     def from_network(
@@ -62,32 +78,35 @@ class TorchEngine(EngineBase):
     ) -> TorchEngine:
         """An engine around a network in memory (put into evaluation mode and moved to ``device``)."""
         engine = cls.__new__(cls)
-        engine._setup(network, manifest, device, None, input_dtype, "logits", "off", False)
+        engine._setup(network, manifest, device=device, input_dtype=input_dtype)
         return engine
 
     def _setup(
         self,
         network: HPDDRNet,
         manifest: Manifest,
+        *,
         device: str,
-        threads: int | None,
-        input_dtype: str,
-        output: Literal["logits", "labels"],
-        autocast: str,
-        channels_last: bool,
+        threads: int | None = None,
+        input_dtype: str = "uint8",
+        output: Literal["logits", "labels"] = "logits",
+        autocast: str = "off",
+        channels_last: bool = False,
+        compile: str = "off",
+        cudnn_benchmark: bool = False,
     ) -> None:
         if output not in ("logits", "labels"):
             raise UsageError(f"output is logits or labels, got {output!r}")
-        if input_dtype not in ("uint8", "float32") or autocast not in AUTOCAST:
+        if input_dtype not in ("uint8", "float32") or autocast not in AUTOCAST or compile not in COMPILE:
             raise UsageError(
-                f"input_dtype is uint8 or float32 and autocast one of {', '.join(AUTOCAST)}, "
-                f"got {input_dtype!r} and {autocast!r}"
+                f"input_dtype is uint8 or float32, autocast one of {', '.join(AUTOCAST)} and compile one of "
+                f"{', '.join(COMPILE)}, got {input_dtype!r}, {autocast!r} and {compile!r}"
             )
         if threads is not None:
             if threads < 1:
                 raise UsageError(f"threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
-        self.device = _pick_device(device)
+        self.device = pick_device(device)
         self._contract = InputContract.model_validate(
             {"dtype": input_dtype, "channels": 1 if input_dtype == "uint8" else 3}
         )
@@ -95,52 +114,149 @@ class TorchEngine(EngineBase):
         self._gives_logits = output == "logits"
         self._autocast = autocast
         self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._cudnn_benchmark = cudnn_benchmark
         module: Any = network.eval().to(self.device)
         self._network: Any = module.to(memory_format=self._format)
+        self._score: Callable[[Tensor], Tensor] = self._network.predict_logits
         mean, std = manifest.normalisation.mean, manifest.normalisation.std
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self.device).view(1, 3, 1, 1) for values in (mean, std)
         )
+        self._compile = compile
+        self._compiled_shapes: set[tuple[int, ...]] = set()
+        self._graph = self._label if compile == "off" else _compiled(self._label, compile, self.device)
+        self._has_modules = compile == "off"  # what runs are the network's modules, one after the other
+        self._reuses_outputs = compile == "max-autotune"  # CUDA graphs write to the same memory in every run
 
     @property
     def runtime(self) -> str:
         where = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        kind = "FP32" if self._autocast == "off" else f"autocast {self._autocast.upper()}"
+        compiled = "" if self._compile == "off" else f", compiled {self._compile}"
         layout = ", channels last" if self._format is torch.channels_last else ""
-        return f"torch {torch.__version__} ({where}{threads}, {kind}{layout})"
+        return f"torch {torch.__version__} ({where}{threads}, {self._precision}{compiled}{layout})"
+
+    @property
+    def _precision(self) -> str:
+        return "FP32" if self._autocast == "off" else f"autocast {self._autocast.upper()}"
 
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
         """Run one batch; see :class:`~hpddrnet_trt.engines.base.Engine`."""
-        if self._network is None:
-            raise UsageError("this engine is closed; load it again")
-        check_input(images, self._contract)
-        try:
-            with torch.inference_mode(), _without_tf32(self.device):
-                logits = self._logits(images)
-                labels = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
-                return Prediction(labels, logits=logits.cpu().numpy() if self._gives_logits else None)
-        except (torch.cuda.OutOfMemoryError, MemoryError) as exc:
-            raise UserError(f"out of memory on an input of shape {images.shape}; use a smaller image or batch") from exc
+        self._check(images)
+        with self._running(images.shape):
+            labels, logits = self._compute(self._on_device(images))
+            return Prediction(labels.cpu().numpy(), logits=None if logits is None else logits.cpu().numpy())
+
+    def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
+        """Run batches; on a GPU copies overlap with computing (:mod:`hpddrnet_trt.engines.torch_overlap`)."""
+        if self.device.type == "cpu":
+            return super().infer_many(batches)
+        return self._overlapped(batches)
+
+    def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
+        """One batch on the device; a call runs from that tensor to the label tensor on the device."""
+        self._check(images)
+        x = self._on_device(images)
+
+        def run() -> None:
+            with self._running(x.shape):
+                self._compute(x)
+                self._synchronise()
+
+        return run
+
+    def layer_times(self, images: npt.NDArray[Any], runs: int = 20) -> dict[str, float]:
+        """Milliseconds by module path, see :func:`~hpddrnet_trt.engines.torch_modules.module_times`.
+
+        Empty for a compiled network, whose kernels span modules.
+        """
+        self._check(images)
+        if not self._has_modules:
+            return {}
+        x = self._on_device(images)
+        with self._running(images.shape):
+            return module_times(self._network, lambda: self._compute(x), self._synchronise, runs)
 
     def close(self) -> None:
         self._network = None
+        self._score = self._graph = _closed  # they hold the weights, too
 
-    def _logits(self, images: npt.NDArray[Any]) -> Tensor:
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _check(self, images: npt.NDArray[Any]) -> None:
+        if self._network is None:
+            raise UsageError("this engine is closed; load it again")
+        check_input(images, self._contract)
+
+    def _overlapped(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
+        overlap = Overlap(self._enqueue, self.device, clone=self._reuses_outputs)
+        return overlap.run(self._sources(batches))
+
+    def _sources(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
+        for images in batches:
+            self._check(images)
+            yield as_source(images)
+
+    def _enqueue(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        with self._running(x.shape):
+            return self._compute(x)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Device images to device labels uint8 ``[N, H, W]`` and, where asked for, logits float32."""
+        if self._compile == "off" or tuple(x.shape) in self._compiled_shapes:
+            return self._graph(x)
+        with _compiling():
+            result = self._graph(x)
+        self._compiled_shapes.add(tuple(x.shape))
+        return result
+
+    def _label(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         dtype = AUTOCAST[self._autocast]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            logits: Tensor = self._network.predict_logits(self._normalised(images))
-        return logits.float()
+            logits = self._score(self._normalised(x))
+        # The index of torch.max is that of argmax, ties included, which on a CPU takes several times as long.
+        return logits.max(dim=1).indices.to(torch.uint8), logits.float() if self._gives_logits else None
 
-    def _normalised(self, images: npt.NDArray[Any]) -> Tensor:
-        array = np.ascontiguousarray(images)
-        x = torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
+    def _normalised(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
             x = (x.float() - self._mean) / self._std  # one grey channel becomes three
         return x.contiguous(memory_format=self._format)
 
+    def _on_device(self, images: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(as_source(images)).to(self.device)
 
-def _pick_device(name: str) -> torch.device:
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def _running(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """What every inference runs in; errors of PyTorch become readable ones."""
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode())
+                if self.device.type == "cuda":
+                    stack.enter_context(_cudnn_settings(self._cudnn_benchmark))
+                yield
+        except (torch.cuda.OutOfMemoryError, MemoryError) as exc:
+            raise UserError(
+                f"out of memory on an input of shape {tuple(shape)}; use a smaller image or batch"
+            ) from exc
+        except RuntimeError as exc:
+            if self._compile == "off" or not _from_compiler(exc):
+                raise
+            raise UserError(_why_not_compiled(exc)) from exc
+
+
+def _closed(x: Tensor) -> Any:
+    raise UsageError("this engine is closed; load it again")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``auto`` (a GPU when PyTorch has one), ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises :class:`UsageError` for another name and :class:`NoGpu` for a GPU that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -152,14 +268,60 @@ def _pick_device(name: str) -> torch.device:
     return device
 
 
+def _compiled(function: Callable[[Tensor], Any], mode: str, device: torch.device) -> Callable[[Tensor], Any]:
+    """``function`` through ``torch.compile``, one whole graph for each input shape."""
+    import torch._inductor
+    from torch._inductor import config
+
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode, dynamic=False))
+    silent = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    options |= {name: value for name, value in silent.items() if hasattr(config, name)}
+    if device.type == "cpu":
+        # Advised for a CPU in PyTorch's documentation of AOTInductor (pytorch pull request 128010).
+        options["freezing"] = True
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+
 @contextmanager
-def _without_tf32(device: torch.device) -> Iterator[None]:
-    """FP32 convolutions in FP32: PyTorch's default on a GPU is TF32, about 1 % off."""
-    if device.type != "cuda":
+def _compiling() -> Iterator[None]:
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES), warnings.catch_warnings():
+        # PyTorch's compiler still uses what PyTorch deprecates.
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
         yield
-        return
+
+
+def _from_compiler(exc: RuntimeError) -> bool:
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(exc, TorchDynamoException)
+
+
+def _why_not_compiled(exc: BaseException) -> str:
+    from torch._inductor.exc import InvalidCxxCompiler, TritonMissing
+
+    inner: BaseException | None = exc
+    while inner is not None:
+        original = getattr(inner, "inner_exception", None) or inner.__cause__
+        if isinstance(inner, InvalidCxxCompiler) or "C compiler" in str(inner):
+            return (
+                "torch.compile found no C++ compiler; install one (g++ or clang++), name it in the environment "
+                "variable CXX, or use compile='off'"
+            )
+        if isinstance(inner, TritonMissing):
+            return "torch.compile needs Triton on a GPU; install the triton package, or use compile='off'"
+        inner = original
+    reason = " ".join(str(exc).split())[:300]
+    return f"torch.compile of PyTorch {torch.__version__} failed ({reason}); use compile='off'"
+
+
+@contextmanager
+def _cudnn_settings(benchmark: bool) -> Iterator[None]:
+    """FP32 convolutions in FP32: PyTorch's default on a GPU is TF32, about 1 % off."""
     with torch.backends.cudnn.flags(
-        enabled=True, benchmark=torch.backends.cudnn.benchmark, deterministic=torch.backends.cudnn.deterministic,
-        allow_tf32=False,
-    ):
+        enabled=True, benchmark=benchmark or torch.backends.cudnn.benchmark,
+        deterministic=torch.backends.cudnn.deterministic, allow_tf32=False,
+    ):  # fmt: skip
         yield

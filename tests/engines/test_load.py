@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import hpddrnet_trt
 from hpddrnet_trt.engines import ENGINES, available_engines, engine_status, load_engine
-from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.errors import BadInputFile, MissingDependency, UsageError
 from tests.toy import manifest, write_toy_onnx
 
 
@@ -54,3 +58,23 @@ def test_missing_library_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else real(name))
     assert engine_status("openvino") == (False, "not installed; pip install 'hpddrnet-trt[openvino]'")
+
+
+def test_checkpoints_run_in_pytorch_unless_asked(tmp_path: Path) -> None:
+    with load_engine("nasa-super1", "torch", device="cpu") as engine:
+        assert engine.runtime.startswith("torch ")
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        with pytest.raises(MissingDependency, match=r"'torch_tensorrt'.*hpddrnet-trt\[torch-tensorrt\]"):
+            load_engine("nasa-super1", "torch-tensorrt", height=64, width=64)
+    with pytest.raises(UsageError, match=r"torch-tensorrt engine runs \.safetensors and \.pth and \.pt files"):
+        load_engine(write_toy_onnx(tmp_path / "m.onnx", manifest()), "torch-tensorrt", height=64, width=64)
+
+
+def test_asking_what_is_there_loads_nothing() -> None:
+    code = (
+        "import sys; from hpddrnet_trt.engines import available_engines; available_engines(); "
+        "print([name for name in ('torch', 'onnxruntime', 'openvino', 'onnx', 'tensorrt') if name in sys.modules])"
+    )
+    root = Path(hpddrnet_trt.__file__).parent.parent
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert child.stdout.strip() == "[]"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.torch import TorchEngine
+from hpddrnet_trt.engines.torch_modules import module_times
 from hpddrnet_trt.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
 from hpddrnet_trt.manifest import Manifest, NetworkConfig
 from hpddrnet_trt.models.checkpoints import save_checkpoint
@@ -88,6 +91,7 @@ def test_refusals(tmp_path: Path, network: HPDDRNet, description: Manifest) -> N
         ({"device": "gpu9"}, "unknown device 'gpu9'"),
         ({"autocast": "int4"}, "autocast one of off, fp16, bf16"),
         ({"input_dtype": "int8"}, "input_dtype is uint8 or float32"),
+        ({"compile": "fast"}, "compile one of off, default, max-autotune"),
         ({"threads": 0}, "threads must be at least 1"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -122,3 +126,156 @@ def test_labels_only_output_gives_the_same_labels_and_no_logits(
     assert expected.logits is not None
     with pytest.raises(UsageError, match="output"):
         TorchEngine(checkpoint, output="scores")  # type: ignore[arg-type]
+
+
+def test_ties_go_to_the_first_class(network: HPDDRNet, description: Manifest) -> None:
+    engine = TorchEngine.from_network(network, description, device="cpu")
+    engine._score = lambda x: torch.zeros(1, 3, 16, 16)
+    assert not engine.infer(grey_image(16, 16)[None, None]).labels.any()
+
+
+def test_many_batches_keep_their_order(network: HPDDRNet, description: Manifest) -> None:
+    engine = TorchEngine.from_network(network, description, device="cpu")
+    batches = [grey_image(16 + 8 * (seed % 2), 24, seed)[None, None] for seed in range(4)]
+    found = [prediction.labels for prediction in engine.infer_many(iter(batches))]
+    assert len(found) == 4
+    for labels, images in zip(found, batches, strict=True):
+        np.testing.assert_array_equal(labels, engine.infer(images).labels)
+
+
+def test_bound_batch_runs_the_same_inference(network: HPDDRNet, description: Manifest) -> None:
+    engine = TorchEngine.from_network(network, description, device="cpu")
+    seen: list[Any] = []
+    compute = engine._compute
+    engine._compute = lambda x: seen.append(compute(x)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    images = grey_image(16, 24)[None, None]
+    run = engine.bind(images)
+    run()
+    run()
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[1][0].numpy(), engine.infer(images).labels)
+    with pytest.raises(ContractError, match="multiples of 8"):
+        engine.bind(grey_image(16, 17)[None, None])
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        run()
+
+
+def test_layer_times_are_of_modules(network: HPDDRNet, description: Manifest) -> None:
+    engine = TorchEngine.from_network(network, description, device="cpu")
+    images = grey_image(32, 32)[None, None]
+    before = engine.infer(images).logits
+    times = engine.layer_times(images, runs=3)
+    assert {"backbone.stem.0.conv", "backbone.sps.0.pa", "backbone", "decode_head.conv_seg", "output"} <= set(times)
+    assert not any("aux" in name for name in times)  # not called
+    assert all(value >= 0 for value in times.values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    np.testing.assert_array_equal(engine.infer(images).logits, before)
+
+
+def test_time_between_children_is_their_parents() -> None:
+    """Exclusive times add up to the whole, with a clock that ticks only where told."""
+    child = torch.nn.Identity()
+    parent = torch.nn.Sequential(child, child)
+    ticks = iter(range(1000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.perf_counter", lambda: float(next(ticks)))
+        times = module_times(parent, lambda: parent(torch.zeros(1)), lambda: None, runs=2)
+    # whole: 0..7; parent 1..6; children 2..3 and 4..5
+    assert times == {"0": 2000.0, "network": 3000.0, "output": 2000.0}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A checkpoint that compiles quickly."""
+    config = NetworkConfig(channels=4, ppm_channels=8, head_channels=8, num_classes=3, eca="none", pam="none")
+    torch.manual_seed(0)
+    manifest = Manifest(name="small", network=config, classes=CLASSES)
+    return save_checkpoint(tmp_path / "small.safetensors", HPDDRNet(config).eval(), manifest)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_whole_network_is_one_graph(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's tracer takes everything from the image to the labels; compiling it takes minutes, so not here."""
+    compile_really = torch.compile
+
+    def traced_only(function: Any, *, fullgraph: bool, dynamic: bool, options: Any) -> Any:
+        return compile_really(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced_only)
+    with TorchEngine(small, device="cpu") as eager, TorchEngine(small, device="cpu", compile="default") as compiled:
+        for size in (16, 24):
+            images = grey_image(size, 40)[None, None]
+            expected, found = eager.infer(images), compiled.infer(images)
+            assert np.abs(found.logits - expected.logits).max() < 1e-5
+            np.testing.assert_array_equal(found.labels, expected.labels)
+        assert "compiled default" in compiled.runtime
+        compiled.bind(images)()
+        assert compiled.layer_times(images) == {}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_compiler_runs(network: HPDDRNet, description: Manifest) -> None:
+    """The real compiler on one convolution instead of the network, with normalisation and arg-max."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile on a CPU needs a C++ compiler; g++ is missing")
+    torch.manual_seed(3)
+    score = torch.nn.Conv2d(3, 3, 1).eval()
+    engines = []
+    for compile in ("off", "default"):
+        engine = TorchEngine.__new__(TorchEngine)
+        engine._setup(network, description, device="cpu", compile=compile)
+        engine._score = score
+        engines.append(engine)
+    images = grey_image(16, 24)[None, None]
+    expected, found = (engine.infer(images) for engine in engines)
+    assert np.abs(found.logits - expected.logits).max() < 1e-4
+    np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_compilation_is_of_the_whole_graph(small: Path, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    asked: list[dict[str, Any]] = []
+    calls: list[tuple[int, ...]] = []
+
+    def stand_in(function: Any, **options: Any) -> Any:
+        asked.append(options)
+        return lambda x: calls.append(tuple(x.shape)) or function(x)
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    with TorchEngine(small, device="cpu", output="labels", compile=mode) as engine:
+        for size in (16, 24, 16):
+            engine.infer(grey_image(size, 32)[None, None])
+    assert calls == [(1, 1, 16, 32), (1, 1, 24, 32), (1, 1, 16, 32)]
+    (options,) = asked
+    assert options["fullgraph"] is True
+    assert options["dynamic"] is False
+    assert options["options"]["freezing"] is True
+    assert bool(options["options"].get("max_autotune")) == (mode == "max-autotune")
+
+
+def test_missing_compiler_is_a_sentence(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    def stand_in(function: Any, **options: Any) -> Any:
+        def run(x: torch.Tensor) -> Any:
+            try:
+                raise InvalidCxxCompiler
+            except InvalidCxxCompiler as exc:
+                raise InductorError(exc, None) from exc
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    engine = TorchEngine(small, device="cpu", compile="default")
+    with pytest.raises(UserError, match=r"no C\+\+ compiler; install one"):
+        engine.infer(grey_image(16, 16)[None, None])
+
+
+def test_foreign_errors_are_not_the_compilers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(x: torch.Tensor) -> Any:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        TorchEngine(small, device="cpu", compile="default").infer(grey_image(16, 16)[None, None])

@@ -1,0 +1,114 @@
+"""What is compared: model files, the engines that run them, and what people call the pair."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hpddrnet_trt.engines import engine_status
+from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.files import existing_file
+from hpddrnet_trt.manifest import Manifest, read_manifest
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = (".safetensors", ".pth", ".pt")
+_PLAIN_OPTIONS = {"output", "device", "threads"}  # of the torch engine: none changes how it computes
+_NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to compare: a model file, the engine that runs it and that engine's options."""
+
+    label: str
+    path: Path
+    engine: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_torch(self) -> bool:
+        return self.engine == "torch" or (self.engine == "auto" and self.path.suffix.lower() in CHECKPOINTS)
+
+    @property
+    def can_be_reference(self) -> bool:
+        """PyTorch as it comes: eager, FP32, no option that makes it faster."""
+        return self.is_torch and set(self.options) <= _PLAIN_OPTIONS
+
+
+def entries_for(files: Sequence[str | Path]) -> list[Entry]:
+    """Every file with every engine of this installation that runs its kind, labelled for people.
+
+    Checkpoints run in PyTorch, ONNX files in ONNX Runtime and, where installed, OpenVINO (except
+    files quantised in ONNX Runtime's own form; FP32 files also in BF16 where the processor has it),
+    ``.engine`` files in TensorRT. Raises
+    :class:`BadInputFile` for a file that does not exist; one that cannot be read becomes a row
+    with the reason.
+    """
+    openvino = engine_status("openvino").usable
+    entries: list[Entry] = []
+    for path in (existing_file(file, "model file") for file in files):
+        manifest = manifest_or_none(path)
+        for engine, options in _engines_of(path, manifest, openvino):
+            entry = Entry(_name_of(engine, manifest), path, engine, options)
+            parts = [entry.label, precision_of(entry, manifest), _form(engine, manifest)]
+            label = " ".join(part for part in parts if part)
+            if manifest is None or any(other.label == label for other in entries):
+                label = f"{label} ({path.name})"
+            entries.append(replace(entry, label=label))
+    return entries
+
+
+def manifest_or_none(path: Path) -> Manifest | None:
+    """The description of a model file, None for one that has none or cannot be read."""
+    if path.suffix.lower() in (".pth", ".pt"):
+        return None  # foreign checkpoints describe themselves only through their weights
+    try:
+        return read_manifest(path)
+    except BadInputFile as exc:
+        logger.info("%s", exc)
+        return None
+
+
+def precision_of(entry: Entry, manifest: Manifest | None) -> str | None:
+    """What an entry computes in, e.g. ``FP16``: its options for a checkpoint, whose weights are FP32, else the file."""
+    if entry.path.suffix.lower() in CHECKPOINTS:
+        if entry.engine == "torch-tensorrt":
+            return str(entry.options.get("precision", "fp16")).upper()
+        autocast = str(entry.options.get("autocast", "off"))
+        return "FP32" if autocast == "off" else autocast.upper()
+    if entry.options.get("precision") == "bf16":
+        return "BF16"
+    return manifest.precision.upper() if manifest is not None and manifest.precision is not None else None
+
+
+def _engines_of(path: Path, manifest: Manifest | None, openvino: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Engines with their options."""
+    if path.suffix.lower() in CHECKPOINTS:
+        return [("torch", {"output": "labels"})]  # like the others: logits need not leave the GPU
+    if path.suffix.lower() != ".onnx":
+        return [("auto", {})]
+    found: list[tuple[str, dict[str, Any]]] = [("onnxruntime", {})]
+    if openvino and (manifest is None or manifest.quantised_for != "onnxruntime"):
+        found.append(("openvino", {}))
+        if manifest is not None and manifest.precision == "fp32":
+            from hpddrnet_trt.engines.openvino import computes_bf16
+
+            found += [("openvino", {"precision": "bf16"})] if computes_bf16() else []
+    return found
+
+
+def _name_of(engine: str, manifest: Manifest | None) -> str:
+    if engine != "auto":
+        return _NAMES[engine]
+    return _FLAVOURS[manifest.engine.flavour] if manifest is not None and manifest.engine is not None else "TensorRT"
+
+
+def _form(engine: str, manifest: Manifest | None) -> str | None:
+    """Tells TensorRT's explicit quantisation, run by a CPU engine, from ONNX Runtime's own."""
+    foreign = engine != "auto" and manifest is not None and manifest.quantised_for == "tensorrt"
+    return "Q/DQ" if foreign else None

@@ -1,0 +1,80 @@
+"""TensorRT engines on simulated CUDA, with ONNX Runtime as the truth."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from hpddrnet_trt.deploy.build import build_engine
+from hpddrnet_trt.engines import cuda_memory
+from hpddrnet_trt.engines import tensorrt as engine_module
+from hpddrnet_trt.engines.shapes import Profile
+from hpddrnet_trt.engines.tensorrt import TensorRTEngine
+from hpddrnet_trt.manifest import sidecar_path
+from tests.engines.simulated_cuda import SimulatedCuda, SimulatedTensorRT
+from tests.tiny_onnx import tiny_model
+
+SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256,4x1x512x512"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ONNX and engine files by output kind, built by the real TensorRT-RTX."""
+    for name in ("tensorrt_rtx", "cuda.bindings"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name}, which this test uses without a GPU, is missing")
+    folder = tmp_path_factory.mktemp("engines")
+    found = {}
+    for kind in ("labels", "logits"):
+        source = tiny_model(folder / f"{kind}.onnx", output=kind)  # type: ignore[arg-type]
+        build_engine(
+            source, folder / f"{kind}.engine", precision="fp32", flavour="tensorrt-rtx", shapes=SHAPES, progress=False
+        )
+        found[kind] = folder / f"{kind}.engine"
+    return found
+
+
+class Bench:
+    """An engine on simulated CUDA, with ONNX Runtime as the truth."""
+
+    def __init__(self, cuda: SimulatedCuda, library: SimulatedTensorRT, engine: TensorRTEngine, path: Path) -> None:
+        self.cuda, self.library, self.engine, self.path = cuda, library, engine, path
+        self._session = library.session
+
+    def truth(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        return np.asarray(self._session.run(None, {"image": images})[0])
+
+    def count(self, operation: str) -> int:
+        """How often a stream operation was logged."""
+        return sum(entry[0] == operation for entry in self.cuda.log)
+
+
+@pytest.fixture
+def bench(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
+    real = cuda_memory.cudart()
+
+    def start(kind: str = "labels", version: str | None = None, **options: Any) -> Bench:
+        """``version``: of TensorRT, in place of the TensorRT-RTX that built the file."""
+        onnx_file, path = models[kind].with_suffix(".onnx"), tmp_path / f"{kind}.engine"
+        path.write_bytes(models[kind].read_bytes())
+        description = json.loads(sidecar_path(models[kind]).read_text())
+        record = description["engine"]
+        if version is not None:
+            record.update(flavour="tensorrt", version=version, compute_capabilities=["8.9"])
+        sidecar_path(path).write_text(json.dumps(description))
+        cuda = SimulatedCuda(real)
+        monkeypatch.setattr(cuda_memory, "cudart", lambda: cuda)
+        monkeypatch.setattr("hpddrnet_trt.engines.cuda_graph.cudart", lambda: cuda)
+        profiles = [Profile.from_record(entry) for entry in record["profiles"]]
+        library = SimulatedTensorRT(cuda, onnx_file, profiles, record["flavour"], record["version"])
+        monkeypatch.setattr(engine_module, "load_flavour", lambda flavour: library.api)
+        return Bench(cuda, library, TensorRTEngine(path, **options), path)
+
+    return start
