@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +34,18 @@ def cudart() -> Any:
 
 def check(result: tuple[Any, ...], doing: str) -> Any:
     """Unpack a cuda-python result tuple; raise :class:`UserError` saying what failed ``doing``."""
-    runtime = cudart()
-    status, *values = result
-    if status != runtime.cudaError_t.cudaSuccess:
-        if status == runtime.cudaError_t.cudaErrorMemoryAllocation:
-            raise UserError(
-                f"out of memory while {doing}; close other programs that use it, use smaller images or "
-                "batches, or build the engine with smaller --shapes"
-            )
-        raise UserError(f"CUDA reports {status.name} while {doing}; {_advice(status.name)}")
-    return values[0] if len(values) == 1 else tuple(values) if values else None
+    if result[0]:  # cudaSuccess is 0
+        raise _failure(result[0], doing)
+    return result[1] if len(result) == 2 else result[1:] or None
+
+
+def _failure(status: Any, doing: str) -> UserError:
+    if status == cudart().cudaError_t.cudaErrorMemoryAllocation:
+        return UserError(
+            f"out of memory while {doing}; close other programs that use it, use smaller images or "
+            "batches, or build the engine with smaller --shapes"
+        )
+    return UserError(f"CUDA reports {status.name} while {doing}; {_advice(status.name)}")
 
 
 def _advice(name: str) -> str:
@@ -99,49 +100,60 @@ def gpu_or_none(index: int = 0) -> Gpu | None:
         return None
 
 
-@contextmanager
-def current_device(index: int) -> Iterator[None]:
-    """Make GPU ``index`` current for this thread, and restore the previous one afterwards."""
-    runtime = cudart()
-    previous = check(runtime.cudaGetDevice(), "reading the current GPU")
-    check(runtime.cudaSetDevice(index), f"selecting GPU {index}")
-    try:
-        yield
-    finally:
-        if previous != index:
-            check(runtime.cudaSetDevice(previous), f"selecting GPU {previous}")
+class current_device:  # a class because a generator would cost more at every frame
+    """Make GPU ``index`` current for this thread inside a ``with``, and restore the previous one afterwards."""
+
+    __slots__ = ("_index", "_previous", "_runtime")
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._runtime = cudart()
+
+    def __enter__(self) -> None:
+        self._previous: int = check(self._runtime.cudaGetDevice(), "reading the current GPU")
+        if self._previous != self._index:
+            check(self._runtime.cudaSetDevice(self._index), f"selecting GPU {self._index}")
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous != self._index:
+            check(self._runtime.cudaSetDevice(self._previous), f"selecting GPU {self._previous}")
 
 
 class Stream:
-    """A CUDA stream that does not wait for the default stream. Create with the device current."""
+    """A CUDA stream that does not wait for the default stream. Create with the device current.
+
+    ``handle`` is its number, ``object`` what cuda-python takes without converting it at each call.
+    """
 
     def __init__(self) -> None:
         runtime = cudart()
-        self._stream = check(
+        self.object = check(
             runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking), "creating a CUDA stream"
         )
         self._event = check(
             runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming), "creating a CUDA event"
         )
-        self.handle = int(self._stream)
-        self.close = weakref.finalize(self, _free_stream, runtime, self._stream, self._event)
+        self.handle = int(self.object)
+        self._runtime = runtime
+        self._any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
+        self.close = weakref.finalize(self, _free_stream, runtime, self.object, self._event)
         self.close.atexit = False  # the driver cleans up at exit, when it may already be unloaded
 
     def wait_for(self, other: int) -> None:
         """Work queued here from now on starts after the work queued so far on stream ``other``."""
-        runtime = cudart()
-        check(runtime.cudaEventRecord(self._event, other), "waiting for another CUDA stream")
-        check(runtime.cudaStreamWaitEvent(self._stream, self._event, 0), "waiting for another CUDA stream")
+        check(self._runtime.cudaEventRecord(self._event, other), "waiting for another CUDA stream")
+        check(self._runtime.cudaStreamWaitEvent(self.object, self._event, 0), "waiting for another CUDA stream")
 
     def synchronise(self) -> None:
         """Block until all work queued on this stream has ended."""
-        check(cudart().cudaStreamSynchronize(self._stream), "running the engine on the GPU")
+        check(self._runtime.cudaStreamSynchronize(self.object), "running the engine on the GPU")
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Queue a copy of ``nbytes`` between any two addresses (CUDA finds the direction)."""
-        runtime = cudart()
-        kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
-        check(runtime.cudaMemcpyAsync(target, source, nbytes, kind, self._stream), "copying to or from the GPU")
+        check(
+            self._runtime.cudaMemcpyAsync(target, source, nbytes, self._any_direction, self.object),
+            "copying to or from the GPU",
+        )
 
 
 def _free_stream(runtime: Any, stream: Any, event: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run a TensorRT engine file: TensorRT 10 and 11, and TensorRT for RTX 1, on an NVIDIA GPU.
+"""Run a TensorRT engine file: TensorRT 8.5 to 11, and TensorRT for RTX 1, on an NVIDIA GPU.
 
 A file that cannot run here is refused in one sentence, before TensorRT sees it: without a GPU some
 versions crash the process.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,45 +21,49 @@ import numpy.typing as npt
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, check_shape, input_contract
 from hpddrnet_trt.engines.cuda_memory import (
     DeviceArray,
-    DeviceBuffer,
     Gpu,
-    PinnedBuffer,
-    Stream,
     current_device,
     find_gpu,
     on_device,
     view_device_array,
 )
-from hpddrnet_trt.engines.outputs import expected_outputs, to_prediction
-from hpddrnet_trt.engines.shapes import Profile, choose_profile
+from hpddrnet_trt.engines.outputs import expected_outputs
+from hpddrnet_trt.engines.shapes import Profile
 from hpddrnet_trt.engines.tensorrt_api import INPUT, PORTABLE, TensorRT, layer_profiler, load_flavour
-from hpddrnet_trt.errors import BadInputFile, ContractError, UserError
+from hpddrnet_trt.engines.tensorrt_slots import Execution, Network, Slot
+from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError, UserError
 from hpddrnet_trt.files import existing_file
 from hpddrnet_trt.manifest import EngineRecord, InputContract, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
-# TensorRT wants tensor addresses aligned to this many bytes (its API reference, setTensorAddress);
-# cudaMalloc gives that, a slice of somebody's array may not.
-ALIGNMENT = 256
 # What a default TensorRT-RTX engine runs on: this compute capability and later (its documentation).
 PORTABLE_FROM = "8.0"
+WARM_UP = 5  # profiled runs that are not counted
+SHAPES_REMEMBERED = 1024
 
 
 class TensorRTEngine(EngineBase):
-    """A loaded engine with its own CUDA stream and reused buffers.
+    """A loaded engine with its own CUDA streams and reused buffers.
 
-    Host arrays go through page-locked memory. Buffers grow to the largest input seen and are then
-    reused, so frames of a steady size allocate nothing. Calls from several threads are safe but run
-    one after the other; for parallel work give each thread its own engine object.
+    Host arrays go through page-locked memory. A shape that comes often gets a CUDA graph of upload,
+    network and download, so that a frame costs one launch, one wait and two copies on the host, and
+    allocates nothing but its result (nothing at all with ``out``). Calls from several threads are safe
+    but run one after the other; for parallel work use :meth:`infer_many`, or one engine per thread.
     """
 
-    def __init__(self, path: str | Path, *, device: int = 0) -> None:
+    def __init__(self, path: str | Path, *, device: int = 0, graphs: bool = True, slots: int = 2) -> None:
         """Load ``path`` (with its ``.json`` beside it) on the GPU with CUDA index ``device``.
 
+        ``graphs``: use CUDA graphs where the engine allows it. ``slots``: batches in flight in
+        :meth:`infer_many`; each needs scratch memory of its own, taken when that is first called.
+
         Raises :class:`BadInputFile` (missing, truncated, changed, other version or GPU),
-        :class:`MissingDependency`, :class:`NoGpu`, or :class:`UserError` (out of GPU memory).
+        :class:`MissingDependency`, :class:`NoGpu`, :class:`UsageError`, or :class:`UserError` (out of
+        GPU memory).
         """
+        if slots < 1:
+            raise UsageError(f"slots is the number of batches in flight, at least 1; got {slots}")
         path = existing_file(path, "engine file")
         self.manifest = read_manifest(path)
         self._contract: InputContract = input_contract(self.manifest)
@@ -67,17 +74,17 @@ class TensorRTEngine(EngineBase):
         self._gpu = find_gpu(device)
         check_gpu(path, record, self._gpu)
         self._profiles = [Profile.from_record(entry) for entry in record.profiles]
-        self._lock = threading.Lock()
+        self._bytes = record.bytes
+        self._dtype = np.dtype(self._contract.dtype)
+        # Entered again when the garbage collector ends an abandoned infer_many inside another call.
+        self._lock = threading.RLock()
+        self._graphs, self._parallel = graphs, slots
+        self._admitted: set[tuple[int, ...]] = set()
         with current_device(device):
             self._load(path, record, content)
-            self._stream = Stream()
-        self._outputs = self._output_types(path)
-        self._device_buffers: dict[str, DeviceBuffer] = {}
-        self._pinned_buffers: dict[str, PinnedBuffer] = {}
-        self._views: dict[str, DeviceArray] = {}
-        self._profile = 0
-        self._shape: tuple[int, ...] | None = None
-        self._source: DeviceArray | None = None
+            self._slot = Slot(self._network, graphs=graphs)
+        self._slots = [self._slot]  # all there are
+        self._idle: list[Slot] = []  # those of infer_many that no call uses now
         self._open = True
 
     def _load(self, path: Path, record: EngineRecord, content: bytes) -> None:
@@ -86,23 +93,18 @@ class TensorRTEngine(EngineBase):
         self._runtime = api.runtime()
         if record.version_compatible:
             self._runtime.engine_host_code_allowed = True  # such a plan carries its own runtime library
-        self._engine = self._runtime.deserialize_cuda_engine(content)
-        if self._engine is None:
+        engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
             raise BadInputFile(
                 f"{api.label} cannot load {path} on {self._gpu.name}: {api.log.explain('no reason given')}; "
                 "build the engine again on this machine"
             )
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise UserError(
-                f"the GPU {self._gpu.name} has too little free memory for {path} "
-                f"({api.log.explain('no reason given')}); close other programs that use it, or build the engine "
-                "with smaller --shapes"
-            )
+        outputs = self._output_types(path, engine)
+        self._network = Network(api, engine, self._profiles, self._dtype, outputs, api.scratch_bytes(engine))
 
-    def _output_types(self, path: Path) -> dict[str, np.dtype[Any]]:
+    def _output_types(self, path: Path, engine: Any) -> dict[str, np.dtype[Any]]:
         """Output names and types of the engine; they must be those that the description promises."""
-        trt, engine = self._api.module, self._engine
+        trt = self._api.module
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         outputs = [name for name in names if name not in inputs]
@@ -119,21 +121,45 @@ class TensorRTEngine(EngineBase):
 
     @property
     def stream(self) -> int:
-        """Handle of the CUDA stream that this engine runs on."""
-        return self._stream.handle
+        """Handle of the CUDA stream that :meth:`infer` and :meth:`infer_device` run on."""
+        return self._slot.stream.handle
 
-    def infer(self, images: npt.NDArray[Any] | Any) -> Prediction:
+    @property
+    def device_memory(self) -> int:
+        """Bytes on the GPU that this engine holds now: weights, scratch and buffers of all its slots.
+
+        Weights count as the size of the file where the library does not tell theirs. What CUDA and the
+        library hold for themselves (context, kernels) is not in it.
+        """
+        with self._lock:
+            self._check_open()
+            weights = self._api.weight_bytes(self._network.engine)
+            return (self._bytes if weights is None else weights) + sum(slot.nbytes for slot in self._slots)
+
+    def infer(self, images: npt.NDArray[Any] | Any, out: npt.NDArray[np.uint8] | None = None) -> Prediction:
         """Run one batch; the result is on the host.
 
         ``images`` follows ``manifest.input``: a numpy array, or an array already on this GPU (PyTorch,
-        CuPy, PyCUDA, Numba: DLPack or CUDA array interface), which is used in place; see
-        :func:`~hpddrnet_trt.engines.cuda_memory.view_device_array` for what it waits for.
+        CuPy, PyCUDA, Numba: DLPack or CUDA array interface), which is used in place, without a CUDA
+        graph; see :func:`~hpddrnet_trt.engines.cuda_memory.view_device_array` for what it waits for.
+        ``out``: uint8 ``[N, H, W]`` that takes the labels, which are then not allocated anew.
         Raises :class:`ContractError` or :class:`UserError`.
         """
         with self._lock, current_device(self._gpu.index):
-            results = {name: self._download(name, view) for name, view in self._run(images).items()}
-            self._stream.synchronise()
-            return to_prediction({name: result.copy() for name, result in results.items()})
+            self._check_open()
+            self._submit(self._slot, images, out)
+            return self._slot.collect(out)
+
+    def _submit(self, slot: Slot, images: Any, out: npt.NDArray[np.uint8] | None = None) -> None:
+        """Queue one batch from wherever it is."""
+        if not on_device(images):
+            self._check(images)
+            _check_out(out, images.shape)
+            slot.submit(images)
+            return
+        view = self._on_gpu(slot, images)
+        _check_out(out, view.shape)
+        slot.run_device(view, download=True)
 
     def infer_device(self, images: npt.NDArray[Any] | Any, *, synchronise: bool = True) -> dict[str, DeviceArray]:
         """Run one batch; the results stay on the GPU, by output name.
@@ -145,131 +171,179 @@ class TensorRTEngine(EngineBase):
         must not be changed before the results are complete.
         """
         with self._lock, current_device(self._gpu.index):
-            views = self._run(images)
+            self._check_open()
+            slot = self._slot
+            if on_device(images):
+                views = slot.run_device(self._on_gpu(slot, images), download=False)
+            else:
+                self._check(images)
+                views = slot.run_host(images)
             if not synchronise:
-                return views
-            self._stream.synchronise()
+                return dict(views)
+            slot.finish()
             return {
                 name: DeviceArray(view.pointer, view.shape, view.dtype, view.owner) for name, view in views.items()
             }
 
-    def profile(self, images: npt.NDArray[Any], runs: int) -> list[list[tuple[str, float]]]:
-        """Run one batch ``runs`` times with a profiler: (layer, milliseconds) of every layer of each run.
+    def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
+        """Run batches with ``slots`` of them in flight: one is copied while another is computed.
 
-        The profiler stays attached and slows later runs down: close the engine afterwards.
+        Results come in the order of the batches, each a result of its own as from :meth:`infer`. A batch
+        that fails ends the iteration after the results before it; the engine stays usable. Each slot
+        has a stream, a context and buffers; the calling thread does all the work.
+        """
+        slots = self._borrow()
+        free, waiting = deque(slots), deque[Slot]()
+        problem: UserError | None = None
+        try:
+            for images in batches:
+                if not free:
+                    yield self._collect(waiting[0])
+                    free.append(waiting.popleft())
+                try:
+                    with current_device(self._gpu.index):
+                        self._check_open()
+                        self._submit(free[0], images)
+                except UserError as exc:
+                    problem = exc
+                    break
+                waiting.append(free.popleft())
+            while waiting:
+                yield self._collect(waiting[0])
+                waiting.popleft()
+            if problem is not None:
+                raise problem
+        finally:
+            self._give_back(slots)
+
+    def _collect(self, slot: Slot) -> Prediction:
+        with current_device(self._gpu.index):
+            self._check_open()
+            return slot.collect()
+
+    def _borrow(self) -> list[Slot]:
+        """Slots for one :meth:`infer_many`: idle ones, and new ones where these are too few."""
+        with self._lock, current_device(self._gpu.index):
+            self._check_open()
+            taken = [self._idle.pop() for _ in range(min(self._parallel, len(self._idle)))]
+            try:
+                while len(taken) < self._parallel:
+                    slot = Slot(self._network, graphs=self._graphs)
+                    self._slots.append(slot)
+                    taken.append(slot)
+            except UserError:
+                self._idle += taken
+                raise
+            return taken
+
+    def _give_back(self, slots: list[Slot]) -> None:
+        with self._lock, current_device(self._gpu.index):
+            if self._open:
+                for slot in slots:
+                    slot.finish()  # of a call that ended early
+                self._idle += slots
+
+    def bind(self, images: npt.NDArray[Any] | Any) -> Callable[[], None]:
+        """One batch placed on the GPU; see :class:`~hpddrnet_trt.engines.base.Engine`.
+
+        A call launches a CUDA graph of the network alone (or queues the network) and waits for it.
         """
         with self._lock, current_device(self._gpu.index):
-            profiler = layer_profiler(self._api.module)
-            self._context.profiler = profiler
-            found = []
-            for _ in range(runs):
-                profiler.layers.clear()
-                self._run(images)
-                self._stream.synchronise()
-                found.append(list(profiler.layers))
-            return found
+            execution = self._bind(images, graph=True)
+        stream, index = self._slot.stream, self._gpu.index
+        queue = execution.enqueue if execution.graph is None else execution.graph.launch
 
-    def _run(self, images: Any) -> dict[str, DeviceArray]:
+        def run() -> None:
+            with current_device(index):
+                self._check_open()
+                queue()
+                stream.synchronise()
+
+        return run
+
+    def _bind(self, images: Any, *, graph: bool) -> Execution:
+        self._check_open()
+        if on_device(images):
+            images = self._on_gpu(self._slot, images)
+        else:
+            self._check(images)
+        return self._slot.bind(images, graph=graph)
+
+    def profile(self, images: npt.NDArray[Any] | Any, runs: int) -> list[list[tuple[str, float]]]:
+        """Run one batch ``runs`` times with a profiler: (layer, milliseconds) of every layer of each run.
+
+        In a context of its own, without CUDA graphs: other calls are not slowed down.
+        """
+        with self._lock, current_device(self._gpu.index):
+            execution = self._bind(images, graph=False)
+            try:
+                profiler = layer_profiler(self._api.module)
+                execution.context.profiler = profiler
+                found = []
+                for _ in range(runs):
+                    profiler.layers.clear()
+                    execution.enqueue()
+                    self._slot.finish()
+                    found.append(list(profiler.layers))
+                return found
+            finally:
+                self._slot.release(execution)
+
+    def layer_times(self, images: npt.NDArray[Any] | Any, runs: int = 20) -> dict[str, float]:
+        """Median milliseconds of each engine layer, by the layer's name, over ``runs`` inferences of one batch.
+
+        Layers are timed one after the other, so their sum is more than the time of an undisturbed run.
+        """
+        times: dict[str, list[float]] = defaultdict(list)
+        for run in self.profile(images, WARM_UP + runs)[WARM_UP:]:
+            for name, milliseconds in run:
+                times[name].append(milliseconds)
+        return {name: median(values) for name, values in times.items()}
+
+    def _check(self, images: Any) -> None:
+        """:func:`check_input`, remembering the shapes that have passed."""
+        if isinstance(images, np.ndarray) and images.dtype == self._dtype and images.shape in self._admitted:
+            return
+        check_input(images, self._contract)
+        if len(self._admitted) < SHAPES_REMEMBERED:
+            self._admitted.add(images.shape)
+
+    def _on_gpu(self, slot: Slot, images: Any) -> DeviceArray:
+        """A batch on this GPU that follows the contract."""
+        view = view_device_array(images, slot.stream, self._gpu.index)
+        check_device_array(view, self._contract)
+        return view
+
+    def _check_open(self) -> None:
         if not self._open:
             raise ContractError("this engine was closed; load the file again")
-        source = self._on_gpu(images)
-        if source.shape != self._shape:
-            self._set_shape(source.shape)
-        self._source = source  # keeps a borrowed array alive while the GPU reads it
-        self._api.log.clear()
-        bound = self._context.set_tensor_address(INPUT, source.pointer)
-        if not (bound and self._context.execute_async_v3(self._stream.handle)):
-            self._shape = None
-            raise UserError(
-                f"{self._api.label} failed on an input of {'x'.join(map(str, source.shape))}: "
-                f"{self._api.log.explain('no reason given')}; try a smaller image or load the engine again"
-            )
-        return self._views
-
-    def _on_gpu(self, images: Any) -> DeviceArray:
-        """The batch on this GPU: an array there is used in place, one on the host is copied."""
-        if not on_device(images):
-            check_input(images, self._contract)
-            return self._upload(images)
-        view = view_device_array(images, self._stream, self._gpu.index)
-        check_device_array(view, self._contract)
-        if view.pointer % ALIGNMENT == 0:
-            return view
-        buffer = self._device_buffer(INPUT, view.nbytes)
-        self._stream.copy(buffer.pointer, view.pointer, view.nbytes)
-        # The copy is queued: both the borrowed array and our buffer must outlive it.
-        return DeviceArray(buffer.pointer, view.shape, view.dtype, (buffer, view))
-
-    def _upload(self, images: npt.NDArray[Any]) -> DeviceArray:
-        self._stream.synchronise()  # an earlier call that did not wait may still read the page-locked memory
-        pinned, buffer = self._pinned_buffer(INPUT, images.nbytes), self._device_buffer(INPUT, images.nbytes)
-        np.copyto(pinned.view(images.shape, images.dtype), images)
-        self._stream.copy(buffer.pointer, pinned.pointer, images.nbytes)
-        return DeviceArray(buffer.pointer, images.shape, images.dtype, buffer)
-
-    def _download(self, name: str, view: DeviceArray) -> npt.NDArray[Any]:
-        pinned = self._pinned_buffer(name, view.nbytes)
-        self._stream.copy(pinned.pointer, view.pointer, view.nbytes)
-        return pinned.view(view.shape, view.dtype)
-
-    def _set_shape(self, shape: tuple[int, ...]) -> None:
-        """Choose the profile, tell the context the input's shape, and bind output buffers that fit."""
-        index = choose_profile(self._profiles, shape)
-        context, self._shape = self._context, None
-        self._stream.synchronise()  # the context and its buffers must be idle while they change
-        self._api.log.clear()
-        accepted = index == self._profile or context.set_optimization_profile_async(index, self._stream.handle)
-        self._stream.synchronise()
-        if not (accepted and context.set_input_shape(INPUT, shape)) or context.infer_shapes():
-            raise ContractError(
-                f"{self._api.label} refuses an input of {'x'.join(map(str, shape))}: "
-                f"{self._api.log.explain('no reason given')}; build the engine with other --shapes"
-            )
-        self._profile = index
-        self._views = {name: self._bind_output(name, dtype) for name, dtype in self._outputs.items()}
-        self._shape = shape
-
-    def _bind_output(self, name: str, dtype: np.dtype[Any]) -> DeviceArray:
-        shape = tuple(self._context.get_tensor_shape(name))
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        buffer = self._device_buffer(name, nbytes)
-        if not self._context.set_tensor_address(name, buffer.pointer):
-            raise UserError(f"{self._api.label} refuses the output {name}: {self._api.log.explain('no reason given')}")
-        return DeviceArray(buffer.pointer, shape, dtype, buffer, self._stream.handle)
-
-    def _device_buffer(self, name: str, nbytes: int) -> DeviceBuffer:
-        buffer = self._device_buffers.get(name)
-        if buffer is None or buffer.nbytes < nbytes:
-            if buffer is not None:
-                buffer.close()  # waits for the GPU; before the larger one, so that both need not fit
-            buffer = self._device_buffers[name] = DeviceBuffer(nbytes)
-        return buffer
-
-    def _pinned_buffer(self, name: str, nbytes: int) -> PinnedBuffer:
-        buffer = self._pinned_buffers.get(name)
-        if buffer is None or buffer.nbytes < nbytes:
-            if buffer is not None:
-                buffer.close()
-            buffer = self._pinned_buffers[name] = PinnedBuffer(nbytes)
-        return buffer
 
     def close(self) -> None:
-        """Free the GPU; calling it again does nothing."""
+        """Free the GPU; calling it again does nothing.
+
+        No other thread may be in :meth:`infer_many` or in a call of :meth:`bind` at that moment.
+        """
         with self._lock:
             if not self._open:
                 return
             self._open = False
             with current_device(self._gpu.index):
-                self._stream.synchronise()
-                del self._context, self._engine, self._runtime  # in this order: each needs the next
-                buffers: list[DeviceBuffer | PinnedBuffer] = [
-                    *self._device_buffers.values(),
-                    *self._pinned_buffers.values(),
-                ]
-                for buffer in buffers:
-                    buffer.close()
-                self._stream.close()
-            self._views, self._source = {}, None
+                for slot in self._slots:
+                    slot.close()
+                self._slots, self._idle = [], []
+                del self._network, self._runtime  # in this order: each needs the next
+
+
+def _check_out(out: npt.NDArray[np.uint8] | None, shape: tuple[int, ...]) -> None:
+    """Raise :class:`ContractError` unless ``out`` can take the labels of images ``[N, C, H, W]``."""
+    if out is None:
+        return
+    wanted = (shape[0], *shape[2:])
+    if not isinstance(out, np.ndarray) or out.shape != wanted or out.dtype != np.uint8 or not out.flags.writeable:
+        raise ContractError(
+            f"out must be a writable uint8 array of shape {wanted}, got {type(out).__name__} "
+            f"{getattr(out, 'dtype', '')} {getattr(out, 'shape', '')}"
+        )
 
 
 def engine_record(path: Path, manifest: Manifest) -> EngineRecord:

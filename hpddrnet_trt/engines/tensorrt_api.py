@@ -1,7 +1,25 @@
-"""One view on NVIDIA's two inference libraries: TensorRT (10, 11; 8 untried) and TensorRT for RTX (1).
+"""One view on NVIDIA's two inference libraries: TensorRT (8.5, 8.6, 10, 11) and TensorRT for RTX (1).
 
 Both have the same Python classes in modules ``tensorrt`` and ``tensorrt_rtx``. What differs, and what
 both do without raising (return None, log, crash), is kept here. Nothing is imported before use.
+
+=============================  =====================  ====================  ============================
+what                           TensorRT 8.6           TensorRT 10, 11       TensorRT-RTX 1
+=============================  =====================  ====================  ============================
+precision                      builder flags          types in the file     types in the file
+opset of ONNX files            17                     20 and later          20 and later
+labels as uint8                cast from float only   cast from integers    cast from integers
+profiles shared by contexts    a preview feature      always                always
+context on our memory          its own function       allocation strategy   runtime configuration
+how much memory                device_memory_size     ..._v2                ..._v2
+progress of a build            not told               IProgressMonitor      IProgressMonitor
+parser's errors                node number            operator and name     operator and name
+tiling search                  --                     from 10.8             no effect
+recording CUDA graphs          is tried               is tried              a builder flag, can be asked
+=============================  =====================  ====================  ============================
+
+JetPack 5.1 brings TensorRT 8.5, JetPack 6.0 brings 8.6. Names of 8.6 were read off its real Python module
+(bindings 8.6.1 on libraries 8.6.0), those of TensorRT-RTX off 1.7.1. TensorRT 8 has not been run by us.
 """
 
 from __future__ import annotations
@@ -26,6 +44,9 @@ PORTABLE = "portable"  # in place of a compute capability: TensorRT-RTX's defaul
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _MAJOR_VERSIONS: dict[Flavour, tuple[int, ...]] = {"tensorrt": (8, 10, 11), "tensorrt-rtx": (1,)}
+_OLDEST = (8, 5)  # the first with execute_async_v3, tensor addresses by name, and uint8 images
+_SHARED_PROFILES = (8, 6)
+_STRONG_TYPING = 10  # first major version of TensorRT with strongly typed networks
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,60 @@ class TensorRT:
             raise UserError(f"{self.label} cannot start: {self.log.explain('no reason given')}")
         return runtime
 
+    @property
+    def weakly_typed(self) -> bool:
+        """Whether builder flags, not the file's types, give the precision (:mod:`hpddrnet_trt.deploy.legacy`)."""
+        return not self.is_rtx and int(self.version.split(".")[0]) < _STRONG_TYPING
+
+    @property
+    def shares_profiles(self) -> bool:
+        """Whether several contexts may run one profile; without it that holds for engines of one fixed shape only."""
+        return self.is_rtx or _minor(self.version) >= _SHARED_PROFILES
+
+    def create_context(self, engine: Any) -> Any:
+        """A new execution context, or None; it has no scratch memory until :meth:`give_memory`."""
+        if self.weakly_typed:
+            return engine.create_execution_context_without_device_memory()
+        ours = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.is_rtx:
+            return engine.create_execution_context(ours)
+        # By default kernels for a new shape are compiled while substitutes already run, and a CUDA
+        # graph would keep the substitutes: compile at once instead.
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(ours)
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            self.module.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        return engine.create_execution_context(config)
+
+    def scratch_bytes(self, engine: Any) -> int:
+        """Scratch memory that one running context needs, for the largest shape of any profile."""
+        size = getattr(engine, "device_memory_size_v2", None)  # since 10.1
+        return int(engine.device_memory_size if size is None else size)
+
+    def give_memory(self, context: Any, pointer: int, nbytes: int) -> None:
+        """Let ``context`` work in ``nbytes`` at ``pointer``; contexts that never run at once may share it."""
+        if hasattr(context, "set_device_memory"):  # since 10.1
+            context.set_device_memory(pointer, nbytes)
+        else:
+            context.device_memory = pointer
+
+    def weight_bytes(self, engine: Any) -> int | None:
+        """Size of the engine's weights on the GPU, None where the library does not tell."""
+        statistics = getattr(self.module, "EngineStat", None)
+        return None if statistics is None else int(engine.get_engine_stat(statistics.TOTAL_WEIGHTS_SIZE))
+
+    def capture_refusal(self, context: Any, stream: int) -> str | None:
+        """Why the library says that a CUDA graph cannot be made of this context, None if it does not say so."""
+        asked = getattr(context, "is_stream_capturable", None)
+        if asked is None or asked(stream):
+            return None
+        return "the engine allocates memory or decides on the host while it runs; build it again"
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
 
 def load_flavour(flavour: Flavour) -> TensorRT:
     """Import the library of ``flavour``; raises :class:`MissingDependency` naming the extra that brings it."""
@@ -65,6 +140,8 @@ def load_flavour(flavour: Flavour) -> TensorRT:
             f"{_MODULES[flavour]} {version} is not supported, {' or '.join(f'{major}.x' for major in majors)} is "
             f"needed; install it with: pip install 'hpddrnet-trt[{flavour}]'"
         )
+    if flavour == "tensorrt" and _minor(version) < _OLDEST:
+        raise MissingDependency(f"TensorRT {version} is too old, 8.5 is the oldest that works; update it")
     return TensorRT(flavour, module, version, _collector(_MODULES[flavour]))
 
 
@@ -82,6 +159,9 @@ def choose_flavour(flavour: str) -> TensorRT:
     return load_flavour("tensorrt-rtx")
 
 
+_ACTIVATIONS = re.compile(r"^Total Activation Memory: (\d+) bytes")
+
+
 @cache
 def _collector(module_name: str) -> Any:
     """The one logger of a library: it keeps the first it is given for the life of the process."""
@@ -94,12 +174,13 @@ def _collector(module_name: str) -> Any:
     }
 
     class Collector(trt.ILogger):  # type: ignore[name-defined]
-        """Keeps error messages, because the calls they belong to only return None."""
+        """Keeps errors, because the calls they belong to only return None, and a figure that nothing else tells."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self._lock = threading.Lock()
             self._errors: list[str] = []
+            self.activation_bytes: int | None = None  # of the last build since `clear`
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity)
@@ -108,12 +189,16 @@ def _collector(module_name: str) -> Any:
                     self._errors.append(message)
                 logger.debug("%s: %s", module_name, message)
             elif level is not None:
+                found = _ACTIVATIONS.search(message)
+                if found is not None:
+                    self.activation_bytes = int(found[1])
                 logger.log(level, "%s: %s", module_name, message.strip())
 
         def clear(self) -> None:
             """Forget messages of earlier calls."""
             with self._lock:
                 self._errors.clear()
+                self.activation_bytes = None
 
         def explain(self, otherwise: str) -> str:
             """The errors since :meth:`clear` as one line, or ``otherwise``."""

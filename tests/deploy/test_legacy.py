@@ -1,7 +1,8 @@
-"""TensorRT before 10, with a stand-in for its interface: it cannot be installed or run here."""
+"""TensorRT 8.5 and 8.6, with stand-ins for their interface: they do not run without a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,19 +11,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.deploy.build import build_engine
 from hpddrnet_trt.deploy.half import to_half
-from hpddrnet_trt.deploy.legacy import (
-    configure_weak_typing,
-    creation_flags,
-    legacy_problems,
-    lower_opset,
-    needs_weak_typing,
-)
-from hpddrnet_trt.errors import UsageError, UserError
+from hpddrnet_trt.deploy.legacy import configure_weak_typing, for_tensorrt8, legacy_problems
+from hpddrnet_trt.engines.cuda_memory import Gpu
+from hpddrnet_trt.engines.tensorrt_api import TensorRT
+from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.manifest import read_manifest
+from tests.deploy import simulated_tensorrt86
 from tests.deploy.residual_onnx import residual_model
 from tests.tiny_onnx import tiny_model
 
@@ -39,7 +39,16 @@ TRT = SimpleNamespace(
         SOFTMAX="SOFTMAX",
         UNARY="UNARY",
     ),
-    NetworkDefinitionCreationFlag=SimpleNamespace(EXPLICIT_BATCH=0, STRONGLY_TYPED=3),
+    TacticSource=SimpleNamespace(CUDNN=2, EDGE_MASK_CONVOLUTIONS=3, JIT_CONVOLUTIONS=4),
+    PreviewFeature=SimpleNamespace(PROFILE_SHARING_0806="SHARED"),
+)
+# TensorRT 8.5: no shared profiles, no cast layers.
+TRT85 = SimpleNamespace(
+    **{
+        **vars(TRT),
+        "PreviewFeature": SimpleNamespace(),
+        "LayerType": SimpleNamespace(**{name: kind for name, kind in vars(TRT.LayerType).items() if name != "CAST"}),
+    }
 )
 
 
@@ -75,9 +84,18 @@ class Network:
 class Config:
     def __init__(self) -> None:
         self.flags: list[str] = []
+        self.tactics, self.features = 0, []  # type: int, list[str]
 
     def set_flag(self, flag: str) -> None:
         self.flags.append(flag)
+
+    def set_tactic_sources(self, sources: int) -> bool:
+        self.tactics = sources
+        return True
+
+    def set_preview_feature(self, feature: str, on: bool) -> None:
+        assert on
+        self.features.append(feature)
 
 
 def network() -> Network:
@@ -97,12 +115,24 @@ def network() -> Network:
 
 
 @pytest.mark.parametrize(
-    ("version", "weak", "flags"),
-    [("8.5.2.2", True, 1), ("8.6.1", True, 1), ("10.0.1", False, 8), ("11.1.0.32", False, 8)],
+    ("version", "weak", "shared"),
+    [("8.5.2.2", True, False), ("8.6.1", True, True), ("10.0.1", False, True), ("11.1.0.32", False, True)],
 )
-def test_versions(version: str, weak: bool, flags: int) -> None:
-    assert needs_weak_typing(version) is weak
-    assert creation_flags(TRT, version) == flags
+def test_versions(version: str, weak: bool, shared: bool) -> None:
+    api = TensorRT("tensorrt", None, version, None)
+    assert api.weakly_typed is weak
+    assert api.shares_profiles is shared
+    rtx = TensorRT("tensorrt-rtx", None, "1.7.1", None)
+    assert not rtx.weakly_typed
+    assert rtx.shares_profiles
+
+
+@pytest.mark.parametrize(("trt", "features"), [(TRT, ["SHARED"]), (TRT85, [])])
+def test_neither_cublas_nor_cudnn_is_needed(trt: Any, features: list[str]) -> None:
+    config = Config()
+    assert configure_weak_typing(trt, network(), config, "fp16") == ["scores", "scaled", "weights"]
+    assert config.tactics == 1 << 3 | 1 << 4
+    assert config.features == features
 
 
 @pytest.mark.parametrize(("precision", "flags"), [("fp16", ["FP16", "OBEY"]), ("int8", ["INT8", "FP16", "OBEY"])])
@@ -147,22 +177,63 @@ def _labels(model: Any) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), **options).run(["labels"], {"image": image})[0]
 
 
-@pytest.mark.parametrize("kind", ["model", "quantised"])
-def test_lowered_files_compute_the_same(kind: str, request: pytest.FixtureRequest) -> None:
-    source = request.getfixturevalue(kind)
-    assert legacy_problems(source) == ["opset 20 (at most 17)"]
-    lowered = lower_opset(source)
-    assert legacy_problems(lowered) == []
-    assert np.array_equal(_labels(lowered), _labels(source))
+def _as_tensorrt8_reads(model: Any) -> None:
+    """What the 8.6 headers and parser say about a file."""
+    assert model.opset_import[0].version == 17
+    assert model.ir_version <= 8
+    constants = {entry.name: entry for entry in model.graph.initializer}
+    makers = {node.output[0]: node for node in model.graph.node}
+    halves = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    assert not halves.intersection(entry.data_type for entry in constants.values())
+    for node in model.graph.node:
+        targets = [entry.i for entry in node.attribute if entry.name == "to"]
+        assert not halves.intersection(targets)
+        if targets == [TensorProto.UINT8]:  # from floating point only
+            assert [entry.i for entry in makers[node.input[0]].attribute] == [TensorProto.FLOAT]
+        if node.op_type == "DequantizeLinear":
+            assert makers[node.input[0]].op_type == "QuantizeLinear"
+            assert constants[node.input[1]].data_type == TensorProto.FLOAT
+        if node.op_type == "QuantizeLinear" and node.input[0] in constants:
+            assert constants[node.input[0]].data_type == TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("kind", ["model", "quantised", "half", "quantised_half"])
+def test_rewritten_files_compute_the_same(kind: str, request: pytest.FixtureRequest) -> None:
+    source = request.getfixturevalue(kind.removesuffix("_half") if kind != "half" else "model")
+    before = to_half(source) if kind.endswith("half") else source
+    opset, bytes_before = before.opset_import[0].version, before.SerializeToString()
+    rewritten = for_tensorrt8(before)
+    _as_tensorrt8_reads(rewritten)
+    # FP16 files are compared with what they were made of: what they round is another matter.
+    same = (_labels(rewritten) == _labels(source)).mean()
+    assert same == 1 if before is source else same > 0.95
     assert len(np.unique(_labels(source))) > 1
-    assert lowered.metadata_props == source.metadata_props
-    assert source.opset_import[0].version == 20
+    assert rewritten.metadata_props == before.metadata_props
+    assert opset == 20
+    assert before.SerializeToString() == bytes_before
 
 
-def test_lowered_shipped_model(shipped: Any) -> None:
-    lowered = lower_opset(shipped)
-    assert legacy_problems(lowered) == []
-    assert np.array_equal(_labels(lowered), _labels(shipped))
+def test_weights_quantise_to_the_integers_that_they_were(quantised: Any) -> None:
+    before = {entry.name: numpy_helper.to_array(entry) for entry in quantised.graph.initializer}
+    rewritten = for_tensorrt8(quantised)
+    after = {entry.name: numpy_helper.to_array(entry) for entry in rewritten.graph.initializer}
+    checked = 0
+    for node in rewritten.graph.node:
+        if node.op_type != "QuantizeLinear" or node.input[0] not in after:
+            continue
+        wide, scale = after[node.input[0]], after[node.input[1]]
+        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
+        scale = scale.reshape([-1 if place == axis else 1 for place in range(wide.ndim)]) if scale.ndim else scale
+        np.testing.assert_array_equal(np.rint(wide / scale), before[node.input[0].removesuffix("_float")])
+        checked += 1
+    pairs = [node for node in quantised.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in before]
+    assert checked == len(pairs) >= 4
+
+
+def test_the_shipped_model_is_rewritten(shipped: Any) -> None:
+    rewritten = for_tensorrt8(shipped)
+    _as_tensorrt8_reads(rewritten)
+    assert np.array_equal(_labels(rewritten), _labels(shipped))
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +242,41 @@ def shipped() -> Any:
     return onnx.load(str(path))
 
 
-def test_fp16_scales_cannot_be_lowered(quantised: Any) -> None:
-    half = to_half(quantised)
-    assert "FP16 scales (calibrate with FP32 typing)" in legacy_problems(half)
+@pytest.mark.parametrize("sizes", [[], ["sizes"]])
+def test_what_enlarges_labels_is_rewritten(sizes: list[str]) -> None:
+    """Pad and Split have changed since opset 17, and the version converter leaves them behind."""
+    number = {} if sizes else {"num_outputs": 2}
+    nodes = [
+        helper.make_node("Pad", ["scores", "pads"], ["wide"], mode="edge"),
+        helper.make_node("Split", ["wide", *sizes], ["first", "second"], axis=1, **number),
+        helper.make_node("Max", ["first", "second"], ["best"]),
+    ]
+    scores, best = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("scores", [1, 4, 3, 5]), ("best", [1, 2, 5, 7]))
+    )
+    constants = {"pads": [0, 0, 1, 1, 0, 0, 1, 1], "sizes": [2, 2]}
+    used = ["pads", *sizes]
+    weights = [numpy_helper.from_array(np.array(constants[name], np.int64), name) for name in used]
+    graph = helper.make_graph(nodes, "enlarge", [scores], [best], weights)
+    source = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    lowered = for_tensorrt8(source)
+    assert [(entry.domain, entry.version) for entry in lowered.opset_import] == [("", 17)]
+    values = np.random.default_rng(0).normal(size=(1, 4, 3, 5)).astype(np.float32)
+    before, after = (
+        onnxruntime.InferenceSession(entry.SerializeToString(), providers=["CPUExecutionProvider"])
+        .run(None, {"scores": values})[0]
+        for entry in (source, lowered)
+    )
+    np.testing.assert_array_equal(before, after)
+
+
+def test_operators_that_came_later_are_an_error() -> None:
+    node = helper.make_node("Gelu", ["image"], ["labels"])
+    image, labels = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in ("image", "labels"))
+    graph = helper.make_graph([node], "later", [image], [labels])
     with pytest.raises(UserError, match="cannot be written at opset 17"):
-        lower_opset(half)
+        for_tensorrt8(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
 
 
 def test_every_problem_is_named(tmp_path: Path) -> None:
@@ -195,13 +296,108 @@ def test_every_problem_is_named(tmp_path: Path) -> None:
         [helper.make_tensor_value_info("labels", TensorProto.FLOAT, None)],
         [scale, zero, eight],
     )
-    assert legacy_problems(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])) == [
-        "opset 23 (at most 17)",
-        "BF16 values",
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    assert legacy_problems(model) == [
         "FP8 values",
         "uint8 quantisation (calibrate for TensorRT)",
         "the Attention operator (export MatMul)",
         "a uint8 input read by Transpose (only Cast may)",
     ]
-    half = onnx.load(str(tiny_model(tmp_path / "m.onnx", typing="int8")))
-    assert "FP16 scales (calibrate with FP32 typing)" in legacy_problems(half)
+    with pytest.raises(UserError, match=r"has FP8 values; .*give the FP32 file that export wrote"):
+        for_tensorrt8(model)
+
+
+# --- the whole build, on a stand-in with the names of 8.6
+
+
+@pytest.fixture
+def jetson(monkeypatch: pytest.MonkeyPatch) -> Callable[..., simulated_tensorrt86.Module]:
+    log = SimpleNamespace(clear=lambda: None, explain=lambda otherwise: otherwise)
+
+    def start(**options: Any) -> simulated_tensorrt86.Module:
+        module = simulated_tensorrt86.Module(**options)
+        api = TensorRT("tensorrt", module, simulated_tensorrt86.VERSION, log)
+        monkeypatch.setattr("hpddrnet_trt.deploy.build.choose_flavour", lambda flavour: api)
+        monkeypatch.setattr("hpddrnet_trt.deploy.build.find_gpu", lambda: Gpu(0, "Orin", "8.7"))
+        return module
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("typing", "precision", "flags"),
+    [
+        ("fp32", "fp32", set()),
+        ("fp32", "fp16", {"FP16", "OBEY_PRECISION_CONSTRAINTS"}),
+        ("fp16", "fp16", {"FP16", "OBEY_PRECISION_CONSTRAINTS"}),
+        ("int8", "int8", {"INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"}),
+    ],
+)
+def test_a_build_on_tensorrt_86(
+    jetson: Callable[..., simulated_tensorrt86.Module], tmp_path: Path, typing: Any, precision: Any, flags: set[str]
+) -> None:
+    """No argument but the file and its precision, whatever the file's own typing."""
+    module = jetson(layer_types={"fp32": "Float", "fp16": "Half", "int8": "Int8"}[precision])
+    source = tiny_model(tmp_path / "m.onnx", typing=typing)
+    manifest = build_engine(source, tmp_path / "m.engine", precision=precision, progress=False)
+    _as_tensorrt8_reads(module.seen["model"])
+    config = module.seen["config"]
+    assert config.flags_set == flags
+    assert config.told["tactics"] == ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
+    assert config.told["PROFILE_SHARING_0806"] is True
+    assert read_manifest(tmp_path / "m.engine") == manifest
+    assert manifest.precision == precision
+    assert manifest.engine is not None
+    assert manifest.engine.version == "8.6.1"
+    assert manifest.engine.compute_capabilities == ["8.7"]
+    assert manifest.engine.precision_proof["convolutions"] == {precision: 1}
+
+
+def test_options_on_tensorrt_86(jetson: Callable[..., simulated_tensorrt86.Module], tmp_path: Path) -> None:
+    module = jetson()
+    source, target = tiny_model(tmp_path / "m.onnx"), tmp_path / "m.engine"
+    build_engine(
+        source, target, precision="fp16", optimisation_level=5, workspace_mib=64, sparsity=True, progress=False,
+        version_compatible=True,
+    )  # fmt: skip
+    config = module.seen["config"]
+    assert config.told["builder_optimization_level"] == 5
+    assert config.told["workspace"] == 64 << 20
+    assert {"SPARSE_WEIGHTS", "VERSION_COMPATIBLE"} <= config.flags_set
+    with pytest.raises(UsageError, match=r"TensorRT 8\.6\.1 has no tiling search .*leave --tiling out"):
+        build_engine(source, target, precision="fp16", tiling="fast", progress=False)
+    with pytest.raises(UsageError, match="has no BF16"):
+        build_engine(source, target, precision="bf16", progress=False)
+
+
+def test_an_engine_that_did_not_become_what_it_is_called(
+    jetson: Callable[..., simulated_tensorrt86.Module], tmp_path: Path
+) -> None:
+    jetson(layer_types="Float")
+    with pytest.raises(UserError, match="would be labelled FP16, but none of its convolutions is"):
+        build_engine(tiny_model(tmp_path / "m.onnx"), tmp_path / "m.engine", precision="fp16", progress=False)
+    assert not (tmp_path / "m.engine").exists()
+
+
+def test_where_the_inspector_shows_no_types_the_flags_are_believed(
+    jetson: Callable[..., simulated_tensorrt86.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jetson(layer_types="?")
+    manifest = build_engine(tiny_model(tmp_path / "m.onnx"), tmp_path / "m.engine", precision="fp16", progress=False)
+    assert "its precision is not proven" in caplog.text
+    assert manifest.engine is not None
+    assert manifest.engine.precision_proof["source"] == "parsed network"
+
+
+def test_parser_errors_of_tensorrt_86(jetson: Callable[..., simulated_tensorrt86.Module], tmp_path: Path) -> None:
+    jetson(refuses="Assertion failed: legalUINT8.")
+    with pytest.raises(BadInputFile, match=r"cannot read .*: Assertion failed: legalUINT8 in node 7; export"):
+        build_engine(tiny_model(tmp_path / "m.onnx"), tmp_path / "m.engine", precision="fp16", progress=False)
+
+
+def test_tensorrt_85_builds_one_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = TensorRT("tensorrt", simulated_tensorrt86.Module(), "8.5.2.2", None)
+    monkeypatch.setattr("hpddrnet_trt.deploy.build.choose_flavour", lambda flavour: api)
+    monkeypatch.setattr("hpddrnet_trt.deploy.build.find_gpu", lambda: Gpu(0, "Xavier", "7.2"))
+    with pytest.raises(UsageError, match=r"TensorRT 8\.5\.2 run one fixed shape here: .*--shapes 1x1x1024x1024"):
+        build_engine(tiny_model(tmp_path / "m.onnx"), tmp_path / "m.engine", precision="fp16", progress=False)

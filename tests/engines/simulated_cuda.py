@@ -1,13 +1,18 @@
 """Enough of the CUDA runtime and of TensorRT's runtime to follow our control flow without a GPU.
 
-Device memory is host memory at checked addresses; an execution context runs the ONNX file on ONNX
-Runtime, reading and writing only the addresses it was given. What a real GPU adds (timing, real
-streams, real kernels) is tested in tests/gpu.
+Device memory is host memory at checked addresses. Streams are lazy: queued work runs when somebody
+waits for it, so a result that is read too early, or a buffer that is refilled too early, shows. An
+execution context runs the ONNX file on ONNX Runtime, reading and writing only the addresses it was
+given, in scratch memory that it was given. A graph that is launched after its context was changed
+fails, as NVIDIA's documentation warns. What a real GPU adds (timing, real streams, real kernels) is
+tested in tests/gpu.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +22,10 @@ import numpy.typing as npt
 import onnxruntime
 
 from hpddrnet_trt.engines.shapes import Profile
+from hpddrnet_trt.engines.tensorrt_api import Flavour, TensorRT
 
 ALIGNMENT = 256
+Work = Callable[[], None]
 
 
 class SimulatedCuda:
@@ -29,12 +36,41 @@ class SimulatedCuda:
 
     def __init__(self, real: Any, name: str = "Simulated", capability: tuple[int, int] = (8, 9)) -> None:
         self.cudaError_t, self.cudaMemcpyKind = real.cudaError_t, real.cudaMemcpyKind
+        self.cudaStreamCaptureMode = real.cudaStreamCaptureMode
         self.ok = real.cudaError_t.cudaSuccess
         self.name, self.capability = name, capability
         self.memory: dict[int, tuple[Any, int]] = {}
         self.log: list[tuple[Any, ...]] = []
         self.current, self.count, self.allocations = 0, 2, 0
+        self.queues: dict[int, list[Work]] = defaultdict(list)
+        self.recording: dict[int, list[Work]] = {}
+        self.broken: set[int] = set()  # streams whose recording has failed
+        self.graphs: dict[int, list[Work]] = {}
+        self.templates: dict[int, list[Work]] = {}
+        self.most_in_flight = 0
         self._handles = 1000
+
+    def _handle(self) -> int:
+        self._handles += 1
+        return self._handles
+
+    def queue(self, stream: int, work: Work) -> None:
+        """Add work to a stream, or to what is being recorded from it."""
+        if stream in self.recording:
+            self.recording[stream].append(work)
+            return
+        self.queues[stream].append(work)
+        self.most_in_flight = max(self.most_in_flight, sum(bool(queue) for queue in self.queues.values()))
+
+    def finish(self, stream: int) -> None:
+        """Run what is queued."""
+        while self.queues[stream]:
+            self.queues[stream].pop(0)()
+
+    def finish_all(self) -> None:
+        """Run what is queued on any stream."""
+        for stream in list(self.queues):
+            self.finish(stream)
 
     def cudaGetDeviceCount(self) -> tuple[Any, int]:
         return self.ok, self.count
@@ -50,7 +86,11 @@ class SimulatedCuda:
         self.current = index
         return (self.ok,)
 
+    def cudaGetLastError(self) -> tuple[Any]:
+        return (self.ok,)
+
     def cudaMalloc(self, nbytes: int) -> tuple[Any, int]:
+        assert not self.recording, "allocating is not allowed while a graph is recorded"
         raw = ctypes.create_string_buffer(nbytes + ALIGNMENT)
         pointer = -(-ctypes.addressof(raw) // ALIGNMENT) * ALIGNMENT
         self.memory[pointer] = (raw, nbytes)
@@ -60,6 +100,7 @@ class SimulatedCuda:
     cudaMallocHost = cudaMalloc
 
     def cudaFree(self, pointer: int) -> tuple[Any]:
+        self.finish_all()  # the real one waits as well
         del self.memory[pointer]  # a double or foreign free is a KeyError
         return (self.ok,)
 
@@ -69,8 +110,7 @@ class SimulatedCuda:
         return self.ok, SimpleNamespace(device=0)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, int]:
-        self._handles += 1
-        return self.ok, self._handles
+        return self.ok, self._handle()
 
     cudaEventCreateWithFlags = cudaStreamCreateWithFlags
 
@@ -81,11 +121,14 @@ class SimulatedCuda:
     cudaEventDestroy = cudaStreamDestroy
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:
+        assert stream not in self.recording, "waiting is not allowed while a graph is recorded"
         self.log.append(("synchronise", stream))
+        self.finish(stream)
         return (self.ok,)
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[Any]:
         self.log.append(("record", stream))
+        self.finish(stream)
         return (self.ok,)
 
     def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Any]:
@@ -93,9 +136,46 @@ class SimulatedCuda:
         return (self.ok,)
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: Any, stream: int) -> tuple[Any]:
-        self.require(target, nbytes)
+        def copy() -> None:
+            self.require(target, nbytes)
+            ctypes.memmove(target, source, nbytes)
+
         self.log.append(("copy", nbytes))
-        ctypes.memmove(target, source, nbytes)
+        self.queue(stream, copy)
+        return (self.ok,)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any]:
+        assert not self.queues[stream], "work from before would not be in the graph"
+        assert stream not in self.recording
+        self.recording[stream] = []
+        return (self.ok,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
+        work = self.recording.pop(stream)
+        if stream in self.broken:
+            self.broken.remove(stream)
+            return self.cudaError_t.cudaErrorStreamCaptureInvalidated, None
+        handle = self._handle()
+        self.templates[handle] = work
+        return self.ok, handle
+
+    def cudaGraphInstantiateWithFlags(self, graph: int, flags: int) -> tuple[Any, int]:
+        handle = self._handle()
+        self.graphs[handle] = self.templates[graph]
+        return self.ok, handle
+
+    def cudaGraphDestroy(self, graph: int) -> tuple[Any]:
+        del self.templates[graph]
+        return (self.ok,)
+
+    def cudaGraphExecDestroy(self, graph: int) -> tuple[Any]:
+        del self.graphs[graph]
+        return (self.ok,)
+
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any]:
+        self.log.append(("launch", stream))
+        for work in self.graphs[graph]:
+            self.queue(stream, work)
         return (self.ok,)
 
     def require(self, pointer: int, nbytes: int) -> None:
@@ -134,31 +214,83 @@ def read(array: Any) -> npt.NDArray[Any]:
 
 
 class SimulatedTensorRT:
-    """Stands in for :class:`~hpddrnet_trt.engines.tensorrt_api.TensorRT`."""
+    """A simulated library: ``api`` is the real :class:`TensorRT` on a module with the names of one version.
 
-    label = "Simulated TensorRT"
+    Engines, contexts and modules have the names that the real ones of that version have, as far as
+    running is concerned, and no others.
+    """
 
-    def __init__(self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], version: str) -> None:
-        self.version = version
-        self.module = SimpleNamespace(
+    SCRATCH, WEIGHTS = 4096, 1000
+
+    def __init__(
+        self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], flavour: Flavour, version: str
+    ) -> None:
+        self.cuda, self.profiles = cuda, profiles
+        self.session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+        self.outputs = {
+            output.name: {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}[output.type]
+            for output in self.session.get_outputs()
+        }
+        self.loads, self.memory, self.capturable, self.fails = True, True, True, False
+        self.contexts: list[SimulatedContext] = []
+        log = SimpleNamespace(clear=lambda: None, explain=lambda otherwise: otherwise)
+        module = SimpleNamespace(
             TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
             nptype=lambda dtype: dtype,
             IProfiler=SimulatedProfiler,
+            Runtime=self._runtime,
         )
-        self.log = SimpleNamespace(clear=lambda: None, explain=lambda otherwise: otherwise)
-        self.context = SimulatedContext(cuda, onnx_file, profiles)
-        self.loads = True
+        self.api = TensorRT(flavour, module, version, log)
+        if not self.api.weakly_typed:
+            module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
+            module.EngineStat = SimpleNamespace(TOTAL_WEIGHTS_SIZE="weights")
+        if self.api.is_rtx:
+            module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
-    def runtime(self) -> Any:
-        names = ["image", *self.context.outputs]
+    def _runtime(self, log: Any) -> Any:
+        return SimpleNamespace(deserialize_cuda_engine=lambda content: self._engine() if self.loads else None)
+
+    def _engine(self) -> Any:
+        names = ["image", *self.outputs]
         engine = SimpleNamespace(
             num_io_tensors=len(names),
             get_tensor_name=lambda index: names[index],
             get_tensor_mode=lambda name: "in" if name == "image" else "out",
-            get_tensor_dtype=lambda name: self.context.outputs[name],
-            create_execution_context=lambda: self.context,
+            get_tensor_dtype=lambda name: self.outputs[name],
         )
-        return SimpleNamespace(deserialize_cuda_engine=lambda content: engine if self.loads else None)
+        if self.api.weakly_typed:
+            engine.device_memory_size = self.SCRATCH
+            engine.create_execution_context_without_device_memory = self._context
+            return engine
+        engine.device_memory_size_v2 = self.SCRATCH
+        engine.get_engine_stat = lambda kind: {"weights": self.WEIGHTS}[kind]
+        engine.create_runtime_config = SimulatedRuntimeConfig
+        engine.create_execution_context = self._configured_context
+        return engine
+
+    def _configured_context(self, configuration: Any) -> Any:
+        if self.api.is_rtx:
+            assert configuration.strategy == "ours"
+            assert configuration.dynamic_shapes_kernel_specialization_strategy == "eager"
+        else:
+            assert configuration == "ours"
+        return self._context()
+
+    def _context(self) -> Any:
+        if not self.memory:
+            return None
+        self.contexts.append(SimulatedContext(self))
+        return self.contexts[-1]
+
+
+class SimulatedRuntimeConfig:
+    """``IRuntimeConfig`` of TensorRT-RTX."""
+
+    strategy: Any = None
+    dynamic_shapes_kernel_specialization_strategy: Any = "lazy"
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
 
 
 class SimulatedProfiler:
@@ -166,28 +298,45 @@ class SimulatedProfiler:
 
 
 class SimulatedContext:
-    """Execution context: holds the rules of the real one (profile, shape, addresses before running)."""
+    """Execution context: holds the rules of the real one (profile, shape, memory, addresses before running)."""
 
-    def __init__(self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile]) -> None:
-        self._cuda, self._profiles = cuda, profiles
-        self._session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
-        self.outputs = {
-            output.name: {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}[output.type]
-            for output in self._session.get_outputs()
-        }
-        self.profile, self.shape, self.addresses = 0, None, {}
-        self.fails = False
+    def __init__(self, library: SimulatedTensorRT) -> None:
+        self._library, self._cuda = library, library.cuda
+        self.active_optimization_profile = 0
+        self.shape: Any = None
+        self.addresses: dict[str, int] = {}
+        self.scratch = 0
+        self.state = 0  # changes with whatever a graph depends on
         self.profiler: Any = None
         self.runs = 0
+        if library.api.is_rtx:
+            self.is_stream_capturable = lambda stream: library.capturable
+        if not library.api.weakly_typed:
+            self.set_device_memory = self._set_device_memory
+
+    def _set_device_memory(self, pointer: int, nbytes: int) -> None:
+        self._cuda.require(pointer, nbytes)
+        assert nbytes >= self._library.SCRATCH
+        self.scratch = pointer
+        self.state += 1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "device_memory":
+            assert self._library.api.weakly_typed
+            self._set_device_memory(value, self._library.SCRATCH)
+        else:
+            super().__setattr__(name, value)
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self.profile, self.shape = index, None
-        return 0 <= index < len(self._profiles)
+        self.active_optimization_profile, self.shape = index, None
+        self.state += 1
+        return 0 <= index < len(self._library.profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if not self._profiles[self.profile].admits(shape):
+        if not self._library.profiles[self.active_optimization_profile].admits(shape):
             return False
         self.shape = shape
+        self.state += 1
         return True
 
     def infer_shapes(self) -> list[str]:
@@ -200,20 +349,34 @@ class SimulatedContext:
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         assert pointer % ALIGNMENT == 0
         self.addresses[name] = pointer
+        self.state += 1
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        if self.fails:
+        library = self._library
+        if library.fails:
             return False
-        image = np.frombuffer(ctypes.string_at(self.addresses["image"], int(np.prod(self.shape))), np.uint8)
-        self._cuda.require(self.addresses["image"], image.nbytes)
-        results = self._session.run(list(self.outputs), {"image": image.reshape(self.shape)})
-        for name, result in zip(self.outputs, results, strict=True):
-            assert result.shape == self.get_tensor_shape(name)
-            self._cuda.require(self.addresses[name], result.nbytes)
-            ctypes.memmove(self.addresses[name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+        if stream in self._cuda.recording and not library.capturable:
+            self._cuda.broken.add(stream)
+            return False
+        shape, addresses, state = self.shape, dict(self.addresses), self.state
+        recorded = stream in self._cuda.recording
+        assert not recorded or self.runs, "a context runs once before it is recorded"
+
+        def compute() -> None:
+            assert not recorded or self.state == state, "the context was changed after its graph was recorded"
+            self._cuda.require(self.scratch, library.SCRATCH)
+            size = int(np.prod(shape))
+            self._cuda.require(addresses["image"], size)
+            image = np.frombuffer(ctypes.string_at(addresses["image"], size), np.uint8).reshape(shape)
+            results = library.session.run(list(library.outputs), {"image": image})
+            for name, result in zip(library.outputs, results, strict=True):
+                self._cuda.require(addresses[name], result.nbytes)
+                ctypes.memmove(addresses[name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+            if self.profiler is not None:
+                self.profiler.report_layer_time("stem + relu", 0.5 if self.runs % 2 else 0.25)
+                self.profiler.report_layer_time("head", 0.125)
+
         self.runs += 1
-        if self.profiler is not None:
-            self.profiler.report_layer_time("stem + relu", 0.5 if self.runs % 2 else 0.25)
-            self.profiler.report_layer_time("head", 0.125)
+        self._cuda.queue(stream, compute)
         return True

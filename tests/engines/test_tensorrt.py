@@ -12,14 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpddrnet_trt.deploy.build import build_engine
 from hpddrnet_trt.engines import cuda_memory
-from hpddrnet_trt.engines import tensorrt as engine_module
 from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.cuda_memory import (
     LEGACY_STREAM,
@@ -31,8 +28,7 @@ from hpddrnet_trt.engines.cuda_memory import (
     gpu_or_none,
     on_device,
 )
-from hpddrnet_trt.engines.layer_times import layer_times
-from hpddrnet_trt.engines.shapes import Profile
+from hpddrnet_trt.engines.layer_times import write_layer_times
 from hpddrnet_trt.engines.tensorrt import (
     TensorRTEngine,
     check_device_array,
@@ -41,8 +37,8 @@ from hpddrnet_trt.engines.tensorrt import (
 )
 from hpddrnet_trt.errors import BadInputFile, ContractError, NoGpu, UserError
 from hpddrnet_trt.manifest import EngineRecord, InputContract, sidecar_path
-from tests.engines.simulated_cuda import ForeignArray, SimulatedCuda, SimulatedTensorRT, read
-from tests.tiny_onnx import tiny_model
+from tests.engines.conftest import Bench
+from tests.engines.simulated_cuda import ForeignArray, read
 
 pytestmark = [
     pytest.mark.skipif(
@@ -54,21 +50,6 @@ without_gpu = pytest.mark.skipif(gpu_or_none() is not None, reason="shows what h
 
 Rng = np.random.Generator
 Images = npt.NDArray[np.uint8]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """ONNX and engine files by output kind, built by the real TensorRT-RTX."""
-    folder = tmp_path_factory.mktemp("engines")
-    found = {}
-    for kind in ("labels", "logits"):
-        source = tiny_model(folder / f"{kind}.onnx", output=kind)  # type: ignore[arg-type]
-        build_engine(
-            source, folder / f"{kind}.engine", precision="fp32", flavour="tensorrt-rtx",
-            shapes="1x1x64x64:1x1x128x128:2x1x256x256,4x1x512x512", progress=False,
-        )  # fmt: skip
-        found[kind] = folder / f"{kind}.engine"
-    return found
 
 
 @pytest.fixture
@@ -292,39 +273,11 @@ def test_cuda_errors_are_sentences() -> None:
 # --- control flow on simulated CUDA
 
 
-class Bench:
-    """An engine on simulated CUDA, with ONNX Runtime as the truth."""
-
-    def __init__(self, cuda: SimulatedCuda, library: SimulatedTensorRT, engine: TensorRTEngine, source: Path) -> None:
-        self.cuda, self.library, self.engine = cuda, library, engine
-        self._session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
-
-    def truth(self, images: Images) -> npt.NDArray[Any]:
-        return np.asarray(self._session.run(None, {"image": images})[0])
-
-
-@pytest.fixture
-def bench(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    real = cuda_memory.cudart()
-
-    def start(kind: str = "labels", **options: Any) -> Bench:
-        path = models[kind]
-        cuda = SimulatedCuda(real)
-        monkeypatch.setattr(cuda_memory, "cudart", lambda: cuda)
-        record = json.loads(sidecar_path(path).read_text())["engine"]
-        profiles = [Profile.from_record(entry) for entry in record["profiles"]]
-        library = SimulatedTensorRT(cuda, path.with_suffix(".onnx"), profiles, record["version"])
-        monkeypatch.setattr(engine_module, "load_flavour", lambda flavour: library)
-        return Bench(cuda, library, TensorRTEngine(path, **options), path.with_suffix(".onnx"))
-
-    return start
-
-
 def test_host_arrays(bench: Callable[..., Bench]) -> None:
     job = bench()
     with job.engine as engine:
         assert isinstance(engine, Engine)
-        assert engine.runtime == "Simulated TensorRT (Simulated 0, fp32)"
+        assert engine.runtime == f"{job.library.api.label} (Simulated 0, fp32)"
         batches = [_images(1, 1, 64, 64), 255 - _images(1, 1, 64, 64)]
         batches += [_images(*shape) for shape in ((2, 1, 256, 128), (4, 1, 512, 512), (1, 1, 128, 128))]
         results = [engine.infer(images).labels for images in batches]
@@ -340,29 +293,31 @@ def test_strided_host_arrays_are_taken(bench: Callable[..., Bench]) -> None:
     np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(np.ascontiguousarray(images)))
 
 
-def test_layer_times_are_medians_over_the_runs(bench: Callable[..., Bench], models: dict[str, Path]) -> None:
+def test_layer_times_are_medians_over_the_runs(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    images = _images(1, 1, 64, 64)
+    job.engine.infer(images)
+    assert job.engine.layer_times(images, runs=5) == {"stem + relu": 0.5, "head": 0.125}  # 0.5 0.25 0.5 0.25 0.5
+    profiled = job.library.contexts[-1]
+    assert profiled.runs == 1 + 5 + 5  # to bind, to warm up, to count
+    np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
+    assert profiled.runs == 11  # what follows runs undisturbed
+
+
+def test_layer_times_are_written(bench: Callable[..., Bench], tmp_path: Path) -> None:
     job = bench()
     job.engine.close()
-    times = layer_times(models["labels"], _images(1, 1, 64, 64), runs=5)
-    assert times == {"stem + relu": 0.25, "head": 0.125}  # runs 6 to 10: 0.25 0.5 0.25 0.5 0.25
-    assert job.library.context.runs == 10
+    written = json.loads(write_layer_times(job.path, tmp_path / "times.json", (64, 128), runs=4).read_text())
+    assert written["shape"] == [1, 1, 64, 128]
+    assert set(written["milliseconds"]) == {"stem + relu", "head"}
 
 
 def test_profiles_are_switched(bench: Callable[..., Bench]) -> None:
     job = bench()
     job.engine.infer(_images(4, 1, 512, 512))
-    assert job.library.context.profile == 1
+    assert job.library.contexts[0].active_optimization_profile == 1
     job.engine.infer(_images(1, 1, 64, 64))
-    assert job.library.context.profile == 0
-
-
-def test_steady_frames_allocate_nothing(bench: Callable[..., Bench]) -> None:
-    job = bench()
-    job.engine.infer(_images(1, 1, 256, 256))
-    before = job.cuda.allocations
-    for size in (256, 128, 64, 256):
-        job.engine.infer(_images(1, 1, size, size))
-    assert job.cuda.allocations == before
+    assert job.library.contexts[0].active_optimization_profile == 0
 
 
 def test_device_arrays_are_used_in_place(bench: Callable[..., Bench]) -> None:
@@ -370,7 +325,7 @@ def test_device_arrays_are_used_in_place(bench: Callable[..., Bench]) -> None:
     images = _images(1, 1, 128, 128)
     borrowed = job.cuda.array(images)
     results = job.engine.infer_device(borrowed)
-    assert job.library.context.addresses["image"] == borrowed.__cuda_array_interface__["data"][0]
+    assert job.library.contexts[0].addresses["image"] == borrowed.__cuda_array_interface__["data"][0]
     assert not [entry for entry in job.cuda.log if entry[0] == "copy"]
     np.testing.assert_array_equal(read(results["labels"]), job.truth(images))
     assert results["labels"].__cuda_array_interface__["stream"] is None
@@ -444,10 +399,10 @@ def test_bad_inputs_leave_the_engine_usable(bench: Callable[..., Bench]) -> None
 def test_a_failed_run_is_an_error_and_not_the_end(bench: Callable[..., Bench]) -> None:
     job = bench()
     good = _images(1, 1, 64, 64)
-    job.library.context.fails = True
+    job.library.fails = True
     with pytest.raises(UserError, match="failed on an input of 1x1x64x64"):
         job.engine.infer(good)
-    job.library.context.fails = False
+    job.library.fails = False
     np.testing.assert_array_equal(job.engine.infer(good).labels, job.truth(good))
 
 
@@ -466,20 +421,13 @@ def test_close_frees_everything_once(bench: Callable[..., Bench]) -> None:
 
 
 def test_an_engine_that_does_not_load_is_explained(
-    bench: Callable[..., Bench], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Bench], models: dict[str, Path]
 ) -> None:
     job = bench()
     job.library.loads = False
     with pytest.raises(BadInputFile, match=r"cannot load .*labels\.engine on Simulated 0.*build the engine again"):
         TensorRTEngine(models["labels"])
-    job.library.loads = True
-    job.library.context = None  # type: ignore[assignment]
-    monkeypatch.setattr(
-        job.library, "runtime",
-        lambda: SimpleNamespace(
-            deserialize_cuda_engine=lambda content: SimpleNamespace(create_execution_context=lambda: None)
-        ),
-    )  # fmt: skip
+    job.library.loads, job.library.memory = True, False
     with pytest.raises(UserError, match="too little free memory"):
         TensorRTEngine(models["labels"])
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +196,92 @@ def test_steady_frames_take_no_more_memory(tmp_path: Path, flavour: str) -> None
             engine.infer(images)
         after, _ = check(cudart().cudaMemGetInfo(), "reading free memory")
     assert free - after < 16 << 20
+
+
+def test_graphs_equal_plain_runs_equal_onnx_runtime(tmp_path: Path, flavour: str) -> None:
+    """Frames of several shapes, each often enough to come from a graph, and in changing order."""
+    source, target = _built(tmp_path, flavour)
+    shapes = [(1, 1, 64, 64), (1, 1, 256, 256), (2, 1, 128, 64)]
+    batches = [_images(*shape, seed=seed) for seed in range(5) for shape in shapes for _ in range(2)]
+    with TensorRTEngine(target) as quick, TensorRTEngine(target, graphs=False) as plain:
+        for images in batches:
+            labels = quick.infer(images).labels
+            np.testing.assert_array_equal(labels, plain.infer(images).labels)
+            assert _agreement(labels, _truth(source, images)) >= AGREEMENT["fp32"]
+
+
+def test_a_graph_is_really_made(tmp_path: Path, flavour: str, caplog: pytest.LogCaptureFixture) -> None:
+    _, target = _built(tmp_path, flavour)
+    with TensorRTEngine(target) as engine:
+        for _ in range(5):
+            engine.infer(_images(1, 1, 256, 256))
+        engine.bind(_images(1, 1, 256, 256))()
+    assert "no CUDA graph can be made" not in caplog.text
+
+
+def test_labels_go_where_the_caller_wants_them(tmp_path: Path, flavour: str) -> None:
+    _, target = _built(tmp_path, flavour)
+    out = np.zeros((1, 256, 256), np.uint8)
+    with TensorRTEngine(target) as engine:
+        for seed in range(5):
+            images = _images(1, 1, 256, 256, seed=seed)
+            assert engine.infer(images, out=out).labels is out
+            np.testing.assert_array_equal(out, engine.infer(images).labels)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_many_in_flight_equal_one_at_a_time(tmp_path: Path, flavour: str, slots: int) -> None:
+    _, target = _built(tmp_path, flavour)
+    sizes = [256] * 20 + [64, 256, 512, 64] * 3
+    batches = [_images(1, 1, size, size, seed=seed) for seed, size in enumerate(sizes)]
+    with TensorRTEngine(target, slots=slots) as engine:
+        single = [engine.infer(images).labels for images in batches]
+        for _ in range(2):  # without and with graphs
+            for expected, result in zip(single, engine.infer_many(batches), strict=True):
+                np.testing.assert_array_equal(result.labels, expected)
+
+
+def test_a_bound_batch_runs_and_disturbs_nothing(tmp_path: Path, flavour: str) -> None:
+    _, target = _built(tmp_path, flavour)
+    images = _images(1, 1, 256, 256)
+    with TensorRTEngine(target) as engine:
+        before = engine.infer(images).labels
+        run = engine.bind(images)
+        times = []
+        for _ in range(30):
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
+        assert 0 < np.median(times) < 1
+        engine.bind(_images(2, 1, 64, 64, seed=1))()
+        run()
+        np.testing.assert_array_equal(engine.infer(images).labels, before)
+        times_of_layers = engine.layer_times(images, runs=5)
+        assert times_of_layers
+        assert all(milliseconds >= 0 for milliseconds in times_of_layers.values())
+        np.testing.assert_array_equal(engine.infer(images).labels, before)
+
+
+def test_device_memory_is_about_what_the_gpu_reports(tmp_path: Path, flavour: str) -> None:
+    _, target = _built(tmp_path, flavour)
+    with TensorRTEngine(target) as engine:
+        engine.infer(_images(4, 1, 512, 512))
+        first = engine.device_memory
+        assert first > 4 * 512 * 512
+        list(engine.infer_many([_images(4, 1, 512, 512)] * 3))
+        assert engine.device_memory > first
+
+
+def test_python_stays_out_of_the_way(tmp_path: Path, flavour: str) -> None:
+    """Beside the CUDA calls and the two copies, a frame costs less than 50 microseconds."""
+    _, target = _built(tmp_path, flavour)
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "python_overhead.py"
+    printed = subprocess.run(
+        [sys.executable, str(script), str(target), "--size", "64"], capture_output=True, text=True, check=True
+    ).stdout
+    overhead = re.search(r"overhead (-?[\d.]+) us", printed)
+    assert overhead is not None, printed
+    assert float(overhead[1]) < 50
 
 
 def test_timing_cache_is_written_and_read(tmp_path: Path, flavour: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.deploy.onnx_graph import load_model
 from hpddrnet_trt.deploy.quantize import calibrate
-from hpddrnet_trt.engines.layer_times import layer_times
+from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 from hpddrnet_trt.precision.accuracy import Judge
 from hpddrnet_trt.precision.budget import Budget
 from hpddrnet_trt.precision.cost import by_convolution
@@ -56,7 +56,8 @@ def test_the_simulation_is_close_to_the_engine(engine: Path, int8: Path, sem_dat
 
 
 def test_layer_times_name_the_convolutions(engine: Path, int8: Path) -> None:
-    times = layer_times(engine, np.zeros((1, 1, 512, 512), np.uint8), runs=10)
+    with TensorRTEngine(engine) as run:
+        times = run.layer_times(np.zeros((1, 1, 512, 512), np.uint8), runs=10)
     assert sum(times.values()) > 0
     names = [node.name for node in load_model(int8)[0].graph.node if node.op_type == "Conv"]
     shared = by_convolution(times, names)
