@@ -5,7 +5,7 @@
 #   make demo DATA=folder          your own (images|masks/{train,val,test}, see README)
 #   make demo TRAIN="..."          further key=value settings of the training
 #   make demo MEASURE="..."        further options of the benchmark
-#   make gpu                       GPU tests and the full benchmark on an NVIDIA machine
+#   make gpu                       GPU tests and the full benchmark on an NVIDIA machine (PY=python3: as installed)
 
 SUITABLE = import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -61,9 +61,10 @@ test: $(READY)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu tests
-	$(MAKE) demo MEASURE="--size 512x512 --size 1024x1024 --publish benchmarks/results"
+# PY=python3 takes an installed Python as it is, for a machine that reaches no package index.
+gpu: $(if $(PY),,$(READY))
+	$(or $(PY),$(BIN)/python) -m pytest -m gpu tests
+	$(or $(PY),$(BIN)/python) benchmarks/full_suite.py $(if $(DATA),--data $(DATA)) --publish benchmarks/results
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

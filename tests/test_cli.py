@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from hpddrnet_trt import cli
+from hpddrnet_trt.benchmark.result import load_result
 from hpddrnet_trt.manifest import read_manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.tiny_network import tiny_manifest, tiny_network
@@ -116,6 +117,11 @@ BAD = [
     (["benchmark", "empty", "--data", "outside"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
+    (["benchmark", "{checkpoint}", "--data", "outside", "--measure", "layers", "--latency-only"], "--latency-only"),
+    (["benchmark", "bad.onnx", "--data", "outside/images/test", "--peers"], "--peers needs a checkpoint"),
+    (["benchmark", "{checkpoint}", "--data", "outside", "--compare", "none.json"], "none.json"),
+    (["report", "none.json"], "none.json"),
+    (["report", "bad.yaml"], "bad.yaml"),
     (["check-dataset", "none"], "none"),
     (["datasets", "show", "nosuch"], "nosuch"),
     (["datasets", "get", "mudrocknet", "new"], "digitalrocksportal"),
@@ -210,16 +216,17 @@ def test_help_of_every_command_is_its_docstring(run: Run) -> None:
 @pytest.mark.parametrize(
     "recipe",
     ["train/train.py", "train/evaluate.py", "export/export_onnx.py", "export/calibrate.py", "export/build_engine.py",
-     "export/choose_precision.py", "benchmarks/benchmark.py"],
+     "export/choose_precision.py", "benchmarks/benchmark.py", "benchmarks/full_suite.py",
+     "benchmarks/attention_memory.py", "benchmarks/python_overhead.py"],
 )  # fmt: skip
-def test_recipes_are_the_commands(
+def test_recipes_explain_themselves(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [recipe, "--help"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(REPOSITORY / recipe), run_name="__main__")
     assert not exit_.value.code
-    assert "Usage" in capfd.readouterr().out
+    assert "usage" in capfd.readouterr().out.lower()
 
 
 def test_catalog_is_listed_and_shown(run: Run) -> None:
@@ -252,3 +259,23 @@ def test_a_checkpoint_is_shipped_in_two_files(run: Run, checkpoint: Path, tmp_pa
     assert out.count("written: ") == 2
     for suffix in (".safetensors", ".onnx"):
         assert read_manifest(tmp_path / "out" / f"mine{suffix}").name == "mine"
+
+
+def test_reports_of_a_saved_result(run: Run, tmp_path: Path) -> None:
+    (saved,) = (REPOSITORY / "benchmarks" / "results").glob("amd-epyc-*.json")
+    code, out, err = run("report", saved, "--output", "again", "--publish", "published")
+    assert code == 0, err
+    assert "frame to labels" in out
+    assert out.splitlines()[-1] == f"report: {Path('again') / 'report.html'}"
+    assert (tmp_path / "again" / "report.html").read_text().startswith("<!")
+    assert load_result(tmp_path / "again" / "result.json") == load_result(saved)
+    assert not (tmp_path / "again" / "comparison.html").exists()
+    assert {path.suffix for path in (tmp_path / "published").iterdir()} == {".json", ".html"}
+
+    code, out, err = run("report", saved, "--output", "compared", "--compare", saved)
+    assert code == 0, err
+    changes = out.partition("\nsince ")[2]
+    assert "no difference" in changes
+    assert "faster" not in changes
+    assert "slower" not in changes
+    assert (tmp_path / "compared" / "comparison.html").stat().st_size > 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from hpddrnet_trt.benchmark.entries import Entry, entries_for
 from hpddrnet_trt.benchmark.images import Image, ImageSet, load_images, parse_size
-from hpddrnet_trt.benchmark.report import format_table, write_report
+from hpddrnet_trt.benchmark.report import write_report
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Settings, load_result, make_settings
-from hpddrnet_trt.benchmark.suite import Entry, entries_for, run_benchmark
+from hpddrnet_trt.benchmark.suite import run_benchmark
+from hpddrnet_trt.benchmark.text import format_table
 
 __all__ = [
     "BenchmarkResult",

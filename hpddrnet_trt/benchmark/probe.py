@@ -1,7 +1,8 @@
 """Start one engine in a process of its own: does it run here, how long does it take, what does it hold?
 
 Only a fresh process gives an honest memory figure, and only another process survives a library
-that crashes. Run as ``python -m hpddrnet_trt.benchmark.probe JOB.json`` by :func:`probe`.
+that crashes or a machine that runs out of memory. Run as
+``python -m hpddrnet_trt.benchmark.probe JOB.json`` by :func:`probe`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ import hpddrnet_trt
 from hpddrnet_trt.benchmark.frame import frame_to_labels
 from hpddrnet_trt.benchmark.machine import device_memory_mib, peak_memory_mib, resident_memory_mib
 from hpddrnet_trt.benchmark.result import Start
+from hpddrnet_trt.benchmark.telemetry import Gpu
 from hpddrnet_trt.benchmark.timing import Frames, describe
-from hpddrnet_trt.engines import load_engine
+from hpddrnet_trt.engines import Engine, load_engine
 from hpddrnet_trt.errors import UserError
 
 TIMEOUT_S = 900.0
@@ -32,73 +35,112 @@ TIMEOUT_S = 900.0
 
 def probe(
     path: Path, engine: str, options: Mapping[str, Any], frames: Sequence[Frames], timeout_s: float = TIMEOUT_S
-) -> Start:
-    """Load ``path`` in a child process and run each of ``frames`` (``[N, H, W]``) twice.
+) -> list[Start | str]:
+    """Load ``path`` in a child process and run each of ``frames`` (``[N, H, W]``, smallest first) twice.
 
-    Raises :class:`UserError` with the reason when the engine cannot be loaded or run here, and
-    when the process crashes or does not finish within ``timeout_s``.
+    The answer for each frame is what it took, or the reason why the engine could not run it; after a
+    crash or ``timeout_s`` the rest have that reason. Memory is the highest so far: the honest figure of
+    a size is that of the first frame. Raises :class:`UserError` when the engine cannot even be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
-        job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
+        job, answers = Path(folder) / "job.json", Path(folder) / "answers.jsonl"
         files = [str(Path(folder) / f"{number}.npy") for number in range(len(frames))]
         for file, frame in zip(files, frames, strict=True):
             np.save(file, frame)
         content = {"path": str(path), "engine": engine, "options": dict(options), "frames": files}
-        job.write_text(json.dumps({**content, "answer": str(answer)}), encoding="utf-8")
-        _run_child(job, timeout_s)
-        found = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise UserError(found["error"])
-    return Start(**found)
+        job.write_text(json.dumps({**content, "answers": str(answers)}), encoding="utf-8")
+        end = _run_child(job, timeout_s)
+        lines = answers.read_text(encoding="utf-8").splitlines() if answers.exists() else []
+    silent = {"error": end or "the process that ran it gave no answer"}
+    loaded, *found = [json.loads(line) for line in lines] or [silent]
+    if "error" in loaded:
+        raise UserError(loaded["error"])
+    found += [silent] * (len(frames) - len(found))
+    return [entry["error"] if "error" in entry else Start(**entry) for entry in found]
 
 
-def _run_child(job: Path, timeout_s: float) -> None:
+def _run_child(job: Path, timeout_s: float) -> str | None:
+    """How the child failed, None when it ended well."""
     # The child must find this package also when it runs from a source tree.
     root = str(Path(hpddrnet_trt.__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "hpddrnet_trt.benchmark.probe", str(job)]
     try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired as exc:
-        raise UserError(f"loading and the first inferences did not finish within {timeout_s:.0f} s") from exc
-    if child.returncode < 0:
-        raise UserError(f"the process that ran it crashed ({signal.Signals(-child.returncode).name})")
-    if child.returncode:
-        reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"the process that ran it ended with code {child.returncode} ({reason})")
+        child = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"loading and the first inferences did not finish within {timeout_s:.0f} s"
+    return how_it_ended(child.returncode, child.stderr)
 
 
-def measure_start(path: str, engine: str, options: Mapping[str, Any], frames: Sequence[Frames]) -> Start:
-    """The figures of :class:`~hpddrnet_trt.benchmark.result.Start`, of this process."""
-    host, device = resident_memory_mib(), device_memory_mib()
-    begin = time.perf_counter()
-    with load_engine(path, engine, **options) as loaded:
-        load_s = time.perf_counter() - begin
-        run = frame_to_labels(loaded)
-        first_s = 0.0
-        for frame in sorted(frames, key=lambda entry: entry.size):
-            begin = time.perf_counter()
-            run(frame)
-            first_s = time.perf_counter() - begin
-            run(frame)
-        largest = "x".join(map(str, max(frames, key=lambda entry: entry.size).shape))
-        after = device_memory_mib()
-        used = None if device is None or after is None else max(0.0, after - device)
-        return Start(
-            load_s=load_s, first_s=first_s, host_peak_mib=max(0.0, peak_memory_mib() - host), device_mib=used,
-            frame=largest,
-        )  # fmt: skip
+def how_it_ended(code: int, errors: str) -> str | None:
+    """A child's exit code in words, None for 0."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        if name == "SIGKILL":
+            return f"the process that ran it was killed ({name}), most likely because memory ran out"
+        return f"the process that ran it crashed ({name})"
+    if code:
+        reason = (errors.strip().splitlines() or ["no message"])[-1]
+        return f"the process that ran it ended with code {code} ({reason})"
+    return None
+
+
+class _Meter:
+    """Memory of this process over that at the meter's start, MiB."""
+
+    def __init__(self) -> None:
+        self._host, self._device = resident_memory_mib(), device_memory_mib()
+        self._gpu = Gpu.open() if self._device is not None else None
+
+    def host(self) -> float:
+        return max(0.0, peak_memory_mib() - self._host)
+
+    def device(self) -> float | None:
+        """This process's GPU memory as the driver counts it, else the change of what all processes use."""
+        own = self._gpu.process_mib(os.getpid()) if self._gpu is not None else None
+        if own is not None:
+            return own
+        now = device_memory_mib()
+        return None if self._device is None or now is None else max(0.0, now - self._device)
 
 
 def _child(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    # Linux: when memory runs out, this process is to go, not the benchmark that waits for it.
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    # Line by line, so that what was found before a crash is kept.
+    with Path(job["answers"]).open("w", encoding="utf-8", buffering=1) as answers:
+        meter, begin = _Meter(), time.perf_counter()
+        try:
+            engine = load_engine(job["path"], job["engine"], **job["options"])
+        except Exception as exc:
+            # Whatever a runtime raises here is the answer: the reason why this engine does not run.
+            answers.write(json.dumps({"error": describe(exc)}) + "\n")
+            return
+        load_s = time.perf_counter() - begin
+        answers.write(json.dumps({"load_s": load_s}) + "\n")
+        with engine:
+            for file in job["frames"]:
+                answers.write(_answer(engine, np.load(file), load_s, meter) + "\n")
+
+
+def _answer(engine: Engine, frame: Frames, load_s: float, meter: _Meter) -> str:
+    run = frame_to_labels(engine)
     try:
-        frames = [np.load(file) for file in job["frames"]]
-        answer = measure_start(job["path"], job["engine"], job["options"], frames).model_dump_json()
+        begin = time.perf_counter()
+        run(frame)
+        first_s = time.perf_counter() - begin
+        run(frame)
     except Exception as exc:
-        # Whatever a runtime raises here is the answer: the reason why this engine does not run.
-        answer = json.dumps({"error": describe(exc)})
-    Path(job["answer"]).write_text(answer, encoding="utf-8")
+        # As above; the next size may well run.
+        return json.dumps({"error": describe(exc)})
+    return Start(
+        load_s=load_s, first_s=first_s, host_peak_mib=meter.host(), device_mib=meter.device(),
+        frame="x".join(map(str, frame.shape)),
+    ).model_dump_json()  # fmt: skip
 
 
 if __name__ == "__main__":

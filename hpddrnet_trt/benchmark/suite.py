@@ -1,124 +1,47 @@
-"""The comparison: start every entry, time them in interleaved rounds, score their labels."""
+"""The comparison: start every entry, time them in interleaved rounds, score their labels, look inside."""
 
 from __future__ import annotations
 
-import base64
-import io
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image as PillowImage
 from tqdm import tqdm
 
-from hpddrnet_trt.benchmark.frame import frame_to_labels
+from hpddrnet_trt.benchmark.accuracy import Scores
+from hpddrnet_trt.benchmark.entries import Entry, entries_for, manifest_or_none, precision_of
+from hpddrnet_trt.benchmark.frame import frame_to_labels, prepared
 from hpddrnet_trt.benchmark.images import Grey8, Image, ImageSet, own_size, timing_frames
+from hpddrnet_trt.benchmark.inside import layer_groups, measure_roofs
 from hpddrnet_trt.benchmark.machine import CpuMeter, busy_warnings, describe_machine
-from hpddrnet_trt.benchmark.probe import probe
+from hpddrnet_trt.benchmark.measures import Case, Measured, Stopwatch, runs_on_cpu
+from hpddrnet_trt.benchmark.pictures import picture
 from hpddrnet_trt.benchmark.result import (
-    Accuracy,
+    MEASURES,
     BenchmarkResult,
+    Ceilings,
+    Environment,
+    LayerGroups,
+    Measure,
     Picture,
-    Ratio,
+    Roof,
     Row,
     Settings,
-    Start,
     Timing,
 )
-from hpddrnet_trt.benchmark.timing import Laps, Runner, describe, latency_of, ratio_of_medians, time_interleaved
-from hpddrnet_trt.engines import available_engines, engine_status, load_engine
-from hpddrnet_trt.engines.base import input_contract
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.benchmark.starting import Started, probed_sizes, start_entry
+from hpddrnet_trt.benchmark.telemetry import EnergyCounter, Gpu, GpuWatch, PackageEnergy
+from hpddrnet_trt.benchmark.timing import FAILURES, describe, latency_of
+from hpddrnet_trt.engines import available_engines, load_engine
+from hpddrnet_trt.engines.base import Engine
+from hpddrnet_trt.errors import UsageError, UserError
 from hpddrnet_trt.files import existing_file
-from hpddrnet_trt.manifest import ClassInfo, Manifest, read_manifest
-from hpddrnet_trt.metrics import ConfusionMatrix
+from hpddrnet_trt.manifest import ClassInfo, Manifest
 from hpddrnet_trt.provenance import command_line
-from hpddrnet_trt.views import network_input
 
-logger = logging.getLogger(__name__)
-
-CHECKPOINTS = (".safetensors", ".pth", ".pt")
-GALLERY_EDGE = 512  # pixels of an image shown in the report
-_NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-_FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One thing to compare: a model file, the engine that runs it and that engine's options."""
-
-    label: str
-    path: Path
-    engine: str = "auto"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_torch(self) -> bool:
-        return self.engine == "torch" or (self.engine == "auto" and self.path.suffix.lower() in CHECKPOINTS)
-
-
-def entries_for(files: Sequence[str | Path]) -> list[Entry]:
-    """Every file with every engine of this installation that runs its kind, labelled for people.
-
-    Checkpoints run in PyTorch, ONNX files in ONNX Runtime and, where installed, OpenVINO (except
-    files quantised in ONNX Runtime's own form), ``.engine`` files in TensorRT. Raises
-    :class:`BadInputFile` for a file that does not exist; one that cannot be read becomes a row
-    with the reason.
-    """
-    openvino = engine_status("openvino").usable
-    entries: list[Entry] = []
-    for path in (existing_file(file, "model file") for file in files):
-        manifest = _manifest_or_none(path)
-        for engine in _engines_of(path, manifest, openvino):
-            parts = [_name_of(engine, manifest), _precision(path, manifest), _form(engine, manifest)]
-            label = " ".join(part for part in parts if part)
-            if manifest is None or any(entry.label == label for entry in entries):
-                label = f"{label} ({path.name})"
-            # Labels only, like the others: logits need not leave the GPU.
-            entries.append(Entry(label, path, engine, {"output": "labels"} if engine == "torch" else {}))
-    return entries
-
-
-def _engines_of(path: Path, manifest: Manifest | None, openvino: bool) -> list[str]:
-    if path.suffix.lower() in CHECKPOINTS:
-        return ["torch"]
-    if path.suffix.lower() != ".onnx":
-        return ["auto"]
-    safe = manifest is None or manifest.quantised_for != "onnxruntime"
-    return ["onnxruntime", "openvino"] if openvino and safe else ["onnxruntime"]
-
-
-def _name_of(engine: str, manifest: Manifest | None) -> str:
-    if engine != "auto":
-        return _NAMES[engine]
-    return _FLAVOURS[manifest.engine.flavour] if manifest is not None and manifest.engine is not None else "TensorRT"
-
-
-def _form(engine: str, manifest: Manifest | None) -> str | None:
-    """Tells TensorRT's explicit quantisation, run by a CPU engine, from ONNX Runtime's own."""
-    foreign = engine != "auto" and manifest is not None and manifest.quantised_for == "tensorrt"
-    return "Q/DQ" if foreign else None
-
-
-def _precision(path: Path, manifest: Manifest | None) -> str | None:
-    if path.suffix.lower() in CHECKPOINTS:
-        return "FP32"
-    return manifest.precision.upper() if manifest is not None and manifest.precision is not None else None
-
-
-def _manifest_or_none(path: Path) -> Manifest | None:
-    if path.suffix.lower() in (".pth", ".pt"):
-        return None  # foreign checkpoints describe themselves only through their weights
-    try:
-        return read_manifest(path)
-    except BadInputFile as exc:
-        logger.info("%s", exc)
-        return None
+__all__ = ["Entry", "entries_for", "run_benchmark"]
 
 
 def run_benchmark(
@@ -129,11 +52,12 @@ def run_benchmark(
     command: str | None = None,
     progress: bool = True,
 ) -> BenchmarkResult:
-    """Compare ``entries`` on ``images``, frame to labels, in one interleaved run.
+    """Compare ``entries`` on ``images`` in one interleaved run.
 
-    Each entry is first started in a child process (memory, start-up, and whether it runs here at
-    all), then all that run are loaded side by side, timed in rounds, and scored on the whole images.
-    What does not run is a row with its reason.
+    Each entry is first started in child processes (memory, start-up, and whether it runs here at
+    all), then all that run are loaded side by side, timed in rounds by each measure of
+    :mod:`~hpddrnet_trt.benchmark.measures`, scored on the whole images, and profiled. What does not
+    run is a row with its reason; what does not run at one size or by one measure leaves a note.
 
     After Ctrl-C the result holds the finished rounds and images and says ``complete=False``; with
     nothing finished the interrupt goes on to the caller.
@@ -150,11 +74,12 @@ def run_benchmark(
         run.time()
         if run.complete:
             run.score()
+            run.look_inside()
     except KeyboardInterrupt:
         run.complete = False
     finally:
         run.close()
-    if not run.complete and not run.laps:
+    if not run.complete and not run.measured:
         raise KeyboardInterrupt
     return run.result(command or command_line())
 
@@ -180,120 +105,113 @@ class _Run:
         self.quiet = not progress
         self.machine = describe_machine()
         self.complete = True
+        self.started: dict[str, Started] = {}
         self.reasons: dict[str, str] = {}
         self.notes: dict[str, list[str]] = {entry.label: [] for entry in entries}
-        self.starts: dict[str, Start] = {}
+        self.untimed: dict[tuple[str, str], list[str]] = {}  # sizes by label and reason
+        self.engines: dict[str, Engine] = {}
         self.runtimes: dict[str, str] = {}
-        self.runners: dict[str, Runner] = {}
         self.classes: list[ClassInfo] | None = list(images.classes) if images.classes is not None else None
-        self.laps: dict[tuple[int, int], Laps] = {}
+        self.measured: list[Measured] = []
         self.busy_share: float | None = None
-        self.scores: _Scores | None = None
+        self.scores: Scores | None = None
         self.pictures: list[Picture] = []
+        self.layers: dict[str, list[LayerGroups]] = {entry.label: [] for entry in entries}
+        self.ceilings: Ceilings | None = None
+        self.roofs: dict[str, list[Roof]] = {}
+        self.warnings: list[str] = []
         self._stack = ExitStack()
-        sizes = settings.sizes or (own_size(images.images),)
-        made = {size: timing_frames(images.images, *size, settings.batch) for size in sizes}
-        self.frames = {size: frames for size, (frames, _) in made.items()}
-        self.data_notes = [note for _, note in made.values()]
+        self._gpu = Gpu.open()
+        self._watch = GpuWatch(self._gpu)
+        self._cases()
+
+    def _cases(self) -> None:
+        images, plan = self.images.images, self.settings
+        self.cases: list[Case] = []
+        self.data_notes: list[str] = []
+        for size in plan.sizes or (own_size(images),):
+            for batch in sorted(set(plan.batches)):
+                frames, note = timing_frames(images, *size, batch)
+                self.cases.append(Case(*size, batch, frames))
+                self.data_notes += [] if note in self.data_notes else [note]
 
     # -- steps ---------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start every entry in a process of its own."""
-        firsts = [frames[0] for frames in self.frames.values()]
+        """Start every entry in processes of its own, one for each size."""
+        sizes = probed_sizes(self.cases, self.images.images, self.settings)
         for entry in tqdm(self.entries, desc="start each engine", unit="engine", disable=self.quiet):
-            self._start(entry, firsts)
+            found = self.started[entry.label] = start_entry(entry, self._options(entry), sizes)
+            self.notes[entry.label] += found.notes
+            if found.reason is not None:
+                self.reasons[entry.label] = found.reason
 
     def load(self) -> None:
         """Load those that run into this process, side by side."""
         for entry in self.entries:
-            if entry.label in self.starts:
+            if self.started[entry.label].start is not None:
                 self._load(entry)
 
     def time(self) -> None:
-        """Interleaved rounds at each size."""
-        if not self.runners:
+        """Every measure in interleaved rounds, at each size and batch."""
+        if not self.engines:
             return
-        meter, plan = CpuMeter(), self.settings
-        for (height, width), frames in self.frames.items():
-            steps = (plan.rounds + plan.warmup) * len(self.runners)
-            with tqdm(total=steps, desc=f"time {height}x{width}", unit="run", disable=self.quiet) as bar:
-                laps = time_interleaved(
-                    self.runners, frames, rounds=plan.rounds, warmup=plan.warmup, seed=plan.seed,
-                    pause_s=plan.pause_ms / 1000, on_step=bar.update,
-                )  # fmt: skip
-            for label, reason in laps.failures.items():
-                self.notes[label].append(f"not timed at {height}x{width}: {reason}")
-            if laps.rounds:
-                self.laps[height, width] = laps
-            if laps.interrupted:
-                self.complete = False
-                break
-        self.busy_share = meter.others()
+        meter = CpuMeter()
+        stopwatch = Stopwatch(self.settings, self._watch, self.quiet)
+        try:
+            for case in self.cases:
+                if self.complete:
+                    self._time(stopwatch, case)
+        finally:
+            self.busy_share = meter.others()
 
     def score(self) -> None:
         """Labels of every entry on every whole image: accuracy, agreement, gallery."""
-        if not self.runners:
+        if not self.engines:
             return
-        scores = self.scores = _Scores(list(self.runners), self.reference, len(self.classes or []))
+        scores = self.scores = Scores(list(self.engines), self.reference, len(self.classes or []))
         for image in tqdm(self.images.images, desc="accuracy", unit="image", disable=self.quiet):
             labelled = ((label, self._labels(label, image)) for label in scores.entries)
             found = {label: labels for label, labels in labelled if labels is not None}
             scores.add(found, image.mask)
             if len(self.pictures) < self.settings.gallery:
-                self.pictures.append(_picture(image, found))
+                self.pictures.append(picture(image, found))
+
+    def look_inside(self) -> None:
+        """Time by layer group and distance from the machine's ceilings; last, since profiling may disturb."""
+        paths = {entry.label: entry.path for entry in self.entries}
+        if self.settings.layers:
+            for found in tqdm(self._latencies(), desc="layers", unit="size", disable=self.quiet):
+                for label in found.laps.samples:
+                    self._profile(label, paths[label], found)
+        if self.settings.roofline and self.engines:
+            try:
+                found_roofs = measure_roofs(self.entries, self.engines, self.cases, self.settings.threads)
+            except UserError as exc:
+                self.warnings.append(f"no roofline: {exc}")
+                return
+            self.ceilings, self.roofs, reasons = found_roofs
+            for label, reason in reasons.items():
+                self.notes[label].append(f"no roofline: {reason}")
 
     def close(self) -> None:
         self._stack.close()
 
-    # -- parts ---------------------------------------------------------------------------------
-
-    @property
-    def reference(self) -> str | None:
-        """The entry that ratios and agreement refer to; None when it did not run."""
-        if self.settings.reference is not None:
-            return self.settings.reference if self.settings.reference in self.runners else None
-        return next((entry.label for entry in self.entries if entry.is_torch and entry.label in self.runners), None)
-
-    def _start(self, entry: Entry, frames: Sequence[Grey8]) -> None:
-        try:
-            if entry.engine == "openvino":
-                self._verify_openvino(entry)
-            self.starts[entry.label] = probe(entry.path, entry.engine, self._options(entry), frames)
-        except UserError as exc:
-            self.reasons[entry.label] = str(exc)
+    # -- loading -------------------------------------------------------------------------------
 
     def _load(self, entry: Entry) -> None:
         try:
             engine = self._stack.enter_context(load_engine(entry.path, entry.engine, **self._options(entry)))
             self._check_classes(engine.manifest)
-        except (UserError, RuntimeError, MemoryError) as exc:
+        except FAILURES as exc:
             self.reasons[entry.label] = describe(exc)
             return
         self.runtimes[entry.label] = engine.runtime
-        self.runners[entry.label] = frame_to_labels(engine)
-
-    def _labels(self, label: str, image: Image) -> Grey8 | None:
-        try:
-            labels: Grey8 = self.runners[label](image.grey[None])[0]
-        except (UserError, RuntimeError, MemoryError, ValueError) as exc:
-            self.notes[label].append(f"accuracy not measured, {image.name}: {describe(exc)}")
-            return None
-        return labels
+        self.engines[entry.label] = engine
 
     def _options(self, entry: Entry) -> dict[str, Any]:
         threads = None if entry.path.suffix.lower() == ".engine" else self.settings.threads
         return {**({} if threads is None else {"threads": threads}), **entry.options}
-
-    def _verify_openvino(self, entry: Entry) -> None:
-        # OpenVINO has been seen to crash, and to give wrong labels: compare before it is trusted.
-        from hpddrnet_trt.engines.openvino import verify_in_child
-
-        manifest = read_manifest(entry.path)
-        frame = next(iter(self.frames.values()))[0]
-        batch = network_input(list(frame), input_contract(manifest), manifest.normalisation)
-        share = verify_in_child(entry.path, batch)
-        self.notes[entry.label].append(f"checked in a child process: {share:.2%} of labels as ONNX Runtime's")
 
     def _check_classes(self, manifest: Manifest) -> None:
         if self.classes is None:
@@ -305,15 +223,80 @@ class _Run:
                 "labels cannot be compared"
             )
 
+    # -- timing --------------------------------------------------------------------------------
+
+    @property
+    def reference(self) -> str | None:
+        """The entry that ratios and agreement refer to; None when it did not run."""
+        if self.settings.reference is not None:
+            return self.settings.reference if self.settings.reference in self.engines else None
+        able = (entry.label for entry in self.entries if entry.can_be_reference and entry.label in self.engines)
+        return next(able, None)
+
+    def _time(self, stopwatch: Stopwatch, case: Case) -> None:
+        able = {label: engine for label, engine in self.engines.items() if self.started[label].ran(case)}
+        latency = stopwatch.latency(able, case)
+        for label in latency.laps.samples:
+            self._note_padding(label, case)
+        self._keep(latency)
+        # A failure may leave an engine in any state: it is not asked again at this size.
+        engines = {label: self.engines[label] for label in latency.laps.samples}
+        if self.complete and self.settings.network_only:
+            self._keep(stopwatch.network(engines, case))
+        if self.complete and self.settings.throughput:
+            self._keep(stopwatch.throughput(engines, case, self._counters()))
+
+    def _note_padding(self, label: str, case: Case) -> None:
+        height, width = prepared(self.engines[label], case.frames[0]).shape[2:]
+        if (height, width) != (case.height, case.width):
+            self.notes[label].append(
+                f"takes no frames of {case.size}: they are padded to {height}x{width} and times include that"
+            )
+
+    def _keep(self, found: Measured) -> None:
+        if found.laps.rounds:
+            self.measured.append(found)
+        self.complete = not found.laps.interrupted
+        for label, reason in found.laps.failures.items():
+            self.untimed.setdefault((label, f"{MEASURES[found.measure]}: {reason}"), []).append(found.case.size)
+
+    def _counters(self) -> dict[str, EnergyCounter | None]:
+        """What counts the energy of each engine: the GPU it runs on, or the processor."""
+        packages = PackageEnergy.open()
+        return {label: packages if runs_on_cpu(engine) else self._gpu for label, engine in self.engines.items()}
+
+    def _latencies(self) -> list[Measured]:
+        return [found for found in self.measured if found.measure == "timings"]
+
+    def _labels(self, label: str, image: Image) -> Grey8 | None:
+        try:
+            labels: Grey8 = frame_to_labels(self.engines[label])(image.grey[None])[0]
+        except FAILURES as exc:
+            self.notes[label].append(f"accuracy not measured, {image.name}: {describe(exc)}")
+            return None
+        return labels
+
+    def _profile(self, label: str, path: Path, found: Measured) -> None:
+        median_s = latency_of(found.laps.samples[label]).p50
+        try:
+            groups = layer_groups(self.engines[label], path, found.case, median_s)
+        except FAILURES as exc:
+            self.notes[label].append(f"layers not timed at {found.case.size}: {describe(exc)}")
+            return
+        if groups is not None:
+            self.layers[label].append(groups)
+
     # -- result --------------------------------------------------------------------------------
 
     def result(self, command: str) -> BenchmarkResult:
+        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        machine = self.machine
         return BenchmarkResult(
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=created,
             command=command,
             complete=self.complete,
             settings=self.settings,
-            machine=self.machine,
+            machine=machine,
             engines=available_engines(),
             busy_share=self.busy_share,
             data=f"{self.images.name}, {len(self.images.images)} images",
@@ -321,120 +304,71 @@ class _Run:
             classes=self.classes or [],
             reference=self.reference,
             rows=[self._row(entry) for entry in self.entries],
-            warnings=self._warnings(),
+            warnings=self._all_warnings(),
             pictures=self.pictures,
+            environments=[
+                Environment(created=created, command=command, python=machine.python, libraries=machine.libraries)
+            ],
+            ceilings=self.ceilings,
+            gpu_states=self._watch.states(),
         )
 
     def _row(self, entry: Entry) -> Row:
-        label, manifest = entry.label, _manifest_or_none(entry.path)
-        timings = [self._timing(size, laps, label) for size, laps in self.laps.items() if label in laps.samples]
-        notes = list(self.notes[label])
+        label, manifest = entry.label, manifest_or_none(entry.path)
+        timings = self._timings("timings", label)
+        untimed = [(reason, sizes) for (whose, reason), sizes in self.untimed.items() if whose == label]
+        notes = [*self.notes[label], *(f"not timed at {', '.join(sizes)}, {reason}" for reason, sizes in untimed)]
         reason = None
         if not timings:
             reason = self.reasons.get(label) or "; ".join(notes) or "the run was interrupted before its turn"
+        built = manifest.engine if manifest is not None else None
+        started = self.started.get(label, Started())
         return Row(
             label=label,
             file=entry.path.name,
             file_bytes=entry.path.stat().st_size,
             runtime=self.runtimes.get(label, entry.engine),
-            precision=_precision(entry.path, manifest),
+            precision=precision_of(entry, manifest),
             status="measured" if timings else "not run",
             reason=reason,
             notes=notes if timings else [],
-            start=self.starts.get(label),
+            attention=manifest.attention if manifest is not None else None,
+            build_s=built.build_seconds if built is not None else None,
+            start=started.start,
+            memory=started.memory,
+            memory_failures=started.failures,
             timings=timings,
+            network=self._timings("network", label),
+            throughput=self._timings("throughput", label),
+            layers=self.layers[label],
+            roofs=self.roofs.get(label, []) if timings else [],
             accuracy=self.scores.accuracy(label) if self.scores is not None and timings else None,
         )
 
-    def _timing(self, size: tuple[int, int], laps: Laps, label: str) -> Timing:
-        samples = laps.samples[label]
-        latency = latency_of(samples)
-        ratio = None
-        if self.reference in laps.samples:
-            found = ratio_of_medians(laps.samples[self.reference], samples, seed=self.settings.seed)
-            ratio = Ratio(value=found.value, low=found.low, high=found.high)
-        batch = self.settings.batch
-        return Timing(
-            height=size[0], width=size[1], batch=batch,
-            samples_ms=[round(1000 * value, 4) for value in samples],
-            p50_ms=1000 * latency.p50, p95_ms=1000 * latency.p95, p99_ms=1000 * latency.p99,
-            max_ms=1000 * latency.maximum, images_per_s=batch / latency.p50, ratio=ratio,
-        )  # fmt: skip
+    def _timings(self, measure: Measure, label: str) -> list[Timing]:
+        found = (one for one in self.measured if one.measure == measure and label in one.laps.samples)
+        return [one.timing(label, self.reference, self.settings.seed) for one in found]
 
-    def _warnings(self) -> list[str]:
-        found = list(self.machine.warnings)
+    def _all_warnings(self) -> list[str]:
+        found = [*self.machine.warnings, *self.warnings]
         if self.busy_share is not None:
             found += busy_warnings(self.busy_share, "while timing")
         if not self.complete:
-            rounds = ", ".join(f"{laps.rounds} at {h}x{w}" for (h, w), laps in self.laps.items())
+            rounds = ", ".join(f"{one.laps.rounds} at {one.case.size}" for one in self._latencies())
             found.append(
                 f"the run was interrupted; figures are of the finished rounds ({rounds} of {self.settings.rounds}) "
                 "and images"
             )
         if self.reference is None:
             found.append("no PyTorch reference ran, so there are no ratios and no agreement")
+        unsteady = [
+            f"{label} ({MEASURES[one.measure]}, {one.case.size})" for one in self.measured for label in one.unsteady
+        ]
+        if unsteady:
+            found.append(f"times were not steady after warm-up: {', '.join(unsteady)}")
+        for state in self._watch.states():
+            if state.throttled:
+                found.append(f"{state.name} was slowed down while timing: {', '.join(state.throttled)}")
+        if self.machine.gpus and self._gpu is None:
+            found.append("clocks, power and energy of the GPU were not read; pip install nvidia-ml-py")
         return found
-
-
-class _Scores:
-    """Confusion matrices and agreement counts of all entries over the images seen so far."""
-
-    def __init__(self, labels: Sequence[str], reference: str | None, classes: int) -> None:
-        self.entries, self.reference = list(labels), reference
-        self._matrices = {label: ConfusionMatrix(classes) for label in labels}
-        self._equal = dict.fromkeys(labels, 0)
-        self._pixels = dict.fromkeys(labels, 0)
-        self._images = dict.fromkeys(labels, 0)
-
-    def add(self, found: Mapping[str, Grey8], mask: Grey8 | None) -> None:
-        """One image; an entry without labels for it is not scored from here on."""
-        self.entries = [label for label in self.entries if label in found]
-        reference = found.get(self.reference) if self.reference is not None else None
-        for label, labels in found.items():
-            self._images[label] += 1
-            if mask is not None:
-                self._matrices[label].update(labels, mask)
-            if reference is not None:
-                self._equal[label] += int(np.count_nonzero(labels == reference))
-                self._pixels[label] += labels.size
-
-    def accuracy(self, label: str) -> Accuracy | None:
-        """Figures of an entry that labelled every image seen, else None."""
-        if label not in self.entries or not self._images[label]:
-            return None
-        matrix = self._matrices[label]
-        scores = matrix.scores() if matrix.images else None
-        return Accuracy(
-            images=self._images[label],
-            agreement=self._equal[label] / self._pixels[label] if self._pixels[label] else None,
-            masked_images=matrix.images,
-            miou=_number(scores.miou) if scores else None,
-            pixel_accuracy=_number(scores.pixel_accuracy) if scores else None,
-            iou=[_number(value) for value in scores.iou] if scores else [],
-        )
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
-
-
-def _picture(image: Image, found: Mapping[str, Grey8]) -> Picture:
-    """The centre of an image, at most :data:`GALLERY_EDGE` pixels wide and high, with all labels."""
-    height, width = image.grey.shape
-    top, left = max(0, (height - GALLERY_EDGE) // 2), max(0, (width - GALLERY_EDGE) // 2)
-    part = (slice(top, top + GALLERY_EDGE), slice(left, left + GALLERY_EDGE))
-    shown = image.grey[part].shape
-    whole = shown == (height, width)
-    return Picture(
-        name=image.name,
-        part=f"whole image, {height}x{width}" if whole else f"centre {shown[0]}x{shown[1]} of {height}x{width}",
-        image=_png(image.grey[part]),
-        mask=None if image.mask is None else _png(image.mask[part]),
-        labels={label: _png(labels[part]) for label, labels in found.items()},
-    )
-
-
-def _png(plane: Grey8) -> str:
-    stream = io.BytesIO()
-    PillowImage.fromarray(np.ascontiguousarray(plane)).save(stream, format="PNG", optimize=True)
-    return base64.b64encode(stream.getvalue()).decode("ascii")

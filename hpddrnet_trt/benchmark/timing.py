@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,15 @@ logger = logging.getLogger(__name__)
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W] grey
 Runner = Callable[[Frames], Any]
+Input = TypeVar("Input")
+# What an engine may raise when it cannot do what it was asked; NotImplementedError is a RuntimeError.
+FAILURES = (UserError, RuntimeError, MemoryError, ValueError)
 
+# Warm-up goes on until the median of the last runs differs by less than this from that of the runs before.
+STEADY_SHARE = 0.03
+STEADY_RUNS = 5  # runs behind each of the two medians
+MAX_WARMUP = 60  # runs
+MAX_WARMUP_S = 10.0  # beyond the least number of runs: the first ones may compile
 MIN_ROUNDS_FOR_INTERVAL = 5  # below this a bootstrap interval of a median says nothing
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -57,27 +66,32 @@ class RatioEstimate:
     high: float | None
 
 
-def ratio_of_medians(reference: Sequence[float], samples: Sequence[float], *, seed: int = 0) -> RatioEstimate:
+def ratio_of_medians(
+    reference: Sequence[float], samples: Sequence[float], *, paired: bool = True, seed: int = 0
+) -> RatioEstimate:
     """``median(reference) / median(samples)`` with its 95 % percentile bootstrap interval.
 
-    Above 1 means faster than the reference. Both sequences hold one latency per round, in the same
-    order; rounds are resampled as pairs, so what disturbed both does not widen the interval
+    Above 1 means faster than the reference. ``paired``: both sequences hold one latency per round, in
+    the same order; rounds are resampled as pairs, so what disturbed both does not widen the interval.
+    Otherwise the two come from different runs and each is resampled by itself
     (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13).
     """
-    if len(reference) != len(samples) or not len(samples):
+    if not len(samples) or not len(reference) or (paired and len(reference) != len(samples)):
         raise UsageError(
             f"a ratio needs one latency per round of both engines, got {len(reference)} and {len(samples)}"
         )
     first, second = np.asarray(reference, dtype=np.float64), np.asarray(samples, dtype=np.float64)
     value = float(np.median(first) / np.median(second))
-    if len(first) < MIN_ROUNDS_FOR_INTERVAL:
+    if min(len(first), len(second)) < MIN_ROUNDS_FOR_INTERVAL:
         return RatioEstimate(value, None, None)
     rng = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // len(first))  # bounds the memory of many rounds
+    block = max(1, 1_000_000 // max(len(first), len(second)))  # bounds the memory of many rounds
     ratios: list[npt.NDArray[np.float64]] = []
     for start in range(0, RESAMPLES, block):
-        picks = rng.integers(0, len(first), (min(block, RESAMPLES - start), len(first)))
-        ratios.append(np.median(first[picks], axis=1) / np.median(second[picks], axis=1))
+        count = min(block, RESAMPLES - start)
+        picks = rng.integers(0, len(first), (count, len(first)))
+        others = picks if paired else rng.integers(0, len(second), (count, len(second)))
+        ratios.append(np.median(first[picks], axis=1) / np.median(second[others], axis=1))
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(np.concatenate(ratios), [tail, 100 - tail])
     # With few distinct latencies the percentile interval can just miss the estimate itself.
@@ -101,12 +115,20 @@ def round_orders(entries: int, rounds: int, seed: int) -> list[list[int]]:
     return orders[:rounds]
 
 
+class WarmUp(NamedTuple):
+    """Untimed runs of one engine; ``steady`` is None when too few were made to tell."""
+
+    runs: int
+    steady: bool | None
+
+
 @dataclass
 class Laps:
     """What the loop measured: seconds per finished round, and who failed with which reason."""
 
     samples: dict[str, list[float]]
     failures: dict[str, str] = field(default_factory=dict)
+    warmups: dict[str, WarmUp] = field(default_factory=dict)
     interrupted: bool = False
 
     @property
@@ -116,39 +138,48 @@ class Laps:
 
 
 def time_interleaved(
-    runners: Mapping[str, Runner],
-    frames: Sequence[Frames],
+    runners: Mapping[str, Callable[[Input], object]],
+    inputs: Sequence[Input],
     *,
     rounds: int,
     warmup: int,
+    settle: bool = True,
     seed: int = 0,
     pause_s: float = 0.0,
     on_step: Callable[[], object] = lambda: None,
+    around: Callable[[str], AbstractContextManager[object]] | None = None,
+    watch: AbstractContextManager[object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Laps:
-    """Run every runner ``warmup`` times untimed, then once per round on the same frame, in turn.
+    """Warm every runner up, then run each once per round on the same input, in turn.
 
+    Warm-up is at least ``warmup`` runs and, with ``settle``, as many more as it takes until times are
+    steady (:data:`STEADY_SHARE`), at most :data:`MAX_WARMUP` runs or :data:`MAX_WARMUP_S` more seconds.
     ``pause_s`` is slept before each timed call: thread pools of the engine that ran before keep
-    spinning for a moment and would be charged to the next one. ``on_step`` is called after each
-    call. A runner that raises leaves the comparison, its reason is kept. Ctrl-C ends the loop; the
-    finished rounds stay, the unfinished one is dropped.
+    spinning for a moment and would be charged to the next one. ``on_step`` is called after each timed
+    call and each of the first ``warmup`` runs. ``around(label)`` is entered before the clock starts for
+    a timed call and left after it stopped; ``watch`` is entered around all rounds.
+
+    A runner that raises leaves the comparison, its reason is kept. Ctrl-C ends the loop; the finished
+    rounds stay, the unfinished one is dropped.
     """
     laps = Laps({label: [] for label in runners})
     try:
         for label in runners:
-            for index in range(warmup):
-                _step(laps, runners, label, frames[index % len(frames)])
-                on_step()
-        for number, order in enumerate(round_orders(len(runners), rounds, seed)):
-            frame, labels = frames[number % len(frames)], list(runners)
-            done: dict[str, float] = {}
-            for index in order:
-                time.sleep(pause_s)
-                elapsed = _step(laps, runners, labels[index], frame)
-                if elapsed is not None:
-                    done[labels[index]] = elapsed
-                on_step()
-            for label, elapsed in done.items():
-                laps.samples[label].append(elapsed)
+            _warm_up(laps, runners, label, inputs, warmup, settle, clock, on_step)
+        with watch or nullcontext():
+            for number, order in enumerate(round_orders(len(runners), rounds, seed)):
+                labels, done = list(runners), dict[str, float]()
+                for index in order:
+                    label = labels[index]
+                    time.sleep(pause_s)
+                    with around(label) if around is not None else nullcontext():
+                        elapsed = _step(laps, runners, label, inputs[number % len(inputs)], clock)
+                    if elapsed is not None:
+                        done[label] = elapsed
+                    on_step()
+                for label, elapsed in done.items():
+                    laps.samples[label].append(elapsed)
     except KeyboardInterrupt:
         laps.interrupted = True
     for label in laps.failures:
@@ -156,19 +187,61 @@ def time_interleaved(
     return laps
 
 
-def _step(laps: Laps, runners: Mapping[str, Runner], label: str, frame: Frames) -> float | None:
+def _warm_up(
+    laps: Laps,
+    runners: Mapping[str, Callable[[Input], object]],
+    label: str,
+    inputs: Sequence[Input],
+    minimum: int,
+    settle: bool,
+    clock: Callable[[], float],
+    on_step: Callable[[], object],
+) -> None:
+    times: list[float] = []
+    start = clock()
+    while len(times) < minimum or (settle and not _enough(times, clock() - start)):
+        elapsed = _step(laps, runners, label, inputs[len(times) % len(inputs)], clock)
+        if elapsed is None:
+            return
+        times.append(elapsed)
+        if len(times) <= minimum:
+            on_step()
+            start = clock()
+    laps.warmups[label] = WarmUp(len(times), is_steady(times))
+
+
+def _enough(times: Sequence[float], seconds: float) -> bool:
+    return bool(is_steady(times)) or len(times) >= MAX_WARMUP or seconds >= MAX_WARMUP_S
+
+
+def is_steady(times: Sequence[float]) -> bool | None:
+    """Whether the medians of the last and of the preceding :data:`STEADY_RUNS` agree; None with fewer runs."""
+    if len(times) < 2 * STEADY_RUNS:
+        return None
+    last = float(np.median(times[-STEADY_RUNS:]))
+    before = float(np.median(times[-2 * STEADY_RUNS : -STEADY_RUNS]))
+    return abs(last - before) <= STEADY_SHARE * before
+
+
+def _step(
+    laps: Laps,
+    runners: Mapping[str, Callable[[Input], object]],
+    label: str,
+    given: Input,
+    clock: Callable[[], float],
+) -> float | None:
     """Seconds of one call, or None when this runner fails or has failed."""
     if label in laps.failures:
         return None
-    start = time.perf_counter()
+    start = clock()
     try:
-        runners[label](frame)
-    except (UserError, RuntimeError, MemoryError, ValueError) as exc:
+        runners[label](given)
+    except FAILURES as exc:
         # One engine's failure is a row of the report; the others go on.
         logger.warning("%s failed while being timed: %s", label, exc)
         laps.failures[label] = describe(exc)
         return None
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def describe(exc: BaseException) -> str:

@@ -10,11 +10,13 @@ from hpddrnet_trt.cli.deployment import build, calibrate, convert_checkpoint, ex
 from hpddrnet_trt.cli.precision import (
     convert_precision, compare_precisions, sensitivity, choose_precision, calibration_curve, compare,
 )  # fmt: skip
-from hpddrnet_trt.cli.running import benchmark, engines, profile, segment
+from hpddrnet_trt.cli.running import segment
+from hpddrnet_trt.cli.measuring import benchmark, report, profile, engines
 from hpddrnet_trt.cli.datasets import check_dataset, simulate
 
 __all__ = [
     "app", "benchmark", "build", "calibrate", "calibration_curve", "check_dataset", "choose_precision",
     "compare", "compare_precisions", "convert_checkpoint", "convert_precision", "engines", "evaluate", "export",
-    "inspect", "main", "measure_training", "profile", "run", "segment", "sensitivity", "ship", "simulate", "train",
+    "inspect", "main", "measure_training", "profile", "report", "run", "segment", "sensitivity", "ship", "simulate",
+    "train",
 ]  # fmt: skip

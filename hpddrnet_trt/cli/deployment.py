@@ -43,7 +43,8 @@ def export(
     height: Annotated[int | None, typer.Option(help="Fixed height in pixels; dynamic when left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Fixed width in pixels; dynamic when left out.")] = None,
     attention: Annotated[
-        Literal["matmul", "attention-op"], typer.Option(help="Form of position attention; matmul runs everywhere.")
+        Literal["matmul", "attention-op", "function"],
+        typer.Option(help="Form of position attention; matmul runs everywhere, function waits for a plugin."),
     ] = "matmul",
     output: Annotated[
         Literal["labels", "logits"], typer.Option(help="Class indices, or scores (for flip and multi-scale).")
@@ -160,6 +161,12 @@ def build(
     ] = None,
     workspace_mib: Annotated[int | None, typer.Option(min=1, help="Memory limit of tactics, in MiB.")] = None,
     optimisation_level: Annotated[int | None, typer.Option(min=0, max=5, help="Builder effort.")] = None,
+    tiling: Annotated[
+        Literal["none", "fast", "moderate", "full"] | None, typer.Option(help="How hard to search for tiled kernels.")
+    ] = None,
+    sparsity: Annotated[
+        bool, typer.Option("--sparsity", help="Use kernels for 2:4 sparse weights where the weights are.")
+    ] = False,
     version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False,
 ) -> None:
     """Build a TensorRT engine, prove its precision and write it with its description.
@@ -179,7 +186,8 @@ def build(
     manifest = build_verified(
         locate(model, ".onnx"), target, precision=precision, gate=gate, calibration_images=calibration_data,
         flavour=flavour, shapes=shapes, timing_cache=timing_cache, compute_capabilities=compute_capability,
-        workspace_mib=workspace_mib, optimisation_level=optimisation_level, version_compatible=version_compatible,
+        workspace_mib=workspace_mib, optimisation_level=optimisation_level, tiling=tiling, sparsity=sparsity,
+        version_compatible=version_compatible,
     )  # fmt: skip
     if manifest.engine is not None:
         typer.echo(summary(manifest.engine.precision_proof))

@@ -1,4 +1,4 @@
-"""Commands that run model files: segment, benchmark, and what this machine can run."""
+"""Commands that run model files on micrographs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hpddrnet_trt.cli.arguments import Data, Engine, Mode, Split
-from hpddrnet_trt.cli.program import INTERRUPTED, app
+from hpddrnet_trt.cli.arguments import Engine, Mode, Split
+from hpddrnet_trt.cli.program import app
 from hpddrnet_trt.weights import DEFAULT
 
 
@@ -41,62 +41,3 @@ def segment(
     typer.echo(f"{summary}\nwritten to {output}")
     if summary.failed:
         raise typer.Exit(summary.exit_code)
-
-
-@app.command()
-def benchmark(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model files, or a folder that holds them.")],
-    data: Data,
-    split: Split = "test",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("report"),
-    size: Annotated[
-        list[str] | None, typer.Option(help="Timed frame, e.g. 1024x1024; repeat for several; default: as the images.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Frames per inference.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; each runs every engine once.")] = 30,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per engine.")] = None,
-    publish: Annotated[
-        Path | None, typer.Option(help="Also copy the report there, named after the machine's GPU or CPU and the day.")
-    ] = None,
-) -> None:
-    """Compare every engine and precision with the PyTorch reference in one interleaved run."""
-    from hpddrnet_trt.benchmark.folders import model_files, publish_report
-    from hpddrnet_trt.benchmark.images import load_images, parse_size
-    from hpddrnet_trt.benchmark.report import format_table, write_report
-    from hpddrnet_trt.benchmark.result import make_settings
-    from hpddrnet_trt.benchmark.suite import entries_for, run_benchmark
-
-    settings = make_settings(
-        sizes=tuple(parse_size(text) for text in size or ()), batch=batch, rounds=rounds, threads=threads
-    )
-    result = run_benchmark(entries_for(model_files(models)), load_images(data, split), settings)
-    written = write_report(result, output)
-    typer.echo(format_table(result))
-    if publish is not None:
-        typer.echo(f"published: {publish_report(written, result, publish)}")
-    typer.echo(f"report: {written.html}")
-    if not result.complete:
-        raise typer.Exit(INTERRUPTED)
-
-
-@app.command()
-def profile(
-    engine: Annotated[Path, typer.Argument(help="Engine file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("layer-times.json"),
-    size: Annotated[str, typer.Option(help="Frame, e.g. 1024x1024.")] = "1024x1024",
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 50,
-) -> None:
-    """Time each layer of an engine on this GPU; choose-precision takes the result with --layer-times."""
-    from hpddrnet_trt.benchmark.images import parse_size
-    from hpddrnet_trt.engines.layer_times import write_layer_times
-
-    typer.echo(f"written: {write_layer_times(engine, output, parse_size(size), runs=runs)}")
-
-
-@app.command()
-def engines() -> None:
-    """List the runtimes of this machine: version, or the reason why one is missing."""
-    from hpddrnet_trt.engines import available_engines
-
-    for name, state in available_engines().items():
-        typer.echo(f"{name:<14} {state}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,13 +32,20 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def logarithmic(axes: Any) -> None:
-    """A logarithmic x axis with plain numbers at 1, 2 and 5 times the powers of ten (1 and 3 over a wide range)."""
+    """A logarithmic x axis with plain numbers."""
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
+    plain_numbers(axes.xaxis)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis without exponents at 1, 2 and 5 times the powers of ten, more over a narrow range."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if low > 0 else 2.0
     ticker = _matplotlib("matplotlib.ticker")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3) if low <= 0 or high / low > 50 else (1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    narrow = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
+    axis.set_major_locator(ticker.LogLocator(subs=narrow if decades < 1.7 else (1, 3) if decades < 4 else (1,)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def png(figure: Any) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpddrnet_trt.benchmark import BenchmarkResult, Entry, Image, ImageSet, Settings, run_benchmark
+from hpddrnet_trt.benchmark import BenchmarkResult, Entry, Image, ImageSet, Settings, measures, run_benchmark
 from tests.tiny_onnx import CLASSES, tiny_model
 
 
@@ -42,5 +42,10 @@ def measured(models: Path) -> BenchmarkResult:
         Entry("cut", models / "cut.onnx"),
         Entry("lonely", models / "lonely.engine"),
     ]
-    plan = Settings(sizes=((32, 48), (64, 64)), rounds=6, warmup=1, threads=1, reference="plain", pause_ms=0, gallery=2)
-    return run_benchmark(entries, image_set(), plan, command="python benchmark.py", progress=False)
+    plan = Settings(
+        sizes=((32, 48), (64, 64)), memory_sizes=((96, 96),), batches=(1, 2), rounds=6, warmup=1, threads=1,
+        reference="plain", pause_ms=0, gallery=2, roofline=False,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "ROUND_S", 0.01)
+        return run_benchmark(entries, image_set(), plan, command="python benchmark.py", progress=False)

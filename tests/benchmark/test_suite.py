@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hpddrnet_trt.benchmark import BenchmarkResult, Entry, Settings, entries_for, run_benchmark, suite
-from hpddrnet_trt.benchmark.probe import probe
+from hpddrnet_trt.benchmark import (
+    BenchmarkResult,
+    Entry,
+    Settings,
+    entries_for,
+    measures,
+    run_benchmark,
+    starting,
+)
+from hpddrnet_trt.benchmark import probe as probing
+from hpddrnet_trt.benchmark.entries import precision_of
+from hpddrnet_trt.benchmark.probe import how_it_ended, probe
+from hpddrnet_trt.benchmark.result import Start
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.metrics import ConfusionMatrix, agreement
@@ -18,7 +30,8 @@ from hpddrnet_trt.segmenter import Segmenter
 from tests.benchmark.conftest import image_set
 from tests.tiny_onnx import CLASSES, tiny_model
 
-QUICK: dict[str, Any] = {"rounds": 5, "warmup": 1, "threads": 1, "pause_ms": 0, "gallery": 0}
+LATENCY: dict[str, Any] = {"network_only": False, "throughput": False, "layers": False, "roofline": False}
+QUICK: dict[str, Any] = {"rounds": 5, "warmup": 1, "threads": 1, "pause_ms": 0, "gallery": 0, **LATENCY}
 
 
 def test_every_entry_is_a_row_and_what_cannot_run_says_why(measured: BenchmarkResult) -> None:
@@ -36,10 +49,12 @@ def test_timings_follow_from_their_samples(measured: BenchmarkResult) -> None:
         assert len(second.samples_ms) == 6
         assert second.p50_ms == pytest.approx(np.median(second.samples_ms), rel=1e-3, abs=1e-4)
         assert second.max_ms == pytest.approx(max(second.samples_ms), abs=1e-4)
-        assert second.images_per_s == pytest.approx(1000 / second.p50_ms)
+        assert second.images_per_s == pytest.approx(1000 * second.batch / second.p50_ms)
         assert second.ratio is not None
         assert second.ratio.value == pytest.approx(first.p50_ms / second.p50_ms)
-    assert [timing.size for timing in small.timings] == ["32x48", "64x64"]
+        assert second.warmup is not None
+        assert second.warmup >= 1
+    assert [timing.size for timing in small.timings] == ["32x48", "2 x 32x48", "64x64", "2 x 64x64"]
     assert plain.timings[0].ratio is not None
     assert plain.timings[0].ratio.value == 1
 
@@ -66,10 +81,26 @@ def test_accuracy_is_that_of_the_segmenter_on_whole_images(measured: BenchmarkRe
 def test_memory_and_start_come_from_a_process_of_its_own(measured: BenchmarkResult) -> None:
     for row in measured.measured:
         assert row.start is not None
-        assert row.start.frame == "1x64x64"
+        assert row.start.frame == "2x64x64"
         assert row.start.load_s > 0
         # A few MiB at least for the runtime, but not the memory of this test process with all it has imported.
         assert 3 < row.start.host_peak_mib < 400
+        sizes = [(one.height, one.width, one.batch) for one in row.memory]
+        assert sizes == [(32, 48, 1), (32, 48, 2), (64, 64, 1), (64, 64, 2), (96, 96, 1)]  # the last is not timed
+        assert all(3 < one.host_peak_mib < 400 for one in row.memory)
+        assert row.memory_failures == []
+
+
+def test_every_measure_has_its_own_rounds_and_ratio(measured: BenchmarkResult) -> None:
+    for row in measured.measured:
+        for _, timings in row.measures():
+            assert [(timing.batch, timing.height) for timing in timings] == [(1, 32), (2, 32), (1, 64), (2, 64)]
+            assert all(len(timing.samples_ms) == 6 and timing.ratio is not None for timing in timings)
+    plain, small = measured.measured
+    for first, second in zip(plain.throughput, small.throughput, strict=True):
+        assert second.ratio is not None
+        assert second.ratio.value == pytest.approx(first.p50_ms / second.p50_ms, rel=1e-3)
+        assert second.warmup is None
 
 
 def test_without_masks_only_agreement_is_reported(models: Path) -> None:
@@ -85,12 +116,12 @@ def test_without_masks_only_agreement_is_reported(models: Path) -> None:
 
 def test_batches_count_every_image(models: Path) -> None:
     entries = [Entry("a", models / "fp32.onnx")]
-    result = run_benchmark(entries, image_set(), Settings(**QUICK, batch=3, sizes=((16, 16),)), progress=False)
-    timing = result.rows[0].timings[0]
-    assert timing.images_per_s == pytest.approx(3000 / timing.p50_ms)
-    assert timing.size == "3 x 16x16"
+    result = run_benchmark(entries, image_set(), Settings(**QUICK, batches=(3,), sizes=((16, 16),)), progress=False)
+    found = result.rows[0].timings[0]
+    assert found.images_per_s == pytest.approx(3000 / found.p50_ms)
+    assert found.size == "3 x 16x16"
     assert result.reference is None
-    assert timing.ratio is None
+    assert found.ratio is None
     assert any("no PyTorch reference" in warning for warning in result.warnings)
 
 
@@ -119,6 +150,17 @@ def test_an_image_too_large_for_a_fixed_size_leaves_a_note(tmp_path: Path) -> No
     assert "accuracy not measured, image-0" in row.notes[0]
 
 
+def test_one_size_too_many_leaves_the_others(tmp_path: Path) -> None:
+    fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
+    plan = Settings(**QUICK, sizes=((32, 32), (64, 64)), batches=(1, 2))
+    row = run_benchmark([Entry("fixed", fixed)], image_set(), plan, progress=False).rows[0]
+    assert [timing.size for timing in row.timings] == ["32x32"]
+    smaller = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((16, 24),)), progress=False)
+    assert any("frames of 16x24: they are padded to 32x32" in note for note in smaller.rows[0].notes)
+    assert [(one.height, one.batch) for one in row.memory_failures] == [(32, 2), (64, 1), (64, 2)]
+    assert "batch 2 is outside this model's range" in row.memory_failures[0].reason
+
+
 def test_a_size_that_no_engine_takes_is_a_reason(tmp_path: Path) -> None:
     fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
     result = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((64, 64),)), progress=False)
@@ -128,7 +170,7 @@ def test_a_size_that_no_engine_takes_is_a_reason(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_what_is_finished(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    true_factory = suite.frame_to_labels
+    true_factory = measures.frame_to_labels
 
     def factory(engine: Any) -> Any:
         run = true_factory(engine)
@@ -142,7 +184,8 @@ def test_ctrl_c_keeps_what_is_finished(models: Path, monkeypatch: pytest.MonkeyP
 
         return counted
 
-    monkeypatch.setattr(suite, "frame_to_labels", factory)
+    monkeypatch.setattr(measures, "frame_to_labels", factory)
+    monkeypatch.setattr("hpddrnet_trt.benchmark.timing.MAX_WARMUP", 1)
     result = run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
     assert not result.complete
     assert len(result.rows[0].timings[0].samples_ms) == 3
@@ -154,7 +197,7 @@ def test_ctrl_c_before_anything_is_finished_goes_to_the_caller(models: Path, mon
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(suite, "probe", stop)
+    monkeypatch.setattr(starting, "probe", stop)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
 
@@ -162,6 +205,36 @@ def test_ctrl_c_before_anything_is_finished_goes_to_the_caller(models: Path, mon
 def test_a_process_that_hangs_is_ended(models: Path) -> None:
     with pytest.raises(UserError, match="did not finish within"):
         probe(models / "fp32.onnx", "auto", {}, [np.zeros((1, 8, 8), np.uint8)], timeout_s=0.05)
+
+
+def test_a_size_that_kills_the_process_is_a_reason_and_keeps_what_was_found(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(job: Path, timeout_s: float) -> str | None:
+        content = json.loads(job.read_text())
+        content["frames"] = content["frames"][:1]
+        job.write_text(json.dumps(content))
+        assert true_run(job, timeout_s) is None
+        return how_it_ended(-9, "")
+
+    true_run = probing._run_child
+    monkeypatch.setattr(probing, "_run_child", killed)
+    frames = [np.zeros((batch, 32, 48), np.uint8) for batch in (1, 4)]
+    first, second = probe(models / "fp32.onnx", "auto", {}, frames)
+    assert isinstance(first, Start)
+    assert first.frame == "1x32x48"
+    assert second == "the process that ran it was killed (SIGKILL), most likely because memory ran out"
+    plan = Settings(**QUICK, batches=(1, 4), sizes=((32, 48),))
+    row = run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), plan, progress=False).rows[0]
+    assert [timing.batch for timing in row.timings] == [1]
+    assert [(one.batch, one.reason) for one in row.memory_failures] == [(4, second)]
+    assert any(f"does not run at 4 x 32x48: {second}" in note for note in row.notes)
+
+
+def test_how_a_process_ended_in_words() -> None:
+    assert how_it_ended(0, "") is None
+    assert how_it_ended(-11, "") == "the process that ran it crashed (SIGSEGV)"
+    assert how_it_ended(3, "one\nlast line\n") == "the process that ran it ended with code 3 (last line)"
 
 
 def test_an_unknown_option_is_the_reason(models: Path) -> None:
@@ -192,7 +265,8 @@ def test_a_missing_file_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_entries_name_runtime_precision_and_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "engine_status", lambda name: suite_status(True))
+    monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: suite_status(True))
+    monkeypatch.setattr("hpddrnet_trt.engines.openvino.computes_bf16", lambda: True)
     files = [
         tiny_model(tmp_path / "model.onnx"),
         tiny_model(tmp_path / "int8.onnx", typing="int8"),
@@ -205,15 +279,28 @@ def test_entries_name_runtime_precision_and_form(tmp_path: Path, monkeypatch: py
     assert found == [
         ("ONNX Runtime FP32", "onnxruntime"),
         ("OpenVINO FP32", "openvino"),
+        ("OpenVINO BF16", "openvino"),
         ("ONNX Runtime INT8 Q/DQ", "onnxruntime"),
         ("OpenVINO INT8 Q/DQ", "openvino"),
         ("ONNX Runtime INT8", "onnxruntime"),  # OpenVINO can crash on this form
         ("ONNX Runtime FP32 (again.onnx)", "onnxruntime"),
         ("OpenVINO FP32 (again.onnx)", "openvino"),
+        ("OpenVINO BF16 (again.onnx)", "openvino"),
         ("TensorRT (lonely.engine)", "auto"),
     ]
-    monkeypatch.setattr(suite, "engine_status", lambda name: suite_status(False))
+    monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: suite_status(False))
     assert [entry.engine for entry in entries_for(files[:2])] == ["onnxruntime", "onnxruntime"]
+
+
+def test_precision_follows_the_options_and_only_plain_pytorch_is_a_reference(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    plain = Entry("plain", path, "torch", {"output": "labels", "threads": 2})
+    compiled = Entry("compiled", path, "torch", {"compile": "max-autotune"})
+    amp = Entry("amp", path, options={"autocast": "bf16"})
+    foreign = Entry("foreign", path, "torch-tensorrt", {"height": 64})
+    entries = (plain, compiled, amp, foreign)
+    assert [precision_of(entry, None) for entry in entries] == ["FP32", "FP32", "BF16", "FP16"]
+    assert [entry.can_be_reference for entry in entries] == [True, False, False, False]
 
 
 def suite_status(usable: bool) -> Any:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpddrnet_trt.benchmark.timing import (
+    MAX_WARMUP,
+    MAX_WARMUP_S,
+    WarmUp,
     describe,
+    is_steady,
     latency_of,
     ratio_of_medians,
     round_orders,
@@ -119,20 +128,21 @@ def test_in_each_round_everybody_runs_once_on_the_same_frame() -> None:
     steps: list[int] = []
     runners = {name: Recorder(name, log) for name in "abc"}
     laps = time_interleaved(runners, FRAMES, rounds=7, warmup=2, on_step=lambda: steps.append(1))
-    timed = log[2 * 3 :]
+    timed = log[-7 * 3 :]
     for number in range(7):
         names, frames = zip(*timed[3 * number : 3 * number + 3], strict=True)
         assert sorted(names) == ["a", "b", "c"]
         assert set(frames) == {10 * (number % 3 + 1)}
     assert laps.rounds == 7
     assert all(len(laps.samples[name]) == 7 and min(laps.samples[name]) > 0 for name in "abc")
-    assert len(steps) == 3 * (2 + 7)
+    assert len(steps) == 3 * (2 + 7)  # further warm-up runs are not announced
+    assert all(2 <= laps.warmups[name].runs <= 60 for name in "abc")
 
 
 def test_one_failure_does_not_stop_the_others() -> None:
     log: list[tuple[str, int]] = []
     runners = {"good": Recorder("good", log), "bad": Recorder("bad", log, fail_at=4)}
-    laps = time_interleaved(runners, FRAMES, rounds=6, warmup=1)
+    laps = time_interleaved(runners, FRAMES, rounds=6, warmup=1, settle=False)
     assert laps.failures == {"bad": "the engine gave up"}
     assert {label: len(samples) for label, samples in laps.samples.items()} == {"good": 6}
     assert runners["bad"].calls == 4
@@ -146,9 +156,118 @@ def test_an_interrupt_keeps_the_finished_rounds_only() -> None:
         if sum(name == "b" for name, _ in log) == 4:  # one warm-up, two rounds, then Ctrl-C
             raise KeyboardInterrupt
 
-    laps = time_interleaved({"a": Recorder("a", log), "b": interrupted}, FRAMES, rounds=9, warmup=1)
+    laps = time_interleaved({"a": Recorder("a", log), "b": interrupted}, FRAMES, rounds=9, warmup=1, settle=False)
     assert laps.interrupted
     assert {label: len(samples) for label, samples in laps.samples.items()} == {"a": 2, "b": 2}
+
+
+class Simulated:
+    """A clock, and runners that only move it on: the k-th call of one takes ``seconds(k)``."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def runner(self, seconds: Callable[[int], float]) -> Callable[[object], None]:
+        calls = itertools.count()
+
+        def run(_: object) -> None:
+            self.now += seconds(next(calls))
+
+        return run
+
+
+def noisy_engine(rng: np.random.Generator) -> Callable[[int], float]:
+    """10 ms with 10 % of noise, on a machine that is up to 50 % slower at times."""
+    weather = 1 + 0.5 * rng.random(400)
+    return lambda call: 0.01 * float(weather[call]) * float(rng.lognormal(0, 0.1))
+
+
+def test_an_engine_against_itself_is_a_ratio_of_one() -> None:
+    inside = 0
+    for trial in range(40):
+        machine = Simulated()
+        seconds = noisy_engine(np.random.default_rng(trial))
+        runners = {name: machine.runner(seconds) for name in ("one", "other")}
+        laps = time_interleaved(runners, [None], rounds=30, warmup=3, seed=trial, clock=machine.clock)
+        found = ratio_of_medians(laps.samples["one"], laps.samples["other"], seed=trial)
+        assert found.low is not None
+        assert found.high is not None
+        inside += found.low <= 1 <= found.high
+    # 95 % of 40 is 38; a correct interval falls below 32 less than once in 1000.
+    assert inside >= 32
+
+
+def test_warm_up_goes_on_until_times_are_steady() -> None:
+    machine = Simulated()
+    runner = machine.runner(lambda call: 0.01 * (1 + 5 * 0.7**call))
+    laps = time_interleaved({"a": runner}, [None], rounds=3, warmup=2, clock=machine.clock)
+    warm = laps.warmups["a"]
+    assert warm.steady
+    assert 10 < warm.runs < 30
+    assert laps.samples["a"] == pytest.approx([0.01] * 3, rel=0.05)
+    assert is_steady([1.0] * 9) is None
+
+
+def test_warm_up_ends_where_times_never_are_steady() -> None:
+    machine = Simulated()
+    growing = time_interleaved(
+        {"a": machine.runner(lambda call: 0.001 * 1.1**call)}, [None], rounds=1, warmup=2, clock=machine.clock
+    )
+    assert growing.warmups["a"] == WarmUp(MAX_WARMUP, False)
+    # A first run that compiles for a minute does not use up the time for warming up; a slow engine does.
+    slow = time_interleaved(
+        {"a": machine.runner(lambda call: 2.5 if call else 60.0)}, [None], rounds=1, warmup=1, clock=machine.clock
+    )
+    assert slow.warmups["a"] == WarmUp(1 + math.ceil(MAX_WARMUP_S / 2.5), None)
+    many = time_interleaved(
+        {"a": machine.runner(lambda call: 1.0)}, [None], rounds=1, warmup=80, clock=machine.clock, settle=False
+    )
+    assert many.warmups["a"] == WarmUp(80, True)
+
+
+def test_only_rounds_are_watched_and_only_timed_calls_have_something_around() -> None:
+    log: list[str] = []
+
+    @contextmanager
+    def noting(name: str) -> Iterator[None]:
+        log.append(f"+{name}")
+        yield
+        log.append(f"-{name}")
+
+    machine = Simulated()
+    run = machine.runner(lambda call: 1.0)
+    time_interleaved(
+        {"a": lambda given: log.append("a"), "b": run}, [None], rounds=2, warmup=1, settle=False, clock=machine.clock,
+        around=noting, watch=noting("watch"),
+    )  # fmt: skip
+    assert log[:2] == ["a", "+watch"]
+    assert log[-1] == "-watch"
+    inside = "".join(log[2:-1])
+    assert inside.count("+aa-a") == 2
+    assert inside.count("+b-b") == 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(latencies, latencies, st.integers(0, 9))
+def test_independent_runs_may_differ_in_length(first: list[float], second: list[float], seed: int) -> None:
+    found = ratio_of_medians(first, second, paired=False, seed=seed)
+    assert found.value == pytest.approx(np.median(first) / np.median(second))
+    if min(len(first), len(second)) < 5:
+        assert found.low is None
+    else:
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low <= found.value <= found.high
+
+
+def test_independent_resampling_does_not_trust_the_order() -> None:
+    weather = np.random.default_rng(1).uniform(1, 3, 40)
+    found = ratio_of_medians((4 * weather).tolist(), (2 * weather).tolist(), paired=False)
+    assert found.low is not None
+    assert found.low < 1.9
 
 
 def test_reasons_are_one_line() -> None:

@@ -1,0 +1,138 @@
+"""What changed between two results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpddrnet_trt.benchmark.compare import Change, compare, differences, format_changes, verdict_of
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Ratio, load_result
+from tests.benchmark.test_merge import change_row
+
+VERSION_1 = Path(__file__).parents[2] / "benchmarks" / "results" / "amd-epyc-2026-11-21.json"
+
+
+def by_label(changes: list[Change], label: str) -> list[Change]:
+    return [change for change in changes if change.label == label]
+
+
+def with_samples(result: BenchmarkResult, label: str, centre: float, seed: int, rounds: int = 40) -> BenchmarkResult:
+    """The result with new frame-to-labels samples around ``centre`` ms for one entry."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for row in result.rows:
+        if row.label == label:
+            samples = [(centre * rng.lognormal(0, 0.05, rounds)).tolist() for _ in row.timings]
+            timings = [
+                timing.model_copy(update={"samples_ms": one, "p50_ms": float(np.median(one))})
+                for timing, one in zip(row.timings, samples, strict=True)
+            ]
+            row = row.model_copy(update={"timings": timings})
+        rows.append(row)
+    return result.model_copy(update={"rows": rows})
+
+
+def test_a_result_against_itself_shows_no_difference(measured: BenchmarkResult) -> None:
+    changes = compare(measured, measured)
+    assert len(changes) == sum(len(timings) for row in measured.rows for _, timings in row.measures())
+    for change in changes:
+        assert change.verdict == "no difference"
+        assert change.ratio is not None
+        assert (change.ratio.value, change.ratio.paired) == (1, False)
+        assert (change.host_mib_change, change.device_mib_change) == (0, None)
+        assert change.miou_change == 0
+    assert differences(measured, measured) == []
+
+
+def test_faster_slower_and_the_same_are_told(measured: BenchmarkResult) -> None:
+    old = with_samples(with_samples(measured, "plain", 10, seed=1), "small", 10, seed=2)
+    for centre, verdict in ((5, "faster"), (20, "slower"), (10, "no difference")):
+        new = with_samples(old, "small", centre, seed=7, rounds=25)  # rounds need not be equal
+        changes = [change for change in by_label(compare(old, new), "small") if change.measure == "timings"]
+        assert {change.verdict for change in changes} == {verdict}
+        for change in changes:
+            assert change.old_ms is not None
+            assert change.new_ms is not None
+            assert change.ratio is not None
+            assert change.ratio.value == pytest.approx(change.old_ms / change.new_ms)
+        assert {change.verdict for change in by_label(compare(old, new), "plain")} == {"no difference"}
+    few = with_samples(old, "small", 5, seed=3, rounds=4)
+    assert by_label(compare(old, few), "small")[0].verdict == "too few rounds"
+
+
+def test_accuracy_and_memory_are_new_minus_old(measured: BenchmarkResult) -> None:
+    plain = measured.rows[0]
+    assert plain.accuracy is not None
+    assert plain.accuracy.miou is not None
+    accuracy = plain.accuracy.model_copy(update={"miou": plain.accuracy.miou - 0.25})
+    memory = [
+        one.model_copy(update={"host_peak_mib": one.host_peak_mib + 7, "device_mib": 5.0}) for one in plain.memory
+    ]
+    rows = [plain.model_copy(update={"accuracy": accuracy, "memory": memory}), *measured.rows[1:]]
+    change = compare(measured, measured.model_copy(update={"rows": rows}))[0]
+    assert change.miou_change == pytest.approx(-0.25)
+    assert change.host_mib_change == pytest.approx(7)
+    assert change.device_mib_change is None  # there was none before
+
+
+def test_what_only_one_has_is_shown(measured: BenchmarkResult) -> None:
+    renamed = measured.rows[1].model_copy(update={"label": "fresh"})
+    new = measured.model_copy(update={"rows": [measured.rows[0], renamed]})
+    changes = compare(measured, new)
+    assert {change.verdict for change in by_label(changes, "fresh")} == {"only new"}
+    assert {change.verdict for change in by_label(changes, "small")} == {"only old"}
+    assert [change.label for change in changes] == sorted(
+        (change.label for change in changes), key=["plain", "fresh", "small"].index
+    )
+    gone = by_label(changes, "small")[0]
+    assert gone.old_ms == measured.rows[1].timings[0].p50_ms
+    assert (gone.new_ms, gone.ratio) == (None, None)
+
+
+def test_what_else_could_explain_a_change_is_said(measured: BenchmarkResult) -> None:
+    machine = measured.machine.model_copy(update={"cpu": "Another CPU"})
+    environments = [
+        one.model_copy(update={"libraries": {**one.libraries, "numpy": "9.9"}}) for one in measured.environments
+    ]
+    settings = measured.settings.model_copy(update={"threads": 2})
+    new = measured.model_copy(
+        update={"machine": machine, "environments": environments, "settings": settings, "complete": False}
+    )
+    found = differences(measured, new)
+    assert len(found) == 4
+    assert "Another CPU" in found[0]
+    assert found[1] == f"numpy differs: {np.__version__} before, 9.9 now"
+    assert found[2] == "setting threads differs: 1 before, 2 now"
+    assert found[3] == "the new run was interrupted"
+
+
+def test_the_table_says_when_a_ratio_is_wide(measured: BenchmarkResult) -> None:
+    narrow = Change("a", "timings", 64, 64, 1, "faster", 2.0, 1.0, Ratio(value=2, low=1.95, high=2.1), 0.01, 3, None)
+    wide = Change("b", "throughput", 64, 64, 4, "faster", 2.0, 1.0, Ratio(value=2, low=1.2, high=3.0))
+    none = Change("c", "network", 64, 64, 1, "too few rounds", 2.0, 1.0, Ratio(value=2))
+    lines = format_changes([narrow, wide, none], ["GPU differs: A before, B now"]).splitlines()
+    assert lines[0] == "note: GPU differs: A before, B now"
+    assert lines[1].split()[:3] == ["entry", "measure", "size"]
+    assert "2 [1.95, 2.1]" in lines[2]
+    assert "wide" not in lines[2]
+    assert "+0.0100" in lines[2]
+    assert "2 [1.2, 3] (wide)" in lines[3]
+    assert "4 x 64x64" in lines[3]
+    assert "2 (no interval)" in lines[4]
+
+
+def test_verdicts_follow_from_intervals() -> None:
+    assert verdict_of(Ratio(value=1.1, low=0.99, high=1.2)) == "no difference"
+    assert verdict_of(Ratio(value=1.1, low=1.01, high=1.2)) == "faster"
+    assert verdict_of(Ratio(value=0.9, low=0.8, high=0.99)) == "slower"
+    assert verdict_of(Ratio(value=9.0)) == "too few rounds"
+
+
+def test_a_published_result_of_the_first_format_can_be_compared() -> None:
+    old = load_result(VERSION_1)
+    faster = old.model_copy(update={"rows": [change_row(row, 0.5) for row in old.rows]})
+    changes = compare(old, faster)
+    assert changes
+    assert {change.verdict for change in changes} == {"faster"}

@@ -1,0 +1,127 @@
+"""The main table, on the page and in the terminal."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from hpddrnet_trt.benchmark import BenchmarkResult, format_table
+from hpddrnet_trt.benchmark.result import Timing
+from hpddrnet_trt.benchmark.shapes import Shape, main_shape, shared_shape, timed_shapes
+from hpddrnet_trt.benchmark.table import Cell, Table, tables
+from hpddrnet_trt.benchmark.wording import miou_change, points, sentence
+from tests.benchmark import constructed
+
+
+@pytest.fixture(scope="module")
+def made() -> BenchmarkResult:
+    return constructed.result()
+
+
+def cells(table: Table, label: str) -> dict[tuple[str, str], Cell | None]:
+    """An entry's cells by group and title of their columns."""
+    found = next(cells for line, cells in table.lines if line.row.label == label)
+    return {(column.group, column.title): cell for column, cell in zip(table.columns, found, strict=True)}
+
+
+def at(result: BenchmarkResult, shape: Shape) -> Table:
+    return next(table for table in tables(result) if table.shape == shape)
+
+
+def test_a_table_per_size_and_batch(made: BenchmarkResult) -> None:
+    assert [str(table.shape) for table in tables(made)] == [
+        "512×512", "1024×1024", "2048×2048", "batch 4 of 512×512", "batch 4 of 1024×1024",
+    ]  # fmt: skip
+    assert all(len(table.lines) == len(constructed.KINDS) for table in tables(made))
+    assert {table.fastest for table in tables(made)} == {"TensorRT FP16"}
+
+
+def test_each_value_stands_in_its_column(made: BenchmarkResult) -> None:
+    row = made.rows[5]
+    found = cells(at(made, Shape(1024, 1024, 1)), "OpenVINO INT8 Q/DQ")
+    timing = next(timing for timing in row.timings if (timing.height, timing.batch) == (1024, 1))
+    assert found["frame to labels, one at a time", "p99"] == Cell(f"{timing.p99_ms:.0f}")
+    assert timing.ratio is not None
+    assert found["frame to labels, one at a time", "speed-up"] == Cell(
+        f"{timing.ratio.value:.2f}×", f"[{timing.ratio.low:.2f}, {timing.ratio.high:.2f}]"
+    )
+    assert found["pipelined", "images/s"] == Cell(f"{row.throughput[2].images_per_s:.2f}")
+    assert found["network only", "p50"] == Cell(f"{row.network[2].p50_ms:.0f}")
+    assert found["accuracy", "mIoU"] == Cell("80.98 %", "−0.25 points")
+    assert found["peak memory", "host"] == Cell("500")
+    assert found["peak memory", "GPU"] is None
+    assert found["energy", "J/image"] == Cell("0.400")
+    assert found["file", "attention"] == Cell("row blocks of 1024")
+    assert cells(at(made, Shape(1024, 1024, 1)), "TensorRT FP16")["peak memory", "GPU"] == Cell("530")
+    assert cells(at(made, Shape(512, 512, 4)), "PyTorch FP32")["frame to labels, one at a time", "speed-up"] == Cell(
+        "reference"
+    )
+
+
+def test_columns_without_any_value_are_left_out(made: BenchmarkResult) -> None:
+    empty = {"network": [], "throughput": [], "memory": [], "build_s": None, "attention": None, "accuracy": None}
+    poor = made.model_copy(update={"rows": [row.model_copy(update=empty) for row in made.rows]})
+    titles = [(column.group, column.title) for column in at(poor, Shape(512, 512, 1)).columns]
+    assert [group for group, _ in itertools.groupby(titles, lambda title: title[0])] == [
+        "", "frame to labels, one at a time", "file",
+    ]  # fmt: skip
+    # The process that measured the start ran the largest frame: its memory is that frame's.
+    assert cells(at(poor, Shape(2048, 2048, 1)), "PyTorch FP32")["peak memory", "host"] == Cell("3600")
+    for table in tables(made):
+        assert sum(count for _, count in table.groups) == len(table.columns)
+        assert all(any(cells[place] for _, cells in table.lines) for place in range(len(table.columns)))
+
+
+def test_the_terminal_table_names_every_entry(measured: BenchmarkResult) -> None:
+    blocks = format_table(measured).split("\n\n")
+    assert [block.splitlines()[0] for block in blocks[:4]] == [
+        "32×48, frame to labels", "64×64, frame to labels", "batch 2 of 32×48, frame to labels",
+        "batch 2 of 64×64, frame to labels",
+    ]  # fmt: skip
+    for block in blocks[:4]:
+        lines = block.splitlines()
+        assert [line.split()[0] for line in lines[3:5]] == ["plain", "small"]
+        assert "reference" in lines[3]
+    remarks = blocks[-1].splitlines()
+    assert any(line.startswith("lonely: built, not run: ") for line in remarks)
+    assert any(line.startswith("cut: not run: ") for line in remarks)
+
+
+def test_terminal_columns_are_aligned(made: BenchmarkResult) -> None:
+    lines = format_table(made).split("\n\n")[0].splitlines()
+    ends = [line.index(word) + len(word) for line, word in zip(lines[1:4:2], ("p50 ms", "157"), strict=True)]
+    assert ends[0] == ends[1]
+    assert "times had not become steady when timing began: PyTorch FP32 compiled" in lines
+
+
+def timing(height: int, width: int, batch: int = 1) -> Timing:
+    return Timing(height=height, width=width, batch=batch, samples_ms=[1], p50_ms=1, p95_ms=1, p99_ms=1, max_ms=1,
+                  images_per_s=1000)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([], None),
+        ([[timing(64, 64)], [timing(64, 64), timing(1024, 1024)]], Shape(64, 64, 1)),  # most entries
+        ([[timing(512, 512), timing(1024, 1024), timing(2048, 2048)]], Shape(1024, 1024, 1)),  # as publications
+        ([[timing(512, 512), timing(256, 512)]], Shape(512, 512, 1)),  # the largest
+        ([[timing(512, 512, 8), timing(256, 256)]], Shape(256, 256, 1)),  # the smallest batch
+    ],
+)
+def test_the_size_that_is_quoted(records: list[list[Timing]], expected: Shape | None) -> None:
+    assert shared_shape(records) == expected
+
+
+def test_shapes_of_a_result(made: BenchmarkResult) -> None:
+    assert main_shape(made) == Shape(1024, 1024, 1)
+    assert timed_shapes(made)[-1] == Shape(1024, 1024, 4)
+    assert main_shape(made.model_copy(update={"rows": made.not_run})) is None
+
+
+def test_changes_of_accuracy_are_points(made: BenchmarkResult) -> None:
+    assert miou_change(made, made.rows[0]) is None
+    assert miou_change(made, made.rows[5]) == pytest.approx(-0.25)
+    assert [points(value) for value in (-0.12, 0.034, -0.001, 0.0)] == ["−0.12", "+0.03", "±0.00", "±0.00"]
+    assert [sentence(text) for text in ("a b", "A.", "")] == ["A b.", "A.", "."]

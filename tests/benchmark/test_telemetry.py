@@ -1,0 +1,193 @@
+"""What is read from the driver and the kernel, against stand-ins for both."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hpddrnet_trt.benchmark.telemetry import EnergyUse, Gpu, GpuWatch, PackageEnergy
+
+
+class FakeNvmlError(Exception):
+    """Stands for pynvml.NVMLError."""
+
+
+class FakeNvml:
+    """As much of pynvml as is used: a GPU that slows down in the second half of what is read."""
+
+    NVMLError = FakeNvmlError
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+
+    def __init__(self, driver: bool = True, supported: bool = True, event_name: str = "Event") -> None:
+        self.driver, self.supported = driver, supported
+        self.looks, self.energy_mj, self.threads = 0, 5_000, set[str]()
+        self.chosen: Any = None
+        setattr(self, f"nvmlDeviceGetCurrentClocks{event_name}Reasons", self._reasons)
+
+    def nvmlInit(self) -> None:
+        if not self.driver:
+            raise FakeNvmlError("driver not loaded")
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:
+        if index > 3:
+            raise FakeNvmlError("invalid argument")
+        self.chosen = index
+        return self
+
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> Any:
+        self.chosen = name
+        return self
+
+    def nvmlDeviceGetName(self, handle: Any) -> bytes:
+        return b"NVIDIA Stand-in"
+
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:
+        self.looks += 1
+        self.threads.add(threading.current_thread().name)
+        return 1980 if self.looks <= 5 else 1200
+
+    def nvmlDeviceGetPowerUsage(self, handle: Any) -> int:
+        return self._value(650_500)
+
+    def nvmlDeviceGetTemperature(self, handle: Any, sensor: int) -> int:
+        return 40 + self.looks
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:
+        self.energy_mj += 1_500
+        return self._value(self.energy_mj)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:
+        return [SimpleNamespace(pid=1, usedGpuMemory=None), SimpleNamespace(pid=os.getpid(), usedGpuMemory=300 << 20)]
+
+    def _reasons(self, handle: Any) -> int:
+        return 0x1 if self.looks <= 5 else 0x1 | 0x4 | 0x40
+
+    def _value(self, value: int) -> int:
+        if not self.supported:
+            raise FakeNvmlError("not supported")
+        return value
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    fake = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return fake
+
+
+def test_the_gpu_is_the_first_one_that_engines_see(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu.open()
+    assert gpu is not None
+    assert (gpu.name, nvml.chosen) == ("NVIDIA Stand-in", 0)
+    for visible, chosen in (("2,0", 2), ("GPU-8c,GPU-1", "GPU-8c"), (" MIG-7 ", "MIG-7")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert Gpu.open() is not None
+        assert nvml.chosen == chosen
+    for visible in ("", "-1", "9"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert Gpu.open() is None
+
+
+def test_without_package_or_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert Gpu.open() is None
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(driver=False))  # type: ignore[arg-type]
+    assert Gpu.open() is None
+    with GpuWatch(None) as watch:
+        pass
+    assert watch.states() == []
+
+
+def test_readings_and_what_is_not_supported(nvml: FakeNvml) -> None:
+    gpu = Gpu.open()
+    assert gpu is not None
+    assert gpu.power_w() == 650.5
+    assert gpu.process_mib(os.getpid()) == 300
+    assert gpu.process_mib(1) is None  # the driver lists it without a figure
+    assert gpu.process_mib(2) is None
+    nvml.supported = False
+    assert gpu.power_w() is None
+    assert gpu.joules() is None
+
+
+@pytest.mark.parametrize("name", ["Event", "Throttle"])
+def test_the_watch_looks_from_its_own_thread_only_while_entered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml(event_name=name)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    watch = GpuWatch(Gpu.open(), period_s=0.001)
+    assert watch.states() == []
+    for looks in (5, 10):
+        with watch:
+            deadline = time.monotonic() + 20
+            while nvml.looks < looks and time.monotonic() < deadline:
+                time.sleep(0.001)
+        seen = nvml.looks
+        time.sleep(0.02)
+        assert nvml.looks == seen >= looks
+    assert nvml.threads == {"gpu-watch"}
+    (state,) = watch.states()
+    assert state.sm_clock_mhz[0] == 1200
+    assert state.sm_clock_mhz[2] == 1980
+    assert (state.power_w, state.temperature_c) == (650.5, 40 + nvml.looks)
+    share = f"({(nvml.looks - 5) / nvml.looks:.0%} of the time)"
+    assert state.throttled == [f"power limit {share}", f"temperature (hardware) {share}"]
+
+
+def write_zone(root: Path, name: str, title: str, microjoules: int, span: int = 1_000_000) -> Path:
+    zone = root / name
+    zone.mkdir(exist_ok=True)
+    for file, content in (("name", title), ("energy_uj", microjoules), ("max_energy_range_uj", span)):
+        (zone / file).write_text(f"{content}\n")
+    return zone
+
+
+def test_packages_are_added_up_and_wrap_around(tmp_path: Path) -> None:
+    first = write_zone(tmp_path, "intel-rapl:0", "package-0", 900_000)
+    second = write_zone(tmp_path, "intel-rapl:1", "package-1", 100_000)
+    write_zone(tmp_path, "intel-rapl:0:0", "core", 5)  # part of the package
+    write_zone(tmp_path, "intel-rapl:2", "psys", 5)  # the whole platform: holds the packages again
+    energy = PackageEnergy.open(tmp_path)
+    assert energy is not None
+    assert energy.joules() == 0
+    (second / "energy_uj").write_text("350000\n")
+    assert energy.joules() == pytest.approx(0.25)
+    (first / "energy_uj").write_text("50000\n")  # 0.15 J later, around the corner
+    assert energy.joules() == pytest.approx(0.40)
+    (first / "energy_uj").unlink()
+    assert energy.joules() is None
+
+
+def test_no_readable_package_is_no_counter(tmp_path: Path) -> None:
+    assert PackageEnergy.open(tmp_path / "absent") is None
+    assert PackageEnergy.open(tmp_path) is None
+    write_zone(tmp_path, "intel-rapl:0", "package-0", 1)
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()  # as unreadable to a user who is not the administrator
+    assert PackageEnergy.open(tmp_path) is None
+
+
+def test_energy_is_that_between_entering_and_leaving(nvml: FakeNvml) -> None:
+    use = EnergyUse(Gpu.open())
+    for _ in range(3):
+        with use:
+            pass
+    assert use.joules == pytest.approx(3 * 1.5)  # the stand-in uses 1.5 J from one reading to the next
+    nvml.supported = False
+    with use:
+        pass
+    nvml.supported = True
+    with use:
+        pass
+    assert use.joules is None  # a part is missing: no figure is better than one that is too small
+    nothing = EnergyUse(None)
+    with nothing:
+        pass
+    assert nothing.joules is None
