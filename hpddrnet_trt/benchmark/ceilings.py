@@ -29,13 +29,15 @@ from hpddrnet_trt.errors import NoGpu, UsageError, require
 if TYPE_CHECKING:
     import onnx
 
+_Kind = Literal["matrix product", "3x3 convolution"]
+
 BUDGET_S = 2.0  # of all timed products together, at least ROUNDS of each
 ROUNDS = 3
-CHAIN = 3  # products in a row: getting data in and out is a small part
+# Products in a row, so that getting data in and out is a small part; more where they are faster.
+CHAINS: dict[_Kind, int] = {"matrix product": 3, "3x3 convolution": 16}
 _GIB = 1 << 30
 _SIDE = 1024  # of a matrix
-_CHANNELS, _IMAGE = 256, 32  # of a convolution: as its data fits into a core's cache, only computing counts
-_Kind = Literal["matrix product", "3x3 convolution"]
+_CHANNELS, _IMAGE = 256, 64  # of a convolution: as its data fits into a core's cache, only computing counts
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _cpu_candidates(threads: int | None, stack: ExitStack) -> list[Candidate]:
 
 
 def product_model(kind: _Kind, quantised: bool) -> onnx.ModelProto:
-    """:data:`CHAIN` equal products in a row as an ONNX model: float32 ``x`` in, float32 ``y`` out.
+    """:data:`CHAINS` equal products in a row as an ONNX model: float32 ``x`` in, float32 ``y`` out.
 
     ``quantised``: in INT8, data and weights symmetric around zero, by Q/DQ pairs before each product as in the
     package's own INT8 files.
@@ -162,12 +164,12 @@ def product_model(kind: _Kind, quantised: bool) -> onnx.ModelProto:
     nodes, x = [], "x"
     if quantised:
         nodes.append(helper.make_node("DequantizeLinear", ["w", "w_step", "zero"], ["w_float"]))
-    for turn in range(CHAIN):
+    for turn in range(CHAINS[kind]):
         if quantised:
             nodes.append(helper.make_node("QuantizeLinear", [x, "x_step", "zero"], [f"q{turn}"]))
             nodes.append(helper.make_node("DequantizeLinear", [f"q{turn}", "x_step", "zero"], [f"d{turn}"]))
             x = f"d{turn}"
-        y = "y" if turn == CHAIN - 1 else f"y{turn}"
+        y = "y" if turn == CHAINS[kind] - 1 else f"y{turn}"
         operands = [x, "w_float" if quantised else "w"]
         if kind == "matrix product":
             nodes.append(helper.make_node("MatMul", operands, [y]))
@@ -187,7 +189,7 @@ def _input_shape(kind: _Kind) -> list[int]:
 
 
 def _macs(kind: _Kind) -> int:
-    return CHAIN * (_SIDE**3 if kind == "matrix product" else _IMAGE**2 * _CHANNELS**2 * 9)
+    return CHAINS[kind] * (_SIDE**3 if kind == "matrix product" else _IMAGE**2 * _CHANNELS**2 * 9)
 
 
 def _input(kind: _Kind) -> Any:
