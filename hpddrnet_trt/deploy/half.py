@@ -4,7 +4,7 @@ The pass walks the graph once and gives every floating-point node one type. Cast
 a tensor goes from one type to the other. Everything is FP16 (or BF16) except
 
 * position attention: trained scores reach 2e7 and FP16 ends at 65504. Both products and the softmax are
-  BF16, which has the range of FP32: TensorRT runs them as one fused kernel that stores no scores (see
+  BF16, which has the range of FP32: TensorRT-RTX fuses them into one kernel that stores no scores (see
   :mod:`hpddrnet_trt.engines.attention`). Or, with ``scores="fp32"``, the product of queries and keys and
   the softmax are FP32, for GPUs without BF16. Labels equal to those of FP32 attention, on three datasets:
   99.999 % with inputs and weights rounded to BF16, as in the fused kernel; 99.994 % with the scores

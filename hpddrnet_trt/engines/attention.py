@@ -110,12 +110,12 @@ def in_blocks(model: onnx.ModelProto, rows: int = BLOCK_ROWS) -> onnx.ModelProto
 def in_type(model: onnx.ModelProto, scores: ScoreType, leave: Collection[str] = ()) -> onnx.ModelProto:
     """A copy of a typed ``model`` (FP16, INT8, FP8) whose attentions compute in ``scores``.
 
-    ``bf16``: both products and the softmax. TensorRT then runs each attention as one fused kernel, which
-    sums in FP32 and stores no scores, so that its memory grows linearly with the image. BF16 has the range
-    of FP32, which the scores of trained networks need (measured: 3e5 to 2e7); FP16 has not. ``fp32``: the
-    product of queries and keys and the softmax in FP32, the product with the values in the type that the
-    network has there. An attention that holds one of the nodes in ``leave`` stays as it is. A model without
-    MatMul attention comes back unchanged.
+    ``bf16``: both products and the softmax. TensorRT-RTX 1.7.1 then makes each attention one fused kernel that
+    stores no scores (its builder's log; other TensorRT libraries were not asked), so that memory grows
+    linearly with the image. BF16 has the range of FP32, which the scores of trained networks need
+    (measured: 3e5 to 2e7); FP16 has not. ``fp32``: the product of queries and keys and the softmax in FP32,
+    the product with the values in the type that the network has there. An attention that holds one of
+    the nodes in ``leave`` stays as it is. A model without MatMul attention comes back unchanged.
     """
     onnx = require("onnx", "export", "rewrite position attention")
     result = onnx.ModelProto()
