@@ -59,7 +59,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart=0
 
 # PY=python3 takes an installed Python as it is, for a machine that reaches no package index.
 gpu: $(if $(PY),,$(READY))

@@ -212,6 +212,7 @@ def test_second_ctrl_c_stops_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 
 def test_death_of_a_worker_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     def deadly(self: TrainingSamples, number: int) -> None:
+        assert torch.utils.data.get_worker_info() is not None  # or the tests' own process would die
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(TrainingSamples, "__getitem__", deadly)
