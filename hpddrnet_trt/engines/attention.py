@@ -277,12 +277,10 @@ def _function_name(number: int) -> str:
 
 def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
     """A copy of a body's node with local names; names of intermediate tensors are numbered as they come."""
-    copy = type(node)()
-    copy.CopyFrom(node)
+    for name in (*node.input, *node.output):
+        names.setdefault(name, f"value_{len(names)}")
+    copy = _renamed_tensors(node, names)
     copy.ClearField("name")  # two calls of one function would give two nodes the same name
-    for field in (copy.input, copy.output):
-        for place, name in enumerate(field):
-            field[place] = names.setdefault(name, f"value_{len(names)}")
     return copy
 
 
@@ -333,10 +331,9 @@ def _blocked(
     negative = add("Neg", [tokens], "minus_tokens")
     missing = add("Mod", [negative, constant("rows", [rows])], "missing")
     pads = add("Concat", [constant("no_pads", [0]), missing], "pads", axis=0)
-    zero = numpy_helper.from_array(np.zeros((), helper.tensor_dtype_to_np_dtype(element)), f"{prefix}.zero")
-    graph.initializer.append(zero)
+    zero = constant("zero", 0, helper.tensor_dtype_to_np_dtype(element))
     axis = constant("token_axis", [1])
-    padded = add("Pad", [attention.query, pads, zero.name, axis], "padded")
+    padded = add("Pad", [attention.query, pads, zero, axis], "padded")
     blocks = add("Reshape", [padded, constant("blocks_shape", [0, -1, rows, channels])], "blocks")
     block_in, block_out = f"{prefix}.block", f"{prefix}.block_result"
     body = helper.make_graph(

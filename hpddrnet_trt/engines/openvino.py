@@ -15,6 +15,7 @@ import tempfile
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, cast, get_args
@@ -298,6 +299,7 @@ def _child(path: str, source: str, target: str, precision: str) -> int:
     return 0
 
 
+@cache  # asking starts OpenVINO's CPU plugin, and the processor stays the same
 def computes_bf16() -> bool:
     """Whether OpenVINO computes in BF16 on this processor."""
     openvino = require("openvino", "openvino", "run models with OpenVINO")
