@@ -103,8 +103,8 @@ def _other_measures(result: BenchmarkResult) -> list[str]:
     if any(row.roofs for row in rows):
         said.append(
             "The limit of this machine is the sum over layers of the larger of two times, computing and moving "
-            "weights, inputs and outputs, at ceilings measured here. Fused layers move less, so an engine may "
-            "come below it."
+            "weights, inputs and outputs, at ceilings measured here; pointwise operators count as fused. What stays in "
+            "a cache need not be moved, so an engine may come below it."
         )
     return said
 

@@ -38,8 +38,8 @@ _DRAWERS: tuple[tuple[str, str, Callable[[BenchmarkResult], Any | None], str], .
      "Time by part of the network, from each runtime's own profiler; layers are timed one by one, so sums are more "
      "than an undisturbed run."),
     ("limit", TIME, limit_figure,
-     "How far each entry is from what this machine could do with its graph. Fused layers move less than the limit "
-     "counts, so a share above 100 % is possible."),
+     "How far each entry is from what this machine could do with its graph. What stays in a cache is moved less "
+     "than the limit counts, so a share above 100 % is possible."),
     ("size", SCALING, size_figure, f"Latency against pixels. {_LINEAR}"),
     ("batch", SCALING, batch_figure, "Images per second against frames per batch, one batch at a time."),
     ("memory-host", SCALING, lambda result: memory_figure(result, device=False),
