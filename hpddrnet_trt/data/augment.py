@@ -156,7 +156,7 @@ class Augmentation:
         if noisy < config.noise_probability:
             # Poisson's variance (grey / 255 * dose electrons) with a Gaussian's shape, which is
             # close from some ten electrons on and several times as fast to draw.
-            spread = np.sqrt(np.maximum(image, 0) * np.float32(255 / dose))
+            spread: npt.NDArray[np.float32] = np.sqrt(np.maximum(image, 0) * np.float32(255 / dose))
             image = image + spread * rng.standard_normal(image.shape, dtype=np.float32)
         if contrast != 1 or brightness != 0:
             mean = float(image.mean())

@@ -1,52 +1,40 @@
-"""From a PNG, JPEG or TIFF file to an array, with every failure turned into one sentence.
+"""From a PNG, JPEG, TIFF or DigitalMicrograph file to an array, with every failure turned into one sentence.
 
 The format is told by the file's first bytes, not by its name. Sizes are checked against a limit
-before anything is decompressed, and only these three decoders can ever be reached.
+before anything is decompressed, and only these decoders can ever be reached.
 """
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, field
+import mmap
+import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import cv2
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
-import tifffile
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
-from hpddrnet_trt.data import vendor
-from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.data import digital_micrograph
+from hpddrnet_trt.data.decoded import MAX_PIXELS, Decoded, check_size, damaged
+from hpddrnet_trt.data.tiff import SIGNATURES as _TIFF_SIGNATURES
+from hpddrnet_trt.data.tiff import decode_tiff
+from hpddrnet_trt.errors import BadInputFile, MissingDependency
 from hpddrnet_trt.files import existing_file
 
-MAX_PIXELS = 1 << 30  # 32768 x 32768: larger than any single frame, smaller than a memory bomb
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Decoded", "decode"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dm3", ".dm4")
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
-_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_JPEG_SCANS = 200  # a progressive JPEG has about ten; each costs a pass over the whole picture
 _PNG_GREY, _PNG_PALETTE = 0, 3  # colour types in a PNG header
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A file's stored values, before any interpretation.
-
-    ``values``: ``[H, W]`` or ``[H, W, C]`` as stored (palette indices stay indices).
-    ``palette``: uint8 ``[n, 3]`` RGB for palette files. ``alpha``: the last channel is opacity.
-    ``inverted``: zero means white (TIFF MINISWHITE). ``bit_depth``: bits per sample in the file.
-    """
-
-    format: Literal["PNG", "JPEG", "TIFF"]
-    values: npt.NDArray[Any]
-    bit_depth: int
-    palette: npt.NDArray[np.uint8] | None = None
-    alpha: bool = False
-    inverted: bool = False
-    vendor: vendor.VendorInfo = field(default_factory=vendor.VendorInfo)
-    remarks: tuple[str, ...] = ()
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# A tiny file must not make a decoder take memory for a huge picture that cannot be in it.
+_DEFLATE_RATIO = 1032  # zlib's own limit: 258 bytes from two bits
+_JPEG_PIXELS_PER_BYTE = 600  # each block of 64 pixels takes at least one bit; the rest is room
 
 
 def decode(path: str | Path, what: str = "micrograph", max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -60,51 +48,45 @@ def decode(path: str | Path, what: str = "micrograph", max_pixels: int = MAX_PIX
         with path.open("rb") as stream:
             head = stream.read(32)
         if head.startswith(_PNG_SIGNATURE):
-            return _decode_png(path, what, max_pixels)
+            return _decode_png(path, what, max_pixels, head)
         if head.startswith(_JPEG_SIGNATURE):
             return _decode_jpeg(path, what, max_pixels)
         if head.startswith(_TIFF_SIGNATURES):
-            return _decode_tiff(path, what, max_pixels)
-    except BadInputFile:
+            return decode_tiff(path, what, max_pixels)
+        if digital_micrograph.is_digital_micrograph(head):
+            return digital_micrograph.decode_dm(path, what, max_pixels)
+    except (BadInputFile, MissingDependency):
         raise
     except MemoryError as exc:
         raise BadInputFile(f"{what} {path} does not fit into memory; cut it into smaller pictures") from exc
     except PermissionError as exc:
         raise BadInputFile(f"{what} {path} may not be read ({exc.strerror}); change its permissions") from exc
     except Exception as exc:  # damaged files raise whatever the decoders stumble over; the cause is kept
-        raise _damaged(path, what, f"{type(exc).__name__}: {exc}") from exc
+        raise damaged(path, what, f"{type(exc).__name__}: {exc}") from exc
     if not head:
         raise BadInputFile(f"{what} {path} is an empty file; copy it again")
-    raise BadInputFile(f"{what} {path} is neither PNG, JPEG nor TIFF; convert it to one of these")
+    raise BadInputFile(f"{what} {path} is neither PNG, JPEG nor TIFF nor dm3/dm4; convert it to one of these")
 
 
-def _damaged(path: Path, what: str, reason: str) -> BadInputFile:
-    return BadInputFile(f"{what} {path} cannot be decoded ({reason}); it is damaged or truncated: copy it again")
-
-
-def _check_size(path: Path, what: str, width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
-        raise _damaged(path, what, f"its size is {width} x {height}")
-    if width * height > max_pixels:
-        raise BadInputFile(
-            f"{what} {path} claims {width} x {height} pixels, more than the limit of {max_pixels}; "
-            "cut it into smaller pictures if it is genuine"
-        )
-
-
-def _decode_png(path: Path, what: str, max_pixels: int) -> Decoded:
-    content = path.read_bytes()
+def _decode_png(path: Path, what: str, max_pixels: int, head: bytes) -> Decoded:
+    bit_depth, colour_type, interlaced = head[24], head[25], head[28]
     # The plugin's class, not Image.open: that has a global limit of its own and would guess formats.
-    with PngImagePlugin.PngImageFile(io.BytesIO(content)) as image:
-        _check_size(path, what, image.width, image.height, max_pixels)
-        bit_depth, colour_type = content[24], content[25]
-        image.load()
+    with PngImagePlugin.PngImageFile(str(path)) as image:
+        check_size(path, what, image.width, image.height, max_pixels)
+        row_bytes = (image.width * _PNG_CHANNELS.get(colour_type, 1) * bit_depth + 7) // 8
+        needed = image.height * (row_bytes if interlaced else row_bytes + 1)  # each row begins with its filter
+        if needed > _DEFLATE_RATIO * path.stat().st_size:
+            raise damaged(path, what, f"{image.width} x {image.height} pixels cannot be in {path.stat().st_size} bytes")
         if bit_depth == 16 and colour_type != _PNG_GREY:
-            values = _deep_colour_png(content)
-        elif image.mode == "I":
-            values = np.asarray(image).astype(np.uint16)
+            values = _deep_colour_png(path, what, needed)
         else:
+            image.load()
             values = np.asarray(image)
+        # Pillow leaves rows black that the data do not reach.
+        if not values[-1].any() and (held := _png_data_bytes(path, needed)) < needed:
+            raise damaged(path, what, f"its pixels need {needed} bytes but {held} are there")
+        if image.mode == "I":
+            values = values.astype(np.uint16)
         palette = None
         if colour_type == _PNG_PALETTE:
             palette = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
@@ -113,67 +95,45 @@ def _decode_png(path: Path, what: str, max_pixels: int) -> Decoded:
     return Decoded("PNG", values, bit_depth, palette, alpha=colour_type in (4, 6))
 
 
-def _deep_colour_png(content: bytes) -> npt.NDArray[Any]:
+def _deep_colour_png(path: Path, what: str, needed: int) -> npt.NDArray[Any]:
     """16-bit colour or grey + alpha, which Pillow would cut to 8 bits; RGB(A) order."""
-    values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if values is None:
-        raise ValueError("the 16-bit PNG decoder refused it")
-    return cv2.cvtColor(values, cv2.COLOR_BGRA2RGBA if values.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+    if path.stat().st_size > 2 * needed + (64 << 20):  # the whole file is taken into memory here
+        raise damaged(path, what, "it is far larger than its picture")
+    return imagecodecs.png_decode(path.read_bytes())
+
+
+def _png_data_bytes(path: Path, enough: int) -> int:
+    """Length of the unpacked pixel data, counted up to ``enough`` without keeping them (PNG specification, 5.3, 10)."""
+    count, unpacker = 0, zlib.decompressobj()
+    with path.open("rb") as stream:
+        stream.seek(len(_PNG_SIGNATURE))
+        while count < enough and len(header := stream.read(8)) == 8:
+            length, following = int.from_bytes(header[:4], "big"), stream.tell()
+            if header[4:] == b"IDAT":
+                packed = stream.read(length)
+                while packed and count < enough and not unpacker.eof:
+                    count += len(unpacker.decompress(packed, 1 << 20))
+                    packed = unpacker.unconsumed_tail
+            stream.seek(following + length + 4)
+    return count
 
 
 def _decode_jpeg(path: Path, what: str, max_pixels: int) -> Decoded:
     with JpegImagePlugin.JpegImageFile(str(path)) as image:
-        _check_size(path, what, image.width, image.height, max_pixels)
+        check_size(path, what, image.width, image.height, max_pixels)
+        if image.width * image.height > _JPEG_PIXELS_PER_BYTE * path.stat().st_size:
+            raise damaged(path, what, f"{image.width} x {image.height} pixels cannot be in {path.stat().st_size} bytes")
+        if _scans(path) > _JPEG_SCANS:
+            raise damaged(path, what, f"it holds more than {_JPEG_SCANS} scans of the same picture")
         image.load()
         plain: Image.Image = image if image.mode in {"L", "RGB"} else image.convert("RGB")
         return Decoded("JPEG", np.asarray(plain), 8)
 
 
-def _decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
-    with tifffile.TiffFile(path) as tif:
-        page = tif.pages.first
-        _check_size(path, what, page.imagewidth, page.imagelength, max_pixels)
-        end = tif.filehandle.size
-        for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
-            if offset + count > end:
-                raise _damaged(path, what, f"its pixel data should reach byte {offset + count} but the file has {end}")
-        values = page.asarray()
-        remarks = []
-        axes = page.axes
-        if axes[0] == "Z":
-            remarks.append(f"the first of {values.shape[0]} planes is used")
-            values, axes = values[0], axes[1:]
-        if axes[0] == "S":
-            values = np.moveaxis(values, 0, -1)
-        if values.ndim not in (2, 3):
-            raise _damaged(path, what, f"its pixel array has the shape {values.shape}")
-        pages = _image_count(tif)
-        if pages > 1:
-            remarks.append(f"the first of {pages} pages is used")
-        palette = None
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
-            palette = (page.colormap >> 8).astype(np.uint8).T
-        return Decoded(
-            "TIFF",
-            values,
-            int(page.bitspersample),
-            palette,
-            alpha=values.ndim == 3 and _has_opacity(page),
-            inverted=page.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
-            vendor=vendor.read_vendor_info(tif),
-            remarks=tuple(remarks),
-        )
-
-
-def _has_opacity(page: tifffile.TiffPage) -> bool:
-    """One extra sample that is declared as opacity, or is left unnamed after red, green and blue."""
-    declared = {tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA}
-    extra = tuple(page.extrasamples)
-    return len(extra) == 1 and (extra[0] in declared or page.photometric == tifffile.PHOTOMETRIC.RGB)
-
-
-def _image_count(tif: tifffile.TiffFile) -> int:
-    """Images of full size in the file: thumbnails do not count, ImageJ's hidden planes do."""
-    pages = sum(1 for page in tif.pages if not getattr(page, "is_reduced", False))
-    imagej = tif.imagej_metadata or {}
-    return max(pages, int(imagej.get("images", 1)))
+def _scans(path: Path) -> int:
+    """How often "start of scan" occurs; counting ends just above the limit."""
+    count, position = 0, 0
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        while count <= _JPEG_SCANS and (position := content.find(b"\xff\xda", position)) >= 0:
+            count, position = count + 1, position + 2
+    return count

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from hpddrnet_trt.data.decode import MAX_PIXELS, decode
 from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError
@@ -19,6 +20,9 @@ from hpddrnet_trt.manifest import IGNORE_INDEX
 Palette = Sequence[tuple[int, int, int]]
 IGNORE_COLOR = (255, 255, 255)
 UNKNOWN_COLOR = (255, 0, 255)  # label values outside the classes: meant to hurt the eye
+PNG_KEYWORD = "hpddrnet-trt"  # of the text chunk that holds a label map's provenance
+_PNG_LARGEST = 2**31 - 1  # pixels per metre that a PNG can state, as a whole number
+_TIFF_LARGEST = 2**32 - 1  # pixels per centimetre that a TIFF can
 
 
 def read_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
@@ -56,47 +60,88 @@ def _indices(values: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint8]:
 
 
 def write_labels(
-    path: str | Path, labels: npt.NDArray[np.uint8], palette: Palette, *, pixel_size_m: float | None = None
+    path: str | Path,
+    labels: npt.NDArray[np.uint8],
+    palette: Palette,
+    *,
+    pixel_size_m: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a label map as PNG or TIFF, as the path's ending says; see the two writers."""
     suffix = Path(path).suffix.lower()
     if suffix == ".png":
-        return write_label_png(path, labels, palette)
+        return write_label_png(path, labels, palette, pixel_size_m=pixel_size_m, provenance=provenance)
     if suffix in {".tif", ".tiff"}:
-        return write_label_tiff(path, labels, palette, pixel_size_m=pixel_size_m)
+        return write_label_tiff(path, labels, palette, pixel_size_m=pixel_size_m, provenance=provenance)
     raise UsageError(f"label maps are written as .png or .tif, not as {Path(path).name}; change the output's ending")
 
 
-def write_label_png(path: str | Path, labels: npt.NDArray[np.uint8], palette: Palette) -> Path:
-    """Write uint8 ``[H, W]`` class indices as a palette PNG: numbers for programs, colours for people."""
-    _check_labels(labels)
+def write_label_png(
+    path: str | Path,
+    labels: npt.NDArray[np.uint8],
+    palette: Palette,
+    *,
+    pixel_size_m: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write uint8 ``[H, W]`` class indices as a palette PNG: numbers for programs, colours for people.
+
+    The scale, where known, goes to the pHYs chunk (whole pixels per metre; left out where rounding would falsify
+    it), ``provenance`` as JSON to an iTXt chunk named ``hpddrnet-trt``.
+    """
+    check_labels(labels)
+    options: dict[str, Any] = {}
+    if pixel_size_m is not None and 1000 <= 1 / pixel_size_m <= _PNG_LARGEST:
+        options["dpi"] = (0.0254 / pixel_size_m,) * 2  # Pillow's only way to it
+    if provenance is not None:
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt(PNG_KEYWORD, json.dumps(provenance, ensure_ascii=False))
     with atomic_path(path) as temporary:
         image = Image.fromarray(labels)
         image.putpalette(_colours(palette).tobytes())
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", **options)
     return Path(path)
 
 
 def write_label_tiff(
-    path: str | Path, labels: npt.NDArray[np.uint8], palette: Palette, *, pixel_size_m: float | None = None
+    path: str | Path,
+    labels: npt.NDArray[np.uint8],
+    palette: Palette,
+    *,
+    pixel_size_m: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write uint8 ``[H, W]`` class indices as a palette TIFF, with its scale when it is known."""
-    _check_labels(labels)
-    options: dict[str, Any] = {}
-    if pixel_size_m is not None:
-        per_centimetre = 1e-2 / pixel_size_m
-        options = {"resolution": (per_centimetre, per_centimetre), "resolutionunit": "CENTIMETER"}
+    """Write uint8 ``[H, W]`` class indices as a palette TIFF, with its scale when it is known.
+
+    ``provenance`` goes as JSON to the ImageDescription tag.
+    """
+    check_labels(labels)
     with atomic_path(path) as temporary:
         tifffile.imwrite(
             temporary,
             labels,
-            photometric="palette",
-            colormap=_colours(palette).T.astype(np.uint16) * 257,
-            compression="zlib",
+            **palette_options(palette),
+            description=None if provenance is None else json.dumps(provenance),  # that tag is ASCII
             metadata=None,
-            **options,
+            **scale_options(pixel_size_m),
         )
     return Path(path)
+
+
+def palette_options(palette: Palette) -> dict[str, Any]:
+    """What tifffile is told to write class indices with their colours."""
+    return {
+        "photometric": "palette",
+        "colormap": _colours(palette).T.astype(np.uint16) * 257,
+        "compression": "zlib",
+    }
+
+
+def scale_options(pixel_size_m: float | None) -> dict[str, Any]:
+    """What tifffile is told to write the scale: pixels per centimetre, nothing when it is unknown."""
+    if pixel_size_m is None or not 1 / _TIFF_LARGEST <= 1e-2 / pixel_size_m <= _TIFF_LARGEST:
+        return {}
+    return {"resolution": (1e-2 / pixel_size_m,) * 2, "resolutionunit": "CENTIMETER"}
 
 
 def overlay(
@@ -107,7 +152,7 @@ def overlay(
     ``alpha`` is the colour's share. Ignored pixels (255) stay grey; label values outside the
     palette are drawn in magenta.
     """
-    _check_labels(labels)
+    check_labels(labels)
     if grey8.shape != labels.shape or grey8.dtype != np.uint8:
         raise ContractError(
             f"micrograph {grey8.dtype} {grey8.shape} and labels {labels.shape} do not fit together for an overlay"
@@ -132,6 +177,7 @@ def _colours(palette: Palette) -> npt.NDArray[np.uint8]:
     return table
 
 
-def _check_labels(labels: npt.NDArray[Any]) -> None:
+def check_labels(labels: npt.NDArray[Any]) -> None:
+    """Raise :class:`ContractError` for what is not a uint8 array ``[H, W]`` with at least one pixel."""
     if labels.ndim != 2 or labels.dtype != np.uint8 or not labels.size:
         raise ContractError(f"a label map is a two-dimensional uint8 array, got {labels.dtype} {labels.shape}")

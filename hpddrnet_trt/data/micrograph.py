@@ -8,18 +8,24 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.data import vendors
 from hpddrnet_trt.data.decode import MAX_PIXELS, Decoded, decode
+from hpddrnet_trt.data.info_bar import find_info_bar, has_drawn_rows
 from hpddrnet_trt.data.labels import overlay, read_mask, write_label_png, write_label_tiff, write_labels
-from hpddrnet_trt.errors import BadInputFile, ContractError
+from hpddrnet_trt.data.window import Percentiles, Window, to_grey8
+from hpddrnet_trt.errors import BadInputFile, UsageError
 
 __all__ = [
+    "InfoBar",
     "Micrograph",
+    "Percentiles",
+    "Window",
     "overlay",
     "read_mask",
     "read_micrograph",
@@ -31,49 +37,90 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PERCENTILES = (0.1, 99.9)  # of the default grey window: hot pixels and dead corners stay outside
+InfoBar = Literal["auto", "metadata", "none"] | int
 _COLOUR_TOLERANCE = 2  # of 255: grey JPEGs come back with channels a step apart
+_BAR_ROUNDING = 2  # rows by which metadata and picture may differ about the same bar
 
 
 @dataclass(frozen=True)
 class Micrograph:
-    """One grey picture as acquired.
+    """One grey picture as acquired, from a file or live: ``Micrograph(frame, pixel_size_m=5e-9)``.
 
     ``pixels``: ``[H, W]``, uint8, uint16 or float32, the information bar already cut off.
-    ``pixel_size_m``: metres per pixel, None when unknown. ``info_bar_rows``: the rows
-    ``(first, last + 1)`` of the file that held the bar, None when there was none or it is unknown.
-    ``remarks``: what was done to the picture that its owner should know.
+    ``source``: the file, None for a live frame. ``pixel_size_m``: metres per pixel, None when unknown.
+    ``info_bar_rows``: the rows ``(first, last + 1)`` of the file that held the bar, None when there was
+    none or it is unknown. ``remarks``: what was done to the picture that its owner should know.
+    ``vendor``: who wrote the metadata, such as "Zeiss". ``pixel_size_source``: where the pixel size was found.
     """
 
     pixels: npt.NDArray[Any]
-    source: Path
+    source: Path | None = None
     pixel_size_m: float | None = None
     info_bar_rows: tuple[int, int] | None = None
     remarks: tuple[str, ...] = ()
+    vendor: str | None = None
+    pixel_size_source: str | None = None
 
 
-def read_micrograph(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Micrograph:
-    """Read a PNG, JPEG or TIFF (8-bit, 16-bit, float, 1-bit, palette, RGB(A)) as a grey picture.
+def read_micrograph(path: str | Path, *, max_pixels: int = MAX_PIXELS, info_bar: InfoBar = "auto") -> Micrograph:
+    """Read a PNG, JPEG, TIFF (8-bit, 16-bit, float, 1-bit, palette, RGB(A)), dm3 or dm4 file as a grey picture.
 
     RGB whose channels are equal becomes that grey; real colour becomes luminance (ITU-R BT.601)
-    with a remark. Other integer and float types become float32. The pixel size and the information bar come
-    from FEI and Zeiss tags. Remarks are also logged.
+    with a remark. Other integer and float types become float32. The pixel size comes from the metadata of
+    Thermo Fisher/FEI, Zeiss, TESCAN, Hitachi, JEOL, Gatan, OME-TIFF and ImageJ, in the file or beside it
+    (:mod:`hpddrnet_trt.data.vendors`), and is None when unknown or contradicted.
 
-    Raises :class:`BadInputFile` for anything that cannot be read.
+    ``info_bar``: what is cut off below. ``"auto"``: what the metadata say, checked against the picture, or else a
+    bar found in the picture; ``"metadata"``: only what they say; ``"none"``: nothing; a number: that many rows are
+    kept. Remarks are also logged.
+
+    Raises :class:`BadInputFile` for anything that cannot be read, :class:`UsageError` for a senseless ``info_bar``
+    and :class:`~hpddrnet_trt.errors.MissingDependency` for a dm3 or dm4 file without the extra ``dm``.
     """
     path = Path(path)
+    if not (info_bar in ("auto", "metadata", "none") or (type(info_bar) is int and info_bar > 0)):
+        raise UsageError(f'info_bar is "auto", "metadata", "none" or a number of rows to keep, not {info_bar!r}')
     decoded = decode(path, "micrograph", max_pixels)
-    pixels, remarks = _grey(decoded, path)
-    info = decoded.vendor
-    bar = None
-    if info.picture_rows is not None:
-        bar = (info.picture_rows, pixels.shape[0])
-        pixels = pixels[: info.picture_rows]
+    pixels, picture_remarks = _grey(decoded, path)
+    height, width = pixels.shape
+    info = vendors.resolve([*decoded.findings, *vendors.read_sidecars(path, (width, height))])
+    kept, bar_remarks, rescaled = _picture_rows(pixels, info, info_bar, path)
+    remarks = [*decoded.remarks, *info.remarks, *picture_remarks, *bar_remarks]
+    bar = (kept, height) if kept < height else None
+    if bar is not None:
         remarks.append(f"the information bar (rows {bar[0]} to {bar[1] - 1}) is cut off")
-    remarks = [*decoded.remarks, *info.remarks, *remarks]
     for remark in remarks:
         log.warning("%s: %s", path, remark)
-    return Micrograph(np.ascontiguousarray(pixels), path, info.pixel_size_m, bar, tuple(remarks))
+    size = (None, None) if rescaled else (info.pixel_size_m, info.pixel_size_source)
+    return Micrograph(np.ascontiguousarray(pixels[:kept]), path, size[0], bar, tuple(remarks), info.vendor, size[1])
+
+
+def _picture_rows(
+    pixels: npt.NDArray[Any], info: vendors.VendorInfo, info_bar: InfoBar, path: Path
+) -> tuple[int, list[str], bool]:
+    """Rows above the information bar, remarks, and whether the bar proves that the picture was rescaled."""
+    height = pixels.shape[0]
+    stated = height if info.picture_rows is None else info.picture_rows
+    if isinstance(info_bar, int):
+        if info_bar > height:
+            raise UsageError(f"{info_bar} rows cannot be kept of {path}, which has {height}")
+        return info_bar, [], False
+    if info_bar == "none":
+        return height, [], False
+    if info_bar == "metadata":
+        return stated, [], False
+    found = find_info_bar(pixels)
+    if found is None:
+        if stated == height or info.rows_follow or has_drawn_rows(pixels, stated):
+            return stated, [], False
+        claim = f"its metadata state an information bar of {height - stated} rows but there is none: nothing is cut off"
+        return height, [claim], False
+    if info.picture_rows is None or abs(found - stated) <= _BAR_ROUNDING:
+        return (found if info.picture_rows is None else stated), [], False
+    remark = f"its metadata say that the information bar begins at row {stated}, the picture says {found}"
+    if info.rows_follow or info.pixel_size_m is None:
+        return found, [remark], False
+    return found, [f"{remark}: resized after acquisition, its pixel size is unknown"], True
 
 
 def _grey(decoded: Decoded, path: Path) -> tuple[npt.NDArray[Any], list[str]]:
@@ -98,6 +145,10 @@ def _grey(decoded: Decoded, path: Path) -> tuple[npt.NDArray[Any], list[str]]:
 
 
 def _apply_palette(indices: npt.NDArray[Any], palette: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
+    if indices.dtype == bool:
+        indices = indices.astype(np.uint8)
+    if indices.dtype.kind != "u":
+        raise BadInputFile(f"micrograph {path} has a palette for {indices.dtype} values; save it as a grey picture")
     if indices.size and int(indices.max()) >= len(palette):
         raise BadInputFile(f"micrograph {path} uses colour {int(indices.max())} of a palette of {len(palette)}")
     return palette[indices]
@@ -133,48 +184,3 @@ def _luminance(values: npt.NDArray[Any], path: Path) -> tuple[npt.NDArray[Any], 
     if not np.any(spread):
         return values[..., 0], False  # exact for floats too
     return cv2.cvtColor(values, cv2.COLOR_RGB2GRAY), colour
-
-
-def to_grey8(
-    pixels: npt.NDArray[Any], window: tuple[float, float] | None = None
-) -> tuple[npt.NDArray[np.uint8], tuple[float, float]]:
-    """Map grey values linearly to 0..255; returns the uint8 ``[H, W]`` picture and the window used.
-
-    ``window = (black, white)`` in the picture's own units; values outside are clipped, NaN is
-    black. Without a window 8-bit pictures pass unchanged, with ``(0, 255)``, and others get their
-    0.1 and 99.9 percentiles. Give the same window to every picture of a series or mosaic.
-
-    Raises :class:`ContractError` for arrays that are not grey pictures and for an empty window.
-    """
-    if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16, np.float32) or not pixels.size:
-        raise ContractError(
-            f"a micrograph is a two-dimensional uint8, uint16 or float32 array, got {pixels.dtype} {pixels.shape}"
-        )
-    if window is None:
-        if pixels.dtype == np.uint8:
-            return pixels, (0.0, 255.0)
-        window = _default_window(pixels)
-    black, white = float(window[0]), float(window[1])
-    if not (np.isfinite(black) and np.isfinite(white) and black < white):
-        raise ContractError(f"the grey window ({black}, {white}) is empty; give black < white, both finite")
-    if pixels.dtype == np.float32:
-        return _stretch(pixels, black, white), (black, white)
-    levels = np.arange(np.iinfo(pixels.dtype).max + 1, dtype=np.float32)
-    return _stretch(levels, black, white)[pixels], (black, white)
-
-
-def _stretch(values: npt.NDArray[np.float32], black: float, white: float) -> npt.NDArray[np.uint8]:
-    scaled = (values.astype(np.float64) - black) * (255.0 / (white - black))
-    np.nan_to_num(scaled, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
-    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
-
-
-def _default_window(pixels: npt.NDArray[Any]) -> tuple[float, float]:
-    # float64, so that the interpolation between extreme values cannot overflow
-    finite = pixels[np.isfinite(pixels)].astype(np.float64) if pixels.dtype == np.float32 else pixels
-    if not finite.size:
-        raise ContractError("the micrograph holds no finite value; it cannot be shown or segmented")
-    black, white = (float(value) for value in np.percentile(finite, PERCENTILES))
-    if black == white:  # flat but for rare pixels, or constant
-        black, white = float(finite.min()), float(finite.max())
-    return (black, white) if black < white else (black, black + max(1.0, 1e-6 * abs(black)))

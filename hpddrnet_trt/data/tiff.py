@@ -1,0 +1,143 @@
+"""TIFF through tifffile, with everything the file claims held against the file before memory is taken."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from hpddrnet_trt.data import vendors
+from hpddrnet_trt.data.decoded import Decoded, check_size, damaged
+from hpddrnet_trt.data.tiff_structure import BadStructure, read_structure
+from hpddrnet_trt.errors import BadInputFile
+
+SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+_UNCOMPRESSED = 1
+# Bytes that one byte can become at most: LZW, Deflate (two numbers), PackBits; LZMA and Zstandard have no bound.
+_PACKED = {5: 3000.0, 8: 1100.0, 32946: 1100.0, 32773: 65.0, 34925: float("inf"), 50000: float("inf")}
+_JPEG = (6, 7)  # these decoders take the size from the stream, so that is checked as well
+_JPEG_RATIO = 600  # pixels per byte: a block of 64 takes at least one bit
+_JPEG_SIZE_MARKERS = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+_JPEG_BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
+_LARGE_TILE = 1 << 24  # pixels: 4096 x 4096, padded even for a small picture
+_SAMPLES = 4  # times the limit of pixels, for colour with opacity or a few planes
+
+
+def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
+    """First full-size image of a TIFF or BigTIFF as stored; see :class:`Decoded`.
+
+    Raises :class:`BadInputFile`, or whatever tifffile and its codecs stumble over in a damaged file.
+    """
+    try:
+        structure = read_structure(path)
+    except BadStructure as exc:
+        raise damaged(path, what, str(exc)) from exc
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages.first
+        check_size(path, what, page.imagewidth, page.imagelength, max_pixels)
+        _check_claims(tif, page, path, what, max_pixels)
+        values = page.asarray()
+        remarks = []
+        axes = page.axes
+        if axes[0] == "Z":
+            remarks.append(f"the first of {values.shape[0]} planes is used")
+            values, axes = values[0], axes[1:]
+        if axes[0] == "S":
+            values = np.moveaxis(values, 0, -1)
+        if values.ndim not in (2, 3):
+            raise damaged(path, what, f"its pixel array has the shape {values.shape}")
+        pages = max(structure.pages, vendors.imagej.images(page))  # ImageJ hides planes behind the first page
+        if pages > 1:
+            remarks.append(f"the first of {pages} pages is used")
+        palette = None
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
+            palette = (page.colormap >> 8).astype(np.uint8).T
+        return Decoded(
+            "TIFF",
+            values,
+            int(page.bitspersample),
+            palette,
+            alpha=values.ndim == 3 and _has_opacity(page),
+            inverted=page.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
+            findings=vendors.read_tags(page),
+            remarks=tuple(remarks),
+        )
+
+
+def _check_claims(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, what: str, max_pixels: int) -> None:
+    """Size of the array, of a tile and of the pixel data: all before the first byte is decoded."""
+    width, height = page.imagewidth, page.imagelength
+    samples = page.samplesperpixel * page.imagedepth
+    if samples < 1 or width * height * samples > _SAMPLES * max_pixels:
+        raise BadInputFile(
+            f"{what} {path} claims {width} x {height} pixels with {samples} values each, more than the limit of "
+            f"{_SAMPLES * max_pixels} values; save the one picture to segment"
+        )
+    if page.dtype is None:
+        raise damaged(path, what, f"its values have {page.bitspersample} bits of an unknown kind")
+    if page.is_tiled:
+        tile = page.tilewidth * page.tilelength * page.tiledepth
+        if not 0 < tile <= max(_LARGE_TILE, width * height):
+            raise damaged(path, what, f"its tiles are {page.tilewidth} x {page.tilelength} x {page.tiledepth}")
+    _check_data(tif, page, path, what)
+
+
+def _check_data(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, what: str) -> None:
+    end = tif.filehandle.size
+    segments = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+    expected = math.prod(page.chunked)
+    if len(segments) != expected:
+        raise damaged(path, what, f"it lists {len(segments)} strips or tiles of pixel data instead of {expected}")
+    for offset, count in segments:
+        if offset < 8 or count < 1:  # tifffile would fill such a strip with zeros
+            raise damaged(path, what, "a strip or tile of its pixel data is missing")
+        if offset + count > end:
+            raise damaged(path, what, f"its pixel data should reach byte {offset + count} but the file has {end}")
+    ratio = 1.0 if page.compression == _UNCOMPRESSED else _PACKED.get(page.compression, _JPEG_RATIO)
+    needed = math.prod(page.shaped) * int(page.bitspersample) // 8
+    held = sum(count for _, count in segments)
+    missing = segments[0][0] + needed > end if page.is_contiguous else held * ratio < needed
+    if missing:  # where all data follow each other tifffile leaves the counts aside: some writers get them wrong
+        raise damaged(path, what, f"its pixels need {needed} bytes, which cannot be in the {held} that it lists")
+    if page.compression in _JPEG:
+        largest = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+        for offset, count in segments:
+            tif.filehandle.seek(offset)
+            _check_jpeg(tif.filehandle.read(count), largest, path, what)
+    elif page.compression != _UNCOMPRESSED and page.compression not in _PACKED:
+        raise BadInputFile(
+            f"{what} {path} is compressed with a method that is not supported ({_name(page.compression)}); "
+            "save it uncompressed or with LZW or Deflate"
+        )
+
+
+def _check_jpeg(stream: bytes, largest: tuple[int, int], path: Path, what: str) -> None:
+    """See that a JPEG stream inside the TIFF is no larger than its strip or tile (ITU-T T.81, B.2.2)."""
+    position = 2
+    while position + 9 <= len(stream) and stream[position] == 0xFF:
+        marker = stream[position + 1]
+        if marker in _JPEG_SIZE_MARKERS:
+            height = int.from_bytes(stream[position + 5 : position + 7], "big")
+            width = int.from_bytes(stream[position + 7 : position + 9], "big")
+            if width > largest[0] or height > largest[1]:
+                raise damaged(path, what, f"a JPEG of {width} x {height} pixels stands in for {largest}")
+            return
+        bare = marker in _JPEG_BARE_MARKERS or marker == 0xFF
+        length = 0 if bare else int.from_bytes(stream[position + 2 : position + 4], "big")
+        position += (1 if marker == 0xFF else 2) + length
+    raise damaged(path, what, "a JPEG inside it does not say its size")
+
+
+def _name(compression: Any) -> str:
+    return getattr(compression, "name", None) or f"number {int(compression)}"
+
+
+def _has_opacity(page: tifffile.TiffPage) -> bool:
+    """One extra sample that is declared as opacity, or is left unnamed after red, green and blue."""
+    declared = {tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA}
+    extra = tuple(page.extrasamples)
+    return len(extra) == 1 and (extra[0] in declared or page.photometric == tifffile.PHOTOMETRIC.RGB)

@@ -1,0 +1,117 @@
+"""What a piece of metadata says about scale and information bar, and how several pieces become one answer.
+
+A wrong scale is worse than none: whatever is senseless, not square, or contradicted by another piece
+of metadata or by the picture itself leaves the pixel size unknown, with a sentence that says why.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+_METRES = {
+    "m": 1.0, "cm": 1e-2, "mm": 1e-3, "µm": 1e-6, "μm": 1e-6, "um": 1e-6, "micron": 1e-6, "microns": 1e-6,
+    "micrometer": 1e-6, "nm": 1e-9, "nanometer": 1e-9, "Å": 1e-10, "A": 1e-10, "angstrom": 1e-10, "pm": 1e-12,
+    "fm": 1e-15,
+}  # fmt: skip
+_PLAUSIBLE = (1e-12, 1e-3)  # metres per pixel, from atomic resolution to a stage camera
+_SQUARE = 5e-3  # relative difference of width and height that is still rounding
+_AGREE = 1e-2  # relative difference of two statements about the same picture
+_QUANTITY = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([^\W\d_]*)")
+
+
+@dataclass
+class Findings:
+    """One source's statements; filled by the module of its vendor.
+
+    ``sizes``: ``(metres per pixel, where it was found)``. ``doubts``: why a stated pixel size is not used.
+    ``picture_rows``: rows above the information bar. ``rows_follow``: whether that number follows from the
+    acquired size (then it holds for this file), or only a bar's height is stated, which outlives cropping.
+    """
+
+    vendor: str | None = None
+    sizes: list[tuple[float, str]] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    picture_rows: int | None = None
+    rows_follow: bool = True
+
+    def add_size(self, width_m: float | None, height_m: float | None, source: str) -> None:
+        """Note a pixel's width and height in metres; a missing height means square pixels."""
+        if width_m is None or not math.isfinite(width_m) or width_m == 0:
+            return  # 0 and nothing mean "not measured" to the vendors as well
+        if not _PLAUSIBLE[0] <= width_m <= _PLAUSIBLE[1]:
+            self.doubts.append(f"{source} states a senseless pixel size of {width_m:g} m")
+        elif height_m is not None and not math.isclose(width_m, height_m, rel_tol=_SQUARE):
+            self.doubts.append(f"its pixels are not square ({width_m:.6g} x {height_m:.6g} m, {source})")
+        else:
+            self.sizes.append((width_m, source))
+
+    def check_acquired(self, acquired: tuple[int | None, int | None], stored: tuple[int, int]) -> None:
+        """Compare the acquired ``(width, height)`` with the stored one: extra rows are the bar, the rest is doubt."""
+        columns, rows = acquired
+        if columns is not None and columns > 0 and columns != stored[0]:
+            size = f"{columns}" if rows is None else f"{columns} x {rows}"
+            self.doubts.append(f"resized or cropped after acquisition ({size} to {stored[0]} x {stored[1]})")
+        elif rows is not None and 0 < rows < stored[1]:
+            self.picture_rows = rows
+
+    def state_bar(self, bar_rows: int | None, stored: tuple[int, int]) -> None:
+        """Note the stated height of an information bar inside the picture."""
+        if bar_rows is not None and 0 < bar_rows < stored[1]:
+            self.picture_rows = stored[1] - bar_rows
+            self.rows_follow = False
+
+
+@dataclass(frozen=True)
+class VendorInfo:
+    """The answer of all findings together; ``remarks`` says why a stated pixel size is left unknown."""
+
+    vendor: str | None = None
+    pixel_size_m: float | None = None
+    pixel_size_source: str | None = None
+    picture_rows: int | None = None
+    rows_follow: bool = True
+    remarks: tuple[str, ...] = ()
+
+
+def resolve(findings: Iterable[Findings]) -> VendorInfo:
+    """Put findings together, best source first: its vendor, size and bar count, if nobody contradicts the size."""
+    found = list(findings)
+    sizes = [size for finding in found for size in finding.sizes]
+    doubts = [doubt for finding in found for doubt in finding.doubts]
+    doubts += [
+        f"{sizes[0][1]} says {sizes[0][0]:.6g} m but {other} says {value:.6g} m"
+        for value, other in sizes[1:]
+        if not math.isclose(value, sizes[0][0], rel_tol=_AGREE)
+    ]
+    vendor = next((finding.vendor for finding in found if finding.vendor is not None), None)
+    bar = next((finding for finding in found if finding.picture_rows is not None), Findings())
+    metres_per_pixel, source = sizes[0] if sizes and not doubts else (None, None)
+    remarks = tuple(f"{doubt}: its pixel size is unknown" for doubt in dict.fromkeys(doubts))
+    return VendorInfo(vendor, metres_per_pixel, source, bar.picture_rows, bar.rows_follow, remarks)
+
+
+def metres(value: float | None, unit: str) -> float | None:
+    """``value`` in ``unit`` as metres; None for units that are no length ("pixel", "1/nm")."""
+    factor = _METRES.get(unit)
+    return None if value is None or factor is None else value * factor
+
+
+def number(text: str | None) -> float | None:
+    """The number that a text begins with, or None."""
+    match = _QUANTITY.match(text or "")
+    return float(match[1]) if match else None
+
+
+def whole(text: str | None) -> int | None:
+    """The whole number that a text begins with, or None."""
+    value = number(text)
+    return int(value) if value is not None and math.isfinite(value) and value == int(value) else None
+
+
+def length(text: str | None, unit: str | None = None) -> float | None:
+    """A text such as ``"55.82 nm"`` in metres; ``unit`` applies where the text names none."""
+    match = _QUANTITY.match(text or "")
+    return metres(float(match[1]), match[2] or unit or "") if match else None
