@@ -112,6 +112,15 @@ BAD = [
     (["segment", "outside/images/test", "--output", "out", "--model", "bad.engine"], "bad.engine"),
     (["segment", "outside/images/test", "--model", "{checkpoint}", "--engine", "onnxruntime"], "onnx"),
     (["segment", "outside/images/test", "--model", "nasa-super9"], "nasa-super1"),
+    (["segment", "outside/images/test", "--write", "png,jpg"], "'jpg'"),
+    (["segment", "outside/images/test", "--write", ",", "--no-overlay"], "nothing is to be written"),
+    (["segment", "outside/images/test", "--background", "cheese"], "matrix, secondary, tertiary"),
+    (["segment", "outside/images/test", "--pixel-size", "5"], "'5' is no length"),
+    (["segment", "outside/images/test", "--tile", "large"], "'large'"),
+    (["segment", "outside/images/test", "--info-bar", "-3"], "'-3'"),
+    (["segment", "outside/images/test", "--window", "9", "3"], "black < white"),
+    (["segment", "outside/images/test", "--percentiles", "9", "3"], "percentiles"),
+    (["segment", "outside/images/test", "--window", "1", "9", "--percentiles", "1", "99"], "not both"),
     (["ship", "none.safetensors", "out"], "none.safetensors"),
     (["measure-training", "--config", "none.yaml"], "none.yaml"),
     (["benchmark", "empty", "--data", "outside"], "empty"),
@@ -178,6 +187,43 @@ def test_one_bad_micrograph_does_not_stop_the_others(run: Run, checkpoint: Path,
     with Image.open(tmp_path / "out" / "good.png") as labels:
         assert labels.size == (56, 40)
         assert labels.mode == "P"
+
+
+def test_segment_writes_other_kinds_and_ends_with_a_summary(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    image = np.random.default_rng(0).integers(0, 256, (40, 200), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    command = ("segment", "a.png", "--model", checkpoint, "--write", "ome-tiff,regions", "--pixel-size", "2.5 nm",
+               "--percentiles", "1", "99", "--background", "phase 0", "--smallest", "2", "--tile", "whole")  # fmt: skip
+    code, out, err = run(*command)
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert out.startswith("1 segmented, 0 already done, 0 failed")
+    assert "overall, by area: phase 0 " in out
+    assert ["regions", "NAME.regions.csv"] in lines
+    written = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "labels").rglob("*") if path.is_file())
+    names = ("a.ome.tif", "a.regions.csv", "fractions.csv", "overlays/a.png", "segmentations.jsonl")
+    assert written == [f"labels/{name}" for name in names]
+    entry = json.loads((tmp_path / "labels" / "segmentations.jsonl").read_text())
+    assert (entry["pixel_size_m"], entry["job"]["tile"]) == (2.5e-9, "whole")
+    assert 0 < entry["window"][0] < entry["window"][1] < 255
+    code, out, _ = run(*command)
+    assert (code, out.splitlines()[0]) == (0, "0 segmented, 1 already done, 0 failed")
+
+
+def test_segment_interrupted_says_how_far_it_came(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "a.png")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpddrnet_trt.segmenter.Segmenter.segment", interrupted)
+    code, out, err = run("segment", "a.png", "--model", checkpoint)
+    assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
+    assert out.startswith("0 segmented, 0 already done, 0 failed, interrupted: run again to continue")
+    assert not list(tmp_path.glob("labels/*"))
 
 
 def test_interrupt_ends_with_one_line(

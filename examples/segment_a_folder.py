@@ -1,0 +1,42 @@
+"""Segment all micrographs of a folder and save what an image analyst wants: overlays, regions, ROIs for ImageJ.
+
+    python examples/segment_a_folder.py MICROGRAPHS RESULTS [MODEL]
+
+The same on the command line, with a progress bar and resuming:
+
+    hpddrnet-trt segment MICROGRAPHS --output RESULTS --write png,regions,rois
+
+Needs pip install 'hpddrnet-trt[results]'.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hpddrnet_trt import load_segmenter, read_micrograph
+from hpddrnet_trt.data.micrograph import to_grey8
+
+
+def main(micrographs: str, results: str, model: str = "nasa-super1") -> None:
+    folder = Path(results)
+    with load_segmenter(model) as segmenter:
+        for path in sorted(Path(micrographs).iterdir()):
+            micrograph = read_micrograph(path)  # with the pixel size, where the file says it
+            result = segmenter.segment(micrograph)
+            result.save(folder / f"{path.stem}.png")
+            result.save(folder / f"{path.stem}.rois.zip")
+            result.save(folder / f"{path.stem}.regions.csv")
+            result.save_overlay(folder / f"{path.stem}.overlay.png", to_grey8(micrograph.pixels, result.window)[0])
+
+            print(result)
+            matrix = result.classes[0].name
+            regions = result.regions(background=[matrix])
+            if len(regions) and regions.equivalent_diameter_m is not None:
+                print(f"  {len(regions)} regions, mean diameter {1e9 * regions.equivalent_diameter_m.mean():.0f} nm")
+            elif len(regions):
+                print(f"  {len(regions)} regions, mean diameter {regions.equivalent_diameter_px.mean():.1f} pixels")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+"""Area fractions and regions as CSV: UTF-8, comma, one header line, units in the names, empty where unknown."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from hpddrnet_trt.files import atomic_path
+from hpddrnet_trt.measure import AreaFraction, Regions
+
+FRACTIONS = ("class", "pixels", "fraction", "area_um2")
+REGIONS = (
+    "region", "class", "area_px", "area_um2", "equivalent_diameter_px", "equivalent_diameter_um", "centroid_x_px",
+    "centroid_y_px", "major_axis_px", "minor_axis_px", "orientation_deg", "left_px", "top_px", "width_px", "height_px",
+    "touches_border",
+)  # fmt: skip
+Row = Sequence[str | int]
+
+
+def write_fractions(path: str | Path, fractions: Iterable[AreaFraction]) -> Path:
+    """Write one row a class: name, pixels, fraction (0 to 1), area in square micrometres or nothing."""
+    return write_rows(path, FRACTIONS, map(fraction_row, fractions))
+
+
+def fraction_row(entry: AreaFraction) -> list[str | int]:
+    """The columns :data:`FRACTIONS` of one class."""
+    return [entry.name, entry.pixels, number(entry.fraction), number(entry.area_m2, 1e12)]
+
+
+def write_regions(path: str | Path, regions: Regions) -> Path:
+    """Write one row a region, columns :data:`REGIONS` as :class:`~hpddrnet_trt.measure.Regions` defines them.
+
+    ``touches_border``: 1 or 0. Lengths are in pixels; multiply by the pixel size for those without a column of
+    their own.
+    """
+    return write_rows(path, REGIONS, _region_rows(regions))
+
+
+def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Row]) -> Path:
+    """Write a table row by row; ``rows`` may be a generator."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    return Path(path)
+
+
+def number(value: float | None, factor: float = 1.0) -> str:
+    """Eight significant digits; nothing for what is unknown or undefined."""
+    return "" if value is None or math.isnan(value) else f"{value * factor:.8g}"
+
+
+def _region_rows(regions: Regions) -> Iterator[Row]:
+    areas, diameters = regions.area_m2, regions.equivalent_diameter_m
+    for index in range(len(regions)):
+        left, top, width, height = (int(value) for value in regions.box_px[index])
+        yield [
+            index + 1,
+            regions.classes[regions.class_index[index]].name,
+            int(regions.area_px[index]),
+            number(None if areas is None else areas[index], 1e12),
+            number(regions.equivalent_diameter_px[index]),
+            number(None if diameters is None else diameters[index], 1e6),
+            *map(number, regions.centroid_px[index]),
+            *map(number, regions.axes_px[index]),
+            number(regions.orientation_deg[index]),
+            left, top, width, height,
+            int(regions.touches_border[index]),
+        ]  # fmt: skip
