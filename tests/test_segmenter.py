@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import cv2
@@ -13,13 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpddrnet_trt import __version__
 from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError, UserError
+from hpddrnet_trt.files import sha256_of
 from hpddrnet_trt.manifest import AxisRange, InputContract
 from hpddrnet_trt.scores import arg_max, softmax
-from hpddrnet_trt.segmenter import Segmenter, load_segmenter
+from hpddrnet_trt.segmentation import Provenance
+from hpddrnet_trt.segmenter import Segmenter, Tile, load_segmenter
 from hpddrnet_trt.views import plan_views, render, restore_scores
+from hpddrnet_trt.weights import locate
 from tests.toy import ToyEngine, grey_image, manifest, toy_logits, write_toy_onnx
 
 SIZES = st.integers(1, 70)
@@ -98,7 +106,7 @@ def test_fixed_size_models() -> None:
     assert np.array_equal(Segmenter(engine).segment(image).labels, toy_logits(image).argmax(axis=0))
     assert engine.shapes == [(1, 1, 48, 48)]
     with pytest.raises(ContractError, match=r"height of 49 pixels does not fit .* takes 48; cut"):
-        Segmenter(engine).segment(grey_image(49, 48))
+        Segmenter(engine, tile="whole").segment(grey_image(49, 48))
     assert Segmenter(engine, resize=(48, 48)).segment(grey_image(96, 60)).labels.shape == (96, 60)
 
 
@@ -151,53 +159,105 @@ def test_unusable_options() -> None:
             Segmenter(ToyEngine(), **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        (np.zeros((0, 5), np.uint8), "empty"),
-        (np.zeros((5, 5, 3), np.uint8), "expected a grey image"),
-        (np.zeros(5, np.uint8), "expected a grey image"),
-        (np.full((5, 5), np.nan, np.float32), "NaN or infinite"),
-        (np.full((5, 5), 1e300), "NaN or infinite"),
-        (np.zeros((5, 5), np.int16), "got int16"),
-        (np.zeros((5, 5), np.uint32), "got uint32"),
-        (np.zeros((5, 5), bool), "got bool"),
-        (np.zeros((5, 5), complex), "got complex128"),
-        (np.zeros((5, 5), object), "got object"),
-        ([[1, 2], [3, 4]], "got list"),
-        (None, "got NoneType"),
-    ],
-)
-def test_unusable_images(image: object, words: str) -> None:
-    with pytest.raises(ContractError, match=words):
-        Segmenter(ToyEngine()).segment(image)  # type: ignore[arg-type]
-
-
-def test_arrays_of_any_layout_and_depth() -> None:
-    image = grey_image(20, 30)
-    segmenter = Segmenter(ToyEngine())
-    expected = segmenter.segment(image).labels
-    frozen = np.asfortranarray(image)
-    frozen.flags.writeable = False
-    wide = np.zeros((40, 90), np.uint8)
-    wide[::2, ::3] = image
-    fixed = Segmenter(ToyEngine(), window=(0, 255))
-    for same in (frozen, wide[::2, ::3]):
-        assert np.array_equal(segmenter.segment(same).labels, expected)
-    for kind in (">u2", "<u2", ">f4", "f8", "f2"):
-        result = fixed.segment(image.astype(kind))
-        assert np.array_equal(result.labels, expected)
-        assert result.window == (0.0, 255.0)
-    assert segmenter.segment(image.astype(np.uint16) * 257).window == tuple(
-        np.percentile(image.astype(float) * 257, (0.1, 99.9))
-    )
-
-
 def test_micrograph_keeps_its_origin(tmp_path: Path) -> None:
     image = grey_image(20, 30)
     result = Segmenter(ToyEngine()).segment(Micrograph(image, tmp_path / "a.tif", pixel_size_m=5e-9))
     assert (result.source, result.pixel_size_m) == (tmp_path / "a.tif", 5e-9)
     assert [entry.name for entry in result.classes] == ["grain", "pore", "clay"]
+
+
+def test_provenance(tmp_path: Path) -> None:
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", checkpoint_sha256="c" * 64))
+    image = grey_image(20, 30).astype(np.uint16)
+    before = datetime.now(UTC)
+    with load_segmenter(path, threads=1, mode="flip", window=(10, 200)) as segmenter:
+        found = segmenter.segment(image).provenance
+        single = segmenter.with_mode("single").segment(image).provenance
+        runtime = segmenter.engine.runtime
+    assert found is not None
+    assert timedelta(seconds=-1) < datetime.fromisoformat(found.time) - before < timedelta(seconds=60)
+    assert found == Provenance(
+        model="toy", model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(), checkpoint_sha256="c" * 64,
+        engine=runtime, precision="fp32", version=__version__, mode="flip",
+        window=(10.0, 200.0), time=found.time,
+    )  # fmt: skip
+    assert single == replace(found, mode="single", time=single.time if single else "")
+    assert json.loads(json.dumps(found.as_dict()))["window"] == [10.0, 200.0]
+
+
+def test_the_shipped_model_is_named_by_its_file() -> None:
+    with load_segmenter("nasa-super1", threads=1) as segmenter:
+        found = segmenter.segment(grey_image(64, 64)).provenance
+    assert found is not None
+    assert (found.model, found.model_sha256) == ("nasa-super1", sha256_of(locate("nasa-super1")))
+
+
+@pytest.mark.parametrize("kind", ["labels", "logits"])
+def test_labels_in_an_array_of_the_caller(kind: str) -> None:
+    segmenter, image = Segmenter(ToyEngine(manifest(kind)), confidence=kind == "logits"), grey_image(21, 33)
+    expected = segmenter.segment(image).labels
+    wide = np.full((21, 66), 9, np.uint8)
+    for out in (np.full((21, 33), 9, np.uint8), np.full((33, 21), 9, np.uint8).T, wide[:, ::2]):
+        found = segmenter.segment(image, out)
+        assert found.labels is out
+        assert np.array_equal(out, expected)
+    assert (wide[:, 1::2] == 9).all()
+
+
+def test_an_engine_that_writes_where_it_is_told_saves_the_copy() -> None:
+    class Writing(ToyEngine):
+        def infer(self, images: np.ndarray, out: np.ndarray | None = None) -> Prediction:
+            given.append(out)
+            found = super().infer(images)
+            if out is None:
+                return found
+            out[...] = found.labels
+            return Prediction(out)
+
+    given: list[np.ndarray | None] = []
+    segmenter = Segmenter(Writing(manifest("labels")))
+    for height, width, order, handed_on in ((16, 24, "C", True), (16, 24, "F", False), (15, 24, "C", False)):
+        image = grey_image(height, width)
+        out = np.empty((height, width), np.uint8, order=order)  # type: ignore[call-overload]
+        found = segmenter.segment(image, out)
+        assert found.labels is out
+        assert np.array_equal(out, toy_logits(image).argmax(axis=0))
+        passed = given.pop()
+        assert (passed is not None) == handed_on
+        assert passed is None or np.shares_memory(passed, out)
+
+
+def test_unusable_output_arrays() -> None:
+    segmenter, image = Segmenter(ToyEngine()), grey_image(20, 30)
+    frozen = np.empty((20, 30), np.uint8)
+    frozen.flags.writeable = False
+    for out in (np.empty((20, 31), np.uint8), np.empty((1, 20, 30), np.uint8), np.empty((20, 30), np.int8), frozen, []):
+        with pytest.raises(ContractError, match=r"out must be a writable uint8 array of shape \(20, 30\), got"):
+            segmenter.segment(image, out)  # type: ignore[arg-type]
+    with pytest.raises(ContractError, match="out shares memory with the image"):
+        segmenter.segment(image, image)
+
+
+def test_a_whole_image_is_reported_once() -> None:
+    seen: list[tuple[int, int]] = []
+    Segmenter(ToyEngine()).segment(grey_image(20, 30), progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 1)]
+
+
+@pytest.mark.parametrize("tile", ["auto", 32])
+def test_one_segmenter_in_many_threads(tmp_path: Path, tile: Tile) -> None:
+    images = [grey_image(*size, seed) for seed, size in enumerate([(70, 90), (20, 30), (64, 64), (33, 100)] * 6)]
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits"))
+    engines = [ToyEngine(), ToyEngine(manifest("labels")), load_engine(path, threads=1)]
+    for engine in engines:
+        with Segmenter(engine, tile=tile, confidence=engine is engines[0]) as segmenter:
+            alone = [segmenter.segment(image) for image in images]
+            with ThreadPoolExecutor(8) as pool:
+                together = list(pool.map(segmenter.segment, images))
+        for one, other in zip(alone, together, strict=True):
+            assert np.array_equal(one.labels, other.labels)
+            assert one.tiling == other.tiling
+            assert one.confidence is other.confidence is None or np.array_equal(one.confidence, other.confidence)
 
 
 def test_fractions_and_files(tmp_path: Path) -> None:

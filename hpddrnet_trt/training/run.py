@@ -242,6 +242,7 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manife
             train_images=data.training_images,
             grey_mean=data.statistics.grey_mean,
             grey_std=data.statistics.grey_std,
+            crop=config.augmentation.crop,
         ),
         remarks=start.remarks,
         versions=_versions(),

@@ -1,0 +1,66 @@
+"""The example and the measuring script for large micrographs."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpddrnet_trt.engines import load_engine
+from hpddrnet_trt.segmenter import Segmenter, tiled
+from tests.toy import grey_image, manifest, write_toy_onnx
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _example(*arguments: Path | str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["large_micrograph.py", *map(str, arguments)])
+        runpy.run_path(str(REPOSITORY / "examples" / "large_micrograph.py"), run_name="__main__")
+
+
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tiled, "WHOLE_PIXELS", 256 * 256)
+    model = write_toy_onnx(tmp_path / "toy.onnx", manifest("logits", size=128))
+    any_size = Segmenter(load_engine(write_toy_onnx(tmp_path / "any.onnx", manifest("logits")), threads=1))
+    for height, width, last in ((128, 128, "in one piece"), (200, 300, "6 tiles of 128 x 128 pixels, blended scores")):
+        image = grey_image(height, width)
+        cv2.imwrite(str(tmp_path / "a.png"), image)
+        _example(tmp_path / "a.png", tmp_path / "labels.png", model)
+        with Image.open(tmp_path / "labels.png") as picture:
+            labels = np.asarray(picture)
+        truth = any_size.segment(image).labels
+        assert (labels[1:-1, 1:-1] == truth[1:-1, 1:-1]).all()  # this model sees zeros beyond the border
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"a.png: {width} x {height} pixels")
+        assert any(line.startswith(last) for line in lines)
+        assert lines[-1] == f"written to {tmp_path / 'labels.png'}"
+
+
+def test_the_measuring_script(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    model = write_toy_onnx(tmp_path / "toy.onnx", manifest("labels"))
+    for seed in range(3):
+        cv2.imwrite(str(tmp_path / f"{seed}.png"), grey_image(60, 90, seed))
+    command = [
+        sys.executable, str(REPOSITORY / "benchmarks" / "large_micrograph.py"), str(tmp_path), "--model", str(model),
+        "--sides", "256", "--tile", "64", "--whole", "--runs", "1", "--threads", "1", "--output",
+        str(tmp_path / "found.json"),
+    ]  # fmt: skip
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ}, timeout=120)
+    assert child.returncode == 0, child.stderr
+    tiles, whole = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert (tiles["mode"], whole["mode"]) == ("tiles", "whole")
+    assert tiles["tiling"]["tiles"] == 25
+    assert tiles["agreement"] == 1.0
+    assert 0 < tiles["seconds"] < 60
+    assert tiles["peak_mib"] > tiles["added_mib"] >= 0
+    assert "256x256" in child.stderr  # progress
