@@ -11,6 +11,7 @@ from hpddrnet_trt.cli.precision import (
     convert_precision, compare_precisions, sensitivity, choose_precision, calibration_curve, compare,
 )  # fmt: skip
 from hpddrnet_trt.cli.running import segment
+from hpddrnet_trt.cli.watching import watch
 from hpddrnet_trt.cli.measuring import benchmark, report, profile, engines
 from hpddrnet_trt.cli.datasets import check_dataset, simulate
 
@@ -18,5 +19,5 @@ __all__ = [
     "app", "benchmark", "build", "calibrate", "calibration_curve", "check_dataset", "choose_precision",
     "compare", "compare_precisions", "convert_checkpoint", "convert_precision", "engines", "evaluate", "export",
     "inspect", "main", "measure_training", "profile", "report", "run", "segment", "sensitivity", "ship", "simulate",
-    "train",
+    "train", "watch",
 ]  # fmt: skip

@@ -1,0 +1,73 @@
+"""Segment every frame of a Micro-Manager acquisition while it runs.
+
+    python examples/live_micromanager.py --config MMConfig_microscope.cfg --frames 100 --interval 0.2
+    python examples/live_micromanager.py --replay micrographs/ --frames 20
+
+The first command acquires with the microscope that the configuration file describes; the second needs none: a
+simulated camera shows the pictures of a folder. One line per result: which frame, its age, area fractions.
+Needs: pip install 'hpddrnet-trt[micromanager]' (and Micro-Manager's device adapters for a microscope).
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pymmcore_plus import CMMCorePlus
+from useq import MDASequence, TIntervalLoops
+
+from hpddrnet_trt import load_segmenter
+from hpddrnet_trt.data.datasets import image_files
+from hpddrnet_trt.data.micrograph import read_micrograph
+from hpddrnet_trt.integrations.micromanager import MicroManagerFeed, replay_core
+from hpddrnet_trt.stream import Stream, StreamResult
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="Micro-Manager configuration file of the microscope")
+    source.add_argument("--replay", type=Path, help="folder of micrographs of one size, instead of a microscope")
+    parser.add_argument("--frames", type=int, default=20)
+    parser.add_argument("--interval", type=float, default=0.1, help="seconds from frame to frame")
+    parser.add_argument("--model", default="nasa-super1", help="a model that comes with the package, or a file")
+    parser.add_argument("--engine", default="auto")
+    arguments = parser.parse_args()
+
+    core = open_core(arguments.config, arguments.replay)
+    acquisition = MDASequence(time_plan=TIntervalLoops(interval=arguments.interval, loops=arguments.frames))
+    opener = partial(load_segmenter, arguments.model, engine=arguments.engine)
+    # "latest": a model slower than the microscope leaves frames out instead of falling behind.
+    with Stream(opener, policy="latest", on_result=show) as stream:
+        print(f"model {stream.wait_ready(120).value}")
+        with MicroManagerFeed(core, stream):
+            core.run_mda(acquisition).join()
+    counts = stream.statistics()
+    print(f"{counts.submitted} frames: {counts.processed} segmented, {counts.dropped} left out, {counts.failed} failed")
+    core.unloadAllDevices()
+
+
+def open_core(config: str | None, replay: Path | None) -> Any:
+    if replay is not None:
+        return replay_core([read_micrograph(path).pixels for path in image_files(replay)])
+    core = CMMCorePlus()
+    core.loadSystemConfiguration(config or "")
+    return core
+
+
+def show(result: StreamResult) -> None:
+    """One line per frame; called on a thread of the stream, not on the acquisition's."""
+    index = " ".join(f"{axis}={place}" for axis, place in result.tag.index.items())
+    if result.segmentation is None:
+        print(f"{index}  failed: {result.error}")
+        return
+    size = result.segmentation.pixel_size_m
+    scale = "pixel size unknown" if size is None else f"{size * 1e9:.3g} nm per pixel"
+    areas = ", ".join(f"{name} {fraction:.1%}" for name, fraction in result.segmentation.fractions().items())
+    print(f"{index}  {result.latency_s * 1e3:.0f} ms  {areas}  ({scale})")
+
+
+if __name__ == "__main__":
+    main()
