@@ -7,8 +7,8 @@
 #   make demo MEASURE="..."        further options of the benchmark
 #   make gpu                       GPU tests and the full benchmark on an NVIDIA machine (PY=python3: as installed)
 
-SUITABLE = import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+SUITABLE = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CLI := $(BIN)/hpddrnet-trt
 # A machine with an NVIDIA GPU gets the full TensorRT too; TensorRT-RTX builds engines without one.
-EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,modelopt,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
+EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,modelopt,results,dm,fibsem,micromanager,napari,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
 comma := ,
 
 DATA ?=
@@ -35,7 +35,7 @@ environment: $(READY)
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(or $(PYTHON),false) -c '$(SUITABLE)' || \
-	  { echo "Python 3.10 to 3.13 is needed; call: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	  { echo "Python 3.11 to 3.13 is needed; call: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpddrnet_trt.segmentation import Segmentation
+    from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
+    from hpddrnet_trt.segmentation import Provenance, Segmentation
     from hpddrnet_trt.segmenter import Segmenter, load_segmenter
+    from hpddrnet_trt.stream import State, Stream, StreamResult, StreamStatistics
 
 __version__ = "0.1.0"
-__all__ = ["Segmentation", "Segmenter", "__version__", "load_segmenter"]
+__all__ = [
+    "Micrograph",
+    "Provenance",
+    "Segmentation",
+    "Segmenter",
+    "State",
+    "Stream",
+    "StreamResult",
+    "StreamStatistics",
+    "__version__",
+    "load_segmenter",
+    "read_micrograph",
+]
+
+_HOMES = {
+    "Micrograph": "data.micrograph",
+    "read_micrograph": "data.micrograph",
+    "Provenance": "segmentation",
+    "Segmentation": "segmentation",
+    "Segmenter": "segmenter",
+    "load_segmenter": "segmenter",
+    "State": "stream",
+    "Stream": "stream",
+    "StreamResult": "stream",
+    "StreamStatistics": "stream",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Resolve the public names on first use, so that a lower layer never loads a higher one."""
-    if name == "Segmentation":
-        from hpddrnet_trt import segmentation
-
-        return segmentation.Segmentation
-    if name in ("Segmenter", "load_segmenter"):
-        from hpddrnet_trt import segmenter
-
-        return getattr(segmenter, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hpddrnet_trt.{_HOMES[name]}"), name)

@@ -16,7 +16,8 @@ PACKAGE = Path(hpddrnet_trt.__file__).parent
 # Not there on a microscope PC that runs a TensorRT engine, or slow to load: imported where used.
 HEAVY = ("torch", "torchvision", "lightning", "tensorboard", "safetensors", "onnx", "onnxscript", "onnxsim",
          "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pycuda", "polygraphy", "matplotlib",
-         "jinja2", "psutil")  # fmt: skip
+         "jinja2", "psutil", "skimage", "roifile", "zarr", "ome_zarr", "nion", "niondata", "nionswift_plugin", "fibsem",
+         "pymmcore", "pymmcore_plus", "useq", "napari", "npe2", "qtpy", "magicgui", "psygnal")  # fmt: skip
 # The parts that are PyTorch. Everything else is for every PC: a new module belongs there unless named here.
 WITH_TORCH = (
     "hpddrnet_trt.models.attention",
@@ -33,14 +34,17 @@ FLOORS = (
     ("errors",),
     ("files", "provenance", "weights"),
     ("manifest",),
-    ("metrics", "scores", "views", "pages"),
+    ("metrics", "scores", "views", "pages", "tiling"),
     ("data", "models"),
     ("engines",),
+    ("measure",),
+    ("results",),
     ("segmentation",),
     ("segmenter",),
+    ("stream",),
     ("evaluation", "segment_files"),
     ("deploy", "training"),
-    ("assessment", "benchmark", "precision"),
+    ("assessment", "benchmark", "precision", "integrations"),
     ("cli",),
     ("__main__",),
 )

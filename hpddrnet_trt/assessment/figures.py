@@ -49,7 +49,7 @@ def confusion_figure(assessment: Assessment) -> Any:
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), share in np.ndenumerate(shares):
-            text = f"{100 * share:.0f}" if small else f"{100 * share:.2f} %\n{count(counts[row, column])}"
+            text = f"{100 * share:.0f}" if small else f"{100 * share:.2f} %\n{count(int(counts[row, column]))}"
             colour = "white" if share > 0.55 else "#1d232b"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8 if small else 10)
         axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")

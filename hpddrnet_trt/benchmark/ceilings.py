@@ -156,7 +156,7 @@ def product_model(kind: _Kind, quantised: bool) -> onnx.ModelProto:
     rng = np.random.default_rng(0)
     shape = (_SIDE, _SIDE) if kind == "matrix product" else (_CHANNELS, _CHANNELS, 3, 3)
     weights = rng.normal(0, (_SIDE if len(shape) == 2 else 9 * _CHANNELS) ** -0.5, shape).astype(np.float32)
-    constants = {"w": weights}
+    constants: dict[str, Any] = {"w": weights}
     if quantised:
         step = np.float32(np.abs(weights).max() / 127)
         whole = np.round(weights / step).astype(np.int8)

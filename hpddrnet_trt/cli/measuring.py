@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,8 +22,8 @@ Publish = Annotated[
 Compare = Annotated[Path | None, typer.Option(help="An older result.json: also show what changed since.")]
 
 
-class Measure(str, Enum):
-    """What a benchmark takes beside the latency from frame to labels (an Enum: Typer repeats no Literal)."""
+class Measure(StrEnum):
+    """What a benchmark takes beside the latency from frame to labels (an enumeration: Typer repeats no Literal)."""
 
     NETWORK = "network"
     THROUGHPUT = "throughput"
