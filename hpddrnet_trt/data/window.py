@@ -60,9 +60,13 @@ def to_grey8(
 
 
 def _stretch(values: npt.NDArray[np.float32], black: float, white: float) -> npt.NDArray[np.uint8]:
-    scaled = (values.astype(np.float64) - black) * (255.0 / (white - black))
-    np.nan_to_num(scaled, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
-    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+    found = np.empty(values.shape, np.uint8)
+    step = max(1, _BLOCK * len(values) // values.size)  # rows at a time: the copies in 64 bits stay small
+    for start in range(0, len(values), step):
+        scaled = (values[start : start + step].astype(np.float64) - black) * (255.0 / (white - black))
+        np.nan_to_num(scaled, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
+        found[start : start + step] = np.rint(np.clip(scaled, 0, 255))
+    return found
 
 
 def _from_percentiles(pixels: npt.NDArray[Any], window: Percentiles) -> tuple[float, float]:
