@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.errors import ContractError, UsageError, UserError
 from hpddrnet_trt.manifest import AxisRange, DataRecord, InputContract, Manifest
@@ -275,6 +276,28 @@ def test_a_shipped_model_blends_its_scores(sem_data: Path) -> None:
     assert (found.labels == whole.labels).mean() > 0.98
     assert (found.labels == cut.labels).mean() > 0.98
     assert np.array_equal(scores.argmax(axis=0), found.labels)
+
+
+def test_a_shipped_model_averages_views_and_tells_its_confidence(sem_data: Path) -> None:
+    image = read_micrograph(sem_data / "nasa-super1" / "images" / "test" / "spot1_0d_1.png").pixels[:128, :160]
+    with load_segmenter("nasa-super1", threads=1) as plain:
+        labels = plain.segment(image).labels
+        with pytest.raises(ContractError, match="averages class scores"):
+            plain.with_mode("flip")
+    with load_segmenter("nasa-super1", threads=1, mode="flip", confidence=True) as flipping:
+        result = flipping.segment(image)
+        mirrored = flipping.segment(image[:, ::-1])
+        single = flipping.with_mode("single").segment(image)
+    assert np.array_equal(single.labels, labels)
+    assert result.confidence is not None
+    assert mirrored.confidence is not None
+    assert np.array_equal(mirrored.labels[:, ::-1], result.labels)
+    np.testing.assert_allclose(mirrored.confidence[:, ::-1], result.confidence, atol=1e-5)
+    assert 1 / 3 <= result.confidence.min() < 0.7 < result.confidence.mean() <= 1
+    assert 0.97 < (result.labels == labels).mean() < 1
+    assert result.provenance is not None
+    assert single.provenance is not None
+    assert result.provenance.model_sha256 == single.provenance.model_sha256
 
 
 def test_threads_share_the_scores_of_a_shipped_model() -> None:

@@ -311,7 +311,7 @@ class SegmentPanel:
         self.engine = choices(
             {"automatic": "auto", **{name: name for name in _usable_engines()}}, "the library that runs the model"
         )
-        self.mode = choices(MODES, "average the class scores of several views; needs a model with logits output")
+        self.mode = choices(MODES, "average the class scores of several views; TensorRT engines need logits output")
         self.tile = choices(TILES, "segment large pictures in overlapping tiles of this size")
         self.window = choices(
             WINDOWS,

@@ -39,7 +39,7 @@ class Segmenter:
     - ``engine``: a loaded model file; :meth:`close` closes it.
     - ``mode``: ``single``, or average the class probabilities of several views: ``flip`` (the image
       and its mirror image) or ``multiscale`` (both at six sizes, as mmsegmentation's
-      ``SegTTAModel``). Averaging needs a model with logits output.
+      ``SegTTAModel``). Averaging needs an engine with logits output; :func:`load_segmenter` finds it in ONNX files.
     - ``resize``: (long, short) edge; images are first brought to the largest size of the same
       aspect within it, as the authors' test pipeline does with (2048, 1024). A model with labels
       output returns by nearest neighbour, one with logits by bilinear interpolation.
@@ -293,20 +293,25 @@ def load_segmenter(
     ``model_path`` is a file, or the name of a model that comes with the package, such as ``nasa-super1``.
     ``options`` go to the engine: ``threads`` of the CPU ones, ``device`` of TensorRT's...
 
-    Large images: an ONNX file with labels output is opened a second time with class scores as output when the
-    first of them comes, so that its tiles are blended; tiles of other models without logits are cut.
+    An ONNX file with labels output is opened a second time with class scores as output when these are needed: for
+    other modes than ``single``, for ``confidence``, and to blend the tiles of large images. Other models without
+    logits (TensorRT engines with labels output) refuse the first two, and their tiles are cut.
     """
     loaded = load_engine(model_path, engine, **options)
     try:
         path = getattr(loaded, "path", None)  # of the engines that run ONNX files
-        output = loaded.manifest.output
-        scores = None
-        if path is not None and output is not None and output.kind == "labels":
-            scores = ScoresModel(path, loaded.manifest, partial(load_engine, engine=engine, **options))
         if loaded.manifest.engine is not None:
             checksum = loaded.manifest.engine.sha256
         else:
             checksum = sha256_of(path or locate(model_path, ".safetensors"))
+        output = loaded.manifest.output
+        scores = None
+        if path is not None and output is not None and output.kind == "labels":
+            scores = ScoresModel(path, loaded.manifest, partial(load_engine, engine=engine, **options))
+            needed = mode != "single" or (confidence and not output.confidence)
+            if needed and (with_scores := scores.engine()) is not None:
+                loaded.close()
+                loaded = with_scores
         return Segmenter(
             loaded, mode=mode, resize=resize, confidence=confidence, window=window, batch_size=batch_size, tile=tile,
             model_sha256=checksum, scores=scores,
