@@ -1,0 +1,37 @@
+"""Exceptions as sentences, and log lines that do not flood."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from hpddrnet_trt.errors import UserError
+
+
+def describe(exc: BaseException) -> str:
+    """One line about an exception: our own sentences as they are, others with their type."""
+    try:
+        text = " ".join(str(exc).split()) or "no message"
+    except Exception:  # an exception whose own __str__ raises
+        text = "no readable message"
+    if isinstance(exc, MemoryError):
+        return f"not enough memory ({text}); use smaller frames, fewer workers, or smaller tiles"
+    return text if isinstance(exc, UserError) else f"{type(exc).__name__}: {text[:300]}"
+
+
+class SparseLog:
+    """Warnings of one kind: the first at once, then one per ``interval_s`` with the number left out."""
+
+    def __init__(self, log: logging.Logger, interval_s: float = 60.0) -> None:
+        self._log, self._interval_s = log, interval_s
+        self._next_s, self._left_out = 0.0, 0
+
+    def warning(self, message: str, *arguments: object, exc_info: BaseException | None = None) -> None:
+        now = time.monotonic()
+        if now < self._next_s:
+            self._left_out += 1
+            return
+        if self._left_out:
+            message, arguments = message + " (and %d more like it)", (*arguments, self._left_out)
+        self._log.warning(message, *arguments, exc_info=exc_info)
+        self._next_s, self._left_out = now + self._interval_s, 0

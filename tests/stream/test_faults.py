@@ -1,0 +1,379 @@
+"""States: what makes a stream stall or fail, and what it survives."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpddrnet_trt.errors import BadInputFile, ContractError, UserError
+from hpddrnet_trt.stream import State, Stream, StreamResult, worker
+from tests.stream.fakes import Bench, Immediate, Scripted, check_ended, frame, result_of, until
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "BACK_OFF_S", 0.001)
+    monkeypatch.setattr(worker, "MAX_BACK_OFF_S", 0.004)
+
+
+def run(segmenter: Scripted, frames: int, **options: Any) -> tuple[Stream, list[StreamResult], list[State]]:
+    """A stream that was fed frame after frame, and closed."""
+    seen, states = list[StreamResult](), list[State]()
+    stream = Stream(
+        segmenter.open, policy="block", on_result=seen.append, on_state=lambda state, _: states.append(state), **options
+    )
+    with stream:
+        stream.wait_ready()
+        for number in range(1, frames + 1):
+            stream.submit(frame(number))
+    check_ended(stream)
+    assert segmenter.opened == segmenter.closed
+    assert len(segmenter.threads) <= 1  # opened, run and closed by the worker
+    return stream, seen, states
+
+
+def test_a_segmenter_that_cannot_be_opened_fails_the_stream(caplog: pytest.LogCaptureFixture) -> None:
+    told = list[tuple[State, str | None]]()
+
+    def no_model() -> Scripted:
+        raise BadInputFile("model.onnx is truncated; export it again")
+
+    with caplog.at_level(logging.CRITICAL), \
+            Stream(no_model, on_state=lambda *change: told.append(change)) as stream:  # fmt: skip
+        assert stream.wait_ready() is State.FAILED
+        now = stream.statistics()
+        assert now.reason == "the segmenter could not be opened: model.onnx is truncated; export it again"
+        assert stream.submit(frame(1)) is None
+        assert list(stream.results()) == []
+        until(lambda: len(told) == 1)
+    assert told == [(State.FAILED, now.reason), (State.CLOSED, now.reason)]
+    assert stream.statistics().dropped_because == {"stream failed": 1}
+    check_ended(stream)
+
+
+def test_frames_that_wait_when_the_stream_fails_are_dropped() -> None:
+    go_on = threading.Event()
+
+    def late() -> Scripted:
+        go_on.wait()
+        raise RuntimeError("driver not found")
+
+    with Stream(late, policy="block", capacity=2) as stream:
+        assert stream.state is State.STARTING
+        assert stream.wait_ready(0.01) is State.STARTING
+        producer = threading.Thread(target=lambda: [stream.submit(frame(number)) for number in (1, 2, 3)])
+        producer.start()
+        until(lambda: stream.statistics().pending == 2)
+        go_on.set()
+        producer.join()
+        assert stream.wait_ready() is State.FAILED
+    assert stream.statistics().dropped_because == {"stream failed": 3}
+
+
+def test_one_of_two_workers_that_cannot_open_fails_the_stream() -> None:
+    segmenter = Scripted([None], [None, UserError("out of device memory")])
+    stream = Stream(segmenter.open, workers=2)
+    assert stream.wait_ready() is State.FAILED
+    assert stream.close()
+    assert (segmenter.attempts, segmenter.opened, segmenter.closed) == (2, 1, 1)
+
+
+def test_a_frame_that_hangs_stalls_the_stream_until_it_ends() -> None:
+    bench, told = Bench(), list[tuple[State, str | None]]()
+    with Stream(bench.open, stall_after_s=0.05, on_state=lambda *change: told.append(change)) as stream:
+        stream.wait_ready()
+        stream.submit(frame(1))
+        bench.wait_begun()
+        assert stream.state is State.READY
+        until(lambda: len(told) == 2)  # told by itself, though no other thread does anything
+        now = stream.statistics()
+        assert now.state is State.STALLED
+        assert now.reason is not None
+        assert now.reason.startswith("frame 1 has been in inference for 0.")
+        assert stream.submit(frame(2)) == 2  # waits, as ever
+        assert stream.latest() is None  # nothing old is shown meanwhile
+        bench.end(1)
+        until(lambda: len(told) == 3)
+        bench.release()
+    assert [state for state, _ in told] == [State.READY, State.STALLED, State.READY, State.CLOSED]
+    assert stream.statistics().reason is None
+
+
+def test_single_engine_errors_cost_one_frame_each(caplog: pytest.LogCaptureFixture) -> None:
+    wrong = RuntimeError("CUDA error 700")
+    with caplog.at_level(logging.WARNING):
+        stream, seen, states = run(Scripted([wrong, None, wrong, wrong, None]), 6, errors_before_restart=3)
+    assert [result.error for result in seen] == [
+        None if number in (2, 5, 6) else "RuntimeError: CUDA error 700" for number in range(1, 7)
+    ]
+    end = stream.statistics()
+    assert (end.processed, end.failed, end.restarts) == (3, 3, 0)
+    assert end.last_error == "frame 4: RuntimeError: CUDA error 700"
+    assert end.stages["inference"].count == 3
+    assert states == [State.READY, State.CLOSED]
+    assert len(caplog.records) == 1  # the first; the others within a minute are only counted
+
+
+def test_errors_in_a_row_open_the_segmenter_again() -> None:
+    wrong = RuntimeError("lost")
+    segmenter = Scripted([wrong, wrong, None])
+    stream, seen, _ = run(segmenter, 4, errors_before_restart=2)
+    assert (segmenter.opened, segmenter.closed) == (2, 2)
+    end = stream.statistics()
+    assert (end.processed, end.failed, end.restarts) == (2, 2, 1)
+    assert [result.frame_id for result in seen] == [1, 2, 3, 4]
+
+
+def test_an_engine_that_keeps_failing_fails_the_stream() -> None:
+    segmenter = Scripted([RuntimeError("dead")])
+    stream, seen, states = run(segmenter, 30, errors_before_restart=2, max_restarts=3)
+    end = stream.statistics()
+    assert (segmenter.opened, segmenter.closed) == (4, 4)
+    assert (end.failed, end.processed, end.restarts) == (8, 0, 3)
+    assert end.reason == "2 frames in a row failed: RuntimeError: dead; 3 restarts did not help"
+    assert end.dropped_because == {"stream failed": 22}
+    assert len(seen) == 8
+    assert states[-2:] == [State.FAILED, State.CLOSED]
+
+
+def test_a_frame_that_succeeds_makes_restarts_count_from_zero() -> None:
+    wrong = RuntimeError("flaky")
+    segmenter = Scripted([wrong, None, wrong, None, wrong, None])
+    stream, _, _ = run(segmenter, 8, errors_before_restart=1, max_restarts=1)
+    end = stream.statistics()
+    assert (end.processed, end.failed, end.restarts) == (5, 3, 3)
+
+
+def test_frames_outside_the_contract_never_restart_anything() -> None:
+    stream, _, states = run(Scripted([ContractError("too small")]), 20, errors_before_restart=1, max_restarts=0)
+    end = stream.statistics()
+    assert (end.failed, end.restarts) == (20, 0)
+    assert State.FAILED not in states
+
+
+@pytest.mark.parametrize("death", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_a_worker_that_dies_is_replaced(death: BaseException) -> None:
+    segmenter = Scripted([None, death, None])
+    stream, seen, _ = run(segmenter, 4)
+    end = stream.statistics()
+    assert (end.processed, end.failed, end.restarts) == (3, 1, 1)
+    assert seen[1].error is not None
+    assert seen[1].error.startswith(f"the worker died in inference: {type(death).__name__}")
+    assert (segmenter.opened, segmenter.closed) == (2, 2)
+
+
+def test_a_restart_that_helps_makes_the_stream_ready_again() -> None:
+    segmenter, told = Scripted([SystemExit(), None]), list[State]()
+    with Stream(segmenter.open, on_state=lambda state, _: told.append(state)) as stream:
+        stream.wait_ready()
+        stream.submit(frame(1))
+        until(lambda: segmenter.opened == 2)
+        until(lambda: stream.state is State.READY)
+        until(lambda: bool(told) and told[-1] is State.READY)
+    assert stream.statistics().reason is None
+
+
+def test_a_worker_that_keeps_dying_fails_the_stream() -> None:
+    stream, _, states = run(Scripted([SystemExit()]), 10, max_restarts=2)
+    end = stream.statistics()
+    assert (end.failed, end.restarts) == (3, 2)
+    assert end.reason is not None
+    assert end.reason.endswith("2 restarts did not help")
+    assert states[-2] is State.FAILED
+
+
+def test_restarting_is_a_stall_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "BACK_OFF_S", 60.0)
+    monkeypatch.setattr(worker, "MAX_BACK_OFF_S", 60.0)
+    stream = Stream(Scripted([SystemExit(), None]).open)
+    stream.wait_ready()
+    stream.submit(frame(1))
+    until(lambda: stream.state is State.STALLED)
+    now = stream.statistics()
+    assert now.reason == "a worker is being restarted: the worker died in inference: SystemExit: no message"
+    assert (now.restarts, now.failed) == (1, 1)
+    assert stream.close(timeout_s=5)  # nothing waits: no reason to sit the pause out
+    check_ended(stream)
+
+
+def test_openings_are_tried_again_after_a_restart() -> None:
+    lost = RuntimeError("device lost")
+    segmenter = Scripted([None, SystemExit(), None], [None, lost, lost, None])
+    stream, _, _ = run(segmenter, 4, max_restarts=3)
+    end = stream.statistics()
+    assert (segmenter.attempts, segmenter.opened) == (4, 2)
+    assert (end.processed, end.failed, end.restarts) == (3, 1, 3)
+    segmenter = Scripted([None, SystemExit(), None], [None, lost])
+    stream, _, states = run(segmenter, 4, max_restarts=2)
+    assert stream.statistics().reason == (
+        "the segmenter could not be opened: RuntimeError: device lost; 2 restarts did not help"
+    )
+    assert states[-2] is State.FAILED
+
+
+def test_want_of_memory_fails_frames_and_never_the_stream() -> None:
+    segmenter = Scripted([*[MemoryError("Unable to allocate 8.00 TiB")] * 12, None])
+    stream, seen, states = run(segmenter, 14, errors_before_restart=2, max_restarts=1)
+    end = stream.statistics()
+    assert (end.processed, end.failed) == (2, 12)
+    assert end.restarts == 6  # opening again gives back what the runtime held
+    assert seen[0].error is not None
+    assert seen[0].error.startswith("not enough memory (Unable to allocate 8.00 TiB); use smaller frames")
+    assert State.FAILED not in states
+
+
+def test_closing_a_broken_segmenter_may_raise() -> None:
+    class Broken(Scripted):
+        def close(self) -> None:
+            super().close()
+            raise RuntimeError("already destroyed")
+
+    stream, _, _ = run(Broken([SystemExit(), None]), 3)
+    assert (stream.statistics().processed, stream.statistics().restarts) == (2, 1)
+
+
+def test_an_exception_that_cannot_be_printed() -> None:
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    _, seen, _ = run(Scripted([Unprintable(), None]), 2)
+    assert [result.error for result in seen] == ["Unprintable: no readable message", None]
+
+
+def test_given_sizes_are_run_before_ready() -> None:
+    sizes = list[tuple[int, ...]]()
+
+    class Sized(Immediate):
+        def segment(self, image: Any, /) -> Any:
+            sizes.append(image.shape)
+            return result_of(frame(1))
+
+    with Stream(Sized, warm_up=[(8, 16), (4, 4)], policy="block") as stream:
+        assert stream.wait_ready() is State.READY
+        assert sizes == [(8, 16)] * worker.WARM_UP_RUNS + [(4, 4)] * worker.WARM_UP_RUNS
+        stream.submit(frame(1))
+    assert stream.statistics().stages["inference"].count == 1  # a warm-up is no frame
+
+
+def test_without_sizes_a_waiting_frame_gives_one() -> None:
+    sizes, go_on = list[tuple[int, ...]](), threading.Event()
+
+    class Sized(Immediate):
+        def segment(self, image: Any, /) -> Any:
+            sizes.append((*image.shape, int(image.max())))
+            return result_of(frame(1))
+
+    def late() -> Sized:
+        go_on.wait()
+        return Sized()
+
+    with Stream(late, policy="block") as stream:
+        stream.submit(np.full((5, 7), 9, np.uint8))
+        go_on.set()
+    assert sizes == [(5, 7, 0), (5, 7, 9)]
+
+
+@pytest.mark.parametrize("first", [np.zeros((3, 3, 3, 3), np.uint8), None, np.zeros((2, 0))])
+def test_a_first_frame_that_is_none_does_not_spoil_the_start(first: Any) -> None:
+    go_on = threading.Event()
+
+    def late() -> Immediate:
+        go_on.wait()
+        return Immediate()
+
+    with Stream(late, policy="block") as stream:
+        stream.submit(first)
+        go_on.set()
+        assert stream.wait_ready() is State.READY
+    assert stream.statistics().failed == 1
+
+
+def test_a_warm_up_that_fails_is_an_opening_that_fails() -> None:
+    segmenter = Scripted([ContractError("height 7 is outside this model's range")])
+    segmenter.warm_ups_count = True
+    with Stream(segmenter.open, warm_up=[(1, 2)]) as stream:
+        assert stream.wait_ready() is State.FAILED
+    assert stream.statistics().reason == "the segmenter could not be opened: height 7 is outside this model's range"
+    assert (segmenter.opened, segmenter.closed) == (1, 1)
+
+
+def _niceness(of_thread: Callable[[], int]) -> int:
+    return os.getpriority(os.PRIO_PROCESS, of_thread())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness belongs to threads on Linux only")
+@pytest.mark.parametrize("nice", [0, 3, 19])
+def test_workers_and_their_runtimes_step_back(nice: int) -> None:
+    mine = _niceness(threading.get_native_id)
+    found = list[int]()
+
+    def opening() -> Immediate:
+        found.append(_niceness(threading.get_native_id))
+        child = threading.Thread(target=lambda: found.append(_niceness(threading.get_native_id)))
+        child.start()
+        child.join()
+        return Immediate()
+
+    with Stream(opening, nice=nice, on_result=lambda _: found.append(_niceness(threading.get_native_id))) as stream:
+        stream.submit(frame(1))
+    expected = min(mine + nice, 19)
+    assert found == [expected, expected, mine]  # callbacks are the caller's own work
+    assert _niceness(threading.get_native_id) == mine
+
+
+def test_a_system_that_forbids_niceness_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: int) -> None:
+        raise PermissionError("seccomp")
+
+    monkeypatch.setattr(os, "setpriority", forbidden)
+    with Stream(Immediate, nice=5) as stream:
+        assert stream.wait_ready() is State.READY
+
+
+def test_the_shipped_model_on_a_real_micrograph(sem_data: Path) -> None:
+    """An engine that breaks in the middle of real frames: the others get the same labels as ever."""
+    pytest.importorskip("onnxruntime")
+    from hpddrnet_trt.data.micrograph import read_micrograph
+    from hpddrnet_trt.segmenter import Segmenter, load_segmenter
+
+    picture = next(iter(sorted((sem_data / "nasa-super1").rglob("*.tif*"))), None) or next(
+        path for path in sorted((sem_data / "nasa-super1").rglob("*.png")) if "mask" not in str(path)
+    )
+    pixels = read_micrograph(picture).pixels[:96, :136]
+    calls = list[float]()
+
+    class Breaking:
+        def __init__(self) -> None:
+            self._segmenter: Segmenter = load_segmenter("nasa-super1", engine="onnxruntime", threads=1)
+
+        def segment(self, image: Any, /) -> Any:
+            calls.append(time.monotonic())
+            if len(calls) == 3:
+                raise SystemExit
+            return self._segmenter.segment(image)
+
+        def close(self) -> None:
+            self._segmenter.close()
+
+    with load_segmenter("nasa-super1", engine="onnxruntime", threads=1) as plain:
+        expected = plain.segment(pixels).labels
+    seen = list[StreamResult]()
+    with Stream(Breaking, policy="block", on_result=seen.append) as stream:
+        assert stream.wait_ready() is State.READY
+        for _ in range(5):
+            stream.submit(pixels)
+    assert [result.error is None for result in seen] == [True, True, False, True, True]
+    for result in seen:
+        if result.segmentation is not None:
+            np.testing.assert_array_equal(result.segmentation.labels, expected)
+    assert stream.statistics().restarts == 1

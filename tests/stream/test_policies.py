@@ -1,0 +1,330 @@
+"""What happens to a frame that comes when others wait, and to frames that are none."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.stream import Policy, Stream, StreamResult
+from tests.stream.fakes import Bench, Immediate, check_ended, frame, number_of, until
+from tests.toy import ToyEngine, grey_image
+
+
+def test_latest_keeps_only_the_newest_waiting_frame() -> None:
+    bench, seen = Bench(), list[StreamResult]()
+    with Stream(bench.open, policy="latest", on_result=seen.append) as stream:
+        assert stream.submit(frame(1), "first") == 1
+        assert bench.wait_begun() == 1
+        assert [stream.submit(frame(number), f"tag {number}") for number in (2, 3, 4)] == [2, 3, 4]
+        now = stream.statistics()
+        assert (now.dropped_because, now.pending) == ({"replaced": 2}, 2)
+        bench.end(1)
+        until(lambda: len(seen) == 1)
+        bench.release()
+    assert [(result.frame_id, result.tag, number_of(result.segmentation)) for result in seen] == [
+        (1, "first", 1), (4, "tag 4", 4),
+    ]  # fmt: skip
+    assert seen[0].submitted_s <= seen[0].started_s <= seen[0].finished_s
+    assert seen[0].latency_s == seen[0].finished_s - seen[0].submitted_s <= seen[0].age_s()
+    check_ended(stream)
+
+
+def test_latest_drops_the_oldest_of_several_that_wait() -> None:
+    bench, seen = Bench(), list[StreamResult]()
+    with Stream(bench.open, policy="latest", capacity=2, on_result=seen.append) as stream:
+        stream.submit(frame(1))
+        bench.wait_begun()
+        for number in (2, 3, 4):
+            stream.submit(frame(number))
+        bench.end(1)
+        until(lambda: len(seen) == 1)
+        bench.end(3)
+        until(lambda: len(seen) == 2)
+        bench.release()
+    assert [result.frame_id for result in seen] == [1, 3, 4]
+
+
+def test_reject_turns_the_new_frame_away() -> None:
+    bench, seen = Bench(), list[StreamResult]()
+    with Stream(bench.open, policy="reject", capacity=2, on_result=seen.append) as stream:
+        stream.submit(frame(1))
+        bench.wait_begun()
+        assert [stream.submit(frame(number)) for number in (2, 3, 4, 5)] == [2, 3, None, None]
+        bench.release()
+        until(lambda: len(seen) == 3)
+        assert stream.submit(frame(6)) == 6
+    assert [number_of(result.segmentation) for result in seen] == [1, 2, 3, 6]
+    assert stream.statistics().dropped_because == {"rejected": 2}
+    check_ended(stream)
+
+
+def test_block_waits_for_room_and_loses_nothing() -> None:
+    bench, seen, entered = Bench(), list[StreamResult](), list[int | None]()
+
+    def produce() -> None:
+        entered.extend(stream.submit(frame(number)) for number in range(1, 6))
+
+    with Stream(bench.open, policy="block", capacity=1, on_result=seen.append) as stream:
+        producer = threading.Thread(target=produce)
+        producer.start()
+        bench.wait_begun()
+        until(lambda: stream.statistics().pending == 2)
+        producer.join(0.05)
+        assert producer.is_alive()
+        assert stream.statistics().submitted == 2  # a call that waits for room is not counted yet
+        bench.release()
+        producer.join()
+    assert entered == [1, 2, 3, 4, 5]
+    assert [number_of(result.segmentation) for result in seen] == [1, 2, 3, 4, 5]
+    assert stream.statistics().dropped == 0
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_producer_that_waits_is_woken_by_closing(drain: bool) -> None:
+    bench, entered = Bench(), list[int | None]()
+    stream = Stream(bench.open, policy="block", capacity=1)
+    stream.submit(frame(1))
+    bench.wait_begun()
+    stream.submit(frame(2))
+    producers = [threading.Thread(target=lambda: entered.append(stream.submit(frame(3)))) for _ in range(3)]
+    for producer in producers:
+        producer.start()
+    closer = threading.Thread(target=lambda: entered.append(stream.close(drain=drain)))
+    closer.start()
+    for producer in producers:  # before there is room
+        producer.join()
+    assert entered == [None, None, None]
+    bench.release()
+    closer.join()
+    assert entered[3] is True
+    assert stream.statistics().dropped_because == {"closed": 3 if drain else 4}
+    check_ended(stream)
+
+
+@pytest.mark.parametrize("policy", ["latest", "block", "reject"])
+def test_a_closed_stream_counts_what_it_turns_away(policy: Policy) -> None:
+    stream = Stream(Immediate, policy=policy)
+    assert stream.close()
+    assert [stream.submit(frame(1)), stream.submit("no frame")] == [None, None]
+    end = stream.statistics()
+    assert (end.submitted, end.dropped_because) == (2, {"closed": 2})
+
+
+@pytest.mark.parametrize("policy", ["latest", "block", "reject"])
+def test_submitting_from_the_callback_waits_for_nothing(policy: Policy) -> None:
+    """With ``block`` it would wait for room that only this thread can make."""
+    taken = list[int | None]()
+
+    def again(result: StreamResult) -> None:
+        if len(taken) < 30:
+            taken.extend(stream.submit(frame(number), copy=False) for number in (1, 2, 3))
+
+    stream = Stream(Immediate, policy=policy, capacity=1, on_result=again)
+    with stream:
+        stream.submit(frame(1))
+        until(lambda: len(taken) >= 30)
+    end = stream.statistics()
+    assert set(end.dropped_because) <= {"replaced", "rejected"}
+    assert (policy == "latest") or taken.count(None) == end.dropped_because["rejected"]
+    check_ended(stream)
+
+
+def test_the_frame_is_copied_before_submit_returns() -> None:
+    bench, seen = Bench(), list[StreamResult]()
+    with Stream(bench.open, policy="block", on_result=seen.append) as stream:
+        buffer = frame(7)
+        stream.submit(frame(1))
+        bench.wait_begun()
+        stream.submit(buffer)
+        stream.submit(Micrograph(buffer, pixel_size_m=1e-9))
+        buffer[:] = 0
+        bench.release()
+    assert [number_of(result.segmentation) for result in seen] == [1, 7, 7]
+
+
+def test_no_copy_is_made_where_it_is_not_wanted() -> None:
+    seen = list[Any]()
+
+    class Looking(Immediate):
+        def segment(self, image: Any, /) -> Any:
+            seen.append(image)
+            return super().segment(image)
+
+    given = [frame(1), Micrograph(frame(2), pixel_size_m=3e-9)]
+    with Stream(Looking, policy="block", warm_up=()) as stream:
+        stream.wait_ready()
+        for entry in given:
+            stream.submit(entry, copy=False)
+    assert seen[0] is given[0]
+    assert seen[1].pixels is given[1].pixels  # type: ignore[union-attr]
+    assert seen[1].pixel_size_m == 3e-9
+
+
+class Hostile:
+    """Looks like an array until somebody looks."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        raise RuntimeError("no shape for you")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name} for you")
+
+
+class OnDevice:
+    """An array of another library, which cannot be copied."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (8, 8), "typestr": "|u1", "data": (0, False), "version": 3}
+
+
+GOOD = grey_image(8, 12)
+BAD: dict[str, tuple[Any, str]] = {
+    "nothing": (None, "NoneType"),
+    "text": ("frame.tif", "str"),
+    "list": ([[1, 2], [3, 4]], "list"),
+    "colour": (np.zeros((8, 8, 3), np.uint8), "grey image"),
+    "a line": (np.zeros(8, np.uint8), "grey image"),
+    "empty": (np.zeros((0, 8), np.uint8), "empty"),
+    "NaN": (np.full((8, 8), np.nan, np.float32), "NaN"),
+    "infinite": (np.full((8, 8), np.inf), "NaN or infinite"),
+    "complex": (np.zeros((8, 8), np.complex64), "complex64"),
+    "signed": (np.zeros((8, 8), np.int16), "int16"),
+    "objects": (np.asarray([[object()]]), "object"),
+    "a record": (np.zeros((8, 8), [("a", "u1")]), "expected pixels"),
+    "masked": (np.ma.masked_equal(np.zeros((8, 8), np.uint8), 0), "masked array"),
+    "bomb": (np.broadcast_to(np.uint8(0), (1 << 20, 1 << 20)), "too large"),
+    "wide bomb": (np.broadcast_to(np.zeros((), "V1000000"), (1 << 10, 1 << 10)), "too large"),
+    "micrograph of nothing": (Micrograph(None, None), "NoneType"),  # type: ignore[arg-type]
+    "hostile": (Hostile(), "no "),
+    "device array": (OnDevice(), "copy=False"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_frame_fails_readably(name: str) -> None:
+    given, words = BAD[name]
+    with Stream(lambda: Segmenter(ToyEngine()), policy="block") as stream:
+        assert stream.submit(given, name) == 1
+        assert stream.submit(GOOD) == 2
+        bad, good = islice(stream.results(), 2)
+    assert (bad.tag, bad.segmentation) == (name, None)
+    assert bad.error is not None
+    assert words in bad.error
+    assert "Traceback" not in bad.error
+    assert good.error is None
+    end = stream.statistics()
+    assert (end.processed, end.failed, end.restarts) == (1, 1, 0)
+
+
+def _read_only() -> Any:
+    pixels = GOOD.copy()
+    pixels.flags.writeable = False
+    return pixels
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(_read_only(), id="read-only"),
+        pytest.param(np.repeat(GOOD, 2, axis=1)[:, ::2], id="strided"),
+        pytest.param(np.asfortranarray(GOOD), id="column-major"),
+        pytest.param(GOOD[::-1][::-1], id="negative strides"),
+        pytest.param(Micrograph(GOOD, pixel_size_m=2e-9), id="micrograph"),
+    ],
+)
+def test_any_layout_of_pixels_is_a_frame(given: Any, copy: bool) -> None:
+    with Segmenter(ToyEngine()) as plain:
+        expected = plain.segment(GOOD).labels
+    with Stream(lambda: Segmenter(ToyEngine()), policy="block") as stream:
+        stream.submit(given, copy=copy)
+        (result,) = islice(stream.results(), 1)
+    assert result.segmentation is not None
+    np.testing.assert_array_equal(result.segmentation.labels, expected)
+    assert result.segmentation.pixel_size_m == getattr(given, "pixel_size_m", None)
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "<f8"])
+def test_any_byte_order_is_a_frame(dtype: str) -> None:
+    with Segmenter(ToyEngine(), window=(0, 255)) as plain:
+        expected = plain.segment(GOOD.astype(np.float32)).labels
+    with Stream(lambda: Segmenter(ToyEngine(), window=(0, 255)), policy="block") as stream:
+        stream.submit(GOOD.astype(dtype))
+        (result,) = islice(stream.results(), 1)
+    assert result.segmentation is not None
+    np.testing.assert_array_equal(result.segmentation.labels, expected)
+
+
+class Tensor:
+    """An array of another library that copies itself, as torch and cupy do."""
+
+    def __init__(self, pixels: Any) -> None:
+        self.pixels = pixels
+
+    def __dlpack__(self) -> Any:
+        raise NotImplementedError
+
+    def clone(self) -> Any:
+        return self.pixels.copy()
+
+
+def test_a_foreign_array_is_copied_by_its_own_library() -> None:
+    seen = list[StreamResult]()
+    with Stream(Immediate, policy="block", on_result=seen.append) as stream:
+        stream.submit(Tensor(frame(5)))
+    assert number_of(seen[0].segmentation) == 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"policy": "fastest"}, "latest, block, reject"),
+        ({"workers": 0}, "workers"),
+        ({"capacity": 0}, "capacity"),
+        ({"errors_before_restart": 0}, "errors_before_restart"),
+        ({"max_restarts": -1}, "max_restarts"),
+        ({"nice": 20}, "nice"),
+        ({"stall_after_s": 0}, "stall_after_s"),
+        ({"stall_after_s": float("nan")}, "stall_after_s"),
+        ({"warm_up": [(0, 8)]}, "warm_up"),
+    ],
+)
+def test_parameters_that_make_no_sense(wrong: dict[str, Any], words: str) -> None:
+    before = threading.active_count()
+    with pytest.raises(UsageError, match=words):
+        Stream(Immediate, **wrong)
+    assert threading.active_count() == before
+
+
+def test_several_streams_beside_each_other() -> None:
+    seen: tuple[list[StreamResult], list[StreamResult]] = ([], [])
+    with Stream(partial(Immediate, 0.001), policy="block", on_result=seen[0].append) as first, \
+            Stream(Immediate, policy="block", on_result=seen[1].append) as second:  # fmt: skip
+        for number in range(1, 21):
+            first.submit(frame(number))
+            second.submit(frame(1000 + number))
+    for results, start in zip(seen, (0, 1000), strict=True):
+        assert [number_of(result.segmentation) for result in results] == list(range(start + 1, start + 21))
+
+
+def test_no_memory_for_the_copy_fails_the_frame() -> None:
+    class Huge(Tensor):
+        def clone(self) -> Any:
+            raise MemoryError("Unable to allocate 1.00 TiB")
+
+    with Stream(Immediate, policy="block") as stream:
+        assert stream.submit(Huge(None)) == 1
+        (result,) = islice(stream.results(), 1)
+    assert result.error is not None
+    assert result.error.startswith("not enough memory (Unable to allocate 1.00 TiB)")
+    assert stream.statistics().restarts == 0
