@@ -1,0 +1,381 @@
+"""Segmentation beside a live acquisition: `python benchmarks/live.py --source openfibsem --frames FOLDER --output FILE`
+
+A simulated microscope acquires as fast as it can, in windows with and without our stream attached; the two
+windows of a pair follow each other at once and their order alternates, so that a drift of the machine does
+not look like an effect. Says what became of every frame (submitted, processed, dropped, failed), how long
+each stage took, how old the labels are that a display polling 20 times a second holds, and what the stream
+costs the acquisition: the ratio of the frame rates with and without it.
+
+The simulated microscope is Python on the processor, in this very process: the worst neighbour that an engine
+on the processor can have. On a PC with two cores leave it one and come second: `--engine openvino --threads 1
+--nice 19 --opencv-threads 1` (the simulation filters its pictures with OpenCV, which by default takes all
+cores for it without becoming faster).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel
+
+from hpddrnet_trt import load_segmenter
+from hpddrnet_trt.benchmark.machine import CpuMeter, Machine, busy_warnings, describe_machine
+from hpddrnet_trt.data.datasets import image_files
+from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.errors import UsageError, UserError
+from hpddrnet_trt.files import write_text
+from hpddrnet_trt.integrations.fibsem import LiveSegmentation, replay_microscope
+from hpddrnet_trt.provenance import command_line
+from hpddrnet_trt.stream import State, Stream
+
+POLLS_PER_S = 20.0  # of a display
+ALLOWED_LOSS = 0.02  # of the acquisition's rate
+PERCENTILES = (50, 95, 99, 100)
+FRAMES = 20  # different pictures, shown in turn
+RESAMPLES = 10_000
+FIRST_FRAME_S = 30.0  # within which a source must give one
+OPENING_S = 300.0  # within which the model must be ready
+
+
+class Source(Protocol):
+    """Something that acquires. May also have ``thread_ms``, see :func:`thread_milliseconds`, of its last window."""
+
+    name: str
+
+    def acquire(self, seconds: float, stream: Stream | None) -> int:
+        """Acquire at the top rate, each frame into ``stream`` where one is given; frames in those seconds."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OpenFibsemSource:
+    """OpenFIBSEM's simulated microscope without its delays, replaying micrographs of one size."""
+
+    def __init__(self, folder: Path) -> None:
+        pictures = [to_grey8(read_micrograph(path).pixels)[0] for path in image_files(folder)[:FRAMES]]
+        self._folder = tempfile.TemporaryDirectory()
+        os.environ["FIBSEM_SIM_NO_DELAY"] = "1"
+        try:
+            self._microscope = replay_microscope(pictures, self._folder.name)
+        except UserError:
+            self._folder.cleanup()
+            raise
+        from fibsem.structures import BeamType
+
+        self._beam = BeamType.ELECTRON
+        self._microscope.sem_acquisition_signal.connect(self._count)
+        self._frames, self._first = 0, threading.Event()
+        height, width = pictures[0].shape
+        self.name = f"OpenFIBSEM DemoMicroscope, {width}x{height}, {len(pictures)} micrographs"
+        self.thread_ms: dict[str, float] | None = None
+
+    def _count(self, image: Any) -> None:
+        self._frames += 1
+        self._first.set()
+
+    def acquire(self, seconds: float, stream: Stream | None) -> int:
+        live = None if stream is None else LiveSegmentation(stream, self._microscope)
+        if live is not None:
+            live.connect()
+        self._first.clear()
+        self._microscope.start_acquisition(self._beam)
+        try:
+            if not self._first.wait(FIRST_FRAME_S):
+                raise UserError(f"{self.name} gave no frame within {FIRST_FRAME_S:.0f} s; see its log")
+            thread = self._microscope._acquisition_thread.native_id
+            began, before, at_start = time.monotonic(), self._frames, thread_milliseconds(thread)
+            time.sleep(seconds)
+            frames, lasted, at_end = self._frames - before, time.monotonic() - began, thread_milliseconds(thread)
+            self.thread_ms = _per_frame(at_start, at_end, lasted * 1000, frames)
+        finally:
+            self._microscope.stop_acquisition()
+            if live is not None:
+                live.disconnect()
+        return frames
+
+    def close(self) -> None:
+        self._microscope.sem_acquisition_signal.disconnect(self._count)
+        self._microscope.disconnect()
+        self._folder.cleanup()
+
+
+def thread_milliseconds(thread: int | None) -> tuple[float, float] | None:
+    """Time that a thread of this process has run and has waited for a core, by Linux; None elsewhere."""
+    try:
+        ran, waited, _ = Path(f"/proc/self/task/{thread}/schedstat").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return int(ran) / 1e6, int(waited) / 1e6
+
+
+def _per_frame(
+    start: tuple[float, float] | None, end: tuple[float, float] | None, lasted_ms: float, frames: int
+) -> dict[str, float] | None:
+    """Where the acquiring thread's time went, per frame. ``blocked``: locks (the interpreter's too) and files."""
+    if start is None or end is None or not frames:
+        return None
+    ran, waited = end[0] - start[0], end[1] - start[1]
+    parts = {"running": ran, "waiting_for_a_core": waited, "blocked": max(0.0, lasted_ms - ran - waited)}
+    return {name: round(value / frames, 4) for name, value in parts.items()}
+
+
+class Display:
+    """Polls a stream's newest result like a viewer and notes how old what it shows is, while in its block."""
+
+    def __init__(self, stream: Stream, polls_per_s: float = POLLS_PER_S) -> None:
+        self._stream, self._pause = stream, 1 / polls_per_s
+        self._end, self._thread = threading.Event(), threading.Thread(target=self._poll, daemon=True)
+        self.ages_s: list[float] = []
+        self.shown = 0
+        self.runtime: str | None = None
+
+    def _poll(self) -> None:
+        submitted_s: float | None = None
+        while not self._end.wait(self._pause):
+            newest = self._stream.latest()
+            if newest is not None and newest.segmentation is not None:
+                submitted_s = newest.submitted_s
+                self.shown += 1
+                made_by = newest.segmentation.provenance
+                self.runtime = None if made_by is None else made_by.engine
+            if submitted_s is not None:
+                self.ages_s.append(time.monotonic() - submitted_s)
+
+    def __enter__(self) -> Display:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+class Window(BaseModel):
+    """One stretch of acquisition. ``thread_ms``: per frame, see :func:`_per_frame`."""
+
+    attached: bool
+    seconds: float
+    frames: int
+    thread_ms: dict[str, float] | None
+
+    @property
+    def rate(self) -> float:
+        return self.frames / self.seconds
+
+
+class RateRatio(BaseModel):
+    """Frames per second with and without the stream: medians of windows, and the paired ratio with its interval."""
+
+    with_stream: float
+    without_stream: float
+    ratio: float  # median over pairs of neighbouring windows
+    interval_95: tuple[float, float]  # bootstrap of that median over the pairs
+    allowed: float = 1 - ALLOWED_LOSS
+    held: bool  # the ratio is not below what is allowed
+
+
+class Shown(BaseModel):
+    """What a display saw: results, and milliseconds since the frame of the shown one was submitted, at each poll."""
+
+    results: int
+    age_ms: dict[str, float]
+    runtime: str | None  # of the newest result
+
+
+class LiveResult(BaseModel):
+    """What a run found."""
+
+    command: str
+    source: str
+    model: str
+    policy: str
+    nice: int
+    opencv_threads: int
+    machine: Machine
+    warnings: list[str]
+    acquisition: RateRatio
+    thread_ms: dict[str, dict[str, float]]  # medians of windows, with and without
+    display: Shown
+    balanced: bool
+    stream: dict[str, Any]  # the stream's own statistics at its end; percentiles are of its most recent frames
+    windows: list[Window]
+
+
+def rate_ratio(windows: Sequence[Window], seed: int = 0) -> RateRatio:
+    """Compare neighbouring windows: ``windows`` come in pairs, one attached and one not, in any order.
+
+    The interval is the percentile bootstrap (Efron 1979) of the median over pairs.
+    """
+    pairs = list(zip(windows[::2], windows[1::2], strict=True))
+    if not pairs or any(first.attached == second.attached for first, second in pairs):
+        raise UsageError("windows must come in pairs, one with and one without the stream")
+    attached = np.asarray([next(window.rate for window in pair if window.attached) for pair in pairs])
+    alone = np.asarray([next(window.rate for window in pair if not window.attached) for pair in pairs])
+    if not alone.all():
+        raise UserError("the source gave no frames in a window; make the windows longer")
+    ratios = attached / alone
+    chosen = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[chosen], axis=1), (2.5, 97.5))
+    ratio = float(np.median(ratios))
+    return RateRatio(
+        with_stream=float(np.median(attached)), without_stream=float(np.median(alone)), ratio=ratio,
+        interval_95=(float(low), float(high)), held=ratio >= 1 - ALLOWED_LOSS,
+    )  # fmt: skip
+
+
+def measure(
+    source: Source, stream: Stream, *, pairs: int, seconds: float, warm_up_s: float
+) -> tuple[list[Window], Shown]:
+    """Windows with and without the stream by turns."""
+    source.acquire(warm_up_s, stream)
+    settle(stream)
+    windows: list[Window] = []
+    displays: list[Display] = []
+    for pair in range(pairs):
+        for attached in (True, False) if pair % 2 else (False, True):
+            if attached:
+                with Display(stream) as display:
+                    frames = source.acquire(seconds, stream)
+                displays.append(display)
+                settle(stream)  # or its last inference would run into the window without
+            else:
+                frames = source.acquire(seconds, None)
+            parts = getattr(source, "thread_ms", None)
+            windows.append(Window(attached=attached, seconds=seconds, frames=frames, thread_ms=parts))
+    ages = [age for display in displays for age in display.ages_s]
+    shown = sum(display.shown for display in displays)
+    return windows, Shown(results=shown, age_ms=milliseconds(ages), runtime=displays[-1].runtime)
+
+
+def settle(stream: Stream, timeout_s: float = 30.0) -> None:
+    """Wait until the stream holds no frame, and forget its newest result."""
+    end = time.monotonic() + timeout_s
+    while stream.statistics().pending:
+        if time.monotonic() > end:
+            raise UserError(f"the stream still holds frames after {timeout_s:.0f} s: {stream.statistics()}")
+        time.sleep(0.01)
+    stream.latest()
+
+
+def milliseconds(ages_s: Sequence[float]) -> dict[str, float]:
+    """Percentiles of ages, NaN without any."""
+    values: npt.NDArray[np.float64] = np.asarray(ages_s or [float("nan")]) * 1000
+    return {"max" if share == 100 else f"p{share}": float(np.percentile(values, share)) for share in PERCENTILES}
+
+
+def open_source(name: str, folder: Path) -> Source:
+    if name == "openfibsem":
+        return OpenFibsemSource(folder)
+    # A neighbour of this script, which is not part of the installed package.
+    made: Source = importlib.import_module("micromanager_source").MicroManagerSource(folder)
+    return made
+
+
+def run(options: argparse.Namespace) -> LiveResult:
+    """One measurement, from opening the source to the result."""
+    if options.opencv_threads:
+        cv2.setNumThreads(options.opencv_threads)
+    machine, meter = describe_machine(), CpuMeter()
+    own = {} if options.threads is None else {"threads": options.threads}
+    opener = partial(load_segmenter, options.model, engine=options.engine, **own)
+    with (
+        closing(open_source(options.source, options.frames)) as source,
+        Stream(opener, policy=options.policy, nice=options.nice) as stream,
+    ):
+        stream.wait_ready(OPENING_S)
+        _require_ready(stream)
+        pairs = max(1, round(options.seconds / options.window))
+        windows, display = measure(source, stream, pairs=pairs, seconds=options.window, warm_up_s=options.warm_up)
+        _require_ready(stream)
+        stream.close()
+        found, name = stream.statistics(), source.name
+    return LiveResult(
+        command=command_line(), source=name, model=options.model, policy=options.policy, nice=options.nice,
+        opencv_threads=cv2.getNumThreads(), machine=machine,
+        warnings=[*machine.warnings, *busy_warnings(meter.others(), "during the run")],
+        acquisition=rate_ratio(windows), thread_ms=_medians(windows), display=display,
+        balanced=found.submitted == found.processed + found.dropped + found.failed + found.pending,
+        stream=found.as_dict(), windows=windows,
+    )  # fmt: skip
+
+
+def _require_ready(stream: Stream) -> None:
+    found = stream.statistics()
+    if found.state is not State.READY:
+        raise UserError(f"the stream is {found.state.value}: {found.reason}")
+
+
+def _medians(windows: Sequence[Window]) -> dict[str, dict[str, float]]:
+    medians = {}
+    for name, attached in (("with", True), ("without", False)):
+        chosen = [window.thread_ms for window in windows if window.attached == attached and window.thread_ms]
+        if chosen:
+            medians[name] = {part: median(each[part] for each in chosen) for part in chosen[0]}
+    return medians
+
+
+def summary(result: LiveResult) -> str:
+    """The result in a few lines."""
+    rates, stream = result.acquisition, result.stream
+    low, high = rates.interval_95
+    counts = ", ".join(f"{stream[name]} {name}" for name in ("submitted", "processed", "dropped", "failed", "pending"))
+    stages = {name: {part: times[f"{part}_ms"] for part in ("p50", "p95", "p99")}
+              for name, times in stream["stages"].items()}
+    lines = [
+        f"{result.source}; {result.model} on {result.display.runtime}; {len(result.windows)} windows",
+        f"frames: {counts} ({'balanced' if result.balanced else 'NOT BALANCED'})",
+        *(
+            f"{name}: p50 {times['p50']:.1f}, p95 {times['p95']:.1f}, p99 {times['p99']:.1f} ms"
+            for name, times in {**stages, "age on display": result.display.age_ms}.items()
+        ),
+        f"acquisition: {rates.with_stream:.1f} frames/s with, {rates.without_stream:.1f} without; "
+        f"ratio {rates.ratio:.4f} [{low:.4f}, {high:.4f}], {'held' if rates.held else 'MISSED'} ({rates.allowed:.2f})",
+        *(f"acquiring thread {name}, ms per frame: {parts}" for name, parts in result.thread_ms.items()),
+        *(f"warning: {warning}" for warning in result.warnings),
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", choices=("openfibsem", "micromanager"), required=True)
+    parser.add_argument("--frames", type=Path, required=True, help="folder of micrographs of one size, to be replayed")
+    parser.add_argument("--model", default="nasa-super1", help="model file, or the name of a shipped model")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--threads", type=int, help="of the engine")
+    parser.add_argument("--nice", type=int, default=5, help="added to the niceness of the engine's threads (Linux)")
+    parser.add_argument("--opencv-threads", type=int, help="of OpenCV in this process, so also of the simulation")
+    parser.add_argument("--policy", choices=("latest", "reject"), default="latest")
+    parser.add_argument("--seconds", type=float, default=120, help="with the stream attached; as long again without")
+    parser.add_argument("--window", type=float, default=10, help="seconds per window")
+    parser.add_argument("--warm-up", type=float, default=2, help="seconds before the first window")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
+    options = parser.parse_args(arguments)
+    try:
+        result = run(options)
+    except UserError as exc:
+        parser.exit(exc.exit_code, f"error: {exc}\n")
+    write_text(options.output, result.model_dump_json(indent=1) + "\n")
+    print(summary(result))
+
+
+if __name__ == "__main__":
+    main()

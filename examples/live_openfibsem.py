@@ -1,0 +1,75 @@
+"""Segment what an OpenFIBSEM microscope sees while it acquires.
+
+    python examples/live_openfibsem.py --config microscope-configuration.yaml --seconds 60
+    python examples/live_openfibsem.py --replay micrographs/ --seconds 10
+
+The first command connects to the microscope that the configuration file describes and starts its live
+acquisition; the second needs none: OpenFIBSEM's simulated microscope shows the pictures of a folder. One line per
+result: beam, age, area fractions. Needs: pip install 'hpddrnet-trt[fibsem]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fibsem import utils
+from fibsem.structures import BeamType
+
+from hpddrnet_trt import load_segmenter
+from hpddrnet_trt.data.datasets import image_files
+from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.integrations.fibsem import LiveSegmentation, replay_microscope
+from hpddrnet_trt.stream import Stream, StreamResult
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="configuration file of the microscope")
+    source.add_argument("--replay", type=Path, help="folder of micrographs of one size, instead of a microscope")
+    parser.add_argument("--beam", choices=("electron", "ion"), default="electron")
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--model", default="nasa-super1", help="a model that comes with the package, or a file")
+    parser.add_argument("--engine", default="auto")
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        microscope = open_microscope(arguments.config, arguments.replay, folder)
+        opener = partial(load_segmenter, arguments.model, engine=arguments.engine)
+        # "latest": a model slower than the microscope leaves frames out instead of falling behind.
+        with Stream(opener, policy="latest", on_result=show) as stream:
+            print(f"model {stream.wait_ready(120).value}")
+            with LiveSegmentation(stream, microscope, beams=(arguments.beam,)):
+                microscope.start_acquisition(BeamType[arguments.beam.upper()])
+                time.sleep(arguments.seconds)
+                microscope.stop_acquisition()
+        microscope.disconnect()
+    counts = stream.statistics()
+    print(f"{counts.submitted} frames: {counts.processed} segmented, {counts.dropped} left out, {counts.failed} failed")
+
+
+def open_microscope(config: str | None, replay: Path | None, folder: str) -> Any:
+    if replay is not None:
+        return replay_microscope([to_grey8(read_micrograph(path).pixels)[0] for path in image_files(replay)], folder)
+    microscope, _ = utils.setup_session(config_path=config)
+    return microscope
+
+
+def show(result: StreamResult) -> None:
+    """One line per frame; called on a thread of the stream, not on the acquisition's."""
+    if result.segmentation is None:
+        print(f"{result.tag.beam}  failed: {result.error}")
+        return
+    size = result.segmentation.pixel_size_m
+    scale = "pixel size unknown" if size is None else f"{size * 1e9:.3g} nm per pixel"
+    areas = ", ".join(f"{name} {fraction:.1%}" for name, fraction in result.segmentation.fractions().items())
+    print(f"{result.tag.beam}  {result.latency_s * 1e3:.0f} ms  {areas}  ({scale})")
+
+
+if __name__ == "__main__":
+    main()

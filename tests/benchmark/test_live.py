@@ -1,0 +1,160 @@
+"""Measuring live operation: the arithmetic, a source with known behaviour, and the real simulated microscope."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from benchmarks import live
+from benchmarks.live import Window, rate_ratio
+from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.stream import State, Stream
+from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
+
+
+def toy_segmenter() -> Segmenter:
+    return Segmenter(ToyEngine())
+
+
+def windows(pairs: list[tuple[int, int]], seconds: float = 2.0) -> list[Window]:
+    """Pairs of frame counts (with, without), their order alternating."""
+    made = []
+    for number, (attached, alone) in enumerate(pairs):
+        pair = [Window(attached=True, seconds=seconds, frames=attached, thread_ms=None),
+                Window(attached=False, seconds=seconds, frames=alone, thread_ms=None)]  # fmt: skip
+        made += pair if number % 2 else pair[::-1]
+    return made
+
+
+def test_the_ratio_is_paired_so_a_drifting_machine_does_not_matter() -> None:
+    found = rate_ratio(windows([(99, 100), (198, 200), (396, 400), (50, 50)]))
+    assert found.ratio == pytest.approx(0.99)
+    assert (found.with_stream, found.without_stream) == ((198 + 99) / 2 / 2, (200 + 100) / 2 / 2)
+    assert found.interval_95 == (pytest.approx(0.99), pytest.approx(1.0))
+    assert found.held
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 500)), min_size=1, max_size=12))
+def test_the_interval_holds_the_ratio_and_is_of_the_pairs(pairs: list[tuple[int, int]]) -> None:
+    found = rate_ratio(windows(pairs))
+    ratios = [attached / alone for attached, alone in pairs]
+    assert found.ratio == pytest.approx(np.median(ratios))
+    low, high = found.interval_95
+    assert min(ratios) - 1e-12 <= low <= high <= max(ratios) + 1e-12
+    assert found.held == (found.ratio >= 0.98)
+
+
+def test_windows_that_are_no_pairs_are_refused() -> None:
+    pair = windows([(1, 1)])
+    with pytest.raises(UsageError, match="in pairs"):
+        rate_ratio([pair[0], pair[0]])
+    with pytest.raises(UsageError, match="in pairs"):
+        rate_ratio([])
+
+
+def test_percentiles_of_ages() -> None:
+    assert live.milliseconds([0.1, 0.2, 0.3])["p50"] == pytest.approx(200)
+    assert live.milliseconds([0.1, 0.2, 0.3])["max"] == pytest.approx(300)
+    assert math.isnan(live.milliseconds([])["p50"])
+
+
+class KnownSource:
+    """Ten frames in each window, nine when a stream is attached, which gets ten all the same."""
+
+    name = "known"
+
+    def __init__(self) -> None:
+        self.attached: list[bool] = []
+
+    def acquire(self, seconds: float, stream: Stream | None) -> int:
+        self.attached.append(stream is not None)
+        for number in range(10):
+            if stream is not None:
+                stream.submit(grey_image(16, 16, number))
+            time.sleep(seconds / 10)
+        return 10 if stream is None else 9
+
+    def close(self) -> None:
+        raise AssertionError("the caller closes it")
+
+
+def test_windows_alternate_and_the_display_ages() -> None:
+    source = KnownSource()
+    with Stream(toy_segmenter) as stream:
+        assert stream.wait_ready(10) is State.READY
+        found, shown = live.measure(source, stream, pairs=3, seconds=0.2, warm_up_s=0.01)
+        assert stream.statistics().submitted == 40
+    assert source.attached == [True, False, True, True, False, False, True]  # the first is the warm-up
+    assert [window.attached for window in found] == source.attached[1:]
+    assert rate_ratio(found).ratio == pytest.approx(0.9)
+    assert not rate_ratio(found).held
+    assert 3 <= shown.results <= 15  # polled 20 times a second for 0.6 s in all
+    assert 0 < shown.age_ms["p50"] < 1000
+    assert shown.runtime == "numpy"
+
+
+def test_the_whole_run_with_openfibsem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fibsem")
+    pytest.importorskip("psutil")
+    monkeypatch.setenv("FIBSEM_SIM_NO_DELAY", "0")  # set by the source, put back afterwards
+    model = write_toy_onnx(tmp_path / "toy.onnx", manifest("labels"))
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for seed in range(3):
+        Image.fromarray(grey_image(48, 64, seed)).save(frames / f"{seed}.png")
+    output = tmp_path / "live.json"
+    live.main(
+        ["--source", "openfibsem", "--frames", str(frames), "--model", str(model), "--engine", "onnxruntime",
+         "--threads", "1", "--seconds", "0.5", "--window", "0.25", "--warm-up", "0.1", "--output", str(output)]
+    )  # fmt: skip
+    result = live.LiveResult.model_validate(json.loads(output.read_text()))
+    assert result.source == "OpenFIBSEM DemoMicroscope, 64x48, 3 micrographs"
+    assert [window.attached for window in result.windows] == [False, True, True, False]
+    assert all(window.frames > 5 for window in result.windows)
+    stream = result.stream
+    assert result.balanced
+    assert stream["submitted"] == stream["processed"] + stream["dropped"]
+    assert (stream["failed"], stream["pending"]) == (0, 0)
+    attached = sum(window.frames for window in result.windows if window.attached)
+    assert stream["submitted"] >= attached
+    assert result.display.results > 0
+    assert "onnxruntime" in str(result.display.runtime)
+    assert 0 < stream["stages"]["total"]["p50_ms"] <= stream["stages"]["total"]["p99_ms"]
+    if result.thread_ms:  # Linux
+        assert set(result.thread_ms["with"]) == {"running", "waiting_for_a_core", "blocked"}
+        assert result.thread_ms["with"]["running"] > 0
+    printed = capsys.readouterr().out
+    assert "balanced" in printed
+    assert "NOT" not in printed
+
+
+def test_micrographs_of_different_sizes_and_a_model_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fibsem")
+    pytest.importorskip("psutil")
+    monkeypatch.setenv("FIBSEM_SIM_NO_DELAY", "0")
+    Image.fromarray(grey_image(48, 64)).save(tmp_path / "a.png")
+    common = ["--source", "openfibsem", "--frames", str(tmp_path), "--output", str(tmp_path / "live.json"),
+              "--seconds", "0.1", "--window", "0.1", "--warm-up", "0.1"]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        live.main([*common, "--model", str(tmp_path / "none.onnx")])
+    assert ended.value.code == 1
+    assert "none.onnx" in capsys.readouterr().err
+    Image.fromarray(grey_image(48, 65)).save(tmp_path / "b.png")
+    with pytest.raises(SystemExit) as ended:
+        live.main(common)
+    assert ended.value.code == 2
+    assert "of one size" in capsys.readouterr().err
+    assert not (tmp_path / "live.json").exists()
