@@ -208,6 +208,7 @@ class LiveResult(BaseModel):
     model: str
     policy: str
     nice: int
+    max_rate: float | None
     opencv_threads: int
     machine: Machine
     warnings: list[str]
@@ -294,11 +295,12 @@ def run(options: argparse.Namespace) -> LiveResult:
     if options.opencv_threads:
         cv2.setNumThreads(options.opencv_threads)
     machine, meter = describe_machine(), CpuMeter()
-    own = {} if options.threads is None else {"threads": options.threads}
+    given = {"threads": options.threads, "precision": options.precision}
+    own = {name: value for name, value in given.items() if value is not None}
     opener = partial(load_segmenter, options.model, engine=options.engine, **own)
     with (
         closing(open_source(options.source, options.frames)) as source,
-        Stream(opener, policy=options.policy, nice=options.nice) as stream,
+        Stream(opener, policy=options.policy, nice=options.nice, max_rate=options.max_rate) as stream,
     ):
         stream.wait_ready(OPENING_S)
         _require_ready(stream)
@@ -309,7 +311,7 @@ def run(options: argparse.Namespace) -> LiveResult:
         found, name = stream.statistics(), source.name
     return LiveResult(
         command=command_line(), source=name, model=options.model, policy=options.policy, nice=options.nice,
-        opencv_threads=cv2.getNumThreads(), machine=machine,
+        max_rate=options.max_rate, opencv_threads=cv2.getNumThreads(), machine=machine,
         warnings=[*machine.warnings, *busy_warnings(meter.others(), "during the run")],
         acquisition=rate_ratio(windows), thread_ms=_medians(windows), display=display,
         balanced=found.submitted == found.processed + found.dropped + found.failed + found.pending,
@@ -361,6 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="nasa-super1", help="model file, or the name of a shipped model")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--threads", type=int, help="of the engine")
+    parser.add_argument("--precision", help="of the OpenVINO engine's floating-point layers: f32, bf16")
+    parser.add_argument("--max-rate", type=float, help="frames segmented per second, at most")
     parser.add_argument("--nice", type=int, default=5, help="added to the niceness of the engine's threads (Linux)")
     parser.add_argument("--opencv-threads", type=int, help="of OpenCV in this process, so also of the simulation")
     parser.add_argument("--policy", choices=("latest", "reject"), default="latest")

@@ -69,16 +69,19 @@ class Board:
     """The shared state of one stream.
 
     ``pushed``: results go to a callback; otherwise somebody pulls them. ``told``: there is a thread that
-    calls callbacks.
+    calls callbacks. ``spacing_s``: seconds from the start of one inference to that of the next, at least.
     """
 
     def __init__(
-        self, policy: Policy, capacity: int, workers: int, stall_after_s: float, *, pushed: bool, told: bool
-    ) -> None:
+        self, policy: Policy, capacity: int, workers: int, stall_after_s: float, *, pushed: bool, told: bool,
+        spacing_s: float = 0.0,
+    ) -> None:  # fmt: skip
         self._policy, self._capacity, self._stall_after_s = policy, capacity, stall_after_s
+        self._spacing_s, self._next_start_s = spacing_s, 0.0
         self._pushed = pushed
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)  # workers: a frame, room for its result, or the end
+        self._pace = threading.Condition(self._lock)  # workers with a frame that is to wait: only for the end
         self._room = threading.Condition(self._lock)  # blocked producers: room in the queue, or the end
         self._changed = threading.Condition(self._lock)  # everybody else: a result, a state, the end
         self._accounts = Accounts()
@@ -147,8 +150,13 @@ class Board:
         with self._lock:
             while not self.ending():
                 if self._waiting and (self._closing is not None or self._has_outlet()):
+                    now = time.monotonic()
+                    if self._closing is None and now < self._next_start_s:
+                        self._pace.wait(self._next_start_s - now)  # not woken by every frame that comes meanwhile
+                        continue
                     job = self._waiting.popleft()
-                    job.started_s = time.monotonic()
+                    job.started_s = now
+                    self._next_start_s = now + self._spacing_s
                     self._workers[worker].job = job
                     self._room.notify_all()
                     self._changed.notify_all()  # the time of a possible stall is known now
@@ -463,5 +471,5 @@ class Board:
             outbox.clear()
 
     def _wake_all(self) -> None:
-        for condition in (self._work, self._room, self._changed):
+        for condition in (self._work, self._pace, self._room, self._changed):
             condition.notify_all()

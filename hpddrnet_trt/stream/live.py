@@ -50,6 +50,9 @@ class Stream:
       Frames that the model's contract does not admit are the frames' fault and do not count.
     - ``max_restarts``: restarts in a row, each after a longer pause, without one frame that succeeds
       before the stream is FAILED. Want of memory alone never makes it so: smaller frames may come.
+    - ``max_rate``: frames that are begun per second, at most, over all workers; default: as many as the engine
+      manages. With ``latest`` the newest frame is taken when the time has come, so labels stay fresh while the
+      processor and its memory are left to acquisition. With ``block`` it slows the producer.
     - ``nice``: added to the niceness of worker threads and of the threads that their runtimes start,
       so that acquisition comes first; 0 leaves them alone. Linux only: does nothing elsewhere.
 
@@ -75,6 +78,7 @@ class Stream:
         stall_after_s: float = 10.0,
         errors_before_restart: int = 5,
         max_restarts: int = 3,
+        max_rate: float | None = None,
         nice: int = 5,
     ) -> None:
         if policy not in get_args(Policy):
@@ -87,13 +91,16 @@ class Stream:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         if not stall_after_s > 0:
             raise UsageError(f"stall_after_s must be a positive number of seconds, got {stall_after_s}")
+        if max_rate is not None and not 0 < max_rate < float("inf"):
+            raise UsageError(f"max_rate must be a positive number of frames per second, got {max_rate}")
         if max_restarts < 0 or not 0 <= nice <= 19:
             raise UsageError(f"max_restarts must not be negative and nice be 0 to 19, got {max_restarts} and {nice}")
         if any(min(size) < 1 for size in warm_up):
             raise UsageError(f"warm_up must be (height, width) of at least 1 pixel each, got {list(warm_up)}")
         self.policy: Policy = policy
         told = on_result is not None or on_state is not None
-        self._board = Board(policy, capacity, workers, stall_after_s, pushed=on_result is not None, told=told)
+        self._board = Board(policy, capacity, workers, stall_after_s, pushed=on_result is not None, told=told,
+                            spacing_s=1 / max_rate if max_rate else 0.0)  # fmt: skip
         plan = Plan(open_segmenter, tuple(warm_up), errors_before_restart, max_restarts, nice)
         self._threads: list[threading.Thread] = [
             Worker(self._board, number, plan, f"hpddrnet-worker-{number}") for number in range(workers)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.segmenter import Segmenter
 from hpddrnet_trt.stream import Policy, Stream, StreamResult
-from tests.stream.fakes import Bench, Immediate, check_ended, frame, number_of, until
+from tests.stream.fakes import PATIENCE_S, Bench, Immediate, check_ended, frame, number_of, until
 from tests.toy import ToyEngine, grey_image
 
 
@@ -297,6 +298,9 @@ def test_a_foreign_array_is_copied_by_its_own_library() -> None:
         ({"stall_after_s": 0}, "stall_after_s"),
         ({"stall_after_s": float("nan")}, "stall_after_s"),
         ({"warm_up": [(0, 8)]}, "warm_up"),
+        ({"max_rate": 0}, "max_rate"),
+        ({"max_rate": float("inf")}, "max_rate"),
+        ({"max_rate": float("nan")}, "max_rate"),
     ],
 )
 def test_parameters_that_make_no_sense(wrong: dict[str, Any], words: str) -> None:
@@ -328,3 +332,36 @@ def test_no_memory_for_the_copy_fails_the_frame() -> None:
     assert result.error is not None
     assert result.error.startswith("not enough memory (Unable to allocate 1.00 TiB)")
     assert stream.statistics().restarts == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_rate_limit_spaces_inferences_and_takes_the_newest_frame(workers: int) -> None:
+    spacing = 0.05
+    with Stream(Immediate, max_rate=1 / spacing, workers=workers) as stream:
+        stream.wait_ready(PATIENCE_S)
+        stop = time.monotonic() + 8 * spacing
+        submitted, found = 0, []
+        while time.monotonic() < stop:
+            submitted += 1
+            stream.submit(frame(submitted))
+            time.sleep(0.002)
+            if (newest := stream.latest()) is not None:
+                found.append(newest)
+        stream.close(drain=False)
+        counts = stream.statistics()
+    assert 4 <= len(found) <= 9
+    starts = [result.started_s for result in found]
+    assert min(later - earlier for earlier, later in pairwise(starts)) >= spacing
+    assert counts.dropped_because["replaced"] > submitted / 2
+    assert all(result.started_s - result.submitted_s < spacing for result in found)  # none has waited for its turn
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing_does_not_wait_for_the_rate_limit(drain: bool) -> None:
+    stream = Stream(Immediate, policy="block", capacity=3, max_rate=0.001)
+    stream.wait_ready(PATIENCE_S)
+    for number in (1, 2, 3):
+        stream.submit(frame(number))
+    assert stream.close(drain=drain, timeout_s=PATIENCE_S)
+    counts = stream.statistics()
+    assert (counts.processed == 3) if drain else (counts.processed <= 1 and counts.dropped >= 2)
