@@ -16,12 +16,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpddrnet_trt.data.datasets import image_files
-from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, Percentiles, read_micrograph, to_grey8
+from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, Percentiles, check_info_bar, read_micrograph, to_grey8
 from hpddrnet_trt.errors import UsageError, UserError, require
 from hpddrnet_trt.measure import Regions, check_background, check_pixel_size
 from hpddrnet_trt.results.confidence import write_confidence
 from hpddrnet_trt.results.imagej import write_rois
-from hpddrnet_trt.results.journal import Journal
+from hpddrnet_trt.results.journal import Journal, modified
 from hpddrnet_trt.results.tables import FRACTIONS, number, write_regions, write_rows
 from hpddrnet_trt.segmentation import Segmentation
 from hpddrnet_trt.segmenter import Segmenter
@@ -57,8 +57,9 @@ class SegmentSummary:
     ``written``: the first file of each segmented image; ``skipped``: inputs that were done before; ``failed``: inputs,
     each with a sentence that names it and says why. ``seconds``: spent on the segmented ones, reading and writing
     included. ``fractions``: over the whole area of all images that are done, ``weighed_by`` "area" when all pixel
-    sizes are known, "pixels" otherwise. ``interrupted``: Ctrl-C ended the run. ``files``: what there is for each
-    image, and its place in the folder.
+    sizes are known, "pixels" otherwise. ``tiled``: how many images were cut into tiles, ``seam_disagreement``: the
+    largest of theirs (:class:`~hpddrnet_trt.tiling.TilingReport`). ``interrupted``: Ctrl-C ended the run. ``files``:
+    what there is for each image, and its place in the folder.
     """
 
     written: list[Path] = field(default_factory=list)
@@ -67,6 +68,8 @@ class SegmentSummary:
     seconds: float = 0.0
     fractions: dict[str, float] = field(default_factory=dict)
     weighed_by: Literal["area", "pixels"] = "pixels"
+    tiled: int = 0
+    seam_disagreement: float = 0.0
     interrupted: bool = False
     files: dict[str, str] = field(default_factory=dict)
 
@@ -81,6 +84,11 @@ class SegmentSummary:
         lines += [f"  {reason}" for _, reason in self.failed]
         if self.written:
             lines.append(f"{self.seconds / len(self.written):.2f} s an image")
+        if self.tiled:
+            lines.append(
+                f"{self.tiled} in tiles, which disagree about {100 * self.seam_disagreement:.2g} % of the pixels that "
+                "two of them see, at most"
+            )
         if self.fractions:
             shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.fractions.items())
             lines.append(f"overall, by {self.weighed_by}: {shares}")
@@ -100,7 +108,7 @@ class FileSegmenter:
     - ``background``: classes that rois and regions leave out; ``smallest``: least pixels of a region.
     - ``pixel_size_m``: metres, instead of what the files say.
     - ``info_bar``: what is cut off below the picture, as of :func:`~hpddrnet_trt.data.micrograph.read_micrograph`.
-    - ``resume``: leave what the same model has made with the same settings from the same, unchanged file.
+    - ``resume``: leave what the same model file has made with the same settings from the same, unchanged file.
 
     Raises :class:`UsageError` or :class:`~hpddrnet_trt.errors.MissingDependency` for what cannot be written.
     """
@@ -135,6 +143,7 @@ class FileSegmenter:
         if not self._kinds:
             raise UsageError(f"nothing is to be written; choose at least one of: {', '.join(KINDS)}")
         check_background(background, self.segmenter.manifest.classes)
+        check_info_bar(self.info_bar)
         if smallest < 1:
             raise UsageError(f"the smallest region has at least 1 pixel, got {smallest}")
         if "confidence" in write and not self.segmenter.confidence:
@@ -150,6 +159,7 @@ class FileSegmenter:
         window: Any = segmenter.window
         return {
             "model": segmenter.manifest.name,
+            "model_sha256": segmenter.model_sha256,  # one checkpoint may have become several INT8 files
             "checkpoint_sha256": segmenter.manifest.checkpoint_sha256,
             "precision": segmenter.manifest.precision,
             "mode": segmenter.mode,
@@ -168,8 +178,11 @@ class FileSegmenter:
         }
 
     def name_of(self, source: Path) -> str:
-        """A name for an image that comes alone: its stem, or, where another image's results are called that, its
-        file name, or its folder's and its file name."""
+        """A name for an image that comes alone: that of its results, where there are some; its stem; or, where another
+        image's results are called that, its file name, or its folder's and its file name."""
+        known = self.journal.name_of(source)
+        if known is not None:
+            return known
         for naming in (_stem, _file_name, _folder_and_name):
             if self.journal.source_of(naming(source)) in (None, str(source)):
                 return naming(source)
@@ -191,6 +204,7 @@ class FileSegmenter:
         """
         begin = time.perf_counter()
         missing = self._missing(source, name) if self.resume else self._kinds
+        read_ns = modified(source)
         micrograph = self._read(source)
         result = self.segmenter.segment(micrograph, progress=progress)
         made = {kind: old for kind, old in self.journal.made(name, source).items() if kind not in missing}
@@ -200,7 +214,7 @@ class FileSegmenter:
         finally:
             if made:
                 seconds = time.perf_counter() - begin
-                self.journal.add(name, source, self._entry(result, micrograph, made, seconds))
+                self.journal.add(name, source, read_ns, self._entry(result, micrograph, made, seconds))
         return result
 
     def _settings(self, kind: str) -> dict[str, Any] | None:
@@ -303,15 +317,15 @@ def segment_paths(
 
     ``inputs``: files, folders or globs. Written to ``output_folder``: what :class:`FileSegmenter` says, which takes
     all further ``options``, and ``fractions.csv`` with one row for each class of each image. Inputs that share a
-    name keep their ending or folder in the results' name.
+    name keep their ending or folder in the results' name; results that are there keep theirs.
 
     A bad image does not stop the others: it is reported in the summary. Ctrl-C ends the run; what is done stays, and
     the summary says so. Raises :class:`UsageError` when nothing can be started (no images, a result that would
     overwrite an input or another image's results).
     """
     sources = _collect([inputs] if isinstance(inputs, (str, Path)) else inputs)
-    names = _result_names(sources)
     work = FileSegmenter(segmenter, output_folder, **options)
+    names = _result_names(sources, work.journal)
     _refuse_overwriting(names, work)
     summary = SegmentSummary()
     finished: list[str] = []
@@ -343,7 +357,7 @@ def _segmented(work: FileSegmenter, source: Path, name: str, summary: SegmentSum
         bar.set_postfix_str(f"tile {done} of {of}" if of > 1 else "")
 
     try:
-        work.segment(source, name, progress=show)
+        result = work.segment(source, name, progress=show)
     except (UserError, OSError, MemoryError) as exc:
         reason = str(exc) or type(exc).__name__
         if str(source) not in reason:
@@ -351,6 +365,9 @@ def _segmented(work: FileSegmenter, source: Path, name: str, summary: SegmentSum
         LOG.warning("%s", reason)
         summary.failed.append((source, reason))
         return False
+    if result.tiling is not None:
+        summary.tiled += 1
+        summary.seam_disagreement = max(summary.seam_disagreement, result.tiling.seam_disagreement)
     summary.seconds += time.perf_counter() - begin
     summary.written.append(next(iter(work.outputs(name).values())))
     return True
@@ -381,11 +398,12 @@ def _collect(inputs: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for entry in inputs for path in image_files(entry)))
 
 
-def _result_names(sources: Sequence[Path]) -> dict[Path, str]:
-    """A name for the results of each input: its stem; where inputs share one, file name, then folder and file name,
-    then the path below their common folder. Independent of the order, so that a resumed run finds its own files."""
-    names: dict[Path, str] = {}
-    waiting = list(sources)
+def _result_names(sources: Sequence[Path], journal: Journal) -> dict[Path, str]:
+    """A name for the results of each input: the one they have; else its stem; where inputs share one, file name, then
+    folder and file name, then the path below their common folder. Independent of the order of the inputs."""
+    known = {path: journal.name_of(path) for path in sources}
+    names = {path: name for path, name in known.items() if name is not None}
+    waiting = [path for path in sources if path not in names]
     root = Path(os.path.commonpath([path.parent for path in sources]))
     for naming in (_stem, _file_name, _folder_and_name, lambda path: "_".join(path.relative_to(root).parts)):
         counts = Counter(naming(path).lower() for path in waiting)  # some file systems ignore case

@@ -14,6 +14,8 @@ from PIL import Image
 
 from hpddrnet_trt import cli
 from hpddrnet_trt.benchmark.result import load_result
+from hpddrnet_trt.cli.running import parse_kinds
+from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.manifest import read_manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.tiny_network import tiny_manifest, tiny_network
@@ -211,6 +213,22 @@ def test_segment_writes_other_kinds_and_ends_with_a_summary(run: Run, checkpoint
     assert (code, out.splitlines()[0]) == (0, "0 segmented, 1 already done, 0 failed")
 
 
+def test_all_kinds_are_named_with_others() -> None:
+    every = ["png", "tiff", "ome-tiff", "ome-zarr", "rois", "regions"]
+    assert parse_kinds("all", confidence=False) == every
+    assert parse_kinds("all,confidence", confidence=False) == parse_kinds("all", confidence=True)
+    assert parse_kinds("all", confidence=True) == [*every, "confidence"]
+    assert parse_kinds("rois, png", confidence=False) == ["png", "rois"]
+    with pytest.raises(UsageError, match="not 'jpg'"):
+        parse_kinds("all,jpg", confidence=False)
+
+
+def test_nothing_segmented_is_nothing_written(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    code, out, _ = run("segment", "a.png", "--model", checkpoint)
+    assert (code, "written to" in out, (tmp_path / "labels").exists()) == (1, False, False)
+
+
 def test_segment_interrupted_says_how_far_it_came(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +281,8 @@ def test_help_of_every_command_is_its_docstring(run: Run) -> None:
     "recipe",
     ["train/train.py", "train/evaluate.py", "export/export_onnx.py", "export/calibrate.py", "export/build_engine.py",
      "export/choose_precision.py", "benchmarks/benchmark.py", "benchmarks/full_suite.py",
-     "benchmarks/attention_memory.py", "benchmarks/python_overhead.py"],
+     "benchmarks/attention_memory.py", "benchmarks/python_overhead.py", "benchmarks/runner_overhead.py",
+     "benchmarks/live.py", "benchmarks/soak.py", "benchmarks/large_micrograph.py"],
 )  # fmt: skip
 def test_recipes_explain_themselves(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -166,6 +166,36 @@ def test_options_that_change_are_noticed(tmp_path: Path) -> None:
     assert run(write=["tiff"], overlay=False, pixel_size_m=1e-9) == []
 
 
+def test_files_of_one_checkpoint_are_told_apart(tmp_path: Path) -> None:
+    """Such as INT8 files of two calibrations: name, checkpoint and precision are the same."""
+    image, out = _write(tmp_path / "in" / "a.png"), tmp_path / "out"
+    written = [len(_run(Segmenter(ToyEngine(), model_sha256=one), image, out).written) for one in ("a1", "a1", "b2")]
+    assert written == [1, 0, 1]
+
+
+def test_a_file_that_changes_while_it_is_segmented_is_not_done(tmp_path: Path) -> None:
+    image = _write(tmp_path / "in" / "a.png")
+
+    class Slow(ToyEngine):
+        def infer(self, images: Any) -> Any:
+            _write(image, seed=7)
+            return super().infer(images)
+
+    _run(Segmenter(Slow()), image, tmp_path / "out")
+    again = _run(Segmenter(ToyEngine()), image, tmp_path / "out")
+    assert (len(again.written), len(again.skipped)) == (1, 0)
+    assert _lines(tmp_path / "out")[-1]["size"] == [27, 30]
+
+
+def test_tiles_are_in_the_summary(tmp_path: Path) -> None:
+    image = _write(tmp_path / "in" / "a.png", seed=60)
+    summary = _run(Segmenter(ToyEngine(), tile=16), image, tmp_path / "out", overlay=False)
+    (line,) = _lines(tmp_path / "out")
+    assert (summary.tiled, summary.seam_disagreement) == (1, line["tiling"]["seam_disagreement"])
+    assert "1 in tiles, which disagree about " in str(summary)
+    assert "tiles" not in str(_run(Segmenter(ToyEngine()), image, tmp_path / "other", overlay=False))
+
+
 def test_bad_files_are_reported_and_others_go_on(tmp_path: Path, segmenter: Segmenter) -> None:
     _write(tmp_path / "in" / "good.png")
     (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
@@ -256,6 +286,19 @@ def test_equal_names_do_not_overwrite_each_other(tmp_path: Path, segmenter: Segm
     assert (len(again.written), len(again.skipped)) == (0, len(inputs))
 
 
+def test_results_keep_their_name_when_another_input_shares_it(tmp_path: Path, segmenter: Segmenter) -> None:
+    _write(tmp_path / "in" / "a.png")
+    _run(segmenter, tmp_path / "in", tmp_path / "out")
+    _write(tmp_path / "in" / "a.tif", 1)
+    summary = _run(segmenter, tmp_path / "in", tmp_path / "out")
+    assert ([path.name for path in summary.written], len(summary.skipped)) == (["a.tif.png"], 1)
+    assert [(row["image"], Path(row["source"]).name) for row in _table(tmp_path / "out")[::3]] == [
+        ("a", "a.png"), ("a.tif", "a.tif"),
+    ]  # fmt: skip
+    work = FileSegmenter(segmenter, tmp_path / "out")  # as the watched folder asks
+    assert work.name_of(tmp_path / "in" / "a.tif") == "a.tif"
+
+
 def test_images_that_come_one_by_one_keep_their_names(tmp_path: Path, segmenter: Segmenter) -> None:
     inputs = [_write(tmp_path / name, seed) for seed, name in enumerate(("p/a.png", "q/a.png", "r/a.png"))]
     names = []
@@ -290,6 +333,7 @@ def test_refusals(tmp_path: Path, segmenter: Segmenter) -> None:
         ("at least 1 pixel", {"smallest": 0}),
         ("gives no confidence", {"write": ["confidence"]}),
         ("positive number of metres", {"pixel_size_m": 0.0}),
+        ("a number of rows to keep, not 0", {"info_bar": 0}),
     ]
     for message, options in refusals:
         with pytest.raises(UsageError, match=message):

@@ -17,6 +17,44 @@ if TYPE_CHECKING:
     from hpddrnet_trt.data.micrograph import InfoBar
     from hpddrnet_trt.segmenter.tiled import Tile
 
+# Options of every command that writes results.
+Write = Annotated[
+    str,
+    typer.Option(
+        "--write", "-w", metavar="KIND,...",
+        help="What to write for each image: png, tiff, ome-tiff, ome-zarr, rois (ImageJ), regions (CSV), or all.",
+    ),
+]
+Overlay = Annotated[
+    bool, typer.Option(help="Also write a picture of the labels over the micrograph, with scale bar and legend.")
+]
+Confidence = Annotated[bool, typer.Option(help="Also write the probability of the chosen class as TIFF.")]
+Background = Annotated[
+    list[str], typer.Option(metavar="CLASS", help="Class that rois and regions leave out; may be repeated.")
+]
+Smallest = Annotated[int, typer.Option(metavar="PIXELS", help="Least size of a region in rois and regions.")]
+TileText = Annotated[
+    str, typer.Option(metavar="auto|whole|PIXELS", help="Large images in tiles: when needed, never, of this size.")
+]
+GreyWindow = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="BLACK WHITE", help="Grey values that become black and white, the same for all images."),
+]
+GreyPercentiles = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Percent of each image's pixels that become black and stay below white."),
+]
+PixelSize = Annotated[
+    str | None, typer.Option(metavar="LENGTH", help="Size of a pixel with its unit (5nm), instead of the files'.")
+]
+InfoBarText = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|metadata|none|ROWS",
+        help="Cut off the bar below a picture as found, as its metadata say, not at all, or after so many rows.",
+    ),
+]
+Resume = Annotated[bool, typer.Option(help="Leave what this model has written before with these options.")]
 _METRES = {"m": 1.0, "mm": 1e-3, "um": 1e-6, "µm": 1e-6, "μm": 1e-6, "nm": 1e-9, "pm": 1e-12}
 
 
@@ -28,43 +66,17 @@ def segment(
     engine: Engine = "auto",
     mode: Mode = "single",
     split: Split = "test",
-    write: Annotated[
-        str,
-        typer.Option(
-            "--write", "-w", metavar="KIND,...",
-            help="What to write for each image: png, tiff, ome-tiff, ome-zarr, rois (ImageJ), regions (CSV), or all.",
-        ),
-    ] = "png",
-    overlay: Annotated[
-        bool, typer.Option(help="Also write a picture of the labels over the micrograph, with scale bar and legend.")
-    ] = True,
-    confidence: Annotated[bool, typer.Option(help="Also write the probability of the chosen class as TIFF.")] = False,
-    background: Annotated[
-        list[str], typer.Option(metavar="CLASS", help="Class that rois and regions leave out; may be repeated.")
-    ] = [],  # noqa: B006  (typer copies it)
-    smallest: Annotated[int, typer.Option(metavar="PIXELS", help="Least size of a region in rois and regions.")] = 1,
-    tile: Annotated[
-        str, typer.Option(metavar="auto|whole|PIXELS", help="Large images in tiles: when needed, never, of this size.")
-    ] = "auto",
-    window: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="BLACK WHITE", help="Grey values that become black and white, the same for all images."),
-    ] = None,
-    percentiles: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Percent of each image's pixels that become black and stay below white."),
-    ] = None,
-    pixel_size: Annotated[
-        str | None, typer.Option(metavar="LENGTH", help="Size of a pixel with its unit (5nm), instead of the files'.")
-    ] = None,
-    info_bar: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|metadata|none|ROWS",
-            help="Cut off the bar below a picture as found, as its metadata say, not at all, or after so many rows.",
-        ),
-    ] = "auto",
-    resume: Annotated[bool, typer.Option(help="Leave what this model has written before with these options.")] = True,
+    write: Write = "png",
+    overlay: Overlay = True,
+    confidence: Confidence = False,
+    background: Background = [],  # noqa: B006  (typer copies it)
+    smallest: Smallest = 1,
+    tile: TileText = "auto",
+    window: GreyWindow = None,
+    percentiles: GreyPercentiles = None,
+    pixel_size: PixelSize = None,
+    info_bar: InfoBarText = "auto",
+    resume: Resume = True,
 ) -> None:
     """Segment micrographs of any size: label maps, overlays, regions, area fractions.
 
@@ -79,9 +91,9 @@ def segment(
     from hpddrnet_trt.segment_files import segment_paths
     from hpddrnet_trt.segmenter import load_segmenter
 
-    kinds = _kinds(write, confidence)
+    kinds = parse_kinds(write, confidence)
     size = None if pixel_size is None else parse_length(pixel_size)
-    bar, tiles, grey = _info_bar(info_bar), _tile(tile), _window(window, percentiles)
+    bar, tiles, grey = parse_info_bar(info_bar), parse_tile(tile), parse_window(window, percentiles)
     sources = [image for item in inputs for image in find_images(item, split)]
     with load_segmenter(
         model, engine=engine, mode=mode, confidence="confidence" in kinds, window=grey, tile=tiles
@@ -90,7 +102,7 @@ def segment(
             segmenter, sources, output, write=kinds, overlay=overlay, background=background, smallest=smallest,
             pixel_size_m=size, info_bar=bar, resume=resume,
         )  # fmt: skip
-    typer.echo(f"{summary}\nwritten to {output}")
+    typer.echo(f"{summary}\nwritten to {output}" if summary.files else str(summary))
     if summary.interrupted:
         raise typer.Exit(INTERRUPTED)
     if summary.failed:
@@ -109,19 +121,22 @@ def parse_length(text: str) -> float:
     return metres
 
 
-def _kinds(text: str, confidence: bool) -> list[str]:
+def parse_kinds(text: str, confidence: bool) -> list[str]:
+    """Kinds of file of ``png,rois``; ``all`` stands for every one but confidence, which needs class scores."""
     from hpddrnet_trt.segment_files import KINDS
 
-    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
-    if "all" in kinds:
-        kinds = [kind for kind in KINDS if kind != "confidence"]
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"--write takes {', '.join(KINDS)} or all, not {kind!r}")
-    return [*kinds, *(["confidence"] if confidence and "confidence" not in kinds else [])]
+    named = {kind.strip() for kind in text.split(",") if kind.strip()}
+    for kind in sorted(named.difference(KINDS, {"all"})):
+        raise UsageError(f"--write takes {', '.join(KINDS)} or all, not {kind!r}")
+    if "all" in named:
+        named |= {kind for kind in KINDS if kind != "confidence"}
+    if confidence:
+        named.add("confidence")
+    return [kind for kind in KINDS if kind in named]
 
 
-def _window(window: tuple[float, float] | None, percentiles: tuple[float, float] | None) -> Any:
+def parse_window(window: tuple[float, float] | None, percentiles: tuple[float, float] | None) -> Any:
+    """The segmenter's ``window``, of which at most one way is given."""
     from hpddrnet_trt.data.micrograph import Percentiles
 
     if window is not None and percentiles is not None:
@@ -131,12 +146,14 @@ def _window(window: tuple[float, float] | None, percentiles: tuple[float, float]
     return window if percentiles is None else Percentiles(*percentiles)
 
 
-def _info_bar(text: str) -> InfoBar:
+def parse_info_bar(text: str) -> InfoBar:
+    """A word, or how many rows are kept."""
     words: dict[str, InfoBar] = {"auto": "auto", "metadata": "metadata", "none": "none"}
     return words[text] if text in words else _number(text, "--info-bar takes auto, metadata, none or rows to keep")
 
 
-def _tile(text: str) -> Tile:
+def parse_tile(text: str) -> Tile:
+    """A word, or a tile's edge in pixels."""
     words: dict[str, Tile] = {"auto": "auto", "whole": "whole"}
     return words[text] if text in words else _number(text, "--tile takes auto, whole or a number of pixels")
 

@@ -9,7 +9,24 @@ import typer
 
 from hpddrnet_trt.cli.arguments import Engine, Mode
 from hpddrnet_trt.cli.program import app
-from hpddrnet_trt.cli.running import parse_length
+from hpddrnet_trt.cli.running import (
+    Background,
+    Confidence,
+    GreyPercentiles,
+    GreyWindow,
+    InfoBarText,
+    Overlay,
+    PixelSize,
+    Resume,
+    Smallest,
+    TileText,
+    Write,
+    parse_info_bar,
+    parse_kinds,
+    parse_length,
+    parse_tile,
+    parse_window,
+)
 from hpddrnet_trt.weights import DEFAULT
 
 
@@ -27,17 +44,17 @@ def watch(
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Also watch sub-folders.")] = False,
     stop_after: Annotated[float | None, typer.Option(help="End when nothing came for so many seconds; 0: do what is "
                                                           "there and end. Default: until Ctrl-C.")] = None,
-    write: Annotated[str, typer.Option("--write", "-w", metavar="KIND,...", help="What to write for each image, as "
-                                                                                 "segment does.")] = "png",
-    overlay: Annotated[bool, typer.Option(help="Also write a picture of the labels over the micrograph.")] = True,
-    window: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="BLACK WHITE", help="Grey values that become black and white, the same for all images."),
-    ] = None,
-    pixel_size: Annotated[
-        str | None, typer.Option(metavar="LENGTH", help="Size of a pixel with its unit (5nm), instead of the files'.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Leave what this model has written before with these options.")] = True,
+    write: Write = "png",
+    overlay: Overlay = True,
+    confidence: Confidence = False,
+    background: Background = [],  # noqa: B006  (typer copies it)
+    smallest: Smallest = 1,
+    tile: TileText = "auto",
+    window: GreyWindow = None,
+    percentiles: GreyPercentiles = None,
+    pixel_size: PixelSize = None,
+    info_bar: InfoBarText = "auto",
+    resume: Resume = True,
 ) -> None:  # fmt: skip
     """Segment micrographs as they appear in a folder, one line each, until Ctrl-C.
 
@@ -58,15 +75,19 @@ def watch(
             said = event.happened.value + (f": {event.reason}" if event.reason else "")
         typer.echo(f"{name}  {said}")
 
-    kinds = [kind.strip() for kind in write.split(",")]
+    kinds = parse_kinds(write, confidence)
     size = None if pixel_size is None else parse_length(pixel_size)
+    bar, tiles, grey = parse_info_bar(info_bar), parse_tile(tile), parse_window(window, percentiles)
     root = folder.resolve()
-    with load_segmenter(model, engine=engine, mode=mode, window=window) as segmenter, stop_on_signal() as stop:
+    with load_segmenter(
+        model, engine=engine, mode=mode, confidence="confidence" in kinds, window=grey, tile=tiles
+    ) as segmenter, stop_on_signal() as stop:
         typer.echo(f"watching {folder}; results go to {output}; Ctrl-C ends")
         summary = watch_folder(
             segmenter, folder, output, settle_s=settle, patience_s=patience, poll_s=poll, recursive=recursive,
             on_event=tell, stop=stop, stop_after_s=stop_after,
-            write=kinds, overlay=overlay, pixel_size_m=size, resume=resume,
+            write=kinds, overlay=overlay, background=background, smallest=smallest, pixel_size_m=size, info_bar=bar,
+            resume=resume,
         )  # fmt: skip
     typer.echo(str(summary))
     if summary.failed:

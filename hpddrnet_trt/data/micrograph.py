@@ -78,8 +78,7 @@ def read_micrograph(path: str | Path, *, max_pixels: int = MAX_PIXELS, info_bar:
     and :class:`~hpddrnet_trt.errors.MissingDependency` for a dm3 or dm4 file without the extra ``dm``.
     """
     path = Path(path)
-    if not (info_bar in ("auto", "metadata", "none") or (type(info_bar) is int and info_bar > 0)):
-        raise UsageError(f'info_bar is "auto", "metadata", "none" or a number of rows to keep, not {info_bar!r}')
+    check_info_bar(info_bar)
     decoded = decode(path, "micrograph", max_pixels)
     pixels, picture_remarks = _grey(decoded, path)
     height, width = pixels.shape
@@ -93,6 +92,12 @@ def read_micrograph(path: str | Path, *, max_pixels: int = MAX_PIXELS, info_bar:
         log.warning("%s: %s", path, remark)
     size = (None, None) if rescaled else (info.pixel_size_m, info.pixel_size_source)
     return Micrograph(np.ascontiguousarray(pixels[:kept]), path, size[0], bar, tuple(remarks), info.vendor, size[1])
+
+
+def check_info_bar(info_bar: InfoBar) -> None:
+    """Raise :class:`UsageError` for what :func:`read_micrograph` cannot make sense of."""
+    if not (info_bar in ("auto", "metadata", "none") or (type(info_bar) is int and info_bar > 0)):
+        raise UsageError(f'info_bar is "auto", "metadata", "none" or a number of rows to keep, not {info_bar!r}')
 
 
 def _picture_rows(

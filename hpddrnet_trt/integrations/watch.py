@@ -62,7 +62,8 @@ class WatchSummary:
 
     def __str__(self) -> str:
         lines = [f"{self.segmented} segmented, {self.already_done} already done, {len(self.failed)} failed"]
-        lines += [f"  {source}: {reason}" for source, reason in self.failed.items()]
+        for source, reason in self.failed.items():
+            lines.append(f"  {reason}" if str(source) in reason else f"  {source}: {reason}")
         return "\n".join(lines)
 
 
@@ -188,7 +189,7 @@ class _Watch:
         work, name = self._work, self._work.name_of(arrival.path)
         resume = work.resume
         try:
-            # The journal knows a file by its time: not whether it changed while it was read, nor its sidecar.
+            # The journal knows a file by its time, which says nothing of its sidecar.
             work.resume = resume and not arrival.again
             return None if work.is_done(arrival.path, name) else work.segment(arrival.path, name).fractions()
         finally:

@@ -22,11 +22,12 @@ class Journal:
         self._path = path
         self._job = json.loads(json.dumps(job))  # as it is read back
         self._entries: dict[str, dict[str, Any]] = {}
+        self._names: dict[str, str] = {}  # by source
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         self._torn = bool(text) and not text.endswith("\n")
         for entry in map(_parsed, text.splitlines()):
             if isinstance(entry.get("name"), str) and isinstance(entry.get("outputs"), dict):
-                self._entries[entry["name"]] = entry
+                self._keep(entry)
 
     def __getitem__(self, name: str) -> Mapping[str, Any]:
         """The last line of ``name``; KeyError when there is none."""
@@ -43,6 +44,11 @@ class Journal:
             return None
         return str(entry.get("source"))
 
+    def name_of(self, source: Path) -> str | None:
+        """What the results of this image are called, as far as recorded and still there."""
+        name = self._names.get(str(source))
+        return name if name is not None and self.source_of(name) == str(source) else None
+
     def made(self, name: str, source: Path) -> dict[str, tuple[str, Any]]:
         """Outputs of ``name`` that this job has made from ``source`` as it is now: by kind the file, and the settings
         that this kind of output depends on in addition (None for most)."""
@@ -57,16 +63,23 @@ class Journal:
             if (self._path.parent / str(file)).exists()
         }
 
-    def add(self, name: str, source: Path, entry: Mapping[str, Any]) -> None:
-        """Append a line; raises :class:`UserError` when the disk does not take it."""
-        line = {"name": name, "source": str(source), "source_mtime_ns": modified(source), "job": self._job, **entry}
-        self._entries[name] = line
+    def add(self, name: str, source: Path, source_mtime_ns: int | None, entry: Mapping[str, Any]) -> None:
+        """Append a line; raises :class:`UserError` when the disk does not take it.
+
+        ``source_mtime_ns``: :func:`modified` as it was before ``source`` was read: what it became since is not done.
+        """
+        line = {"name": name, "source": str(source), "source_mtime_ns": source_mtime_ns, "job": self._job, **entry}
+        self._keep(line)
         try:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(("\n" if self._torn else "") + json.dumps(line) + "\n")
             self._torn = False
         except OSError as exc:
             raise UserError(f"cannot write {self._path}: {exc.strerror}; free some space and run again") from exc
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        self._entries[entry["name"]] = entry
+        self._names[str(entry.get("source"))] = entry["name"]
 
 
 def modified(path: Path) -> int | None:

@@ -96,13 +96,13 @@ class Segmenter:
             )
         self.confidence = confidence
         self.batch_size = min(batch_size, self._contract.batch.maximum or batch_size)
-        self._model_sha256, self._scores, self._runtime = model_sha256, scores, engine.runtime
+        self.model_sha256, self._scores, self._runtime = model_sha256, scores, engine.runtime
 
     def with_mode(self, mode: Mode) -> Segmenter:
         """A segmenter on the same engine with another mode."""
         return Segmenter(
             self.engine, mode=mode, resize=self.resize, confidence=self.confidence, window=self.window,
-            batch_size=self.batch_size, tile=self.tile, model_sha256=self._model_sha256, scores=self._scores,
+            batch_size=self.batch_size, tile=self.tile, model_sha256=self.model_sha256, scores=self._scores,
         )  # fmt: skip
 
     def segment(
@@ -255,7 +255,7 @@ class Segmenter:
         origin = image if isinstance(image, Micrograph) else None
         provenance = Provenance(
             model=self.manifest.name,
-            model_sha256=self._model_sha256,
+            model_sha256=self.model_sha256,
             checkpoint_sha256=self.manifest.checkpoint_sha256,
             engine=self._runtime,
             precision=self.manifest.precision,

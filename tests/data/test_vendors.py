@@ -183,6 +183,12 @@ def test_hitachi_text_file(tmp_path: Path, encoding: str, ending: str) -> None:
     check(read_micrograph(path), 5e-9, "Hitachi", "PixelSize")
 
 
+@pytest.mark.parametrize("size", ["12,5", "1,250", "12.5.1", "1,5e-9"])
+def test_a_number_that_can_be_read_in_two_ways_is_none(tmp_path: Path, size: str) -> None:
+    path = beside(tmp_path / "a.png", "a.txt", files.hitachi_text(WIDTH, HEIGHT, size))
+    check(read_micrograph(path), None, "Hitachi")
+
+
 def test_a_hitachi_text_of_another_picture_is_doubted(tmp_path: Path) -> None:
     path = beside(tmp_path / "a.png", "a.txt", files.hitachi_text(1280, 960))
     check(read_micrograph(path), None, "Hitachi", "", "resized or cropped after acquisition (1280 x 960 to 160 x 120)")

@@ -72,7 +72,7 @@ class Watched:
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def told(self) -> list[tuple[str, str]]:
@@ -80,7 +80,7 @@ class Watched:
 
     def wait_for(self, *happened: tuple[str, Happened]) -> None:
         """Until all of these were told."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while not {(name, what.value) for name, what in happened} <= set(self.told()):
             assert time.monotonic() < until, self.told()
             assert self._thread.is_alive(), self.told()
@@ -111,7 +111,7 @@ def test_files_that_grow_in_pieces_are_taken_when_they_are_whole(folder: Path, t
                 stream.flush()
                 time.sleep(0.05)
 
-    with Watched(folder, tmp_path / "out", settle_s=1.0) as watched:
+    with Watched(folder, tmp_path / "out", settle_s=2.0) as watched:  # more than a writer may be held up
         writers = [threading.Thread(target=write, args=(seed,)) for seed in range(4)]
         for writer in writers:
             writer.start()
@@ -240,7 +240,7 @@ def test_a_sidecar_that_comes_after_its_image(folder: Path, tmp_path: Path, late
         assert found is None or isinstance(found, float)
         return found
 
-    with Watched(folder, tmp_path / "out", settle_s=0.3 if late else 1.0) as watched:
+    with Watched(folder, tmp_path / "out", settle_s=0.3 if late else 2.0) as watched:
         image.write_bytes(tiff(1))
         if late:
             watched.wait_for(("S1.tif", Happened.SEGMENTED))
@@ -411,16 +411,22 @@ def test_the_command_until_nothing_comes(folder: Path, tmp_path: Path, model: Pa
     (folder / "a.tif").write_bytes(tiff(1))
     (folder / "bad.tif").write_bytes(tiff(2)[:500])
     arguments = ("watch", folder, "--output", tmp_path / "out", "--model", model, "--settle", "0", "--patience", "0",
-                 "--stop-after", "0")  # fmt: skip
+                 "--stop-after", "0", "--write", "tiff,png", "--info-bar", "none", "--tile", "whole",
+                 "--percentiles", "1", "99")  # fmt: skip
     with command(*arguments) as child:
-        output, errors = child.communicate(timeout=60)
+        output, errors = child.communicate(timeout=120)
     assert child.returncode == 1, errors
     assert "Traceback" not in errors
     lines = output.splitlines()
     assert any(line.startswith("a.tif") and "grain" in line and "%" in line for line in lines), output
     assert any(line.startswith("bad.tif") and "failed" in line for line in lines), output
     assert "1 segmented, 0 already done, 1 failed" in output
+    assert lines[-1].count("bad.tif") == 1  # the reason names it already
     assert (tmp_path / "out" / "a.png").is_file()
+    assert (tmp_path / "out" / "a.tif").is_file()
+    (entry,) = map(json.loads, (tmp_path / "out" / "segmentations.jsonl").read_text().splitlines())
+    assert (entry["job"]["info_bar"], entry["job"]["tile"]) == ("none", "whole")
+    assert entry["job"]["given_window"] == {"black": 1, "white": 99}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
@@ -429,7 +435,7 @@ def test_ctrl_c_ends_the_command_with_a_summary(folder: Path, tmp_path: Path, mo
     with command("watch", folder, "--output", tmp_path / "out", "--model", model, "--settle", "0") as child:
         _wait_until(lambda: (tmp_path / "out" / "fractions.csv").is_file())
         child.send_signal(signal.SIGINT)
-        output, errors = child.communicate(timeout=30)
+        output, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
     assert "1 segmented, 0 already done, 0 failed" in output
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpddrnet_trt.errors import UserError
-from hpddrnet_trt.results.journal import Journal
+from hpddrnet_trt.results.journal import Journal, modified
 
 JOB = {"model": "toy", "given_window": (0.0, 9.0)}
 
@@ -27,7 +27,9 @@ def _add(tmp_path: Path, source: Path) -> None:
     for file in ("a.png", "a.csv"):
         (tmp_path / file).touch()
     outputs = {"png": "a.png", "regions": "a.csv"}
-    _journal(tmp_path).add("a", source, {"outputs": outputs, "settings": {"regions": {"smallest": 1}}})
+    _journal(tmp_path).add(
+        "a", source, modified(source), {"outputs": outputs, "settings": {"regions": {"smallest": 1}}}
+    )
 
 
 def test_what_is_done_is_done_for_the_same_job(tmp_path: Path, source: Path) -> None:
@@ -41,8 +43,10 @@ def test_what_is_done_is_done_for_the_same_job(tmp_path: Path, source: Path) -> 
     source.write_text("changed")
     assert _journal(tmp_path).made("a", source) == {}
     assert [entry["name"] for entry in _journal(tmp_path)] == ["a"]
+    assert _journal(tmp_path).name_of(source) == "a"
     (tmp_path / "a.png").unlink()
     assert (list(_journal(tmp_path)), _journal(tmp_path).source_of("a")) == ([], None)
+    assert _journal(tmp_path).name_of(source) is None
 
 
 def test_foreign_and_torn_lines_are_passed_over(tmp_path: Path, source: Path) -> None:

@@ -19,7 +19,8 @@ _METRES = {
 _PLAUSIBLE = (1e-12, 1e-3)  # metres per pixel, from atomic resolution to a stage camera
 _SQUARE = 5e-3  # relative difference of width and height that is still rounding
 _AGREE = 1e-2  # relative difference of two statements about the same picture
-_QUANTITY = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([^\W\d_]*)")
+# Not the 12 of "12,5": a decimal comma would be a wrong number, and "1,250" may be either.
+_QUANTITY = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\d.]|,\d)\s*([^\W\d_]*)")
 
 
 @dataclass
