@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.integrations.micromanager import MicroManagerFeed, replay_core
+from hpddrnet_trt.integrations.micromanager import MicroManagerFeed, on_emitting_thread, replay_core
 
 if TYPE_CHECKING:
     from hpddrnet_trt.stream import Stream
@@ -38,8 +38,8 @@ class MicroManagerSource:
         pictures = [read_micrograph(path).pixels for path in paths[:FRAMES]]
         self._core = replay_core(pictures, exposure_ms=exposure_ms, pixel_size_m=None)
 
-    def acquire(self, seconds: float, stream: Stream | None) -> int:
-        """Run an MDA without interval for so long; the number of frames that it delivered in that time.
+    def acquire(self, seconds: float, stream: Stream | None) -> tuple[int, float]:
+        """Run an MDA without interval for so long; the frames that it delivered, and the seconds in which it did.
 
         Frames are counted by a listener of one line, with a ``stream`` and without; the count starts with the first
         frame, so that starting the MDA is not part of the rate.
@@ -52,15 +52,15 @@ class MicroManagerSource:
             began.set()
 
         feed = None if stream is None else MicroManagerFeed(self._core, stream).connect()
-        self._core.mda.events.frameReady.connect(counted)
+        on_emitting_thread(self._core.mda.events.frameReady, counted)  # also where a Qt program runs
         try:
             # An iterator has no length: frames come until the cancel, each commanded on its own.
             acquisition = self._core.run_mda(_events())
             if not began.wait(10):
                 raise RuntimeError("the MDA gave no frame within 10 s")
-            before = count
+            start, before = time.monotonic(), count
             time.sleep(seconds)
-            delivered = count - before
+            delivered, lasted = count - before, time.monotonic() - start
             self._core.mda.cancel()
             acquisition.join()
         finally:
@@ -69,7 +69,7 @@ class MicroManagerSource:
                 feed.disconnect()
         if feed is not None and feed.errors:
             raise RuntimeError(f"{feed.errors} frames could not be handed over: {feed.last_error}")
-        return delivered
+        return delivered, lasted
 
     def close(self) -> None:
         self._core.unloadAllDevices()

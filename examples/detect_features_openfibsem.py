@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from fibsem.detection import detection
-from fibsem.structures import FibsemImage
 from matplotlib.figure import Figure
 
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.integrations.fibsem import FEATURE_CLASSES, FibsemSegmentationModel, pixel_size_m
 
 
@@ -32,10 +31,8 @@ def main() -> None:
     parser.add_argument("--pixel-size-nm", type=float, help="where the image does not say")
     parser.add_argument("--drawing", type=Path, help="PNG file for the image with mask and features")
     arguments = parser.parse_args()
-    try:
-        found = detect(arguments)
-    except UserError as exc:
-        sys.exit(f"error: {exc}")
+    detection = require("fibsem.detection.detection", "fibsem", "detect features")
+    found = detect(arguments, detection)
     for feature in found.features:
         wanted = FEATURE_CLASSES[feature.name]
         # OpenFIBSEM says (0, 0), or the middle of the image, for what is not there.
@@ -56,7 +53,7 @@ def numbered(entry: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def detect(arguments: argparse.Namespace) -> detection.DetectedFeatures:
+def detect(arguments: argparse.Namespace, detection: Any) -> Any:
     image, size_m = read(arguments.image)
     if arguments.pixel_size_nm is not None:
         size_m = arguments.pixel_size_nm * 1e-9
@@ -68,15 +65,21 @@ def detect(arguments: argparse.Namespace) -> detection.DetectedFeatures:
         return detection.detect_features(image, model, features, pixelsize=size_m)
 
 
-def read(path: Path) -> tuple[FibsemImage, float | None]:
+def read(path: Path) -> tuple[Any, float | None]:
     """An image and its pixel size in metres, from OpenFIBSEM's own files and those of vendors."""
+    images = require("fibsem.structures", "fibsem", "read an image").FibsemImage
+    micrograph = read_micrograph(path)  # first, because it says what is wrong with a file
     if path.suffix.lower() in (".tif", ".tiff"):
-        image = FibsemImage.load(str(path))
+        image = images.load(str(path))
         if image.metadata is not None:
             return image, pixel_size_m(image)
-    micrograph = read_micrograph(path)
-    return FibsemImage(micrograph.pixels), micrograph.pixel_size_m
+    return images(micrograph.pixels), micrograph.pixel_size_m
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -8,16 +8,25 @@ between two tiles.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 from hpddrnet_trt import load_segmenter, read_micrograph
+from hpddrnet_trt.errors import UserError
 
 
-def main(source: str, target: str, model: str = "nasa-super1") -> None:
-    micrograph = read_micrograph(source)
-    with load_segmenter(model, tile="auto") as segmenter, tqdm(unit="tile") as bar:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("micrograph", type=Path)
+    parser.add_argument("labels", type=Path, help="the kind of file by its ending")
+    parser.add_argument("model", nargs="?", default="nasa-super1", help="one that comes with the package, or a file")
+    arguments = parser.parse_args()
+
+    micrograph = read_micrograph(arguments.micrograph)
+    with load_segmenter(arguments.model, tile="auto") as segmenter, tqdm(unit="tile") as bar:
 
         def progress(done: int, of: int) -> None:
             bar.total = of
@@ -35,8 +44,13 @@ def main(source: str, target: str, model: str = "nasa-super1") -> None:
         )
         if report.seam_disagreement > 0.05:
             print("that is much: try larger tiles, or a model that was trained on larger crops")
-    print(f"written to {result.save(target)}")
+    print(f"written to {result.save(arguments.labels)}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main()
+    except (UserError, OSError) as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

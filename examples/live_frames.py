@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from pathlib import Path
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
 from hpddrnet_trt.data.simulate import PIXEL_SIZE_M, simulate
+from hpddrnet_trt.errors import UserError
 from hpddrnet_trt.stream import State, Stream, StreamResult
 
 
@@ -26,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", type=Path, help="a micrograph to pan over; default: a simulated one")
     parser.add_argument("--frames", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=30, help="frames per second")
+    parser.add_argument("--rate", type=float, default=30, help="frames per second; 0: no pauses")
     parser.add_argument("--size", type=int, default=256, help="height and width of a frame")
     parser.add_argument("--policy", choices=("latest", "block", "reject"), default="latest")
     parser.add_argument("--model", default="nasa-super1", help="a model that comes with the package, or a file")
@@ -40,7 +42,7 @@ def main() -> None:
             raise SystemExit(1)
         for frame in pan(arguments.picture, arguments.size, arguments.frames):
             stream.submit(frame)
-            time.sleep(1 / arguments.rate)
+            time.sleep(1 / arguments.rate if arguments.rate > 0 else 0)
     counts = stream.statistics()
     why = ", ".join(f"{count} {reason}" for reason, count in counts.dropped_because.items())
     print(f"{counts.submitted} frames = {counts.processed} segmented + {counts.dropped} dropped ({why or 'none'}) "
@@ -78,4 +80,9 @@ def tell(state: State, reason: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

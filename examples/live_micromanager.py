@@ -11,18 +11,17 @@ Needs: pip install 'hpddrnet-trt[micromanager]' (and Micro-Manager's device adap
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pymmcore_plus import CMMCorePlus
-from useq import MDASequence, TIntervalLoops
-
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import read_micrograph
+from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.integrations.micromanager import MicroManagerFeed, replay_core
-from hpddrnet_trt.stream import Stream, StreamResult
+from hpddrnet_trt.stream import State, Stream, StreamResult
 
 
 def main() -> None:
@@ -36,25 +35,44 @@ def main() -> None:
     parser.add_argument("--engine", default="auto")
     arguments = parser.parse_args()
 
+    useq = require("useq", "micromanager", "describe an acquisition")
+    plan = useq.TIntervalLoops(interval=arguments.interval, loops=arguments.frames)
     core = open_core(arguments.config, arguments.replay)
-    acquisition = MDASequence(time_plan=TIntervalLoops(interval=arguments.interval, loops=arguments.frames))
     opener = partial(load_segmenter, arguments.model, engine=arguments.engine)
-    # "latest": a model slower than the microscope leaves frames out instead of falling behind.
-    with Stream(opener, policy="latest", on_result=show) as stream:
-        print(f"model {stream.wait_ready(120).value}")
-        with MicroManagerFeed(core, stream):
-            core.run_mda(acquisition).join()
+    try:
+        # "latest": a model slower than the microscope leaves frames out instead of falling behind.
+        with Stream(opener, policy="latest", on_result=show) as stream:
+            if stream.wait_ready(120) is State.FAILED:
+                raise UserError(stream.statistics().reason)
+            print(f"model {stream.state.value}")
+            with MicroManagerFeed(core, stream):
+                acquire(core, useq.MDASequence(time_plan=plan))
+    finally:
+        core.unloadAllDevices()
     counts = stream.statistics()
     print(f"{counts.submitted} frames: {counts.processed} segmented, {counts.dropped} left out, {counts.failed} failed")
-    core.unloadAllDevices()
 
 
 def open_core(config: str | None, replay: Path | None) -> Any:
     if replay is not None:
         return replay_core([read_micrograph(path).pixels for path in image_files(replay)])
-    core = CMMCorePlus()
-    core.loadSystemConfiguration(config or "")
+    core = require("pymmcore_plus", "micromanager", "acquire with Micro-Manager").CMMCorePlus()
+    try:
+        core.loadSystemConfiguration(config or "")
+    except (OSError, RuntimeError) as exc:
+        raise UserError(f"Micro-Manager cannot use the configuration {config}: {exc}") from exc
     return core
+
+
+def acquire(core: Any, acquisition: Any) -> None:
+    """Until it is through, or Ctrl-C; in both cases nothing acquires any more afterwards."""
+    thread = core.run_mda(acquisition)
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        print("stopped")
+        core.mda.cancel()
+        thread.join()
 
 
 def show(result: StreamResult) -> None:
@@ -70,4 +88,9 @@ def show(result: StreamResult) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -11,20 +11,19 @@ result: beam, age, area fractions. Needs: pip install 'hpddrnet-trt[fibsem]'.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fibsem import utils
-from fibsem.structures import BeamType
-
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.integrations.fibsem import LiveSegmentation, replay_microscope
-from hpddrnet_trt.stream import Stream, StreamResult
+from hpddrnet_trt.stream import State, Stream, StreamResult
 
 
 def main() -> None:
@@ -41,14 +40,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         microscope = open_microscope(arguments.config, arguments.replay, folder)
         opener = partial(load_segmenter, arguments.model, engine=arguments.engine)
-        # "latest": a model slower than the microscope leaves frames out instead of falling behind.
-        with Stream(opener, policy="latest", on_result=show) as stream:
-            print(f"model {stream.wait_ready(120).value}")
-            with LiveSegmentation(stream, microscope, beams=(arguments.beam,)):
-                microscope.start_acquisition(BeamType[arguments.beam.upper()])
-                time.sleep(arguments.seconds)
-                microscope.stop_acquisition()
-        microscope.disconnect()
+        try:
+            # "latest": a model slower than the microscope leaves frames out instead of falling behind.
+            with Stream(opener, policy="latest", on_result=show) as stream:
+                if stream.wait_ready(120) is State.FAILED:
+                    raise UserError(stream.statistics().reason)
+                print(f"model {stream.state.value}")
+                with LiveSegmentation(stream, microscope, beams=(arguments.beam,)):
+                    acquire(microscope, arguments.beam, arguments.seconds)
+        finally:
+            microscope.disconnect()
     counts = stream.statistics()
     print(f"{counts.submitted} frames: {counts.processed} segmented, {counts.dropped} left out, {counts.failed} failed")
 
@@ -56,8 +57,24 @@ def main() -> None:
 def open_microscope(config: str | None, replay: Path | None, folder: str) -> Any:
     if replay is not None:
         return replay_microscope([to_grey8(read_micrograph(path).pixels)[0] for path in image_files(replay)], folder)
-    microscope, _ = utils.setup_session(config_path=config)
+    utils = require("fibsem.utils", "fibsem", "connect to a microscope")
+    try:
+        microscope, _ = utils.setup_session(config_path=config)
+    except Exception as exc:  # OpenFIBSEM's, and those of the makers' libraries
+        raise UserError(f"OpenFIBSEM cannot connect to the microscope of {config}: {exc}") from exc
     return microscope
+
+
+def acquire(microscope: Any, beam: str, seconds: float) -> None:
+    """For so long, or until Ctrl-C; in both cases the beam does not go on scanning."""
+    beams = require("fibsem.structures", "fibsem", "name a beam").BeamType
+    microscope.start_acquisition(beams[beam.upper()])
+    try:
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        print("stopped")
+    finally:
+        microscope.stop_acquisition()
 
 
 def show(result: StreamResult) -> None:
@@ -72,4 +89,9 @@ def show(result: StreamResult) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -11,17 +11,26 @@ Needs pip install 'hpddrnet-trt[results]'.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 from hpddrnet_trt import load_segmenter, read_micrograph
+from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import to_grey8
+from hpddrnet_trt.errors import UserError
 
 
-def main(micrographs: str, results: str, model: str = "nasa-super1") -> None:
-    folder = Path(results)
-    with load_segmenter(model) as segmenter:
-        for path in sorted(Path(micrographs).iterdir()):
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("micrographs", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("model", nargs="?", default="nasa-super1", help="one that comes with the package, or a file")
+    arguments = parser.parse_args()
+
+    folder = arguments.results
+    with load_segmenter(arguments.model) as segmenter:
+        for path in image_files(arguments.micrographs):
             micrograph = read_micrograph(path)  # with the pixel size, where the file says it
             result = segmenter.segment(micrograph)
             result.save(folder / f"{path.stem}.png")
@@ -39,4 +48,9 @@ def main(micrographs: str, results: str, model: str = "nasa-super1") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main()
+    except (UserError, OSError) as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

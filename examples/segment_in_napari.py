@@ -11,12 +11,11 @@ and the viewer closes. Needs: pip install 'hpddrnet-trt[napari]' and a Qt, such 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-import napari
-from qtpy.QtCore import QTimer
-
+from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.integrations.napari_reader import read_layer
 from hpddrnet_trt.integrations.napari_widget import segment_widget
 
@@ -30,11 +29,12 @@ def main() -> None:
     parser.add_argument("--screenshot", type=Path, help="write the window to this PNG and close")
     arguments = parser.parse_args()
 
-    viewer = napari.Viewer(title="HPDDRNet-TRT")
-    viewer.window.resize(1400, 880)
+    napari = require("napari", "napari", "open a viewer")
     pixels, layer_arguments, _ = read_layer(str(arguments.micrograph))[0]
     if arguments.pixel_size_nm is not None:
         layer_arguments.update(scale=(arguments.pixel_size_nm,) * 2, units=("nm", "nm"))
+    viewer = napari.Viewer(title="HPDDRNet-TRT")
+    viewer.window.resize(1400, 880)
     viewer.add_image(pixels, **layer_arguments)
     scale_bar = viewer.canvas.overlays.scale_bar if hasattr(viewer, "canvas") else viewer.scale_bar  # before 0.9
     scale_bar.visible = True
@@ -51,14 +51,15 @@ def main() -> None:
 
 def close_when_done(viewer: Any, panel: Any, screenshot: Path) -> None:
     """Look every tenth of a second whether the segmentation has ended."""
-    timer = QTimer(panel.widget)
+    clock = require("qtpy.QtCore", "napari", "wait for the result").QTimer
+    timer = clock(panel.widget)
 
     def look() -> None:
         if panel.running:
             return
         timer.stop()
         viewer.reset_view()
-        QTimer.singleShot(500, write)  # when all is drawn
+        clock.singleShot(500, write)  # when all is drawn
 
     def write() -> None:
         viewer.screenshot(str(screenshot), canvas_only=False)
@@ -69,4 +70,9 @@ def close_when_done(viewer: Any, panel: Any, screenshot: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
 from hpddrnet_trt import load_segmenter
+from hpddrnet_trt.errors import UserError
 from hpddrnet_trt.integrations.watch import Happened, WatchEvent, stop_on_signal, watch_folder
 
 
@@ -27,7 +29,10 @@ def main() -> None:
     parser.add_argument("--stop-after", type=float, help="seconds without anything new after which to end")
     arguments = parser.parse_args()
 
-    with load_segmenter(arguments.model, engine=arguments.engine) as segmenter, arguments.table.open("a") as stream:
+    with (
+        load_segmenter(arguments.model, engine=arguments.engine) as segmenter,
+        arguments.table.open("a", newline="", encoding="utf-8") as stream,
+    ):
         names = [entry.name for entry in segmenter.manifest.classes]
         table = csv.writer(stream)
         if stream.tell() == 0:
@@ -48,4 +53,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -18,7 +18,7 @@ Engine = Annotated[
 ]
 Mode = Annotated[
     Literal["single", "flip", "multiscale"],
-    typer.Option(help="One view, its mirror image too, or both at six scales (TensorRT engines need logits for these)."),
+    typer.Option(help="One view, its mirror image too, or both at six scales (TensorRT engines need logits for it)."),
 ]
 Data = Annotated[Path, typer.Option(help="Dataset folder (images|masks/{train,val,test} or {split}/{imgs,labels}).")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]

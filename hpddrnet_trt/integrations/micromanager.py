@@ -86,7 +86,7 @@ class MicroManagerFeed:
             def slot(image: npt.NDArray[Any], event: Any, metadata: Mapping[str, Any]) -> None:
                 self._hand_over(image, None, (event, metadata))
 
-            _connect(self._core.mda.events.frameReady, slot)
+            on_emitting_thread(self._core.mda.events.frameReady, slot)
             self._slot = slot
         return self
 
@@ -174,7 +174,7 @@ def _tag(event: Any, metadata: Mapping[str, Any]) -> FrameTag:
     )
 
 
-def _connect(signal: Any, slot: Any) -> None:
+def on_emitting_thread(signal: Any, slot: Any) -> None:
     """Connect so that ``slot`` runs on the emitting thread.
 
     In a Qt program pymmcore-plus emits Qt signals. Their default for a plain Python listener is the window's thread:

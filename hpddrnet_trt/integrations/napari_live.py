@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.integrations.napari_results import OPACITY, class_colormap
 from hpddrnet_trt.stream import State, Stream, StreamResult, StreamStatistics
+from hpddrnet_trt.stream.frames import take_in
 
 POLL_MS = 40
 OLD_S = 2.0  # a picture older than this is said to be old
@@ -32,15 +31,19 @@ class LiveLayer:
         self._image: Any = None
         self._labels: Any = None
         self._shown: StreamResult | None = None
+        self._place: dict[str, Any] | None = None
         self._timer: Any = None
 
     def submit(self, frame: npt.NDArray[Any] | Micrograph) -> int | None:
-        """Hand a frame ``[H, W]`` to the stream; from any thread. The frame's id, None when it was not taken."""
+        """Hand a frame ``[H, W]`` to the stream; from any thread. The frame's id, None when it was not taken.
+
+        Never raises, as :meth:`~hpddrnet_trt.stream.Stream.submit`.
+        """
         # One copy serves the engine and the screen: the camera may write into its buffer again.
-        if isinstance(frame, Micrograph):
-            picture = replace(frame, pixels=np.array(frame.pixels))
-        else:
-            picture = Micrograph(np.array(frame))
+        taken, error = take_in(frame, copy=True)
+        if error is not None:
+            return self.stream.submit(frame)  # says so in its result
+        picture = taken if isinstance(taken, Micrograph) else Micrograph(taken)
         return self.stream.submit(picture, tag=picture, copy=False)
 
     def start(self, poll_ms: int = POLL_MS) -> None:
@@ -91,7 +94,8 @@ class LiveLayer:
         self._image.data, self._labels.data = picture.pixels, found.labels
         if tuple(self._image.contrast_limits) != found.window:
             self._image.contrast_limits = found.window
-        if tuple(self._image.scale) != place["scale"]:  # another magnification
+        if place != self._place:  # another magnification, or a pixel size that became known
+            self._place = place
             for layer in (self._image, self._labels):
                 layer.scale, layer.units = place["scale"], place["units"]
 

@@ -56,6 +56,7 @@ class SegmentPanel:
         self._job: Job | None = None
         self._results: ResultLayers | None = None
         self._added = 0
+        self._listed: list[Any] = []
         self._closed = False
         self._build()
         self._timer = QTimer(self.widget)
@@ -143,6 +144,9 @@ class SegmentPanel:
             self._job.progress.cancel()
         for event in self._layer_events():
             event.disconnect(self._list_layers)
+        for layer in self._listed:
+            layer.events.name.disconnect(self._rename)
+        self._listed = []
         self._opened.close()
 
     def _poll(self) -> None:
@@ -184,6 +188,9 @@ class SegmentPanel:
         images = [
             layer for layer in self.viewer.layers if type(layer) is Image and "hpddrnet_trt" not in layer.metadata
         ]
+        for layer in self._listed:
+            layer.events.name.disconnect(self._rename)
+        self._listed = images
         before, active = self.layer, self.viewer.layers.selection.active
         self.layers.blockSignals(True)
         self.layers.clear()
@@ -281,6 +288,16 @@ class SegmentPanel:
     def _build(self) -> None:
         """Lay out the controls."""
         from qtpy import QtWidgets
+        from qtpy.QtCore import QEvent
+
+        panel = self
+
+        class Content(QtWidgets.QWidget):  # type: ignore[misc, unused-ignore]
+            def changeEvent(self, event: Any) -> None:
+                # A dock that is removed gives its content back and does not delete it.
+                if event.type() == QEvent.Type.ParentChange and self.parent() is None:
+                    panel.close()
+                super().changeEvent(event)
 
         def choices(entries: dict[str, Any], hint: str) -> Any:
             box = QtWidgets.QComboBox()
@@ -292,7 +309,7 @@ class SegmentPanel:
             box.setSizePolicy(QtWidgets.QSizePolicy.Policy.Expanding, QtWidgets.QSizePolicy.Policy.Fixed)
             return box
 
-        self.widget: Any = QtWidgets.QWidget()
+        self.widget: Any = Content()
         self.controls = QtWidgets.QWidget()
         self.layers = choices({}, "the image layer to segment")
         self.layers.currentIndexChanged.connect(self._show_layer)

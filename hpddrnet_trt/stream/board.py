@@ -21,6 +21,13 @@ from hpddrnet_trt.segmentation import Segmentation
 from hpddrnet_trt.stream.accounting import Accounts
 from hpddrnet_trt.stream.records import Policy, State, StreamResult, StreamStatistics
 
+LONGEST_WAIT_S = 1e6  # waiting for longer overflows the system's clock, and an error would end the thread
+
+
+def bounded(seconds: float | None) -> float | None:
+    """``seconds`` as the system can wait for; also infinity, which is what "never" looks like."""
+    return None if seconds is None else min(seconds, LONGEST_WAIT_S)
+
 
 @dataclass
 class Job:
@@ -152,7 +159,8 @@ class Board:
                 if self._waiting and (self._closing is not None or self._has_outlet()):
                     now = time.monotonic()
                     if self._closing is None and now < self._next_start_s:
-                        self._pace.wait(self._next_start_s - now)  # not woken by every frame that comes meanwhile
+                        # Not woken by every frame that comes meanwhile.
+                        self._pace.wait(bounded(self._next_start_s - now))
                         continue
                     job = self._waiting.popleft()
                     job.started_s = now
@@ -293,7 +301,7 @@ class Board:
                     return self._handed_over(self._to_push.popleft(), now)
                 if over:
                     return None
-                self._changed.wait(self._next_deadline(now))
+                self._changed.wait(bounded(self._next_deadline(now)))
 
     def _news(self, now: float, over: bool) -> StateChange | None:
         """The state that is to be told, if it is another than the last one told."""
@@ -329,7 +337,7 @@ class Board:
                 over = not self._is_open() and self._all_done()
                 if over or (left is not None and left <= 0):
                     return None
-                self._changed.wait(left)
+                self._changed.wait(bounded(left))
             result = self._to_pull.popleft()
             return result if self._pushed else self._handed_over(result, time.monotonic())
 
@@ -384,7 +392,7 @@ class Board:
     def wait_started(self, timeout_s: float | None) -> State:
         """The state once it is no longer STARTING, or after ``timeout_s``."""
         with self._lock:
-            self._changed.wait_for(lambda: self.state() is not State.STARTING, timeout_s)
+            self._changed.wait_for(lambda: self.state() is not State.STARTING, bounded(timeout_s))
             return self.state()
 
     def _state(self, now: float) -> tuple[State, str | None]:

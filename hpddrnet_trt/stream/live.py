@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, get_args
 
 from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.stream.board import Board, Job
+from hpddrnet_trt.stream.board import Board, Job, bounded
 from hpddrnet_trt.stream.delivery import Delivery
 from hpddrnet_trt.stream.frames import take_in
 from hpddrnet_trt.stream.records import Policy, State, StreamResult, StreamStatistics
@@ -95,13 +95,12 @@ class Stream:
             raise UsageError(f"max_rate must be a positive number of frames per second, got {max_rate}")
         if max_restarts < 0 or not 0 <= nice <= 19:
             raise UsageError(f"max_restarts must not be negative and nice be 0 to 19, got {max_restarts} and {nice}")
-        if any(min(size) < 1 for size in warm_up):
-            raise UsageError(f"warm_up must be (height, width) of at least 1 pixel each, got {list(warm_up)}")
+        sizes = _sizes(warm_up)
         self.policy: Policy = policy
         told = on_result is not None or on_state is not None
         self._board = Board(policy, capacity, workers, stall_after_s, pushed=on_result is not None, told=told,
                             spacing_s=1 / max_rate if max_rate else 0.0)  # fmt: skip
-        plan = Plan(open_segmenter, tuple(warm_up), errors_before_restart, max_restarts, nice)
+        plan = Plan(open_segmenter, sizes, errors_before_restart, max_restarts, nice)
         self._threads: list[threading.Thread] = [
             Worker(self._board, number, plan, f"hpddrnet-worker-{number}") for number in range(workers)
         ]
@@ -195,7 +194,7 @@ class Stream:
     def _join(self, until_s: float) -> bool:
         """Whether all threads have ended by then."""
         for thread in self._threads:
-            thread.join(max(until_s - time.monotonic(), 0.0))
+            thread.join(bounded(max(until_s - time.monotonic(), 0.0)))
         return not any(thread.is_alive() for thread in self._threads)
 
     def __enter__(self) -> Stream:
@@ -209,6 +208,16 @@ class Stream:
     def _is_own_thread(self) -> bool:
         me = threading.get_ident()  # of an ended thread it may have been given to another
         return any(thread.ident == me and thread.is_alive() for thread in self._threads)
+
+
+def _sizes(warm_up: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    try:
+        sizes = tuple((int(height), int(width)) for height, width in warm_up)
+    except (TypeError, ValueError):
+        sizes = ((0, 0),)
+    if any(min(size) < 1 for size in sizes):
+        raise UsageError(f"warm_up must be a list of (height, width), at least 1 pixel each, got {warm_up!r}")
+    return sizes
 
 
 class _CloseAtExit:

@@ -19,6 +19,11 @@ def describe(exc: BaseException) -> str:
     return text if isinstance(exc, UserError) else f"{type(exc).__name__}: {text[:300]}"
 
 
+def traceback_of(exc: BaseException) -> BaseException | None:
+    """What a log line shows beneath it: nothing for our own sentences, which say all."""
+    return None if isinstance(exc, UserError) else exc
+
+
 class SparseLog:
     """Warnings of one kind: the first at once, then one per ``interval_s`` with the number left out."""
 

@@ -14,7 +14,7 @@ from hpddrnet_trt.errors import ContractError
 from hpddrnet_trt.segmentation import Segmentation
 from hpddrnet_trt.stream.board import Board
 from hpddrnet_trt.stream.priority import lower_priority
-from hpddrnet_trt.stream.sentences import SparseLog, describe
+from hpddrnet_trt.stream.sentences import SparseLog, describe, traceback_of
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Worker(threading.Thread):
             segmenter = self._plan.open_segmenter()
             self._warm_up(segmenter)
         except BaseException as exc:
-            log.warning("a segmenter could not be opened: %s", describe(exc), exc_info=exc)
+            log.warning("a segmenter could not be opened: %s", describe(exc), exc_info=traceback_of(exc))
             if segmenter is not None:
                 self._close(segmenter)
             return None, describe(exc)
@@ -137,7 +137,7 @@ class Worker(threading.Thread):
                     error = describe(exc)
                 except Exception as exc:
                     error, fault = describe(exc), _Fault(describe(exc), isinstance(exc, MemoryError))
-                    self._warnings.warning("frame %d failed: %s", job.frame_id, error, exc_info=exc)
+                    self._warnings.warning("frame %d failed: %s", job.frame_id, error, exc_info=traceback_of(exc))
                 except BaseException as exc:
                     error = f"the worker died in inference: {describe(exc)}"
                     fault, died = _Fault(error), True

@@ -26,14 +26,14 @@ def test_frames_are_counted_with_and_without_a_stream(tmp_path: Path) -> None:
         cv2.imwrite(str(tmp_path / f"{seed}.png"), grey_image(32, 32, seed))
     source = MicroManagerSource(tmp_path, exposure_ms=20.0)
     try:
-        alone = source.acquire(0.4, None)
-        assert 2 <= alone <= 20  # 50 frames/s at most
+        alone, lasted = source.acquire(0.4, None)
+        assert lasted >= 0.4
+        assert 1 <= alone <= lasted / 0.02 + 1  # 50 frames/s at most
         with Stream(lambda: Segmenter(ToyEngine(manifest("logits"))), nice=0) as stream:
             stream.wait_ready(10)
-            together = source.acquire(0.4, stream)
+            together, _ = source.acquire(0.4, stream)
             submitted = stream.statistics().submitted
-            assert 2 <= together <= 20
-            assert together <= submitted <= together + 5  # frames before the count and during the cancel
+            assert 1 <= together <= submitted  # frames before the count and during the cancel come on top
             source.acquire(0.1, None)
             assert stream.statistics().submitted == submitted  # not connected any more
     finally:

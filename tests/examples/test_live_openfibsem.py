@@ -22,7 +22,7 @@ def test_with_a_folder_of_pictures(
     model = write_toy_onnx(tmp_path / "toy.onnx", manifest("labels"))
     for seed in range(3):
         cv2.imwrite(str(tmp_path / f"{seed}.png"), grey_image(48, 64, seed))
-    arguments = ["--replay", tmp_path, "--seconds", 0.5, "--model", model, "--engine", "onnxruntime", "--beam", beam]
+    arguments = ["--replay", tmp_path, "--seconds", 1.5, "--model", model, "--engine", "onnxruntime", "--beam", beam]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *map(str, arguments)])
     monkeypatch.setenv("FIBSEM_SIM_NO_DELAY", "1")
     runpy.run_path(str(EXAMPLE), run_name="__main__")

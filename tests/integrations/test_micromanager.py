@@ -20,7 +20,13 @@ import pytest
 
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.integrations.micromanager import FrameTag, MicroManagerFeed, pixel_size_m, replay_core
+from hpddrnet_trt.integrations.micromanager import (
+    FrameTag,
+    MicroManagerFeed,
+    on_emitting_thread,
+    pixel_size_m,
+    replay_core,
+)
 from hpddrnet_trt.segmenter import Segmenter
 from hpddrnet_trt.stream import Stream, StreamResult
 from tests.toy import ToyEngine, grey_image, manifest
@@ -191,7 +197,7 @@ def test_acquisition_goes_on_whatever_happens_here(core: Any, caplog: pytest.Log
     seen: list[Any] = []
     feed = MicroManagerFeed(core, Broken())  # type: ignore[arg-type]
     with feed:
-        core.mda.events.frameReady.connect(lambda image, event, metadata: seen.append(event))
+        on_emitting_thread(core.mda.events.frameReady, lambda image, event, metadata: seen.append(event))
         run(core, 4)
     assert len(seen) == 4
     assert (feed.errors, feed.last_error) == (4, "RuntimeError: boom")
@@ -224,22 +230,23 @@ def test_a_feed_that_nobody_keeps_stays_connected(core: Any) -> None:
 
 
 def test_the_acquisition_does_not_wait_for_a_slow_model(core: Any) -> None:
-    """40 frames of 1 ms with a model that takes 100 ms: the MDA is through long before 4 s, and accounts balance."""
+    """40 frames with a model that is still busy with its first when the MDA is through, and accounts balance."""
+    go_on = threading.Event()
 
     class Slow(ToyEngine):
         def infer(self, images: npt.NDArray[Any]) -> Any:
-            time.sleep(0.1)
+            go_on.wait(60)
             return super().infer(images)
 
     with Stream(lambda: Segmenter(Slow(manifest("logits"))), policy="latest", nice=0) as stream:
         stream.wait_ready(10)
-        start = time.monotonic()
         with MicroManagerFeed(core, stream):
             run(core, 40)
-        took = time.monotonic() - start
+        busy = stream.statistics()
+        go_on.set()
         stream.close()
         counts = stream.statistics()
-    assert took < 2
+    assert (busy.submitted, busy.processed) == (40, 0)
     assert counts.submitted == 40
     assert counts.submitted == counts.processed + counts.dropped + counts.failed + counts.pending
     assert counts.dropped > 0
@@ -253,7 +260,7 @@ def test_a_frame_is_copied_before_other_listeners_touch_it(core: Any) -> None:
         def paint(image: npt.NDArray[Any], event: Any, metadata: Any) -> None:
             image[:] = 0
 
-        core.mda.events.frameReady.connect(paint)
+        on_emitting_thread(core.mda.events.frameReady, paint)
         run(core, 1)
         core.mda.events.frameReady.disconnect(paint)
     assert found[0].segmentation is not None

@@ -100,6 +100,21 @@ def test_nothing_new_changes_nothing(viewer: Any, live: LiveLayer, monkeypatch: 
     assert "this picture is 3 s old" in text(viewer)
 
 
+def test_a_pixel_size_of_one_nanometre_is_not_one_pixel(viewer: Any, live: LiveLayer) -> None:
+    show(live, grey_image(40, 56))
+    show(live, Micrograph(grey_image(40, 56), pixel_size_m=1e-9))
+    assert {str(unit) for layer in viewer.layers for unit in layer.units} == {"nanometer"}
+    show(live, grey_image(40, 56))
+    assert {str(unit) for layer in viewer.layers for unit in layer.units} == {"pixel"}
+
+
+def test_what_cannot_even_be_copied_is_counted_and_not_raised(viewer: Any, live: LiveLayer) -> None:
+    for number, frame in enumerate((np.broadcast_to(np.uint8(0), (1 << 20, 1 << 20)), [[1, 2], [3]], None), 1):
+        assert live.submit(frame) is not None  # type: ignore[arg-type]
+        update_until(live, lambda number=number: f"{number} failed" in text(viewer))  # type: ignore[misc]
+    assert len(viewer.layers) == 0
+
+
 def test_a_bad_frame_is_counted_and_said(viewer: Any, live: LiveLayer) -> None:
     show(live, grey_image(40, 56))
     live.submit(np.full((8, 8), np.nan, np.float32))

@@ -251,6 +251,26 @@ def test_the_result_of_a_removed_layer_is_dropped(viewer: Any, panel: SegmentPan
     assert not viewer.layers
 
 
+def test_a_widget_whose_dock_is_removed_lets_go(viewer: Any, toy: ToyModel) -> None:
+    """napari takes the widget out of the dock and deletes only that."""
+    from qtpy.QtWidgets import QVBoxLayout, QWidget
+
+    source = viewer.add_image(grey_image(16, 24))
+    signals = [*(getattr(viewer.layers.events, name) for name in ("inserted", "removed", "reordered")),
+               source.events.name]  # fmt: skip
+    before = [len(signal.callbacks) for signal in signals]
+    panel = segment_widget(viewer).panel
+    dock = QWidget()
+    QVBoxLayout(dock).addWidget(panel.widget)
+    panel.run()
+    finish(panel)
+    assert find_layer(viewer, source, "labels") is not None
+    assert not toy.engine.closed  # kept for the next run
+    panel.widget.setParent(None)
+    assert toy.engine.closed
+    assert [len(signal.callbacks) for signal in signals] == before
+
+
 def test_a_deleted_widget_lets_go(viewer: Any, toy: ToyModel) -> None:
     reached, go = threading.Event(), threading.Event()
 

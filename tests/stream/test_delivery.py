@@ -149,7 +149,7 @@ def test_results_give_up_after_the_time_out() -> None:
         stream.submit(frame(1))
         started = time.monotonic()
         assert len(list(stream.results(timeout_s=0.05))) == 1
-        assert 0.05 <= time.monotonic() - started < 5
+        assert 0.05 <= time.monotonic() - started < 20
         assert list(stream.results(timeout_s=0)) == []
 
 
