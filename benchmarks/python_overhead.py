@@ -39,7 +39,7 @@ TARGET_US = 50  # of one frame
 
 
 class NoCuda:
-    """`cuda.bindings.runtime` that does nothing at once; only memory on the host is real."""
+    """`cuda.bindings.runtime` and `.driver` that do nothing at once; only memory on the host is real."""
 
     def __init__(self) -> None:
         self._memory: list[Any] = []
@@ -55,6 +55,8 @@ class NoCuda:
             "cudaGetDevice": lambda: (0, 0),
             "cudaGraphLaunch": lambda graph, stream: (0,),
             "cudaStreamSynchronize": lambda stream: (0,),
+            "cuCtxPushCurrent": lambda context: (0,),
+            "cuCtxPopCurrent": lambda: (0, 1),
         }
         value = special.get(name, 1 if name.endswith(("NonBlocking", "Timing")) else lambda *_: (0, 1))
         setattr(self, name, value)  # looked up once
@@ -102,14 +104,16 @@ def stand_in(folder: Path, size: int) -> tuple[Path, TensorRT]:
 
 
 class TimedCuda:
-    """The real `cuda.bindings.runtime`, adding up the time inside its functions in `inside`, in nanoseconds."""
+    """The real `cuda.bindings.runtime` or `.driver`; time inside the functions of both adds up in `inside`, in ns."""
+
+    inside = 0
 
     def __init__(self, real: Any) -> None:
-        self._real, self.inside = real, 0
+        self._real = real
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)
-        if name.startswith("cuda") and callable(value) and not isinstance(value, type):
+        if name.startswith("cu") and callable(value) and not isinstance(value, type):
             value = self._timed(value)
         setattr(self, name, value)
         return value
@@ -118,7 +122,7 @@ class TimedCuda:
         def call(*arguments: Any) -> Any:
             started = time.perf_counter_ns()
             result = function(*arguments)
-            self.inside += time.perf_counter_ns() - started
+            TimedCuda.inside += time.perf_counter_ns() - started
             return result
 
         return call
@@ -134,16 +138,16 @@ def _median_us(work: Callable[[], int], runs: int) -> float:
     return statistics.median(times[-runs:]) / 1000
 
 
-def measure(path: Path, size: int, runs: int, timed: TimedCuda | None) -> None:
+def measure(path: Path, size: int, runs: int) -> None:
     """Print the medians of one frame."""
     with tensorrt.TensorRTEngine(path) as engine:
         frame = np.random.default_rng(0).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
         labels, result, pinned = frame[:, 0].copy(), frame[:, 0].copy(), frame.copy()
 
         def infer() -> int:
-            inside = 0 if timed is None else timed.inside
+            inside = TimedCuda.inside
             engine.infer(frame, out=labels)
-            return 0 if timed is None else timed.inside - inside
+            return TimedCuda.inside - inside
 
         def copy() -> int:
             np.copyto(pinned, frame)
@@ -172,11 +176,14 @@ def main() -> None:
             path, library = stand_in(folder, options.size)
             stack.enter_context(mock.patch.object(tensorrt, "load_flavour", partial(_same, library)))
             runtime: Any = NoCuda()
+            driver: Any = runtime
         else:
-            path, runtime = options.engine, TimedCuda(cuda_memory.cudart())
+            path = options.engine
+            runtime, driver = TimedCuda(cuda_memory.cudart()), TimedCuda(cuda_memory.cuda_driver())
         for module in (cuda_memory, cuda_graph):
             stack.enter_context(mock.patch.object(module, "cudart", partial(_same, runtime)))
-        measure(path, options.size, options.runs, runtime if options.engine is not None else None)
+        stack.enter_context(mock.patch.object(cuda_memory, "cuda_driver", partial(_same, driver)))
+        measure(path, options.size, options.runs)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +24,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{target.stem}.", suffix=f".tmp{target.suffix}", dir=target.parent
-        )
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _created_beside(target)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
         os.replace(temporary, target)
     except OSError as exc:
         if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST}:
@@ -43,6 +36,14 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _created_beside(target: Path) -> Path:
+    """A new empty file that nobody else has, with the permissions that any new file of this process gets."""
+    # tempfile makes files private, and asking for the umask means setting it, for all threads of the program.
+    path = target.with_name(f".{target.stem[:80]}.{secrets.token_hex(8)}.tmp{target.suffix}")
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return path
 
 
 def write_bytes(target: str | Path, content: bytes) -> Path:

@@ -4,18 +4,21 @@ One description travels with a model through its whole life: in the header of a 
 (safetensors metadata), in the ``metadata_props`` of an ONNX file, and in the JSON file beside a
 TensorRT engine (``model.engine`` + ``model.engine.json``). Each stage adds what it knows. This
 module imports no heavy library, so a microscope PC reads every description.
+
+A description may come from a stranger: its numbers have limits, so that no file makes its reader ask
+for memory that no model needs.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from hpddrnet_trt.errors import BadInputFile, first_problem
 from hpddrnet_trt.files import existing_file
@@ -24,6 +27,9 @@ FORMAT_VERSION = 1
 METADATA_KEY = "hpddrnet_trt"
 IGNORE_INDEX = 255
 SIZE_MULTIPLE = 8  # the network's spatial branch works at one eighth of the input size
+MAX_DESCRIPTION_BYTES = 16 << 20  # the largest of ours have some 100 KB
+MAX_CHANNELS = 1 << 16  # of a layer, so that sizes can be computed; the largest network has 64 times 16
+MAX_LEAST_VALUES = 1 << 28  # of the smallest input, which smaller images are padded to; 16384x16384 is admitted
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
@@ -33,26 +39,27 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings")
 
 
+ShortText = Annotated[str, Field(max_length=100)]
 ColourValue = Annotated[int, Field(ge=0, le=255)]
 
 
 class ClassInfo(_Record):
     """One class: its name and the RGB colour (0..255) it is drawn in."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=1000)
     color: tuple[ColourValue, ColourValue, ColourValue]
 
 
 class Normalisation(_Record):
     """Grey levels (0..255, RGB order) are mapped to ``(value - mean) / std`` per channel."""
 
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # ImageNet, as the authors train
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (123.675, 116.28, 103.53)  # ImageNet, as the authors train
+    std: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (58.395, 57.12, 57.375)
 
     @model_validator(mode="after")
     def _positive_std(self) -> Normalisation:
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, got {self.std}")
+        if min(self.std) < 1e-6:
+            raise ValueError(f"std must be positive (at least 1e-6 grey levels), got {self.std}")
         return self
 
 
@@ -69,9 +76,9 @@ class NetworkConfig(_Record):
     trained on crops sees the same means in a whole micrograph.
     """
 
-    channels: int = Field(default=32, ge=1)  # 32: 23-slim, 64: 23
-    ppm_channels: int = Field(default=128, ge=1)
-    head_channels: int = Field(default=64, ge=1)
+    channels: int = Field(default=32, ge=1, le=MAX_CHANNELS)  # 32: 23-slim, 64: 23
+    ppm_channels: int = Field(default=128, ge=1, le=MAX_CHANNELS)
+    head_channels: int = Field(default=64, ge=1, le=MAX_CHANNELS)
     num_classes: int = Field(ge=2, le=255)
     eca: Literal["context", "spatial", "none"] = "context"
     pam: Literal["fusion", "context", "none"] = "fusion"
@@ -96,6 +103,9 @@ class NetworkConfig(_Record):
         return "-".join(["hpddrnet", size, *tags, *own])
 
 
+CropEdge = Annotated[int, Field(ge=1, le=1 << 14)]
+
+
 class DataRecord(_Record):
     """The data a model was trained on."""
 
@@ -105,6 +115,7 @@ class DataRecord(_Record):
     train_images: int | None = None
     grey_mean: float | None = None
     grey_std: float | None = None
+    crop: tuple[CropEdge, CropEdge] | None = None  # height and width of the training crops, pixels: the size of tiles
 
 
 class AxisRange(_Record):
@@ -112,6 +123,12 @@ class AxisRange(_Record):
 
     minimum: int = Field(default=1, ge=1)
     maximum: int | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> AxisRange:
+        if self.maximum is not None and self.maximum < self.minimum:
+            raise ValueError(f"the range {self.minimum}..{self.maximum} admits nothing")
+        return self
 
     @property
     def fixed(self) -> int | None:
@@ -139,7 +156,15 @@ class InputContract(_Record):
     batch: AxisRange = AxisRange()
     height: AxisRange = AxisRange(minimum=SIZE_MULTIPLE)
     width: AxisRange = AxisRange(minimum=SIZE_MULTIPLE)
-    multiple: int = SIZE_MULTIPLE
+    multiple: int = Field(default=SIZE_MULTIPLE, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _smallest_input_fits_memory(self) -> InputContract:
+        least = (self.batch.minimum, self.channels, self.height.minimum, self.width.minimum)
+        if prod(least) > MAX_LEAST_VALUES:
+            written = "x".join(map(str, least))
+            raise ValueError(f"the smallest input, {written}, has more than {MAX_LEAST_VALUES} values")
+        return self
 
 
 class OutputContract(_Record):
@@ -189,10 +214,10 @@ class EngineRecord(_Record):
     """What only a built TensorRT engine knows."""
 
     flavour: Literal["tensorrt", "tensorrt-rtx"]
-    version: str
-    compute_capabilities: list[str]  # ["8.9"], or ["portable"] for an RTX default build
-    gpu: str | None = None  # name of the GPU it was built on, None when built without one
-    profiles: list[dict[str, list[int]]]  # {"min": [...], "opt": [...], "max": [...]}
+    version: ShortText
+    compute_capabilities: list[ShortText] = Field(max_length=100)  # ["8.9"], or ["portable"] for an RTX default build
+    gpu: ShortText | None = None  # name of the GPU it was built on, None when built without one
+    profiles: list[dict[str, list[int]]] = Field(max_length=100)  # {"min": [...], "opt": [...], "max": [...]}
     sha256: str
     bytes: int
     precision_proof: dict[str, Any]  # where it comes from and the share of layers per type
@@ -207,7 +232,7 @@ class Manifest(_Record):
     """Description of a model file; see the module docstring."""
 
     format_version: int = FORMAT_VERSION
-    name: str = "model"
+    name: str = Field(default="model", max_length=1000)
     network: NetworkConfig
     classes: list[ClassInfo]
     normalisation: Normalisation = Normalisation()
@@ -264,7 +289,7 @@ def parse_manifest(text: str, source: str | Path) -> Manifest:
         return Manifest.model_validate_json(text)
     except ValidationError as exc:
         raise BadInputFile(
-            f"the description in {source} is not valid ({first_problem(exc, 'description')}); "
+            f"the description in {source} is not valid ({first_problem(exc, 'description')[:500]}); "
             "the file was damaged or written by another program: export it again"
         ) from exc
 
@@ -277,7 +302,7 @@ def sidecar_path(engine: str | Path) -> Path:
 def read_manifest(path: str | Path) -> Manifest:
     """Read the description of a ``.safetensors``, ``.onnx`` or ``.engine`` file.
 
-    Raises :class:`BadInputFile` when the file is missing, damaged, or carries no description.
+    Raises :class:`BadInputFile` when the file is missing, unreadable, damaged, or carries no description.
     """
     path = existing_file(path, "model file")
     readers = {".safetensors": _from_safetensors, ".onnx": _from_onnx, ".engine": _from_sidecar}
@@ -287,7 +312,10 @@ def read_manifest(path: str | Path) -> Manifest:
             f"{path} is not a model file of this package (known endings: {', '.join(readers)}); "
             "checkpoints of mmsegmentation become ours with: hpddrnet-trt convert-checkpoint"
         )
-    text = reader(path)
+    try:
+        text = reader(path)
+    except OSError as exc:
+        raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions and the disk") from exc
     if text is None:
         raise BadInputFile(
             f"{path} carries no description of the model (classes, input contract); "
@@ -301,49 +329,77 @@ def _from_sidecar(path: Path) -> str | None:
     if not sidecar.is_file():
         raise BadInputFile(f"{sidecar} is missing; keep it beside {path.name}, or build the engine again")
     try:
-        return sidecar.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
+        with sidecar.open("rb") as stream:
+            return _limited(stream.read(MAX_DESCRIPTION_BYTES + 1)).decode("utf-8")
+    except (OSError, ValueError) as exc:
         raise BadInputFile(f"{sidecar} cannot be read ({exc}); build the engine again") from exc
+
+
+def _limited(text: bytes) -> bytes:
+    if len(text) > MAX_DESCRIPTION_BYTES:
+        raise ValueError(f"its description has more than {MAX_DESCRIPTION_BYTES >> 20} MiB")
+    return text
 
 
 def _from_onnx(path: Path) -> str | None:
     # Read from the file's bytes: a microscope PC has a runtime for ONNX, but not the onnx package.
     # ONNX is a protobuf; ModelProto's field 7 is the graph, field 14 a key (1) and value (2).
-    metadata: dict[bytes, bytes] = {}
-    graph = False
+    key, text, graph = METADATA_KEY.encode(), None, False
     try:
         with path.open("rb") as stream:
-            for number, content in _protobuf_fields(stream, path.stat().st_size, skip=7):
-                graph = graph or number == 7
-                if number == 14:
-                    pair = dict(_protobuf_fields(io.BytesIO(content), len(content)))
-                    metadata[pair.get(1, b"")] = pair.get(2, b"")
+            for field in protobuf_fields(stream, 0, path.stat().st_size):
+                graph = graph or field.number == 7
+                if field.number != 14:
+                    continue
+                pair = {part.number: part for part in protobuf_fields(stream, field.start, field.end)}
+                if 1 in pair and 2 in pair and pair[1].read(stream, len(key) + 1) == key:
+                    text = _limited(pair[2].read(stream, MAX_DESCRIPTION_BYTES + 1)).decode("utf-8")
         if not graph:
             raise ValueError("it holds no graph")
-        text = metadata.get(METADATA_KEY.encode())
-        return None if text is None else text.decode("utf-8")
     except ValueError as exc:
         raise BadInputFile(f"{path} is not a readable ONNX file ({exc}); export it again") from exc
+    return text
 
 
-def _protobuf_fields(stream: BinaryIO, end: int, skip: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Field numbers and contents of one protobuf message; field ``skip`` is passed over, numbers are left empty."""
-    fixed = {1: 8, 5: 4}
-    while stream.tell() < end:
+class ProtobufField(NamedTuple):
+    """One field of a protobuf message: its content lies at ``start`` to ``end`` of the stream; ``value`` of a varint.
+
+    ``wire``: 0 a varint, 1 eight bytes, 2 bytes or another message, 5 four bytes.
+    """
+
+    number: int
+    wire: int
+    start: int
+    end: int
+    value: int = 0
+
+    def read(self, stream: BinaryIO, limit: int) -> bytes:
+        """The first ``limit`` bytes of the content."""
+        stream.seek(self.start)
+        return stream.read(min(self.end - self.start, limit))
+
+
+def protobuf_fields(stream: BinaryIO, start: int, end: int) -> Iterator[ProtobufField]:
+    """Fields of the protobuf message from ``start`` to ``end``, in order; contents are passed over.
+
+    Raises :class:`ValueError` for bytes that are no such message.
+    """
+    while start < end:
+        stream.seek(start)  # whoever takes the fields may read elsewhere in between
         key = _varint(stream)
         number, wire = key >> 3, key & 7
-        if number == 0 or wire not in {0, 1, 2, 5}:
+        if number == 0 or wire not in _WIRE_BYTES:
             raise ValueError("it is damaged or another kind of file")
-        length = _varint(stream) if wire == 2 else fixed.get(wire, 0)
-        if wire == 0:
-            _varint(stream)
-        if stream.tell() + length > end:
+        length = _varint(stream) if wire == 2 else _WIRE_BYTES[wire]
+        value = _varint(stream) if wire == 0 else 0
+        content = stream.tell()
+        start = content + length
+        if start > end:
             raise ValueError("it is cut off in the middle")
-        if number == skip:
-            stream.seek(length, 1)
-            yield number, b""
-        else:
-            yield number, stream.read(length)
+        yield ProtobufField(number, wire, content, start, value)
+
+
+_WIRE_BYTES = {0: 0, 1: 8, 2: 0, 5: 4}  # of a content; that of kind 2 says its length first
 
 
 def _varint(stream: BinaryIO) -> int:
@@ -364,12 +420,12 @@ def _from_safetensors(path: Path) -> str | None:
     with path.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
+        if not 2 <= length <= min(size - 8, MAX_DESCRIPTION_BYTES):
             raise BadInputFile(f"{path} is not a safetensors file or is truncated; copy or train it again")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:  # the latter: lists in lists in lists
             raise BadInputFile(f"{path} has a damaged header ({exc}); copy or train it again") from exc
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    text = metadata.get(METADATA_KEY)
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
     return str(text) if text is not None else None

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from hpddrnet_trt.errors import BadInputFile
 from hpddrnet_trt.manifest import (
     FORMAT_VERSION,
+    MAX_DESCRIPTION_BYTES,
     METADATA_KEY,
     AxisRange,
     CalibrationRecord,
@@ -169,6 +170,15 @@ def test_foreign_endings(tmp_path: Path) -> None:
         ({"classes": [{"name": "", "color": [0, 0, 0]}, {"name": "b", "color": [0, 0, 0]}]}, "name"),
         ({"classes": [{"name": "a", "color": [0, 0, 256]}, {"name": "b", "color": [0, 0, 0]}]}, "color"),
         ({"normalisation": {"std": [1, 0, 1]}}, "std must be positive"),
+        ({"normalisation": {"std": [1, 1e-300, 1]}}, "std must be positive"),
+        ({"normalisation": {"std": [1, math.nan, 1]}}, "finite number"),
+        ({"normalisation": {"mean": [math.inf, 0, 0]}}, "finite number"),
+        ({"network": {"num_classes": 2, "channels": 10**12}}, "channels"),
+        ({"input": {"multiple": 0}}, "multiple"),
+        ({"input": {"height": {"minimum": 16, "maximum": 8}}}, "the range 16..8 admits nothing"),
+        ({"input": {"height": {"minimum": 10**9}}}, "the smallest input, 1x1x1000000000x8, has more than 268435456"),
+        ({"input": {"batch": {"minimum": 2**23}}}, "the smallest input"),
+        ({"name": "x" * 1001}, "name"),
         ({"precision": "fp4"}, "precision"),
     ],
 )
@@ -178,6 +188,45 @@ def test_impossible_descriptions(changes: dict[str, Any], message: str) -> None:
     text = json.dumps({**json.loads(SMALL.to_json()), **json.loads(json.dumps(changes, default=dict))})
     with pytest.raises(BadInputFile, match=r"the description in somewhere is not valid"):
         parse_manifest(text, "somewhere")
+
+
+def test_the_largest_input_that_is_padded_to() -> None:
+    side = AxisRange(minimum=16384, maximum=16384)
+    assert SMALL.replace(input=InputContract(height=side, width=side)).input is not None
+
+
+def test_descriptions_without_end(tmp_path: Path) -> None:
+    """Deep nesting, and more text than any description has: refused before it is taken apart."""
+    deep = "[" * 100_000
+    for make in (
+        lambda text: safetensors_file(tmp_path / "m.safetensors", text.encode()),
+        lambda text: safetensors_file(tmp_path / "m.safetensors", {"__metadata__": {METADATA_KEY: text}}),
+        lambda text: onnx_file(tmp_path / "m.onnx", {METADATA_KEY: text}),
+        lambda text: engine_file(tmp_path / "m.engine", text.encode()),
+    ):
+        for text in (deep, SMALL.to_json().replace("{", '{"later": ' + deep + "]" * len(deep) + ", ", 1)):
+            with pytest.raises(BadInputFile, match=r"damaged header|is not valid"):
+                read_manifest(make(text))
+        with pytest.raises(BadInputFile, match=r"more than 16 MiB|not a safetensors file"):
+            read_manifest(make(" " * MAX_DESCRIPTION_BYTES + "{}"))
+
+
+def test_a_long_complaint_is_cut() -> None:
+    text = json.dumps({**json.loads(SMALL.to_json()), "precision": "x" * 10_000})
+    with pytest.raises(BadInputFile) as caught:
+        parse_manifest(text, "somewhere")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = onnx_file(tmp_path / "m.onnx", {METADATA_KEY: SMALL.to_json()})
+
+    def fails(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(BadInputFile, match=r"m\.onnx cannot be read \(Permission denied\); check its permissions"):
+        read_manifest(path)
 
 
 def test_unknown_entries_are_ignored() -> None:

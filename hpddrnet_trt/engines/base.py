@@ -29,7 +29,12 @@ class Prediction:
 
 @runtime_checkable
 class Engine(Protocol):
-    """A loaded model file. Use it as a context manager, or call :meth:`close`."""
+    """A loaded model file. Use it as a context manager, or call :meth:`close`.
+
+    Several threads may call :meth:`infer` and :meth:`infer_many` of one engine at once, and :meth:`close`
+    at any moment: what runs finishes, and what comes later raises a :class:`UserError`.
+    :meth:`bind` and :meth:`layer_times` are for measuring, when nothing else runs.
+    """
 
     manifest: Manifest
 

@@ -6,11 +6,10 @@ A launch costs the processor one call instead of one for each kernel and copy (C
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-from hpddrnet_trt.engines.cuda_memory import Stream, check, cudart
+from hpddrnet_trt.engines.cuda_memory import Stream, check, cudart, freed_with
 from hpddrnet_trt.errors import UserError
 
 
@@ -44,8 +43,7 @@ class CudaGraph:
             runtime.cudaGetLastError()  # forget it, so that no other library takes it for its own
             raise CaptureError(str(exc)) from exc
         self._launch, self._stream = runtime.cudaGraphLaunch, stream.object
-        self.close = weakref.finalize(self, runtime.cudaGraphExecDestroy, self._graph)
-        self.close.atexit = False
+        self.close = freed_with(self, runtime.cudaGraphExecDestroy, self._graph)
 
     def launch(self) -> None:
         """Queue the work on its stream."""

@@ -2,15 +2,17 @@
 
 Uses ``cuda-python`` only, imported where used. Everything lives in the device's primary context, the
 one PyTorch, CuPy and (through ``pycuda.autoprimaryctx``) PyCUDA share, so their arrays can be used
-in place. Each call leaves the thread's current device as it found it.
+in place. Each call leaves the thread's current context as it found it, whichever that is, or none.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,11 @@ def cudart() -> Any:
     return require("cuda.bindings.runtime", "tensorrt", "use an NVIDIA GPU")
 
 
+def cuda_driver() -> Any:
+    """The ``cuda.bindings.driver`` module, or :class:`MissingDependency`."""
+    return require("cuda.bindings.driver", "tensorrt", "use an NVIDIA GPU")
+
+
 def check(result: tuple[Any, ...], doing: str) -> Any:
     """Unpack a cuda-python result tuple; raise :class:`UserError` saying what failed ``doing``."""
     if result[0]:  # cudaSuccess is 0
@@ -51,6 +58,8 @@ def _failure(status: Any, doing: str) -> UserError:
 def _advice(name: str) -> str:
     if name in {"cudaErrorInsufficientDriver", "cudaErrorNoDevice"}:
         return "install or update the NVIDIA driver"
+    if name in {"cudaErrorInvalidResourceHandle", "cudaErrorContextIsDestroyed"}:
+        return "give a stream of the engine's GPU that still exists"
     return "the GPU's state may be lost: restart the program"
 
 
@@ -101,22 +110,69 @@ def gpu_or_none(index: int = 0) -> Gpu | None:
 
 
 class current_device:  # a class because a generator would cost more at every frame
-    """Make GPU ``index`` current for this thread inside a ``with``, and restore the previous one afterwards."""
+    """Make the primary context of GPU ``index`` current for this thread inside a ``with``.
 
-    __slots__ = ("_index", "_previous", "_runtime")
+    What was current before is so again afterwards: it is pushed and popped (CUDA driver API, "Context
+    management"). Selecting the previous *device* instead would give a program with a context of its own
+    another one, and make one on a GPU that it does not use. One object serves all threads, nested too; the
+    context lives as long as the process.
+    """
+
+    __slots__ = ("_context", "_pop", "_push")
 
     def __init__(self, index: int) -> None:
-        self._index = index
-        self._runtime = cudart()
+        driver = cuda_driver()
+        self._context = _primary_context(driver, index)
+        self._push, self._pop = driver.cuCtxPushCurrent, driver.cuCtxPopCurrent
 
     def __enter__(self) -> None:
-        self._previous: int = check(self._runtime.cudaGetDevice(), "reading the current GPU")
-        if self._previous != self._index:
-            check(self._runtime.cudaSetDevice(self._index), f"selecting GPU {self._index}")
+        check(self._push(self._context), "selecting the engine's GPU")
 
     def __exit__(self, *_: object) -> None:
-        if self._previous != self._index:
-            check(self._runtime.cudaSetDevice(self._previous), f"selecting GPU {self._previous}")
+        check(self._pop(), "going back to the GPU that was selected before")
+
+
+@lru_cache(maxsize=64)  # retained once for each GPU, and never released: TensorRT keeps parts of itself in it
+def _primary_context(driver: Any, index: int) -> Any:
+    doing = f"selecting GPU {index}"
+    check(driver.cuInit(0), doing)
+    return check(driver.cuDevicePrimaryCtxRetain(check(driver.cuDeviceGet(index), doing)), doing)
+
+
+def freed_with(owner: object, free: Callable[..., Any], *handles: Any) -> Any:
+    """Call ``free`` with each handle, on the GPU that is current now, when ``owner`` goes or the result is called."""
+    index = check(cudart().cudaGetDevice(), "reading the current GPU")
+    finalizer = weakref.finalize(owner, _free, current_device(index), free, *handles)
+    finalizer.atexit = False  # the driver cleans up at exit, when it may already be unloaded
+    return finalizer
+
+
+def _free(gpu: current_device, free: Callable[..., Any], *handles: Any) -> None:
+    # The garbage collector may run this in any thread, with any context, or none, as the current one.
+    with suppress(UserError), gpu:
+        for handle in handles:
+            free(handle)
+
+
+def stream_handle(stream: Any) -> int:
+    """The number of a caller's CUDA stream.
+
+    Takes that number, or an object of PyTorch (``cuda_stream``), CuPy (``ptr``), PyCUDA or cuda.core
+    (``handle``), cuda-python (``int()``), or with the method ``__cuda_stream__``
+    (https://nvidia.github.io/cuda-python/cuda-core/latest/interoperability.html). 0 is the default
+    stream. Raises :class:`ContractError` for anything else.
+    """
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        stream = (protocol() if callable(protocol) else protocol)[1]  # version, handle
+    for name in ("cuda_stream", "ptr", "handle"):
+        stream = getattr(stream, name, stream)
+    if isinstance(stream, (bool, float)) or not hasattr(stream, "__int__"):
+        raise ContractError(
+            f"a {type(stream).__name__} is no CUDA stream; give its number, or a stream of PyTorch, CuPy, PyCUDA or "
+            "cuda-python"
+        )
+    return int(stream) or LEGACY_STREAM
 
 
 class Stream:
@@ -136,13 +192,20 @@ class Stream:
         self.handle = int(self.object)
         self._runtime = runtime
         self._any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self.close = weakref.finalize(self, _free_stream, runtime, self.object, self._event)
-        self.close.atexit = False  # the driver cleans up at exit, when it may already be unloaded
+        self._frees = [
+            freed_with(self, runtime.cudaEventDestroy, self._event),
+            freed_with(self, runtime.cudaStreamDestroy, self.object),
+        ]
 
     def wait_for(self, other: int) -> None:
         """Work queued here from now on starts after the work queued so far on stream ``other``."""
         check(self._runtime.cudaEventRecord(self._event, other), "waiting for another CUDA stream")
         check(self._runtime.cudaStreamWaitEvent(self.object, self._event, 0), "waiting for another CUDA stream")
+
+    def precede(self, other: int) -> None:
+        """Work queued on stream ``other`` from now on starts after the work queued so far here."""
+        check(self._runtime.cudaEventRecord(self._event, self.object), "making another CUDA stream wait")
+        check(self._runtime.cudaStreamWaitEvent(other, self._event, 0), "making another CUDA stream wait")
 
     def synchronise(self) -> None:
         """Block until all work queued on this stream has ended."""
@@ -155,10 +218,10 @@ class Stream:
             "copying to or from the GPU",
         )
 
-
-def _free_stream(runtime: Any, stream: Any, event: Any) -> None:
-    runtime.cudaEventDestroy(event)
-    runtime.cudaStreamDestroy(stream)
+    def close(self) -> None:
+        """Free the stream; what is queued on it still runs."""
+        for free in self._frees:
+            free()
 
 
 class DeviceBuffer:
@@ -168,8 +231,7 @@ class DeviceBuffer:
         runtime = cudart()
         self.nbytes = max(nbytes, 1)
         self.pointer = int(check(runtime.cudaMalloc(self.nbytes), f"allocating {self.nbytes} bytes on the GPU"))
-        self.close = weakref.finalize(self, runtime.cudaFree, self.pointer)
-        self.close.atexit = False
+        self.close = freed_with(self, runtime.cudaFree, self.pointer)
 
 
 class PinnedBuffer:
@@ -182,8 +244,7 @@ class PinnedBuffer:
             check(runtime.cudaMallocHost(self.nbytes), f"allocating {self.nbytes} bytes of page-locked memory")
         )
         self._bytes = (ctypes.c_uint8 * self.nbytes).from_address(self.pointer)
-        self.close = weakref.finalize(self, runtime.cudaFreeHost, self.pointer)
-        self.close.atexit = False
+        self.close = freed_with(self, runtime.cudaFreeHost, self.pointer)
 
     def view(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """The start of this memory as an array; valid until :meth:`close`."""
@@ -249,7 +310,7 @@ def view_device_array(images: Any, stream: Stream, device: int) -> DeviceArray:
         kind, index = (int(part) for part in images.__dlpack_device__())
         if kind not in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED) or index != device:
             raise ContractError(
-                f"the input array is on DLPack device {kind}:{index}, the engine on GPU {device}; move it there"
+                f"the array is on DLPack device {kind}:{index}, the engine on GPU {device}; move it there"
             )
         return from_dlpack_capsule(images.__dlpack__(stream=stream.handle))
     interface = _interface(images)
@@ -266,10 +327,10 @@ def view_device_array(images: Any, stream: Stream, device: int) -> DeviceArray:
 
 
 def _check_device(pointer: int, device: int) -> None:
-    attributes = check(cudart().cudaPointerGetAttributes(pointer), "looking up the GPU of the input array")
+    attributes = check(cudart().cudaPointerGetAttributes(pointer), "looking up the GPU of an array")
     if attributes.device != device:
         raise ContractError(
-            f"the input array is on GPU {attributes.device}, the engine on GPU {device}; move it there"
+            f"the array is on GPU {attributes.device}, the engine on GPU {device}; move it there"
         )
 
 
@@ -281,6 +342,15 @@ def _interface(images: Any) -> Mapping[str, Any] | None:
     except RuntimeError as exc:
         raise ContractError(f"the input array cannot be used in place ({exc}); detach it first") from exc
     return interface if isinstance(interface, Mapping) else None
+
+
+def writable_device_array(images: Any, stream: Stream, device: int) -> DeviceArray:
+    """:func:`view_device_array` of an array that is to be written; also refuses a read-only one."""
+    view = view_device_array(images, stream, device)
+    interface = _interface(images)
+    if interface is not None and tuple(interface["data"])[1:] == (True,):
+        raise ContractError("the output array on the GPU is read-only; give another")
+    return view
 
 
 def from_cuda_array_interface(interface: Mapping[str, Any], owner: Any) -> DeviceArray:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tempfile
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
+from hpddrnet_trt.engines.onnx_file import check_onnx
 from hpddrnet_trt.engines.onnxruntime_graph import needs_blocks, source_for_cpu
-from hpddrnet_trt.engines.outputs import expected_outputs, to_prediction
+from hpddrnet_trt.engines.outputs import checked_prediction, expected_outputs
+from hpddrnet_trt.engines.quiet import load_onnxruntime
 from hpddrnet_trt.errors import BadInputFile, NoGpu, UsageError, UserError, require
 from hpddrnet_trt.manifest import Manifest, read_manifest
 
@@ -36,8 +40,10 @@ class OnnxRuntimeEngine(EngineBase):
     Position attention is computed in FP32, for large images in blocks
     (:mod:`hpddrnet_trt.engines.onnxruntime_graph`): memory then grows linearly with the image.
 
+    Several threads may use one engine at once: ONNX Runtime then runs their inferences side by side.
+
     Parameters: ``threads`` CPU threads of one inference (default: all cores); ``device`` ``cpu``,
-    ``cuda`` or ``auto`` (CUDA when this build of ONNX Runtime has it); ``providers`` names of
+    ``cuda``, ``cuda:1`` or ``auto`` (CUDA when this build of ONNX Runtime has it); ``providers`` names of
     execution providers, overrides ``device``; ``defaults`` opens the session without any setting of
     ours but ``threads`` and the provider, to compare with.
 
@@ -56,7 +62,7 @@ class OnnxRuntimeEngine(EngineBase):
         path: str | Path,
         *,
         threads: int | None = None,
-        device: Literal["auto", "cpu", "cuda"] = "cpu",
+        device: str = "cpu",
         providers: list[str] | None = None,
         defaults: bool = False,
         spinning: bool = True,
@@ -66,13 +72,15 @@ class OnnxRuntimeEngine(EngineBase):
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         input_contract(self.manifest)
+        check_onnx(self.path)
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
         if defaults and not (spinning and arena and not cuda_graph):
             raise UsageError("defaults=True leaves every setting to ONNX Runtime; drop spinning, arena and cuda_graph")
-        self._ort = require("onnxruntime", "export", "run ONNX files")
+        self._ort = load_onnxruntime()
         self._errors = _error_classes()
         self._wanted = providers or _providers(self._ort, device)
+        self._device_id = 0 if providers else int(device.partition(":")[2] or 0)
         if cuda_graph and self._wanted[0] != CUDA:
             raise UsageError("cuda_graph needs device='cuda'")
         self._threads, self._defaults, self._cuda_graph = threads, defaults, cuda_graph
@@ -80,6 +88,8 @@ class OnnxRuntimeEngine(EngineBase):
         # A graph is recorded for bound memory only; each such batch has a graph of its own.
         self._no_graph = self._graph_options(-1) if cuda_graph else None
         self._graph_ids = itertools.count(1)
+        self._turn = threading.Lock() if cuda_graph else nullcontext()  # one thread at a time runs a graph
+        self._opening = threading.Lock()
         self._session: Any = self._open(self._session_options())
         self._in_blocks: Any = None  # for large images, opened with the first of them
         self._check_session()
@@ -94,25 +104,25 @@ class OnnxRuntimeEngine(EngineBase):
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
         """Run one batch; see :class:`~hpddrnet_trt.engines.base.Engine`."""
         session = self._checked(images)
-        with self._readable_errors(images.shape):
+        with self._turn, self._readable_errors(images.shape):
             outputs = session.run(self._names, {self._input: np.ascontiguousarray(images)}, self._no_graph)
-        return to_prediction(dict(zip(self._names, outputs, strict=True)))
+        return self._prediction(outputs, images.shape)
 
     def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
         """Run batches; on CUDA two at a time in bound memory, so that copies and computing overlap."""
         if self._device == "cpu":
             return super().infer_many(batches)
-        return self._in_lanes(batches, 1 if self._cuda_graph else LANES)  # one thread at a time runs a graph
+        return self._in_lanes(batches, 1 if self._cuda_graph else LANES)
 
     def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
         """One batch, and the outputs, in memory of the device that computes."""
         session = self._checked(images)
-        with self._readable_errors(images.shape):
+        with self._turn, self._readable_errors(images.shape):
             bound = self._bound(session, np.ascontiguousarray(images))
 
         def run() -> None:
             self._live()
-            with self._readable_errors(images.shape):
+            with self._turn, self._readable_errors(images.shape):
                 bound.run()
 
         return run
@@ -141,7 +151,9 @@ class OnnxRuntimeEngine(EngineBase):
             return _operator_times(profile, runs)
 
     def close(self) -> None:
-        self._session = self._in_blocks = None
+        """Free the sessions, once the inferences that other threads are in have ended."""
+        with self._opening:
+            self._session = self._in_blocks = None
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -155,9 +167,14 @@ class OnnxRuntimeEngine(EngineBase):
         check_input(images, input_contract(self.manifest))
         if self._device != "cpu" or self._defaults or not needs_blocks(images.shape):
             return session
-        if self._in_blocks is None:
-            self._in_blocks = self._open(self._session_options(), blocks=True)
-        return self._in_blocks
+        with self._opening:
+            self._live()
+            if self._in_blocks is None:
+                self._in_blocks = self._open(self._session_options(), blocks=True)
+            return self._in_blocks
+
+    def _prediction(self, outputs: list[npt.NDArray[Any]], shape: tuple[int, ...]) -> Prediction:
+        return checked_prediction(dict(zip(self._names, outputs, strict=True)), self.manifest, shape)
 
     @contextmanager
     def _readable_errors(self, shape: tuple[int, ...]) -> Iterator[None]:
@@ -176,7 +193,7 @@ class OnnxRuntimeEngine(EngineBase):
         def job(lane: int, images: npt.NDArray[Any]) -> Prediction:
             session = self._checked(images)
             source = np.ascontiguousarray(images)
-            with self._readable_errors(images.shape):
+            with self._turn, self._readable_errors(images.shape):
                 memory = bound[lane].get(images.shape)
                 if memory is None:
                     memory = bound[lane][images.shape] = self._bound(session, source)
@@ -184,7 +201,7 @@ class OnnxRuntimeEngine(EngineBase):
                     memory.load(source)
                 memory.run()
                 outputs = memory.to_host()
-            return to_prediction(dict(zip(self._names, outputs, strict=True)))
+            return self._prediction(outputs, images.shape)
 
         waiting: deque[Future[Prediction]] = deque()
         with ThreadPoolExecutor(lanes, thread_name_prefix="onnxruntime") as pool:
@@ -198,9 +215,10 @@ class OnnxRuntimeEngine(EngineBase):
     def _bound(self, session: Any, images: npt.NDArray[Any]) -> _Bound:
         # On a CPU the value would be the caller's own memory, which later batches must not overwrite.
         source = images.copy() if self._device == "cpu" else images
-        value = self._ort.OrtValue.ortvalue_from_numpy(source, self._device, 0)
+        value = self._ort.OrtValue.ortvalue_from_numpy(source, self._device, self._device_id)
         graph = self._graph_options(next(self._graph_ids)) if self._cuda_graph else None
-        return _Bound(session, self._input, value, self._names, self._device, graph, self._no_graph)
+        where = (self._device, self._device_id)
+        return _Bound(session, self._input, value, self._names, where, graph, self._no_graph)
 
     def _graph_options(self, number: int) -> Any:
         options = self._ort.RunOptions()
@@ -235,6 +253,9 @@ class OnnxRuntimeEngine(EngineBase):
                 graph = "1" if self._cuda_graph else "0"
                 settings = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": graph}
                 providers[0] = (CUDA, settings)
+        if self._device_id:
+            given = providers[0][1] if isinstance(providers[0], tuple) else {}
+            providers[0] = (CUDA, {**given, "device_id": str(self._device_id)})
         source: str | bytes = str(self.path)
         if self._wanted[0] == CPU and not self._defaults:
             source = source_for_cpu(self.path, self.manifest, blocks)
@@ -264,19 +285,19 @@ class OnnxRuntimeEngine(EngineBase):
 
 
 class _Bound:
-    """One input and the outputs at fixed addresses of ``device`` (``cpu``, ``cuda``); a run allocates none of them.
+    """One input and the outputs at fixed addresses of ``device`` (``cuda``, 0); a run allocates none of them.
 
     ``options`` of each run, ``first`` of the one that finds out the outputs' shapes.
     """
 
     def __init__(
-        self, session: Any, name: str, value: Any, outputs: list[str], device: str, options: Any, first: Any
+        self, session: Any, name: str, value: Any, outputs: list[str], device: tuple[str, int], options: Any, first: Any
     ) -> None:
         self._session, self._input, self._options = session, value, options
         finding = session.io_binding()
         finding.bind_ortvalue_input(name, value)
         for output in outputs:
-            finding.bind_output(output, device, 0)
+            finding.bind_output(output, *device)
         session.run_with_iobinding(finding, first)
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(name, value)
@@ -318,11 +339,11 @@ def _disabled_optimizers(manifest: Manifest) -> list[str]:
 
 
 def _providers(ort: Any, device: str) -> list[str]:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise UsageError(f"unknown device {device!r} for ONNX Runtime; choose one of: auto, cpu, cuda, cuda:1")
     has_cuda = CUDA in ort.get_available_providers()
     if device == "cpu" or (device == "auto" and not has_cuda):
         return [CPU]
-    if device not in ("auto", "cuda"):
-        raise UsageError(f"unknown device {device!r} for ONNX Runtime; choose one of: auto, cpu, cuda")
     if not has_cuda:
         raise NoGpu(
             "this installation of ONNX Runtime has no CUDA support; "
@@ -336,7 +357,9 @@ def _error_classes() -> tuple[type[Exception], ...]:
     state = require("onnxruntime.capi.onnxruntime_pybind11_state", "export", "run ONNX files")
     names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
              "RuntimeException", "EPFail")
-    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+    own = (getattr(state, name) for name in names if hasattr(state, name))
+    # Its Python part raises ValueError (inputs that are missing, names that are no text), its binding the others.
+    return (*own, ValueError, RuntimeError, MemoryError)
 
 
 def _first_line(exc: Exception) -> str:

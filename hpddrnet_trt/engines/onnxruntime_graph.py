@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpddrnet_trt.engines.attention import expanded, in_blocks, in_type, position_attentions, uses_bf16
-from hpddrnet_trt.errors import BadInputFile, require
+from hpddrnet_trt.engines.attention import in_blocks, in_type, position_attentions, uses_bf16
+from hpddrnet_trt.engines.onnx_file import rewritten
 from hpddrnet_trt.manifest import Manifest
+
+if TYPE_CHECKING:
+    import onnx
 
 TOKEN_STRIDE = 16  # pixels of the image per token and direction, at the finest of the attentions
 # Scores of all pairs of tokens, FP32, above which attention works in blocks: reached at about 1450x1450.
@@ -30,14 +34,14 @@ def source_for_cpu(path: Path, manifest: Manifest, blocks: bool) -> str | bytes:
     typed = manifest.precision in ("fp16", "int8", "fp8")
     if not (blocks or typed):
         return str(path)
-    onnx = require("onnx", "export", "read ONNX files")
-    try:
-        model = onnx.load(str(path))
-    except Exception as exc:  # protobuf's own error classes differ between its versions
-        raise BadInputFile(f"{path} is damaged or no ONNX file ({exc}); export it again") from exc
-    model, changed = (expanded(model), True) if model.functions else (model, False)
-    if typed and uses_bf16(model):
-        model, changed = in_type(model, "fp32"), True
-    if blocks and position_attentions(model.graph):
-        model, changed = in_blocks(model), True
-    return model.SerializeToString() if changed else str(path)
+
+    def change(model: onnx.ModelProto) -> onnx.ModelProto | None:
+        changed = None
+        if typed and uses_bf16(model):
+            model = changed = in_type(model, "fp32")
+        if blocks and position_attentions(model.graph):
+            changed = in_blocks(model)
+        return changed
+
+    graph = rewritten(path, change)
+    return str(path) if graph is None else graph

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,14 +26,18 @@ import numpy.typing as npt
 
 import hpddrnet_trt
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
+from hpddrnet_trt.engines.onnx_file import check_onnx, check_operators, rewritten
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino_attention import fuse_attention
-from hpddrnet_trt.engines.outputs import expected_outputs, to_prediction
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError, require
+from hpddrnet_trt.engines.outputs import checked_prediction, expected_outputs
+from hpddrnet_trt.engines.quiet import load_openvino
+from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.manifest import read_manifest
 from hpddrnet_trt.metrics import agreement
 
 COMPILED_GRAPHS = 4  # kept per engine (a shape, for latency or for throughput); the least recently used goes first
+
+_ERRORS = (RuntimeError, ValueError, MemoryError)  # what OpenVINO raises for files and inputs
 
 Precision = Literal["auto", "f32", "bf16", "default"]
 Hint = Literal["LATENCY", "THROUGHPUT"]
@@ -48,7 +53,8 @@ class OpenVINOEngine(EngineBase):
     OpenVINO's fused operator (:mod:`hpddrnet_trt.engines.openvino_attention`), but for ``default``.
 
     The first inference of a new input shape compiles the graph for it (0.3 s to 2 s);
-    :meth:`infer_many` compiles a second one, which runs several batches side by side.
+    :meth:`infer_many` compiles a second one, which runs several batches side by side. Several threads
+    may use one engine at once; OpenVINO gives each inference all its threads, one after the other.
 
     Raises :class:`MissingDependency` without OpenVINO, :class:`BadInputFile` for a missing,
     truncated or foreign file, :class:`UsageError` for a graph quantised for ONNX Runtime,
@@ -59,6 +65,8 @@ class OpenVINOEngine(EngineBase):
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         input_contract(self.manifest)
+        check_onnx(self.path)
+        check_operators(self.path)
         if self.manifest.quantised_for == "onnxruntime":
             raise UsageError(
                 f"{self.path} is quantised in ONNX Runtime's own form, which can crash OpenVINO; run it with the "
@@ -68,13 +76,15 @@ class OpenVINOEngine(EngineBase):
             raise UsageError(f"threads must be at least 1, got {threads}")
         if precision not in get_args(Precision):
             raise UsageError(f"precision {precision!r} is unknown; choose one of: {', '.join(get_args(Precision))}")
-        self._ov = require("openvino", "openvino", "run models with OpenVINO")
+        self._ov = load_openvino()
         self._threads = threads
         self._core: Any = self._ov.Core()
         self._has_bf16 = computes_bf16()
         self._precision = self._choose_precision(precision)
         self._names = self._read_outputs()
-        self._compiled: OrderedDict[tuple[tuple[int, ...], Hint], list[Any]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[tuple[int, ...], Hint], _Graph] = OrderedDict()
+        self._lock = threading.Lock()  # of the table above
+        self._compiling = threading.Lock()  # held for seconds: inferences of known shapes go on
 
     def _choose_precision(self, asked: Precision) -> Precision:
         if asked == "bf16" and not self._has_bf16:
@@ -94,8 +104,11 @@ class OpenVINOEngine(EngineBase):
         """Run one batch; see :class:`~hpddrnet_trt.engines.base.Engine`."""
         check_input(images, input_contract(self.manifest))
         with self._errors(images.shape):
-            (request,) = self._requests(images.shape, "LATENCY")
-            return self._prediction(request.infer([np.ascontiguousarray(images)], share_inputs=True))
+            graph = self._graph(images.shape, "LATENCY")
+            request = graph.take()
+            results = request.infer([np.ascontiguousarray(images)], share_inputs=True)
+            graph.free.append(request)
+        return self._prediction(results, images.shape)
 
     @property
     def float_precision(self) -> Literal["f32", "bf16"]:
@@ -111,7 +124,7 @@ class OpenVINOEngine(EngineBase):
         """
         waiting: deque[tuple[Any, npt.NDArray[Any]]] = deque()  # request, and the input it still reads
         shape: tuple[int, ...] = ()
-        free: list[Any] = []
+        graph: _Graph | None = None
         problem: UserError | None = None
         try:
             for images in batches:
@@ -121,20 +134,19 @@ class OpenVINOEngine(EngineBase):
                 except UserError as exc:
                     problem = exc
                     break
-                if images.shape != shape:
+                if graph is None or images.shape != shape:
                     while waiting:
-                        yield self._collect(waiting)[1]
-                    shape, free = images.shape, list(self._requests(images.shape, "THROUGHPUT"))
-                if not free:
-                    request, found = self._collect(waiting)
-                    free.append(request)
-                    yield found
+                        yield self._collect(waiting, graph)
+                    shape, graph = images.shape, self._graph(images.shape, "THROUGHPUT")
+                if len(waiting) == graph.side_by_side:
+                    yield self._collect(waiting, graph)
                 array = np.ascontiguousarray(images)
                 with self._errors(images.shape):
-                    free[-1].start_async([array], share_inputs=True)
-                waiting.append((free.pop(), array))
+                    request = graph.take()
+                    request.start_async([array], share_inputs=True)
+                waiting.append((request, array))
             while waiting:
-                yield self._collect(waiting)[1]
+                yield self._collect(waiting, graph)
             if problem is not None:
                 raise problem
         finally:
@@ -142,17 +154,20 @@ class OpenVINOEngine(EngineBase):
                 with suppress(RuntimeError):  # it would hide what ended the loop
                     request.wait()
 
-    def _collect(self, waiting: deque[tuple[Any, npt.NDArray[Any]]]) -> tuple[Any, Prediction]:
+    def _collect(self, waiting: deque[tuple[Any, npt.NDArray[Any]]], graph: _Graph | None) -> Prediction:
+        assert graph is not None  # something is waiting
         request, images = waiting.popleft()
         with self._errors(images.shape):
             request.wait()
-            return request, self._prediction({name: request.get_tensor(name).data.copy() for name in self._names})
+            results = {name: request.get_tensor(name).data.copy() for name in self._names}
+            graph.free.append(request)
+        return self._prediction(results, images.shape)
 
     def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
         """See :class:`~hpddrnet_trt.engines.base.Engine`."""
         check_input(images, input_contract(self.manifest))
         with self._errors(images.shape):
-            (request,) = self._requests(images.shape, "LATENCY")
+            request = self._graph(images.shape, "LATENCY").take()  # and never given back
             request.set_input_tensor(self._ov.Tensor(np.ascontiguousarray(images), shared_memory=True))
 
         def run() -> None:
@@ -188,8 +203,10 @@ class OpenVINOEngine(EngineBase):
         return dict(found)
 
     def close(self) -> None:
-        self._compiled.clear()
-        self._core = None
+        """Free the graphs, once the inferences that other threads are in have ended."""
+        with self._lock:
+            self._graphs.clear()
+            self._core = None
 
     def _live(self) -> Any:
         if self._core is None:
@@ -200,36 +217,52 @@ class OpenVINOEngine(EngineBase):
     def _errors(self, shape: tuple[int, ...]) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as exc:
+        except _ERRORS as exc:
             raise UserError(
                 f"OpenVINO could not run {self.path} on an input of shape {shape} ({_reason(exc)}); "
                 "try a smaller image or batch, or the onnxruntime engine"
             ) from exc
 
     def _read(self) -> Any:
+        core = self._live()
+        # OpenVINO does not read functions (2026.4).
+        functions = self.manifest.attention == "function"
         try:
-            return self._live().read_model(str(self.path))
-        except RuntimeError as exc:
+            return core.read_model((functions and rewritten(self.path, lambda model: None)) or str(self.path))
+        except _ERRORS as exc:
             raise BadInputFile(f"{self.path} cannot be loaded by OpenVINO ({_reason(exc)}); export it again") from exc
 
     def _read_outputs(self) -> list[str]:
         present = [name for port in self._read().outputs for name in port.get_names()]
         return expected_outputs(self.manifest, present, self.path)
 
-    def _prediction(self, results: Any) -> Prediction:
-        return to_prediction({name: results[name] for name in self._names})
+    def _prediction(self, results: Any, shape: tuple[int, ...]) -> Prediction:
+        return checked_prediction({name: results[name] for name in self._names}, self.manifest, shape)
 
-    def _requests(self, shape: tuple[int, ...], hint: Hint) -> list[Any]:
-        """The inference requests of the graph compiled for ``shape``: as many as run side by side."""
+    def _graph(self, shape: tuple[int, ...], hint: Hint) -> _Graph:
+        """The graph compiled for ``shape``, now if need be."""
         key = (shape, hint)
-        if key not in self._compiled:
-            compiled = self._compile(shape, hint)
-            count = 1 if hint == "LATENCY" else compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-            self._compiled[key] = [compiled.create_infer_request() for _ in range(count)]
-            if len(self._compiled) > COMPILED_GRAPHS:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return self._compiled[key]
+        found = self._known(key)
+        if found is not None:
+            return found
+        with self._compiling:
+            found = self._known(key)  # another thread may have been faster
+            if found is not None:
+                return found
+            made = _Graph(self._compile(shape, hint), hint)
+            with self._lock:
+                self._live()
+                self._graphs[key] = made
+                if len(self._graphs) > COMPILED_GRAPHS:
+                    self._graphs.popitem(last=False)
+            return made
+
+    def _known(self, key: tuple[tuple[int, ...], Hint]) -> _Graph | None:
+        with self._lock:
+            self._live()
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
+            return self._graphs.get(key)
 
     def _compile(self, shape: tuple[int, ...], hint: Hint, more: Mapping[str, Any] | None = None) -> Any:
         model = self._read()
@@ -243,6 +276,23 @@ class OpenVINOEngine(EngineBase):
         if self._threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self._threads
         return self._live().compile_model(model, "CPU", settings)
+
+
+class _Graph:
+    """A graph compiled for one shape, and its requests (inputs, outputs and state of one inference) that are free."""
+
+    def __init__(self, compiled: Any, hint: Hint) -> None:
+        self._compiled = compiled
+        # Batches that run at the same time; more would wait for each other.
+        self.side_by_side = 1 if hint == "LATENCY" else int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        self.free: deque[Any] = deque()
+
+    def take(self) -> Any:
+        """A request that nobody else uses; append it to :attr:`free` afterwards, unless it has failed."""
+        try:
+            return self.free.pop()  # as a whole, whatever other threads do
+        except IndexError:
+            return self._compiled.create_infer_request()
 
 
 def verify_in_child(
@@ -302,8 +352,7 @@ def _child(path: str, source: str, target: str, precision: str) -> int:
 @cache  # asking starts OpenVINO's CPU plugin, and the processor stays the same
 def computes_bf16() -> bool:
     """Whether OpenVINO computes in BF16 on this processor."""
-    openvino = require("openvino", "openvino", "run models with OpenVINO")
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _names_in_file(compiled: Any) -> dict[str, str]:
@@ -312,7 +361,7 @@ def _names_in_file(compiled: Any) -> dict[str, str]:
     return {layer.get_friendly_name(): layer.get_rt_info()["originalLayersNames"].astype(str) for layer in layers}
 
 
-def _reason(exc: RuntimeError) -> str:
+def _reason(exc: Exception) -> str:
     # OpenVINO's messages begin with source file names; the last line says what happened.
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no message"

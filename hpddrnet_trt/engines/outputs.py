@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +39,31 @@ def to_prediction(outputs: Mapping[str, npt.NDArray[Any]]) -> Prediction:
     )
     labels = arg_max(logits) if logits is not None else np.asarray(outputs["labels"], dtype=np.uint8)
     return Prediction(labels, confidence, logits)
+
+
+def checked_prediction(
+    outputs: Mapping[str, npt.NDArray[Any]], manifest: Manifest, shape: Sequence[int]
+) -> Prediction:
+    """:func:`to_prediction` of what came from an input ``[N, C, H, W]``.
+
+    Raises :class:`BadInputFile` for what the description does not promise: other shapes or types, or labels
+    of classes that there are not (10 us at 1024x1024).
+    """
+    batch, _, height, width = shape
+    classes = manifest.network.num_classes
+    for name in outputs.keys() & {"labels", "confidence", "logits"}:
+        array = outputs[name]
+        promised = (batch, classes, height, width) if name == "logits" else (batch, height, width)
+        if array.shape != promised:
+            raise _broken(manifest, f"its output {name} has the shape {array.shape} instead of {promised}")
+        if array.dtype.kind != ("u" if name == "labels" else "f"):
+            raise _broken(manifest, f"its output {name} is of type {array.dtype}")
+    if "logits" not in outputs and (largest := int(outputs["labels"].max())) >= classes:
+        raise _broken(manifest, f"it gave the label {largest}, and has the classes 0 to {classes - 1}")
+    return to_prediction(outputs)
+
+
+def _broken(manifest: Manifest, why: str) -> BadInputFile:
+    return BadInputFile(
+        f"the file of model {manifest.name!r} does not do what its description promises ({why}); export it again"
+    )

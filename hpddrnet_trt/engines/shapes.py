@@ -55,9 +55,11 @@ class Profile:
         try:
             boxes = [tuple(int(size) for size in record[key]) for key in ("min", "opt", "max")]
         except (KeyError, TypeError, ValueError) as exc:
-            raise ContractError(f"the profile {record!r} is not valid; build the engine again") from exc
+            raise ContractError(f"the profile {str(record)[:200]} is not valid; build the engine again") from exc
         if any(len(box) != 4 for box in boxes):
-            raise ContractError(f"the profile {record!r} is not of rank 4; build the engine again")
+            raise ContractError(f"the profile {str(record)[:200]} is not of rank 4; build the engine again")
+        if not all(1 <= low <= best <= high for low, best, high in zip(*boxes, strict=True)):
+            raise ContractError(f"the profile {str(record)[:200]} is not in rising order; build the engine again")
         return cls(*boxes)  # type: ignore[arg-type]  # lengths checked above
 
     def __str__(self) -> str:

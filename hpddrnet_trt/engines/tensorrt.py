@@ -10,7 +10,8 @@ import hashlib
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,9 @@ from hpddrnet_trt.engines.cuda_memory import (
     current_device,
     find_gpu,
     on_device,
+    stream_handle,
     view_device_array,
+    writable_device_array,
 )
 from hpddrnet_trt.engines.outputs import expected_outputs
 from hpddrnet_trt.engines.shapes import Profile
@@ -50,10 +53,17 @@ class TensorRTEngine(EngineBase):
     network and download, so that a frame costs one launch, one wait and two copies on the host, and
     allocates nothing but its result (nothing at all with ``out``). Calls from several threads are safe
     but run one after the other; for parallel work use :meth:`infer_many`, or one engine per thread.
+
+    Works in the GPU's primary context, beside PyTorch, CuPy and PyCUDA (``pycuda.autoprimaryctx``), and
+    leaves the calling thread's current context as it was.
     """
 
     def __init__(self, path: str | Path, *, device: int = 0, graphs: bool = True, slots: int = 2) -> None:
         """Load ``path`` (with its ``.json`` beside it) on the GPU with CUDA index ``device``.
+
+        The file's bytes are compared with the checksum in the ``.json`` before TensorRT reads any of
+        them. That finds damage, it is no signature, and TensorRT's reader is not made for hostile files:
+        take engines only from where you would take software.
 
         ``graphs``: use CUDA graphs where the engine allows it. ``slots``: batches in flight in
         :meth:`infer_many`; each needs scratch memory of its own, taken when that is first called.
@@ -62,6 +72,8 @@ class TensorRTEngine(EngineBase):
         :class:`MissingDependency`, :class:`NoGpu`, :class:`UsageError`, or :class:`UserError` (out of
         GPU memory).
         """
+        if isinstance(device, bool) or not isinstance(device, int):
+            raise UsageError(f"device is a GPU's number from 0 on, got {device!r}")
         if slots < 1:
             raise UsageError(f"slots is the number of batches in flight, at least 1; got {slots}")
         path = existing_file(path, "engine file")
@@ -80,7 +92,8 @@ class TensorRTEngine(EngineBase):
         self._lock = threading.RLock()
         self._graphs, self._parallel = graphs, slots
         self._admitted: set[tuple[int, ...]] = set()
-        with current_device(device):
+        self._on_gpu = current_device(device)
+        with self._on_gpu:
             self._load(path, record, content)
             self._slot = Slot(self._network, graphs=graphs)
         self._slots = [self._slot]  # all there are
@@ -92,7 +105,8 @@ class TensorRTEngine(EngineBase):
         api.log.clear()
         self._runtime = api.runtime()
         if record.version_compatible:
-            self._runtime.engine_host_code_allowed = True  # such a plan carries its own runtime library
+            # Such a plan carries its own runtime library, which runs on this machine; no other plan may.
+            self._runtime.engine_host_code_allowed = True
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise BadInputFile(
@@ -100,7 +114,8 @@ class TensorRTEngine(EngineBase):
                 "build the engine again on this machine"
             )
         outputs = self._output_types(path, engine)
-        self._network = Network(api, engine, self._profiles, self._dtype, outputs, api.scratch_bytes(engine))
+        scratch = api.scratch_bytes(engine)
+        self._network = Network(self.manifest, api, engine, self._profiles, self._dtype, outputs, scratch)
 
     def _output_types(self, path: Path, engine: Any) -> dict[str, np.dtype[Any]]:
         """Output names and types of the engine; they must be those that the description promises."""
@@ -111,8 +126,11 @@ class TensorRTEngine(EngineBase):
         if inputs != [INPUT]:
             raise BadInputFile(f"{path} has the inputs {inputs} instead of [{INPUT!r}]; build the engine again")
         expected_outputs(self.manifest, outputs, path)
-        # Every output needs an address to run, also one that the description does not name.
-        return {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in outputs}
+        try:
+            # Every output needs an address to run, also one that the description does not name.
+            return {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in outputs}
+        except TypeError as exc:  # BF16, FP8
+            raise BadInputFile(f"{path} has an output of a type that numpy lacks ({exc}); build it again") from exc
 
     @property
     def runtime(self) -> str:
@@ -136,17 +154,23 @@ class TensorRTEngine(EngineBase):
             weights = self._api.weight_bytes(self._network.engine)
             return (self._bytes if weights is None else weights) + sum(slot.nbytes for slot in self._slots)
 
-    def infer(self, images: npt.NDArray[Any] | Any, out: npt.NDArray[np.uint8] | None = None) -> Prediction:
+    def infer(
+        self, images: npt.NDArray[Any] | Any, out: npt.NDArray[np.uint8] | None = None, *, stream: Any = None
+    ) -> Prediction:
         """Run one batch; the result is on the host.
 
         ``images`` follows ``manifest.input``: a numpy array, or an array already on this GPU (PyTorch,
         CuPy, PyCUDA, Numba: DLPack or CUDA array interface), which is used in place, without a CUDA
         graph; see :func:`~hpddrnet_trt.engines.cuda_memory.view_device_array` for what it waits for.
         ``out``: uint8 ``[N, H, W]`` that takes the labels, which are then not allocated anew.
+        ``stream``: the CUDA stream that makes ``images``, for arrays that do not say it themselves, see
+        :func:`~hpddrnet_trt.engines.cuda_memory.stream_handle`.
         Raises :class:`ContractError` or :class:`UserError`.
         """
-        with self._lock, current_device(self._gpu.index):
+        with self._lock, self._on_gpu:
             self._check_open()
+            if stream is not None:
+                self._slot.stream.wait_for(stream_handle(stream))
             self._submit(self._slot, images, out)
             return self._slot.collect(out)
 
@@ -157,33 +181,64 @@ class TensorRTEngine(EngineBase):
             _check_out(out, images.shape)
             slot.submit(images)
             return
-        view = self._on_gpu(slot, images)
+        view = self._viewed(slot, images)
         _check_out(out, view.shape)
         slot.run_device(view, download=True)
 
-    def infer_device(self, images: npt.NDArray[Any] | Any, *, synchronise: bool = True) -> dict[str, DeviceArray]:
+    def infer_device(
+        self,
+        images: npt.NDArray[Any] | Any,
+        *,
+        out: Any | Mapping[str, Any] | None = None,
+        stream: Any = None,
+        synchronise: bool = True,
+    ) -> dict[str, DeviceArray]:
         """Run one batch; the results stay on the GPU, by output name.
 
         They lie in this engine's own buffers: valid until the next call or :meth:`close`, so copy what
-        must live longer. With ``synchronise=False`` the call returns while the GPU still works; each
-        result names the stream in its ``__cuda_array_interface__``. CuPy and Numba heed that, PyTorch
-        does not: with PyTorch keep the default, or let its stream wait for :attr:`stream`. The input
-        must not be changed before the results are complete.
+        must live longer, or give ``out``: an array on this GPU that takes the labels (the logits of a
+        model with logits), or several by output name, of exactly the output's shape and type.
+
+        ``stream``: a CUDA stream of the caller, see
+        :func:`~hpddrnet_trt.engines.cuda_memory.stream_handle`. The inference starts after the work queued
+        on it so far, and the work queued on it from now on starts after the inference: no other waiting
+        is needed on either side, the call returns while the GPU still works, and the next call with the
+        same stream may overwrite the results.
+
+        Without ``stream``, ``synchronise=False`` also returns while the GPU still works; each result names
+        the engine's stream in its ``__cuda_array_interface__``. CuPy and Numba heed that, PyTorch does
+        not: with PyTorch keep the default, or give its stream. The input must not be changed before the
+        results are complete.
+
+        Raises :class:`ContractError` or :class:`UserError`. ``out`` and ``stream`` have been run on a
+        simulated GPU only.
         """
-        with self._lock, current_device(self._gpu.index):
+        with self._lock, self._on_gpu:
             self._check_open()
             slot = self._slot
+            theirs = None if stream is None else stream_handle(stream)
+            if theirs is not None:
+                slot.stream.wait_for(theirs)
+            targets = self._targets(slot, out)
             if on_device(images):
-                views = slot.run_device(self._on_gpu(slot, images), download=False)
+                views = slot.run_device(self._viewed(slot, images), download=False, targets=targets)
             else:
                 self._check(images)
-                views = slot.run_host(images)
-            if not synchronise:
-                return dict(views)
-            slot.finish()
-            return {
-                name: DeviceArray(view.pointer, view.shape, view.dtype, view.owner) for name, view in views.items()
-            }
+                views = slot.run_host(images, targets)
+            if theirs is not None:
+                slot.stream.precede(theirs)
+                return {name: replace(view, stream=theirs) for name, view in views.items()}
+            if synchronise:
+                slot.finish()
+                return {name: replace(view, stream=None) for name, view in views.items()}
+            return dict(views)
+
+    def _targets(self, slot: Slot, out: Any | Mapping[str, Any] | None) -> dict[str, DeviceArray] | None:
+        if out is None:
+            return None
+        assert self.manifest.output is not None  # input_contract has asked
+        named = out if isinstance(out, Mapping) else {self.manifest.output.kind: out}
+        return {name: writable_device_array(array, slot.stream, self._gpu.index) for name, array in named.items()}
 
     def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
         """Run batches with ``slots`` of them in flight: one is copied while another is computed.
@@ -201,7 +256,7 @@ class TensorRTEngine(EngineBase):
                     yield self._collect(waiting[0])
                     free.append(waiting.popleft())
                 try:
-                    with current_device(self._gpu.index):
+                    with free[0].lock, self._on_gpu:
                         self._check_open()
                         self._submit(free[0], images)
                 except UserError as exc:
@@ -217,13 +272,13 @@ class TensorRTEngine(EngineBase):
             self._give_back(slots)
 
     def _collect(self, slot: Slot) -> Prediction:
-        with current_device(self._gpu.index):
+        with slot.lock, self._on_gpu:
             self._check_open()
             return slot.collect()
 
     def _borrow(self) -> list[Slot]:
         """Slots for one :meth:`infer_many`: idle ones, and new ones where these are too few."""
-        with self._lock, current_device(self._gpu.index):
+        with self._lock, self._on_gpu:
             self._check_open()
             taken = [self._idle.pop() for _ in range(min(self._parallel, len(self._idle)))]
             try:
@@ -237,7 +292,7 @@ class TensorRTEngine(EngineBase):
             return taken
 
     def _give_back(self, slots: list[Slot]) -> None:
-        with self._lock, current_device(self._gpu.index):
+        with self._lock, self._on_gpu:
             if self._open:
                 for slot in slots:
                     slot.finish()  # of a call that ended early
@@ -248,13 +303,13 @@ class TensorRTEngine(EngineBase):
 
         A call launches a CUDA graph of the network alone (or queues the network) and waits for it.
         """
-        with self._lock, current_device(self._gpu.index):
+        with self._lock, self._on_gpu:
             execution = self._bind(images, graph=True)
-        stream, index = self._slot.stream, self._gpu.index
+        stream = self._slot.stream
         queue = execution.enqueue if execution.graph is None else execution.graph.launch
 
         def run() -> None:
-            with current_device(index):
+            with self._lock, self._on_gpu:
                 self._check_open()
                 queue()
                 stream.synchronise()
@@ -264,7 +319,7 @@ class TensorRTEngine(EngineBase):
     def _bind(self, images: Any, *, graph: bool) -> Execution:
         self._check_open()
         if on_device(images):
-            images = self._on_gpu(self._slot, images)
+            images = self._viewed(self._slot, images)
         else:
             self._check(images)
         return self._slot.bind(images, graph=graph)
@@ -274,7 +329,7 @@ class TensorRTEngine(EngineBase):
 
         In a context of its own, without CUDA graphs: other calls are not slowed down.
         """
-        with self._lock, current_device(self._gpu.index):
+        with self._lock, self._on_gpu:
             execution = self._bind(images, graph=False)
             try:
                 profiler = layer_profiler(self._api.module)
@@ -308,7 +363,7 @@ class TensorRTEngine(EngineBase):
         if len(self._admitted) < SHAPES_REMEMBERED:
             self._admitted.add(images.shape)
 
-    def _on_gpu(self, slot: Slot, images: Any) -> DeviceArray:
+    def _viewed(self, slot: Slot, images: Any) -> DeviceArray:
         """A batch on this GPU that follows the contract."""
         view = view_device_array(images, slot.stream, self._gpu.index)
         check_device_array(view, self._contract)
@@ -319,19 +374,17 @@ class TensorRTEngine(EngineBase):
             raise ContractError("this engine was closed; load the file again")
 
     def close(self) -> None:
-        """Free the GPU; calling it again does nothing.
-
-        No other thread may be in :meth:`infer_many` or in a call of :meth:`bind` at that moment.
-        """
+        """Free the GPU, once the calls that other threads are in have ended; calling it again does nothing."""
         with self._lock:
             if not self._open:
                 return
             self._open = False
-            with current_device(self._gpu.index):
-                for slot in self._slots:
-                    slot.close()
-                self._slots, self._idle = [], []
-                del self._network, self._runtime  # in this order: each needs the next
+            slots, self._slots, self._idle = self._slots, [], []
+        # Not under the engine's lock: a thread inside a slot may need that to get out.
+        for slot in slots:
+            with slot.lock, self._on_gpu:
+                slot.close()
+        del self._network, self._runtime  # in this order: each needs the next
 
 
 def _check_out(out: npt.NDArray[np.uint8] | None, shape: tuple[int, ...]) -> None:
@@ -355,12 +408,13 @@ def engine_record(path: Path, manifest: Manifest) -> EngineRecord:
 
 def verified_content(path: Path, record: EngineRecord) -> bytes:
     """The file's bytes if size and checksum are those of the description, else :class:`BadInputFile`."""
-    content = path.read_bytes()
-    if len(content) < record.bytes:
+    size = path.stat().st_size
+    if size < record.bytes:
         raise BadInputFile(
-            f"{path} is truncated ({len(content)} of {record.bytes} bytes); copy it again or build the engine again"
+            f"{path} is truncated ({size} of {record.bytes} bytes); copy it again or build the engine again"
         )
-    if len(content) > record.bytes or hashlib.sha256(content).hexdigest() != record.sha256:
+    content = path.read_bytes() if size == record.bytes else b""
+    if len(content) != record.bytes or hashlib.sha256(content).hexdigest() != record.sha256:
         raise BadInputFile(
             f"{path} is not the engine that {path.name}.json describes (size or checksum differ); "
             "copy both files again or build the engine again"
@@ -402,7 +456,7 @@ def check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return tuple(int(part) for part in version.split(".") if part.isascii() and part.isdigit())
 
 
 def check_device_array(view: DeviceArray, contract: InputContract) -> None:

@@ -7,9 +7,11 @@ executions take turns; they share scratch memory. Two slots run at the same time
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,11 @@ import numpy.typing as npt
 from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.engines.cuda_graph import CaptureError, CudaGraph
 from hpddrnet_trt.engines.cuda_memory import DeviceArray, DeviceBuffer, PinnedBuffer, Stream
-from hpddrnet_trt.engines.outputs import to_prediction
+from hpddrnet_trt.engines.outputs import checked_prediction
 from hpddrnet_trt.engines.shapes import Profile, choose_profile
 from hpddrnet_trt.engines.tensorrt_api import INPUT, TensorRT
 from hpddrnet_trt.errors import ContractError, UserError
+from hpddrnet_trt.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ ALIGNMENT = 256
 class Network:
     """What all contexts of a loaded engine share. ``outputs``: types by name; ``dtype``: of the input."""
 
+    manifest: Manifest
     api: TensorRT
     engine: Any
     profiles: Sequence[Profile]
@@ -79,6 +83,7 @@ class Execution:
         self._device: dict[str, DeviceBuffer] = {}
         self._pinned: dict[str, PinnedBuffer] = {}
         self._source = 0  # address that the context reads from
+        self._targets: dict[str, int] = {}  # addresses that it writes to
         self._frame: npt.NDArray[Any] | None = None
         self._downloads: list[tuple[int, int, int]] = []
         self.results: dict[str, npt.NDArray[Any]] = {}
@@ -105,9 +110,12 @@ class Execution:
 
     def _bind_output(self, name: str, dtype: np.dtype[Any]) -> DeviceArray:
         shape = tuple(self.context.get_tensor_shape(name))
-        buffer = _grown(self._device, DeviceBuffer, name, int(np.prod(shape)) * dtype.itemsize)
+        if min(shape, default=1) < 1:
+            raise UserError(self._network.refusal(f"gives no size of the output {name} of", shape))
+        buffer = _grown(self._device, DeviceBuffer, name, prod(shape) * dtype.itemsize)
         if not self.context.set_tensor_address(name, buffer.pointer):
             raise UserError(self._network.refusal(f"refuses the output {name} of", shape))
+        self._targets[name] = buffer.pointer
         return DeviceArray(buffer.pointer, shape, dtype, buffer, self._stream.handle)
 
     def _host_side(self) -> None:
@@ -140,15 +148,24 @@ class Execution:
         """Queue the copy of what :meth:`load` took to the GPU."""
         self._stream.copy(*self._upload)
 
-    def enqueue(self, source: int | None = None) -> None:
-        """Queue the network, reading from the address ``source`` or the uploaded batch; raises :class:`UserError`."""
+    def enqueue(self, source: int | None = None, targets: Mapping[str, int] | None = None) -> None:
+        """Queue the network; raises :class:`UserError`.
+
+        It reads from the address ``source``, or the uploaded batch, and writes each output to its address
+        in ``targets``, or to the buffer of this execution.
+        """
         assert self.shape is not None
         address = self._upload[0] if source is None else source
         api = self._network.api
         api.log.clear()
         if address != self._source:
             self._source = address if self.context.set_tensor_address(INPUT, address) else 0
-        if not (self._source and self.context.execute_async_v3(self._stream.handle)):
+        for name, view in self.views.items():
+            target = view.pointer if targets is None else targets.get(name, view.pointer)
+            if target != self._targets[name]:
+                self._targets[name] = target if self.context.set_tensor_address(name, target) else 0
+        ready = self._source and all(self._targets.values())
+        if not (ready and self.context.execute_async_v3(self._stream.handle)):
             shape, self.shape = self.shape, None
             reason = self._network.refusal("failed on", shape)
             raise UserError(f"{reason}; try a smaller image or load the engine again")
@@ -191,8 +208,21 @@ def _grown(buffers: dict[str, Any], kind: type[Any], name: str, nbytes: int) -> 
     return buffer
 
 
+def _fitting(execution: Execution, targets: Mapping[str, DeviceArray] | None) -> dict[str, DeviceArray]:
+    """``targets``, or :class:`ContractError` when one is not made for the output of its name."""
+    for name, target in (targets or {}).items():
+        view = execution.views.get(name)
+        if view is None:
+            raise ContractError(f"this engine has no output {name!r}; it has: {', '.join(execution.views)}")
+        if (target.shape, target.dtype) != (view.shape, view.dtype):
+            raise ContractError(
+                f"the array for the output {name} must be {view.dtype} {view.shape}, got {target.dtype} {target.shape}"
+            )
+    return dict(targets or {})
+
+
 class Slot:
-    """One stream with its executions: one batch in flight. Not for several threads at once.
+    """One stream with its executions: one batch in flight. For one thread at a time, the one that holds ``lock``.
 
     Shapes that come often get a context of their own and a CUDA graph of upload, network and download;
     all others share one context. Where a graph cannot be made, one message says why and all run without.
@@ -201,6 +231,7 @@ class Slot:
     def __init__(self, network: Network, *, graphs: bool) -> None:
         """Create with the device current; raises :class:`UserError` when memory is short."""
         self._network, self._graphs = network, graphs
+        self.lock = threading.RLock()
         self.stream = Stream()
         self._scratch = DeviceBuffer(network.scratch_bytes)
         self._shared: Execution | None = self.new_execution()
@@ -208,6 +239,7 @@ class Slot:
         self._runs: dict[tuple[int, ...], int] = {}
         self._bound: list[Execution] = []
         self._running: Execution | None = None
+        self._shape: tuple[int, ...] = ()  # of the batch that runs
         self._borrowed: list[DeviceArray] = []  # live while the GPU may read them
         self._busy = False
 
@@ -224,57 +256,82 @@ class Slot:
         execution = self._own.get(images.shape)
         if execution is not None and execution.graph is not None:
             execution.load(images)
-            self._running, self._busy = execution, True
+            self._running, self._shape, self._busy = execution, images.shape, True
             execution.graph.launch()
             if len(self._own) > 1:
                 self._own.move_to_end(images.shape)
             return
         execution = self._ready(images.shape)
         execution.load(images)
-        self._running, self._busy = execution, True
+        self._running, self._shape, self._busy = execution, images.shape, True
         execution.whole()
         if self._graphs and self._is_due(images.shape):
             self._record(execution)
 
-    def run_device(self, view: DeviceArray, *, download: bool) -> dict[str, DeviceArray]:
-        """Queue one batch that is on this GPU, in place if aligned; with ``download``, :meth:`collect` may follow."""
+    def run_device(
+        self, view: DeviceArray, *, download: bool, targets: Mapping[str, DeviceArray] | None = None
+    ) -> dict[str, DeviceArray]:
+        """Queue one batch that is on this GPU, in place if aligned; with ``download``, :meth:`collect` may follow.
+
+        ``targets``: arrays of others on this GPU that take the outputs of those names.
+        """
         if len(self._borrowed) >= BORROWED:
             self.finish()
         execution = self._ready(view.shape)
-        self._borrowed.append(view)
-        self._running, self._busy = execution, True
+        taken = _fitting(execution, targets)
+        self._borrow(view, taken)
+        self._running, self._shape, self._busy = execution, view.shape, True
         if view.pointer % ALIGNMENT == 0:
-            execution.enqueue(view.pointer)
-        else:
-            execution.take(view)
-            execution.enqueue()
-        if download:
-            execution.download()
-        return execution.views
+            return self._run(execution, view.pointer, taken, download)
+        execution.take(view)
+        return self._run(execution, None, taken, download)
 
-    def run_host(self, images: npt.NDArray[Any]) -> dict[str, DeviceArray]:
-        """Queue one batch from the host; the results stay on the GPU."""
+    def run_host(
+        self, images: npt.NDArray[Any], targets: Mapping[str, DeviceArray] | None = None
+    ) -> dict[str, DeviceArray]:
+        """Queue one batch from the host; the results stay on the GPU, in ``targets`` where given."""
         if self._busy:
             self.finish()
         execution = self._ready(images.shape)
+        taken = _fitting(execution, targets)
         execution.load(images)
+        self._borrow(None, taken)
         self._busy = True
         execution.upload()
-        execution.enqueue()
-        return execution.views
+        return self._run(execution, None, taken, False)
+
+    def _run(
+        self, execution: Execution, source: int | None, targets: dict[str, DeviceArray], download: bool
+    ) -> dict[str, DeviceArray]:
+        """Queue the network with outputs to ``targets``, in place if aligned."""
+        in_place = {name: view.pointer for name, view in targets.items() if view.pointer % ALIGNMENT == 0}
+        execution.enqueue(source, in_place)
+        for name, view in targets.items():
+            if name not in in_place:
+                self.stream.copy(view.pointer, execution.views[name].pointer, view.nbytes)
+        if download:
+            execution.download()
+        handle = self.stream.handle
+        return {**execution.views, **{name: replace(view, stream=handle) for name, view in targets.items()}}
+
+    def _borrow(self, view: DeviceArray | None, targets: Mapping[str, DeviceArray]) -> None:
+        self._borrowed += [*([] if view is None else [view]), *targets.values()]
 
     def collect(self, labels: npt.NDArray[np.uint8] | None = None) -> Prediction:
-        """Wait for the batch and copy its results out; ``labels`` is the array that takes the labels."""
+        """Wait for the batch and copy its results out; ``labels`` is the array that takes the labels.
+
+        Raises :class:`BadInputFile` for results that the description does not promise.
+        """
         execution = self._running
         assert execution is not None
         self.finish()
-        results = execution.results
+        results = dict(execution.results)
         if labels is not None and "labels" in results:
             np.copyto(labels, results["labels"])
-            others = {name: result.copy() for name, result in results.items() if name != "labels"}
-            return to_prediction({**others, "labels": labels})
-        found = to_prediction({name: result.copy() for name, result in results.items()})
-        if labels is None:
+            results["labels"] = labels
+        results = {name: result if result is labels else result.copy() for name, result in results.items()}
+        found = checked_prediction(results, self._network.manifest, self._shape)
+        if labels is None or found.labels is labels:
             return found
         np.copyto(labels, found.labels)
         return Prediction(labels, found.confidence, found.logits)

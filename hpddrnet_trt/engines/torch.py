@@ -7,6 +7,7 @@ memory layout exist to be measured against, not to be the reference.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,14 +28,21 @@ from hpddrnet_trt.models.network import HPDDRNet
 
 AUTOCAST = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILE = ("off", "default", "max-autotune")
+# PyTorch keeps cuDNN's switches and the number of threads, and Python its warnings' filters, once per process:
+# whoever changes them and puts them back does so alone.
+_SETTINGS = threading.RLock()
 COMPILED_SHAPES = 64  # torch.compile gives up after 8 by default; each input shape is compiled once
 
 
 class TorchEngine(EngineBase):
     """Runs a checkpoint: ours (``.safetensors``) or one of mmsegmentation's layout (``.pth``).
 
+    Several threads may use one engine at once; on a GPU, and with ``threads``, they take turns. What PyTorch
+    keeps for the whole process, cuDNN's switches and the number of threads, is changed during an inference
+    only, and then put back.
+
     Parameters: ``device`` ``auto`` (a GPU when PyTorch has one), ``cpu``, ``cuda`` or ``cuda:1``;
-    ``threads`` CPU threads of PyTorch, **for the whole process**; ``input_dtype`` ``uint8`` takes
+    ``threads`` CPU threads of one inference (default: PyTorch's own number); ``input_dtype`` ``uint8`` takes
     grey images ``[N, 1, H, W]`` and normalises them, ``float32`` takes normalised RGB
     ``[N, 3, H, W]``; ``output`` ``logits`` gives logits at the input's resolution and their labels,
     ``labels`` the labels only (on a GPU the logits are then not copied to the host); ``autocast``
@@ -46,6 +54,7 @@ class TorchEngine(EngineBase):
     through ``torch.compile``, once for every input shape (minutes with ``max-autotune``). On a GPU
     ``max-autotune`` records CUDA graphs; on a CPU, weights are constants that may be folded and
     re-ordered (``freezing``), as PyTorch advises for inference there, and a C++ compiler is needed.
+    CUDA graphs belong to the thread that first ran a shape: use such an engine from one thread only.
     """
 
     def __init__(
@@ -102,10 +111,9 @@ class TorchEngine(EngineBase):
                 f"input_dtype is uint8 or float32, autocast one of {', '.join(AUTOCAST)} and compile one of "
                 f"{', '.join(COMPILE)}, got {input_dtype!r}, {autocast!r} and {compile!r}"
             )
-        if threads is not None:
-            if threads < 1:
-                raise UsageError(f"threads must be at least 1, got {threads}")
-            torch.set_num_threads(threads)
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads must be at least 1, got {threads}")
+        self._threads = threads
         self.device = pick_device(device)
         self._contract = InputContract.model_validate(
             {"dtype": input_dtype, "channels": 1 if input_dtype == "uint8" else 3}
@@ -131,7 +139,7 @@ class TorchEngine(EngineBase):
     @property
     def runtime(self) -> str:
         where = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        threads = f", {self._threads or torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         compiled = "" if self._compile == "off" else f", compiled {self._compile}"
         layout = ", channels last" if self._format is torch.channels_last else ""
         return f"torch {torch.__version__} ({where}{threads}, {self._precision}{compiled}{layout})"
@@ -171,11 +179,12 @@ class TorchEngine(EngineBase):
         Empty for a compiled network, whose kernels span modules.
         """
         self._check(images)
+        network = self._network
         if not self._has_modules:
             return {}
         x = self._on_device(images)
         with self._running(images.shape):
-            return module_times(self._network, lambda: self._compute(x), self._synchronise, runs)
+            return module_times(network, lambda: self._compute(x), self._synchronise, runs)
 
     def close(self) -> None:
         self._network = None
@@ -205,7 +214,7 @@ class TorchEngine(EngineBase):
         """Device images to device labels uint8 ``[N, H, W]`` and, where asked for, logits float32."""
         if self._compile == "off" or tuple(x.shape) in self._compiled_shapes:
             return self._graph(x)
-        with _compiling():
+        with _SETTINGS, _compiling():
             result = self._graph(x)
         self._compiled_shapes.add(tuple(x.shape))
         return result
@@ -235,6 +244,10 @@ class TorchEngine(EngineBase):
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.inference_mode())
+                if self._threads is not None or self.device.type == "cuda":
+                    stack.enter_context(_SETTINGS)
+                if self._threads is not None:
+                    stack.enter_context(_threads(self._threads))
                 if self.device.type == "cuda":
                     stack.enter_context(_cudnn_settings(self._cudnn_benchmark))
                 yield
@@ -315,6 +328,16 @@ def _why_not_compiled(exc: BaseException) -> str:
         inner = original
     reason = " ".join(str(exc).split())[:300]
     return f"torch.compile of PyTorch {torch.__version__} failed ({reason}); use compile='off'"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

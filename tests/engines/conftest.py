@@ -71,6 +71,7 @@ def bench(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sidecar_path(path).write_text(json.dumps(description))
         cuda = SimulatedCuda(real)
         monkeypatch.setattr(cuda_memory, "cudart", lambda: cuda)
+        monkeypatch.setattr(cuda_memory, "cuda_driver", lambda: cuda)
         monkeypatch.setattr("hpddrnet_trt.engines.cuda_graph.cudart", lambda: cuda)
         profiles = [Profile.from_record(entry) for entry in record["profiles"]]
         library = SimulatedTensorRT(cuda, onnx_file, profiles, record["flavour"], record["version"])

@@ -1,16 +1,18 @@
 """Enough of the CUDA runtime and of TensorRT's runtime to follow our control flow without a GPU.
 
 Device memory is host memory at checked addresses. Streams are lazy: queued work runs when somebody
-waits for it, so a result that is read too early, or a buffer that is refilled too early, shows. An
-execution context runs the ONNX file on ONNX Runtime, reading and writing only the addresses it was
-given, in scratch memory that it was given. A graph that is launched after its context was changed
-fails, as NVIDIA's documentation warns. What a real GPU adds (timing, real streams, real kernels) is
-tested in tests/gpu.
+waits for it, so a result that is read too early, or a buffer that is refilled too early, shows; work
+behind an event waits for what was queued before the event. Memory and streams are made and freed with a
+context current, as each thread has its own. An execution context runs the ONNX file on ONNX Runtime,
+reading and writing only the addresses it was given, in scratch memory that it was given. A graph that is
+launched after its context was changed fails, as NVIDIA's documentation warns. What a real GPU adds
+(timing, real streams, real kernels) is tested in tests/gpu.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +30,37 @@ ALIGNMENT = 256
 Work = Callable[[], None]
 
 
+class Marker:
+    """An event's place in the work of a stream."""
+
+    passed = False
+
+    def __call__(self) -> None:
+        self.passed = True
+
+
+def locked(kind: type[Any]) -> type[Any]:
+    """``kind`` with methods that take turns, as CUDA's functions may be called from any thread."""
+
+    def turn(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *arguments: Any) -> Any:
+            with self.lock:
+                return method(self, *arguments)
+
+        return call
+
+    for name, method in list(vars(kind).items()):
+        if name.startswith(("cu", "queue", "finish")) and callable(method):
+            setattr(kind, name, turn(method))
+    return kind
+
+
+@locked
 class SimulatedCuda:
-    """Stands in for ``cuda.bindings.runtime``; ``log`` lists stream operations in order."""
+    """Stands in for ``cuda.bindings.runtime`` and ``.driver``; ``log`` lists stream operations in order.
+
+    ``contexts``: the calling thread's, the current one last; None is a context of somebody else.
+    """
 
     cudaStreamNonBlocking = 1
     cudaEventDisableTiming = 2
@@ -41,7 +72,11 @@ class SimulatedCuda:
         self.name, self.capability = name, capability
         self.memory: dict[int, tuple[Any, int]] = {}
         self.log: list[tuple[Any, ...]] = []
-        self.current, self.count, self.allocations = 0, 2, 0
+        self.lock = threading.RLock()
+        self.count, self.allocations = 2, 0
+        self._thread = threading.local()
+        self.primary: set[int] = set()  # GPUs that have a primary context
+        self.events: dict[int, Marker] = {}
         self.queues: dict[int, list[Work]] = defaultdict(list)
         self.recording: dict[int, list[Work]] = {}
         self.broken: set[int] = set()  # streams whose recording has failed
@@ -79,27 +114,56 @@ class SimulatedCuda:
         major, minor = self.capability
         return self.ok, SimpleNamespace(name=f"{self.name} {index}".encode(), major=major, minor=minor)
 
-    def cudaGetDevice(self) -> tuple[Any, int]:
-        return self.ok, self.current
+    @property
+    def contexts(self) -> list[int | None]:
+        if not hasattr(self._thread, "contexts"):
+            self._thread.contexts = []
+        return self._thread.contexts  # type: ignore[no-any-return]
 
-    def cudaSetDevice(self, index: int) -> tuple[Any]:
-        self.current = index
+    def _current(self) -> int:
+        assert self.contexts, "no context is current: the real one would make one on GPU 0"
+        assert self.contexts[-1] is not None, "the current context is somebody else's"
+        return self.contexts[-1]
+
+    def cuInit(self, flags: int) -> tuple[Any]:
         return (self.ok,)
+
+    def cuDeviceGet(self, index: int) -> tuple[Any, int]:
+        return self.ok, index
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, int]:
+        self.primary.add(device)
+        return self.ok, device
+
+    def cuCtxPushCurrent(self, context: int) -> tuple[Any]:
+        self.contexts.append(context)
+        return (self.ok,)
+
+    def cuCtxPopCurrent(self) -> tuple[Any, Any]:
+        return self.ok, self.contexts.pop()
+
+    def cudaGetDevice(self) -> tuple[Any, int]:
+        return self.ok, self._current()
 
     def cudaGetLastError(self) -> tuple[Any]:
         return (self.ok,)
 
     def cudaMalloc(self, nbytes: int) -> tuple[Any, int]:
+        self._current()
+        return self.ok, self._allocated(nbytes)
+
+    def _allocated(self, nbytes: int) -> int:
         assert not self.recording, "allocating is not allowed while a graph is recorded"
         raw = ctypes.create_string_buffer(nbytes + ALIGNMENT)
         pointer = -(-ctypes.addressof(raw) // ALIGNMENT) * ALIGNMENT
         self.memory[pointer] = (raw, nbytes)
         self.allocations += 1
-        return self.ok, pointer
+        return pointer
 
     cudaMallocHost = cudaMalloc
 
     def cudaFree(self, pointer: int) -> tuple[Any]:
+        self._current()
         self.finish_all()  # the real one waits as well
         del self.memory[pointer]  # a double or foreign free is a KeyError
         return (self.ok,)
@@ -110,11 +174,13 @@ class SimulatedCuda:
         return self.ok, SimpleNamespace(device=0)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, int]:
+        self._current()
         return self.ok, self._handle()
 
     cudaEventCreateWithFlags = cudaStreamCreateWithFlags
 
     def cudaStreamDestroy(self, handle: int) -> tuple[Any]:
+        self._current()
         self.log.append(("destroy", handle))
         return (self.ok,)
 
@@ -128,11 +194,20 @@ class SimulatedCuda:
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[Any]:
         self.log.append(("record", stream))
-        self.finish(stream)
+        self.events[event] = marker = Marker()
+        self.queue(stream, marker)
         return (self.ok,)
 
     def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Any]:
         self.log.append(("wait", stream))
+        marker = self.events[event]  # as it was recorded last: recording again does not change who waits
+
+        def wait() -> None:
+            source = next((queue for queue in self.queues.values() if marker in queue), None)
+            while source and not marker.passed:
+                source.pop(0)()
+
+        self.queue(stream, wait)
         return (self.ok,)
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: Any, stream: int) -> tuple[Any]:
@@ -184,7 +259,7 @@ class SimulatedCuda:
 
     def array(self, values: npt.NDArray[Any], offset: int = 0) -> ForeignArray:
         """An array "on the GPU", as another library would hold it; ``offset`` bytes into its allocation."""
-        _, pointer = self.cudaMalloc(values.nbytes + offset)
+        pointer = self._allocated(values.nbytes + offset)
         ctypes.memmove(pointer + offset, values.ctypes.data, values.nbytes)
         return ForeignArray(pointer + offset, values)
 

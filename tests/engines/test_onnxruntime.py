@@ -132,8 +132,9 @@ def test_options_and_close(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
     with pytest.raises(UsageError, match="threads must be at least 1"):
         OnnxRuntimeEngine(path, threads=0)
-    with pytest.raises(UsageError, match="unknown device 'tpu'"):
-        OnnxRuntimeEngine(path, device="tpu")  # type: ignore[arg-type]
+    for device in ("tpu", "cuda:", "cuda:x", "cpu:1"):
+        with pytest.raises(UsageError, match=f"unknown device '{device}'.*cuda:1"):
+            OnnxRuntimeEngine(path, device=device)
     engine = OnnxRuntimeEngine(path, device="auto")
     engine.close()
     engine.close()
@@ -279,4 +280,10 @@ def test_settings_of_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph
     engine.infer(_batch(1))
     assert engine._session.runs == ["-1" if graph else None]  # no graph of memory that is not bound
     assert engine.layer_times(_batch(1)) == {}
+    assert "device_id" not in settings
+    (name, settings), _ = OnnxRuntimeEngine(path, device="cuda:1", cuda_graph=graph)._session.asked
+    assert (name, settings["device_id"], settings["use_tf32"]) == ("CUDAExecutionProvider", "1", "0")
+    if not graph:
+        (name, settings), _ = OnnxRuntimeEngine(path, device="cuda:2", defaults=True)._session.asked
+        assert settings == {"device_id": "2"}
     assert OnnxRuntimeEngine(path, device="auto", defaults=True)._session.asked == providers

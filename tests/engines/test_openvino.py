@@ -50,7 +50,7 @@ def test_compiled_shapes_are_bounded(tmp_path: Path) -> None:
     with OpenVINOEngine(write_toy_onnx(tmp_path / "m.onnx", manifest())) as engine:
         for size in (8, 16, 24, 32, 40, 8):
             assert engine.infer(_images(size)).labels.shape == (1, size, size)
-        assert [shape[2] for shape, _ in engine._compiled] == [24, 32, 40, 8]
+        assert [shape[2] for shape, _ in engine._graphs] == [24, 32, 40, 8]
 
 
 def test_refuses_onnxruntime_form(tmp_path: Path) -> None:
@@ -78,7 +78,8 @@ def test_graph_that_openvino_refuses(tmp_path: Path) -> None:
 
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
     model = onnx.load(str(path))
-    model.graph.node[1].op_type = "NoSuchOperator"
+    model.graph.node[1].op_type, model.graph.node[1].domain = "NoSuchOperator", "elsewhere"
+    model.opset_import.add(domain="elsewhere", version=1)
     onnx.save(model, str(path))
     with pytest.raises(BadInputFile, match="cannot be loaded by OpenVINO"):
         OpenVINOEngine(path)
@@ -229,14 +230,21 @@ def test_closing_ends_a_row(three: OpenVINOEngine) -> None:
         list(row)
 
 
-def test_bound_batch(network: Path) -> None:
+def test_bound_batch(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = frames(2, 64, 96)
+    taken: list[Any] = []
+    take = module._Graph.take
     with OpenVINOEngine(network, threads=1) as engine:
+        expected, other = engine.infer(images).labels, engine.infer(images[::-1]).labels
+        assert not np.array_equal(expected, other)
+        monkeypatch.setattr(module._Graph, "take", lambda graph: taken.append(take(graph)) or taken[-1])
         run = engine.bind(images)
+        (request,) = taken
         run()
+        np.testing.assert_array_equal(request.get_tensor("labels").data, expected)
+        np.testing.assert_array_equal(engine.infer(images[::-1]).labels, other)  # in a request of its own
         run()
-        (request,) = engine._requests(images.shape, "LATENCY")
-        np.testing.assert_array_equal(request.get_tensor("labels").data, engine.infer(images).labels)
+        np.testing.assert_array_equal(request.get_tensor("labels").data, expected)
         with pytest.raises(ContractError, match="multiples of 8"):
             engine.bind(np.zeros((1, 1, 12, 8), np.uint8))
     with pytest.raises(UsageError, match="closed"):

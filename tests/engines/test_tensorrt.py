@@ -29,14 +29,15 @@ from hpddrnet_trt.engines.cuda_memory import (
     on_device,
 )
 from hpddrnet_trt.engines.layer_times import write_layer_times
+from hpddrnet_trt.engines.shapes import Profile
 from hpddrnet_trt.engines.tensorrt import (
     TensorRTEngine,
     check_device_array,
     check_gpu,
     check_version,
 )
-from hpddrnet_trt.errors import BadInputFile, ContractError, NoGpu, UserError
-from hpddrnet_trt.manifest import EngineRecord, InputContract, sidecar_path
+from hpddrnet_trt.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
+from hpddrnet_trt.manifest import EngineRecord, InputContract, read_manifest, sidecar_path
 from tests.engines.conftest import Bench
 from tests.engines.simulated_cuda import ForeignArray, read
 
@@ -359,11 +360,24 @@ def test_arrays_of_another_gpu_are_refused(bench: Callable[..., Bench]) -> None:
         job.engine.infer(elsewhere)
 
 
-def test_the_current_gpu_is_restored(bench: Callable[..., Bench]) -> None:
+@pytest.mark.parametrize("before", [[], [0], [None], [1, None]])
+def test_the_current_context_stays_what_it_was(bench: Callable[..., Bench], before: list[int | None]) -> None:
+    """None at all, another GPU's, one of the host application's own; and no context appears on another GPU."""
     job = bench(device=1)
-    assert job.cuda.current == 0
-    job.engine.infer(_images(1, 1, 64, 64))
-    assert job.cuda.current == 0
+    job.cuda.contexts[:] = before
+    images = _images(1, 1, 64, 64)
+    with job.engine as engine:
+        for _ in range(4):  # also from a graph
+            np.testing.assert_array_equal(engine.infer(images).labels, job.truth(images))
+        assert len(list(engine.infer_many([images] * 3))) == 3
+        run = engine.bind(images)
+        run()
+        engine.infer_device(images)
+        with pytest.raises(ContractError):
+            engine.infer(_images(1, 1, 64, 68))
+        assert job.cuda.contexts == before
+    assert job.cuda.contexts == before
+    assert job.cuda.primary == {1}
 
 
 def test_logits_also_give_labels(bench: Callable[..., Bench]) -> None:
@@ -430,6 +444,43 @@ def test_an_engine_that_does_not_load_is_explained(
     job.library.loads, job.library.memory = True, False
     with pytest.raises(UserError, match="too little free memory"):
         TensorRTEngine(models["labels"])
+
+
+@pytest.mark.parametrize("device", ["0", 1.0, True, None])
+def test_devices_are_numbers(models: dict[str, Path], device: Any) -> None:
+    with pytest.raises(UsageError, match="device is a GPU's number from 0 on"):
+        TensorRTEngine(models["labels"], device=device)
+
+
+def test_profiles_that_make_no_sense(copied: Path) -> None:
+    fields = json.loads(sidecar_path(copied).read_text())
+    for box in ([0, 1, 64, 64], [-1, 1, 64, 64], [2, 1, 64, 64], [1, 1, 10**30, 64]):
+        fields["engine"]["profiles"] = [{"min": box, "opt": [1, 1, 64, 64], "max": [1, 1, 64, 64]}]
+        sidecar_path(copied).write_text(json.dumps(fields))
+        with pytest.raises(ContractError, match="is not in rising order; build the engine again"):
+            Profile.from_record(read_manifest(copied).engine.profiles[0])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("version", ["²", "1.²", "9" * 90, "", "1..2", "one"])
+def test_versions_that_are_none(version: str) -> None:
+    api: Any = SimpleNamespace(version="10.9.0.34")
+    with pytest.raises(BadInputFile, match=r"was built with tensorrt .*, installed is"):
+        check_version(Path("m.engine"), _record(version=version), api)
+    if version.startswith("9"):  # newer than what is installed
+        with pytest.raises(BadInputFile, match="was built with"):
+            check_version(Path("m.engine"), _record(version=version, version_compatible=True), api)
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_code_for_the_host_is_allowed_only_where_the_description_says_so(
+    bench: Callable[..., Bench], compatible: bool
+) -> None:
+    job = bench()
+    fields = json.loads(sidecar_path(job.path).read_text())
+    fields["engine"]["version_compatible"] = compatible
+    sidecar_path(job.path).write_text(json.dumps(fields))
+    with TensorRTEngine(job.path) as engine:
+        assert getattr(engine._runtime, "engine_host_code_allowed", False) is compatible
 
 
 def test_missing_device_index(bench: Callable[..., Bench]) -> None:

@@ -1,0 +1,276 @@
+"""The caller's CUDA streams and output arrays on the GPU, and threads, with the TensorRT engine on simulated CUDA.
+
+None of this has run on a real GPU yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hpddrnet_trt.engines.cuda_memory import LEGACY_STREAM, stream_handle
+from hpddrnet_trt.errors import ContractError
+from tests.engines.conftest import Bench
+from tests.engines.simulated_cuda import ForeignArray, read
+
+Start = Callable[..., Bench]
+THEIRS = 77
+
+
+def _images(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _pointer(array: Any) -> int:
+    return int(array.__cuda_array_interface__["data"][0])
+
+
+def _fill(job: Bench, stream: int, array: ForeignArray, values: npt.NDArray[Any]) -> None:
+    """Queue a copy of values into an array "on the GPU"."""
+    job.cuda.queue(stream, lambda: ctypes.memmove(_pointer(array), values.ctypes.data, values.nbytes))
+
+
+# --- streams
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cuda.bindings") is None, reason="cuda-python is not installed")
+def test_streams_of_every_library() -> None:
+    from cuda.bindings import driver, runtime
+
+    for stream in (
+        5, np.int64(5), driver.CUstream(5), runtime.cudaStream_t(5),
+        SimpleNamespace(cuda_stream=5), SimpleNamespace(ptr=5), SimpleNamespace(handle=driver.CUstream(5)),
+        SimpleNamespace(__cuda_stream__=lambda: (0, 5), handle=9), SimpleNamespace(__cuda_stream__=(0, 5)),
+    ):  # fmt: skip
+        assert stream_handle(stream) == 5
+    assert stream_handle(0) == stream_handle(SimpleNamespace(ptr=0)) == LEGACY_STREAM
+    for wrong in (None, "5", True, 5.0, [5], SimpleNamespace()):
+        with pytest.raises(ContractError, match=r"a \w+ is no CUDA stream; give its number"):
+            stream_handle(wrong)
+
+
+def test_work_is_ordered_with_the_callers_stream(bench: Start) -> None:
+    """Made on the stream, read on the stream, overwritten on the stream: nobody waits on the host."""
+    job = bench(graphs=False)
+    frames = [_images(1, 1, 64, 64, seed=seed) for seed in range(6)]
+    job.engine.infer(frames[0])  # the first frame of a shape waits
+    source = job.cuda.array(np.zeros_like(frames[0]))
+    found: list[npt.NDArray[Any]] = []
+    job.cuda.log.clear()
+    for images in frames:
+        _fill(job, THEIRS, source, images)
+        labels = job.engine.infer_device(source, stream=THEIRS)["labels"]
+        assert labels.__cuda_array_interface__["stream"] == THEIRS
+        job.cuda.queue(THEIRS, lambda: found.append(read(labels).copy()))  # noqa: B023  # always the same buffer
+    assert job.count("synchronise") == 0
+    assert found == []
+    job.cuda.finish(THEIRS)
+    for images, labels_found in zip(frames, found, strict=True):
+        np.testing.assert_array_equal(labels_found, job.truth(images))
+
+
+def test_frames_of_the_host_and_a_callers_stream(bench: Start) -> None:
+    job = bench()
+    found: list[npt.NDArray[Any]] = []
+    frames = [_images(1, 1, 64, 64, seed=seed) for seed in range(3)]
+    for images in frames:
+        labels = job.engine.infer_device(images, stream=SimpleNamespace(cuda_stream=THEIRS))["labels"]
+        job.cuda.queue(THEIRS, lambda: found.append(read(labels).copy()))  # noqa: B023
+    job.cuda.finish(THEIRS)
+    for images, labels_found in zip(frames, found, strict=True):
+        np.testing.assert_array_equal(labels_found, job.truth(images))
+
+
+def test_results_on_the_host_wait_for_the_callers_stream(bench: Start) -> None:
+    job = bench()
+    images = _images(1, 1, 64, 64)
+    source = job.cuda.array(np.zeros_like(images))
+    _fill(job, THEIRS, source, images)
+    np.testing.assert_array_equal(job.engine.infer(source, stream=THEIRS).labels, job.truth(images))
+
+
+# --- output arrays
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("kind", ["labels", "logits"])
+def test_results_are_written_where_the_caller_wants_them(bench: Start, kind: str, offset: int) -> None:
+    job = bench(kind)
+    for seed, size in enumerate((64, 128, 64)):
+        images = _images(1, 1, size, size, seed=seed)
+        truth = job.truth(images)
+        out = job.cuda.array(np.zeros_like(truth), offset=offset * truth.itemsize)
+        for given_ in (out, {kind: out}):
+            for source in (images, job.cuda.array(images)):
+                found = job.engine.infer_device(source, out=given_)
+                assert list(found) == [kind]
+                assert _pointer(found[kind]) == _pointer(out)
+                np.testing.assert_array_equal(read(out), truth)
+                ctypes.memset(_pointer(out), 0xEE, truth.nbytes)
+        in_place = job.library.contexts[0].addresses[kind] == _pointer(out)
+        assert in_place == (offset == 0)
+    # What is written there stays when the engine goes on, and goes.
+    job.engine.infer_device(images, out=out)
+    job.engine.infer_device(255 - images)
+    job.engine.infer(255 - images)
+    np.testing.assert_array_equal(read(out), truth)
+    job.engine.close()
+    np.testing.assert_array_equal(read(found[kind]), truth)
+
+
+def test_an_output_on_the_callers_stream(bench: Start) -> None:
+    """Its readers queued before are waited for, and those queued after see the new labels."""
+    job = bench(graphs=False)
+    first, second = (_images(1, 1, 64, 64, seed=seed) for seed in range(2))
+    out = job.cuda.array(np.zeros((1, 64, 64), np.uint8))
+    found: list[npt.NDArray[Any]] = []
+    for images in (first, second):
+        job.engine.infer_device(job.cuda.array(images), out=out, stream=THEIRS)
+        job.cuda.queue(THEIRS, lambda: found.append(read(out).copy()))
+    job.cuda.finish(THEIRS)
+    np.testing.assert_array_equal(found[0], job.truth(first))
+    np.testing.assert_array_equal(found[1], job.truth(second))
+
+
+def test_output_arrays_that_do_not_fit(bench: Start) -> None:
+    job = bench()
+    images = _images(1, 1, 64, 64)
+    labels = np.zeros((1, 64, 64), np.uint8)
+    good = job.cuda.array(labels)
+    for bad, says in (
+        (job.cuda.array(labels[0]), r"the output labels must be uint8 \(1, 64, 64\), got uint8 \(64, 64\)"),
+        (job.cuda.array(labels.astype(np.int32)), "got int32"),
+        (ForeignArray(_pointer(good), labels, data=(_pointer(good), True)), "read-only"),
+        (ForeignArray(_pointer(good), labels, strides=(4096, 1, 64)), "not C-contiguous"),
+        ({"logits": good}, "has no output 'logits'; it has: labels"),
+        (labels, "is on DLPack device 1:0, the engine on GPU 0"),
+    ):
+        for source in (images, job.cuda.array(images)):
+            with pytest.raises(ContractError, match=says):
+                job.engine.infer_device(source, out=bad)
+    np.testing.assert_array_equal(read(job.engine.infer_device(images, out=good)["labels"]), job.truth(images))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([64, 72]),
+            st.sampled_from(["host", "device"]),
+            st.sampled_from(["host", "own", "out", "odd out"]),
+            st.sampled_from([None, 0, THEIRS]),
+        ),
+        max_size=25,
+    )
+)
+def test_any_mixture_is_right(bench: Start, calls: list[tuple[int, str, str, int | None]]) -> None:
+    """With CUDA graphs, which are recorded with the engine's own buffers, in between."""
+    job = bench()
+    with job.engine as engine:
+        for seed, (size, place, target, stream) in enumerate(calls):
+            images = _images(1, 1, size, size, seed=seed)
+            source = images if place == "host" else job.cuda.array(images)
+            if target == "host":
+                found = engine.infer(source, stream=stream).labels
+            else:
+                offset = {"own": None, "out": 0, "odd out": 5}[target]
+                out = None if offset is None else job.cuda.array(np.zeros((1, size, size), np.uint8), offset)
+                result = engine.infer_device(source, out=out, stream=stream)["labels"]
+                if stream is not None:
+                    job.cuda.finish(stream or LEGACY_STREAM)
+                found = read(result)
+            np.testing.assert_array_equal(found, job.truth(images))
+
+
+# --- threads
+
+
+def _in_threads(*works: Callable[[], object]) -> list[BaseException]:
+    """Run all at the same time; what they raised."""
+    raised: list[BaseException] = []
+    begin = threading.Barrier(len(works))
+
+    def run(work: Callable[[], object]) -> None:
+        begin.wait()
+        try:
+            work()
+        except BaseException as exc:  # handed to the test
+            raised.append(exc)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return raised
+
+
+def test_one_engine_in_many_threads(bench: Start) -> None:
+    job = bench(slots=2)
+
+    def one_by_one(seed: int) -> None:
+        for number in range(12):
+            images = _images(1, 1, 64 + 8 * (number % 2), 64, seed=seed + number)
+            np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
+
+    def row(seed: int) -> None:
+        batches = [_images(1, 1, 64, 64, seed=seed + number) for number in range(12)]
+        for images, found in zip(batches, job.engine.infer_many(batches), strict=True):
+            np.testing.assert_array_equal(found.labels, job.truth(images))
+
+    def on_the_gpu(seed: int) -> None:
+        for number in range(12):
+            images = _images(1, 1, 64, 64, seed=seed + number)
+            out = job.cuda.array(np.zeros((1, 64, 64), np.uint8))
+            job.engine.infer_device(images, out=out)
+            np.testing.assert_array_equal(read(out), job.truth(images))
+
+    assert _in_threads(lambda: one_by_one(0), lambda: one_by_one(100), lambda: row(200), lambda: row(300),
+                       lambda: on_the_gpu(400)) == []  # fmt: skip
+    job.engine.close()
+    assert len(job.cuda.memory) == 12  # the callers' own arrays
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_closing_while_others_work(bench: Start, seed: int) -> None:
+    """They finish what they are at, and then read one sentence; everything is freed."""
+    job = bench()
+    images = _images(1, 1, 64, 64, seed=seed)
+    truth = job.truth(images)
+    run = job.engine.bind(images)
+    started = threading.Event()
+
+    def one_by_one() -> None:
+        while True:
+            np.testing.assert_array_equal(job.engine.infer(images).labels, truth)
+            started.set()
+
+    def rows() -> None:
+        while True:
+            for found in job.engine.infer_many([images] * 3):
+                np.testing.assert_array_equal(found.labels, truth)
+
+    def bound() -> None:
+        while True:
+            run()
+
+    def close() -> None:
+        started.wait(10)
+        job.engine.close()
+
+    raised = _in_threads(one_by_one, rows, rows, bound, close)
+    assert [type(exc) for exc in raised] == [ContractError] * 4
+    assert {str(exc) for exc in raised} == {"this engine was closed; load the file again"}
+    assert not job.cuda.memory
+    assert not job.cuda.graphs

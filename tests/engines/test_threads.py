@@ -1,0 +1,274 @@
+"""One engine in several threads, several engines in one process, closing while others work, and no traces left."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import hpddrnet_trt
+from hpddrnet_trt.engines import onnxruntime_graph
+from hpddrnet_trt.engines.base import Engine
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.engines.openvino import COMPILED_GRAPHS, OpenVINOEngine
+from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.models.checkpoints import save_checkpoint
+from tests.tiny_export import frames, write_fp16, write_fp32
+from tests.tiny_network import lively, tiny_manifest, tiny_network
+from tests.toy import manifest, write_toy_onnx
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="OpenVINO is an optional extra and not installed"
+)
+ENGINES = ["onnxruntime", pytest.param("openvino", marks=needs_openvino), "torch"]
+# More shapes than OpenVINO's engine keeps graphs for, so that they come and go.
+SHAPES = [(1, 32 + 8 * number, 48) for number in range(COMPILED_GRAPHS + 1)]
+Images = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same small network with position attention, for each engine."""
+    folder = tmp_path_factory.mktemp("threads")
+    network = lively(tiny_network())
+    checkpoint = save_checkpoint(folder / "m.safetensors", network, tiny_manifest(network))
+    exported = write_fp32(folder / "m.onnx")
+    # Without position attention, so that OpenVINO compiles it in no time.
+    toy = write_toy_onnx(folder / "toy.onnx", manifest())
+    return {"onnxruntime": exported, "openvino": exported, "torch": checkpoint, "fp16": write_fp16(folder / "h.onnx"),
+            "toy": toy}  # fmt: skip
+
+
+def _open(files: dict[str, Path], name: str, file: str | None = None) -> Engine:
+    if name == "torch":
+        from hpddrnet_trt.engines.torch import TorchEngine
+
+        return TorchEngine(files[name], device="cpu", output="labels", threads=1)
+    path = files[file or name]
+    return OnnxRuntimeEngine(path, threads=1) if name == "onnxruntime" else OpenVINOEngine(path, threads=1)
+
+
+def _in_threads(*works: Callable[[], object]) -> list[BaseException]:
+    """Run all at the same time; what they raised."""
+    raised: list[BaseException] = []
+    begin = threading.Barrier(len(works))
+
+    def run(work: Callable[[], object]) -> None:
+        begin.wait()
+        try:
+            work()
+        except BaseException as exc:  # handed to the test
+            raised.append(exc)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    return raised
+
+
+def _worker(engine: Engine, work: list[tuple[Images, Images]], first: int, many: bool) -> Callable[[], None]:
+    """Run all batches twice, each thread beginning with another; every result is looked at after all have come."""
+    order = [*work[first:], *work[:first]] * 2
+
+    def run() -> None:
+        batches = [images for images, _ in order]
+        found = list(engine.infer_many(batches)) if many else [engine.infer(images) for images in batches]
+        for (_, expected), prediction in zip(order, found, strict=True):
+            np.testing.assert_array_equal(prediction.labels, expected)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_each_caller_gets_its_own_labels(files: dict[str, Path], name: str) -> None:
+    file = "toy" if name == "openvino" else None
+    with _open(files, name, file) as alone:
+        work = []
+        for number, shape in enumerate(SHAPES):
+            images = frames(*shape, seed=number)
+            work.append((images, alone.infer(images).labels))
+    assert len({labels.tobytes() for _, labels in work}) == len(work)
+    with _open(files, name, file) as engine:
+        works = [_worker(engine, work, first % len(work), many=first % 2 == 1) for first in range(6)]
+        assert _in_threads(*works) == []
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_first_large_images_at_the_same_time(
+    files: dict[str, Path], blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's second session, for attention in blocks, is opened once, by whoever comes first."""
+    monkeypatch.setattr(onnxruntime_graph, "LARGEST_SCORES_MIB", 0 if blocks else 256)
+    images = frames(1, 64, 96)
+    opened: list[bool] = []
+    open_ = OnnxRuntimeEngine._open
+
+    def counted(engine: Any, options: Any, blocks: bool = False) -> Any:
+        opened.append(blocks)
+        return open_(engine, options, blocks)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "_open", counted)
+    with OnnxRuntimeEngine(files["onnxruntime"], threads=1) as engine:
+        found: list[Images] = []
+        assert _in_threads(*[lambda: found.append(engine.infer(images).labels)] * 5) == []
+    assert opened == ([False, True] if blocks else [False])
+    for labels in found:
+        np.testing.assert_array_equal(labels, found[0])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("seed", range(2))
+def test_closing_while_others_work(files: dict[str, Path], name: str, seed: int) -> None:
+    """They finish what they are at, and then read one sentence."""
+    engine = _open(files, name)
+    batches = [frames(*shape, seed=seed) for shape in SHAPES[:2]]
+    expected = [engine.infer(images).labels for images in batches]
+    started = threading.Event()
+
+    def one_by_one() -> None:
+        while True:
+            for images, labels in zip(batches, expected, strict=True):
+                np.testing.assert_array_equal(engine.infer(images).labels, labels)
+                started.set()
+
+    def rows() -> None:
+        while True:
+            for found, labels in zip(engine.infer_many(batches), expected, strict=True):
+                np.testing.assert_array_equal(found.labels, labels)
+
+    def close() -> None:
+        started.wait(60)
+        engine.close()
+
+    raised = _in_threads(one_by_one, one_by_one, rows, close)
+    assert [type(exc) for exc in raised] == [UsageError] * 3
+    assert all("closed; load it again" in str(exc) for exc in raised)
+    engine.close()  # again
+
+
+@needs_openvino
+def test_engines_side_by_side(files: dict[str, Path]) -> None:
+    """ONNX Runtime, OpenVINO and PyTorch in one process, two files, two engines of one kind."""
+    from hpddrnet_trt.engines.torch import TorchEngine
+
+    images = frames(2, 64, 96)
+    with (
+        OnnxRuntimeEngine(files["onnxruntime"], threads=1) as first,
+        OnnxRuntimeEngine(files["fp16"], threads=1) as half,
+        OpenVINOEngine(files["openvino"], threads=1) as second,
+        TorchEngine(files["torch"], device="cpu", threads=1) as third,
+        TorchEngine(files["torch"], device="cpu", input_dtype="float32") as fourth,
+    ):
+        engines: list[tuple[Engine, Any]] = [(engine, images) for engine in (first, half, second, third)]
+        normalised = (images.repeat(3, axis=1) - third._mean.numpy()) / third._std.numpy()
+        engines.append((fourth, normalised.astype(np.float32)))
+        alone = [engine.infer(batch).labels for engine, batch in engines]
+        works = [
+            lambda engine=engine, batch=batch, labels=labels: [  # type: ignore[misc]
+                np.testing.assert_array_equal(engine.infer(batch).labels, labels) for _ in range(4)
+            ]
+            for (engine, batch), labels in zip(engines, alone, strict=True)
+        ]
+        assert _in_threads(*works) == []
+    for labels in (alone[2], alone[3], alone[4]):  # the same network and precision
+        assert (labels == alone[0]).mean() > 0.999
+
+
+def test_pytorchs_number_of_threads_stays_the_callers(files: dict[str, Path]) -> None:
+    import torch
+
+    from hpddrnet_trt.engines.torch import TorchEngine
+
+    before = torch.get_num_threads()
+    images = frames(1, 32, 48)
+    seen: list[int] = []
+    try:
+        torch.set_num_threads(2)
+        with TorchEngine(files["torch"], device="cpu", threads=1) as engine:
+            assert engine.runtime.count("1 threads") == 1
+            label = engine._label
+            engine._graph = lambda x: [seen.append(torch.get_num_threads()), label(x)][1]  # type: ignore[func-returns-value]
+            assert torch.get_num_threads() == 2
+            assert _in_threads(*[lambda: engine.infer(images)] * 4) == []
+            list(engine.infer_many([images]))
+            engine.bind(images)()
+        assert torch.get_num_threads() == 2
+        assert seen == [1] * 6
+    finally:
+        torch.set_num_threads(before)
+
+
+TRACES = """
+import json, locale, logging, os, random, signal, sys, threading, warnings
+import cv2, numpy as np
+warnings.simplefilter("default")
+
+def state():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGSEGV)
+    handlers = {str(number): str(signal.getsignal(number)) for number in numbers}
+    loggers = {name: (entry.level, len(entry.handlers), entry.propagate)
+               for name, entry in sorted(logging.root.manager.loggerDict.items())
+               if isinstance(entry, logging.Logger) and name.startswith("hpddrnet_trt")}
+    umask = os.umask(0o22)
+    os.umask(umask)
+    return {
+        "environment": dict(os.environ), "folder": os.getcwd(), "path": sys.path, "umask": umask,
+        "filters": [str(entry) for entry in warnings.filters if entry[3] != 'hidden'], "signals": handlers,
+        "root logger": (logging.root.level, len(logging.root.handlers)),
+        "levels": sorted({(level, count) for level, count, _ in loggers.values()}),
+        "numpy errors": np.geterr(), "numpy random": str(np.random.get_state()[1][:5]),
+        "random": str(random.getstate()[1][:5]), "opencv threads": cv2.getNumThreads(), "hook": str(sys.excepthook),
+        "recursion": sys.getrecursionlimit(), "thread hook": str(threading.excepthook), "locale": locale.setlocale(0),
+    }
+
+import hpddrnet_trt
+from hpddrnet_trt.engines import load_engine
+from hpddrnet_trt.engines.quiet import load_onnxruntime, load_openvino
+path, name = sys.argv[1:]
+frame = np.random.default_rng(0).integers(0, 256, (1, 1, 64, 96), dtype=np.uint8)
+# What the runtime does to the process when it is imported is not ours.
+if name == "openvino":
+    load_openvino()
+elif name == "onnxruntime":
+    load_onnxruntime()
+else:  # imports parts of itself with the first inference
+    with load_engine(path, name) as engine:
+        engine.infer(frame)
+before = state()
+with load_engine(path, name) as engine:
+    engine.infer(frame)
+    list(engine.infer_many([frame] * 2))
+    engine.bind(frame)()
+    engine.layer_times(frame, runs=1)
+after = state()
+changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+print(json.dumps([changed, [thread.name for thread in threading.enumerate()]]))
+"""
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_leaves_no_traces_in_the_process(files: dict[str, Path], name: str, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", TRACES, str(files[name]), name]
+    # Not as on a build server, where runtimes report nothing anyway.
+    kept = {key: value for key, value in os.environ.items() if key in ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")}
+    root = Path(hpddrnet_trt.__file__).parent.parent
+    child = subprocess.run(
+        arguments, capture_output=True, text=True, check=False, cwd=root, env={**kept, "HOME": str(tmp_path)}
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stderr == ""
+    assert json.loads(child.stdout) == [{}, ["MainThread"]]  # and nothing else was printed
+    assert list(tmp_path.iterdir()) == []
