@@ -475,6 +475,7 @@ def out_of_memory(session: Session, frames: int) -> None:
 
 def hang(session: Session, frames: int) -> None:
     """An inference that hangs is a state, and its end ends the state."""
+    session.settle()  # or "block" would make us wait behind frames of the last episode for the hang to end
     session.wait_for(State.READY)  # a worker may still be restarting
     session.faults.mended.clear()
     session.faults.arm("hang")

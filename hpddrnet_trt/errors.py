@@ -43,6 +43,12 @@ class NoGpu(UserError):
     """An NVIDIA GPU (or its driver) is needed and none can be used."""
 
 
+def brief(text: object, limit: int = 300) -> str:
+    """``text`` (an exception, a name from a file) for a sentence: one line, printable, at most ``limit`` characters."""
+    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(text).split()))
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
+
+
 def first_problem(invalid: ValidationError, whole: str) -> str:
     """What pydantic found first, as ``place: message``; ``whole`` names the place of the document itself."""
     first = invalid.errors()[0]

@@ -1,4 +1,4 @@
-"""Whole files or no files: writes go to a temporary name beside the target, then rename."""
+"""Whole files or no files, and folders likewise: writes go to a temporary name beside the target, then rename."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpddrnet_trt.errors import BadInputFile, UserError
+from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 
 
 @contextmanager
@@ -44,6 +46,42 @@ def _created_beside(target: Path) -> Path:
     path = target.with_name(f".{target.stem[:80]}.{secrets.token_hex(8)}.tmp{target.suffix}")
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return path
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``target``; it takes the target's place on success.
+
+    An existing target is replaced, and stays as it was when the block raises. (Folders cannot be exchanged in one
+    step: for an instant there is none.) Raises :class:`UsageError` when the target is a file, :class:`UserError`
+    when the disk does not take it.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file, and a folder is to be written there; remove it or choose another name")
+    workplace: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        fresh = workplace / "new" / target.name
+        fresh.mkdir(parents=True)  # mkdtemp makes folders private, this one follows the umask
+        yield fresh
+        old = workplace / "old"
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            if old.exists():
+                os.rename(old, target)
+            raise
+    except OSError as exc:
+        raise UserError(
+            f"cannot write {target}: {exc.strerror or exc}; free some space or choose another output path"
+        ) from exc
+    finally:
+        if workplace is not None:
+            shutil.rmtree(workplace, ignore_errors=True)
 
 
 def write_bytes(target: str | Path, content: bytes) -> Path:

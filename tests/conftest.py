@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Nothing that tests import or start reports over the network, or writes logs to the user's folders.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["PYMM_LOG_FILE"] = "no"
+
 # Property tests look for new examples on a developer's machine and repeat the same ones in CI.
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):

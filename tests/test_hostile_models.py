@@ -39,7 +39,7 @@ SECONDS = 60  # for one case, on a busy machine; most take milliseconds
 MEMORY = 2 << 30  # that a case may take above what the runtimes need
 ADDRESSES = 24 << 30  # so that a bomb ends in an error of the case, and not in one of the machine
 LARGEST = 1 << 20  # values of an input that is worth running
-LONGEST = 30_000  # characters: of a checkpoint, one sentence lists all weights that do not fit
+LONGEST = 1_500  # characters
 
 Outcomes = dict[str, Counter[str]]
 

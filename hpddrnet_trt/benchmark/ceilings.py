@@ -24,6 +24,7 @@ import numpy as np
 
 from hpddrnet_trt.benchmark.machine import describe_machine, usable_cores
 from hpddrnet_trt.benchmark.result import Ceilings
+from hpddrnet_trt.engines.quiet import load_onnxruntime, load_openvino
 from hpddrnet_trt.errors import NoGpu, UsageError, require
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _input(kind: _Kind) -> Any:
 
 
 def _onnxruntime_candidates(kind: _Kind, threads: int | None) -> Iterator[Candidate]:
-    import onnxruntime
+    onnxruntime = load_onnxruntime("measure the machine's ceilings")
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -212,7 +213,7 @@ def _onnxruntime_candidates(kind: _Kind, threads: int | None) -> Iterator[Candid
 
 
 def _openvino_candidates(kind: _Kind, threads: int | None) -> Iterator[Candidate]:
-    import openvino
+    openvino = load_openvino("measure the machine's ceilings")
 
     core = openvino.Core()
     capable = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -44,6 +44,7 @@ import numpy.typing as npt
 
 import hpddrnet_trt
 from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.engines.quiet import load_onnxruntime
 from hpddrnet_trt.errors import MissingDependency, UsageError, UserError, require
 
 if TYPE_CHECKING:
@@ -276,6 +277,8 @@ def _child(folder: Path) -> int:
 
 def _reader(folder: Path) -> Any:
     import onnx
+
+    load_onnxruntime("calibrate models")
     from onnxruntime.quantization.calibrate import CalibrationDataReader
 
     paths = sorted(folder.glob("batch_*.npy"))

@@ -60,6 +60,7 @@ import numpy as np
 
 from hpddrnet_trt.deploy.calibration.ranges import Range
 from hpddrnet_trt.deploy.onnx_graph import consumers, enlarges, producers, replace_nodes
+from hpddrnet_trt.engines.quiet import load_onnxruntime
 
 Form = Literal["tensorrt", "onnxruntime"]
 Quantised = Literal["int8", "fp8"]  # what pairs quantise to
@@ -286,6 +287,8 @@ def quantise(model: Any, form: Form, chosen: Plan, ranges: Mapping[str, Range]) 
     A plan without nodes gives a copy.
     """
     import onnx
+
+    load_onnxruntime("quantise models")
     from onnxruntime.quantization import QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 

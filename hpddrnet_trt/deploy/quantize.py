@@ -36,7 +36,8 @@ from hpddrnet_trt.deploy.placement import analyse
 from hpddrnet_trt.deploy.tensors import fold_constants
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from hpddrnet_trt.errors import UsageError, UserError, require
+from hpddrnet_trt.engines.quiet import load_onnxruntime
+from hpddrnet_trt.errors import UsageError, UserError
 from hpddrnet_trt.manifest import CalibrationRecord, Evidence, InputContract, Manifest
 from hpddrnet_trt.metrics import ConfusionMatrix
 
@@ -104,7 +105,7 @@ def calibrate(
     sense, :class:`BadInputFile` for an unreadable file, :class:`UserError` when the quantised model
     disagrees; then nothing is written.
     """
-    require("onnxruntime", "export", "calibrate models")
+    load_onnxruntime("calibrate models")
     request = _Request(form, precision, method, tool, half)
     request.check()
     check_target(source_onnx, target_onnx)
@@ -325,9 +326,7 @@ def calibration_record(
 
 
 def _runtime_version() -> str:
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
+    return str(load_onnxruntime().__version__)
 
 
 # -------------------------------------------------------------------------------- evidence

@@ -21,6 +21,7 @@ from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.deploy.calibration.micrographs import Crop, Grey, cut, read_grey, to_input
 from hpddrnet_trt.deploy.onnx_graph import class_scores
 from hpddrnet_trt.deploy.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
+from hpddrnet_trt.engines.quiet import load_onnxruntime
 from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.manifest import Evidence, InputContract, Manifest
 from hpddrnet_trt.metrics import ConfusionMatrix
@@ -256,7 +257,7 @@ def _feed(batch: Grey, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
 
 
 def _session(model: onnx.ModelProto) -> Any:
-    runtime = require("onnxruntime", "export", "check the exported file")
+    runtime = load_onnxruntime("check the exported file")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

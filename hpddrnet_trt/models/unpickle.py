@@ -24,7 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.errors import BadInputFile, brief
 from hpddrnet_trt.files import existing_file
 
 MAX_FILE_BYTES = 4 << 30
@@ -153,7 +153,7 @@ def read_torch_file(path: str | Path) -> TorchFile:
 
 
 def _damaged(path: Path, cause: BaseException) -> BadInputFile:
-    reason = str(cause).strip("'\"") or type(cause).__name__
+    reason = brief(cause).strip("'\"") or type(cause).__name__
     return BadInputFile(f"{path} is damaged, truncated or no PyTorch checkpoint ({reason}); copy or download it again")
 
 

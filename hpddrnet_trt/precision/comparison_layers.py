@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.deploy.onnx_graph import class_scores, initializers, producers
+from hpddrnet_trt.engines.quiet import load_onnxruntime
 from hpddrnet_trt.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -347,7 +348,7 @@ def _probe_graph(b: onnx.ModelProto, layers: Sequence[Layer]) -> onnx.ModelProto
 
 
 def _session(model: onnx.ModelProto, which: str) -> Any:
-    runtime = require("onnxruntime", "export", "compare models layer by layer")
+    runtime = load_onnxruntime("compare models layer by layer")
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpddrnet_trt.deploy import qdq
+from hpddrnet_trt.engines.quiet import load_onnxruntime
 from hpddrnet_trt.errors import UsageError, UserError
 from hpddrnet_trt.files import write_text
 from hpddrnet_trt.manifest import Manifest
@@ -113,9 +114,9 @@ class Trials:
 
 def _identity(recipe: Recipe, judge: Judge) -> str:
     """Of all that an answer follows from, the passes that make and round the graphs included."""
-    import onnxruntime
-
     from hpddrnet_trt.deploy.rounding import simulate_rounding
+
+    onnxruntime = load_onnxruntime("search for the fastest precision")
 
     run = simulate_rounding(recipe.graph(recipe.layers, half=True)).SerializeToString(deterministic=True)
     graph = hashlib.sha256(run).hexdigest()

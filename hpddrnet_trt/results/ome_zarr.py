@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from hpddrnet_trt.data.labels import check_labels
 from hpddrnet_trt.errors import ContractError, require
+from hpddrnet_trt.files import atomic_folder
 from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.results.folders import atomic_folder
 from hpddrnet_trt.results.units import micrometres
 
 VERSION = "0.5"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +19,7 @@ from hpddrnet_trt.data.datasets import unknown_values
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, DescribedFile
 from hpddrnet_trt.data.labels import write_label_png
 from hpddrnet_trt.errors import BadInputFile, UsageError
-from hpddrnet_trt.files import atomic_path, write_text
+from hpddrnet_trt.files import atomic_folder, atomic_path, write_text
 
 
 def write_converted(
@@ -57,21 +54,10 @@ def require_new(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` that takes its place on success and vanishes otherwise.
-    """
+    """Yield an empty folder beside ``folder`` that takes its place on success and vanishes otherwise."""
     require_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp makes folders private
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check(entry: Entry, sample: Labelled) -> None:

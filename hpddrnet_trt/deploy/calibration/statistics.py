@@ -23,6 +23,7 @@ from hpddrnet_trt.deploy.calibration.histograms import BINS, Statistics, histogr
 from hpddrnet_trt.deploy.calibration.micrographs import Crop, inputs
 from hpddrnet_trt.deploy.calibration.statistics_cache import Cache, StatisticsCache
 from hpddrnet_trt.engines.base import input_contract
+from hpddrnet_trt.engines.quiet import load_onnxruntime
 from hpddrnet_trt.errors import UsageError, UserError
 from hpddrnet_trt.manifest import Manifest
 
@@ -91,8 +92,7 @@ def extremes(
 
 def _graph_digest(model: Any, tensors: Sequence[str]) -> str:
     """Of all that turns an input into statistics. ONNX Runtime's kernels round differently by version."""
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime("calibrate models")
     digest = hashlib.sha256()
     about = [_FORMAT, BINS, SAMPLES, onnxruntime.__version__, list(tensors)]
     about += [[entry.domain, entry.version] for entry in model.opset_import]
@@ -113,7 +113,8 @@ class _Probe:
 
     def __init__(self, model: Any, tensors: Sequence[str], *, sampled: bool) -> None:
         import onnx
-        import onnxruntime
+
+        onnxruntime = load_onnxruntime("calibrate models")
 
         self._tensors = tensors
         graph = onnx.ModelProto()
