@@ -236,7 +236,7 @@ def _build(config: NetworkConfig, weights: Mapping[str, Tensor], source: Path) -
 def _fitting(
     expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, source: Path
 ) -> dict[str, Tensor]:
-    """``given`` in the types of ``expected``, or one error that says how many do not fit and names the first of them."""
+    """``given`` in the types of ``expected``, or an error that says how many do not fit, and names the first."""
     missing = [name for name in expected if name not in given and not name.endswith(_COUNTER)]
     unknown = sorted(name for name in given if name not in expected)
     misshapen = [
