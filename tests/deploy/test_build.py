@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import importlib.util
 import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -535,6 +535,7 @@ def test_library_messages_become_readable() -> None:
 def interruptible() -> Iterator[None]:
     """Ctrl-C raises, also where a shell started the tests in the background and had it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.set_wakeup_fd(-1)  # a library may have left one, whose number is another file's by now
     yield
     signal.signal(signal.SIGINT, before)
 
@@ -559,7 +560,7 @@ def test_interrupt_ends_a_running_build(tmp_path: Path) -> None:
         total, n = 1, 0
 
         def reset(self, total: int) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
+            _thread.interrupt_main()
             deadline = time.monotonic() + 5
             while not cancel.is_set() and time.monotonic() < deadline:
                 time.sleep(0.01)

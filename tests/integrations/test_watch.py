@@ -27,6 +27,7 @@ from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.integrations.watch import Happened, WatchEvent, WatchSummary, stop_on_signal, watch_folder
 from hpddrnet_trt.segment_files import FileSegmenter, segment_paths
 from hpddrnet_trt.segmenter import Segmenter
+from tests.interrupts import deliver
 from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -381,10 +382,10 @@ def test_signals_outside_the_main_thread_are_left_alone() -> None:
     thread.join()
     assert found == [(before, False)]
     with stop_on_signal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
+        deliver(signal.SIGTERM)
         assert stop.wait(5)
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            deliver(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 

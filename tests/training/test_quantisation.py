@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from hpddrnet_trt.training.quantisation import (
     round_weight,
 )
 from hpddrnet_trt.training.run import train
+from tests.interrupts import deliver
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.training.test_run import assert_same_run
 
@@ -376,7 +376,7 @@ def test_interrupted_fine_tuning_continues_to_the_same_bits(
 
     def interrupted(self: SegmentationModule, batch: Any, batch_idx: int) -> Tensor:
         if batch_idx == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            deliver(signal.SIGINT)
         return original(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:

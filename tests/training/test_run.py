@@ -27,6 +27,7 @@ from hpddrnet_trt.training.datamodule import TrainingSamples
 from hpddrnet_trt.training.interruption import TrainingInterrupted
 from hpddrnet_trt.training.module import SegmentationModule
 from hpddrnet_trt.training.run import train
+from tests.interrupts import deliver
 
 Tiny = Callable[..., TrainConfig]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -118,9 +119,10 @@ from hpddrnet_trt.training.module import SegmentationModule
 from hpddrnet_trt.training.config import load_config
 from hpddrnet_trt.training.run import train
 
-where, at, *overrides = sys.argv[1:]
+where, at, number, *overrides = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), int(number))
 if where == "save":
     os.fsync = lambda _: die()
 else:
@@ -134,12 +136,18 @@ train(load_config(None, overrides))
 """
 
 
-def _run_and_die(where: str, at: int, config: TrainConfig) -> None:
+def _run_and_signal(where: str, at: int, number: signal.Signals, config: TrainConfig) -> tuple[int, str]:
+    """Train in a process that sends itself a signal; its exit code and what it wrote to stderr."""
     flat = [f"{key}={value}" for key, value in _flat(config.model_dump(mode="json"))]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLER, where, str(at), *flat]
+    command = [sys.executable, "-c", KILLER, where, str(at), str(int(number)), *flat]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    return done.returncode, done.stderr
+
+
+def _run_and_die(where: str, at: int, config: TrainConfig) -> None:
+    code, err = _run_and_signal(where, at, signal.SIGKILL, config)
+    assert code == -signal.SIGKILL, err
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -172,6 +180,14 @@ def test_killed_run_continues_to_the_same_bits(tiny: Tiny) -> None:
     assert not list(folder.glob(".*"))
 
 
+def test_a_real_ctrl_c_ends_the_process_with_everything_saved(tiny: Tiny) -> None:
+    stopped = tiny("run.name=a")
+    code, err = _run_and_signal("training_step", 4, signal.SIGINT, stopped)
+    assert code == 1, err
+    assert "stopped after step 5; " in err
+    assert torch.load(stopped.run.path / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("step", [4, 5])  # an ordinary step, and one that a validation follows
 def test_ctrl_c_finishes_the_step_and_resumes_exactly(
@@ -184,7 +200,7 @@ def test_ctrl_c_finishes_the_step_and_resumes_exactly(
 
     def interrupted(self: SegmentationModule, batch: Any, batch_idx: int) -> torch.Tensor:
         if batch_idx == (step - 1) * accumulate:
-            os.kill(os.getpid(), signal.SIGINT)
+            deliver(signal.SIGINT)
         return original(self, batch, batch_idx)
 
     handler = signal.getsignal(signal.SIGINT)
@@ -200,8 +216,8 @@ def test_ctrl_c_finishes_the_step_and_resumes_exactly(
 
 def test_second_ctrl_c_stops_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     def impatient(self: SegmentationModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        deliver(signal.SIGINT)
+        deliver(signal.SIGINT)
         raise AssertionError("the second signal ends the step")
 
     monkeypatch.setattr(SegmentationModule, "training_step", impatient)
