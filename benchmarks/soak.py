@@ -608,26 +608,28 @@ def soak(
     threads = threading.active_count()
     started, memory, peak = time.monotonic(), list[tuple[int, float]](), 0.0
     episodes = _endless(EPISODES, rng)
-    while totals["submitted"] < frames or report.streams < len(ENDINGS):
-        number = report.streams
-        policy, workers = STREAMS[number % len(STREAMS)]
-        session = _open(scene, report, rng, times, policy, workers, pace_s, told, numbers)
-        watcher.look_at(session.stream)
-        steps = [*(next(episodes) for _ in range(len(EPISODES) // 2)), ENDINGS[number % len(ENDINGS)]]
-        for step in steps:
-            faulthandler.dump_traceback_later(deadlock_s, exit=True, file=sys.__stderr__ or sys.stderr)
-            step(session, episode_frames)
-            totals[f"episode: {step.__name__.replace('_', ' ')}"] += 1
-            peak = max(peak, process.memory_info().rss / 2**20)
-        watcher.look_at(None)
-        _settle_accounts(session, workers)
-        totals.update(session.calls)
-        totals.update({f"struck: {kind}": count for kind, count in session.faults.struck.items()})
-        _add(totals, session.stream.statistics())
-        report.streams += 1
-        memory.append((totals["submitted"], process.memory_info().rss / 2**20))
-        tell(f"{totals['submitted']} of {frames} frames, {report.streams} streams, {len(report.problems)} problems")
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        while totals["submitted"] < frames or report.streams < len(ENDINGS):
+            number = report.streams
+            policy, workers = STREAMS[number % len(STREAMS)]
+            session = _open(scene, report, rng, times, policy, workers, pace_s, told, numbers)
+            watcher.look_at(session.stream)
+            steps = [*(next(episodes) for _ in range(len(EPISODES) // 2)), ENDINGS[number % len(ENDINGS)]]
+            for step in steps:
+                faulthandler.dump_traceback_later(deadlock_s, exit=True, file=sys.__stderr__ or sys.stderr)
+                step(session, episode_frames)
+                totals[f"episode: {step.__name__.replace('_', ' ')}"] += 1
+                peak = max(peak, process.memory_info().rss / 2**20)
+            watcher.look_at(None)
+            _settle_accounts(session, workers)
+            totals.update(session.calls)
+            totals.update({f"struck: {kind}": count for kind, count in session.faults.struck.items()})
+            _add(totals, session.stream.statistics())
+            report.streams += 1
+            memory.append((totals["submitted"], process.memory_info().rss / 2**20))
+            tell(f"{totals['submitted']} of {frames} frames, {report.streams} streams, {len(report.problems)} problems")
+    finally:  # it would end whatever this process does later
+        faulthandler.cancel_dump_traceback_later()
     report.states_seen = watcher.end()
     report.states_told = dict(told)
     report.threads_left = max(threading.active_count() - threads + 1, 0)
