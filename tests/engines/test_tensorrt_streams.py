@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,9 @@ from hpddrnet_trt.engines.cuda_memory import LEGACY_STREAM, stream_handle
 from hpddrnet_trt.errors import ContractError
 from tests.engines.conftest import Bench
 from tests.engines.simulated_cuda import ForeignArray, read
+from tests.threads import in_threads
+
+_in_threads = partial(in_threads, timeout_s=60)
 
 Start = Callable[..., Bench]
 THEIRS = 77
@@ -193,27 +197,6 @@ def test_any_mixture_is_right(bench: Start, calls: list[tuple[int, str, str, int
 
 
 # --- threads
-
-
-def _in_threads(*works: Callable[[], object]) -> list[BaseException]:
-    """Run all at the same time; what they raised."""
-    raised: list[BaseException] = []
-    begin = threading.Barrier(len(works))
-
-    def run(work: Callable[[], object]) -> None:
-        begin.wait()
-        try:
-            work()
-        except BaseException as exc:  # handed to the test
-            raised.append(exc)
-
-    threads = [threading.Thread(target=run, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    return raised
 
 
 def test_one_engine_in_many_threads(bench: Start) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino import COMPILED_GRAPHS, OpenVINOEngine
 from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.models.checkpoints import save_checkpoint
+from tests.threads import in_threads
 from tests.tiny_export import frames, write_fp16, write_fp32
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.toy import manifest, write_toy_onnx
+
+_in_threads = partial(in_threads, timeout_s=120)
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="OpenVINO is an optional extra and not installed"
@@ -56,27 +60,6 @@ def _open(files: dict[str, Path], name: str, file: str | None = None) -> Engine:
         return TorchEngine(files[name], device="cpu", output="labels", threads=1)
     path = files[file or name]
     return OnnxRuntimeEngine(path, threads=1) if name == "onnxruntime" else OpenVINOEngine(path, threads=1)
-
-
-def _in_threads(*works: Callable[[], object]) -> list[BaseException]:
-    """Run all at the same time; what they raised."""
-    raised: list[BaseException] = []
-    begin = threading.Barrier(len(works))
-
-    def run(work: Callable[[], object]) -> None:
-        begin.wait()
-        try:
-            work()
-        except BaseException as exc:  # handed to the test
-            raised.append(exc)
-
-    threads = [threading.Thread(target=run, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    return raised
 
 
 def _worker(engine: Engine, work: list[tuple[Images, Images]], first: int, many: bool) -> Callable[[], None]:
