@@ -127,8 +127,9 @@ def measure_robustness(
     """Scores on one split for every value of every shift, the other knobs left alone.
 
     The generator is started anew for each image and value from ``seed`` and the image's place, so
-    all models see the same noise. A size that the model does not take (an engine of fixed size
-    under magnification) gives a point without scores, with the reason.
+    all models see the same noise. Magnified images run as any image of their size does: where the model does not
+    take it in one piece, in tiles, or with ``tile="whole"`` not at all, which gives a point without scores, with
+    the reason.
 
     Raises as :func:`~hpddrnet_trt.evaluation.evaluate` does.
     """

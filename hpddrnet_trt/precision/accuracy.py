@@ -20,10 +20,11 @@ import numpy.typing as npt
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.deploy.onnx_graph import save_model
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.errors import ContractError, UsageError
 from hpddrnet_trt.evaluation import fitting, samples_of
 from hpddrnet_trt.manifest import Evidence, Manifest
 from hpddrnet_trt.metrics import ConfusionMatrix
+from hpddrnet_trt.segmentation import Segmentation
 from hpddrnet_trt.segmenter import Segmenter
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ class Judge:
     ``reference``: the FP32 model, an open segmenter that the caller closes. Raises as
     :func:`~hpddrnet_trt.evaluation.evaluate` does when model and dataset do not fit, and
     :class:`UsageError` for a split without images or without a labelled pixel.
+
+    Micrographs too large for the reference to run whole are cut into tiles, and then the candidate must take the
+    same tiles: other cuts change labels too, which would pass for the cost of the precision.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Judge:
         progress: bool = True,
     ) -> None:  # fmt: skip
         self._dataset, self._split, self._threads, self._progress = dataset, split, threads, progress
+        self._tiles: dict[int, tuple[int, int] | None] = {}  # by image: of the reference, None where it ran whole
         self._folder = tempfile.TemporaryDirectory(prefix="hpddrnet-trt-")
         try:
             # Of the labels that candidates are compared with, whoever gave them, and of the masks.
@@ -112,13 +117,18 @@ class Judge:
         return f"{self._dataset.name}/{self._split}"
 
     def score(self, candidate: Segmenter, title: str | None = None) -> Accuracy:
-        """Compare an open candidate; without ``title`` there is no progress bar."""
+        """Compare an open candidate; without ``title`` there is no progress bar.
+
+        Raises :class:`ContractError` when it cuts a micrograph otherwise than the reference does.
+        """
         names = self._dataset.class_names
         masks, reference = ConfusionMatrix(len(names)), ConfusionMatrix(len(names))
         fitting(candidate, self._dataset)
 
         def add(index: int, image: Labels, mask: Labels) -> None:
-            labels = candidate.segment(image).labels
+            result = candidate.segment(image)
+            self._check_tiles(index, image, _tile_of(result))
+            labels = result.labels
             masks.update(labels, mask)
             reference.update(labels, self._recall(index))
 
@@ -166,7 +176,8 @@ class Judge:
         matrix = ConfusionMatrix(len(self._dataset.class_names))
 
         def add(index: int, image: Labels, mask: Labels) -> None:
-            labels = reference.segment(image).labels
+            result = reference.segment(image)
+            labels, self._tiles[index] = result.labels, _tile_of(result)
             digest.update(np.ascontiguousarray(labels).data)
             np.savez_compressed(self._kept(index), labels=labels)
             matrix.update(labels, mask)
@@ -181,6 +192,15 @@ class Judge:
             )
         return _miou(matrix), matrix.images
 
+    def _check_tiles(self, index: int, image: Labels, tile: tuple[int, int] | None) -> None:
+        if tile != self._tiles[index]:
+            height, width = image.shape[:2]
+            raise ContractError(
+                f"a micrograph of {height} x {width} pixels runs {_how(tile)} in this model and "
+                f"{_how(self._tiles[index])} in the FP32 reference, so the difference would not be of precision alone; "
+                f"use a model that takes {height} x {width}, or a dataset with smaller micrographs"
+            )
+
     def _each(self, title: str | None, use: Callable[[int, Labels, Labels], None]) -> None:
         shown = self._progress and title is not None
         samples = samples_of(self._dataset, self._split, title or "", progress=shown)
@@ -194,6 +214,14 @@ class Judge:
         with np.load(self._kept(index)) as archive:
             labels: Labels = archive["labels"]
         return labels
+
+
+def _tile_of(result: Segmentation) -> tuple[int, int] | None:
+    return None if result.tiling is None else result.tiling.tile
+
+
+def _how(tile: tuple[int, int] | None) -> str:
+    return "whole" if tile is None else f"in tiles of {tile[0]} x {tile[1]}"
 
 
 def _miou(matrix: ConfusionMatrix) -> float:

@@ -199,7 +199,7 @@ def test_names_from_files_are_escaped(found: Assessment) -> None:
 
 
 def test_a_point_that_was_not_measured_is_told_with_its_reason(dataset: FolderDataset) -> None:
-    fixed = Segmenter(ToyEngine(manifest("logits", size=40)))
+    fixed = Segmenter(ToyEngine(manifest("logits", size=40)), tile="whole")
     robust = measure_robustness(fixed, dataset, "test", shifts=[SHIFTS[-1]], progress=False)
     page = Page(render_html(assess(fixed, dataset, "test", progress=False), robustness=robust))
     assert "magnification 2 was not measured: an image height of 80 pixels does not fit this model" in page.text

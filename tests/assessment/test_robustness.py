@@ -64,7 +64,7 @@ def test_the_unchanged_image_is_segmented_once(dataset: FolderDataset) -> None:
 
 
 def test_a_size_the_model_does_not_take_is_a_point_without_scores(dataset: FolderDataset) -> None:
-    fixed = Segmenter(ToyEngine(manifest("logits", size=40)))
+    fixed = Segmenter(ToyEngine(manifest("logits", size=40)), tile="whole")
     sweep = measure_robustness(fixed, dataset, "test", shifts=[MAGNIFICATION], progress=False).sweeps[0]
     smaller, unchanged, larger = sweep.points
     assert smaller.scores is not None
@@ -74,10 +74,15 @@ def test_a_size_the_model_does_not_take_is_a_point_without_scores(dataset: Folde
     assert "does not fit this model" in larger.reason
     assert math.isnan(larger.miou)
     assert sweep.worst is smaller
+    small = Segmenter(ToyEngine(manifest("logits", size=24)), tile="whole")
     with pytest.raises(ContractError, match="does not fit this model"):  # no shift is to blame here
-        measure_robustness(
-            Segmenter(ToyEngine(manifest("logits", size=24))), dataset, "test", shifts=[BRIGHTNESS], progress=False
-        )
+        measure_robustness(small, dataset, "test", shifts=[BRIGHTNESS], progress=False)
+
+
+def test_a_size_the_model_takes_in_tiles_has_scores(dataset: FolderDataset) -> None:
+    fixed = Segmenter(ToyEngine(manifest("logits", size=40)))
+    *_, larger = measure_robustness(fixed, dataset, "test", shifts=[MAGNIFICATION], progress=False).sweeps[0].points
+    assert larger.scores is not None
 
 
 def sweep_of(mious: list[float], neutral: float = 3.0, values: tuple[float, ...] = (1, 2, 3, 4, 5)) -> Sweep:

@@ -79,6 +79,7 @@ class SimulatedCuda:
         self.events: dict[int, Marker] = {}
         self.queues: dict[int, list[Work]] = defaultdict(list)
         self.recording: dict[int, list[Work]] = {}
+        self.recorders: dict[int, int] = {}  # stream to the thread that records it, whose calls alone are limited
         self.broken: set[int] = set()  # streams whose recording has failed
         self.graphs: dict[int, list[Work]] = {}
         self.templates: dict[int, list[Work]] = {}
@@ -153,7 +154,8 @@ class SimulatedCuda:
         return self.ok, self._allocated(nbytes)
 
     def _allocated(self, nbytes: int) -> int:
-        assert not self.recording, "allocating is not allowed while a graph is recorded"
+        recorders = self.recorders.values()
+        assert threading.get_ident() not in recorders, "allocating is not allowed while a graph is recorded"
         raw = ctypes.create_string_buffer(nbytes + ALIGNMENT)
         pointer = -(-ctypes.addressof(raw) // ALIGNMENT) * ALIGNMENT
         self.memory[pointer] = (raw, nbytes)
@@ -222,11 +224,13 @@ class SimulatedCuda:
     def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any]:
         assert not self.queues[stream], "work from before would not be in the graph"
         assert stream not in self.recording
-        self.recording[stream] = []
+        assert mode == self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.recording[stream], self.recorders[stream] = [], threading.get_ident()
         return (self.ok,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         work = self.recording.pop(stream)
+        assert self.recorders.pop(stream) == threading.get_ident(), "a graph is recorded by one thread"
         if stream in self.broken:
             self.broken.remove(stream)
             return self.cudaError_t.cudaErrorStreamCaptureInvalidated, None

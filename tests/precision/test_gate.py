@@ -171,7 +171,7 @@ def test_the_reference_is_fp32(write: Write, fp32: Path, tmp_path: Path, caplog:
 @without_gpu
 def test_an_engine_too_small_for_the_micrographs_is_not_accepted(write: Write, data: Path, tmp_path: Path) -> None:
     """Without a GPU the ONNX file is judged, but with the sizes that the engine takes."""
-    with pytest.raises(ContractError, match="96 pixels does not fit"):
+    with pytest.raises(ContractError, match="in tiles of 64 x 64 in this model and whole in the FP32 reference"):
         build_verified(
             write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
             shapes="1x1x64x64:1x1x64x64:1x1x64x64", gate=Gate(data, Budget(max_miou_drop=3.0)), progress=False,
