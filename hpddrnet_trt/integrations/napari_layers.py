@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.data.pixel_size import is_square
 from hpddrnet_trt.errors import ContractError, UserError
-
-SQUARE = 1e-3  # relative difference of height and width up to which a pixel counts as square
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LayerPlanes:
     @property
     def pixel_size_m(self) -> float | None:
         """Metres per pixel; None when unknown or when pixels are not square."""
-        if self.pixel_m is None or not math.isclose(*self.pixel_m, rel_tol=SQUARE):
+        if self.pixel_m is None or not is_square(*self.pixel_m):
             return None
         return math.sqrt(self.pixel_m[0] * self.pixel_m[1])
 

@@ -6,7 +6,6 @@ What it does lives in the modules beside this one, which need no display; here a
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -383,9 +382,8 @@ class SegmentPanel:
         self._enable(running=False)
 
 
-@cache
 def _usable_engines() -> list[str]:
-    return [name for name in ENGINES if engine_status(name).usable]  # a second or so: looks for a GPU, too
+    return [name for name in ENGINES if engine_status(name).usable]
 
 
 def _place(box: Any, data: Any) -> int:

@@ -170,7 +170,8 @@ class Stream:
     def close(self, *, drain: bool = True, timeout_s: float = 10.0) -> bool:
         """Take no more frames, finish, and end all threads; True when they have ended in time.
 
-        ``drain``: frames that wait are still processed and results delivered; otherwise both are
+        ``drain``: frames that wait are still processed, at once whatever ``max_rate`` says, and results
+        delivered; otherwise both are
         dropped, and only the frame in inference is waited for. After ``timeout_s`` what still waits is
         dropped; an inference or a callback that hangs is left behind on its (daemon) thread,
         ``statistics().reason`` says so, and this returns False.

@@ -46,6 +46,19 @@ def test_results_survive_the_next_inference(tmp_path: Path) -> None:
         assert np.array_equal(first.labels, kept)
 
 
+def test_images_that_cannot_be_shared(tmp_path: Path) -> None:
+    images = _images(24, 2)
+    frozen = images.copy()
+    frozen.flags.writeable = False
+    strided = np.repeat(images, 2, axis=3)[..., ::2]
+    with OpenVINOEngine(write_toy_onnx(tmp_path / "m.onnx", manifest())) as engine:
+        expected = engine.infer(images).labels
+        for each in (frozen, strided):
+            assert np.array_equal(engine.infer(each).labels, expected)
+            assert np.array_equal(next(iter(engine.infer_many([each]))).labels, expected)
+            engine.bind(each)()
+
+
 def test_compiled_shapes_are_bounded(tmp_path: Path) -> None:
     with OpenVINOEngine(write_toy_onnx(tmp_path / "m.onnx", manifest())) as engine:
         for size in (8, 16, 24, 32, 40, 8):

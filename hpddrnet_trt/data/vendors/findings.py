@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from hpddrnet_trt.data.pixel_size import is_square
+
 _METRES = {
     "m": 1.0, "cm": 1e-2, "mm": 1e-3, "µm": 1e-6, "μm": 1e-6, "um": 1e-6, "micron": 1e-6, "microns": 1e-6,
     "micrometer": 1e-6, "nm": 1e-9, "nanometer": 1e-9, "Å": 1e-10, "A": 1e-10, "angstrom": 1e-10, "pm": 1e-12,
     "fm": 1e-15,
 }  # fmt: skip
 _PLAUSIBLE = (1e-12, 1e-3)  # metres per pixel, from atomic resolution to a stage camera
-_SQUARE = 5e-3  # relative difference of width and height that is still rounding
 _AGREE = 1e-2  # relative difference of two statements about the same picture
 # Not the 12 of "12,5": a decimal comma would be a wrong number, and "1,250" may be either.
 _QUANTITY = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\d.]|,\d)\s*([^\W\d_]*)")
@@ -44,7 +45,7 @@ class Findings:
             return  # 0 and nothing mean "not measured" to the vendors as well
         if not _PLAUSIBLE[0] <= width_m <= _PLAUSIBLE[1]:
             self.doubts.append(f"{source} states a senseless pixel size of {width_m:g} m")
-        elif height_m is not None and not math.isclose(width_m, height_m, rel_tol=_SQUARE):
+        elif height_m is not None and not is_square(width_m, height_m):
             self.doubts.append(f"its pixels are not square ({width_m:.6g} x {height_m:.6g} m, {source})")
         else:
             self.sizes.append((width_m, source))
