@@ -84,6 +84,20 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(workplace, ignore_errors=True)
 
 
+def writable_folder(path: str | Path) -> Path:
+    """Create the folder if need be and try a file in it, so that long work does not fail at its first result.
+
+    Raises :class:`UserError` when the disk does not take it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as exc:
+        raise UserError(f"cannot write into {path}: {exc.strerror}; choose another output folder") from exc
+    return path
+
+
 def write_bytes(target: str | Path, content: bytes) -> Path:
     """Write ``content`` to ``target`` atomically and return the path."""
     with atomic_path(target) as temporary:

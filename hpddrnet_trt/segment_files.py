@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, Percentiles, check_info_bar, read_micrograph, to_grey8
 from hpddrnet_trt.errors import UsageError, UserError, require
+from hpddrnet_trt.files import writable_folder
 from hpddrnet_trt.measure import Regions, check_background, check_pixel_size
 from hpddrnet_trt.results.confidence import write_confidence
 from hpddrnet_trt.results.imagej import write_rois
@@ -321,12 +322,13 @@ def segment_paths(
 
     A bad image does not stop the others: it is reported in the summary. Ctrl-C ends the run; what is done stays, and
     the summary says so. Raises :class:`UsageError` when nothing can be started (no images, a result that would
-    overwrite an input or another image's results).
+    overwrite an input or another image's results), :class:`UserError` when nothing can be written to the folder.
     """
     sources = _collect([inputs] if isinstance(inputs, (str, Path)) else inputs)
     work = FileSegmenter(segmenter, output_folder, **options)
     names = _result_names(sources, work.journal)
     _refuse_overwriting(names, work)
+    writable_folder(work.folder)
     summary = SegmentSummary()
     finished: list[str] = []
     try:

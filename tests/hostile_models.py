@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hpddrnet_trt.manifest import METADATA_KEY, EngineRecord, read_manifest, sidecar_path
 
-KINDS = ("onnx", "safetensors", "pth", "engine", "description")
+KINDS = ("onnx", "build", "safetensors", "pth", "engine", "description")  # build: ONNX files to build engines from
 HUGE = (0, -1, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63))
 _WEIRD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2.5, -0.0, 1e308, 1e-308, float("nan"), float("inf"), 10**30, -(10**30), 2**31, 2**63,
@@ -39,7 +39,7 @@ def write_seeds(folder: Path) -> dict[str, list[Path]]:
 
     from hpddrnet_trt.engines.attention import as_function
     from hpddrnet_trt.models.checkpoints import save_checkpoint
-    from tests.tiny_export import exported, write_fp16, write_fp32
+    from tests.tiny_export import exported, write_fp16, write_fp32, write_int8
     from tests.tiny_network import tiny_manifest, tiny_network
     from tests.toy import manifest, write_toy_onnx
 
@@ -54,16 +54,18 @@ def write_seeds(folder: Path) -> dict[str, list[Path]]:
     helper.set_model_props(called, {METADATA_KEY: described.replace(attention="function").to_json()})
     onnx.save(called, str(function))
     labels = write_toy_onnx(folder / "labels.onnx", manifest())
+    anywhere = [
+        labels, write_toy_onnx(folder / "confidence.onnx", manifest("labels", confidence=True)),
+        write_toy_onnx(folder / "static.onnx", manifest(size=64)),
+        write_fp32(folder / "network.onnx"), write_fp16(folder / "half.onnx"), function,
+    ]  # fmt: skip
+    int8 = manifest(precision="int8", quantised_for="tensorrt")
     return {
         "onnx": [
-            labels, labels, write_toy_onnx(folder / "logits.onnx", manifest("logits")),
-            write_toy_onnx(folder / "confidence.onnx", manifest("labels", confidence=True)),
-            write_toy_onnx(folder / "static.onnx", manifest(size=64)),
-            write_toy_onnx(
-                folder / "int8.onnx", manifest(precision="int8", quantised_for="tensorrt"), symmetric_int8=True
-            ),
-            write_fp32(folder / "network.onnx"), write_fp16(folder / "half.onnx"), function,
+            *anywhere, labels, write_toy_onnx(folder / "logits.onnx", manifest("logits")),
+            write_toy_onnx(folder / "int8.onnx", int8, symmetric_int8=True),
         ],
+        "build": [*anywhere, write_int8(folder / "network.int8.onnx")],
         "safetensors": [checkpoint, half],
         "pth": [folder / "new.pth", folder / "old.pth"],
         "engine": [write_engine(folder / "model.engine", labels)],
@@ -417,7 +419,7 @@ def write_case(kind: str, number: int, seeds: dict[str, list[Path]], folder: Pat
         sidecar_path(target).write_bytes(description)
     elif kind == "description":
         content = with_description(source, damaged_description(rng, read_manifest(source).to_json()))
-    elif kind == "onnx" and rng.random() < 0.6:
+    elif kind in ("onnx", "build") and rng.random() < 0.6:
         content = damaged_graph(rng, content)
     else:
         content = damaged_bytes(rng, content)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpddrnet_trt.errors import BadInputFile, MissingDependency, UserError, require
-from hpddrnet_trt.files import atomic_path, existing_file, sha256_of, write_bytes, write_text
+from hpddrnet_trt.files import atomic_path, existing_file, sha256_of, writable_folder, write_bytes, write_text
 
 
 def test_write_and_replace(tmp_path: Path) -> None:
@@ -74,6 +74,18 @@ def test_a_folder_in_place_of_the_target(tmp_path: Path) -> None:
     with pytest.raises((UserError, OSError)):
         write_bytes(tmp_path / "target", b"")
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_folder_is_tried_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(UserError, match="Read-only file system; choose another output folder"):
+        writable_folder(tmp_path)
 
 
 def test_existing_file(tmp_path: Path) -> None:

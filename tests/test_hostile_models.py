@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,9 +30,11 @@ import numpy as np
 import pytest
 
 from hpddrnet_trt import views
+from hpddrnet_trt.deploy.build import build_engine
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, input_contract
 from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.manifest import read_manifest
 from tests.hostile_models import KINDS, write_case, write_seeds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,6 +43,9 @@ MEMORY = 2 << 30  # that a case may take above what the runtimes need
 ADDRESSES = 24 << 30  # so that a bomb ends in an error of the case, and not in one of the machine
 LARGEST = 1 << 20  # values of an input that is worth running
 LONGEST = 1_500  # characters
+BUILDER = "tensorrt-rtx"  # builds an engine; the others run the file
+SHAPES = "1x1x64x64:1x1x64x64:1x1x64x64"
+_SAID_BY = re.compile(r"cannot be loaded by|could not run|TensorRT-RTX \S+ (cannot read|could not|refuses)")
 
 Outcomes = dict[str, Counter[str]]
 
@@ -60,7 +66,7 @@ def _worker(kind: str, first: int, count: int, folder: Path) -> None:
         for engine in _engines(kind):  # what loading and running takes, without damage
             for path in dict.fromkeys(seeds[kind]):
                 if engine in _engines(kind, path):
-                    assert _outcome(path, engine) == "labels", path
+                    assert _outcome(path, engine) in ("labels", "built"), path
         for number in range(first, first + count):
             path = write_case(kind, number, seeds, work)
             for engine in _engines(kind, path):
@@ -77,6 +83,8 @@ def _worker(kind: str, first: int, count: int, folder: Path) -> None:
 
 def _engines(kind: str, path: Path | None = None) -> list[str]:
     by_suffix = {".onnx": ["onnxruntime"], ".safetensors": ["torch"], ".pth": ["torch"], ".engine": ["tensorrt"]}
+    if kind == "build":
+        return [BUILDER]
     if importlib.util.find_spec("openvino") is not None:
         by_suffix[".onnx"].append("openvino")
     if path is not None:
@@ -86,10 +94,12 @@ def _engines(kind: str, path: Path | None = None) -> list[str]:
 
 
 def _outcome(path: Path, name: str) -> str:
-    """``labels``, ``loaded`` (not run: its input is too large), ``refused: ...`` (by us, before the runtime sees it),
-    ``refused by the runtime: ...``, or ``WRONG: ...``.
+    """``labels``, ``built``, ``loaded`` (not run: its input is too large), ``refused: ...`` (by us, before the runtime
+    sees it), ``refused by the runtime: ...``, or ``WRONG: ...``.
     """
     try:
+        if name == BUILDER:
+            return _build(path)
         options: dict[str, Any] = {} if name == "tensorrt" else {"threads": 1}
         with load_engine(path, name, **options) as engine:
             return _run(engine)
@@ -97,13 +107,26 @@ def _outcome(path: Path, name: str) -> str:
         message = str(exc)
         if len(message) > LONGEST or "\n" in message or "Traceback" in message:
             return f"WRONG: a sentence of {len(message)} characters: {message[:300]!r}"
-        by = " by the runtime" if "cannot be loaded by" in message or "could not run" in message else ""
+        by = " by the runtime" if _SAID_BY.search(message) else ""
         return f"refused{by}: {type(exc).__name__}: {message}"
     except BaseException as exc:  # whatever it is, it is a finding
         import traceback
 
         place = traceback.extract_tb(exc.__traceback__)[-1]
         return f"WRONG: {type(exc).__name__}: {str(exc)[:200]} ({Path(place.filename).name}:{place.lineno})"
+
+
+def _build(path: Path) -> str:
+    precision = read_manifest(path).precision or "fp32"
+    target = path.with_suffix(".engine")
+    try:
+        build_engine(path, target, precision=precision, flavour="tensorrt-rtx", shapes=SHAPES, progress=False)
+    except UserError:
+        if target.exists():
+            return f"WRONG: {target.name} was written and then refused"
+        raise
+    target.unlink()
+    return "built"
 
 
 def _run(engine: Engine) -> str:
@@ -244,11 +267,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_damaged_files_end_in_labels_or_in_a_sentence(kind: str, folder: Path) -> None:
     if kind in ("engine", "description"):
         pytest.importorskip("cuda.bindings", reason="cuda-python, which this test uses without a GPU, is missing")
+    if kind == "build":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, which builds without a GPU, is missing")
     outcomes, findings = run_cases(kind, 0, 40, folder)
     assert findings == []
     for engine, counts in outcomes.items():
         assert counts["refused"] > 5, engine  # the damage is seen, and is not everywhere
-    assert sum(counts["labels"] for counts in outcomes.values()) > 0
+    assert sum(counts["labels"] + counts["built"] for counts in outcomes.values()) > 0
 
 
 def main() -> None:

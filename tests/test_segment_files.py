@@ -342,6 +342,8 @@ def test_refusals(tmp_path: Path, segmenter: Segmenter) -> None:
         _run(segmenter, image, tmp_path / "in")
     with pytest.raises(UsageError, match="is a file; give a folder"):
         _run(segmenter, image, _write(tmp_path / "file.png"))
+    with pytest.raises(UserError, match=r"cannot write into .*labels: Not a directory; choose another output folder"):
+        _run(segmenter, image, _write(tmp_path / "file.png") / "labels")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInputFile, match="no micrograph found"):
         _run(segmenter, tmp_path / "empty", tmp_path / "out")

@@ -22,6 +22,7 @@ from hpddrnet_trt.deploy.placement import reformats_from_inspector
 from hpddrnet_trt.deploy.proof import PARSED_NETWORK, check_proof, proof_from_inspector, proof_from_network, summary
 from hpddrnet_trt.engines.attention import in_type, uses_bf16
 from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu, gpu_or_none
+from hpddrnet_trt.engines.onnx_file import check_onnx, check_operators
 from hpddrnet_trt.engines.shapes import Profile, default_profiles, is_static, narrowed, parse_shapes
 from hpddrnet_trt.engines.tensorrt_api import (
     INPUT,
@@ -30,6 +31,7 @@ from hpddrnet_trt.engines.tensorrt_api import (
     choose_flavour,
     compute_capability,
     progress_monitor,
+    readable,
     run_cancellable,
 )
 from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
@@ -199,6 +201,8 @@ def _check_request(source: Path, target: Path, precision: str) -> None:
 
 def _exported(source: Path) -> Manifest:
     manifest = read_manifest(source)
+    check_onnx(source)
+    check_operators(source)
     if manifest.input is None or manifest.output is None or manifest.precision is None:
         raise BadInputFile(f"{source} does not describe its input, output and precision; export it again")
     return manifest
@@ -367,7 +371,7 @@ class _Job:
         network = builder.create_network(1 << int(kind))
         parser = trt.OnnxParser(network, self.api.log)
         if not parser.parse_from_file(str(self.path)):
-            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            errors = [parser.get_error(index) for index in range(min(parser.num_errors, 3))]
             reason = "; ".join(_parser_message(error) for error in errors) or self.api.log.explain("no reason given")
             raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again")
         if network.num_inputs != 1 or network.get_input(0).name != INPUT:
@@ -544,7 +548,8 @@ class _Job:
 
 
 def _parser_message(error: Any) -> str:
+    says = readable(error.desc()).rstrip(".")[:400]
     if not hasattr(error, "node_operator"):  # TensorRT 8
-        return f"{error.desc().strip().rstrip('.')} in node {error.node()}"
-    where = f" in {error.node_operator()} {error.node_name()}" if error.node_operator() else ""
-    return f"{error.desc().strip().rstrip('.')}{where}"
+        return f"{says} in node {error.node()}"
+    where = f" in {error.node_operator()} {error.node_name()[:100]}" if error.node_operator() else ""
+    return f"{says}{where}"
