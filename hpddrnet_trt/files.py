@@ -84,18 +84,19 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(workplace, ignore_errors=True)
 
 
-def writable_folder(path: str | Path) -> Path:
-    """Create the folder if need be and try a file in it, so that long work does not fail at its first result.
+def check_writable(folder: str | Path) -> None:
+    """Raise :class:`UserError` when no file can be made in ``folder``, or where it is to be: before long work, not after.
 
-    Raises :class:`UserError` when the disk does not take it.
+    Nothing is left there: a folder that is missing stays so.
     """
-    path = Path(path)
+    folder = Path(folder)
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as exc:
-        raise UserError(f"cannot write into {path}: {exc.strerror}; choose another output folder") from exc
-    return path
+        raise UserError(f"cannot write into {folder}: {exc.strerror}; choose another output folder") from exc
 
 
 def write_bytes(target: str | Path, content: bytes) -> Path:

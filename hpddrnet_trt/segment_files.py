@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, Percentiles, check_info_bar, read_micrograph, to_grey8
 from hpddrnet_trt.errors import UsageError, UserError, require
-from hpddrnet_trt.files import writable_folder
+from hpddrnet_trt.files import check_writable
 from hpddrnet_trt.measure import Regions, check_background, check_pixel_size
 from hpddrnet_trt.results.confidence import write_confidence
 from hpddrnet_trt.results.imagej import write_rois
@@ -328,7 +328,7 @@ def segment_paths(
     work = FileSegmenter(segmenter, output_folder, **options)
     names = _result_names(sources, work.journal)
     _refuse_overwriting(names, work)
-    writable_folder(work.folder)
+    check_writable(work.folder)
     summary = SegmentSummary()
     finished: list[str] = []
     try:

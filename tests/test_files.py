@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpddrnet_trt.errors import BadInputFile, MissingDependency, UserError, require
-from hpddrnet_trt.files import atomic_path, existing_file, sha256_of, writable_folder, write_bytes, write_text
+from hpddrnet_trt.files import atomic_path, check_writable, existing_file, sha256_of, write_bytes, write_text
 
 
 def test_write_and_replace(tmp_path: Path) -> None:
@@ -77,15 +77,18 @@ def test_a_folder_in_place_of_the_target(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_tried_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"cannot write into .*b: Not a directory; choose another output folder"):
+        check_writable(write_text(tmp_path / "a", "") / "b")
 
     def read_only(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(UserError, match="Read-only file system; choose another output folder"):
-        writable_folder(tmp_path)
+        check_writable(tmp_path)
 
 
 def test_existing_file(tmp_path: Path) -> None:
