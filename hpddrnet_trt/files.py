@@ -85,7 +85,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise :class:`UserError` when no file can be made in ``folder``, or where it is to be: before long work, not after.
+    """Raise :class:`UserError` when no file can be made in ``folder``, or where it is to be; ask before long work.
 
     Nothing is left there: a folder that is missing stays so.
     """

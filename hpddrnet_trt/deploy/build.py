@@ -335,7 +335,11 @@ class _Job:
         builder = self.api.module.Builder(self.api.log)
         network = self._parse(builder)
         label = f"the engine of {self.source.name}"
-        proof = proof_from_network(self.api.module, network, self.profiles[0].optimum)
+        try:
+            proof = proof_from_network(self.api.module, network, self.profiles[0].optimum)
+        except RuntimeError as exc:  # a shape that the library asks for only now, and does not find
+            reason = self.api.log.explain(str(exc))
+            raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again") from exc
         weak = self.api.weakly_typed
         if not weak:  # there the flags decide, and only the inspector shows what became of them
             check_proof(proof, precision, label)

@@ -4,7 +4,7 @@ A model file is data: it names no other files to read, calls nothing outside the
 by itself, and holds the numbers that it says it holds. None of our exports needs more. Runtimes rely on
 some of this without a check: OpenVINO 2026.4 does not come back from a graph with a circle, counts down
 from any operator version, and crashes where a constant does not fit the memory or an operator lacks an
-input (:func:`check_operators`).
+input (:func:`check_operators`); TensorRT-RTX 1.7 divides by a block size of 0 or 2^62.
 
 The layout is that of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto); contents of
 tensors are passed over, so a file of 30 MB takes about 20 ms. How much memory and time a graph of
@@ -34,6 +34,8 @@ MAX_FIELDS = 2_000_000  # of all messages; the largest of ours have some 10 000
 MAX_OPSET = 1000
 MAX_TEXT = 4096  # bytes of a name or a shape
 MAX_MADE = 1 << 31  # numbers that one operator makes of a constant shape
+MAX_SETTING = 1 << 31  # of an operator's whole-number attributes
+POSITIVE = {"blocksize", "dilations", "group", "kernel_shape", "num_groups", "num_outputs", "strides"}  # attributes
 # Loop runs as often as a number in the file says. EPContext names a compiled program, often in another file.
 REFUSED = {
     "Loop": "it has a loop, which need not end",
@@ -158,6 +160,8 @@ class _Reader:
                 scope.add(*self._tensor(part))
             elif part.number == 11:
                 scope.add(self._texts(part, 1)[0])
+            elif part.number == 12:
+                self._texts(part, 1)
             elif part.number == 15:
                 raise ValueError("it holds sparse tensors, which may become of any size")
         for part in self._fields(graph):
@@ -184,7 +188,7 @@ class _Reader:
                 raise ValueError(f"it asks for version {part.value} of ONNX's operators")
 
     def _node(self, node: ProtobufField, calls: Calls, depth: int, scope: _Scope) -> None:
-        texts: dict[int, list[str]] = {1: [], 2: [], 4: [], 7: []}
+        texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: [], 7: []}
         constant: list[int] | None = None
         for part in self._fields(node):
             if part.number in texts:
@@ -209,15 +213,25 @@ class _Reader:
     ) -> list[int] | None:
         """Whole numbers that it holds, where they are few."""
         found: list[int] | None = None
+        setting = self._texts(attribute, 1)[-1]
+        lowest, given = (1 if setting in POSITIVE else -MAX_SETTING), False
         for part in self._fields(attribute):
             if part.number in (5, 10):
                 _, found = self._tensor(part)
             elif part.number in (6, 11):
                 self._graph(part, calls, depth - 1, scope)
-            elif part.number == 8:
-                found = [*(found or []), *self._numbers(part)]
+            elif part.number in (3, 8):
+                numbers, given = self._numbers(part), True
+                wrong = [value for value in numbers if not lowest <= value <= MAX_SETTING]
+                if wrong:
+                    raise ValueError(f"{setting[:100]!r} of an operator is {wrong[0]}")
+                found = [*(found or []), *numbers] if part.number == 8 else found
+            elif part.number == 21:  # refers to one of the function that it is in
+                given = True
             elif part.number in (22, 23):
                 raise ValueError("it holds sparse tensors, which may become of any size")
+        if lowest == 1 and not given:  # which counts as 0
+            raise ValueError(f"{setting!r} of an operator has no value")
         return found
 
     def _tensor(self, tensor: ProtobufField) -> tuple[str, list[int] | None]:

@@ -131,6 +131,20 @@ def _opset(version: int) -> Change:
     return change
 
 
+def _setting(name: str, *values: int, of: str = "Conv") -> Change:
+    def change(model: onnx.ModelProto) -> None:
+        node = helper.make_node(of, ["image"], ["z"], **{name: 1})
+        if values:
+            node.attribute[0].i = values[0]
+        else:
+            node.attribute[0].ClearField("i")
+        if len(values) > 1:
+            node.attribute[0].CopyFrom(helper.make_attribute(name, list(values)))
+        model.graph.node.append(node)
+
+    return change
+
+
 def _training(model: onnx.ModelProto) -> None:
     model.training_info.add().algorithm.name = "a"
 
@@ -166,6 +180,12 @@ def _training(model: onnx.ModelProto) -> None:
         (_made_of_nothing("Tile", 1, [2**62]), "an operator Tile makes"),
         (_made_of_nothing("Resize", 3, [1, 1, 2**20, 2**20]), "an operator Resize makes"),
         (_made_of_listed_sizes, "an operator ConstantOfShape makes 1.1e.12 numbers"),
+        (_setting("blocksize", 0, of="DepthToSpace"), "'blocksize' of an operator is 0"),
+        (_setting("blocksize", of="DepthToSpace"), "'blocksize' of an operator has no value"),
+        (_setting("group", -1), "'group' of an operator is -1"),
+        (_setting("strides", 1, 0), "'strides' of an operator is 0"),
+        (_setting("axis", 2**62, of="Softmax"), "'axis' of an operator is 4611686018427387904"),
+        (_setting("pads", 0, 0, -(2**40), 0), "'pads' of an operator is -1099511627776"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, change: Change, says: str) -> None:
@@ -185,7 +205,8 @@ def test_limits_are_above_what_is_allowed(tmp_path: Path) -> None:
     for change in (
         _calls({"a": ["b", "b"], "b": ["c"], "c": []}), _deep(MAX_GRAPH_DEPTH - 1), _operator("Scan"),
         _opset(MAX_OPSET), _lying_size(3, 3), _made_of_nothing("Expand", 1, [1024, 1024]),
-        _made_of_nothing("Pad", 1, [9, 2**40]),
+        _made_of_nothing("Pad", 1, [9, 2**40]), _setting("axis", -1, of="Softmax"), _setting("strides", 1, 1),
+        _setting("pads", 0, 0, 0, 0), _setting("to", 0, of="Cast"),
     ):  # fmt: skip
         model = onnx.load(str(path))
         change(model)
