@@ -202,7 +202,7 @@ def _check_request(source: Path, target: Path, precision: str) -> None:
 def _exported(source: Path) -> Manifest:
     manifest = read_manifest(source)
     check_onnx(source)
-    check_operators(source)
+    check_operators(source, types=True)
     if manifest.input is None or manifest.output is None or manifest.precision is None:
         raise BadInputFile(f"{source} does not describe its input, output and precision; export it again")
     return manifest

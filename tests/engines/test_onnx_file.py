@@ -238,6 +238,19 @@ def test_operators_without_their_inputs(tmp_path: Path) -> None:
         OpenVINOEngine(path)  # it would crash
 
 
+def test_a_shape_that_is_no_whole_numbers(tmp_path: Path) -> None:
+    """The builder of an engine would crash."""
+    path = write_fp16(tmp_path / "m.onnx")
+    check_operators(path, types=True)
+    model = onnx.load(str(path))
+    reshape = next(node for node in model.graph.node if node.op_type == "Reshape")
+    reshape.input[1] = next(each.name for each in model.graph.initializer if each.data_type == TensorProto.FLOAT16)
+    path.write_bytes(model.SerializeToString())
+    check_onnx(path)
+    with pytest.raises(BadInputFile, match=r"m\.onnx is refused: .*Expected:int64 Actual:float16"):
+        check_operators(path, types=True)
+
+
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
     path.write_bytes(path.read_bytes().replace(b"smooth", b"smoot\xff"))
