@@ -41,27 +41,6 @@ def evaluate(
     return matrix.scores()
 
 
-def compare(
-    segmenter: Segmenter, reference: Segmenter, dataset: FolderDataset, split: str, *, progress: bool = True
-) -> tuple[Scores, Scores, float]:
-    """Scores of two segmenters on the same images, and the share of pixels on which they agree.
-
-    Returns ``(scores, reference scores, agreement)``; agreement counts every pixel, labelled or not.
-    Raises as :func:`evaluate` does.
-    """
-    for each in (segmenter, reference):
-        fitting(each, dataset)
-    matrices = [ConfusionMatrix(len(dataset.classes)) for _ in range(2)]
-    equal = total = 0
-    for _, image, mask in samples_of(dataset, split, f"compare on {split}", progress=progress):
-        labels = [each.segment(image).labels for each in (segmenter, reference)]
-        for matrix, found in zip(matrices, labels, strict=True):
-            matrix.update(found, mask)
-        equal += int(np.count_nonzero(labels[0] == labels[1]))
-        total += mask.size
-    return matrices[0].scores(), matrices[1].scores(), equal / total
-
-
 def fitting(segmenter: Segmenter, dataset: FolderDataset, mode: Mode | None = None) -> Segmenter:
     """The segmenter, in ``mode`` where one is given, if model and dataset name the same classes in the same order.
 

@@ -11,7 +11,7 @@ import pytest
 
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError
-from hpddrnet_trt.evaluation import compare, evaluate
+from hpddrnet_trt.evaluation import evaluate
 from hpddrnet_trt.segmenter import Segmenter
 from tests.toy import CLASSES, ToyEngine, grey_image, manifest, toy_logits
 
@@ -53,17 +53,6 @@ def test_mode_overrides_the_segmenters(dataset: FolderDataset) -> None:
     averaged = evaluate(Segmenter(engine), dataset, "test", "multiscale", progress=False)
     assert len(engine.shapes) == 3 + 3 * 12
     assert averaged.miou < single.miou  # the masks came from the single view
-
-
-def test_compare(dataset: FolderDataset) -> None:
-    exact, averaged = Segmenter(ToyEngine()), Segmenter(ToyEngine(), mode="multiscale")
-    scores, reference, share = compare(averaged, exact, dataset, "test", progress=False)
-    assert reference == evaluate(exact, dataset, "test", progress=False)
-    assert scores == evaluate(averaged, dataset, "test", progress=False)
-    samples = [dataset.load(sample)[0] for sample in dataset.split("test")]
-    pairs = [(averaged.segment(image).labels, exact.segment(image).labels) for image in samples]
-    assert share == sum((a == b).sum() for a, b in pairs) / sum(a.size for a, _ in pairs)
-    assert compare(exact, exact, dataset, "test", progress=False)[2] == 1
 
 
 def test_refusals(dataset: FolderDataset) -> None:
