@@ -35,6 +35,7 @@ from pydantic import BaseModel
 
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.benchmark.machine import CpuMeter, Machine, busy_warnings, describe_machine
+from hpddrnet_trt.benchmark.timing import median_interval
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
 from hpddrnet_trt.errors import UsageError, UserError
@@ -239,12 +240,10 @@ def rate_ratio(windows: Sequence[Window], seed: int = 0) -> RateRatio:
     if not alone.all():
         raise UserError("the source gave no frames in a window; make the windows longer")
     ratios = attached / alone
-    chosen = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[chosen], axis=1), (2.5, 97.5))
     ratio = float(np.median(ratios))
     return RateRatio(
         with_stream=float(np.median(attached)), without_stream=float(np.median(alone)), ratio=ratio,
-        interval_95=(float(low), float(high)), held=ratio >= 1 - ALLOWED_LOSS,
+        interval_95=median_interval(ratios, resamples=RESAMPLES, seed=seed), held=ratio >= 1 - ALLOWED_LOSS,
     )  # fmt: skip
 
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +26,15 @@ import numpy.typing as npt
 import hpddrnet_trt
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.benchmark.machine import describe_machine
+from hpddrnet_trt.benchmark.timing import median_interval
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
 from hpddrnet_trt.files import write_text
 from hpddrnet_trt.manifest import ClassInfo, InputContract, Manifest, NetworkConfig, OutputContract
+from hpddrnet_trt.provenance import command_line
 from hpddrnet_trt.segmenter import Segmenter
 
 NOTHING = "nothing"
 ENGINES = (NOTHING, "onnxruntime", "openvino")
-RESAMPLES = 2000
 Real = npt.NDArray[np.float64]
 
 
@@ -83,14 +82,6 @@ def measure(segmenter: Segmenter, size: int, runs: int, warm_up: int) -> dict[st
     return times
 
 
-def interval(values: Real) -> tuple[float, float]:
-    """95 % of the medians of resampled ``values``."""
-    rng = np.random.default_rng(1)
-    medians = [np.median(rng.choice(values, len(values))) for _ in range(RESAMPLES)]
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def summary(times: dict[str, Real]) -> dict[str, Any]:
     """Medians and 95th percentiles in milliseconds; what `segment` adds to the others, each round by itself."""
     result: dict[str, Any] = {
@@ -100,8 +91,8 @@ def summary(times: dict[str, Real]) -> dict[str, Any]:
     for other in ("infer", "bound"):
         added, ratio = times["segment"] - times[other], times["segment"] / times[other]
         result[f"segment over {other}"] = {
-            "added_ms": float(np.median(added)), "added_ms_95": interval(added),
-            "ratio": float(np.median(ratio)), "ratio_95": interval(ratio),
+            "added_ms": float(np.median(added)), "added_ms_95": median_interval(added),
+            "ratio": float(np.median(ratio)), "ratio_95": median_interval(ratio),
         }  # fmt: skip
     return result
 
@@ -149,7 +140,7 @@ def main() -> None:
         found[name] = {"runtime": runtime, "runs": runs, **figures}
     if arguments.output is not None:
         record = {
-            "command": shlex.join(["python", *sys.argv]), "size": arguments.size, "model": arguments.model,
+            "command": command_line(), "size": arguments.size, "model": arguments.model,
             "version": hpddrnet_trt.__version__, "machine": machine.model_dump(), "engines": found,
         }  # fmt: skip
         print(f"written: {write_text(arguments.output, json.dumps(record, indent=1))}")

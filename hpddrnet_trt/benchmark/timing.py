@@ -85,17 +85,37 @@ def ratio_of_medians(
     if min(len(first), len(second)) < MIN_ROUNDS_FOR_INTERVAL:
         return RatioEstimate(value, None, None)
     rng = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // max(len(first), len(second)))  # bounds the memory of many rounds
     ratios: list[npt.NDArray[np.float64]] = []
-    for start in range(0, RESAMPLES, block):
-        count = min(block, RESAMPLES - start)
+    for count in _blocks(RESAMPLES, max(len(first), len(second))):
         picks = rng.integers(0, len(first), (count, len(first)))
         others = picks if paired else rng.integers(0, len(second), (count, len(second)))
         ratios.append(np.median(first[picks], axis=1) / np.median(second[others], axis=1))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(np.concatenate(ratios), [tail, 100 - tail])
+    low, high = _central(ratios)
     # With few distinct latencies the percentile interval can just miss the estimate itself.
-    return RatioEstimate(value, min(float(low), value), max(float(high), value))
+    return RatioEstimate(value, min(low, value), max(high, value))
+
+
+def median_interval(
+    values: npt.NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval (Efron 1979) of the median of ``values``."""
+    rng, size = np.random.default_rng(seed), len(values)
+    return _central(
+        [np.median(values[rng.integers(0, size, (count, size))], axis=1) for count in _blocks(resamples, size)]
+    )
+
+
+def _blocks(resamples: int, size: int) -> list[int]:
+    """How many resamples of ``size`` values to draw at a time: bounds the memory of many rounds."""
+    block = max(1, 1_000_000 // size)
+    return [min(block, resamples - start) for start in range(0, resamples, block)]
+
+
+def _central(blocks: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
+    """The interval that holds :data:`CONFIDENCE` of the values."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(np.concatenate(blocks), [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def round_orders(entries: int, rounds: int, seed: int) -> list[list[int]]:

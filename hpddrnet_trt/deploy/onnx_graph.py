@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.engines.attention import as_function, expanded
-from hpddrnet_trt.engines.onnx_file import check_onnx
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError, require
+from hpddrnet_trt.engines.onnx_file import check_onnx, load_graph
+from hpddrnet_trt.errors import UsageError, UserError, require
 from hpddrnet_trt.files import atomic_path
 from hpddrnet_trt.manifest import METADATA_KEY, Manifest, read_manifest
 
@@ -25,13 +25,9 @@ def load_model(path: str | Path) -> tuple[onnx.ModelProto, Manifest]:
 
     Raises :class:`~hpddrnet_trt.errors.BadInputFile` for a damaged or foreign file.
     """
-    onnx = require("onnx", "export", "read ONNX files")
     manifest = read_manifest(path)
     check_onnx(Path(path))
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as exc:  # protobuf's own error classes differ between its versions
-        raise BadInputFile(f"{path} is damaged ({' '.join(str(exc).split())[:300]}); export it again") from exc
+    model = load_graph(Path(path))
     return expanded(model) if model.functions else model, manifest
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hpddrnet_trt.engines.attention import expanded
-from hpddrnet_trt.errors import BadInputFile, UserError, require
+from hpddrnet_trt.errors import BadInputFile, UserError, brief, require
 from hpddrnet_trt.manifest import ProtobufField, protobuf_fields
 
 if TYPE_CHECKING:
@@ -70,8 +70,22 @@ def check_operators(path: Path, *, types: bool = False) -> None:
     try:
         library.checker.check_model(str(path), full_check=types)
     except Exception as exc:  # its own error, or one of protobuf, whose classes differ between versions
-        reason = " ".join(str(exc).split())[:300]
-        raise BadInputFile(f"{path} is refused: {reason}; export it again with this package") from exc
+        raise BadInputFile(f"{path} is refused: {brief(exc)}; export it again with this package") from exc
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph of a file that :func:`check_onnx` has passed; raises :class:`BadInputFile` for a damaged one."""
+    library = require("onnx", "export", "read ONNX files")
+    try:
+        model: onnx.ModelProto = library.load(str(path), load_external_data=False)
+        return model
+    except Exception as exc:  # protobuf's own error classes differ between its versions
+        raise _damaged(path, exc) from exc
+
+
+def _damaged(path: Path, exc: Exception) -> BadInputFile:
+    reason = brief(exc) or type(exc).__name__
+    return BadInputFile(f"{path} is damaged or no ONNX file of this package ({reason}); export it again")
 
 
 def rewritten(path: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto | None]) -> bytes | None:
@@ -79,9 +93,8 @@ def rewritten(path: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto | 
 
     Raises :class:`BadInputFile` where the graph is not what ``change`` understands.
     """
-    library = require("onnx", "export", "read ONNX files")
     try:
-        model = library.load(str(path), load_external_data=False)
+        model = load_graph(path)
         plain = expanded(model) if model.functions else model
         changed = change(plain)
         if changed is None:
@@ -89,9 +102,8 @@ def rewritten(path: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto | 
         return bytes(changed.SerializeToString())
     except UserError:
         raise
-    except Exception as exc:  # protobuf's own error classes differ between its versions
-        reason = " ".join(str(exc).split())[:300] or type(exc).__name__
-        raise BadInputFile(f"{path} is damaged or no ONNX file of this package ({reason}); export it again") from exc
+    except Exception as exc:  # whatever a pass stumbles over
+        raise _damaged(path, exc) from exc
 
 
 class _Scope:

@@ -105,14 +105,7 @@ class OpenVINOEngine(EngineBase):
         check_input(images, input_contract(self.manifest))
         with self._errors(images.shape):
             graph = self._graph(images.shape, "LATENCY")
-            request, array = graph.take(), _shareable(images)
-            # The steps of its `infer`, without the Python around them, which holds up the other threads of a program.
-            request.set_input_tensor(self._ov.Tensor(array, shared_memory=True))
-            request.start_async()
-            request.wait()
-            results = {name: request.get_tensor(name).data.copy() for name in self._names}
-            graph.free.append(request)
-        return self._prediction(results, images.shape)
+        return self._finish(*self._start(graph, images))
 
     @property
     def float_precision(self) -> Literal["f32", "bf16"]:
@@ -126,7 +119,7 @@ class OpenVINOEngine(EngineBase):
 
         A batch that does not follow the contract ends the iteration after the results before it.
         """
-        waiting: deque[tuple[Any, npt.NDArray[Any]]] = deque()  # request, and the input it still reads
+        waiting: deque[_Started] = deque()
         shape: tuple[int, ...] = ()
         graph: _Graph | None = None
         problem: UserError | None = None
@@ -140,27 +133,34 @@ class OpenVINOEngine(EngineBase):
                     break
                 if graph is None or images.shape != shape:
                     while waiting:
-                        yield self._collect(waiting, graph)
+                        yield self._finish(*waiting.popleft())
                     shape, graph = images.shape, self._graph(images.shape, "THROUGHPUT")
                 if len(waiting) == graph.side_by_side:
-                    yield self._collect(waiting, graph)
-                array = np.ascontiguousarray(images)
-                with self._errors(images.shape):
-                    request = graph.take()
-                    request.start_async([array], share_inputs=True)
-                waiting.append((request, array))
+                    yield self._finish(*waiting.popleft())
+                waiting.append(self._start(graph, images))
             while waiting:
-                yield self._collect(waiting, graph)
+                yield self._finish(*waiting.popleft())
             if problem is not None:
                 raise problem
         finally:
-            for request, _ in waiting:  # an abandoned generator leaves nothing running
+            for _, request, _ in waiting:  # an abandoned generator leaves nothing running
                 with suppress(RuntimeError):  # it would hide what ended the loop
                     request.wait()
 
-    def _collect(self, waiting: deque[tuple[Any, npt.NDArray[Any]]], graph: _Graph | None) -> Prediction:
-        assert graph is not None  # something is waiting
-        request, images = waiting.popleft()
+    def _start(self, graph: _Graph, images: npt.NDArray[Any]) -> _Started:
+        """Begin an inference.
+
+        The steps of its own ``infer``, without the Python around them, which holds up the other threads of a program.
+        """
+        array = _shareable(images)
+        with self._errors(images.shape):
+            request = graph.take()
+            request.set_input_tensor(self._ov.Tensor(array, shared_memory=True))
+            request.start_async()
+        return graph, request, array
+
+    def _finish(self, graph: _Graph, request: Any, images: npt.NDArray[Any]) -> Prediction:
+        """Wait for an inference of ``images``, and copy its results out."""
         with self._errors(images.shape):
             request.wait()
             results = {name: request.get_tensor(name).data.copy() for name in self._names}
@@ -297,6 +297,9 @@ class _Graph:
             return self.free.pop()  # as a whole, whatever other threads do
         except IndexError:
             return self._compiled.create_infer_request()
+
+
+_Started = tuple[_Graph, Any, npt.NDArray[Any]]  # the last: the input that the request reads until it has ended
 
 
 def _shareable(images: npt.NDArray[Any]) -> npt.NDArray[Any]:

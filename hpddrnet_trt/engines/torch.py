@@ -21,7 +21,7 @@ from torch import Tensor
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input
 from hpddrnet_trt.engines.torch_modules import module_times
 from hpddrnet_trt.engines.torch_overlap import Overlap, as_source
-from hpddrnet_trt.errors import NoGpu, UsageError, UserError
+from hpddrnet_trt.errors import NoGpu, UsageError, UserError, brief
 from hpddrnet_trt.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
@@ -326,7 +326,7 @@ def _why_not_compiled(exc: BaseException) -> str:
         if isinstance(inner, TritonMissing):
             return "torch.compile needs Triton on a GPU; install the triton package, or use compile='off'"
         inner = original
-    reason = " ".join(str(exc).split())[:300]
+    reason = brief(exc)
     return f"torch.compile of PyTorch {torch.__version__} failed ({reason}); use compile='off'"
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hpddrnet_trt.engines.torch import TorchEngine, pick_device
-from hpddrnet_trt.errors import NoGpu, UsageError, UserError, require
+from hpddrnet_trt.errors import NoGpu, UsageError, UserError, brief, require
 from hpddrnet_trt.manifest import SIZE_MULTIPLE, AxisRange
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
@@ -81,7 +81,7 @@ class TorchTensorRTEngine(TorchEngine):
                     **_typing(precision),
                 )  # fmt: skip
         except (RuntimeError, ValueError, TypeError) as exc:
-            reason = " ".join(str(exc).split())[:300]
+            reason = brief(exc)
             raise UserError(
                 f"Torch-TensorRT {library.__version__} could not compile {path} for {batch} x {height}x{width} "
                 f"({reason}); use the tensorrt engine"
