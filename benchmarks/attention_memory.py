@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from hpddrnet_trt.benchmark.attention_memory import Usage, attention_memory, table
-from hpddrnet_trt.errors import UserError
-from hpddrnet_trt.files import write_text
-from hpddrnet_trt.provenance import command_line, library_versions
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.files import write_text
+from hpddrnet_trt.core.provenance import command_line, library_versions
 
 
 def main() -> int:

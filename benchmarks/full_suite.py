@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from hpddrnet_trt.benchmark.preparation import prepare
+from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.data.simulate import write_dataset
-from hpddrnet_trt.engines.cuda_memory import gpu_or_none
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.engines.cuda import gpu_or_none
 from hpddrnet_trt.weights import DEFAULT, locate
 
 

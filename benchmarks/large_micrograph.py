@@ -26,13 +26,13 @@ from tqdm import tqdm
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.benchmark.machine import describe_machine, peak_memory_mib, resident_memory_mib
 from hpddrnet_trt.benchmark.probe import how_it_ended
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.files import write_text
+from hpddrnet_trt.core.metrics import agreement
+from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
-from hpddrnet_trt.errors import UserError
-from hpddrnet_trt.files import write_text
-from hpddrnet_trt.metrics import agreement
-from hpddrnet_trt.provenance import command_line
-from hpddrnet_trt.segmenter import Tile
+from hpddrnet_trt.inference import Tile
 
 
 def mosaic(folder: Path, side: int) -> npt.NDArray[np.uint8]:

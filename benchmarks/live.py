@@ -36,12 +36,12 @@ from pydantic import BaseModel
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.benchmark.machine import CpuMeter, Machine, busy_warnings, describe_machine
 from hpddrnet_trt.benchmark.timing import median_interval
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.files import write_text
+from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
-from hpddrnet_trt.errors import UsageError, UserError
-from hpddrnet_trt.files import write_text
 from hpddrnet_trt.integrations.fibsem import LiveSegmentation, replay_microscope
-from hpddrnet_trt.provenance import command_line
 from hpddrnet_trt.stream import State, Stream
 
 POLLS_PER_S = 20.0  # of a display

@@ -23,9 +23,7 @@ from unittest import mock
 
 import numpy as np
 
-from hpddrnet_trt.engines import cuda_graph, cuda_memory, tensorrt, tensorrt_slots
-from hpddrnet_trt.engines.tensorrt_api import TensorRT
-from hpddrnet_trt.manifest import (
+from hpddrnet_trt.core.manifest import (
     ClassInfo,
     EngineRecord,
     InputContract,
@@ -34,6 +32,10 @@ from hpddrnet_trt.manifest import (
     OutputContract,
     sidecar_path,
 )
+from hpddrnet_trt.engines import cuda as cuda_memory
+from hpddrnet_trt.engines import cuda_graph, tensorrt
+from hpddrnet_trt.engines import tensorrt_context as tensorrt_slots
+from hpddrnet_trt.engines.tensorrt_library import TensorRT
 
 TARGET_US = 50  # of one frame
 

@@ -27,11 +27,11 @@ import hpddrnet_trt
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.benchmark.machine import describe_machine
 from hpddrnet_trt.benchmark.timing import median_interval
+from hpddrnet_trt.core.files import write_text
+from hpddrnet_trt.core.manifest import ClassInfo, InputContract, Manifest, NetworkConfig, OutputContract
+from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
-from hpddrnet_trt.files import write_text
-from hpddrnet_trt.manifest import ClassInfo, InputContract, Manifest, NetworkConfig, OutputContract
-from hpddrnet_trt.provenance import command_line
-from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.inference import Segmenter
 
 NOTHING = "nothing"
 ENGINES = (NOTHING, "onnxruntime", "openvino")

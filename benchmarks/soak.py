@@ -38,10 +38,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt import load_segmenter
-from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.errors import UserError, require
-from hpddrnet_trt.files import write_text
-from hpddrnet_trt.manifest import (
+from hpddrnet_trt.core.errors import UserError, require
+from hpddrnet_trt.core.files import write_text
+from hpddrnet_trt.core.manifest import (
     METADATA_KEY,
     AxisRange,
     ClassInfo,
@@ -50,8 +49,9 @@ from hpddrnet_trt.manifest import (
     NetworkConfig,
     OutputContract,
 )
-from hpddrnet_trt.provenance import command_line, library_versions
-from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.core.provenance import command_line, library_versions
+from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.stream import Policy, State, Stream, StreamResult, StreamStatistics
 
 Grey = npt.NDArray[np.uint8]

@@ -17,8 +17,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.integrations.fibsem import FEATURE_CLASSES, FibsemSegmentationModel, pixel_size_m
 
 

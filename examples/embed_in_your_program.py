@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from hpddrnet_trt import load_segmenter, read_micrograph
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hpddrnet_trt import load_segmenter, read_micrograph
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 from hpddrnet_trt import load_segmenter
+from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
 from hpddrnet_trt.data.simulate import PIXEL_SIZE_M, simulate
-from hpddrnet_trt.errors import UserError
 from hpddrnet_trt.stream import State, Stream, StreamResult
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hpddrnet_trt import load_segmenter
+from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.data.datasets import image_files
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.errors import UserError, require
 from hpddrnet_trt.integrations.micromanager import MicroManagerFeed, replay_core
 from hpddrnet_trt.stream import State, Stream, StreamResult
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hpddrnet_trt.errors import UserError, require
+from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.integrations.napari_reader import read_layer
 from hpddrnet_trt.integrations.napari_widget import segment_widget
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from hpddrnet_trt import load_segmenter
-from hpddrnet_trt.errors import UserError
-from hpddrnet_trt.integrations.watch import Happened, WatchEvent, stop_on_signal, watch_folder
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.inference.watch import Happened, WatchEvent, stop_on_signal, watch_folder
 
 
 def main() -> None:

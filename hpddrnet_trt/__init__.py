@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
-    from hpddrnet_trt.segmentation import Provenance, Segmentation
-    from hpddrnet_trt.segmenter import Segmenter, load_segmenter
+    from hpddrnet_trt.inference import Segmenter, load_segmenter
+    from hpddrnet_trt.inference.result import Provenance, Segmentation
     from hpddrnet_trt.stream import State, Stream, StreamResult, StreamStatistics
 
 __version__ = "0.1.0"
@@ -29,10 +29,10 @@ __all__ = [
 _HOMES = {
     "Micrograph": "data.micrograph",
     "read_micrograph": "data.micrograph",
-    "Provenance": "segmentation",
-    "Segmentation": "segmentation",
-    "Segmenter": "segmenter",
-    "load_segmenter": "segmenter",
+    "Provenance": "inference.result",
+    "Segmentation": "inference.result",
+    "Segmenter": "inference",
+    "load_segmenter": "inference",
     "State": "stream",
     "Stream": "stream",
     "StreamResult": "stream",

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hpddrnet_trt.manifest import METADATA_KEY, EngineRecord, read_manifest, sidecar_path
+from hpddrnet_trt.core.manifest import METADATA_KEY, EngineRecord, read_manifest, sidecar_path
 
 KINDS = ("onnx", "build", "safetensors", "pth", "engine", "description")  # build: ONNX files to build engines from
 HUGE = (0, -1, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63))
@@ -38,7 +38,7 @@ def write_seeds(folder: Path) -> dict[str, list[Path]]:
     """Small valid files of each kind."""
     import torch
 
-    from hpddrnet_trt.engines.attention import as_function
+    from hpddrnet_trt.graph.attention import as_function
     from hpddrnet_trt.models.checkpoints import save_checkpoint
     from tests.tiny_export import exported, write_fp16, write_fp32, write_int8
     from tests.tiny_network import tiny_manifest, tiny_network

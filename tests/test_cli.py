@@ -14,9 +14,9 @@ from PIL import Image
 
 from hpddrnet_trt import cli
 from hpddrnet_trt.benchmark.result import load_result
-from hpddrnet_trt.cli.running import parse_kinds
-from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.manifest import read_manifest
+from hpddrnet_trt.cli.run import parse_kinds
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.tiny_network import tiny_manifest, tiny_network
 
@@ -237,7 +237,7 @@ def test_segment_interrupted_says_how_far_it_came(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpddrnet_trt.segmenter.Segmenter.segment", interrupted)
+    monkeypatch.setattr("hpddrnet_trt.inference.Segmenter.segment", interrupted)
     code, out, err = run("segment", "a.png", "--model", checkpoint)
     assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
     assert out.startswith("0 segmented, 0 already done, 0 failed, interrupted: run again to continue")
@@ -252,7 +252,7 @@ def test_interrupt_ends_with_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpddrnet_trt.assessment.assess", interrupted)
+    monkeypatch.setattr("hpddrnet_trt.accuracy.assess", interrupted)
     code, _, err = run("evaluate", checkpoint, "--data", "outside")
     assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
 

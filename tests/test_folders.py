@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpddrnet_trt.errors import UsageError, UserError
-from hpddrnet_trt.files import atomic_folder
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.files import atomic_folder
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:

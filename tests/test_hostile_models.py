@@ -29,12 +29,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from hpddrnet_trt import views
-from hpddrnet_trt.deploy.build import build_engine
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.data import preprocess as views
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, input_contract
-from hpddrnet_trt.errors import UserError
-from hpddrnet_trt.manifest import read_manifest
+from hpddrnet_trt.export.tensorrt import build_engine
 from tests.hostile_models import KINDS, write_case, write_seeds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -153,8 +153,9 @@ def _simulated_gpu(onnx_file: Path) -> Iterator[None]:
     if importlib.util.find_spec("cuda.bindings") is None:
         yield
         return
-    from hpddrnet_trt.engines import cuda_memory, tensorrt
-    from hpddrnet_trt.engines.shapes import Profile
+    from hpddrnet_trt.engines import cuda as cuda_memory
+    from hpddrnet_trt.engines import tensorrt
+    from hpddrnet_trt.engines.profiles import Profile
     from tests.engines.simulated_cuda import SimulatedCuda, SimulatedTensorRT
 
     cuda = SimulatedCuda(cuda_memory.cudart())
@@ -169,8 +170,8 @@ def _simulated_gpu(onnx_file: Path) -> Iterator[None]:
     library.api.module.Runtime = lambda log: runtime
     with ExitStack() as stack:
         for target, value in (
-            ("hpddrnet_trt.engines.cuda_memory.cudart", cuda), ("hpddrnet_trt.engines.cuda_graph.cudart", cuda),
-            ("hpddrnet_trt.engines.cuda_memory.cuda_driver", cuda),
+            ("hpddrnet_trt.engines.cuda.cudart", cuda), ("hpddrnet_trt.engines.cuda_graph.cudart", cuda),
+            ("hpddrnet_trt.engines.cuda.cuda_driver", cuda),
         ):  # fmt: skip
             stack.enter_context(mock.patch(target, lambda value=value: value))
         stack.enter_context(mock.patch.object(tensorrt, "load_flavour", return_value=library.api))

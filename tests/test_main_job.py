@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import write_dataset
-from hpddrnet_trt.manifest import read_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = [

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import hpddrnet_trt
-from hpddrnet_trt.deploy.onnx_export import ExportOptions, export_network
+from hpddrnet_trt.export.onnx import ExportOptions, export_network
 from tests.tiny_network import tiny_manifest, tiny_network
 
 REPOSITORY = Path(__file__).resolve().parents[1]

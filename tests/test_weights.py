@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from hpddrnet_trt import load_segmenter
+from hpddrnet_trt.accuracy.evaluate import evaluate
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines import load_engine
-from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.evaluation import evaluate
-from hpddrnet_trt.manifest import read_manifest
 from hpddrnet_trt.weights import DEFAULT, FOLDER, locate, shipped_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")

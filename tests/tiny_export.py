@@ -11,12 +11,12 @@ import numpy.typing as npt
 import onnx
 from PIL import Image
 
+from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.deploy.half import to_half
-from hpddrnet_trt.deploy.onnx_export import ExportOptions, trace
-from hpddrnet_trt.deploy.onnx_graph import save_model
-from hpddrnet_trt.deploy.quantize import calibrate
-from hpddrnet_trt.manifest import Manifest
+from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.onnx import ExportOptions, trace
+from hpddrnet_trt.graph.model import save_model
+from hpddrnet_trt.graph.precision import to_half
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hpddrnet_trt.manifest import ClassInfo, Manifest, NetworkConfig
+from hpddrnet_trt.core.manifest import ClassInfo, Manifest, NetworkConfig
 from hpddrnet_trt.models.foreign import distinct_colours
 from hpddrnet_trt.models.network import HPDDRNet
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hpddrnet_trt.manifest import (
+from hpddrnet_trt.core.manifest import (
     METADATA_KEY,
     AxisRange,
     ClassInfo,

@@ -9,8 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
-from hpddrnet_trt.manifest import (
+from hpddrnet_trt.core.manifest import (
     METADATA_KEY,
     AxisRange,
     ClassInfo,
@@ -19,7 +18,8 @@ from hpddrnet_trt.manifest import (
     NetworkConfig,
     OutputContract,
 )
-from hpddrnet_trt.scores import arg_max
+from hpddrnet_trt.core.scores import arg_max
+from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
 
 CLASSES = [
     ClassInfo(name="grain", color=(0, 0, 0)),

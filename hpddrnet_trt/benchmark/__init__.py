@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from hpddrnet_trt.benchmark.entries import Entry, entries_for
 from hpddrnet_trt.benchmark.images import Image, ImageSet, load_images, parse_size
-from hpddrnet_trt.benchmark.report import write_report
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Settings, load_result, make_settings
-from hpddrnet_trt.benchmark.suite import run_benchmark
+from hpddrnet_trt.benchmark.run import run_benchmark
 from hpddrnet_trt.benchmark.text import format_table
 
 __all__ = [
@@ -22,5 +21,4 @@ __all__ = [
     "make_settings",
     "parse_size",
     "run_benchmark",
-    "write_report",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from hpddrnet_trt.benchmark.images import Grey8
 from hpddrnet_trt.benchmark.result import Accuracy
-from hpddrnet_trt.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import ConfusionMatrix
 
 
 class Scores:

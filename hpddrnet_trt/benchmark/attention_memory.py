@@ -15,13 +15,13 @@ from typing import Any, Literal
 import numpy as np
 
 from hpddrnet_trt.benchmark.probe import probe
-from hpddrnet_trt.deploy.build import build_engine
-from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.engines import engine_status
-from hpddrnet_trt.engines.attention import in_type
 from hpddrnet_trt.engines.base import input_contract
-from hpddrnet_trt.errors import UsageError, UserError
-from hpddrnet_trt.manifest import read_manifest
+from hpddrnet_trt.export.tensorrt import build_engine
+from hpddrnet_trt.graph.attention import in_type
+from hpddrnet_trt.graph.model import load_model, save_model
 
 MIB = 1 << 20
 

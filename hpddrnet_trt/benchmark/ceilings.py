@@ -24,8 +24,8 @@ import numpy as np
 
 from hpddrnet_trt.benchmark.machine import describe_machine, usable_cores
 from hpddrnet_trt.benchmark.result import Ceilings
-from hpddrnet_trt.engines.quiet import load_onnxruntime, load_openvino
-from hpddrnet_trt.errors import NoGpu, UsageError, require
+from hpddrnet_trt.core.errors import NoGpu, UsageError, require
+from hpddrnet_trt.core.runtimes import load_onnxruntime, load_openvino
 
 if TYPE_CHECKING:
     import onnx

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.engines import engine_status
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.files import existing_file
-from hpddrnet_trt.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy.typing as npt
 
 from hpddrnet_trt.benchmark.timing import Frames
+from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.engines.base import Engine, input_contract
-from hpddrnet_trt.views import network_input
 
 
 def prepared(engine: Engine, frames: Frames) -> npt.NDArray[Any]:

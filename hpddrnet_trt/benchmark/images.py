@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.errors import BadInputFile, UsageError
-from hpddrnet_trt.manifest import IGNORE_INDEX, SIZE_MULTIPLE, ClassInfo
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, ClassInfo
 
 Grey8 = npt.NDArray[np.uint8]
 MAX_FRAMES = 16  # distinct timed frames kept in memory

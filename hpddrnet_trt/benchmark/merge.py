@@ -17,7 +17,7 @@ from hpddrnet_trt.benchmark.result import (
     Timing,
 )
 from hpddrnet_trt.benchmark.timing import ratio_of_medians
-from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.core.errors import UsageError
 
 _Key = tuple[Measure, int, int, int]
 

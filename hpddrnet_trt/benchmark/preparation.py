@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.files import existing_file, sha256_of, write_bytes
+from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.data.datasets import find_images
-from hpddrnet_trt.deploy.build import build_engine
-from hpddrnet_trt.deploy.half import convert_precision
-from hpddrnet_trt.deploy.onnx_export import export_onnx
-from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
-from hpddrnet_trt.deploy.qdq import Quantised
-from hpddrnet_trt.deploy.quantize import calibrate
-from hpddrnet_trt.engines.attention import in_type
-from hpddrnet_trt.errors import UsageError, UserError
-from hpddrnet_trt.files import existing_file, sha256_of, write_bytes
-from hpddrnet_trt.manifest import read_manifest
+from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.onnx import export_onnx
+from hpddrnet_trt.export.tensorrt import build_engine
+from hpddrnet_trt.graph.attention import in_type
+from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.precision import convert_precision
+from hpddrnet_trt.graph.qdq import Quantised
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def prepare(
 
     Files: FP32, FP16 (also with attention scores in FP32), BF16, INT8 and FP8, and INT8 in ONNX Runtime's own
     form; an engine of each but the last for the optimisation profiles ``shapes`` and each of ``flavours``
-    (see :func:`~hpddrnet_trt.deploy.build.build_engine`). What exists is not made again, so an interrupted
+    (see :func:`~hpddrnet_trt.export.tensorrt.build_engine`). What exists is not made again, so an interrupted
     preparation goes on. Raises :class:`BadInputFile` for a missing checkpoint or dataset, :class:`UsageError`
     for a folder with the files of another checkpoint.
     """

@@ -27,8 +27,8 @@ from hpddrnet_trt.benchmark.machine import device_memory_mib, peak_memory_mib, r
 from hpddrnet_trt.benchmark.result import Start
 from hpddrnet_trt.benchmark.telemetry import Gpu
 from hpddrnet_trt.benchmark.timing import Frames, describe
+from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.engines import Engine, load_engine
-from hpddrnet_trt.errors import UserError
 
 TIMEOUT_S = 900.0
 

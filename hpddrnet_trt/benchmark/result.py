@@ -12,9 +12,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpddrnet_trt.benchmark.machine import Machine
-from hpddrnet_trt.errors import BadInputFile, UsageError, first_problem
-from hpddrnet_trt.files import existing_file
-from hpddrnet_trt.manifest import SIZE_MULTIPLE, ClassInfo
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
+from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, ClassInfo
 
 SCHEMA_VERSION = 2
 Measure = Literal["timings", "network", "throughput"]  # as the fields of a row
@@ -150,7 +150,7 @@ class LayerGroups(_Record):
     """Time by part of the network, milliseconds of one batch, from the runtime's own profiler.
 
     Layers are timed one by one, so their sum is more than an undisturbed run. ``groups`` keeps the
-    network's order (see :mod:`hpddrnet_trt.deploy.groups`)."""
+    network's order (see :mod:`hpddrnet_trt.graph.layers`)."""
 
     height: int
     width: int

@@ -3,7 +3,7 @@
 A roofline (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore
 architectures", Commun. ACM 52(4), 2009), kernel by kernel: each takes as long as its multiply-accumulates
 at the ceiling of their precision or its bytes at that of the memory, whichever is longer, and kernels
-run one after the other. Work is counted by :func:`hpddrnet_trt.deploy.operations.typed_work`, which
+run one after the other. Work is counted by :func:`hpddrnet_trt.graph.work.typed_work`, which
 fuses what every runtime fuses and stores no attention scores. What such a floor leaves out: launches, and
 everything that is neither a product nor a move. What it does not know: activations that stay in a
 cache between kernels move faster than memory copies, so an engine on a machine with a large cache may come
@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hpddrnet_trt.benchmark.result import Ceilings, Roof
-from hpddrnet_trt.deploy.operations import TypedWork, typed_work
-from hpddrnet_trt.errors import BadInputFile, require
-from hpddrnet_trt.files import sha256_of
-from hpddrnet_trt.manifest import InputContract, Manifest, read_manifest
+from hpddrnet_trt.core.errors import BadInputFile, require
+from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.manifest import InputContract, Manifest, read_manifest
+from hpddrnet_trt.graph.work import TypedWork, typed_work
 
 _CHECKPOINT = ".safetensors"
 # What makes two files of one checkpoint the same graph.

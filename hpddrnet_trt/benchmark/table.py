@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Memory, Row, Timing
 from hpddrnet_trt.benchmark.shapes import Shape, at, timed_shapes
 from hpddrnet_trt.benchmark.wording import interval_text, miou_change, points
-from hpddrnet_trt.pages.text import number, percent
+from hpddrnet_trt.core.text import number, percent
 
 
 class Cell(NamedTuple):

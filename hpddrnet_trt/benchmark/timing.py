@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.errors import UsageError, UserError
+from hpddrnet_trt.core.errors import UsageError, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpddrnet_trt.benchmark.result import Accuracy, BenchmarkResult, Ratio, Row
-from hpddrnet_trt.pages.text import number
+from hpddrnet_trt.core.text import number
 
 
 def megabytes(value: float) -> str:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hpddrnet_trt.cli.arguments import Data
+from hpddrnet_trt.cli.options import Data
 from hpddrnet_trt.cli.program import app
-from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.weights import locate
 
 Fp32File = Annotated[Path, typer.Argument(help="FP32 ONNX file written by export, or a shipped model's name.")]
@@ -44,9 +44,9 @@ def convert_precision(
     ] = None,
 ) -> None:
     """Type an FP32 export FP16 or BF16; what would overflow or lose too much on the micrographs stays FP32."""
-    from hpddrnet_trt.cli.deployment import echo_evidence
+    from hpddrnet_trt.cli.model import echo_evidence
     from hpddrnet_trt.data.datasets import find_images
-    from hpddrnet_trt.deploy.half import convert_precision as convert
+    from hpddrnet_trt.graph.precision import convert_precision as convert
 
     _check_target(model, target)
     manifest = convert(locate(model, ".onnx"), target, precision, images=find_images(data, "test") if data else [])
@@ -68,7 +68,7 @@ def compare_precisions(
     json_file: JsonFile = None,
 ) -> None:
     """One table of accuracy: FP16, BF16, INT8 by every calibration method, and FP8 against FP32."""
-    from hpddrnet_trt.precision.survey import survey
+    from hpddrnet_trt.accuracy.survey import survey
 
     _check_outputs(None, json_file)
     with _study(model, data, split, "int8", calibration_data, "max", max_images, size, reference, True) as study:
@@ -94,8 +94,8 @@ def sensitivity(
     resume: Resume = True,
 ) -> None:
     """Rank layers or blocks by what their low precision alone does to mIoU and to the labels."""
-    from hpddrnet_trt.precision.figures import draw_sensitivity
-    from hpddrnet_trt.precision.sensitivity import analyse
+    from hpddrnet_trt.accuracy.sensitivity import analyse
+    from hpddrnet_trt.report.precision import draw_sensitivity
 
     _check_outputs(plot, json_file)
     with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, resume) as study:
@@ -134,10 +134,10 @@ def choose_precision(
     resume: Resume = True,
 ) -> None:
     """Write the fastest INT8 (or FP8) file, with layers in FP16 where needed, that keeps an accuracy budget."""
-    from hpddrnet_trt.precision.budget import Budget
-    from hpddrnet_trt.precision.choose import choose_precision as choose
-    from hpddrnet_trt.precision.cost import check_device, cost_model
-    from hpddrnet_trt.precision.figures import draw_frontier
+    from hpddrnet_trt.accuracy.budget import Budget
+    from hpddrnet_trt.accuracy.choose import choose_precision as choose
+    from hpddrnet_trt.accuracy.cost import check_device, cost_model
+    from hpddrnet_trt.report.precision import draw_frontier
 
     check_device(device, precision)
     budget = Budget(max_miou_drop, min_agreement)
@@ -173,8 +173,8 @@ def calibration_curve(
     json_file: JsonFile = None,
 ) -> None:
     """Accuracy against the number of calibration micrographs: how many are enough."""
-    from hpddrnet_trt.precision.curve import measure_curve
-    from hpddrnet_trt.precision.figures import draw_curve
+    from hpddrnet_trt.accuracy.curve import measure_curve
+    from hpddrnet_trt.report.precision import draw_curve
 
     _check_outputs(plot, json_file)
     with _study(model, data, split, precision, calibration_data, method, max_images, size, reference, True) as study:
@@ -199,9 +199,9 @@ def compare(
     json_file: JsonFile = None,
 ) -> None:
     """Compare two model files layer by layer: where the error is made, how it grows, what becomes of the labels."""
+    from hpddrnet_trt.accuracy.compare import compare as run_comparison
+    from hpddrnet_trt.accuracy.comparison_figures import save_figure
     from hpddrnet_trt.data.datasets import find_images
-    from hpddrnet_trt.precision.compare import compare as run_comparison
-    from hpddrnet_trt.precision.comparison_figures import save_figure
 
     _check_outputs(plot, json_file)
     found = run_comparison(
@@ -221,8 +221,8 @@ def _study(
     model: Path, data: Path, split: str, precision: Any, calibration: Path | None, method: Any, max_images: int,
     size: str | None, reference: Path | None, resume: bool, frame: tuple[int, int] | None = None,
 ) -> Any:  # fmt: skip
+    from hpddrnet_trt.accuracy.preparation import open_study
     from hpddrnet_trt.data.datasets import find_images
-    from hpddrnet_trt.precision.preparation import open_study
 
     return open_study(
         locate(model, ".onnx"), data, split=split, precision=precision, method=method, max_images=max_images,
@@ -250,7 +250,7 @@ def _check_place(path: Path) -> None:
 
 def _check_target(model: Path, target: Path) -> None:
     """The same for the ONNX file; the FP32 file itself stays."""
-    from hpddrnet_trt.deploy.onnx_graph import check_target
+    from hpddrnet_trt.graph.model import check_target
 
     _check_place(target)
     check_target(locate(model, ".onnx"), target)
@@ -266,7 +266,7 @@ def _write_found(
 
 
 def _write_json(target: Path | None, record: dict[str, Any]) -> None:
-    from hpddrnet_trt.files import write_text
+    from hpddrnet_trt.core.files import write_text
 
     if target is not None:
         write_text(target, json.dumps(record, indent=1) + "\n")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hpddrnet_trt import __version__
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 app = typer.Typer(

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from hpddrnet_trt.cli.arguments import Data, Engine, Mode, ModelFile, Split
+from hpddrnet_trt.cli.options import Data, Engine, Mode, ModelFile, Split
 from hpddrnet_trt.cli.program import app
-from hpddrnet_trt.errors import require
+from hpddrnet_trt.core.errors import require
 from hpddrnet_trt.weights import locate
 
 
@@ -69,10 +69,12 @@ def evaluate(
     """
     import json
 
-    from hpddrnet_trt.assessment import assess, check_target, curves_beside, measure_robustness, write_report
+    from hpddrnet_trt.accuracy import assess, measure_robustness
+    from hpddrnet_trt.core.files import write_text
     from hpddrnet_trt.data.datasets import FolderDataset
-    from hpddrnet_trt.files import write_text
-    from hpddrnet_trt.segmenter import load_segmenter
+    from hpddrnet_trt.inference import load_segmenter
+    from hpddrnet_trt.report.accuracy import check_target, write_report
+    from hpddrnet_trt.report.learning_curves import curves_beside
 
     if report is not None:
         check_target(report)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hpddrnet_trt.cli.arguments import Engine, Mode
+from hpddrnet_trt.cli.options import Engine, Mode
 from hpddrnet_trt.cli.program import app
-from hpddrnet_trt.cli.running import (
+from hpddrnet_trt.cli.run import (
     Background,
     Confidence,
     GreyPercentiles,
@@ -62,8 +62,8 @@ def watch(
     that change are segmented again. Ctrl-C ends the watch after the micrograph under way, and the next watch (or
     `segment`) continues there. Exit code 1 when micrographs failed.
     """
-    from hpddrnet_trt.integrations.watch import Happened, WatchEvent, stop_on_signal, watch_folder
-    from hpddrnet_trt.segmenter import load_segmenter
+    from hpddrnet_trt.inference import load_segmenter
+    from hpddrnet_trt.inference.watch import Happened, WatchEvent, stop_on_signal, watch_folder
 
     def tell(event: WatchEvent) -> None:
         if event.happened is Happened.ALREADY_DONE:

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hpddrnet_trt.errors import ContractError
-from hpddrnet_trt.manifest import IGNORE_INDEX
+from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 
 Grey = npt.NDArray[np.uint8]
 Matrix = npt.NDArray[np.float64]

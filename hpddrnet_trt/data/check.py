@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.data.contact_sheet import draw_contact_sheet
 from hpddrnet_trt.data.datasets import SplitStatistics, infer_classes, summarise, unknown_values, with_groups
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, default_palette, read_description
 from hpddrnet_trt.data.layouts import SPLITS, Layout, Sample, SplitFiles, detect_layout, scan_split
 from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.manifest import IGNORE_INDEX, ClassInfo
 
 _LISTED = 5  # file names that the text shows of a longer list; the JSON has all
 

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.data.datasets import read_pair
 from hpddrnet_trt.data.labels import overlay
 from hpddrnet_trt.data.layouts import Sample
-from hpddrnet_trt.files import atomic_path
-from hpddrnet_trt.manifest import ClassInfo
 
 _TILE = 240  # edge of the square a picture is fitted into, pixels
 _GAP = 12

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, default_palette, read_description
 from hpddrnet_trt.data.layouts import SPLITS, Layout, Sample, detect_layout, scan_split
 from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
-from hpddrnet_trt.errors import BadInputFile, UsageError
-from hpddrnet_trt.files import sha256_of
-from hpddrnet_trt.manifest import IGNORE_INDEX, ClassInfo
 
 __all__ = ["FolderDataset", "Layout", "Sample", "SplitStatistics", "find_images", "image_files"]
 

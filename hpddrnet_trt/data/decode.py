@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
+from hpddrnet_trt.core.errors import BadInputFile, MissingDependency
+from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.data import digital_micrograph
 from hpddrnet_trt.data.decoded import MAX_PIXELS, Decoded, check_size, damaged
 from hpddrnet_trt.data.tiff import SIGNATURES as _TIFF_SIGNATURES
 from hpddrnet_trt.data.tiff import decode_tiff
-from hpddrnet_trt.errors import BadInputFile, MissingDependency
-from hpddrnet_trt.files import existing_file
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Decoded", "decode"]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data.vendors.findings import Findings
-from hpddrnet_trt.errors import BadInputFile
 
 MAX_PIXELS = 1 << 30  # 32768 x 32768: larger than any single frame, smaller than a memory bomb
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hpddrnet_trt.errors import BadInputFile, first_problem
-from hpddrnet_trt.files import existing_file, write_text
-from hpddrnet_trt.manifest import IGNORE_INDEX, ClassInfo
+from hpddrnet_trt.core.errors import BadInputFile, first_problem
+from hpddrnet_trt.core.files import existing_file, write_text
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 
 FILE_NAME = "dataset.json"
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile, require
 from hpddrnet_trt.data.decoded import Decoded, check_size, damaged
 from hpddrnet_trt.data.vendors.findings import Findings, metres
-from hpddrnet_trt.errors import BadInputFile, require
 
 _PARSER = "nionswift_plugin.DM_IO.parse_dm3"
 _PARSING = threading.Lock()
@@ -39,7 +39,7 @@ def decode_dm(path: Path, what: str, max_pixels: int) -> Decoded:
     """The last image of the file (the first one is a thumbnail) as stored; of a stack the first picture.
 
     Raises :class:`BadInputFile` for spectra, complex and 4-D data and damaged files, and
-    :class:`~hpddrnet_trt.errors.MissingDependency` without nionswift-io.
+    :class:`~hpddrnet_trt.core.errors.MissingDependency` without nionswift-io.
     """
     parser = require(_PARSER, "dm", "read dm3 and dm4 files")
     size = path.stat().st_size

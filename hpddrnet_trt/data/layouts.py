@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
-from hpddrnet_trt.errors import BadInputFile, UsageError
 
 Layout = Literal["folders", "cityscapes"]
 SPLITS = ("train", "val", "test")

@@ -14,12 +14,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.data import vendors
 from hpddrnet_trt.data.decode import MAX_PIXELS, Decoded, decode
 from hpddrnet_trt.data.info_bar import find_info_bar, has_drawn_rows
 from hpddrnet_trt.data.labels import overlay, read_mask, write_label_png, write_label_tiff, write_labels
 from hpddrnet_trt.data.window import Percentiles, Window, to_grey8
-from hpddrnet_trt.errors import BadInputFile, UsageError
 
 __all__ = [
     "InfoBar",
@@ -75,7 +75,7 @@ def read_micrograph(path: str | Path, *, max_pixels: int = MAX_PIXELS, info_bar:
     kept. Remarks are also logged.
 
     Raises :class:`BadInputFile` for anything that cannot be read, :class:`UsageError` for a senseless ``info_bar``
-    and :class:`~hpddrnet_trt.errors.MissingDependency` for a dm3 or dm4 file without the extra ``dm``.
+    and :class:`~hpddrnet_trt.core.errors.MissingDependency` for a dm3 or dm4 file without the extra ``dm``.
     """
     path = Path(path)
     check_info_bar(info_bar)

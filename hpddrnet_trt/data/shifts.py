@@ -21,8 +21,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.views import scaled_size
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.data.preprocess import scaled_size
 
 Grey8 = npt.NDArray[np.uint8]
 Pair = tuple[Grey8, Grey8]

@@ -43,6 +43,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.description import (
     FILE_NAME,
@@ -54,7 +55,6 @@ from hpddrnet_trt.data.description import (
 )
 from hpddrnet_trt.data.labels import write_label_png
 from hpddrnet_trt.data.layouts import SPLITS
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 
 SIMULATOR_VERSION = 1  # raise it when the same seed no longer gives the same pictures
 Kind = Literal["se", "bse"]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data import vendors
 from hpddrnet_trt.data.decoded import Decoded, check_size, damaged
 from hpddrnet_trt.data.tiff_structure import BadStructure, read_structure
-from hpddrnet_trt.errors import BadInputFile
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 

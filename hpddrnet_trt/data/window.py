@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.errors import ContractError
+from hpddrnet_trt.core.errors import ContractError
 
 
 @dataclass(frozen=True)

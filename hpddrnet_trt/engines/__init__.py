@@ -11,8 +11,8 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.engines.base import Engine, Prediction
-from hpddrnet_trt.errors import UsageError, UserError, require
 from hpddrnet_trt.weights import locate, shipped_models
 
 __all__ = ["ENGINES", "Engine", "Prediction", "available_engines", "engine_status", "load_engine"]
@@ -127,7 +127,7 @@ def _distributions() -> Mapping[str, list[str]]:
 
 def _no_gpu() -> str | None:
     """Why no GPU can be used, or None when one can."""
-    from hpddrnet_trt.engines import cuda_memory
+    from hpddrnet_trt.engines import cuda as cuda_memory
 
     try:
         cuda_memory.find_gpu()

@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.errors import ContractError
-from hpddrnet_trt.manifest import InputContract, Manifest
+from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.core.manifest import InputContract, Manifest
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Output of one inference, following the model's :class:`~hpddrnet_trt.manifest.OutputContract`.
+    """Output of one inference, following the model's :class:`~hpddrnet_trt.core.manifest.OutputContract`.
 
     ``labels`` uint8 ``[N, H, W]`` (also filled by arg-max when the model gives logits);
     ``confidence`` float32 ``[N, H, W]`` or None; ``logits`` float32 ``[N, C, H, W]`` or None.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hpddrnet_trt.engines.cuda_memory import Stream, check, cudart, freed_with
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.engines.cuda import Stream, check, cudart, freed_with
 
 
 class CaptureError(Exception):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.files import write_text
 
 
 def write_layer_times(path: str | Path, target: str | Path, size: tuple[int, int], *, runs: int = 50) -> Path:

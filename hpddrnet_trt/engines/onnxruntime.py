@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile, NoGpu, UsageError, UserError, require
+from hpddrnet_trt.core.manifest import Manifest, read_manifest
+from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
-from hpddrnet_trt.engines.onnx_file import check_onnx
 from hpddrnet_trt.engines.onnxruntime_graph import needs_blocks, source_for_cpu
 from hpddrnet_trt.engines.outputs import checked_prediction, expected_outputs
-from hpddrnet_trt.engines.quiet import load_onnxruntime
-from hpddrnet_trt.errors import BadInputFile, NoGpu, UsageError, UserError, require
-from hpddrnet_trt.manifest import Manifest, read_manifest
+from hpddrnet_trt.graph.check import check_onnx
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 LANES = 2  # batches in flight on a GPU: one computes while another is copied
@@ -36,7 +36,7 @@ class OnnxRuntimeEngine(EngineBase):
     """Runs an exported ``.onnx`` file.
 
     On a CPU, FP16 and FP8 files are computed in FP32: FP16 shows no rounding at all, FP8 that of its
-    pairs, slowly (:mod:`hpddrnet_trt.deploy.rounding` shows the rest). BF16 files run on CUDA at most.
+    pairs, slowly (:mod:`hpddrnet_trt.graph.rounding` shows the rest). BF16 files run on CUDA at most.
     Position attention is computed in FP32, for large images in blocks
     (:mod:`hpddrnet_trt.engines.onnxruntime_graph`): memory then grows linearly with the image.
 

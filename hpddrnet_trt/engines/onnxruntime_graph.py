@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpddrnet_trt.engines.attention import in_blocks, in_type, position_attentions, uses_bf16
-from hpddrnet_trt.engines.onnx_file import rewritten
-from hpddrnet_trt.manifest import Manifest
+from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.graph.attention import in_blocks, in_type, position_attentions, uses_bf16
+from hpddrnet_trt.graph.check import rewritten
 
 if TYPE_CHECKING:
     import onnx

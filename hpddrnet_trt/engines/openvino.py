@@ -25,15 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 import hpddrnet_trt
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.core.metrics import agreement
+from hpddrnet_trt.core.runtimes import load_openvino
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
-from hpddrnet_trt.engines.onnx_file import check_onnx, check_operators, rewritten
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino_attention import fuse_attention
 from hpddrnet_trt.engines.outputs import checked_prediction, expected_outputs
-from hpddrnet_trt.engines.quiet import load_openvino
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.manifest import read_manifest
-from hpddrnet_trt.metrics import agreement
+from hpddrnet_trt.graph.check import check_onnx, check_operators, rewritten
 
 COMPILED_GRAPHS = 4  # kept per engine (a shape, for latency or for throughput); the least recently used goes first
 

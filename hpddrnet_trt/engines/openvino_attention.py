@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hpddrnet_trt.errors import require
+from hpddrnet_trt.core.errors import require
 
 
 def fuse_attention(model: Any) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.scores import arg_max
 from hpddrnet_trt.engines.base import Prediction
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.manifest import Manifest
-from hpddrnet_trt.scores import arg_max
 
 
 def expected_outputs(manifest: Manifest, present: Collection[str], path: Path) -> list[str]:

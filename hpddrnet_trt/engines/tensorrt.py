@@ -19,8 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
+from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, read_manifest
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, check_shape, input_contract
-from hpddrnet_trt.engines.cuda_memory import (
+from hpddrnet_trt.engines.cuda import (
     DeviceArray,
     Gpu,
     current_device,
@@ -31,12 +34,9 @@ from hpddrnet_trt.engines.cuda_memory import (
     writable_device_array,
 )
 from hpddrnet_trt.engines.outputs import expected_outputs
-from hpddrnet_trt.engines.shapes import Profile
-from hpddrnet_trt.engines.tensorrt_api import INPUT, PORTABLE, TensorRT, layer_profiler, load_flavour
-from hpddrnet_trt.engines.tensorrt_slots import Execution, Network, Slot
-from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError, UserError
-from hpddrnet_trt.files import existing_file
-from hpddrnet_trt.manifest import EngineRecord, InputContract, Manifest, read_manifest
+from hpddrnet_trt.engines.profiles import Profile
+from hpddrnet_trt.engines.tensorrt_context import Execution, Network, Slot
+from hpddrnet_trt.engines.tensorrt_library import INPUT, PORTABLE, TensorRT, layer_profiler, load_flavour
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +161,10 @@ class TensorRTEngine(EngineBase):
 
         ``images`` follows ``manifest.input``: a numpy array, or an array already on this GPU (PyTorch,
         CuPy, PyCUDA, Numba: DLPack or CUDA array interface), which is used in place, without a CUDA
-        graph; see :func:`~hpddrnet_trt.engines.cuda_memory.view_device_array` for what it waits for.
+        graph; see :func:`~hpddrnet_trt.engines.cuda.view_device_array` for what it waits for.
         ``out``: uint8 ``[N, H, W]`` that takes the labels, which are then not allocated anew.
         ``stream``: the CUDA stream that makes ``images``, for arrays that do not say it themselves, see
-        :func:`~hpddrnet_trt.engines.cuda_memory.stream_handle`.
+        :func:`~hpddrnet_trt.engines.cuda.stream_handle`.
         Raises :class:`ContractError` or :class:`UserError`.
         """
         with self._lock, self._on_gpu:
@@ -200,7 +200,7 @@ class TensorRTEngine(EngineBase):
         model with logits), or several by output name, of exactly the output's shape and type.
 
         ``stream``: a CUDA stream of the caller, see
-        :func:`~hpddrnet_trt.engines.cuda_memory.stream_handle`. The inference starts after the work queued
+        :func:`~hpddrnet_trt.engines.cuda.stream_handle`. The inference starts after the work queued
         on it so far, and the work queued on it from now on starts after the inference: no other waiting
         is needed on either side, the call returns while the GPU still works, and the next call with the
         same stream may overwrite the results.

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError, brief
+from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input
 from hpddrnet_trt.engines.torch_modules import module_times
 from hpddrnet_trt.engines.torch_overlap import Overlap, as_source
-from hpddrnet_trt.errors import NoGpu, UsageError, UserError, brief
-from hpddrnet_trt.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
 

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError, brief, require
+from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, AxisRange
 from hpddrnet_trt.engines.torch import TorchEngine, pick_device
-from hpddrnet_trt.errors import NoGpu, UsageError, UserError, brief, require
-from hpddrnet_trt.manifest import SIZE_MULTIPLE, AxisRange
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
 

@@ -35,11 +35,11 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from hpddrnet_trt.core.errors import ContractError, UsageError, require
+from hpddrnet_trt.core.manifest import ClassInfo
+from hpddrnet_trt.core.pixel_size import is_square
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.data.pixel_size import is_square
-from hpddrnet_trt.errors import ContractError, UsageError, require
-from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.segmenter import Segmenter, load_segmenter
+from hpddrnet_trt.inference import Segmenter, load_segmenter
 
 if TYPE_CHECKING:
     from hpddrnet_trt.stream import Stream

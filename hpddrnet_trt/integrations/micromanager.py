@@ -28,9 +28,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import UsageError, require
+from hpddrnet_trt.core.pixel_size import SQUARE_MEASURED, is_square
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.data.pixel_size import SQUARE_MEASURED, is_square
-from hpddrnet_trt.errors import UsageError, require
 
 if TYPE_CHECKING:
     from pymmcore_plus import CMMCorePlus
@@ -194,7 +194,7 @@ def replay_core(
 
     ``frames``: arrays of one shape and type, uint8 or uint16 ``[H, W]`` or uint8 ``[H, W, 3]``. ``exposure_ms``: how
     long one frame takes at least. ``pixel_size_m``: what the core reports; None leaves it unknown. Call
-    ``unloadAllDevices()`` at the end. Raises :class:`~hpddrnet_trt.errors.UsageError` for frames that differ.
+    ``unloadAllDevices()`` at the end. Raises :class:`~hpddrnet_trt.core.errors.UsageError` for frames that differ.
     """
     if not frames or any((frame.shape, frame.dtype) != (frames[0].shape, frames[0].dtype) for frame in frames):
         raise UsageError("a camera has frames of one size and type; give at least one, all of the same shape and dtype")

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.data.preprocess import Mode
+from hpddrnet_trt.inference import Segmenter, load_segmenter
+from hpddrnet_trt.inference.result import Segmentation
+from hpddrnet_trt.inference.tiled import Tile
 from hpddrnet_trt.integrations.napari_layers import LayerPlanes
-from hpddrnet_trt.segmentation import Segmentation
-from hpddrnet_trt.segmenter import Segmenter, load_segmenter
-from hpddrnet_trt.segmenter.tiled import Tile
-from hpddrnet_trt.views import Mode
 from hpddrnet_trt.weights import locate
 
 
@@ -28,7 +28,7 @@ class Request:
 
     ``model``: a file, or the name of a model that comes with the package. ``window``: grey values that become black
     and white in every plane; None: 8-bit planes as they are, others by their own percentiles. The other fields are
-    those of :class:`~hpddrnet_trt.segmenter.Segmenter` and :func:`~hpddrnet_trt.segmenter.load_segmenter`.
+    those of :class:`~hpddrnet_trt.inference.Segmenter` and :func:`~hpddrnet_trt.inference.load_segmenter`.
     """
 
     model: str
@@ -97,7 +97,7 @@ class OpenModel:
             self.close()
 
     def segmenter(self, request: Request) -> Segmenter:
-        """The segmenter for a request; raises what :func:`~hpddrnet_trt.segmenter.load_segmenter` does."""
+        """The segmenter for a request; raises what :func:`~hpddrnet_trt.inference.load_segmenter` does."""
         path = locate(request.model)
         state = path.stat() if path.is_file() else None
         key = (request, None if state is None else (state.st_mtime_ns, state.st_size))
@@ -128,7 +128,7 @@ def segment_planes(
 ) -> Iterator[PlaneResult]:
     """Segment the planes one after the other, reading each when its turn comes.
 
-    Raises :class:`Cancelled`, and :class:`~hpddrnet_trt.errors.UserError` for what a person can put right.
+    Raises :class:`Cancelled`, and :class:`~hpddrnet_trt.core.errors.UserError` for what a person can put right.
     """
     with opened:
         progress.report(f"opening {Path(request.model).name}", None)

@@ -16,9 +16,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import ContractError, UserError
+from hpddrnet_trt.core.pixel_size import is_square
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.data.pixel_size import is_square
-from hpddrnet_trt.errors import ContractError, UserError
 
 
 @dataclass(frozen=True)

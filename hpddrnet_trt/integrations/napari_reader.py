@@ -27,7 +27,7 @@ def read_layer(path: str) -> list[LayerData]:
     """One image layer; with ``scale`` in nanometres where the pixel size is known, in pixels where it is not.
 
     ``metadata["micrograph"]`` holds vendor, info-bar rows and remarks of :func:`~hpddrnet_trt.data.read_micrograph`.
-    Raises :class:`~hpddrnet_trt.errors.BadInputFile`.
+    Raises :class:`~hpddrnet_trt.core.errors.BadInputFile`.
     """
     micrograph = read_micrograph(path)
     arguments: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Results in the viewer: one labels layer on each segmented image layer, and the table of its classes.
 
-Label values are class indices, as in every mask of this package; :data:`~hpddrnet_trt.manifest.IGNORE_INDEX` marks
+Label values are class indices, as in every mask of this package; :data:`~hpddrnet_trt.core.manifest.IGNORE_INDEX` marks
 what has not been segmented yet (other planes of a stack). Class 0 is napari's background, what its eraser leaves,
 and in practice the matrix or background that fills most of a micrograph: it begins transparent, so that the
 micrograph stays readable, and :func:`show_class` shows it. Call all of this in the GUI's thread.
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.integrations.napari_job import PlaneResult
 from hpddrnet_trt.integrations.napari_layers import LayerPlanes, layer_array, pixel_metres, plane_name
-from hpddrnet_trt.manifest import IGNORE_INDEX, ClassInfo
 
 METADATA_KEY = "hpddrnet_trt"  # in ``layer.metadata``
 TRANSFORM = ("scale", "units", "translate", "rotate", "shear", "affine")

@@ -1,6 +1,6 @@
 """Saving and loading the network: our own format, and conversion of foreign checkpoints.
 
-Ours is a safetensors file whose header carries the :class:`~hpddrnet_trt.manifest.Manifest` as JSON:
+Ours is a safetensors file whose header carries the :class:`~hpddrnet_trt.core.manifest.Manifest` as JSON:
 weights and their description in one file, and nothing in it can run.
 """
 
@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hpddrnet_trt import __version__
-from hpddrnet_trt.errors import BadInputFile, UsageError, brief, require
-from hpddrnet_trt.files import existing_file, write_bytes
-from hpddrnet_trt.manifest import (
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, brief, require
+from hpddrnet_trt.core.files import existing_file, write_bytes
+from hpddrnet_trt.core.manifest import (
     METADATA_KEY,
     ClassInfo,
     DataRecord,

@@ -20,8 +20,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.manifest import ClassInfo, NetworkConfig, Normalisation
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.manifest import ClassInfo, NetworkConfig, Normalisation
 from hpddrnet_trt.models.unpickle import TensorRecord, TorchFile, read_torch_file
 
 # Created by the authors' constructor, saved in every checkpoint, called by no forward pass.

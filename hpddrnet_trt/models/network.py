@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpddrnet_trt.errors import ContractError, UsageError
-from hpddrnet_trt.manifest import SIZE_MULTIPLE, NetworkConfig
+from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, NetworkConfig
 from hpddrnet_trt.models.attention import ECA, PositionAttention
 from hpddrnet_trt.models.blocks import BN_MOMENTUM, DAPPM, Bottleneck, ConvNormAct, NormActConv, basic_stage
 

@@ -24,8 +24,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hpddrnet_trt.errors import BadInputFile, brief
-from hpddrnet_trt.files import existing_file
+from hpddrnet_trt.core.errors import BadInputFile, brief
+from hpddrnet_trt.core.files import existing_file
 
 MAX_FILE_BYTES = 4 << 30
 MAX_PICKLE_BYTES = 256 << 20

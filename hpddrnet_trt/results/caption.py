@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.measure import AreaFraction
+from hpddrnet_trt.core.manifest import ClassInfo
+from hpddrnet_trt.results.regions import AreaFraction
 
 NARROWEST = 128  # pixels: below, no text would fit
 MOST_CLASSES = 12  # named in one bar

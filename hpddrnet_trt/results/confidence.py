@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.data.labels import scale_options
-from hpddrnet_trt.files import atomic_path
 
 
 def write_confidence(

@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.errors import UsageError, require
-from hpddrnet_trt.files import atomic_path
-from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.measure import Regions
+from hpddrnet_trt.core.errors import UsageError, require
+from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.core.manifest import ClassInfo
+from hpddrnet_trt.results.regions import Regions
 
 MAXIMUM = 10_000  # regions: ImageJ's ROI manager takes minutes to open more
 _LARGEST_SIDE = 2**15 - 1  # ROI coordinates are 16-bit
@@ -28,8 +28,8 @@ _MOVE_TO, _LINE_TO, _CLOSE = 0.0, 1.0, 4.0  # java.awt.geom.PathIterator
 def write_rois(path: str | Path, regions: Regions, *, maximum: int = MAXIMUM) -> Path:
     """Write one ROI a region as ``.zip`` (extra ``results``), named by number and class, in the class's colour.
 
-    Numbers are those of :class:`~hpddrnet_trt.measure.Regions` and of the CSV of regions. A region without holes is
-    a traced polygon, one with holes a composite of its outline and theirs. Properties say class and region;
+    Numbers are those of :class:`~hpddrnet_trt.results.regions.Regions` and of the CSV of regions. A region without
+    holes is a traced polygon, one with holes a composite of its outline and theirs. Properties say class and region;
     the stack position is left open, so that the ROIs show on every slice.
 
     Raises :class:`UsageError` for more than ``maximum`` regions and for images of more than 32767 pixels a side.

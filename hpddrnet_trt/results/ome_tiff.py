@@ -12,10 +12,10 @@ import numpy.typing as npt
 import tifffile
 
 from hpddrnet_trt import __version__
+from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.core.manifest import ClassInfo
+from hpddrnet_trt.core.units import micrometres
 from hpddrnet_trt.data.labels import check_labels, palette_options, scale_options
-from hpddrnet_trt.files import atomic_path
-from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.results.units import micrometres
 
 CLASSES = "hpddrnet-trt/classes"  # namespaces of the two map annotations
 PROVENANCE = "hpddrnet-trt/provenance"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import ContractError, require
+from hpddrnet_trt.core.files import atomic_folder
+from hpddrnet_trt.core.manifest import ClassInfo
+from hpddrnet_trt.core.units import micrometres
 from hpddrnet_trt.data.labels import check_labels
-from hpddrnet_trt.errors import ContractError, require
-from hpddrnet_trt.files import atomic_folder
-from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.results.units import micrometres
 
 VERSION = "0.5"
 LABELS = "classes"  # name of the label image

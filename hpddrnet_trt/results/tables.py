@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from hpddrnet_trt.files import atomic_path
-from hpddrnet_trt.measure import AreaFraction, Regions
+from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.results.regions import AreaFraction, Regions
 
 FRACTIONS = ("class", "pixels", "fraction", "area_um2")
 REGIONS = (
@@ -30,7 +30,7 @@ def fraction_row(entry: AreaFraction) -> list[str | int]:
 
 
 def write_regions(path: str | Path, regions: Regions) -> Path:
-    """Write one row a region, columns :data:`REGIONS` as :class:`~hpddrnet_trt.measure.Regions` defines them.
+    """Write one row a region, columns :data:`REGIONS` as :class:`~hpddrnet_trt.results.regions.Regions` defines them.
 
     ``touches_border``: 1 or 0. Lengths are in pixels; multiply by the pixel size for those without a column of
     their own.

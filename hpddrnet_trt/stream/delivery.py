@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from hpddrnet_trt.stream.board import Board, StateChange
+from hpddrnet_trt.stream.queue import Board, StateChange
 from hpddrnet_trt.stream.records import State, StreamResult
 from hpddrnet_trt.stream.sentences import SparseLog, describe
 

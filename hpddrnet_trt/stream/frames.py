@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.data.decode import MAX_PIXELS
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.errors import ContractError
 from hpddrnet_trt.stream.sentences import describe
 
 _MAX_BYTES = 8 * MAX_PIXELS  # float64

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
-from hpddrnet_trt.segmentation import Segmentation
+from hpddrnet_trt.inference.result import Segmentation
 
 Policy = Literal["latest", "block", "reject"]
 

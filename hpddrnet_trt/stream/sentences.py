@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
 
 
 def describe(exc: BaseException) -> str:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hpddrnet_trt.errors import ContractError
-from hpddrnet_trt.segmentation import Segmentation
-from hpddrnet_trt.stream.board import Board
+from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.stream.priority import lower_priority
+from hpddrnet_trt.stream.queue import Board
 from hpddrnet_trt.stream.sentences import SparseLog, describe, traceback_of
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ MAX_BACK_OFF_S = 5.0
 
 
 class LiveSegmenter(Protocol):
-    """What a stream needs of a :class:`~hpddrnet_trt.segmenter.Segmenter`."""
+    """What a stream needs of a :class:`~hpddrnet_trt.inference.Segmenter`."""
 
     def segment(self, image: Any, /) -> Segmentation: ...
 

@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from tqdm import tqdm
 
-from hpddrnet_trt.files import atomic_path
-from hpddrnet_trt.manifest import Manifest
+from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.checkpoint_io import remove_leftovers

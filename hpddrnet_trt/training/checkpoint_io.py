@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.files import atomic_path
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.files import atomic_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

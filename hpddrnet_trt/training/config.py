@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, NetworkConfig
 from hpddrnet_trt.data.augment import AugmentConfig
 from hpddrnet_trt.data.layouts import Layout
-from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.files import existing_file
-from hpddrnet_trt.manifest import SIZE_MULTIPLE, NetworkConfig
 from hpddrnet_trt.models.network import VARIANTS, network_config
 
 SIMULATED = "simulated"
@@ -117,7 +117,7 @@ class LossSection(_Section):
 
 
 class QuantisationSection(_Section):
-    """Train with the rounding of the INT8 form, see :mod:`hpddrnet_trt.training.quantisation`."""
+    """Train with the rounding of the INT8 form, see :mod:`hpddrnet_trt.training.qat`."""
 
     enabled: bool = False
     images: int = Field(default=32, ge=1)  # the first training crops, which give the activations' ranges

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
-from hpddrnet_trt.manifest import IGNORE_INDEX, SIZE_MULTIPLE
 from hpddrnet_trt.training.order import BatchNumbers, SampleOrder, augmentation_rng
 
 Pair = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]  # grey image and mask, both [H, W]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

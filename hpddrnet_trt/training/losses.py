@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpddrnet_trt.manifest import IGNORE_INDEX
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.models.network import resize
 
 

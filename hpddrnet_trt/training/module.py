@@ -9,14 +9,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from hpddrnet_trt.errors import UserError
-from hpddrnet_trt.manifest import IGNORE_INDEX, Normalisation
-from hpddrnet_trt.metrics import ConfusionMatrix, Scores
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, Normalisation
+from hpddrnet_trt.core.metrics import ConfusionMatrix, Scores
 from hpddrnet_trt.models.network import HPDDRNet, resize
 from hpddrnet_trt.training.config import OptimisationConfig
 from hpddrnet_trt.training.losses import CrossEntropy, SegmentationLoss
 from hpddrnet_trt.training.order import network_seed
-from hpddrnet_trt.training.quantisation import FakeQuantisation
+from hpddrnet_trt.training.qat import FakeQuantisation
 from hpddrnet_trt.training.schedule import build_optimiser, build_scheduler, learning_rate
 
 Batch = tuple[Tensor, Tensor]  # grey images uint8 [N, 1, H, W], masks uint8 [N, H, W]

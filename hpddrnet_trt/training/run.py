@@ -20,11 +20,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 import hpddrnet_trt
+from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
+from hpddrnet_trt.core.manifest import DataRecord, Manifest, read_manifest
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import FolderDataset, SplitStatistics
 from hpddrnet_trt.data.simulate import write_dataset
-from hpddrnet_trt.errors import NoGpu, UsageError, UserError
-from hpddrnet_trt.manifest import DataRecord, Manifest, read_manifest
 from hpddrnet_trt.training.callbacks import LAST, Checkpoints, MovingAverage, Progress, Records
 from hpddrnet_trt.training.checkpoint_io import AtomicCheckpointIO, read_training_checkpoint
 from hpddrnet_trt.training.config import (
@@ -36,6 +36,7 @@ from hpddrnet_trt.training.config import (
     TrainConfig,
 )
 from hpddrnet_trt.training.datamodule import ImageStore, SegmentationData, TrainingSamples
+from hpddrnet_trt.training.initialization import starting_point
 from hpddrnet_trt.training.interruption import StopRequest
 from hpddrnet_trt.training.losses import (
     CrossEntropy,
@@ -47,8 +48,7 @@ from hpddrnet_trt.training.losses import (
     balanced_class_weights,
 )
 from hpddrnet_trt.training.module import SegmentationModule
-from hpddrnet_trt.training.quantisation import FakeQuantisation
-from hpddrnet_trt.training.starting import starting_point
+from hpddrnet_trt.training.qat import FakeQuantisation
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from tqdm import tqdm
 
-from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.training.config import TrainConfig
 from hpddrnet_trt.training.run import rehearse
 

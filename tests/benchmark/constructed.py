@@ -27,7 +27,7 @@ from hpddrnet_trt.benchmark.result import (
     Start,
     Timing,
 )
-from hpddrnet_trt.manifest import ClassInfo
+from hpddrnet_trt.core.manifest import ClassInfo
 
 CLASSES = [
     ClassInfo(name="matrix", color=(68, 1, 84)),

@@ -9,9 +9,9 @@ import pytest
 
 from hpddrnet_trt.benchmark import attention_memory as module
 from hpddrnet_trt.benchmark.attention_memory import MIB, Usage, attention_memory, table
-from hpddrnet_trt.deploy.onnx_graph import load_model, save_model
-from hpddrnet_trt.engines.attention import in_type
-from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.graph.attention import in_type
+from hpddrnet_trt.graph.model import load_model, save_model
 from tests.tiny_export import write_fp16, write_fp32
 from tests.tiny_onnx import tiny_model
 

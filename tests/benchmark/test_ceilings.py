@@ -16,8 +16,8 @@ import torch
 
 from hpddrnet_trt.benchmark import ceilings
 from hpddrnet_trt.benchmark.ceilings import Candidate, fastest, measure_ceilings, product_model
-from hpddrnet_trt.deploy.operations import typed_work
-from hpddrnet_trt.errors import NoGpu, UsageError
+from hpddrnet_trt.core.errors import NoGpu, UsageError
+from hpddrnet_trt.graph.work import typed_work
 
 
 @pytest.fixture

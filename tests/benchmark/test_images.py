@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpddrnet_trt.benchmark.images import Image, ImageSet, fit, load_images, own_size, parse_size, timing_frames
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from tests.tiny_onnx import CLASSES
 
 edges = st.integers(1, 70)

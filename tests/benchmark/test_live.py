@@ -15,8 +15,8 @@ from PIL import Image
 
 from benchmarks import live
 from benchmarks.live import Window, rate_ratio
-from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.stream import State, Stream
 from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
 

@@ -14,9 +14,9 @@ from hpddrnet_trt.benchmark.frame import frames_to_labels
 from hpddrnet_trt.benchmark.measures import Case, Stopwatch, batches_per_round
 from hpddrnet_trt.benchmark.result import Settings
 from hpddrnet_trt.benchmark.telemetry import GpuWatch
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.engines.base import EngineBase, Prediction
-from hpddrnet_trt.errors import UserError
-from hpddrnet_trt.manifest import InputContract, Manifest, OutputContract
 from tests.tiny_network import tiny_manifest, tiny_network
 
 

@@ -9,7 +9,7 @@ import pytest
 from hpddrnet_trt.benchmark.machine import Gpu
 from hpddrnet_trt.benchmark.merge import merge
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Environment, Row
-from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.core.errors import UsageError
 
 
 def change_row(row: Row, factor: float, **changes: Any) -> Row:

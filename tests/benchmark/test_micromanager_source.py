@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.stream import Stream
 from tests.toy import ToyEngine, grey_image, manifest
 

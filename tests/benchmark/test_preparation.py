@@ -12,10 +12,10 @@ import pytest
 
 from hpddrnet_trt.benchmark import preparation as module
 from hpddrnet_trt.benchmark.preparation import Prepared, prepare
-from hpddrnet_trt.deploy.onnx_graph import load_model
-from hpddrnet_trt.engines.attention import uses_bf16
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.manifest import read_manifest
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.graph.attention import uses_bf16
+from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.tiny_export import pictures, write_fp32
 from tests.tiny_network import lively, tiny_manifest, tiny_network

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Ratio, load_result, make_settings
-from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
 
 VERSION_1 = Path(__file__).parents[2] / "benchmarks" / "results" / "amd-epyc-2026-11-21.json"
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from hpddrnet_trt.benchmark.result import Ceilings
 from hpddrnet_trt.benchmark.roofline import graph_of, roof, roofs
-from hpddrnet_trt.deploy.operations import TypedWork, typed_work
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.files import sha256_of
-from hpddrnet_trt.manifest import CalibrationRecord, Manifest, read_manifest
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.manifest import CalibrationRecord, Manifest, read_manifest
+from hpddrnet_trt.graph.work import TypedWork, typed_work
 from tests.tiny_onnx import tiny_model
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights"

@@ -24,7 +24,7 @@ from hpddrnet_trt.benchmark.timing import (
     round_orders,
     time_interleaved,
 )
-from hpddrnet_trt.errors import ContractError, UsageError
+from hpddrnet_trt.core.errors import ContractError, UsageError
 
 FRAMES = [np.full((1, 8, 8), value, dtype=np.uint8) for value in (10, 20, 30)]
 latencies = st.lists(st.floats(0.001, 1000), min_size=1, max_size=60)

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
-from hpddrnet_trt.errors import BadInputFile
 from tests.data import vendor_files
 
 SECONDS = 5.0

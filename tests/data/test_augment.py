@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.data.augment import Augmentation, AugmentConfig
-from hpddrnet_trt.errors import ContractError
 
 Seed = st.integers(0, 2**32 - 2)
 GEOMETRY: dict[str, Any] = {

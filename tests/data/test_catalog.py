@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.data.catalog.converters import CONVERTERS
 from hpddrnet_trt.data.catalog.describe import details, overview
 from hpddrnet_trt.data.catalog.entries import ENTRIES, find_entry
@@ -27,8 +29,6 @@ from hpddrnet_trt.data.catalog.labelled import Labelled
 from hpddrnet_trt.data.catalog.writer import new_folder, write_converted
 from hpddrnet_trt.data.check import check_dataset
 from hpddrnet_trt.data.description import DatasetDescription
-from hpddrnet_trt.errors import BadInputFile, UsageError
-from hpddrnet_trt.files import sha256_of
 
 RNG = np.random.default_rng(5)
 ENTRY = ENTRIES["metaldam"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data.check import check_dataset
 from hpddrnet_trt.data.simulate import write_dataset
-from hpddrnet_trt.errors import BadInputFile
 
 
 @pytest.fixture

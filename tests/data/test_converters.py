@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.catalog.converters import CONVERTERS
 from hpddrnet_trt.data.catalog.converters.nasa import SUPER_COLOURS
 from hpddrnet_trt.data.catalog.entries import ENTRIES
@@ -23,8 +25,6 @@ from hpddrnet_trt.data.catalog.labelled import find_folder, plain_name, read_ima
 from hpddrnet_trt.data.catalog.masks import classes_of_colours, classes_of_values, read_colours, read_values
 from hpddrnet_trt.data.check import check_dataset
 from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.manifest import IGNORE_INDEX
 
 RNG = np.random.default_rng(3)
 

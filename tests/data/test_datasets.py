@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.data.datasets import FolderDataset, image_files
 from hpddrnet_trt.data.description import default_palette
 from hpddrnet_trt.data.labels import write_label_png
-from hpddrnet_trt.errors import BadInputFile, UsageError
-from hpddrnet_trt.manifest import ClassInfo
 
 PALETTE = [(1, 2, 3), (40, 50, 60), (200, 0, 0)]
 DESCRIPTION: dict[str, Any] = {

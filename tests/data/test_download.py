@@ -21,11 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.data.catalog import archives
 from hpddrnet_trt.data.catalog.archives import is_archive, unpack
 from hpddrnet_trt.data.catalog.download import ATTEMPTS, USER_AGENT, download
 from hpddrnet_trt.data.catalog.entry import RemoteFile
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
 
 CONTENT = np.random.default_rng(0).bytes(700_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -18,8 +18,8 @@ import pytest
 import tifffile
 from PIL import Image
 
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.errors import BadInputFile
 from tests.conftest import REPOSITORY
 from tests.data import vendor_files
 

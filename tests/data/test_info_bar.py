@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.info_bar import find_info_bar
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
-from hpddrnet_trt.errors import UsageError
 from tests.data import vendor_files as files
 
 HEIGHT, WIDTH = 384, 512

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
 from hpddrnet_trt.data.labels import (
     IGNORE_COLOR,
     UNKNOWN_COLOR,
@@ -22,7 +23,6 @@ from hpddrnet_trt.data.labels import (
     write_label_tiff,
     write_labels,
 )
-from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError, UserError
 
 PALETTE = [(10, 20, 30), (200, 100, 0), (0, 0, 250)]
 LABELS = np.random.default_rng(0).choice(np.array([0, 1, 2, 255], np.uint8), (31, 47))

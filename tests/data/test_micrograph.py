@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.errors import BadInputFile
 
 GREY = np.random.default_rng(0).integers(0, 256, (37, 53), dtype=np.uint8)
 GREY16 = np.random.default_rng(1).integers(0, 65536, (37, 53), dtype=np.uint16)

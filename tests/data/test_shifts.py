@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.shifts import SHIFTS, Shift, brightness, contrast, defocus, gamma, magnification, noise
-from hpddrnet_trt.errors import UsageError
 from tests.toy import grey_image
 
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 20))

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.metrics import ConfusionMatrix
 from hpddrnet_trt.data.check import check_dataset
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import CLAY, GRAIN, PORE, Imaging, simulate, write_dataset
-from hpddrnet_trt.errors import UsageError, UserError
-from hpddrnet_trt.metrics import ConfusionMatrix
 
 CALM = Imaging(
     dose=1e5, probe_sigma=0.3, rim=0.0, escape_length=1.5, grain_spread=0.0, drift=0.0, line_flicker=0.0, charging=0.0,

@@ -344,7 +344,7 @@ def test_colour_of_digital_micrograph_becomes_grey(dm: Callable[..., Path]) -> N
 
 
 def test_spectra_and_complex_values_are_refused(dm: Callable[..., Path]) -> None:
-    from hpddrnet_trt.errors import BadInputFile
+    from hpddrnet_trt.core.errors import BadInputFile
 
     for name, values, reason in (
         ("a.dm3", PICTURE[0].astype(np.float32), "spectrum"),
@@ -371,7 +371,7 @@ def test_both_versions_at_once_in_many_threads(dm: Callable[..., Path]) -> None:
 def test_a_missing_reader_names_the_extra(dm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from hpddrnet_trt.errors import MissingDependency
+    from hpddrnet_trt.core.errors import MissingDependency
 
     path = dm("a.dm3", PICTURE.astype(np.float32))
     monkeypatch.setitem(sys.modules, "nionswift_plugin.DM_IO.parse_dm3", None)

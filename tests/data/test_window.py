@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.data.micrograph import Percentiles, to_grey8
-from hpddrnet_trt.errors import ContractError
 
 
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9)))

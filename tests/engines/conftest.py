@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from hpddrnet_trt.deploy.build import build_engine
-from hpddrnet_trt.engines import cuda_memory
+from hpddrnet_trt.core.manifest import sidecar_path
+from hpddrnet_trt.engines import cuda as cuda_memory
 from hpddrnet_trt.engines import tensorrt as engine_module
-from hpddrnet_trt.engines.shapes import Profile
+from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.manifest import sidecar_path
+from hpddrnet_trt.export.tensorrt import build_engine
 from tests.engines.simulated_cuda import SimulatedCuda, SimulatedTensorRT
 from tests.tiny_onnx import tiny_model
 

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from hpddrnet_trt.engines.shapes import Profile
-from hpddrnet_trt.engines.tensorrt_api import Flavour, TensorRT
+from hpddrnet_trt.engines.profiles import Profile
+from hpddrnet_trt.engines.tensorrt_library import Flavour, TensorRT
 
 ALIGNMENT = 256
 Work = Callable[[], None]

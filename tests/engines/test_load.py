@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import hpddrnet_trt
+from hpddrnet_trt.core.errors import BadInputFile, MissingDependency, UsageError
 from hpddrnet_trt.engines import ENGINES, available_engines, engine_status, load_engine
-from hpddrnet_trt.errors import BadInputFile, MissingDependency, UsageError
 from tests.toy import manifest, write_toy_onnx
 
 

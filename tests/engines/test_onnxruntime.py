@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
+from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from hpddrnet_trt.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
-from hpddrnet_trt.manifest import read_manifest
 from tests.toy import grey_image, manifest, toy_logits, write_toy_onnx
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpddrnet_trt.deploy.groups import group_of, tensor_owners
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
 from hpddrnet_trt.engines import openvino as module
 from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino import OpenVINOEngine, verify_in_child
-from hpddrnet_trt.errors import BadInputFile, ContractError, UsageError, UserError
+from hpddrnet_trt.graph.layers import group_of, tensor_owners
 from tests.tiny_export import frames, write_fp32
 from tests.toy import grey_image, manifest, write_toy_onnx
 

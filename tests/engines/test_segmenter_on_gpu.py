@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.errors import ContractError, UsageError
-from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.inference import Segmenter
 from tests.engines.conftest import Bench
 from tests.engines.simulated_cuda import ForeignArray
 from tests.toy import ToyEngine

@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpddrnet_trt.engines import cuda_memory
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
+from hpddrnet_trt.core.manifest import EngineRecord, InputContract, read_manifest, sidecar_path
+from hpddrnet_trt.engines import cuda as cuda_memory
 from hpddrnet_trt.engines.base import Engine
-from hpddrnet_trt.engines.cuda_memory import (
+from hpddrnet_trt.engines.cuda import (
     LEGACY_STREAM,
     DeviceArray,
     check,
@@ -29,15 +31,13 @@ from hpddrnet_trt.engines.cuda_memory import (
     on_device,
 )
 from hpddrnet_trt.engines.layer_times import write_layer_times
-from hpddrnet_trt.engines.shapes import Profile
+from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import (
     TensorRTEngine,
     check_device_array,
     check_gpu,
     check_version,
 )
-from hpddrnet_trt.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
-from hpddrnet_trt.manifest import EngineRecord, InputContract, read_manifest, sidecar_path
 from tests.engines.conftest import Bench
 from tests.engines.simulated_cuda import ForeignArray, read
 

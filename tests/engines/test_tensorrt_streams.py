@@ -19,8 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpddrnet_trt.engines.cuda_memory import LEGACY_STREAM, stream_handle
-from hpddrnet_trt.errors import ContractError
+from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.engines.cuda import LEGACY_STREAM, stream_handle
 from tests.engines.conftest import Bench
 from tests.engines.simulated_cuda import ForeignArray, read
 from tests.threads import in_threads

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import pytest
 
 import hpddrnet_trt
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.engines import onnxruntime_graph
 from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino import COMPILED_GRAPHS, OpenVINOEngine
-from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.threads import in_threads
 from tests.tiny_export import frames, write_fp16, write_fp32
@@ -219,7 +219,7 @@ def state():
 
 import hpddrnet_trt
 from hpddrnet_trt.engines import load_engine
-from hpddrnet_trt.engines.quiet import load_onnxruntime, load_openvino
+from hpddrnet_trt.core.runtimes import load_onnxruntime, load_openvino
 path, name = sys.argv[1:]
 frame = np.random.default_rng(0).integers(0, 256, (1, 1, 64, 96), dtype=np.uint8)
 # What the runtime does to the process when it is imported is not ours.

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from hpddrnet_trt.core.errors import ContractError, NoGpu, UsageError, UserError
 from hpddrnet_trt.engines import torch_tensorrt as engine_module
 from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.torch import TorchEngine
 from hpddrnet_trt.engines.torch_tensorrt import TorchTensorRTEngine
-from hpddrnet_trt.errors import ContractError, NoGpu, UsageError, UserError
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.toy import grey_image

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from hpddrnet_trt.engines import load_engine
-from hpddrnet_trt.segmenter import Segmenter, tiled
+from hpddrnet_trt.inference import Segmenter, tiled
 from tests.toy import grey_image, manifest, write_toy_onnx
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -7,11 +7,11 @@ from typing import get_args
 
 import pytest
 
-from hpddrnet_trt.deploy.build import build_engine
-from hpddrnet_trt.engines.cuda_memory import Gpu, find_gpu
+from hpddrnet_trt.core.errors import MissingDependency, NoGpu, UserError
+from hpddrnet_trt.engines.cuda import Gpu, find_gpu
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.engines.tensorrt_api import Flavour, load_flavour
-from hpddrnet_trt.errors import MissingDependency, NoGpu, UserError
+from hpddrnet_trt.engines.tensorrt_library import Flavour, load_flavour
+from hpddrnet_trt.export.tensorrt import build_engine
 from tests.tiny_onnx import tiny_model
 
 

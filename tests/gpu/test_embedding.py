@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from hpddrnet_trt.deploy.build import build_engine
-from hpddrnet_trt.engines.cuda_memory import (
+from hpddrnet_trt.engines.cuda import (
     DeviceArray,
     DeviceBuffer,
     Gpu,
@@ -22,6 +21,7 @@ from hpddrnet_trt.engines.cuda_memory import (
     current_device,
 )
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
+from hpddrnet_trt.export.tensorrt import build_engine
 from tests.tiny_onnx import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]

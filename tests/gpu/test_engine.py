@@ -16,11 +16,11 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 
-from hpddrnet_trt.deploy.build import build_engine
-from hpddrnet_trt.engines.cuda_memory import DeviceBuffer, Gpu, Stream, check, cudart, current_device
+from hpddrnet_trt.core.errors import BadInputFile, ContractError
+from hpddrnet_trt.core.manifest import sidecar_path
+from hpddrnet_trt.engines.cuda import DeviceBuffer, Gpu, Stream, check, cudart, current_device
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.errors import BadInputFile, ContractError
-from hpddrnet_trt.manifest import sidecar_path
+from hpddrnet_trt.export.tensorrt import build_engine
 from tests.tiny_onnx import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]
@@ -79,8 +79,8 @@ def test_precision_is_proven_on_the_gpu(tmp_path: Path, flavour: str, precision:
 def test_the_real_network_agrees(tmp_path: Path, flavour: str) -> None:
     """The exported network, random weights, FP32 and FP16 engines against ONNX Runtime."""
     torch = pytest.importorskip("torch", reason="PyTorch, which exports the network, is not installed")
-    from hpddrnet_trt.deploy.onnx_export import export_onnx
-    from hpddrnet_trt.manifest import ClassInfo, Manifest
+    from hpddrnet_trt.core.manifest import ClassInfo, Manifest
+    from hpddrnet_trt.export.onnx import export_onnx
     from hpddrnet_trt.models.checkpoints import save_checkpoint
     from hpddrnet_trt.models.network import HPDDRNet, network_config
 
@@ -149,7 +149,7 @@ def test_results_on_the_gpu_reach_pytorch(tmp_path: Path, flavour: str) -> None:
 
 def test_plain_cuda_memory(tmp_path: Path, flavour: str, require_gpu: Gpu) -> None:
     """Device input and output with nothing but cuda-python."""
-    from hpddrnet_trt.engines.cuda_memory import DeviceArray, PinnedBuffer
+    from hpddrnet_trt.engines.cuda import DeviceArray, PinnedBuffer
 
     source, target = _built(tmp_path, flavour)
     images = _images(1, 1, 256, 256)

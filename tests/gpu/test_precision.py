@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpddrnet_trt.accuracy.budget import Budget
+from hpddrnet_trt.accuracy.cost import by_convolution
+from hpddrnet_trt.accuracy.engine import build_verified
+from hpddrnet_trt.accuracy.gate import WHAT, Gate
+from hpddrnet_trt.accuracy.judge import Judge
 from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.deploy.onnx_graph import load_model
-from hpddrnet_trt.deploy.quantize import calibrate
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.precision.accuracy import Judge
-from hpddrnet_trt.precision.budget import Budget
-from hpddrnet_trt.precision.cost import by_convolution
-from hpddrnet_trt.precision.engine import build_verified
-from hpddrnet_trt.precision.gate import WHAT, Gate
-from hpddrnet_trt.segmenter import load_segmenter
+from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.graph.model import load_model
+from hpddrnet_trt.inference import load_segmenter
 from hpddrnet_trt.weights import locate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]

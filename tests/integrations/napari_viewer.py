@@ -17,8 +17,8 @@ with warnings.catch_warnings():
     from napari.components import ViewerModel
     from napari.layers import Image, Labels
 
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.integrations import napari_job
-from hpddrnet_trt.segmenter import Segmenter
 from tests.toy import ToyEngine
 
 __all__ = ["Image", "Labels", "ToyModel", "ViewerModel", "application"]

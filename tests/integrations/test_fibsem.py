@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.errors import ContractError, UsageError
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.integrations.fibsem import (
     FEATURE_CLASSES,
     FibsemSegmentationModel,
@@ -26,7 +27,6 @@ from hpddrnet_trt.integrations.fibsem import (
     pixel_size_m,
     replay_microscope,
 )
-from hpddrnet_trt.segmenter import Segmenter
 from hpddrnet_trt.stream import State, Stream, StreamResult
 from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
 

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.errors import UsageError
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.integrations.micromanager import (
     FrameTag,
     MicroManagerFeed,
@@ -27,7 +28,6 @@ from hpddrnet_trt.integrations.micromanager import (
     pixel_size_m,
     replay_core,
 )
-from hpddrnet_trt.segmenter import Segmenter
 from hpddrnet_trt.stream import Stream, StreamResult
 from tests.toy import ToyEngine, grey_image, manifest
 

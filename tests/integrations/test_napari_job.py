@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.engines.base import Prediction
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.integrations.napari_job import Cancelled, Job, OpenModel, Progress, Request, segment_planes
 from hpddrnet_trt.integrations.napari_layers import LayerPlanes
-from hpddrnet_trt.segmenter import Segmenter
 from tests.integrations.napari_viewer import ToyModel
 from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
 

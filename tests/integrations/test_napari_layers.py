@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpddrnet_trt.errors import ContractError, UserError
+from hpddrnet_trt.core.errors import ContractError, UserError
 from hpddrnet_trt.integrations.napari_layers import LayerPlanes, layer_planes, layer_shape, length_text, pixel_metres
 from tests.integrations.napari_viewer import Image, ViewerModel
 from tests.toy import grey_image

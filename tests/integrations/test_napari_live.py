@@ -12,8 +12,8 @@ import pytest
 
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.engines.base import Prediction
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.integrations.napari_live import OLD_S, TEXT_COLOURS, LiveLayer
-from hpddrnet_trt.segmenter import Segmenter
 from hpddrnet_trt.stream import Stream
 from tests.integrations.napari_viewer import Image, Labels, ViewerModel, application
 from tests.toy import ToyEngine, grey_image

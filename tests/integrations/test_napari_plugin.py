@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.integrations.napari_reader import napari_get_reader, read_layer
 from tests.integrations.napari_viewer import Image, application
 from tests.toy import grey_image, manifest, write_toy_onnx

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpddrnet_trt.errors import UserError
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.integrations import napari_results
 from hpddrnet_trt.integrations.napari_job import OpenModel, Progress, Request, segment_planes
 from hpddrnet_trt.integrations.napari_layers import layer_planes
@@ -23,8 +25,6 @@ from hpddrnet_trt.integrations.napari_results import (
     find_layer,
     show_class,
 )
-from hpddrnet_trt.manifest import IGNORE_INDEX
-from hpddrnet_trt.segmenter import Segmenter
 from tests.integrations.napari_viewer import Image, Labels, ToyModel, ViewerModel
 from tests.toy import CLASSES, ToyEngine, grey_image
 

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.manifest import METADATA_KEY, DataRecord, Normalisation, read_manifest
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.manifest import METADATA_KEY, DataRecord, Normalisation, read_manifest
 from hpddrnet_trt.models.checkpoints import (
     convert_checkpoint,
     load_any_checkpoint,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpddrnet_trt.errors import ContractError, UsageError
-from hpddrnet_trt.manifest import NetworkConfig
+from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.manifest import NetworkConfig
 from hpddrnet_trt.models.attention import ECA, PositionAttention
 from hpddrnet_trt.models.blocks import DAPPM
 from hpddrnet_trt.models.network import VARIANTS, HPDDRNet, network_config

@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.models import unpickle
 from hpddrnet_trt.models.unpickle import Global, Record, TensorRecord, TorchFile, read_torch_file
 

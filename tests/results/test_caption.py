@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.measure import AreaFraction, area_fractions
+from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.results import caption
 from hpddrnet_trt.results.caption import scale_bar, with_caption
+from hpddrnet_trt.results.regions import AreaFraction, area_fractions
 from tests.toy import CLASSES
 
 METRES = {"nm": 1e-9, "µm": 1e-6, "mm": 1e-3, "m": 1.0}

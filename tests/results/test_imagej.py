@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.measure import Regions, regions
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.results.imagej import outlines, write_rois
+from hpddrnet_trt.results.regions import Regions, regions
 from tests.toy import CLASSES
 
 roifile: Any = pytest.importorskip("roifile")

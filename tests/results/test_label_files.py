@@ -12,8 +12,8 @@ import pytest
 import tifffile
 from PIL import Image
 
+from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.data.labels import write_label_png, write_label_tiff
-from hpddrnet_trt.manifest import ClassInfo
 from hpddrnet_trt.results.confidence import write_confidence
 from hpddrnet_trt.results.ome_tiff import CLASSES as CLASS_NAMES
 from hpddrnet_trt.results.ome_tiff import PROVENANCE, write_ome_tiff

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpddrnet_trt.errors import ContractError
+from hpddrnet_trt.core.errors import ContractError
 from tests.toy import CLASSES
 
 zarr = pytest.importorskip("zarr")

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpddrnet_trt.errors import UserError
-from hpddrnet_trt.manifest import ClassInfo
-from hpddrnet_trt.measure import area_fractions, regions
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.manifest import ClassInfo
+from hpddrnet_trt.results.regions import area_fractions, regions
 from hpddrnet_trt.results.tables import FRACTIONS, REGIONS, number, write_fractions, write_regions, write_rows
 
 CLASSES = [ClassInfo(name='matrix, "γ"', color=(0, 0, 0)), ClassInfo(name="pore", color=(9, 9, 9))]

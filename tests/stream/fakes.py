@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.errors import ContractError
-from hpddrnet_trt.segmentation import Segmentation
+from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.stream import State, Stream
 from tests.toy import manifest
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpddrnet_trt.errors import BadInputFile, ContractError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UserError
 from hpddrnet_trt.stream import State, Stream, StreamResult, worker
 from tests.stream.fakes import Bench, Immediate, Scripted, check_ended, frame, result_of, until
 
@@ -347,7 +347,7 @@ def test_the_shipped_model_on_a_real_micrograph(sem_data: Path) -> None:
     """An engine that breaks in the middle of real frames: the others get the same labels as ever."""
     pytest.importorskip("onnxruntime")
     from hpddrnet_trt.data.micrograph import read_micrograph
-    from hpddrnet_trt.segmenter import Segmenter, load_segmenter
+    from hpddrnet_trt.inference import Segmenter, load_segmenter
 
     picture = next(iter(sorted((sem_data / "nasa-super1").rglob("*.tif*"))), None) or next(
         path for path in sorted((sem_data / "nasa-super1").rglob("*.png")) if "mask" not in str(path)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.errors import UsageError
-from hpddrnet_trt.segmenter import Segmenter
+from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.stream import Policy, State, Stream, StreamResult
 from tests.stream.fakes import PATIENCE_S, Bench, Immediate, check_ended, frame, number_of, until
 from tests.toy import ToyEngine, grey_image

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hpddrnet_trt.errors import ContractError
-from hpddrnet_trt.segmentation import Segmentation
+from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.stream import Policy, Stream, StreamResult, worker
-from hpddrnet_trt.stream.board import Board, Job
+from hpddrnet_trt.stream.queue import Board, Job
 from tests.stream.fakes import MANIFEST, Bench, Immediate, check_balance, check_ended, frame, number_of, until
 
 POLICIES = st.sampled_from(["latest", "block", "reject"])

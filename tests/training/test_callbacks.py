@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.training.callbacks import MovingAverage, _keep_rows_until
 from hpddrnet_trt.training.checkpoint_io import AtomicCheckpointIO, read_training_checkpoint, remove_leftovers
 

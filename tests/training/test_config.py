@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpddrnet_trt.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.training.config import TrainConfig, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"

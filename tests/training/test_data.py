@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.augment import Augmentation, AugmentConfig
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import write_dataset
-from hpddrnet_trt.manifest import IGNORE_INDEX
 from hpddrnet_trt.training.datamodule import ImageStore, SegmentationData, TrainingSamples, ValidationImages
 
 

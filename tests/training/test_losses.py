@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpddrnet_trt.manifest import IGNORE_INDEX, NetworkConfig
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, NetworkConfig
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.losses import (
     CrossEntropy,

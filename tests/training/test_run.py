@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
+from hpddrnet_trt.core.metrics import ConfusionMatrix
 from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.errors import NoGpu, UsageError, UserError
-from hpddrnet_trt.metrics import ConfusionMatrix
 from hpddrnet_trt.models.checkpoints import load_checkpoint
 from hpddrnet_trt.training import checkpoint_io
 from hpddrnet_trt.training.config import TrainConfig

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.augment import Augmentation
-from hpddrnet_trt.errors import UsageError
 from hpddrnet_trt.training.config import TrainConfig
 from hpddrnet_trt.training.throughput import measure_throughput
 

@@ -16,7 +16,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from hpddrnet_trt.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile
 
 MAX_BYTES = 64 << 30  # unpacked; the largest set of the catalog is far below
 MAX_MEMBERS = 200_000

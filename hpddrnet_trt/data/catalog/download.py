@@ -14,9 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hpddrnet_trt import __version__
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.files import digest_of
 from hpddrnet_trt.data.catalog.entry import RemoteFile
-from hpddrnet_trt.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.files import digest_of
 
 log = logging.getLogger(__name__)
 

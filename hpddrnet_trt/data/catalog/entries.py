@@ -3,8 +3,8 @@ or said so in ``verified``. The addresses were recorded, not fetched, when this 
 
 from __future__ import annotations
 
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.catalog.entry import Entry, RemoteFile, classes
-from hpddrnet_trt.errors import UsageError
 
 _GREY, _BLUE, _RED = (68, 68, 68), (0, 0, 255), (255, 0, 0)
 _ORANGE, _SKY, _GREEN, _YELLOW = (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)

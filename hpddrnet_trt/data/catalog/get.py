@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.data.catalog.archives import is_archive, unpack
 from hpddrnet_trt.data.catalog.converters import CONVERTERS
 from hpddrnet_trt.data.catalog.download import download
 from hpddrnet_trt.data.catalog.entry import Entry
 from hpddrnet_trt.data.catalog.writer import require_new, write_converted
 from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.errors import BadInputFile, UsageError
-from hpddrnet_trt.files import sha256_of
 
 
 def get_dataset(

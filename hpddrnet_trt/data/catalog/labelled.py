@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data.catalog.masks import refuse_pointer
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
-from hpddrnet_trt.errors import BadInputFile
 
 log = logging.getLogger(__name__)
 

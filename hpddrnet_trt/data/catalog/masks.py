@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data.decode import decode
-from hpddrnet_trt.errors import BadInputFile
 
 Colour = tuple[int, int, int]
 _LFS = b"version https://git-lfs"

@@ -13,13 +13,13 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.files import atomic_folder, atomic_path, write_text
 from hpddrnet_trt.data.catalog.entry import Entry
 from hpddrnet_trt.data.catalog.labelled import Labelled
 from hpddrnet_trt.data.datasets import unknown_values
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, DescribedFile
 from hpddrnet_trt.data.labels import write_label_png
-from hpddrnet_trt.errors import BadInputFile, UsageError
-from hpddrnet_trt.files import atomic_folder, atomic_path, write_text
 
 
 def write_converted(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hpddrnet_trt.data.pixel_size import is_square
+from hpddrnet_trt.core.pixel_size import is_square
 
 _METRES = {
     "m": 1.0, "cm": 1e-2, "mm": 1e-3, "µm": 1e-6, "μm": 1e-6, "um": 1e-6, "micron": 1e-6, "microns": 1e-6,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.catalog.labelled import Labelled, pair, plain_name, read_image, split_by_group
 from hpddrnet_trt.data.catalog.masks import classes_of_values, read_values
-from hpddrnet_trt.manifest import IGNORE_INDEX
 
 _MASK_MARK = "_seg-axonmyelin-manual"
 # 127 and 128 are myelin, 255 is axon; 130 and 233 occur at some borders and mean nothing.

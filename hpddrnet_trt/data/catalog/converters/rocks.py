@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.catalog.labelled import (
     Labelled,
     find_folder,
@@ -19,8 +21,6 @@ from hpddrnet_trt.data.catalog.labelled import (
 )
 from hpddrnet_trt.data.catalog.masks import classes_of_values, read_values
 from hpddrnet_trt.data.layouts import SPLITS
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.manifest import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
 

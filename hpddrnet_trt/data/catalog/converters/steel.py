@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.catalog.labelled import Labelled, find_folder, images_in, pair, read_image, split_by_group
 from hpddrnet_trt.data.catalog.masks import classes_of_values, read_values
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
-from hpddrnet_trt.errors import BadInputFile
-from hpddrnet_trt.manifest import IGNORE_INDEX
 
 UHCS_VALUES = {0: 0, 1: 1, 2: 2, 3: 3, -1: IGNORE_INDEX}
 UHCS_ROWS, UHCS_BANNER = 522, 38  # of a frame, and the instrument's banner at its bottom

@@ -1,0 +1,68 @@
+"""Engines behind the gate: built in the precision asked for, or in the fastest one that keeps the budget."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from hpddrnet_trt.accuracy.choose import Choice, choose_precision
+from hpddrnet_trt.accuracy.cost import DEFAULT_DEVICE, cost_model
+from hpddrnet_trt.accuracy.gate import Gate
+from hpddrnet_trt.accuracy.preparation import open_study, warn_of_overlap
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.manifest import Manifest, Precision, read_manifest
+from hpddrnet_trt.data.datasets import find_images
+from hpddrnet_trt.export.tensorrt import build_engine, check_build
+
+
+def build_verified(
+    source: str | Path,
+    target: str | Path,
+    *,
+    precision: Precision | Literal["auto"],
+    gate: Gate | None,
+    calibration_images: str | Path | None = None,
+    split: str = "val",
+    device: str = DEFAULT_DEVICE,
+    **options: Any,
+) -> Manifest:
+    """Build ``target`` and let ``gate`` accept or refuse it; nothing is written that it refuses.
+
+    ``precision="auto"`` takes an FP32 file and finds the fastest precision within the gate's budget: it
+    chooses on ``split`` of the gate's dataset, calibrated on ``calibration_images`` (default: the
+    dataset's training split), and the gate judges the result on its own split. ``device``: see
+    :data:`hpddrnet_trt.accuracy.cost.DEVICES`. ``options`` go to
+    :func:`~hpddrnet_trt.export.tensorrt.build_engine`, whose errors are raised as well.
+    """
+    source, target = Path(source), Path(target)
+    accept = None if gate is None else partial(gate.verify, source=source, target=target)
+    if precision != "auto":
+        check_build(source, target, precision, calibration_images)
+    if gate is not None:
+        gate.check(source)
+        if calibration_images is not None:
+            warn_of_overlap(find_images(calibration_images), find_images(gate.data, gate.split), gate.split)
+    if precision != "auto":
+        return build_engine(
+            source, target, precision=precision, calibration_images=calibration_images, accept=accept, **options
+        )
+    if gate is None:
+        raise UsageError("--precision auto needs a budget: give --verify DATA with --max-miou-drop or --min-agreement")
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        chosen = Path(folder) / f"{source.stem}.onnx"
+        found = _choose(source, chosen, gate, calibration_images, split, device).manifest.precision
+        assert found is not None  # the choice has just described it
+        return build_engine(chosen, target, precision=found, accept=accept, **options)
+
+
+def _choose(
+    source: Path, chosen: Path, gate: Gate, calibration: str | Path | None, split: str, device: str
+) -> Choice:
+    if read_manifest(source).precision != "fp32":
+        raise UsageError(f"{source} is not FP32; --precision auto starts from the FP32 file that export wrote")
+    images = None if calibration is None else find_images(calibration, "train")
+    with open_study(source, gate.data, split=split, calibration_images=images, reference=gate.reference) as study:
+        cost = cost_model(study.trials.recipe, study.operations, device=device)
+        return choose_precision(study.trials, chosen, gate.budget, cost, calibration=study.calibration)

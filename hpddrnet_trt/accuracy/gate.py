@@ -1,0 +1,153 @@
+"""The gate: a file is written only if it keeps its accuracy budget on real micrographs.
+
+What can be run is run: a TensorRT engine on its GPU, an ONNX file on ONNX Runtime's CPU kernels, with
+the rounding of FP16, BF16 and FP8 simulated. The evidence names which.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpddrnet_trt.accuracy.budget import Budget
+from hpddrnet_trt.accuracy.evaluate import fitting
+from hpddrnet_trt.accuracy.judge import Accuracy, Judge
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.manifest import Evidence, Manifest, read_manifest
+from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.graph.model import load_model
+from hpddrnet_trt.inference import load_segmenter
+from hpddrnet_trt.weights import locate
+
+logger = logging.getLogger(__name__)
+
+WHAT = "accuracy against FP32"  # of the evidence
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Verifies candidates on one split of a dataset.
+
+    ``reference``: the checkpoint or FP32 ONNX file to compare with; None looks for it beside the
+    candidate's source (:func:`find_reference`).
+    """
+
+    data: Path
+    budget: Budget
+    split: str = "test"
+    reference: Path | None = None
+
+    def check(self, source: Path) -> None:
+        """Whether :meth:`verify` could judge what is made from ``source``, before anyone spends minutes on that.
+
+        Raises what it would raise: a missing split, other classes, no reference.
+        """
+        dataset = FolderDataset.open(self.data)
+        dataset.split(self.split)
+        with load_segmenter(reference_for(self.reference, source, read_manifest(source))) as fp32:
+            fitting(fp32, dataset)
+
+    def verify(self, candidate: Path, source: Path, target: Path) -> Evidence:
+        """Run ``candidate`` (an ONNX file or an engine made from ``source``) and return the evidence.
+
+        Raises :class:`UserError` when it misses the budget: ``target`` is what is then not written.
+        Raises :class:`UsageError` when no reference is found or the data do not fit the model.
+        """
+        manifest = read_manifest(candidate)
+        reference = reference_for(self.reference, source, manifest)
+        dataset = FolderDataset.open(self.data)
+        with load_segmenter(reference) as fp32, Judge(dataset, self.split, fp32) as judge:
+            found = _run(judge, candidate, manifest)
+            source_text = f"{judge.source}, FP32: {reference.name} on {judge.reference_runtime}"
+        if breaches := self.budget.breaches(found):
+            raise UserError(_refusal(breaches, found, judge.source, manifest, target))
+        logger.info("%s keeps its budget (%s): %s", target, self.budget, found.text())
+        evidence = found.evidence(WHAT, source_text)
+        limits = {
+            "allowed_miou_drop_points": self.budget.max_miou_drop,
+            "required_agreement": self.budget.min_agreement,
+        }
+        kept = {name: value for name, value in limits.items() if value is not None}
+        return evidence.model_copy(update={"values": {**evidence.values, **kept}})
+
+
+def _run(judge: Judge, candidate: Path, manifest: Manifest) -> Accuracy:
+    if candidate.suffix.lower() == ".onnx":
+        return judge.score_graph(*load_model(candidate), title=f"{manifest.precision} on {judge.source}")
+    with load_segmenter(candidate) as segmenter:
+        return judge.score(segmenter, title=f"engine on {judge.source}")
+
+
+def reference_for(given: Path | None, source: Path, manifest: Manifest) -> Path:
+    """The model file to compare with: ``given`` (a file or a shipped model's name), else :func:`find_reference`.
+
+    Raises :class:`UsageError` for a file that is not FP32; one of another checkpoint is taken with a warning.
+    """
+    if given is None:
+        return find_reference(source, manifest)
+    path = locate(given)
+    described = read_manifest(path)
+    if described.precision not in (None, "fp32") or described.quantised_for is not None:
+        raise UsageError(
+            f"the reference {path} is {str(described.precision).upper()}, so it would hide what lower precision costs; "
+            "give the checkpoint or the FP32 ONNX file"
+        )
+    checkpoint = sha256_of(path) if path.suffix.lower() == ".safetensors" else described.checkpoint_sha256
+    if checkpoint != manifest.checkpoint_sha256:
+        logger.warning(
+            "the reference %s is of another checkpoint than %s: the difference is not of precision alone", path, source
+        )  # fmt: skip
+    return path
+
+
+def find_reference(source: Path, manifest: Manifest) -> Path:
+    """The FP32 file of the same checkpoint: ``source`` itself, or one in its folder.
+
+    A checkpoint (run with PyTorch, where that is installed) comes before an FP32 ONNX file. Raises
+    :class:`UsageError` when there is none.
+    """
+    wanted = manifest.checkpoint_sha256
+    if wanted is not None and importlib.util.find_spec("torch") is not None:
+        for path in sorted(source.parent.glob("*.safetensors")):
+            if sha256_of(path) == wanted:
+                return path
+    for path in [source, *sorted(source.parent.glob("*.onnx"))]:
+        if path.suffix.lower() == ".onnx" and _is_reference(path, wanted):
+            return path
+    raise UsageError(
+        f"no FP32 file of the same checkpoint lies beside {source}, to compare with; name the checkpoint or the "
+        "FP32 ONNX file with --reference"
+    )
+
+
+def _is_reference(path: Path, checkpoint: str | None) -> bool:
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        return False  # a file of another program
+    return manifest.precision == "fp32" and manifest.input is not None and manifest.checkpoint_sha256 == checkpoint
+
+
+def _refusal(breaches: list[str], found: Accuracy, source: str, manifest: Manifest, target: Path) -> str:
+    worst = min(found.class_ious, key=lambda name: found.class_ious[name])
+    how = ""
+    advice = "convert again with more layers in FP32, or use the FP32 file"
+    if manifest.calibration is not None:
+        record = manifest.calibration
+        how = f" It was calibrated on {record.images} image{'s' * (record.images != 1)} (method {record.method})."
+        advice = (
+            "calibrate on more and more varied micrographs or by another method, let `hpddrnet-trt choose-precision` "
+            "find the layers to keep in FP16, or fine-tune with quantisation (train/README.md)"
+        )
+    if manifest.mixed is not None:
+        how += f" {len(manifest.mixed.floating)} of {manifest.mixed.layers} layers are FP16, chosen on another split."
+        advice = "allow more, choose on more micrographs or for a smaller loss than is allowed here, or use FP16"
+    return (
+        f"{str(manifest.precision).upper()} misses the budget on {source}: {'; '.join(breaches)} (mIoU "
+        f"{100 * found.miou:.2f} % instead of {100 * found.reference_miou:.2f} %; class {worst!r} changed most, IoU "
+        f"against FP32 {found.class_ious[worst]:.3f}; {found.runtime}).{how} {target} was not written: {advice}"
+    )
+

@@ -1,0 +1,239 @@
+"""How much accuracy a lower precision costs: one judge that scores many candidates on the same micrographs.
+
+The reference's labels are computed once and kept compressed on disk; micrographs are read one at a
+time, so memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.accuracy.evaluate import fitting, samples_of
+from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.manifest import Evidence, Manifest
+from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.graph.model import save_model
+from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.result import Segmentation
+
+if TYPE_CHECKING:
+    import onnx
+
+Labels = npt.NDArray[np.uint8]
+_AGAINST_REFERENCE = "iou_against_reference/"  # evidence: this and the class name
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A candidate beside the FP32 reference, on the same images; fractions, 0..1.
+
+    mIoU is of the classes that occur in the masks, for both. Over classes that only predictions hold, as
+    :mod:`hpddrnet_trt.core.metrics` counts them, one pixel of an absent class would weigh as much as a whole class.
+    """
+
+    miou: float
+    reference_miou: float
+    agreement: float  # share of all pixels with the reference's label
+    class_ious: dict[str, float]  # candidate's labels against the reference's, classes that occur
+    images: int
+    runtime: str
+
+    @property
+    def drop(self) -> float:
+        """mIoU lost against the reference, in points (percent); negative where the candidate is better."""
+        return 100 * (self.reference_miou - self.miou)
+
+    @property
+    def fidelity(self) -> float:
+        """Mean IoU of the candidate's labels against the reference's: agreement that rare classes weigh on."""
+        return float(np.mean(list(self.class_ious.values())))
+
+    def text(self) -> str:
+        """One line for people."""
+        return (
+            f"mIoU {100 * self.miou:.2f} % ({-self.drop:+.2f} points against FP32's "
+            f"{100 * self.reference_miou:.2f} %), "
+            f"labels equal on {100 * self.agreement:.3f} % of the pixels, {self.images} images, {self.runtime}"
+        )
+
+    def cells(self) -> str:
+        """Change of mIoU in points, equal labels and IoU to FP32, as three columns of a table."""
+        return f"{-self.drop:>+7.2f}  {100 * self.agreement:>11.3f}%  {100 * self.fidelity:>10.2f}%"
+
+    def evidence(self, what: str, source: str) -> Evidence:
+        """The same for a model file's description."""
+        values = {
+            "miou": self.miou,
+            "reference_miou": self.reference_miou,
+            "miou_drop_points": self.drop,
+            "agreement": self.agreement,
+            **{f"{_AGAINST_REFERENCE}{name}": value for name, value in self.class_ious.items()},
+        }
+        return Evidence(what=what, runtime=self.runtime, values=values, images=self.images, source=source)
+
+
+class Judge:
+    """Scores candidates on one split of a dataset against a reference model; use it as a context manager.
+
+    ``reference``: the FP32 model, an open segmenter that the caller closes. Raises as
+    :func:`~hpddrnet_trt.accuracy.evaluate.evaluate` does when model and dataset do not fit, and
+    :class:`UsageError` for a split without images or without a labelled pixel.
+
+    Micrographs too large for the reference to run whole are cut into tiles, and then the candidate must take the
+    same tiles: other cuts change labels too, which would pass for the cost of the precision.
+    """
+
+    def __init__(
+        self, dataset: FolderDataset, split: str, reference: Segmenter, *, threads: int | None = None,
+        progress: bool = True,
+    ) -> None:  # fmt: skip
+        self._dataset, self._split, self._threads, self._progress = dataset, split, threads, progress
+        self._tiles: dict[int, tuple[int, int] | None] = {}  # by image: of the reference, None where it ran whole
+        self._folder = tempfile.TemporaryDirectory(prefix="hpddrnet-trt-")
+        try:
+            # Of the labels that candidates are compared with, whoever gave them, and of the masks.
+            digest = hashlib.sha256(f"{dataset.checksum()} {split} {dataset.class_names}".encode())
+            self.reference_miou, self.images = self._measure_reference(fitting(reference, dataset), digest)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        self.reference_runtime = reference.engine.runtime
+        self.digest = digest.hexdigest()
+
+    @property
+    def source(self) -> str:
+        """What the figures are of, for a model file's description."""
+        return f"{self._dataset.name}/{self._split}"
+
+    def score(self, candidate: Segmenter, title: str | None = None) -> Accuracy:
+        """Compare an open candidate; without ``title`` there is no progress bar.
+
+        Raises :class:`ContractError` when it cuts a micrograph otherwise than the reference does.
+        """
+        names = self._dataset.class_names
+        masks, reference = ConfusionMatrix(len(names)), ConfusionMatrix(len(names))
+        fitting(candidate, self._dataset)
+
+        def add(index: int, image: Labels, mask: Labels) -> None:
+            result = candidate.segment(image)
+            self._check_tiles(index, image, _tile_of(result))
+            labels = result.labels
+            masks.update(labels, mask)
+            reference.update(labels, self._recall(index))
+
+        self._each(title, add)
+        found = reference.scores()
+        return Accuracy(
+            miou=_miou(masks),
+            reference_miou=self.reference_miou,
+            agreement=found.pixel_accuracy,
+            class_ious={name: iou for name, iou in zip(names, found.iou, strict=True) if not np.isnan(iou)},
+            images=self.images,
+            runtime=candidate.engine.runtime,
+        )
+
+    def score_graph(self, model: onnx.ModelProto, manifest: Manifest, title: str | None = None) -> Accuracy:
+        """Compare an ONNX graph that is not a file yet, on ONNX Runtime's CPU kernels.
+
+        What is FP16, BF16 or FP8 in it is rounded to that type by arithmetic
+        (:mod:`hpddrnet_trt.graph.rounding`); sums are accumulated in FP32.
+        """
+        from dataclasses import replace
+
+        from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
+
+        rounded = uses_half(model)
+        with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+            run = manifest.replace(precision="int8" if manifest.quantised_for else "fp32") if rounded else manifest
+            path = save_model(simulate_rounding(model) if rounded else _copy(model), Path(folder) / "it.onnx", run)
+            with Segmenter(OnnxRuntimeEngine(path, threads=self._threads)) as candidate:
+                found = self.score(candidate, title)
+        return replace(found, runtime=f"{found.runtime}, {RUNTIME_REMARK}") if rounded else found
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _measure_reference(self, reference: Segmenter, digest: hashlib._Hash) -> tuple[float, int]:
+        matrix = ConfusionMatrix(len(self._dataset.class_names))
+
+        def add(index: int, image: Labels, mask: Labels) -> None:
+            result = reference.segment(image)
+            labels, self._tiles[index] = result.labels, _tile_of(result)
+            digest.update(np.ascontiguousarray(labels).data)
+            np.savez_compressed(self._kept(index), labels=labels)
+            matrix.update(labels, mask)
+
+        self._each(f"FP32 reference on {self._split}", add)
+        if not matrix.images:
+            raise UsageError(f"split {self._split!r} of {self._dataset.root} holds no images to judge on")
+        if not matrix.counts.any():
+            raise UsageError(
+                f"the masks of split {self._split!r} of {self._dataset.root} label no pixel (all are 255, ignore), "
+                "so there is no mIoU; choose another split"
+            )
+        return _miou(matrix), matrix.images
+
+    def _check_tiles(self, index: int, image: Labels, tile: tuple[int, int] | None) -> None:
+        if tile != self._tiles[index]:
+            height, width = image.shape[:2]
+            raise ContractError(
+                f"a micrograph of {height} x {width} pixels runs {_how(tile)} in this model and "
+                f"{_how(self._tiles[index])} in the FP32 reference, so the difference would not be of precision alone; "
+                f"use a model that takes {height} x {width}, or a dataset with smaller micrographs"
+            )
+
+    def _each(self, title: str | None, use: Callable[[int, Labels, Labels], None]) -> None:
+        shown = self._progress and title is not None
+        samples = samples_of(self._dataset, self._split, title or "", progress=shown)
+        for index, (_, image, mask) in enumerate(samples):
+            use(index, image, mask)
+
+    def _kept(self, index: int) -> Path:
+        return Path(self._folder.name) / f"{index}.npz"
+
+    def _recall(self, index: int) -> Labels:
+        with np.load(self._kept(index)) as archive:
+            labels: Labels = archive["labels"]
+        return labels
+
+
+def _tile_of(result: Segmentation) -> tuple[int, int] | None:
+    return None if result.tiling is None else result.tiling.tile
+
+
+def _how(tile: tuple[int, int] | None) -> str:
+    return "whole" if tile is None else f"in tiles of {tile[0]} x {tile[1]}"
+
+
+def _miou(matrix: ConfusionMatrix) -> float:
+    """Mean IoU of the classes that occur in the masks; see :class:`Accuracy`."""
+    occurs = matrix.counts.any(axis=1)
+    return float(np.mean(np.asarray(matrix.scores().iou)[occurs]))
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Saving writes the description into the graph: the caller's stays as it is."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy

@@ -1,0 +1,152 @@
+"""Commands that measure: the comparison, reports of saved results, layer times, and what this machine can run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpddrnet_trt.cli.options import Data, Split
+from hpddrnet_trt.cli.program import INTERRUPTED, app
+from hpddrnet_trt.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from hpddrnet_trt.benchmark.result import BenchmarkResult
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")]
+Publish = Annotated[
+    Path | None, typer.Option(help="Also copy the report there, named after the machine's GPU or CPU and the day.")
+]
+Compare = Annotated[Path | None, typer.Option(help="An older result.json: also show what changed since.")]
+
+
+class Measure(StrEnum):
+    """What a benchmark takes beside the latency from frame to labels (an enumeration: Typer repeats no Literal)."""
+
+    NETWORK = "network"
+    THROUGHPUT = "throughput"
+    LAYERS = "layers"
+    ROOFLINE = "roofline"
+
+
+@app.command()
+def benchmark(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model files, or a folder that holds them.")],
+    data: Data,
+    split: Split = "test",
+    output: Output = Path("report"),
+    size: Annotated[
+        list[str] | None, typer.Option(help="Timed frame, e.g. 1024x1024; repeat for several; default: as the images.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Frames per inference; repeat for several.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; each runs every engine once.")] = 30,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per engine.")] = None,
+    measure: Annotated[
+        list[Measure] | None,
+        typer.Option(help="Beside the latency from frame to labels; repeat for several; default: all of these."),
+    ] = None,
+    latency_only: Annotated[bool, typer.Option("--latency-only", help="Nothing beside that latency.")] = False,
+    memory_size: Annotated[
+        list[str] | None, typer.Option(help="Frame whose peak memory is measured; repeat; default: the timed ones.")
+    ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers", help="Also what others would run: PyTorch AMP and compiled, the plain export with defaults."
+        ),
+    ] = False,
+    compare: Compare = None,
+    publish: Publish = None,
+) -> None:
+    """Compare every engine and precision with the PyTorch reference in one interleaved run."""
+    from hpddrnet_trt.benchmark.entries import CHECKPOINTS, entries_for
+    from hpddrnet_trt.benchmark.images import load_images, own_size, parse_size
+    from hpddrnet_trt.benchmark.result import load_result, make_settings
+    from hpddrnet_trt.benchmark.run import run_benchmark
+    from hpddrnet_trt.report.folders import model_files
+
+    if measure and latency_only:
+        raise UsageError("--measure asks for more than --latency-only; give one of them")
+    wanted = set() if latency_only else set(measure or Measure)
+    settings = make_settings(
+        sizes=tuple(map(parse_size, size or ())), batches=tuple(batch or (1,)), rounds=rounds, threads=threads,
+        memory_sizes=tuple(map(parse_size, memory_size or ())), network_only=Measure.NETWORK in wanted,
+        throughput=Measure.THROUGHPUT in wanted, layers=Measure.LAYERS in wanted, roofline=Measure.ROOFLINE in wanted,
+    )  # fmt: skip
+    old = None if compare is None else load_result(compare)
+    files, images = model_files(models), load_images(data, split)
+    entries = entries_for(files)
+    if peers:
+        from hpddrnet_trt.benchmark.baselines import peer_entries
+
+        checkpoint = next((file for file in files if file.suffix.lower() in CHECKPOINTS), None)
+        if checkpoint is None:
+            raise UsageError("--peers needs a checkpoint among the models; add its .safetensors file")
+        main = settings.sizes[-1] if settings.sizes else own_size(images.images)
+        entries += peer_entries(checkpoint, output / "peers", size=main, batch=settings.batches[0])
+    result = run_benchmark(entries, images, settings)
+    _report(result, output, old, publish)
+    if not result.complete:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Files result.json of benchmarks.")],
+    output: Output = Path("report"),
+    compare: Compare = None,
+    publish: Publish = None,
+) -> None:
+    """Make the report of saved results again; several Python environments of one machine become one report.
+
+    Of several results the first must hold the PyTorch reference.
+    """
+    from hpddrnet_trt.benchmark.merge import merge
+    from hpddrnet_trt.benchmark.result import load_result
+
+    loaded = [load_result(path) for path in results]
+    old = None if compare is None else load_result(compare)
+    _report(loaded[0] if len(loaded) == 1 else merge(loaded), output, old, publish)
+
+
+def _report(result: BenchmarkResult, output: Path, old: BenchmarkResult | None, publish: Path | None) -> None:
+    from hpddrnet_trt.benchmark.compare import compare, differences, format_changes
+    from hpddrnet_trt.benchmark.text import format_table
+    from hpddrnet_trt.report.benchmark import write_report
+    from hpddrnet_trt.report.comparison_page import write_comparison
+    from hpddrnet_trt.report.folders import publish_report
+
+    written = write_report(result, output)
+    typer.echo(format_table(result))
+    if old is not None:
+        changes = compare(old, result)
+        typer.echo(f"\nsince {old.created}:\n{format_changes(changes, differences(old, result))}")
+        typer.echo(f"comparison: {write_comparison(old, result, changes, output / 'comparison.html')}")
+    if publish is not None:
+        typer.echo(f"published: {publish_report(written, result, publish)}")
+    typer.echo(f"report: {written.html}")
+
+
+@app.command()
+def profile(
+    engine: Annotated[Path, typer.Argument(help="Engine file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("layer-times.json"),
+    size: Annotated[str, typer.Option(help="Frame, e.g. 1024x1024.")] = "1024x1024",
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 50,
+) -> None:
+    """Time each layer of an engine on this GPU; choose-precision takes the result with --layer-times."""
+    from hpddrnet_trt.benchmark.images import parse_size
+    from hpddrnet_trt.engines.layer_times import write_layer_times
+
+    typer.echo(f"written: {write_layer_times(engine, output, parse_size(size), runs=runs)}")
+
+
+@app.command()
+def engines() -> None:
+    """List the runtimes of this machine: version, or the reason why one is missing."""
+    from hpddrnet_trt.engines import available_engines
+
+    for name, state in available_engines().items():
+        typer.echo(f"{name:<14} {state}")

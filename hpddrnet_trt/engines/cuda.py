@@ -1,0 +1,421 @@
+"""CUDA without a framework: the GPU, streams, buffers, and arrays that others hold on the GPU.
+
+Uses ``cuda-python`` only, imported where used. Everything lives in the device's primary context, the
+one PyTorch, CuPy and (through ``pycuda.autoprimaryctx``) PyCUDA share, so their arrays can be used
+in place. Each call leaves the thread's current context as it found it, whichever that is, or none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.core.errors import ContractError, MissingDependency, NoGpu, UserError, require
+
+# Stream handles 1 and 2 are CUDA's legacy and per-thread default streams (CUDA array interface, version 3).
+LEGACY_STREAM = 1
+
+_DLPACK_CUDA = 2
+_DLPACK_CUDA_MANAGED = 13
+# DLPack type codes (dlpack.h): signed, unsigned, float, and bool.
+_DLPACK_KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}
+
+
+def cudart() -> Any:
+    """The ``cuda.bindings.runtime`` module, or :class:`MissingDependency`."""
+    return require("cuda.bindings.runtime", "tensorrt", "use an NVIDIA GPU")
+
+
+def cuda_driver() -> Any:
+    """The ``cuda.bindings.driver`` module, or :class:`MissingDependency`."""
+    return require("cuda.bindings.driver", "tensorrt", "use an NVIDIA GPU")
+
+
+def check(result: tuple[Any, ...], doing: str) -> Any:
+    """Unpack a cuda-python result tuple; raise :class:`UserError` saying what failed ``doing``."""
+    if result[0]:  # cudaSuccess is 0
+        raise _failure(result[0], doing)
+    return result[1] if len(result) == 2 else result[1:] or None
+
+
+def _failure(status: Any, doing: str) -> UserError:
+    if status == cudart().cudaError_t.cudaErrorMemoryAllocation:
+        return UserError(
+            f"out of memory while {doing}; close other programs that use it, use smaller images or "
+            "batches, or build the engine with smaller --shapes"
+        )
+    return UserError(f"CUDA reports {status.name} while {doing}; {_advice(status.name)}")
+
+
+def _advice(name: str) -> str:
+    if name in {"cudaErrorInsufficientDriver", "cudaErrorNoDevice"}:
+        return "install or update the NVIDIA driver"
+    if name in {"cudaErrorInvalidResourceHandle", "cudaErrorContextIsDestroyed"}:
+        return "give a stream of the engine's GPU that still exists"
+    return "the GPU's state may be lost: restart the program"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU: CUDA index, name, compute capability like ``"8.9"``."""
+
+    index: int
+    name: str
+    compute_capability: str
+
+
+def gpus() -> list[Gpu]:
+    """All NVIDIA GPUs of this machine; raises :class:`NoGpu` when the driver shows none.
+
+    Asks the CUDA driver only: safe where TensorRT itself would crash without a device.
+    """
+    runtime = cudart()
+    status, count = runtime.cudaGetDeviceCount()
+    if status != runtime.cudaError_t.cudaSuccess or not count:
+        raise NoGpu(
+            f"no NVIDIA GPU can be used here (CUDA says {status.name}); run this on a machine with an NVIDIA GPU "
+            "and a current driver, or use the ONNX file with the CPU engine"
+        )
+    return [_describe(runtime, index) for index in range(count)]
+
+
+def _describe(runtime: Any, index: int) -> Gpu:
+    properties = check(runtime.cudaGetDeviceProperties(index), f"reading the properties of GPU {index}")
+    name = properties.name.decode(errors="replace") if isinstance(properties.name, bytes) else str(properties.name)
+    return Gpu(index, name.rstrip("\0"), f"{properties.major}.{properties.minor}")
+
+
+def find_gpu(index: int = 0) -> Gpu:
+    """The GPU with this CUDA index, or :class:`NoGpu`."""
+    found = gpus()
+    if not 0 <= index < len(found):
+        raise NoGpu(f"GPU {index} does not exist, this machine has {len(found)}; choose 0 to {len(found) - 1}")
+    return found[index]
+
+
+def gpu_or_none(index: int = 0) -> Gpu | None:
+    """:func:`find_gpu`, or None where there is no usable GPU or no ``cuda-python``."""
+    try:
+        return find_gpu(index)
+    except (NoGpu, MissingDependency):
+        return None
+
+
+class current_device:  # a class because a generator would cost more at every frame
+    """Make the primary context of GPU ``index`` current for this thread inside a ``with``.
+
+    What was current before is so again afterwards: it is pushed and popped (CUDA driver API, "Context
+    management"). Selecting the previous *device* instead would give a program with a context of its own
+    another one, and make one on a GPU that it does not use. One object serves all threads, nested too; the
+    context lives as long as the process.
+    """
+
+    __slots__ = ("_context", "_pop", "_push")
+
+    def __init__(self, index: int) -> None:
+        driver = cuda_driver()
+        self._context = _primary_context(driver, index)
+        self._push, self._pop = driver.cuCtxPushCurrent, driver.cuCtxPopCurrent
+
+    def __enter__(self) -> None:
+        check(self._push(self._context), "selecting the engine's GPU")
+
+    def __exit__(self, *_: object) -> None:
+        check(self._pop(), "going back to the GPU that was selected before")
+
+
+@lru_cache(maxsize=64)  # retained once for each GPU, and never released: TensorRT keeps parts of itself in it
+def _primary_context(driver: Any, index: int) -> Any:
+    doing = f"selecting GPU {index}"
+    check(driver.cuInit(0), doing)
+    return check(driver.cuDevicePrimaryCtxRetain(check(driver.cuDeviceGet(index), doing)), doing)
+
+
+def freed_with(owner: object, free: Callable[..., Any], *handles: Any) -> Any:
+    """Call ``free`` with each handle, on the GPU that is current now, when ``owner`` goes or the result is called."""
+    index = check(cudart().cudaGetDevice(), "reading the current GPU")
+    finalizer = weakref.finalize(owner, _free, current_device(index), free, *handles)
+    finalizer.atexit = False  # the driver cleans up at exit, when it may already be unloaded
+    return finalizer
+
+
+def _free(gpu: current_device, free: Callable[..., Any], *handles: Any) -> None:
+    # The garbage collector may run this in any thread, with any context, or none, as the current one.
+    with suppress(UserError), gpu:
+        for handle in handles:
+            free(handle)
+
+
+def stream_handle(stream: Any) -> int:
+    """The number of a caller's CUDA stream.
+
+    Takes that number, or an object of PyTorch (``cuda_stream``), CuPy (``ptr``), PyCUDA or cuda.core
+    (``handle``), cuda-python (``int()``), or with the method ``__cuda_stream__``
+    (https://nvidia.github.io/cuda-python/cuda-core/latest/interoperability.html). 0 is the default
+    stream. Raises :class:`ContractError` for anything else.
+    """
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        stream = (protocol() if callable(protocol) else protocol)[1]  # version, handle
+    for name in ("cuda_stream", "ptr", "handle"):
+        stream = getattr(stream, name, stream)
+    if isinstance(stream, (bool, float)) or not hasattr(stream, "__int__"):
+        raise ContractError(
+            f"a {type(stream).__name__} is no CUDA stream; give its number, or a stream of PyTorch, CuPy, PyCUDA or "
+            "cuda-python"
+        )
+    return int(stream) or LEGACY_STREAM
+
+
+class Stream:
+    """A CUDA stream that does not wait for the default stream. Create with the device current.
+
+    ``handle`` is its number, ``object`` what cuda-python takes without converting it at each call.
+    """
+
+    def __init__(self) -> None:
+        runtime = cudart()
+        self.object = check(
+            runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking), "creating a CUDA stream"
+        )
+        self._event = check(
+            runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming), "creating a CUDA event"
+        )
+        self.handle = int(self.object)
+        self._runtime = runtime
+        self._any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
+        self._frees = [
+            freed_with(self, runtime.cudaEventDestroy, self._event),
+            freed_with(self, runtime.cudaStreamDestroy, self.object),
+        ]
+
+    def wait_for(self, other: int) -> None:
+        """Work queued here from now on starts after the work queued so far on stream ``other``."""
+        check(self._runtime.cudaEventRecord(self._event, other), "waiting for another CUDA stream")
+        check(self._runtime.cudaStreamWaitEvent(self.object, self._event, 0), "waiting for another CUDA stream")
+
+    def precede(self, other: int) -> None:
+        """Work queued on stream ``other`` from now on starts after the work queued so far here."""
+        check(self._runtime.cudaEventRecord(self._event, self.object), "making another CUDA stream wait")
+        check(self._runtime.cudaStreamWaitEvent(other, self._event, 0), "making another CUDA stream wait")
+
+    def synchronise(self) -> None:
+        """Block until all work queued on this stream has ended."""
+        check(self._runtime.cudaStreamSynchronize(self.object), "running the engine on the GPU")
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Queue a copy of ``nbytes`` between any two addresses (CUDA finds the direction)."""
+        check(
+            self._runtime.cudaMemcpyAsync(target, source, nbytes, self._any_direction, self.object),
+            "copying to or from the GPU",
+        )
+
+    def close(self) -> None:
+        """Free the stream; what is queued on it still runs."""
+        for free in self._frees:
+            free()
+
+
+class DeviceBuffer:
+    """Memory on the current GPU. Freed by :meth:`close` or with the object."""
+
+    def __init__(self, nbytes: int) -> None:
+        runtime = cudart()
+        self.nbytes = max(nbytes, 1)
+        self.pointer = int(check(runtime.cudaMalloc(self.nbytes), f"allocating {self.nbytes} bytes on the GPU"))
+        self.close = freed_with(self, runtime.cudaFree, self.pointer)
+
+
+class PinnedBuffer:
+    """Page-locked host memory: copies to and from the GPU at full speed, without an extra staging copy."""
+
+    def __init__(self, nbytes: int) -> None:
+        runtime = cudart()
+        self.nbytes = max(nbytes, 1)
+        self.pointer = int(
+            check(runtime.cudaMallocHost(self.nbytes), f"allocating {self.nbytes} bytes of page-locked memory")
+        )
+        self._bytes = (ctypes.c_uint8 * self.nbytes).from_address(self.pointer)
+        self.close = freed_with(self, runtime.cudaFreeHost, self.pointer)
+
+    def view(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """The start of this memory as an array; valid until :meth:`close`."""
+        dtype = np.dtype(dtype)
+        count = int(np.prod(shape))
+        if count * dtype.itemsize > self.nbytes:
+            raise ValueError(f"{shape} of {dtype} does not fit {self.nbytes} bytes")
+        return np.frombuffer(memoryview(self._bytes), dtype=dtype, count=count).reshape(shape)
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """A C-contiguous array on the GPU.
+
+    ``stream``: CUDA stream that may still be writing it, None when it is complete. ``owner`` keeps the
+    memory alive. Has ``__cuda_array_interface__`` (version 3), so ``torch.as_tensor``,
+    ``cupy.asarray`` and Numba take it without a copy.
+    """
+
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    owner: Any
+    stream: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if isinstance(self.owner, DeviceBuffer) and not self.owner.close.alive:
+            raise ContractError("this GPU array is gone: its engine was closed or given a larger input; copy it before")
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.pointer, False),
+            "strides": None,
+            "stream": self.stream,
+        }
+
+
+def on_device(images: Any) -> bool:
+    """Whether ``images`` is an array on a CUDA GPU (CUDA array interface or DLPack)."""
+    if isinstance(images, np.ndarray):
+        return False
+    if hasattr(images, "__dlpack_device__"):
+        return int(images.__dlpack_device__()[0]) in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED)
+    return _interface(images) is not None
+
+
+def view_device_array(images: Any, stream: Stream, device: int) -> DeviceArray:
+    """Use an array on the GPU in place, ordered after the work that is still producing it.
+
+    DLPack is preferred, because it says exactly on which stream the array is produced (the producer
+    makes ``stream`` wait). With the CUDA array interface ``stream`` waits for the stream named there;
+    one that names none (``None``) is taken as complete, as version 3 defines; version 2 (for example
+    older PyCUDA) cannot say, so ``stream`` waits for the legacy default stream. Raises
+    :class:`ContractError` for another device, a strided array, or a masked one.
+    """
+    if hasattr(images, "__dlpack__") and hasattr(images, "__dlpack_device__"):
+        kind, index = (int(part) for part in images.__dlpack_device__())
+        if kind not in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED) or index != device:
+            raise ContractError(
+                f"the array is on DLPack device {kind}:{index}, the engine on GPU {device}; move it there"
+            )
+        return from_dlpack_capsule(images.__dlpack__(stream=stream.handle))
+    interface = _interface(images)
+    if interface is None:
+        raise ContractError(
+            f"a {type(images).__name__} is no array on a GPU; give a numpy array, or one with "
+            "__cuda_array_interface__ or __dlpack__ (PyTorch, CuPy, PyCUDA, Numba)"
+        )
+    view = from_cuda_array_interface(interface, images)
+    _check_device(view.pointer, device)
+    if view.stream is not None:
+        stream.wait_for(view.stream)
+    return view
+
+
+def _check_device(pointer: int, device: int) -> None:
+    attributes = check(cudart().cudaPointerGetAttributes(pointer), "looking up the GPU of an array")
+    if attributes.device != device:
+        raise ContractError(
+            f"the array is on GPU {attributes.device}, the engine on GPU {device}; move it there"
+        )
+
+
+def _interface(images: Any) -> Mapping[str, Any] | None:
+    # PyTorch raises instead of lacking the attribute: for CPU tensors AttributeError, which getattr
+    # handles, and RuntimeError for tensors that require gradients.
+    try:
+        interface = getattr(images, "__cuda_array_interface__", None)
+    except RuntimeError as exc:
+        raise ContractError(f"the input array cannot be used in place ({exc}); detach it first") from exc
+    return interface if isinstance(interface, Mapping) else None
+
+
+def writable_device_array(images: Any, stream: Stream, device: int) -> DeviceArray:
+    """:func:`view_device_array` of an array that is to be written; also refuses a read-only one."""
+    view = view_device_array(images, stream, device)
+    interface = _interface(images)
+    if interface is not None and tuple(interface["data"])[1:] == (True,):
+        raise ContractError("the output array on the GPU is read-only; give another")
+    return view
+
+
+def from_cuda_array_interface(interface: Mapping[str, Any], owner: Any) -> DeviceArray:
+    """Read the CUDA array interface, versions 2 and 3; raises :class:`ContractError` on what we cannot use."""
+    try:
+        version = int(interface["version"])
+        shape = tuple(int(size) for size in interface["shape"])
+        dtype = np.dtype(interface["typestr"])
+        pointer = int(interface["data"][0])
+    except (KeyError, IndexError, TypeError, ValueError) as exc:
+        raise ContractError(f"the input's __cuda_array_interface__ is not valid ({exc!r})") from exc
+    if version < 2:
+        raise ContractError(f"the input's __cuda_array_interface__ has version {version}; 2 or newer is needed")
+    if interface.get("mask") is not None:
+        raise ContractError("masked GPU arrays are not supported; fill the masked pixels first")
+    _check_contiguous(shape, interface.get("strides"), dtype.itemsize)
+    stream = interface.get("stream") if version >= 3 else LEGACY_STREAM
+    if stream == 0:
+        raise ContractError("the input's __cuda_array_interface__ names stream 0, which the interface forbids")
+    return DeviceArray(pointer, shape, dtype, owner, None if stream is None else int(stream))
+
+
+def _check_contiguous(shape: tuple[int, ...], strides: Any, itemsize: int) -> None:
+    """``strides`` in bytes, or None for C order."""
+    if strides is None or 0 in shape:
+        return
+    expected = itemsize
+    for size, stride in zip(reversed(shape), reversed(tuple(strides)), strict=True):
+        if size != 1 and stride != expected:
+            raise ContractError("the input array on the GPU is not C-contiguous; make a contiguous copy first")
+        expected *= size
+
+
+class _DLTensor(ctypes.Structure):
+    """DLTensor of dlpack.h, the unversioned ABI."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def from_dlpack_capsule(capsule: Any) -> DeviceArray:
+    """Borrow the array in a DLPack capsule.
+
+    The capsule is kept, not consumed: its own destructor releases the array when the view goes.
+    """
+    api = ctypes.pythonapi.PyCapsule_GetPointer
+    api.restype, api.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    tensor = _DLTensor.from_address(api(capsule, b"dltensor"))
+    kind = _DLPACK_KINDS.get(tensor.code)
+    if kind is None or tensor.lanes != 1:
+        raise ContractError(f"arrays of DLPack type {tensor.code}:{tensor.bits}x{tensor.lanes} are not supported")
+    dtype = np.dtype(f"{kind}{tensor.bits // 8}")
+    shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
+    strides = None
+    if tensor.strides:  # counted in elements
+        strides = tuple(tensor.strides[axis] * dtype.itemsize for axis in range(tensor.ndim))
+    _check_contiguous(shape, strides, dtype.itemsize)
+    return DeviceArray((tensor.data or 0) + tensor.byte_offset, shape, dtype, capsule)

@@ -1,0 +1,439 @@
+"""Execution contexts of a TensorRT engine, their buffers and CUDA graphs, and the streams they run on.
+
+An :class:`Execution` is one context with its buffers. A :class:`Slot` is one stream on which several
+executions take turns; they share scratch memory. Two slots run at the same time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.core.errors import ContractError, UserError
+from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.engines.base import Prediction
+from hpddrnet_trt.engines.cuda import DeviceArray, DeviceBuffer, PinnedBuffer, Stream
+from hpddrnet_trt.engines.cuda_graph import CaptureError, CudaGraph
+from hpddrnet_trt.engines.outputs import checked_prediction
+from hpddrnet_trt.engines.profiles import Profile, choose_profile
+from hpddrnet_trt.engines.tensorrt_library import INPUT, TensorRT
+
+logger = logging.getLogger(__name__)
+
+# A graph is for one context in the state in which it was recorded (TensorRT developer guide, "CUDA
+# graphs": one context per graph), so every shape with a graph has a context of its own.
+GRAPHS = 4  # shapes that have one, per slot
+WARM_UP = 2  # runs of a shape before it gets a graph
+REPLACE = 16  # runs of a shape before it takes the place of another's: new contexts cost milliseconds
+SHAPES_COUNTED = 256
+BORROWED = 16  # arrays of others held at a time for work that nobody has waited for
+# TensorRT wants tensor addresses aligned to this many bytes (its API reference, setTensorAddress);
+# cudaMalloc gives that, a slice of somebody's array may not.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Network:
+    """What all contexts of a loaded engine share. ``outputs``: types by name; ``dtype``: of the input."""
+
+    manifest: Manifest
+    api: TensorRT
+    engine: Any
+    profiles: Sequence[Profile]
+    dtype: np.dtype[Any]
+    outputs: dict[str, np.dtype[Any]]
+    scratch_bytes: int
+
+    def refusal(self, what: str, shape: Sequence[int]) -> str:
+        """The library's own reason in a sentence about an input ``shape``."""
+        written = "x".join(map(str, shape))
+        return f"{self.api.label} {what} an input of {written}: {self.api.log.explain('no reason given')}"
+
+
+class Execution:
+    """One context with device and page-locked buffers, for one input shape at a time.
+
+    Runs on ``stream`` in the memory ``scratch``, which other executions on that stream may share.
+    """
+
+    def __init__(self, network: Network, stream: Stream, scratch: DeviceBuffer) -> None:
+        """Raises :class:`UserError` when the GPU has too little memory."""
+        self._network, self._stream = network, stream
+        network.api.log.clear()
+        context = network.api.create_context(network.engine)
+        if context is None:
+            raise UserError(
+                f"the GPU has too little free memory for another execution of this engine "
+                f"({network.api.log.explain('no reason given')}); close other programs that use it, or build the "
+                "engine with smaller --shapes"
+            )
+        network.api.give_memory(context, scratch.pointer, scratch.nbytes)
+        self.context: Any = context
+        self.shape: tuple[int, ...] | None = None
+        self.views: dict[str, DeviceArray] = {}
+        self.graph: CudaGraph | None = None
+        self._device: dict[str, DeviceBuffer] = {}
+        self._pinned: dict[str, PinnedBuffer] = {}
+        self._source = 0  # address that the context reads from
+        self._targets: dict[str, int] = {}  # addresses that it writes to
+        self._frame: npt.NDArray[Any] | None = None
+        self._downloads: list[tuple[int, int, int]] = []
+        self.results: dict[str, npt.NDArray[Any]] = {}
+
+    def set_shape(self, shape: tuple[int, ...]) -> None:
+        """Choose the profile and give outputs of this input shape their buffers; the stream must be idle.
+
+        Raises :class:`ContractError` or :class:`UserError`.
+        """
+        if shape == self.shape:
+            return
+        network, context = self._network, self.context
+        index = choose_profile(network.profiles, shape)
+        self.shape, self._frame = None, None
+        network.api.log.clear()
+        accepted = context.active_optimization_profile == index or context.set_optimization_profile_async(
+            index, self._stream.handle
+        )
+        self._stream.synchronise()
+        if not (accepted and context.set_input_shape(INPUT, shape)) or context.infer_shapes():
+            raise ContractError(f"{network.refusal('refuses', shape)}; build the engine with other --shapes")
+        self.views = {name: self._bind_output(name, dtype) for name, dtype in network.outputs.items()}
+        self.shape = shape
+
+    def _bind_output(self, name: str, dtype: np.dtype[Any]) -> DeviceArray:
+        shape = tuple(self.context.get_tensor_shape(name))
+        if min(shape, default=1) < 1:
+            raise UserError(self._network.refusal(f"gives no size of the output {name} of", shape))
+        buffer = _grown(self._device, DeviceBuffer, name, prod(shape) * dtype.itemsize)
+        if not self.context.set_tensor_address(name, buffer.pointer):
+            raise UserError(self._network.refusal(f"refuses the output {name} of", shape))
+        self._targets[name] = buffer.pointer
+        return DeviceArray(buffer.pointer, shape, dtype, buffer, self._stream.handle)
+
+    def _host_side(self) -> None:
+        """Page-locked memory for the frame and the results of the present shape."""
+        assert self.shape is not None
+        dtype = self._network.dtype
+        nbytes = int(np.prod(self.shape)) * dtype.itemsize
+        frame = _grown(self._pinned, PinnedBuffer, INPUT, nbytes)
+        self._upload = (_grown(self._device, DeviceBuffer, INPUT, nbytes).pointer, frame.pointer, nbytes)
+        self._downloads, self.results = [], {}
+        for name, view in self.views.items():
+            pinned = _grown(self._pinned, PinnedBuffer, name, view.nbytes)
+            self._downloads.append((pinned.pointer, view.pointer, view.nbytes))
+            self.results[name] = pinned.view(view.shape, view.dtype)
+        self._frame = frame.view(self.shape, dtype)
+
+    def load(self, images: npt.NDArray[Any]) -> None:
+        """Copy a batch of the present shape into page-locked memory, which no earlier work may still read."""
+        if self._frame is None:
+            self._host_side()
+        np.copyto(self._frame, images)  # type: ignore[arg-type]  # made by _host_side
+
+    def take(self, view: DeviceArray) -> None:
+        """Queue a copy of a batch on the GPU to where :meth:`upload` would bring it."""
+        if self._frame is None:
+            self._host_side()
+        self._stream.copy(self._upload[0], view.pointer, view.nbytes)
+
+    def upload(self) -> None:
+        """Queue the copy of what :meth:`load` took to the GPU."""
+        self._stream.copy(*self._upload)
+
+    def enqueue(self, source: int | None = None, targets: Mapping[str, int] | None = None) -> None:
+        """Queue the network; raises :class:`UserError`.
+
+        It reads from the address ``source``, or the uploaded batch, and writes each output to its address
+        in ``targets``, or to the buffer of this execution.
+        """
+        assert self.shape is not None
+        address = self._upload[0] if source is None else source
+        api = self._network.api
+        api.log.clear()
+        if address != self._source:
+            self._source = address if self.context.set_tensor_address(INPUT, address) else 0
+        for name, view in self.views.items():
+            target = view.pointer if targets is None else targets.get(name, view.pointer)
+            if target != self._targets[name]:
+                self._targets[name] = target if self.context.set_tensor_address(name, target) else 0
+        ready = self._source and all(self._targets.values())
+        if not (ready and self.context.execute_async_v3(self._stream.handle)):
+            shape, self.shape = self.shape, None
+            reason = self._network.refusal("failed on", shape)
+            raise UserError(f"{reason}; try a smaller image or load the engine again")
+
+    def download(self) -> None:
+        """Queue the copies of all outputs to :attr:`results`."""
+        if self._frame is None:
+            self._host_side()
+        for copy in self._downloads:
+            self._stream.copy(*copy)
+
+    def whole(self) -> None:
+        """Queue everything between :meth:`load` and :attr:`results`."""
+        self.upload()
+        self.enqueue()
+        self.download()
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the buffers."""
+        return sum(buffer.nbytes for buffer in self._device.values())
+
+    def close(self) -> None:
+        """Free context and buffers; the stream must be idle."""
+        if self.graph is not None:
+            self.graph.close()
+        self.graph = self.context = None
+        buffers: list[DeviceBuffer | PinnedBuffer] = [*self._device.values(), *self._pinned.values()]
+        for buffer in buffers:
+            buffer.close()
+        self.views, self.results, self._frame = {}, {}, None
+
+
+def _grown(buffers: dict[str, Any], kind: type[Any], name: str, nbytes: int) -> Any:
+    buffer = buffers.get(name)
+    if buffer is None or buffer.nbytes < nbytes:
+        if buffer is not None:
+            buffer.close()  # waits for the GPU; before the larger one, so that both need not fit
+        buffer = buffers[name] = kind(nbytes)
+    return buffer
+
+
+def _fitting(execution: Execution, targets: Mapping[str, DeviceArray] | None) -> dict[str, DeviceArray]:
+    """``targets``, or :class:`ContractError` when one is not made for the output of its name."""
+    for name, target in (targets or {}).items():
+        view = execution.views.get(name)
+        if view is None:
+            raise ContractError(f"this engine has no output {name!r}; it has: {', '.join(execution.views)}")
+        if (target.shape, target.dtype) != (view.shape, view.dtype):
+            raise ContractError(
+                f"the array for the output {name} must be {view.dtype} {view.shape}, got {target.dtype} {target.shape}"
+            )
+    return dict(targets or {})
+
+
+class Slot:
+    """One stream with its executions: one batch in flight. For one thread at a time, the one that holds ``lock``.
+
+    Shapes that come often get a context of their own and a CUDA graph of upload, network and download;
+    all others share one context. Where a graph cannot be made, one message says why and all run without.
+    """
+
+    def __init__(self, network: Network, *, graphs: bool) -> None:
+        """Create with the device current; raises :class:`UserError` when memory is short."""
+        self._network, self._graphs = network, graphs
+        self.lock = threading.RLock()
+        self.stream = Stream()
+        self._scratch = DeviceBuffer(network.scratch_bytes)
+        self._shared: Execution | None = self.new_execution()
+        self._own: OrderedDict[tuple[int, ...], Execution] = OrderedDict()
+        self._runs: dict[tuple[int, ...], int] = {}
+        self._bound: list[Execution] = []
+        self._running: Execution | None = None
+        self._shape: tuple[int, ...] = ()  # of the batch that runs
+        self._borrowed: list[DeviceArray] = []  # live while the GPU may read them
+        self._busy = False
+
+    def new_execution(self) -> Execution:
+        """Another context on this stream and scratch memory."""
+        return Execution(self._network, self.stream, self._scratch)
+
+    # --- one batch: submit, or run in place; then collect
+
+    def submit(self, images: npt.NDArray[Any]) -> None:
+        """Queue one batch from the host; the result comes from :meth:`collect`."""
+        if self._busy:
+            self.finish()
+        execution = self._own.get(images.shape)
+        if execution is not None and execution.graph is not None:
+            execution.load(images)
+            self._running, self._shape, self._busy = execution, images.shape, True
+            execution.graph.launch()
+            if len(self._own) > 1:
+                self._own.move_to_end(images.shape)
+            return
+        execution = self._ready(images.shape)
+        execution.load(images)
+        self._running, self._shape, self._busy = execution, images.shape, True
+        execution.whole()
+        if self._graphs and self._is_due(images.shape):
+            self._record(execution)
+
+    def run_device(
+        self, view: DeviceArray, *, download: bool, targets: Mapping[str, DeviceArray] | None = None
+    ) -> dict[str, DeviceArray]:
+        """Queue one batch that is on this GPU, in place if aligned; with ``download``, :meth:`collect` may follow.
+
+        ``targets``: arrays of others on this GPU that take the outputs of those names.
+        """
+        if len(self._borrowed) >= BORROWED:
+            self.finish()
+        execution = self._ready(view.shape)
+        taken = _fitting(execution, targets)
+        self._borrow(view, taken)
+        self._running, self._shape, self._busy = execution, view.shape, True
+        if view.pointer % ALIGNMENT == 0:
+            return self._run(execution, view.pointer, taken, download)
+        execution.take(view)
+        return self._run(execution, None, taken, download)
+
+    def run_host(
+        self, images: npt.NDArray[Any], targets: Mapping[str, DeviceArray] | None = None
+    ) -> dict[str, DeviceArray]:
+        """Queue one batch from the host; the results stay on the GPU, in ``targets`` where given."""
+        if self._busy:
+            self.finish()
+        execution = self._ready(images.shape)
+        taken = _fitting(execution, targets)
+        execution.load(images)
+        self._borrow(None, taken)
+        self._busy = True
+        execution.upload()
+        return self._run(execution, None, taken, False)
+
+    def _run(
+        self, execution: Execution, source: int | None, targets: dict[str, DeviceArray], download: bool
+    ) -> dict[str, DeviceArray]:
+        """Queue the network with outputs to ``targets``, in place if aligned."""
+        in_place = {name: view.pointer for name, view in targets.items() if view.pointer % ALIGNMENT == 0}
+        execution.enqueue(source, in_place)
+        for name, view in targets.items():
+            if name not in in_place:
+                self.stream.copy(view.pointer, execution.views[name].pointer, view.nbytes)
+        if download:
+            execution.download()
+        handle = self.stream.handle
+        return {**execution.views, **{name: replace(view, stream=handle) for name, view in targets.items()}}
+
+    def _borrow(self, view: DeviceArray | None, targets: Mapping[str, DeviceArray]) -> None:
+        self._borrowed += [*([] if view is None else [view]), *targets.values()]
+
+    def collect(self, labels: npt.NDArray[np.uint8] | None = None) -> Prediction:
+        """Wait for the batch and copy its results out; ``labels`` is the array that takes the labels.
+
+        Raises :class:`BadInputFile` for results that the description does not promise.
+        """
+        execution = self._running
+        assert execution is not None
+        self.finish()
+        results = dict(execution.results)
+        if labels is not None and "labels" in results:
+            np.copyto(labels, results["labels"])
+            results["labels"] = labels
+        results = {name: result if result is labels else result.copy() for name, result in results.items()}
+        found = checked_prediction(results, self._network.manifest, self._shape)
+        if labels is None or found.labels is labels:
+            return found
+        np.copyto(labels, found.labels)
+        return Prediction(labels, found.confidence, found.logits)
+
+    def finish(self) -> None:
+        """Wait for all work of this slot."""
+        self.stream.synchronise()
+        self._busy = False
+        self._borrowed.clear()
+
+    # --- contexts and graphs
+
+    def _ready(self, shape: tuple[int, ...]) -> Execution:
+        """The shared context, ready for ``shape``."""
+        if self._shared is None:
+            self._shared = self.new_execution()
+        if self._shared.shape != shape:
+            if self._busy:
+                self.finish()  # the context and its buffers must be idle while they change
+            self._shared.set_shape(shape)
+        return self._shared
+
+    def _is_due(self, shape: tuple[int, ...]) -> bool:
+        """Whether this shape has come often enough for a graph."""
+        if len(self._runs) >= SHAPES_COUNTED:
+            self._runs.clear()
+        self._runs[shape] = self._runs.get(shape, 0) + 1
+        return self._runs[shape] >= (WARM_UP if len(self._own) < GRAPHS else REPLACE)
+
+    def _record(self, execution: Execution) -> None:
+        """Make a graph of what the shared context has just run; it then belongs to this shape."""
+        self.finish()
+        execution.graph = self._graph(execution, execution.whole)
+        if execution.graph is None:
+            return
+        if len(self._own) >= GRAPHS:
+            shape, oldest = self._own.popitem(last=False)
+            self._runs.pop(shape, None)
+            oldest.close()
+        assert execution.shape is not None
+        self._own[execution.shape] = execution
+        self._shared = None
+
+    def _graph(self, execution: Execution, record: Callable[[], None]) -> CudaGraph | None:
+        """A graph of an execution that has just run so, or None, from now on, where none can be made."""
+        try:
+            if reason := self._network.api.capture_refusal(execution.context, self.stream.handle):
+                raise CaptureError(reason)
+            return CudaGraph(self.stream, record)
+        except CaptureError as exc:
+            logger.warning("no CUDA graph can be made of this engine, it runs without (%s)", exc)
+            self._graphs = False
+            return None
+
+    def bind(self, images: npt.NDArray[Any] | DeviceArray, *, graph: bool) -> Execution:
+        """A context of its own that has run this batch once, with the batch in its device memory.
+
+        With ``graph`` it has one of the network alone, where one can be made. Lives until :meth:`release`.
+        """
+        self.finish()
+        execution = self.new_execution()
+        self._bound.append(execution)
+        try:
+            execution.set_shape(images.shape)
+            if isinstance(images, DeviceArray):
+                execution.take(images)
+            else:
+                execution.load(images)
+                execution.upload()
+            execution.enqueue()
+            self.finish()
+            if graph and self._graphs:
+                execution.graph = self._graph(execution, execution.enqueue)
+                execution.set_shape(images.shape)  # again, where recording failed inside the library
+        except BaseException:
+            self.release(execution)
+            raise
+        return execution
+
+    def release(self, execution: Execution) -> None:
+        """Free a bound execution."""
+        self.finish()
+        self._bound.remove(execution)
+        execution.close()
+
+    @property
+    def _executions(self) -> list[Execution]:
+        shared = [] if self._shared is None else [self._shared]
+        return [*shared, *self._own.values(), *self._bound]
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of scratch and buffers."""
+        return self._scratch.nbytes + sum(execution.nbytes for execution in self._executions)
+
+    def close(self) -> None:
+        """Free everything."""
+        self.finish()
+        for execution in self._executions:
+            execution.close()
+        self._running = self._shared = None
+        self._own.clear()
+        self._bound.clear()
+        self._scratch.close()
+        self.stream.close()

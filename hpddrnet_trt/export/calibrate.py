@@ -1,0 +1,430 @@
+"""INT8 and FP8: calibrate an exported FP32 model on micrographs and write a quantised ONNX file.
+
+Two forms, because two runtimes want different graphs (:mod:`hpddrnet_trt.graph.qdq`):
+
+* ``tensorrt``: explicit symmetric INT8 (or FP8) around convolutions, the rest typed FP16;
+* ``onnxruntime``: uint8 activations and int8 weights for the CPU kernels, the rest FP32.
+
+The file is run and compared with the FP32 one on images that were not calibrated on, before it is
+written. :func:`activation_ranges` gives the ranges alone, for callers that quantise graphs themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.manifest import CalibrationRecord, Evidence, InputContract, Manifest
+from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.runtimes import load_onnxruntime
+from hpddrnet_trt.engines.base import input_contract
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.export import images as micrographs
+from hpddrnet_trt.export import modelopt
+from hpddrnet_trt.export.histograms import Statistics, merge
+from hpddrnet_trt.export.ranges import METHODS, Method, Range, ranges_of
+from hpddrnet_trt.export.statistics import measure
+from hpddrnet_trt.export.statistics_cache import Cache
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.fp8 import fp8_plan, to_fp8
+from hpddrnet_trt.graph.lint import analyse
+from hpddrnet_trt.graph.model import check_target, load_model, save_model
+from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.graph.tensors import fold_constants
+
+logger = logging.getLogger(__name__)
+
+Tool = Literal["own", "modelopt"]
+
+MAX_IMAGES = 64
+MIN_AGREEMENT = 0.9  # a sound calibration of a trained network reaches 0.99; a broken one falls far below
+METHODS_TRIED = "calibration methods: mean IoU of their labels against the FP32 ONNX file"
+_HELD_OUT_CROPS = 16
+_CLASS_IOU = "iou_against_fp32/"  # evidence: this and the class name
+_WORRYING_IOU = 0.8  # a class that loses this much to quantisation is worth a warning, however few its pixels
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The crops of one calibration: those that give ranges, and those it is judged on."""
+
+    images: list[Path]
+    crops: list[micrographs.Crop]
+    held_out: list[Path]
+    held_out_crops: list[micrographs.Crop]
+    independent: bool  # no held-out image was calibrated on
+    height: int
+    width: int
+
+
+def calibrate(
+    source_onnx: str | Path,
+    target_onnx: str | Path,
+    images: Sequence[Path],
+    *,
+    form: qdq.Form = "tensorrt",
+    precision: qdq.Quantised = "int8",
+    method: Method | Literal["auto"] = "max",
+    tool: Tool = "own",
+    max_images: int = MAX_IMAGES,
+    size: tuple[int, int] | None = None,
+    half: bool = True,
+    held_out: Sequence[Path] | None = None,
+    min_agreement: float = MIN_AGREEMENT,
+    min_class_iou: float = 0.0,
+    cache: Cache = "user",
+) -> Manifest:
+    """Write ``target_onnx``, the quantised form of the FP32 export ``source_onnx``, and return its manifest.
+
+    ``precision``: ``int8``, or ``fp8`` (form ``tensorrt``; see :mod:`hpddrnet_trt.graph.fp8`). ``tool``: ``own``,
+    or ``modelopt`` for NVIDIA's quantiser (form ``tensorrt``; see :mod:`hpddrnet_trt.export.modelopt`).
+    ``images``: micrographs (see :func:`~hpddrnet_trt.data.datasets.find_images` for datasets
+    and folders); at most ``max_images`` of them, chosen to span the grey levels, give the ranges.
+    ``method``: see :mod:`hpddrnet_trt.export.ranges`; ``auto`` tries all that the tool has and
+    keeps the one with the highest IoU against FP32 labels, averaged over classes.
+    ``size``: height and width in pixels of the calibration crops where the model is dynamic (the images'
+    own by default, 1024 at most). ``half``: type what is not quantised FP16 (form ``tensorrt`` only).
+    ``held_out``: images for the comparison with the FP32 file (and for the choice of ``auto``);
+    without them every fourth of ``images`` is set aside.
+    ``min_agreement``: the smallest share of pixels with equal labels that is accepted;
+    ``min_class_iou``: the smallest intersection over union of the labels with the FP32 ones in any class, which
+    notices a rare class that agreement overlooks (off by default; below 0.8 there is a warning).
+    ``cache``: where what was measured on each crop is kept, ``None`` for nowhere, see
+    :mod:`hpddrnet_trt.export.statistics_cache`; an interrupted calibration continues from there.
+
+    The same files give the same result. Raises :class:`UsageError` for a request that makes no
+    sense, :class:`BadInputFile` for an unreadable file, :class:`UserError` when the quantised model
+    disagrees; then nothing is written.
+    """
+    load_onnxruntime("calibrate models")
+    request = _Request(form, precision, method, tool, half)
+    request.check()
+    check_target(source_onnx, target_onnx)
+    if max_images < 1:
+        raise UsageError(f"at least one calibration image is needed, {max_images} were asked for")
+    for what, least in ("agreement", min_agreement), ("IoU per class", min_class_iou):
+        if not 0 <= least <= 1:
+            raise UsageError(f"the smallest {what} is a fraction between 0 and 1, got {least}")
+    model, manifest = float_model(source_onnx)
+    data = _gather(images, held_out, max_images, input_contract(manifest), size)
+    qdq.name_nodes(model)
+    chosen = request.plan(model)
+    if not chosen.nodes:
+        raise UsageError(
+            f"{source_onnx} holds no convolution that could be quantised to {precision.upper()}; "
+            "give an exported network, or choose another precision"
+        )
+
+    reference = _Reference(Path(source_onnx), data)
+    candidates = []
+    for name, quantised in _quantised(model, manifest, chosen, request, data, cache):
+        told = f"{name} (auto)" if method == "auto" else name
+        finished = manifest.replace(
+            precision=precision,
+            quantised_for=form,
+            calibration=calibration_record(data.images, data.crops, (data.height, data.width), told, tool),
+            placement=analyse(quantised).record() if form == "tensorrt" else None,
+            versions={**manifest.versions, "onnxruntime": _runtime_version()},
+        )
+        candidates.append((name, quantised, finished, reference.compare(quantised, finished)))
+    _, quantised, finished, evidence = max(candidates, key=lambda entry: entry[3].values["miou_against_fp32"])
+    _judge(evidence, request, min_agreement, min_class_iou, target_onnx)
+    tried = [_methods_tried({name: other for name, _, _, other in candidates})] if method == "auto" else []
+    finished = finished.replace(evidence=[*manifest.evidence, *tried, evidence])
+    save_model(quantised, target_onnx, finished)
+    return finished
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the quantised file is to be."""
+
+    form: qdq.Form
+    precision: qdq.Quantised
+    method: str
+    tool: Tool
+    half: bool
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The calibration methods that the tool has."""
+        if self.tool == "own":
+            return METHODS
+        return modelopt.METHODS if self.precision == "int8" else ("max",)
+
+    def check(self) -> None:
+        """Raise :class:`UsageError` for what is unknown or does not go together."""
+        for what, value, known in (
+            ("form", self.form, get_args(qdq.Form)),
+            ("precision", self.precision, get_args(qdq.Quantised)),
+            ("tool", self.tool, get_args(Tool)),
+            ("calibration method", self.method, (*self.methods, "auto")),
+        ):
+            if value not in known:
+                whose = " for ModelOpt" if what == "calibration method" and self.tool == "modelopt" else ""
+                raise UsageError(f"unknown {what} {value!r}{whose}; choose one of: {', '.join(known)}")
+        if self.precision == "fp8" and self.form != "tensorrt":
+            raise UsageError("ONNX Runtime's CPU kernels have no FP8; choose the form tensorrt, or the precision int8")
+        if self.tool == "modelopt" and self.form != "tensorrt":
+            raise UsageError("ModelOpt quantises for TensorRT; choose the form tensorrt, or the tool own")
+
+    def plan(self, model: Any) -> qdq.Plan:
+        """What is quantised."""
+        if self.precision == "int8":
+            return qdq.plan(model, self.form)
+        return fp8_plan(model)
+
+
+def _quantised(
+    model: Any, manifest: Manifest, chosen: qdq.Plan, request: _Request, data: _Data, cache: Cache
+) -> Iterator[tuple[str, Any]]:
+    """Every method asked for, and the graph it gives."""
+    methods = request.methods if request.method == "auto" else (request.method,)
+    contract, size = input_contract(manifest), (data.height, data.width)
+    statistics: Statistics = {}
+    if request.tool == "own":
+        statistics = _together(model, manifest, chosen.tensors, data.crops, size, cache)
+    for method in methods:
+        if request.tool == "modelopt":
+            feed = micrographs.batches(data.crops, *size, contract, manifest.normalisation)
+            result = modelopt.quantise_with_modelopt(
+                model, feed, method="entropy" if method == "entropy" else "max", precision=request.precision
+            )
+        else:
+            ranges = ranges_of(statistics, method, request.form == "tensorrt")
+            result = qdq.quantise(model, request.form, chosen, ranges)
+            if request.precision == "fp8":
+                result = to_fp8(result, model)
+        yield method, to_half(result) if request.form == "tensorrt" and request.half else result
+
+
+def activation_ranges(
+    model: Any,
+    manifest: Manifest,
+    images: Sequence[Path],
+    chosen: qdq.Plan,
+    form: qdq.Form = "tensorrt",
+    *,
+    method: Method = "max",
+    size: tuple[int, int] | None = None,
+    crops_per_image: int | None = None,
+    cache: Cache = "user",
+) -> dict[str, Range]:
+    """(lowest, highest) value to represent of every tensor of a plan, from all of ``images``.
+
+    ``model``: FP32 ``ModelProto`` with named nodes, which ``chosen`` was planned for. Ranges of the full
+    plan serve every subset of it. ``crops_per_image``: as many as fit at most, by default enough for
+    32 crops in total; give a number where results for several lists of images are compared. The
+    rest: see :func:`calibrate`. Nothing but the cache is written.
+    """
+    if not images:
+        raise UsageError("no calibration image was given; give a dataset, a folder or files of micrographs")
+    height, width = micrographs.crop_size(input_contract(manifest), size, images)
+    crops = micrographs.plan_crops(images, height, width, each=crops_per_image)
+    statistics = _together(model, manifest, chosen.tensors, crops, (height, width), cache)
+    return ranges_of(statistics, method, form == "tensorrt")
+
+
+def _together(
+    model: Any,
+    manifest: Manifest,
+    tensors: Sequence[str],
+    crops: Sequence[micrographs.Crop],
+    size: tuple[int, int],
+    cache: Cache,
+) -> Statistics:
+    """The statistics of all crops."""
+    return reduce(merge, (entry for _, entry in measure(model, manifest, tensors, crops, size, cache=cache)))
+
+
+def float_model(source: str | Path) -> tuple[Any, Manifest]:
+    """The FP32 graph of a file and its description, weights stored in FP16 widened (shipped models).
+
+    Raises :class:`UsageError` for a file in another precision; it says which one to give instead.
+    """
+    path = Path(source)
+    if path.suffix.lower() != ".onnx":
+        raise UsageError(f"{path} is not an ONNX file; calibration starts from the .onnx file of the export")
+    model, manifest = load_model(path)
+    again = "give the FP32 file that the export wrote"
+    if manifest.quantised_for is not None or any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        raise UsageError(f"{path} is quantised already; {again}")
+    fold_constants(model.graph)
+    half = any(entry.data_type in _half_types() for entry in model.graph.initializer)
+    if manifest.precision not in (None, "fp32") or half:
+        named = "FP16" if manifest.precision in (None, "fp32") else manifest.precision.upper()
+        raise UsageError(f"{path} is typed {named}, calibration needs FP32; {again}")
+    return model, manifest
+
+
+def _half_types() -> tuple[int, int]:
+    from onnx import TensorProto
+
+    return TensorProto.FLOAT16, TensorProto.BFLOAT16
+
+
+# ------------------------------------------------------------------------------------ data
+
+
+def _gather(
+    images: Sequence[Path],
+    held_out: Sequence[Path] | None,
+    max_images: int,
+    contract: InputContract,
+    size: tuple[int, int] | None,
+) -> _Data:
+    if not images:
+        raise UsageError("no calibration image was given; give a dataset, a folder or files of micrographs")
+    height, width = micrographs.crop_size(contract, size, images)
+    images = sorted({path.resolve() for path in images})
+    if held_out:
+        judges = sorted({path.resolve() for path in held_out})
+        pool = [path for path in images if path not in judges]
+    else:
+        pool, judges = micrographs.split_held_out(images)
+    independent = bool(pool and judges)
+    pool = pool or images
+    chosen = micrographs.choose_images(pool, max_images)
+    judges = micrographs.choose_images(judges or chosen, _HELD_OUT_CROPS)
+    return _Data(
+        images=chosen,
+        crops=micrographs.plan_crops(chosen, height, width),
+        held_out=judges,
+        held_out_crops=micrographs.plan_crops(judges, height, width, _HELD_OUT_CROPS)[:_HELD_OUT_CROPS],
+        independent=independent,
+        height=height,
+        width=width,
+    )
+
+
+def calibration_record(
+    images: Sequence[Path],
+    crops: Sequence[micrographs.Crop],
+    size: tuple[int, int],
+    method: str,
+    tool: Tool = "own",
+) -> CalibrationRecord:
+    """What a manifest says about ranges from these images, cut into crops of ``size`` (height, width)."""
+    folders = sorted({path.parent for path in images})
+    named = ", ".join("/".join(folder.parts[-3:]).lstrip("/") for folder in folders[:3])
+    return CalibrationRecord(
+        method=method,
+        images=len(images),
+        images_sha256=micrographs.checksum(images),
+        source=f"{named}{' ...' if len(folders) > 3 else ''}: {len(crops)} crops of {size[0]}x{size[1]}",
+        tool=f"onnxruntime {_runtime_version()}" if tool == "own" else f"modelopt {modelopt.installed_version()}",
+    )
+
+
+def _runtime_version() -> str:
+    return str(load_onnxruntime().__version__)
+
+
+# -------------------------------------------------------------------------------- evidence
+
+
+class _Reference:
+    """Labels of the FP32 file on the held-out crops, to compare quantised graphs with."""
+
+    def __init__(self, source: Path, data: _Data) -> None:
+        self._data = data
+        with OnnxRuntimeEngine(source) as engine:
+            self._manifest = engine.manifest
+            self._labels = [engine.infer(batch).labels for batch in self._batches("labels of the FP32 file")]
+
+    def compare(self, quantised: Any, manifest: Manifest) -> Evidence:
+        """Run a graph, as a file and through the engine that users run, on the same crops."""
+        with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+            candidate = save_model(quantised, Path(folder) / "quantised.onnx", manifest)
+            with OnnxRuntimeEngine(candidate) as engine:
+                runtime = engine.runtime
+                labels = [engine.infer(batch).labels for batch in self._batches("comparing with FP32")]
+        return self._evidence(labels, runtime, str(manifest.precision), qdq.count_convolutions(quantised))
+
+    def _batches(self, purpose: str) -> Iterator[npt.NDArray[Any]]:
+        data, contract = self._data, input_contract(self._manifest)
+        feed = micrographs.batches(
+            data.held_out_crops, data.height, data.width, contract, self._manifest.normalisation
+        )
+        total = -(-len(data.held_out_crops) // contract.batch.minimum)
+        yield from tqdm(feed, total=total, desc=purpose, unit="batch")
+
+    def _evidence(
+        self, labels: list[npt.NDArray[np.uint8]], runtime: str, precision: str, counts: tuple[int, int]
+    ) -> Evidence:
+        data = self._data
+        matrix = ConfusionMatrix(self._manifest.network.num_classes)
+        worst = 1.0
+        for got, expected in zip(labels, self._labels, strict=True):
+            matrix.update(got, expected)
+            worst = min(worst, float((got == expected).mean(axis=(1, 2)).min()))
+        scores = matrix.scores()
+        return Evidence(
+            what=f"{precision.upper()} labels against the FP32 ONNX file",
+            runtime=runtime,
+            values={
+                "agreement": scores.pixel_accuracy,
+                "worst_crop_agreement": worst,
+                "miou_against_fp32": scores.miou,
+                **{
+                    f"{_CLASS_IOU}{name}": iou
+                    for name, iou in zip(self._manifest.class_names, scores.iou, strict=True)
+                    if not np.isnan(iou)  # in neither label map
+                },
+                f"{precision}_convolutions": float(counts[0]),
+                "convolutions": float(counts[1]),
+            },
+            images=len(data.held_out),
+            source=_judged_on(data),
+        )
+
+
+def _judged_on(data: _Data) -> str:
+    whose = "images not calibrated on" if data.independent else "the calibration images themselves"
+    return f"{whose}: {len(data.held_out_crops)} crops of {data.height}x{data.width}"
+
+
+def _methods_tried(evidence: Mapping[str, Evidence]) -> Evidence:
+    """What "auto" chose from: IoU against FP32 averaged over classes, by method."""
+    scores = {method: entry.values["miou_against_fp32"] for method, entry in evidence.items()}
+    logger.info("IoU against FP32 by method: %s", ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    return next(iter(evidence.values())).model_copy(update={"what": METHODS_TRIED, "values": scores})
+
+
+def _judge(
+    evidence: Evidence, request: _Request, min_agreement: float, min_class_iou: float, target: str | Path
+) -> None:
+    """Report the comparison; raise :class:`UserError` when it falls short."""
+    values = evidence.values
+    per_class = {key.removeprefix(_CLASS_IOU): iou for key, iou in values.items() if key.startswith(_CLASS_IOU)}
+    worst = min(per_class, key=lambda name: per_class[name])
+    named = request.precision.upper()
+    summary = (
+        f"{named} labels equal FP32 on {values['agreement']:.4f} of the pixels (worst crop "
+        f"{values['worst_crop_agreement']:.4f}; IoU against FP32 {values['miou_against_fp32']:.4f} on average, "
+        f"{per_class[worst]:.4f} for the worst class, {worst!r}); {values[f'{request.precision}_convolutions']:.0f} of "
+        f"{values['convolutions']:.0f} convolutions are {named}"
+    )
+    others = ", ".join([*request.methods, "auto"])
+    advice = f"calibrate on more and more varied micrographs, try another method ({others}), or use FP16"
+    for value, least, what in (
+        (values["agreement"], min_agreement, "agreement"),
+        (per_class[worst], min_class_iou, "IoU per class"),
+    ):
+        if not value >= least:
+            raise UserError(
+                f"{summary}; that is below the {what} of {least} asked for, so {target} was not written: {advice}"
+            )
+    logger.info("%s (%s)", summary, evidence.source)
+    if per_class[worst] < _WORRYING_IOU:
+        logger.warning("%s changes class %r a lot (IoU against FP32 %.3f): %s", named, worst, per_class[worst], advice)

@@ -1,0 +1,139 @@
+"""What a model file says about itself, for people: contract, precision by layer, evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hpddrnet_trt.core.manifest import EngineRecord, Evidence, InputContract, Manifest, OutputContract
+from hpddrnet_trt.export.proof import summary
+
+_INDENT = 13
+
+
+def describe(manifest: Manifest, path: str | Path, *, layers: bool = False) -> str:
+    """Text for a terminal; ``layers``: also every convolution and matrix product with its precision."""
+    lines = [f"{path}: {_kind(manifest)}"]
+    for name, rows in _sections(manifest, layers=layers):
+        for index, row in enumerate(rows):
+            lines.append(f"{name if index == 0 else '':<{_INDENT}}{row}")
+    return "\n".join(lines)
+
+
+def _kind(manifest: Manifest) -> str:
+    if manifest.engine is not None:
+        record = manifest.engine
+        return (
+            f"engine of {record.flavour} {record.version} for {', '.join(record.compute_capabilities)}"
+            f"{f' ({record.gpu})' if record.gpu else ''}, {record.bytes / 1e6:.1f} MB, built in "
+            f"{record.build_seconds:.1f} s"
+        )
+    if manifest.input is None:
+        return "checkpoint"
+    made_for = {"tensorrt": ", quantised for TensorRT", "onnxruntime": ", quantised for ONNX Runtime's CPU kernels"}
+    return f"ONNX file{made_for.get(manifest.quantised_for or '', '')}"
+
+
+def _sections(manifest: Manifest, *, layers: bool) -> Iterator[tuple[str, list[str]]]:
+    yield "network", [f"{manifest.network.name} ({manifest.name!r})"]
+    yield "classes", [", ".join(manifest.class_names)]
+    if manifest.data is not None:
+        images = f", {manifest.data.train_images} images" if manifest.data.train_images else ""
+        yield "trained on", [f"{manifest.data.name}{images} (licence: {manifest.data.licence or 'not stated'})"]
+    if manifest.checkpoint_sha256:
+        yield "checkpoint", [f"SHA-256 {manifest.checkpoint_sha256}"]
+    if manifest.metrics:
+        yield "training", [", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())]
+    if manifest.input is not None and manifest.output is not None:
+        yield "input", [_input(manifest.input)]
+        yield "output", [_output(manifest.output)]
+    if manifest.precision is not None:
+        yield "precision", _precision(manifest, layers=layers)
+    if manifest.calibration is not None:
+        record = manifest.calibration
+        yield "calibration", [f"{record.method}, {record.images} images ({record.source}), {record.tool}"]
+    if manifest.mixed is not None:
+        mixed = manifest.mixed
+        yield "mixed", [
+            f"{len(mixed.floating)} of {mixed.layers} layers in FP16 for: {mixed.budget} (on {mixed.searched_on})",
+            *mixed.floating,
+        ]
+    if manifest.engine is not None:
+        yield "profiles", [_profile(entry) for entry in manifest.engine.profiles]
+        if (activations := manifest.engine.activation_bytes) is not None:
+            yield "memory", [f"{activations / 2**20:,.0f} MiB for activations, by the builder's log"]
+    for index, entry in enumerate(manifest.evidence):
+        yield "" if index else "evidence", _evidence(entry)
+    if manifest.remarks:
+        yield "remarks", manifest.remarks
+    if manifest.versions:
+        yield "versions", [", ".join(f"{name} {number}" for name, number in manifest.versions.items())]
+
+
+def _input(contract: InputContract) -> str:
+    what = "grey levels 0..255" if contract.dtype == "uint8" else "normalised"
+    return (
+        f"{contract.dtype} [{contract.batch}, {contract.channels}, {contract.height}, {contract.width}], {what}; "
+        f"height and width multiples of {contract.multiple}"
+    )
+
+
+def _output(contract: OutputContract) -> str:
+    if contract.kind == "logits":
+        return "float32 scores [batch, classes, height, width]"
+    return f"uint8 labels [batch, height, width]{' and float32 confidence' if contract.confidence else ''}"
+
+
+def _precision(manifest: Manifest, *, layers: bool) -> list[str]:
+    rows = [str(manifest.precision).upper()]
+    if manifest.engine is not None:
+        rows += _proof(manifest.engine, layers=layers)
+    if manifest.placement is not None:
+        rows += _placement(manifest.placement)
+    return rows
+
+
+def _placement(record: dict[str, Any]) -> list[str]:
+    """What :meth:`hpddrnet_trt.graph.lint.Placement.record` holds, in short."""
+    counts, stages = record["counts"], record["stages"]
+    sound = sum(not stage["violations"] and not stage["reformats"] for stage in stages)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in counts["convolutions"].items())
+    rows = [
+        f"convolutions as quantised: {kinds}",
+        *(f"  {entry['name']}: {entry['precision']}, {entry['reason']}" for entry in _with_reason(record)),
+        f"residual stages: {sound} of {len(stages)} without a broken fusion rule or a conversion inside",
+        f"conversions expected elsewhere: {counts['reformats_elsewhere']}",
+        f"floating-point islands: {counts['float_islands']}",
+    ]
+    return rows + [f"  {island['name']}: {island['reason']}" for island in record["islands"]]
+
+
+def _with_reason(record: dict[str, Any]) -> list[dict[str, str]]:
+    return [entry for entry in record["convolutions"] if entry["reason"]]
+
+
+def _proof(record: EngineRecord, *, layers: bool) -> list[str]:
+    proof = record.precision_proof
+    rows = summary(proof).split("; ")
+    if "remark" in proof:
+        rows.append(f"remark: {proof['remark']}")
+    if "layers" in proof.get("reformats", {}):
+        found = proof["reformats"]
+        rows.append(f"reformats in the engine: {found['reformats']} of {found['layers']} layers")
+    if layers:
+        rows += [_layer(entry) for entry in proof.get("parsed_network", proof).get("layers", [])]
+    return rows
+
+
+def _layer(entry: dict[str, Any]) -> str:
+    return f"  {entry['precision']:<5} {entry['macs'] / 1e6:>9.1f} MMAC  {entry['name']}"
+
+
+def _profile(entry: dict[str, list[int]]) -> str:
+    return "  ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in entry.items())
+
+
+def _evidence(entry: Evidence) -> list[str]:
+    rows = [f"{entry.what}: {entry.images} images, {entry.source}; {entry.runtime}"]
+    return rows + [f"  {name:<34} {value:.6g}" for name, value in entry.values.items()]

@@ -1,0 +1,286 @@
+"""From a checkpoint to one self-describing ONNX file, compared with PyTorch before it is kept.
+
+The exporter is torch's own (``dynamo=True``), at opset 20 (23 for the Attention operator), followed
+by onnxsim. Names in the file follow the network's modules (``backbone.stem.0.conv/Conv``).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hpddrnet_trt.core.errors import UsageError, UserError, require
+from hpddrnet_trt.core.files import existing_file, sha256_of
+from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, AxisRange, InputContract, Manifest, OutputContract
+from hpddrnet_trt.export.dynamic_sizes import shorten_sizes
+from hpddrnet_trt.graph.model import save_model
+
+if TYPE_CHECKING:
+    import onnx
+
+    from hpddrnet_trt.models.network import HPDDRNet
+
+logger = logging.getLogger(__name__)
+
+OPSET = 20
+ATTENTION_OPSET = 23  # the first with the Attention operator
+# The attention's matrix product and sum become one Gemm only between two reshapes: nothing is gained,
+# and dynamic sizes would need more shape arithmetic.
+_SKIPPED_OPTIMISERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
+
+
+ExportedAttention = Literal["matmul", "attention-op", "function"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the exported graph looks like; ``None`` for a size means dynamic.
+
+    Raises :class:`UsageError` for sizes the network cannot take or an opset without the operators.
+    """
+
+    batch: int | None = None
+    height: int | None = None
+    width: int | None = None
+    attention: ExportedAttention = "matmul"
+    output: Literal["labels", "logits"] = "labels"
+    confidence: bool = False
+    grey_input: bool = True
+    opset: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch is not None and self.batch < 1:
+            raise UsageError(f"batch must be at least 1, got {self.batch}")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None and (size < SIZE_MULTIPLE or size % SIZE_MULTIPLE):
+                raise UsageError(f"{name} must be a positive multiple of {SIZE_MULTIPLE}, got {size}")
+        lowest = ATTENTION_OPSET if self.attention == "attention-op" else OPSET
+        if self.opset is not None and self.opset < lowest:
+            raise UsageError(f"opset must be at least {lowest} for attention={self.attention!r}, got {self.opset}")
+
+    @property
+    def chosen_opset(self) -> int:
+        return self.opset or (ATTENTION_OPSET if self.attention == "attention-op" else OPSET)
+
+    @property
+    def input_contract(self) -> InputContract:
+        def axis(size: int | None, least: int) -> AxisRange:
+            return AxisRange(minimum=least) if size is None else AxisRange(minimum=size, maximum=size)
+
+        return InputContract(
+            dtype="uint8" if self.grey_input else "float32",
+            channels=1 if self.grey_input else 3,
+            batch=axis(self.batch, 1),
+            height=axis(self.height, SIZE_MULTIPLE),
+            width=axis(self.width, SIZE_MULTIPLE),
+        )
+
+    @property
+    def output_contract(self) -> OutputContract:
+        return OutputContract(kind=self.output, confidence=self.confidence)
+
+    @property
+    def output_names(self) -> list[str]:
+        if self.output == "logits":
+            return ["logits"]
+        return ["labels", "confidence"] if self.confidence else ["labels"]
+
+
+def export_onnx(
+    checkpoint: str | Path,
+    target: str | Path,
+    *,
+    batch: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    attention: ExportedAttention = "matmul",
+    output: Literal["labels", "logits"] = "labels",
+    confidence: bool = False,
+    grey_input: bool = True,
+    opset: int | None = None,
+    simplify: bool = True,
+    verify: bool = True,
+    images: Sequence[Path] = (),
+) -> Manifest:
+    """Export a checkpoint of this package to ``target`` and return the file's description.
+
+    ``batch``, ``height`` and ``width`` fix a size, or leave it dynamic (None). ``attention`` is
+    ``matmul`` (every runtime), ``attention-op`` (opset 23 and later, for runtimes with a fused kernel) or
+    ``function`` (``hpddrnet::PositionAttention``, whose body is ``matmul``; for plugins of that name).
+    With ``verify`` the file is run on ONNX Runtime and compared with the unmodified PyTorch network, on
+    ``images`` (micrographs) or on simulated ones; the figures are logged and stored in the description.
+    Raises :class:`UserError` when they differ, and then leaves no file.
+    """
+    options = ExportOptions(batch, height, width, attention, output, confidence, grey_input, opset)
+    checkpoint = existing_file(checkpoint, "checkpoint")
+    require("torch", "export", "export a checkpoint")
+    from hpddrnet_trt.models.checkpoints import load_checkpoint
+
+    network, manifest = load_checkpoint(checkpoint)
+    manifest = manifest.replace(checkpoint_sha256=sha256_of(checkpoint))
+    return export_network(network, manifest, target, options, simplify=simplify, verify=verify, images=images)
+
+
+def export_network(
+    network: HPDDRNet,
+    manifest: Manifest,
+    target: str | Path,
+    options: ExportOptions,
+    *,
+    simplify: bool = True,
+    verify: bool = True,
+    images: Sequence[Path] = (),
+) -> Manifest:
+    """:func:`export_onnx` for a network in memory (evaluation mode)."""
+    from hpddrnet_trt.export.verify import compare_with_pytorch
+
+    model = trace(network, manifest, options)
+    if simplify:
+        model = simplified(model)
+    manifest = manifest.replace(
+        input=options.input_contract,
+        output=options.output_contract,
+        attention=options.attention if network.config.pam != "none" else None,
+        precision="fp32",
+        versions={**manifest.versions, **_versions()},
+    )
+    if verify:
+        evidence = compare_with_pytorch(model, network, manifest, images)
+        manifest = manifest.replace(evidence=[*manifest.evidence, evidence])
+    save_model(model, target, manifest)
+    return manifest
+
+
+def trace(network: HPDDRNet, manifest: Manifest, options: ExportOptions) -> onnx.ModelProto:
+    """The rewritten network as an ONNX model, before simplification."""
+    torch = require("torch", "export", "export a checkpoint")
+    require("onnx", "export", "export to ONNX")
+    require("onnxscript", "export", "export to ONNX")
+    from hpddrnet_trt.export.reformulate import DeployNetwork
+
+    deployed = DeployNetwork(
+        network,
+        manifest,
+        attention="attention-op" if options.attention == "attention-op" else "matmul",
+        grey_input=options.grey_input,
+        output=options.output,
+        confidence=options.confidence,
+    )
+    # A dynamic size must not be 1 (torch would fix it) and, to keep its name, not equal another's.
+    shape = (options.batch or 2, 1 if options.grey_input else 3, options.height or 128, options.width or 192)
+    example = torch.zeros(shape, dtype=torch.uint8 if options.grey_input else torch.float32)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                deployed,
+                (example,),
+                dynamo=True,
+                opset_version=options.chosen_opset,
+                dynamic_shapes=_dynamic_shapes(options),
+                input_names=["image"],
+                output_names=options.output_names,
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as exc:
+        raise UserError(f"PyTorch {torch.__version__} could not export this network to ONNX: {exc}") from exc
+    model: onnx.ModelProto = program.model_proto
+    name_after_modules(model)
+    _name_axes(model, options)
+    return model
+
+
+def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``model`` after onnxsim, with the same inputs and outputs."""
+    onnxsim = require("onnxsim", "export", "simplify the exported graph")
+    result, valid = onnxsim.simplify(model, skipped_optimizers=_SKIPPED_OPTIMISERS, certify=False)
+    same = [entry.name for entry in result.graph.output] == [entry.name for entry in model.graph.output]
+    if not valid or not same:
+        raise UserError("onnxsim broke the exported graph; export with simplify switched off and report this")
+    shorten_sizes(result)
+    del result.graph.value_info[:]
+    return result
+
+
+def _dynamic_shapes(options: ExportOptions) -> Any:
+    from torch.export import Dim
+
+    axes: dict[int, Any] = {}
+    if options.batch is None:
+        axes[0] = Dim("batch", min=1)
+    if options.height is None:
+        axes[2] = SIZE_MULTIPLE * Dim("height_8", min=1)
+    if options.width is None:
+        axes[3] = SIZE_MULTIPLE * Dim("width_8", min=1)
+    return (axes,) if axes else None
+
+
+def _name_axes(model: onnx.ModelProto, options: ExportOptions) -> None:
+    """Dynamic axes are called batch, height and width."""
+    for entry in [*model.graph.input, *model.graph.output]:
+        dims = entry.type.tensor_type.shape.dim
+        for position, name in ((0, "batch"), (len(dims) - 2, "height"), (len(dims) - 1, "width")):
+            if getattr(options, name) is None:
+                dims[position].dim_param = name
+
+
+def name_after_modules(model: onnx.ModelProto) -> None:
+    """Name nodes after the module they come from; drop the exporter's notes (they hold local paths).
+
+    A node of which the exporter lost the module (it makes a split of several steps) belongs to its input's.
+    """
+    seen: Counter[str] = Counter()
+    made: dict[str, str] = {}  # tensor: module
+    for node in model.graph.node:
+        notes = {entry.key: entry.value for entry in node.metadata_props}
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "['']"))
+        before = made.get(node.input[0], "") if node.input else ""
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), before)
+        made.update(dict.fromkeys(node.output, module))
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for entry in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+        del entry.metadata_props[:]
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the exporter says and is known to be harmless."""
+
+    class NoTorchvision(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            return "torchvision is not installed" not in record.getMessage()
+
+    noisy = logging.getLogger("torch.onnx._internal.exporter._registration")
+    silence = NoTorchvision()
+    chatty = {name: logging.getLogger(name) for name in ("onnx_ir", "onnxscript")}
+    levels = {name: entry.level for name, entry in chatty.items()}
+    noisy.addFilter(silence)
+    for entry in chatty.values():
+        entry.setLevel(logging.WARNING)  # at INFO they report every single rewrite
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
+            yield
+    finally:
+        noisy.removeFilter(silence)
+        for name, entry in chatty.items():
+            entry.setLevel(levels[name])

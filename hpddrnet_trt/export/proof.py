@@ -1,0 +1,234 @@
+"""Proof of an engine's precision: what its convolutions and matrix products really compute in.
+
+Two sources. The *engine inspector* shows what was built, but needs the GPU it was built for. The
+*parsed network* is strongly typed, so its tensor types bind the builder; it needs no GPU, and it is
+where multiply-accumulate counts come from. Each proof says which it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hpddrnet_trt.core.errors import UserError
+
+PARSED_NETWORK = "parsed network"
+ENGINE_INSPECTOR = "engine inspector"
+
+_PRECISION_OF_DTYPE = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
+
+
+def proof_from_network(trt: Any, network: Any, shape: Sequence[int]) -> dict[str, Any]:
+    """Per-layer types of a parsed, strongly typed network, and shares per precision.
+
+    ``trt`` is the module, ``shape`` the input shape ``[N, C, H, W]`` at which the multiply-accumulates
+    of convolutions and matrix products are counted (not those inside Attention operators). A
+    convolution or matrix product counts as INT8 (FP8) when both its operands arrive from a
+    DequantizeLinear of INT8 (FP8) values: that is the pattern the builder fuses into an integer kernel
+    (TensorRT developer guide, explicit quantisation). Otherwise it computes in its input's type.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    producers = {layer.get_output(slot).name: layer for layer in layers for slot in range(layer.num_outputs)}
+    image = network.get_input(0)
+    declared = tuple(image.shape)
+    image.shape = tuple(shape)  # the library infers all shapes anew
+    try:
+        rows = [_row(trt, layer, producers) for layer in layers if _is_product(trt, layer)]
+    finally:
+        image.shape = declared
+    return {
+        "source": PARSED_NETWORK,
+        **_shares(rows),
+        "at_shape": list(shape),
+        "tensor_types": dict(
+            Counter(layer.get_output(slot).dtype.name for layer in layers for slot in range(layer.num_outputs))
+        ),
+        "layers": rows,
+    }
+
+
+def _is_product(trt: Any, layer: Any) -> bool:
+    kinds = trt.LayerType
+    return layer.type in (kinds.CONVOLUTION, kinds.DECONVOLUTION, kinds.MATRIX_MULTIPLY)
+
+
+def _row(trt: Any, layer: Any, producers: dict[str, Any]) -> dict[str, Any]:
+    operands = [_operand_type(trt, layer.get_input(slot), producers) for slot in range(min(layer.num_inputs, 2))]
+    kind = layer.type
+    if kind == trt.LayerType.MATRIX_MULTIPLY:
+        layer.__class__ = trt.IMatrixMultiplyLayer  # the binding hands out the base class
+        macs = _matrix_multiply_macs(trt, layer)
+    elif kind == trt.LayerType.CONVOLUTION:
+        layer.__class__ = trt.IConvolutionLayer
+        operands += [_weights_type(layer)] if len(operands) == 1 else []
+        macs = _convolution_macs(layer, per_output=True)
+    else:
+        layer.__class__ = trt.IDeconvolutionLayer
+        operands += [_weights_type(layer)] if len(operands) == 1 else []
+        macs = _convolution_macs(layer, per_output=False)
+    return {
+        "name": layer.name,
+        "type": kind.name,
+        "operands": operands,
+        "output": layer.get_output(0).dtype.name,
+        "precision": _precision(operands),
+        "macs": macs,
+    }
+
+
+def _operand_type(trt: Any, tensor: Any, producers: dict[str, Any]) -> str:
+    """Type name of the values behind an operand: a dequantised tensor counts as what it was before."""
+    producer = producers.get(tensor.name)
+    if producer is not None and producer.type == trt.LayerType.DEQUANTIZE:
+        return str(producer.get_input(0).dtype.name)
+    return str(tensor.dtype.name)
+
+
+def _weights_type(layer: Any) -> str:
+    # A numpy array's type, or the library's own (``DataType.BF16``) where numpy has none.
+    name = str(layer.kernel.dtype).rpartition(".")[2]
+    return {"float32": "FLOAT", "float16": "HALF"}.get(name, name.upper())
+
+
+def _precision(operands: Sequence[str]) -> str:
+    """The compute precision: quantised only if both operands are, else the type of the one that is not."""
+    kinds = [_PRECISION_OF_DTYPE.get(name, name.lower()) for name in operands]
+    plain = [kind for kind in kinds if kind not in ("int8", "fp8")]
+    return plain[0] if plain else kinds[0]
+
+
+def _convolution_macs(layer: Any, *, per_output: bool) -> int:
+    source, result = tuple(layer.get_input(0).shape), tuple(layer.get_output(0).shape)
+    window = math.prod(layer.kernel_size_nd)
+    if per_output:  # each output value sums kernel x (input channels of its group) products
+        return math.prod(result) * window * source[1] // layer.num_groups
+    return math.prod(source) * window * result[1] // layer.num_groups
+
+
+def _matrix_multiply_macs(trt: Any, layer: Any) -> int:
+    left = tuple(layer.get_input(0).shape)
+    inner = left[-2] if layer.op0 == trt.MatrixOperation.TRANSPOSE else left[-1]
+    return math.prod(layer.get_output(0).shape) * inner
+
+
+def _shares(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    convolutions: Counter[str] = Counter()
+    macs: Counter[str] = Counter()
+    convolution_macs: Counter[str] = Counter()
+    for row in rows:
+        macs[row["precision"]] += row["macs"]
+        if row["type"] != "MATRIX_MULTIPLY":
+            convolutions[row["precision"]] += 1
+            convolution_macs[row["precision"]] += row["macs"]
+    return {
+        "convolutions": dict(convolutions),
+        "convolution_share": _fractions(convolutions),
+        "convolution_macs_share": _fractions(convolution_macs),
+        "macs_share": _fractions(macs),  # convolutions and matrix products
+        "macs": sum(macs.values()),
+    }
+
+
+def _fractions(counts: Counter[str]) -> dict[str, float]:
+    total = sum(counts.values())
+    return {kind: round(count / total, 6) for kind, count in counts.most_common()} if total else {}
+
+
+def proof_from_inspector(information: str, parsed: dict[str, Any]) -> dict[str, Any]:
+    """Precision of the convolutions in a built engine.
+
+    ``information``: the engine inspector's JSON of a build with detailed profiling verbosity
+    (``Format/Datatype`` of TensorRT 10 and the split ``Format`` and ``DataType`` of TensorRT 11 are
+    both read). ``parsed``: the proof from the network it was built from, kept inside. Where the
+    inspector shows no convolution by type (fused into opaque kernels), the parsed proof is returned
+    with a remark.
+    """
+    try:
+        listed = json.loads(information)["Layers"]
+    except (ValueError, KeyError, TypeError):
+        return {**parsed, "remark": "the engine inspector gave no readable list of layers"}
+    layers = [layer for layer in listed if isinstance(layer, dict)]
+    kinds = [kind for kind in map(_built_precision, layers) if kind is not None]
+    if not kinds:
+        remark = f"the engine inspector shows {len(listed)} layers but no typed convolution"
+        return {**parsed, "remark": remark}
+    convolutions = Counter(kinds)
+    return {
+        "source": ENGINE_INSPECTOR,
+        "convolutions": dict(convolutions),
+        "convolution_share": _fractions(convolutions),
+        "layer_types": dict(Counter(str(layer.get("LayerType", "?")) for layer in layers)),
+        "layers_in_engine": len(layers),
+        "macs_share": parsed["macs_share"],
+        "parsed_network": parsed,
+    }
+
+
+def _built_precision(layer: dict[str, Any]) -> str | None:
+    """Precision of one inspector entry, None when it is no convolution or its types are not shown."""
+    kind = f"{layer.get('ParameterType', '')} {layer.get('LayerType', '')}".lower()
+    if "conv" not in kind:
+        return None
+    weights = layer.get("Weights")
+    operands = [_datatype(str(weights.get("Type", "")))] if isinstance(weights, dict) else []
+    operands += [_datatype(_tensor_type(entry)) for entry in layer.get("Inputs", [])[:1]]
+    shown = [kind for kind in operands if kind is not None]
+    if not shown:
+        return None
+    plain = [kind for kind in shown if kind not in ("int8", "fp8")]
+    return plain[0] if plain else shown[0]
+
+
+def _tensor_type(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return ""
+    return " ".join(str(entry.get(key, "")) for key in ("DataType", "Datatype", "Format/Datatype", "Format"))
+
+
+def _datatype(text: str) -> str | None:
+    """``Thirty-two wide channel vectorized row major Int8 format`` -> ``int8``."""
+    patterns = (
+        ("int8", r"int8|\bi8\b"),
+        ("fp8", r"fp8|e4m3"),
+        ("bf16", r"bf16|bfloat16"),
+        ("fp16", r"fp16|half|float16"),
+        ("fp32", r"fp32|float"),
+    )
+    return next((kind for kind, pattern in patterns if re.search(pattern, text.lower())), None)
+
+
+def check_proof(proof: dict[str, Any], precision: str, label: str) -> None:
+    """Raise :class:`UserError` when nothing in the engine computes in the precision it would be labelled with."""
+    convolutions: dict[str, int] = proof["convolutions"]
+    if convolutions.get(precision, 0) == 0:
+        found = ", ".join(f"{count} in {kind.upper()}" for kind, count in convolutions.items()) or "none at all"
+        raise UserError(
+            f"{label} would be labelled {precision.upper()}, but none of its convolutions is ({proof['source']}: "
+            f"{found}); no file was written: {_REMEDY[precision]}"
+        )
+
+
+_REMEDY = {
+    "int8": "calibrate the FP32 ONNX file for TensorRT again",
+    "fp8": "quantise the FP32 ONNX file to FP8 again, or ask for INT8",
+    "bf16": "convert the FP32 ONNX file to BF16 again, or ask for --precision fp16",
+    "fp16": "convert the FP32 ONNX file again, or ask for --precision fp32",
+    "fp32": "give the FP32 ONNX file, or ask for the precision that this one has",
+}
+
+
+def summary(proof: dict[str, Any]) -> str:
+    """One line for people: ``int8 50 of 55 convolutions and 93% of all multiply-accumulates; ... (parsed network)``."""
+    convolutions: dict[str, int] = proof["convolutions"]
+    total = sum(convolutions.values())
+    parts = []
+    for kind, count in sorted(convolutions.items(), key=lambda entry: -entry[1]):
+        share = proof["macs_share"].get(kind, 0.0)
+        parts.append(f"{kind} {count} of {total} convolutions and {share:.0%} of all multiply-accumulates")
+    products = {kind: share for kind, share in proof["macs_share"].items() if kind not in convolutions and share > 0}
+    parts += [f"{kind} {share:.0%} of all multiply-accumulates, in matrix products" for kind, share in products.items()]
+    return f"{'; '.join(parts)} ({proof['source']})"

@@ -1,0 +1,559 @@
+"""ONNX file -> TensorRT engine file with its description and the proof of its precision."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tqdm import tqdm
+
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.files import atomic_path, existing_file, write_bytes
+from hpddrnet_trt.core.manifest import (
+    EngineRecord,
+    Evidence,
+    InputContract,
+    Manifest,
+    Precision,
+    read_manifest,
+    sidecar_path,
+)
+from hpddrnet_trt.data.datasets import find_images
+from hpddrnet_trt.engines.cuda import Gpu, find_gpu, gpu_or_none
+from hpddrnet_trt.engines.profiles import Profile, default_profiles, is_static, narrowed, parse_shapes
+from hpddrnet_trt.engines.tensorrt_library import (
+    INPUT,
+    PORTABLE,
+    TensorRT,
+    choose_flavour,
+    compute_capability,
+    progress_monitor,
+    readable,
+    run_cancellable,
+)
+from hpddrnet_trt.export.legacy import configure_weak_typing, for_tensorrt8
+from hpddrnet_trt.export.proof import PARSED_NETWORK, check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.graph.attention import in_type, uses_bf16
+from hpddrnet_trt.graph.check import check_onnx, check_operators
+from hpddrnet_trt.graph.lint import reformats_from_inspector
+from hpddrnet_trt.graph.model import load_model, save_model
+
+logger = logging.getLogger(__name__)
+
+BF16_FROM = 8  # major compute capability
+
+Tiling = Literal["none", "fast", "moderate", "full"]
+TILINGS: tuple[Tiling, ...] = get_args(Tiling)
+
+# Runs a candidate (an engine, or the ONNX file it was built from) and returns what it found, or raises
+# UserError: then nothing is written.
+Accept = Callable[[Path], Evidence]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How the builder works; the defaults suit every machine.
+
+    ``timing_cache``: file of kernel timings, read if there and written afterwards (flavour tensorrt
+    only). ``compute_capabilities``: GPUs an RTX engine is for, like ``["8.9", "12.0"]``; None is the
+    portable default (8.0 and later). ``workspace_mib``: upper bound of scratch memory in MiB.
+    ``optimisation_level``: 0 (quick build) to 5 (fast engine). ``tiling``: how long the builder looks
+    for ways to run neighbouring layers tile by tile in the cache. ``sparsity``: let it use kernels for
+    weights with two zeros in four, which changes nothing for other weights. ``version_compatible``: also runs on
+    later TensorRT versions, somewhat slower (flavour tensorrt only). ``tf32``: let FP32 layers round
+    their inputs to TF32; off, because position attention's scores do not survive it.
+    """
+
+    timing_cache: Path | None = None
+    compute_capabilities: Sequence[str] | None = None
+    workspace_mib: int | None = None
+    optimisation_level: int | None = None
+    tiling: Tiling | None = None
+    sparsity: bool = False
+    version_compatible: bool = False
+    tf32: bool = False
+    progress: bool = True
+
+    def check(self, api: TensorRT) -> None:
+        """Raise :class:`UsageError` for what this library cannot do."""
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise UsageError(f"the workspace limit is {self.workspace_mib} MiB; give at least 1, or leave it out")
+        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
+            raise UsageError(f"builder optimisation level {self.optimisation_level} does not exist; give 0 to 5")
+        if self.tiling is not None and self.tiling not in TILINGS:
+            raise UsageError(f"tiling {self.tiling!r} is unknown; choose {', '.join(TILINGS)}")
+        self._check_library(api)
+
+    def _check_library(self, api: TensorRT) -> None:
+        trt = api.module
+        if self.tiling is not None and not hasattr(trt, "TilingOptimizationLevel"):
+            raise UsageError(f"{api.label} has no tiling search (TensorRT 10.8 and later have); leave --tiling out")
+        if self.optimisation_level is not None and not hasattr(trt.IBuilderConfig, "builder_optimization_level"):
+            raise UsageError(f"{api.label} has no optimisation levels (8.6 and later have); leave the level out")
+        if self.version_compatible and not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
+            raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
+        if api.is_rtx and self.version_compatible:
+            raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
+        if not api.is_rtx and self.compute_capabilities:
+            raise UsageError(
+                f"{api.label} builds for the GPU it runs on; leave the compute capabilities out, "
+                "or choose --flavour tensorrt-rtx"
+            )
+        if api.is_rtx and self.timing_cache is not None:
+            logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
+        if api.is_rtx and (self.optimisation_level is not None or self.tiling is not None or self.sparsity):
+            logger.warning(
+                "%s chooses kernels on the machine that runs the engine: optimisation level, tiling and sparsity "
+                "do not change the file", api.label,
+            )  # fmt: skip
+
+
+def build_engine(
+    source_onnx: str | Path,
+    target: str | Path,
+    *,
+    precision: Precision,
+    flavour: str = "auto",
+    shapes: str | None = None,
+    calibration_images: str | Path | Sequence[Path] | None = None,
+    timing_cache: str | Path | None = None,
+    compute_capabilities: Sequence[str] | None = None,
+    workspace_mib: int | None = None,
+    optimisation_level: int | None = None,
+    tiling: Tiling | None = None,
+    sparsity: bool = False,
+    version_compatible: bool = False,
+    accept: Accept | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Build ``target`` (ending ``.engine``) and the description beside it (``.engine.json``).
+
+    ``precision`` lives in the ONNX file: ``fp32`` takes an FP32 file; ``fp16`` and ``bf16`` a file typed
+    so, or an FP32 file, which is converted first; ``int8`` and ``fp8`` a file calibrated for TensorRT,
+    or an FP32 file with ``calibration_images`` (dataset, folder or files; with ``fp16`` its ranges are
+    checked on them). ``accept`` judges the result (:mod:`hpddrnet_trt.accuracy.gate`): the engine
+    where this machine's GPU runs it, else the very ONNX file it was built from.
+    ``flavour``: ``auto``, ``tensorrt`` (needs the GPU it builds for) or ``tensorrt-rtx`` (builds
+    without one). ``shapes``: see :mod:`hpddrnet_trt.engines.profiles`; needless for a static ONNX file.
+    The rest is described at :class:`BuildSettings`.
+
+    The engine must prove its precision (:mod:`hpddrnet_trt.export.proof`). Both files are written at
+    the end, whole or not at all. Returns the engine's :class:`Manifest`. On TensorRT 8 (not tried on one)
+    any such file is rewritten for it first (:mod:`hpddrnet_trt.export.legacy`). Raises :class:`UsageError`,
+    :class:`BadInputFile`, :class:`NoGpu`, :class:`MissingDependency` or :class:`UserError`.
+    """
+    source, target = Path(source_onnx), Path(target)
+    manifest = check_build(source, target, precision, calibration_images)
+    settings = BuildSettings(
+        timing_cache=Path(timing_cache) if timing_cache is not None else None,
+        compute_capabilities=compute_capabilities,
+        workspace_mib=workspace_mib,
+        optimisation_level=optimisation_level,
+        tiling=tiling,
+        sparsity=sparsity,
+        version_compatible=version_compatible,
+        progress=progress,
+    )
+    api = choose_flavour(flavour)
+    settings.check(api)
+    gpu = gpu_or_none() if api.is_rtx else find_gpu()
+    profiles = _profiles(source, manifest, shapes)
+    if not api.shares_profiles and any(profile.minimum != profile.maximum for profile in profiles):
+        raise UsageError(
+            f"engines of {api.label} run one fixed shape here: give it with --shapes, e.g. --shapes 1x1x1024x1024"
+        )
+    prepared = _for_weak_typing if api.weakly_typed else _in_precision
+    with ExitStack() as stack:
+        path, ready = stack.enter_context(prepared(source, manifest, precision, calibration_images))
+        if _lacks_bf16(settings, api, gpu):
+            path = stack.enter_context(_with_fp32_scores(path, ready))
+        job = _Job(api, path, source, ready, profiles, settings, gpu, accept)
+        return job.build(target, precision)
+
+
+def check_build(
+    source: Path, target: Path, precision: Precision, images: str | Path | Sequence[Path] | None = None
+) -> Manifest:
+    """The description of ``source``, where an engine of this precision can be made of it; else raises as the build."""
+    existing_file(source, "ONNX file")
+    _check_request(source, target, precision)
+    manifest = _exported(source)
+    _check_precision(source, manifest, precision, images)
+    return manifest
+
+
+def _check_request(source: Path, target: Path, precision: str) -> None:
+    if source.suffix.lower() != ".onnx":
+        raise UsageError(f"{source} is not an ONNX file; engines are built from the .onnx file of the export")
+    if target.suffix != ".engine":
+        raise UsageError(f"the engine file {target} must end with .engine; write {target.with_suffix('.engine')}")
+    if precision not in get_args(Precision):
+        raise UsageError(f"precision {precision!r} is unknown; choose {', '.join(get_args(Precision))}")
+
+
+def _exported(source: Path) -> Manifest:
+    manifest = read_manifest(source)
+    check_onnx(source)
+    check_operators(source, types=True)
+    if manifest.input is None or manifest.output is None or manifest.precision is None:
+        raise BadInputFile(f"{source} does not describe its input, output and precision; export it again")
+    return manifest
+
+
+def _contract(manifest: Manifest) -> InputContract:
+    assert manifest.input is not None  # _exported has checked
+    return manifest.input
+
+
+def _profiles(source: Path, manifest: Manifest, shapes: str | None) -> list[Profile]:
+    contract = _contract(manifest)
+    if shapes is not None:
+        return parse_shapes(shapes, contract)
+    profiles = default_profiles(contract)
+    if not is_static(contract):
+        logger.warning("%s has a dynamic input and no --shapes was given: building for %s", source.name, profiles[0])
+    return profiles
+
+
+@contextmanager
+def _in_precision(
+    source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
+) -> Iterator[tuple[Path, Manifest]]:
+    """The ONNX file in the precision asked for, converted or calibrated into a temporary file if need be."""
+    if manifest.precision == precision:
+        yield source, manifest
+        return
+    found = [] if images is None else find_images(images)
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        path = Path(folder) / f"{source.stem}.{precision}.onnx"
+        if precision in ("fp16", "bf16"):
+            from hpddrnet_trt.graph.precision import convert_precision
+
+            yield path, convert_precision(source, path, precision, images=found)
+        else:
+            from hpddrnet_trt.export.calibrate import calibrate
+
+            assert precision in ("int8", "fp8")  # FP32 files are taken as they are
+            yield path, calibrate(source, path, found, form="tensorrt", precision=precision)
+
+
+def _lacks_bf16(settings: BuildSettings, api: TensorRT, gpu: Gpu | None) -> bool:
+    """Whether one of the GPUs that the engine is for does not compute in BF16."""
+    targets = settings.compute_capabilities or ()
+    if not api.is_rtx and gpu is not None:
+        targets = [gpu.compute_capability]
+    return any(int(written.partition(".")[0]) < BF16_FROM for written in targets if written[:1].isdigit())
+
+
+@contextmanager
+def _with_fp32_scores(path: Path, manifest: Manifest) -> Iterator[Path]:
+    """The file itself, or, if its position attention is BF16, a temporary one where scores are FP32."""
+    model, _ = load_model(path)
+    if manifest.precision == "bf16" or not uses_bf16(model):
+        yield path  # a BF16 file is BF16 throughout: the builder says so
+        return
+    logger.warning(
+        "position attention is built with FP32 scores, because a GPU older than compute capability %d.0 has no BF16: "
+        "its memory grows with the square of the number of pixels there", BF16_FROM,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        yield save_model(in_type(model, "fp32"), Path(folder) / path.name, manifest)
+
+
+@contextmanager
+def _for_weak_typing(
+    source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
+) -> Iterator[tuple[Path, Manifest]]:
+    """The same for TensorRT 8: FP32 typing throughout (the builder's flags lower it), opset 17."""
+    from hpddrnet_trt.export.calibrate import calibrate
+
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        path, typed = source, manifest
+        if precision == "int8" and manifest.precision == "fp32":
+            path = Path(folder) / "calibrated.onnx"
+            typed = calibrate(source, path, find_images(images or []), form="tensorrt", half=False)
+        model, _ = load_model(path)
+        try:
+            model = for_tensorrt8(model)
+        except UserError as exc:
+            raise BadInputFile(f"TensorRT 8 cannot read {source}: {exc}") from exc
+        lowered = Path(folder) / f"{source.stem}.{precision}.onnx"
+        save_model(model, lowered, typed)
+        yield lowered, typed
+
+
+def _check_precision(
+    source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
+) -> None:
+    has = manifest.precision
+    if manifest.quantised_for == "onnxruntime":
+        raise UsageError(
+            f"{source} was quantised for ONNX Runtime on a CPU, which TensorRT does not run; calibrate the FP32 file "
+            "for TensorRT: hpddrnet-trt calibrate MODEL.onnx MODEL.int8.onnx --data FOLDER --form tensorrt"
+        )
+    if precision in ("int8", "fp8") and has == "fp32" and images is None:
+        raise UsageError(
+            f"{source} is FP32 and {precision.upper()} needs calibration on micrographs; run: hpddrnet-trt calibrate "
+            f"{source.name} {source.stem}.{precision}.onnx --data FOLDER, or give the micrographs here"
+        )
+    if images is not None and (has != "fp32" or precision == "fp32"):
+        raise UsageError(
+            f"calibration images turn an FP32 file into a lower precision, but {source} is {str(has).upper()} and "
+            f"{precision.upper()} was asked for; leave the images out"
+        )
+    if has not in ("fp32", precision):
+        raise UsageError(
+            f"{source} is {str(has).upper()}, {precision.upper()} was asked for; "
+            f"give the FP32 file or choose --precision {has}"
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One build: ``path`` is parsed, ``source`` is what the user named."""
+
+    api: TensorRT
+    path: Path
+    source: Path
+    manifest: Manifest
+    profiles: list[Profile]
+    settings: BuildSettings
+    gpu: Gpu | None
+    accept: Accept | None = None
+
+    def build(self, target: Path, precision: Precision) -> Manifest:
+        """Parse, prove, build, prove again where a GPU is, write both files."""
+        self.api.log.clear()
+        builder = self.api.module.Builder(self.api.log)
+        network = self._parse(builder)
+        label = f"the engine of {self.source.name}"
+        try:
+            proof = proof_from_network(self.api.module, network, self.profiles[0].optimum)
+        except RuntimeError as exc:  # a shape that the library asks for only now, and does not find
+            reason = self.api.log.explain(str(exc))
+            raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again") from exc
+        weak = self.api.weakly_typed
+        if not weak:  # there the flags decide, and only the inspector shows what became of them
+            check_proof(proof, precision, label)
+        config = self._configure(builder)
+        if weak:
+            held = configure_weak_typing(self.api.module, network, config, precision)
+            logger.info("held in FP32: %s", ", ".join(held) or "nothing")
+        started = time.perf_counter()
+        plan = memoryview(self._run(builder, network, config))
+        seconds = time.perf_counter() - started
+        self._save_timing_cache(config)
+        activations = self._activation_bytes()  # before the log is cleared
+        runs_here = False
+        if self.gpu is not None:
+            runs_here, proof = self._inspected(plan, proof)
+            if weak and proof["source"] == PARSED_NETWORK:
+                logger.warning("%s: its precision is not proven, the inspector shows no convolution by type", label)
+            else:
+                check_proof(proof, precision, label)
+        described = self._describe(plan, proof, seconds, precision, activations)
+        manifest = self._accepted(plan, described, runs_here=runs_here)
+        with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
+            engine_file.write_bytes(plan)
+            description.write_text(manifest.to_json(), encoding="utf-8")
+        logger.info("%s: %.1f MB in %.1f s; %s", target, plan.nbytes / 1e6, seconds, summary(proof))
+        return manifest
+
+    def _parse(self, builder: Any) -> Any:
+        trt = self.api.module
+        # TensorRT 10 needs to be told to type strongly; later libraries always do and ignore the flag.
+        kinds = trt.NetworkDefinitionCreationFlag
+        kind = kinds.EXPLICIT_BATCH if self.api.weakly_typed else kinds.STRONGLY_TYPED
+        network = builder.create_network(1 << int(kind))
+        parser = trt.OnnxParser(network, self.api.log)
+        if not parser.parse_from_file(str(self.path)):
+            errors = [parser.get_error(index) for index in range(min(parser.num_errors, 3))]
+            reason = "; ".join(_parser_message(error) for error in errors) or self.api.log.explain("no reason given")
+            raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again")
+        if network.num_inputs != 1 or network.get_input(0).name != INPUT:
+            names = [network.get_input(index).name for index in range(network.num_inputs)]
+            raise BadInputFile(f"{self.source} has the inputs {names} instead of [{INPUT!r}]; export the model again")
+        return network
+
+    def _configure(self, builder: Any) -> Any:
+        trt, settings = self.api.module, self.settings
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can show later
+        if not settings.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if settings.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if settings.workspace_mib is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
+        if settings.optimisation_level is not None:
+            config.builder_optimization_level = settings.optimisation_level
+        if settings.tiling is not None:
+            config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, settings.tiling.upper())
+        if settings.sparsity:
+            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        if self.api.is_rtx and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # The engine then never allocates while it runs, which a CUDA graph needs (the flag's documentation).
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        for profile in self.profiles:
+            self._add_profile(builder, config, profile)
+        self._target_gpus(config)
+        self._load_timing_cache(config)
+        return config
+
+    def _add_profile(self, builder: Any, config: Any, profile: Profile) -> None:
+        entry = builder.create_optimization_profile()
+        entry.set_shape(INPUT, profile.minimum, profile.optimum, profile.maximum)
+        if config.add_optimization_profile(entry) < 0:
+            reason = self.api.log.explain("no reason given")
+            raise UserError(f"{self.api.label} refuses the profile {profile}: {reason}")
+
+    def _target_gpus(self, config: Any) -> None:
+        targets = list(dict.fromkeys(self.settings.compute_capabilities or ()))
+        if not targets:
+            return
+        config.num_compute_capabilities = len(targets)
+        for index, written in enumerate(targets):
+            if not config.set_compute_capability(compute_capability(self.api, written), index):
+                raise UserError(f"{self.api.label} refuses the compute capability {written}")
+
+    def _load_timing_cache(self, config: Any) -> None:
+        path = self.settings.timing_cache
+        if path is None or self.api.is_rtx:
+            return
+        content = path.read_bytes() if path.is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(content), False):
+            logger.warning("the timing cache %s is of another GPU or version: starting a new one", path)
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+
+    def _save_timing_cache(self, config: Any) -> None:
+        path = self.settings.timing_cache
+        if path is not None and not self.api.is_rtx:
+            write_bytes(path, bytes(config.get_timing_cache().serialize()))
+
+    def _run(self, builder: Any, network: Any, config: Any) -> Any:
+        """Build with a progress bar; Ctrl-C ends the build at its next step."""
+        cancel = threading.Event()
+        with tqdm(desc=f"building {self.source.stem}", unit="step", disable=not self.settings.progress) as bar:
+            watched = hasattr(self.api.module, "IProgressMonitor")  # not in TensorRT 8
+            if watched:
+                monitor = progress_monitor(self.api.module, bar, cancel.is_set)
+                config.progress_monitor = monitor
+            plan = run_cancellable(lambda: builder.build_serialized_network(network, config), cancel)
+            if watched:
+                config.progress_monitor = None
+        if plan is None:
+            raise UserError(
+                f"{self.api.label} could not build {self.source}: {self.api.log.explain('no reason given')}"
+                f"{self._build_advice()}"
+            )
+        return plan
+
+    def _build_advice(self) -> str:
+        if self.manifest.attention == "attention-op":
+            return "; export the model again with attention as MatMul, which every TensorRT builds"
+        least = {"fp8": "8.9", "bf16": "8.0"}.get(str(self.manifest.precision))
+        if least is not None and self.settings.compute_capabilities:
+            kind = str(self.manifest.precision).upper()
+            return f"; {kind} runs on compute capability {least} and later: leave older out, or choose INT8 or FP16"
+        if self.api.is_rtx and _lacks_bf16(self.settings, self.api, self.gpu):
+            return (
+                "; TensorRT-RTX has no FP32 matrix products for GPUs older than compute capability 8.0, which position "
+                "attention needs there: build with TensorRT 10 on that GPU"
+            )
+        if self.settings.workspace_mib is not None:
+            return f"; the workspace limit of {self.settings.workspace_mib} MiB may be too small"
+        return ""
+
+    def _inspected(self, plan: memoryview, parsed: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        """Whether this GPU runs the engine, and proof from the inspector (the parsed one, with a remark, if not)."""
+        trt = self.api.module
+        self.api.log.clear()
+        engine = self.api.runtime().deserialize_cuda_engine(plan)
+        context = self.api.create_context(engine) if engine is not None else None
+        if engine is None or context is None:
+            reason = self.api.log.explain("no reason given")
+            if not self.api.is_rtx:  # built for this very GPU
+                raise UserError(f"{self.api.label} cannot load the engine it has just built: {reason}")
+            return False, {**parsed, "remark": f"the engine cannot be loaded on this GPU: {reason}"}
+        context.set_input_shape(INPUT, self.profiles[0].optimum)
+        inspector = engine.create_engine_inspector()
+        inspector.execution_context = context  # types depend on the shape where it is dynamic
+        information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        return True, {
+            **proof_from_inspector(information, parsed), "reformats": reformats_from_inspector(information)
+        }  # fmt: skip
+
+    def _accepted(self, plan: memoryview, manifest: Manifest, *, runs_here: bool) -> Manifest:
+        """The description with the evidence of whoever accepts the result."""
+        if self.accept is None:
+            return manifest
+        if not runs_here:
+            evidence = self._accepted_as_onnx(self.accept, manifest)
+            logger.warning(
+                "no GPU here runs this engine: its accuracy was verified on the ONNX file it was built from (%s)",
+                evidence.runtime,
+            )
+        else:
+            with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+                candidate = Path(folder) / f"{self.path.stem}.engine"
+                candidate.write_bytes(plan)
+                sidecar_path(candidate).write_text(manifest.to_json(), encoding="utf-8")
+                evidence = self.accept(candidate)
+        return manifest.replace(evidence=[*manifest.evidence, evidence])
+
+    def _accepted_as_onnx(self, accept: Accept, manifest: Manifest) -> Evidence:
+        """Whoever accepts sees the ONNX file with the engine's contract: what the engine cannot take, it cannot."""
+        model, described = load_model(self.path)
+        with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+            candidate = Path(folder) / self.path.name
+            save_model(model, candidate, described.replace(input=manifest.input))
+            return accept(candidate)
+
+    def _activation_bytes(self) -> int | None:
+        """What the builder's log says, where it can be believed: with one fixed shape (see :class:`EngineRecord`)."""
+        static = len(self.profiles) == 1 and self.profiles[0].minimum == self.profiles[0].maximum
+        return self.api.log.activation_bytes if static else None
+
+    def _describe(
+        self, plan: memoryview, proof: dict[str, Any], seconds: float, precision: Precision, activations: int | None
+    ) -> Manifest:
+        api = self.api
+        if api.is_rtx:
+            targets = list(dict.fromkeys(self.settings.compute_capabilities or [PORTABLE]))
+        else:
+            targets = [self.gpu.compute_capability] if self.gpu is not None else []
+        record = EngineRecord(
+            flavour=api.flavour,
+            version=api.version,
+            compute_capabilities=targets,
+            gpu=self.gpu.name if self.gpu is not None else None,
+            profiles=[profile.as_record() for profile in self.profiles],
+            sha256=hashlib.sha256(plan).hexdigest(),
+            bytes=plan.nbytes,
+            precision_proof=proof,
+            build_seconds=round(seconds, 3),
+            version_compatible=self.settings.version_compatible,
+            activation_bytes=activations,
+        )
+        return self.manifest.replace(
+            input=narrowed(_contract(self.manifest), self.profiles),
+            precision=precision,
+            engine=record,
+            versions={**self.manifest.versions, api.flavour: api.version},
+        )
+
+
+def _parser_message(error: Any) -> str:
+    says = readable(error.desc()).rstrip(".")[:400]
+    if not hasattr(error, "node_operator"):  # TensorRT 8
+        return f"{says} in node {error.node()}"
+    where = f" in {error.node_operator()} {error.node_name()[:100]}" if error.node_operator() else ""
+    return f"{says}{where}"

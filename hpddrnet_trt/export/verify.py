@@ -1,0 +1,272 @@
+"""Does an exported graph compute what the unmodified PyTorch network computes, and a typed one what FP32 does?
+
+ONNX Runtime runs the graph, several sizes where they are dynamic. With PyTorch are compared the
+classifier's scores at 1/8 of the input size, read inside the graph, and the graph's own outputs; with
+another graph, the labels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.core.errors import UserError, require
+from hpddrnet_trt.core.manifest import Evidence, InputContract, Manifest
+from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.runtimes import load_onnxruntime
+from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
+from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey, to_input
+from hpddrnet_trt.graph.model import class_scores
+from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
+
+if TYPE_CHECKING:
+    import onnx
+
+    from hpddrnet_trt.models.network import HPDDRNet
+
+logger = logging.getLogger(__name__)
+
+# Of the scores' standard deviation. Two orders of one FP32 sum differ by about 2e-5 of it; an error in
+# a rewrite moves scores by 1e-2 and more.
+TOLERANCE = 1e-3
+# Share of scores, and of pixels with a clear margin, that may differ: where position attention weighs
+# two positions almost equally and their scores are large, FP32 rounding alone can turn the balance.
+ALLOWED_SHARE = 1e-3
+LOWEST_AGREEMENT = 0.95  # of the labels of two graphs in different precision
+_NORMALISED = InputContract(dtype="float32", channels=3)
+_DYNAMIC_SIZES = ((2, 128, 192), (1, 136, 200), (1, 256, 256))
+
+
+@dataclass
+class _Worst:
+    """Running comparison over the inputs tried."""
+
+    pixels: int = 0
+    equal: int = 0
+    clearly_wrong: int = 0  # pixels whose label differs although the reference's margin is clear
+    scores: int = 0
+    scores_off: int = 0  # scores that differ by more than the tolerance
+    score_difference: float = 0.0
+    score_std: float = 0.0
+    confidence_difference: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.scores_off <= ALLOWED_SHARE * self.scores and self.clearly_wrong <= ALLOWED_SHARE * self.pixels
+
+
+def compare_with_pytorch(
+    model: onnx.ModelProto, network: HPDDRNet, manifest: Manifest, images: Sequence[Path] = ()
+) -> Evidence:
+    """Run ``model`` on ONNX Runtime and ``network`` on PyTorch and compare.
+
+    ``manifest`` describes the model (input and output contract, normalisation). ``images`` are
+    micrographs, cut or mirrored to the sizes the model takes; without any, simulated ones are used.
+    Raises :class:`UserError` when more than ``ALLOWED_SHARE`` of the scores differ by more than
+    ``TOLERANCE`` of their standard deviation (or of 1, if that is more), or of the labels where the
+    classes' margin is larger than twice that.
+    """
+    tapped, tap = _with_scores(model)
+    session = _session(tapped)
+    names = [entry.name for entry in session.get_outputs()]
+    worst = _Worst()
+    count = 0
+    for batch in _batches(manifest, images):
+        count += len(batch)
+        got = dict(zip(names, session.run(names, _feed(batch, manifest)), strict=True))
+        _compare(got, tap, network, to_input(batch, _NORMALISED, manifest.normalisation), worst)
+    evidence = Evidence(
+        what="export parity",
+        runtime=_runtime(),
+        values={
+            "agreement": worst.equal / worst.pixels,
+            "max_abs_difference": worst.score_difference,
+            "reference_std": worst.score_std,
+            "clearly_wrong_pixels": float(worst.clearly_wrong),
+            **({"max_confidence_difference": worst.confidence_difference} if "confidence" in names else {}),
+        },
+        images=count,
+        source=_source(images[:count]),
+    )
+    logger.info(
+        "compared with PyTorch on %d images: labels agree on %.4f %% of the pixels, largest score difference %.2e "
+        "(scores' standard deviation %.2f)",
+        count, 100 * evidence.values["agreement"], worst.score_difference, worst.score_std,
+    )  # fmt: skip
+    if not worst.passed:
+        raise UserError(
+            f"the exported graph differs from PyTorch: {worst.scores_off / worst.scores:.2%} of the scores are off, by "
+            f"up to {worst.score_difference:.3g} (their standard deviation is {worst.score_std:.3g}), and labels agree "
+            f"on {evidence.values['agreement']:.4%} of the pixels; no file was written. Export with simplify switched "
+            "off or another attention form, and report this"
+        )
+    return evidence
+
+
+class ComparedLabels(NamedTuple):
+    """One comparison of labels; ``finite``: no floating-point output held infinity or NaN."""
+
+    evidence: Evidence
+    finite: bool
+
+    @property
+    def iou(self) -> float:
+        """Mean IoU against the reference's labels, 0..1."""
+        return self.evidence.values["miou_against_fp32"]
+
+
+class LabelComparison:
+    """Labels of an FP32 graph on a few inputs, kept to compare other graphs of its contract with.
+
+    ``manifest`` describes the graphs; ``images`` are micrographs, cut or mirrored to sizes that the graph
+    takes; without any, simulated ones are used. ONNX Runtime runs everything, on a CPU.
+    """
+
+    def __init__(self, reference: onnx.ModelProto, manifest: Manifest, images: Sequence[Path] = ()) -> None:
+        self._manifest = manifest
+        batches = list(_batches(manifest, images))
+        self._source = _source(images[: sum(map(len, batches))])
+        self._feeds = [_feed(batch, manifest) for batch in batches]
+        self._labels = [self._run(_session(reference), feed)[0] for feed in self._feeds]
+
+    def compare(self, model: onnx.ModelProto, what: str) -> ComparedLabels:
+        """Agreement with the reference's labels, and mean IoU against them; ``what`` names the comparison.
+
+        A graph in FP16, BF16 or FP8 runs with that rounding (:mod:`hpddrnet_trt.graph.rounding`).
+        """
+        rounded = uses_half(model)
+        session = _session(simulate_rounding(model) if rounded else model)
+        matrix = ConfusionMatrix(self._manifest.network.num_classes)
+        finite = True
+        for feed, expected in zip(self._feeds, self._labels, strict=True):
+            labels, sound = self._run(session, feed)
+            finite = finite and sound
+            for got, wanted in zip(labels, expected, strict=True):
+                matrix.update(got, wanted)
+        scores = matrix.scores()
+        evidence = Evidence(
+            what=what,
+            runtime=f"{_runtime()}, {RUNTIME_REMARK}" if rounded else _runtime(),
+            values={"agreement": scores.pixel_accuracy, "miou_against_fp32": scores.miou},
+            images=matrix.images,
+            source=self._source,
+        )
+        return ComparedLabels(evidence, finite)
+
+    def _run(self, session: Any, feed: dict[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], bool]:
+        """Labels ``[N, H, W]``, and whether every output is finite."""
+        outputs = session.run(None, feed)
+        logits = self._manifest.output is not None and self._manifest.output.kind == "logits"
+        labels = outputs[0].argmax(axis=1) if logits else outputs[0]
+        return labels, all(bool(np.isfinite(values).all()) for values in outputs)
+
+
+def check_labels(compared: ComparedLabels) -> None:
+    """Report a comparison of labels; raise :class:`UserError` when it shows a broken graph.
+
+    That is one with an output that is not finite, or whose labels agree on less than ``LOWEST_AGREEMENT``.
+    """
+    evidence = compared.evidence
+    agreement, what = evidence.values["agreement"], evidence.what
+    if not compared.finite:
+        raise UserError(f"{what}: the new graph gives values that are not finite; keep more nodes in FP32")
+    if agreement < LOWEST_AGREEMENT:
+        raise UserError(
+            f"{what}: labels agree on only {agreement:.2%} of the pixels ({LOWEST_AGREEMENT:.0%} needed); "
+            "no file was written: keep more nodes in FP32"
+        )
+    logger.info(
+        "%s: labels agree on %.4f %% of the pixels of %d images, mean IoU against FP32 %.4f (%s)",
+        what, 100 * agreement, evidence.images, compared.iou, evidence.runtime,
+    )  # fmt: skip
+
+
+def _with_scores(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
+    """A copy of ``model`` that also gives the scores before they are enlarged, and their name."""
+    onnx = require("onnx", "export", "check the exported file")
+    scores = class_scores(model.graph)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.output.append(onnx.helper.make_tensor_value_info(scores, onnx.TensorProto.FLOAT, None))
+    return copy, scores
+
+
+def _compare(got: dict[str, Any], tap: str, network: HPDDRNet, image: npt.NDArray[np.float32], worst: _Worst) -> None:
+    import torch
+
+    from hpddrnet_trt.models.network import resize
+
+    with torch.inference_mode():
+        scores = network(torch.from_numpy(image))
+        full = resize(scores, image.shape[2], image.shape[3])
+        probabilities = torch.softmax(full, dim=1).numpy()
+    low, logits = scores.numpy(), full.numpy()
+    if got[tap].shape[1] == 1:  # two classes: their margin
+        low = low[:, 1:] - low[:, :1]
+    labels = logits.argmax(axis=1)
+    guess = got["logits"].argmax(axis=1) if "logits" in got else got["labels"]
+    std = float(low.std())
+    tolerance = TOLERANCE * max(1.0, std)
+    chosen = np.take_along_axis(logits, guess[:, None].astype(np.int64), axis=1)[:, 0]
+    worst.pixels += labels.size
+    worst.equal += int((guess == labels).sum())
+    worst.clearly_wrong += int((logits.max(axis=1) - chosen > 2 * tolerance).sum())
+    worst.score_std = max(worst.score_std, std)
+    for ours, reference in [(got[tap], low), *([(got["logits"], logits)] if "logits" in got else [])]:
+        difference = np.abs(ours - reference)
+        worst.scores += difference.size
+        worst.scores_off += int((~(difference <= tolerance)).sum())  # a NaN is off
+        worst.score_difference = float(np.maximum(worst.score_difference, difference.max()))
+    if "confidence" in got:
+        of_guess = np.take_along_axis(probabilities, guess[:, None].astype(np.int64), axis=1)[:, 0]
+        difference = np.abs(got["confidence"] - of_guess)
+        worst.confidence_difference = float(np.maximum(worst.confidence_difference, difference.max()))
+
+
+def _batches(manifest: Manifest, images: Sequence[Path]) -> Iterator[Grey]:
+    """Grey images, uint8 ``[N, 1, H, W]``, of sizes the model takes; of the first few micrographs, in order."""
+    assert manifest.input is not None  # the exporter has written it
+    batch, height, width = manifest.input.batch.fixed, manifest.input.height.fixed, manifest.input.width.fixed
+    sizes = list(dict.fromkeys((batch or n, height or h, width or w) for n, h, w in _DYNAMIC_SIZES))
+    if len(sizes) == 1:
+        sizes *= 2  # another picture at the one size
+    index = 0
+    for count, rows, columns in sizes:
+        yield np.stack([_frame(images, index + offset, rows, columns) for offset in range(count)])[:, None]
+        index += count
+
+
+def _frame(images: Sequence[Path], index: int, height: int, width: int) -> Grey:
+    if images:
+        path = images[index % len(images)]
+        return cut(read_grey(path), Crop(path, 0, 0), height, width)
+    picture, _ = simulate(max(height, MIN_SIZE), max(width, MIN_SIZE), seed=index)
+    return picture[:height, :width]
+
+
+def _feed(batch: Grey, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
+    assert manifest.input is not None
+    return {"image": to_input(batch, manifest.input, manifest.normalisation)}
+
+
+def _session(model: onnx.ModelProto) -> Any:
+    runtime = load_onnxruntime("check the exported file")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _runtime() -> str:
+    return f"onnxruntime {version('onnxruntime')} (CPU)"
+
+
+def _source(images: Sequence[Path]) -> str:
+    shown = ", ".join(path.name for path in images[:3])
+    return (shown + (", ..." if len(images) > 3 else "")) if images else "simulated micrographs"

@@ -1,0 +1,372 @@
+"""Position attention inside an ONNX graph: find it, and choose how it is computed.
+
+Written as MatMul, Softmax, MatMul it stores the scores of all pairs of tokens: with tokens at 1/16 of
+the image that is 64 MiB in FP32 at 1024x1024, 1 GiB at 2048x2048 and 16 GiB at 4096x4096, twice. Where
+a runtime has no fused kernel, :func:`in_blocks` computes the same rows of the softmax a block of
+queries at a time, which is exact because rows do not depend on each other; the memory of a block grows
+linearly with the image. :func:`as_function` gives the three operators one name, so that a plugin can
+take their place; runtimes without one take them apart again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hpddrnet_trt.core.errors import UsageError, require
+
+if TYPE_CHECKING:
+    import onnx
+
+ScoreType = Literal["fp32", "bf16"]
+# Queries per block. ONNX Runtime, two cores, 4096 and 16384 tokens of 128 channels: 512 rows cost 4 % and 1 % more
+# time than all at once, 64 rows 16 % and 18 %.
+BLOCK_ROWS = 512
+FUNCTION_DOMAIN = "hpddrnet"
+FUNCTION_NAME = "PositionAttention"
+_FUNCTION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PositionAttention:
+    """One attention of a graph, by the names of its tensors, ``[N, T, C]`` but for ``keys`` ``[N, C, T]``.
+
+    ``nodes``: its operators in order, from the product of queries and keys to that with the values; between
+    the two there may be casts.
+    """
+
+    nodes: tuple[onnx.NodeProto, ...]
+    query: str
+    keys: str
+    values: str
+    output: str
+
+
+def position_attentions(graph: onnx.GraphProto) -> list[PositionAttention]:
+    """The attentions of a graph that are written as MatMul, Softmax, MatMul."""
+    made = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = []
+    for softmax in (node for node in graph.node if node.op_type == "Softmax"):
+        before = _until_product(softmax, lambda node: made.get(node.input[0]))
+        after = _until_product(softmax, lambda node: _only(readers.get(node.output[0], [])))
+        if before is None or after is None:
+            continue
+        product, mix = before[-1], after[-1]
+        if mix.input[0] != [softmax, *after][-2].output[0]:
+            continue  # its weights are multiplied from the right: no attention
+        if any(entry.name == "axis" and entry.i not in (-1, 2) for entry in softmax.attribute):
+            continue  # its rows depend on each other
+        found.append(
+            PositionAttention(
+                nodes=(*reversed(before), softmax, *after),
+                query=product.input[0], keys=product.input[1], values=mix.input[1], output=mix.output[0],
+            )
+        )  # fmt: skip
+    return found
+
+
+def _only(nodes: Sequence[onnx.NodeProto]) -> onnx.NodeProto | None:
+    return nodes[0] if len(nodes) == 1 else None
+
+
+def _until_product(start: onnx.NodeProto, step: Any) -> list[onnx.NodeProto] | None:
+    """The casts beside ``start`` and the MatMul behind them, in walking order."""
+    found: list[onnx.NodeProto] = []
+    node = step(start)
+    while node is not None:
+        found.append(node)
+        if node.op_type == "MatMul":
+            return found
+        node = step(node) if node.op_type == "Cast" else None
+    return None
+
+
+def in_blocks(model: onnx.ModelProto, rows: int = BLOCK_ROWS) -> onnx.ModelProto:
+    """A copy of ``model`` whose attentions work on ``rows`` queries at a time; exact, for every size.
+
+    A ``Scan`` over blocks of queries holds the attention's own operators; the last block is filled up with
+    zeros, whose results are dropped. Apply it last: other passes do not look into the ``Scan``. Raises
+    :class:`UsageError` for a model without MatMul attention.
+    """
+    onnx = require("onnx", "export", "rewrite position attention")
+    if rows < 1:
+        raise UsageError(f"rows per block must be at least 1, got {rows}")
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    types = _types(model)
+    for index, attention in enumerate(_attentions_of(result)):
+        _replace(result.graph, attention, _blocked(result.graph, attention, f"attention_{index}", types, rows))
+    return result
+
+
+def in_type(model: onnx.ModelProto, scores: ScoreType, leave: Collection[str] = ()) -> onnx.ModelProto:
+    """A copy of a typed ``model`` (FP16, INT8, FP8) whose attentions compute in ``scores``.
+
+    ``bf16``: both products and the softmax. TensorRT-RTX 1.7.1 then makes each attention one fused kernel that
+    stores no scores (its builder's log; other TensorRT libraries were not asked), so that memory grows
+    linearly with the image. BF16 has the range of FP32, which the scores of trained networks need
+    (measured: 3e5 to 2e7); FP16 has not. ``fp32``: the product of queries and keys and the softmax in FP32,
+    the product with the values in the type that the network has there. An attention that holds one of
+    the nodes in ``leave`` stays as it is. A model without MatMul attention comes back unchanged.
+    """
+    onnx = require("onnx", "export", "rewrite position attention")
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    types = {name: element for name, (element, _) in _types(model).items()}
+    for index, attention in enumerate(position_attentions(result.graph)):
+        if any(node.name in leave for node in attention.nodes):
+            continue
+        _replace(result.graph, attention, _typed(result.graph, attention, f"attention_{index}", types, scores))
+    _drop_unread_casts(result.graph)
+    del result.graph.value_info[:]
+    return result
+
+
+def uses_bf16(model: onnx.ModelProto) -> bool:
+    """Whether an attention of ``model`` is cast to BF16 (by :func:`in_type`)."""
+    from onnx import TensorProto, helper
+
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    narrowed = {node.output[0] for node in casts if helper.get_node_attr_value(node, "to") == TensorProto.BFLOAT16}
+    return any(attention.query in narrowed for attention in position_attentions(model.graph))
+
+
+def _typed(
+    graph: onnx.GraphProto, attention: PositionAttention, prefix: str, types: dict[str, int], scores: ScoreType
+) -> list[onnx.NodeProto]:
+    from onnx import TensorProto, helper
+
+    made = {name: node for node in graph.node for name in node.output}
+    stem = attention.nodes[-1].name.rpartition("/")[0]
+    output = _cast_output(graph, attention)
+    result_type = types[output]
+    score_type = TensorProto.BFLOAT16 if scores == "bf16" else TensorProto.FLOAT
+    mix_type = score_type if scores == "bf16" else result_type
+    nodes: list[onnx.NodeProto] = []
+
+    def cast(name: str, to: int, what: str) -> str:
+        # What was widened, or cast for the attention alone, is taken as it was before.
+        before = made.get(name)
+        if before is not None and before.op_type == "Cast" and types[name] in (TensorProto.FLOAT, TensorProto.BFLOAT16):
+            name = before.input[0]
+        if types[name] == to:
+            return name
+        target = f"{prefix}.{what}_{scores}"
+        nodes.append(helper.make_node("Cast", [name], [target], name=f"{stem}/Cast_{what}_{scores}", to=to))
+        return target
+
+    product, softmax, mix = (_renamed_tensors(node, {}) for node in attention.nodes if node.op_type != "Cast")
+    keys, values = cast(attention.keys, score_type, "keys"), cast(attention.values, mix_type, "values")
+    product.input[:] = [cast(attention.query, score_type, "query"), keys]
+    softmax.input[0] = product.output[0]
+    nodes += [product, softmax]
+    weights = softmax.output[0]
+    types[weights] = score_type
+    mix.input[:] = [cast(weights, mix_type, "weights"), values]
+    nodes.append(mix)
+    if mix_type != result_type:
+        mix.output[0] = f"{prefix}.mixed_{scores}"
+        nodes.append(
+            helper.make_node("Cast", [mix.output[0]], [output], name=f"{stem}/Cast_mixed_{scores}", to=result_type)
+        )
+    else:
+        mix.output[0] = output
+    return nodes
+
+
+def _cast_output(graph: onnx.GraphProto, attention: PositionAttention) -> str:
+    """The attention's result in the type that the network goes on with; the cast to it leaves the graph."""
+    readers = [node for node in graph.node if attention.output in node.input]
+    if len(readers) != 1 or readers[0].op_type != "Cast":
+        return attention.output
+    name: str = readers[0].output[0]
+    graph.node.remove(readers[0])
+    return name
+
+
+def _drop_unread_casts(graph: onnx.GraphProto) -> None:
+    while True:
+        read = {name for node in graph.node for name in node.input} | {entry.name for entry in graph.output}
+        unread = [node for node in graph.node if node.op_type == "Cast" and node.output[0] not in read]
+        if not unread:
+            return
+        for node in unread:
+            graph.node.remove(node)
+
+
+def as_function(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``model`` whose attentions are calls of model-local functions ``hpddrnet::PositionAttention``.
+
+    The function's body is what stood there, so every runtime that knows local functions still runs it; one
+    with a kernel of that name may use that instead. Inputs: query, keys, values. Raises as
+    :func:`in_blocks` does.
+    """
+    onnx = require("onnx", "export", "rewrite position attention")
+    helper = onnx.helper
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    standard = next(entry for entry in result.opset_import if entry.domain in ("", "ai.onnx"))
+    bodies: list[bytes] = []
+    for attention in _attentions_of(result):
+        names = {attention.query: "query", attention.keys: "keys", attention.values: "values",
+                 attention.output: "output"}  # fmt: skip
+        nodes = [_renamed(node, names) for node in attention.nodes]
+        body = b"".join(node.SerializeToString(deterministic=True) for node in nodes)
+        if body not in bodies:
+            bodies.append(body)
+            name = _function_name(len(bodies))
+            result.functions.append(
+                helper.make_function(
+                    FUNCTION_DOMAIN, name, ["query", "keys", "values"], ["output"], nodes,
+                    [helper.make_opsetid("", standard.version)],
+                )
+            )  # fmt: skip
+        name = _function_name(bodies.index(body) + 1)
+        call = helper.make_node(
+            name, [attention.query, attention.keys, attention.values], [attention.output],
+            name=attention.nodes[-1].name.rpartition("/")[0] + "/" + name, domain=FUNCTION_DOMAIN,
+        )  # fmt: skip
+        _replace(result.graph, attention, [call])
+    result.opset_import.append(helper.make_opsetid(FUNCTION_DOMAIN, _FUNCTION_VERSION))
+    return result
+
+
+def expanded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``model`` with the bodies of its functions in place of their calls: inverse of :func:`as_function`."""
+    onnx = require("onnx", "export", "rewrite position attention")
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    functions = {(entry.domain, entry.name): entry for entry in result.functions}
+    nodes = []
+    for call in result.graph.node:
+        function = functions.get((call.domain, call.op_type))
+        if function is None:
+            nodes.append(_renamed_tensors(call, {}))
+            continue
+        stem = call.name.rpartition("/")[0]
+        names = dict(zip([*function.input, *function.output], [*call.input, *call.output], strict=True))
+        seen: Counter[str] = Counter()
+        for inner in function.node:
+            seen[inner.op_type] += 1
+            for name in inner.output:
+                names.setdefault(name, f"{call.output[0]}.{name}")
+            node = _renamed_tensors(inner, names)
+            number = seen[inner.op_type]
+            node.name = f"{stem}/{inner.op_type}" + (f"_{number}" if number > 1 else "")
+            nodes.append(node)
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    del result.functions[:]
+    for entry in list(result.opset_import):
+        if entry.domain == FUNCTION_DOMAIN:
+            result.opset_import.remove(entry)
+    return result
+
+
+def _function_name(number: int) -> str:
+    return FUNCTION_NAME if number == 1 else f"{FUNCTION_NAME}{number}"
+
+
+def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+    """A copy of a body's node with local names; names of intermediate tensors are numbered as they come."""
+    for name in (*node.input, *node.output):
+        names.setdefault(name, f"value_{len(names)}")
+    copy = _renamed_tensors(node, names)
+    copy.ClearField("name")  # two calls of one function would give two nodes the same name
+    return copy
+
+
+def _attentions_of(model: onnx.ModelProto) -> list[PositionAttention]:
+    found = position_attentions(model.graph)
+    if not found:
+        raise UsageError(
+            "this model has no position attention written as MatMul, Softmax, MatMul; export it with --attention matmul"
+        )
+    return found
+
+
+def _types(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    """Element type and size of the last axis (0: unknown) of each tensor."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {}
+    for entry in [*graph.input, *graph.value_info, *graph.output]:
+        kind = entry.type.tensor_type
+        types[entry.name] = (kind.elem_type, kind.shape.dim[-1].dim_value if kind.shape.dim else 0)
+    return types
+
+
+def _blocked(
+    graph: onnx.GraphProto, attention: PositionAttention, prefix: str, types: dict[str, tuple[int, int]], rows: int
+) -> list[onnx.NodeProto]:
+    from onnx import helper, numpy_helper
+
+    def constant(name: str, values: Any, dtype: Any = np.int64) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.array(values, dtype), f"{prefix}.{name}"))
+        return f"{prefix}.{name}"
+
+    nodes: list[onnx.NodeProto] = []
+
+    def add(operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        name = f"{stem}/{operator}_block_{len(nodes)}"
+        nodes.append(helper.make_node(operator, list(inputs), [f"{prefix}.{output}"], name=name, **attributes))
+        return f"{prefix}.{output}"
+
+    stem = attention.nodes[-1].name.rpartition("/")[0]
+    element, channels = types[attention.query]
+    result_type, _ = types[attention.output]
+    if not channels:
+        raise UsageError(f"the number of channels of {attention.query!r} is not known; export the model again")
+    # Tokens are filled up to whole blocks: -T modulo the rows (the sign of Mod is that of the divisor).
+    tokens = add("Shape", [attention.query], "tokens", start=1, end=2)
+    negative = add("Neg", [tokens], "minus_tokens")
+    missing = add("Mod", [negative, constant("rows", [rows])], "missing")
+    pads = add("Concat", [constant("no_pads", [0]), missing], "pads", axis=0)
+    zero = constant("zero", 0, helper.tensor_dtype_to_np_dtype(element))
+    axis = constant("token_axis", [1])
+    padded = add("Pad", [attention.query, pads, zero, axis], "padded")
+    blocks = add("Reshape", [padded, constant("blocks_shape", [0, -1, rows, channels])], "blocks")
+    block_in, block_out = f"{prefix}.block", f"{prefix}.block_result"
+    body = helper.make_graph(
+        [_renamed_tensors(node, {attention.query: block_in, attention.output: block_out}) for node in attention.nodes],
+        f"{prefix}.body",
+        [helper.make_tensor_value_info(block_in, element, None)],
+        [helper.make_tensor_value_info(block_out, result_type, None)],
+    )
+    mixed = add("Scan", [blocks], "mixed", body=body, num_scan_inputs=1, scan_input_axes=[1], scan_output_axes=[1])
+    joined = add("Reshape", [mixed, constant("joined_shape", [0, -1, channels])], "joined")
+    add("Slice", [joined, constant("first", [0]), tokens, axis], "result")
+    nodes[-1].output[0] = attention.output
+    return nodes
+
+
+def _renamed_tensors(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+    """A copy of a node with these tensors renamed."""
+    copy = type(node)()
+    copy.CopyFrom(node)
+    for field in (copy.input, copy.output):
+        for place, name in enumerate(field):
+            field[place] = names.get(name, name)
+    return copy
+
+
+def _replace(graph: onnx.GraphProto, attention: PositionAttention, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put ``nodes`` where the attention's last operator stood; what it needs is made before."""
+    old = {node.output[0] for node in attention.nodes}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.output[0] == attention.output:
+            kept.extend(nodes)
+        elif node.output[0] not in old:
+            kept.append(_renamed_tensors(node, {}))  # a copy: clearing the list below would empty the original
+    del graph.node[:]
+    graph.node.extend(kept)

@@ -1,0 +1,335 @@
+"""What an ONNX file must not hold, looked up before a runtime's own parser reads it.
+
+A model file is data: it names no other files to read, calls nothing outside the ONNX operators, ends
+by itself, and holds the numbers that it says it holds. None of our exports needs more. Runtimes rely on
+some of this without a check: OpenVINO 2026.4 does not come back from a graph with a circle, counts down
+from any operator version, and crashes where a constant does not fit the memory or an operator lacks an
+input (:func:`check_operators`); TensorRT-RTX 1.7 divides by a block size of 0 or 2^62.
+
+The layout is that of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto); contents of
+tensors are passed over, so a file of 30 MB takes about 20 ms. How much memory and time a graph of
+permitted operators takes when it runs is not limited here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from hpddrnet_trt.core.errors import BadInputFile, UserError, brief, require
+from hpddrnet_trt.core.manifest import ProtobufField, protobuf_fields
+from hpddrnet_trt.graph.attention import expanded
+
+if TYPE_CHECKING:
+    import onnx
+
+MAX_GRAPH_DEPTH = 8  # graphs inside operators inside graphs
+MAX_NODES = 100_000  # with functions written out; the largest of ours has some 500
+MAX_FUNCTIONS = 256
+MAX_FIELDS = 2_000_000  # of all messages; the largest of ours have some 10 000
+MAX_OPSET = 1000
+MAX_TEXT = 4096  # bytes of a name or a shape
+MAX_MADE = 1 << 31  # numbers that one operator makes of a constant shape
+MAX_SETTING = 1 << 31  # of an operator's whole-number attributes
+POSITIVE = {"blocksize", "dilations", "group", "kernel_shape", "num_groups", "num_outputs", "strides"}  # attributes
+# Loop runs as often as a number in the file says. EPContext names a compiled program, often in another file.
+REFUSED = {
+    "Loop": "it has a loop, which need not end",
+    "EPContext": "it refers to a compiled program of an execution provider",
+}
+_SHAPED_BY = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3}  # input with the shape of the result
+_EXTERNAL = 1  # TensorProto.data_location
+_INT64 = 7  # TensorProto.data_type
+
+Name = tuple[str, str]  # of an operator or function: its domain, and its name there
+Calls = Counter[Name]  # how often a graph, or the body of a function, calls each
+
+
+def check_onnx(path: Path) -> None:
+    """Raise :class:`BadInputFile` in one sentence for what this page's first paragraph excludes."""
+    try:
+        with path.open("rb") as stream:
+            _Reader(stream).model(path.stat().st_size)
+    except ValueError as exc:
+        raise BadInputFile(f"{path} is refused: {exc}; export it again with this package") from exc
+    except OSError as exc:
+        raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions and the disk") from exc
+
+
+def check_operators(path: Path, *, types: bool = False) -> None:
+    """Raise :class:`BadInputFile` for operators without the inputs and attributes that ONNX asks for.
+
+    By the onnx package's own checker, for files that :func:`check_onnx` has passed; 20 ms to 130 ms. ``types``: also
+    for inputs of types and shapes that do not go together; TensorRT-RTX 1.7 crashes where a shape is no whole numbers.
+    """
+    library = require("onnx", "export", "check ONNX files")
+    try:
+        library.checker.check_model(str(path), full_check=types)
+    except Exception as exc:  # its own error, or one of protobuf, whose classes differ between versions
+        raise BadInputFile(f"{path} is refused: {brief(exc)}; export it again with this package") from exc
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph of a file that :func:`check_onnx` has passed; raises :class:`BadInputFile` for a damaged one."""
+    library = require("onnx", "export", "read ONNX files")
+    try:
+        model: onnx.ModelProto = library.load(str(path), load_external_data=False)
+        return model
+    except Exception as exc:  # protobuf's own error classes differ between its versions
+        raise _damaged(path, exc) from exc
+
+
+def _damaged(path: Path, exc: Exception) -> BadInputFile:
+    reason = brief(exc) or type(exc).__name__
+    return BadInputFile(f"{path} is damaged or no ONNX file of this package ({reason}); export it again")
+
+
+def rewritten(path: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto | None]) -> bytes | None:
+    """The file's graph, functions written out, after ``change``; None where that changes nothing.
+
+    Raises :class:`BadInputFile` where the graph is not what ``change`` understands.
+    """
+    try:
+        model = load_graph(path)
+        plain = expanded(model) if model.functions else model
+        changed = change(plain)
+        if changed is None:
+            return bytes(plain.SerializeToString()) if model.functions else None
+        return bytes(changed.SerializeToString())
+    except UserError:
+        raise
+    except Exception as exc:  # whatever a pass stumbles over
+        raise _damaged(path, exc) from exc
+
+
+class _Scope:
+    """Tensors that the operators of a graph may read: its own so far, and those of the graphs around it."""
+
+    def __init__(self, outer: _Scope | None) -> None:
+        self._outer = outer
+        self._names = {""}  # an input that is left out
+        self._shapes: dict[str, list[int]] = {}
+
+    def add(self, name: str, shape: list[int] | None = None) -> None:
+        """``shape``: the numbers in the tensor, where they are constant whole ones, and few."""
+        self._names.add(name)
+        if shape is not None:
+            self._shapes[name] = shape
+
+    def make(self, name: str, shape: list[int] | None = None) -> None:
+        """:meth:`add` the result of an operator."""
+        if name and name in self._names:
+            raise ValueError(f"the tensor {name[:100]!r} is made twice")
+        self.add(name, shape)
+
+    def read(self, name: str) -> list[int] | None:
+        """The constant numbers in a tensor; raises :class:`ValueError` where no earlier operator has made it."""
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope._names:
+                return scope._shapes.get(name)
+            scope = scope._outer
+        raise ValueError(f"an operator reads {name[:100]!r}, which no operator before it makes")
+
+
+class _Reader:
+    """Walks the messages of one file. Its methods raise :class:`ValueError` that says what is wrong."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._seen = 0
+
+    def model(self, size: int) -> None:
+        calls: Calls = Counter()
+        functions: dict[Name, Calls] = {}
+        for part in self._fields(ProtobufField(0, 2, 0, size)):
+            if part.number == 7:
+                self._graph(part, calls, MAX_GRAPH_DEPTH, None)
+            elif part.number == 25:
+                name, body = self._function(part)
+                if name in functions:
+                    raise ValueError(f"it defines the function {name[1][:100]!r} twice")
+                functions[name] = body
+                if len(functions) > MAX_FUNCTIONS:
+                    raise ValueError(f"it defines more than {MAX_FUNCTIONS} functions")
+            elif part.number == 8:
+                self._opset(part)
+            elif part.number == 20:
+                raise ValueError("it holds instructions for training")
+        nodes = _written_out(calls, functions)
+        if nodes > MAX_NODES:
+            raise ValueError(f"its functions, written out, have {nodes} operators, more than {MAX_NODES}")
+
+    def _graph(self, graph: ProtobufField, calls: Calls, depth: int, outer: _Scope | None) -> None:
+        if depth == 0:
+            raise ValueError(f"its graphs lie more than {MAX_GRAPH_DEPTH} deep in each other")
+        scope = _Scope(outer)
+        for part in self._fields(graph):  # weights come after the operators that read them
+            if part.number == 5:
+                scope.add(*self._tensor(part))
+            elif part.number == 11:
+                scope.add(self._texts(part, 1)[0])
+            elif part.number == 12:
+                self._texts(part, 1)
+            elif part.number == 15:
+                raise ValueError("it holds sparse tensors, which may become of any size")
+        for part in self._fields(graph):
+            if part.number == 1:
+                self._node(part, calls, depth, scope)
+
+    def _function(self, function: ProtobufField) -> tuple[Name, Calls]:
+        calls: Calls = Counter()
+        scope = _Scope(None)
+        for name in self._texts(function, 4):
+            scope.add(name)
+        for part in self._fields(function):
+            if part.number == 7:
+                self._node(part, calls, MAX_GRAPH_DEPTH, scope)
+            elif part.number == 9:
+                self._opset(part)
+            elif part.number == 11:
+                self._attribute(part, calls, MAX_GRAPH_DEPTH, scope)
+        return _name(self._texts(function, 10), self._texts(function, 1)), calls
+
+    def _opset(self, opset: ProtobufField) -> None:
+        for part in self._fields(opset):
+            if part.number == 2 and part.value > MAX_OPSET:
+                raise ValueError(f"it asks for version {part.value} of ONNX's operators")
+
+    def _node(self, node: ProtobufField, calls: Calls, depth: int, scope: _Scope) -> None:
+        texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: [], 7: []}
+        constant: list[int] | None = None
+        for part in self._fields(node):
+            if part.number in texts:
+                texts[part.number].append(self._text(part))
+            elif part.number == 5:
+                constant = self._attribute(part, calls, depth, scope)
+        domain, operator = _name(texts[7], texts[4])
+        if operator in REFUSED:
+            raise ValueError(REFUSED[operator])
+        shapes = [scope.read(name) for name in texts[1]]
+        place = _SHAPED_BY.get(operator)
+        if place is not None and place < len(shapes):
+            made = prod(max(abs(size), 1) for size in shapes[place] or [])
+            if made > MAX_MADE:
+                raise ValueError(f"an operator {operator} makes {made:.1e} numbers of a shape in the file")
+        for name in texts[2]:
+            scope.make(name, constant if operator == "Constant" else None)
+        calls[domain, operator] += 1
+
+    def _attribute(
+        self, attribute: ProtobufField, calls: Calls, depth: int, scope: _Scope
+    ) -> list[int] | None:
+        """Whole numbers that it holds, where they are few."""
+        found: list[int] | None = None
+        setting = self._texts(attribute, 1)[-1]
+        lowest, given = (1 if setting in POSITIVE else -MAX_SETTING), False
+        for part in self._fields(attribute):
+            if part.number in (5, 10):
+                _, found = self._tensor(part)
+            elif part.number in (6, 11):
+                self._graph(part, calls, depth - 1, scope)
+            elif part.number in (3, 8):
+                numbers, given = self._numbers(part), True
+                wrong = [value for value in numbers if not lowest <= value <= MAX_SETTING]
+                if wrong:
+                    raise ValueError(f"{setting[:100]!r} of an operator is {wrong[0]}")
+                found = [*(found or []), *numbers] if part.number == 8 else found
+            elif part.number == 21:  # refers to one of the function that it is in
+                given = True
+            elif part.number in (22, 23):
+                raise ValueError("it holds sparse tensors, which may become of any size")
+        if lowest == 1 and not given:  # which counts as 0
+            raise ValueError(f"{setting!r} of an operator has no value")
+        return found
+
+    def _tensor(self, tensor: ProtobufField) -> tuple[str, list[int] | None]:
+        """Its name, and its numbers where they are whole and few."""
+        elements, kind, name = 1, 0, ""
+        numbers: list[int] | None = None
+        for part in self._fields(tensor):
+            if part.number == 13 or (part.number == 14 and part.value == _EXTERNAL):
+                raise ValueError("some of its numbers are in another file")
+            if part.number == 1:
+                for size in self._numbers(part):
+                    if size < 0:
+                        raise ValueError("a tensor has a negative size")
+                    elements = min(elements * size, 1 << 63)
+            elif part.number == 2:
+                kind = part.value
+            elif part.number == 8:
+                name = self._text(part)
+            elif part.number == 7 and part.end - part.start <= MAX_TEXT:
+                numbers = [*(numbers or []), *self._numbers(part)]
+            elif part.number == 9 and part.end - part.start <= MAX_TEXT:
+                raw = self._bytes(part)
+                places = range(0, len(raw) - 7, 8)
+                numbers = [int.from_bytes(raw[at : at + 8], "little", signed=True) for at in places]
+        # The smallest numbers are half a byte.
+        if elements > 2 * (tensor.end - tensor.start):
+            raise ValueError(f"a tensor of {tensor.end - tensor.start} bytes is said to hold {elements} numbers")
+        return name, numbers if kind == _INT64 else None
+
+    def _numbers(self, part: ProtobufField) -> list[int]:
+        """One number, or several in a row ("packed"), of 64 bits with sign."""
+        found = []
+        if part.wire != 2:
+            found = [part.value]
+        else:
+            value, shift = 0, 0
+            for byte in self._bytes(part):
+                value |= (byte & 0x7F) << shift
+                shift += 7
+                if byte < 0x80:
+                    found.append(value)
+                    value, shift = 0, 0
+        return [value - (1 << 64) if value >= 1 << 63 else value for value in found]
+
+    def _texts(self, message: ProtobufField, number: int) -> list[str]:
+        """The texts in the fields of that number; at least one, which may be empty."""
+        return [self._text(part) for part in self._fields(message) if part.number == number] or [""]
+
+    def _text(self, part: ProtobufField) -> str:
+        return self._bytes(part).decode("utf-8")
+
+    def _bytes(self, part: ProtobufField) -> bytes:
+        if part.end - part.start > MAX_TEXT:
+            raise ValueError(f"it has a name or a shape of {part.end - part.start} bytes")
+        return part.read(self._stream, MAX_TEXT)
+
+    def _fields(self, message: ProtobufField) -> Iterator[ProtobufField]:
+        if message.wire != 2:
+            raise ValueError("it is damaged or another kind of file")
+        for part in protobuf_fields(self._stream, message.start, message.end):
+            self._seen += 1
+            if self._seen > MAX_FIELDS:
+                raise ValueError(f"it has more than {MAX_FIELDS} entries")
+            yield part
+
+
+def _name(domains: list[str], names: list[str]) -> Name:
+    """What protobuf takes of a field that is there twice: the last one."""
+    domain = domains[-1] if domains else ""
+    return ("" if domain == "ai.onnx" else domain), (names[-1] if names else "")
+
+
+def _written_out(graph: Calls, functions: dict[Name, Calls]) -> int:
+    """Number of operators when every call of a function is replaced by its body; functions must not call themselves."""
+    running: set[Name] = set()
+
+    @cache
+    def size(name: Name) -> int:
+        if name not in functions:
+            return 1
+        if name in running:
+            raise ValueError(f"its function {name[1][:100]!r} calls itself")
+        running.add(name)
+        total = sum(count * size(called) for called, count in functions[name].items())
+        running.remove(name)
+        return total
+
+    return sum(count * size(called) for called, count in graph.items())

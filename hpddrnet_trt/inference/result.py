@@ -1,0 +1,198 @@
+"""The result of segmenting one image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.core.manifest import ClassInfo, Manifest
+from hpddrnet_trt.data.labels import overlay, write_labels
+from hpddrnet_trt.inference.tiling import TilingReport
+from hpddrnet_trt.results.caption import with_caption
+from hpddrnet_trt.results.imagej import write_rois
+from hpddrnet_trt.results.ome_tiff import write_ome_tiff
+from hpddrnet_trt.results.ome_zarr import write_ome_zarr
+from hpddrnet_trt.results.regions import AreaFraction, Regions, area_fractions, regions
+from hpddrnet_trt.results.tables import write_fractions, write_regions
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a label map comes from: enough to make it again, and to tell two of them apart.
+
+    ``model``: its name. ``model_sha256``: checksum of the model file that ran; ``checkpoint_sha256``: of the
+    checkpoint it was made from; None where not known. ``engine``: runtime, device and version in words.
+    ``version``: of this package. ``mode``: views averaged. ``window``: grey values of the original that became 0 and
+    255. ``time``: end of the inference, UTC, ISO 8601.
+    """
+
+    model: str
+    model_sha256: str | None
+    checkpoint_sha256: str | None
+    engine: str
+    precision: str | None
+    version: str
+    mode: str
+    window: tuple[float, float]
+    time: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: what every written file carries."""
+        return {**asdict(self), "window": list(self.window)}
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Labels of one image and what is needed to read them.
+
+    ``labels`` uint8 ``[H, W]``: index into ``classes``. ``confidence`` float32 ``[H, W]``:
+    probability of that class, or None. ``window``: grey values of the original that were mapped to
+    0 and 255. ``pixel_size_m``: metres per pixel, None where unknown. ``source``: the file, where known.
+    ``provenance``: model, engine and settings; ``tiling``: how a large image was cut and put together, None for one
+    that ran whole.
+    """
+
+    labels: npt.NDArray[np.uint8]
+    manifest: Manifest
+    confidence: npt.NDArray[np.float32] | None = None
+    window: tuple[float, float] = (0.0, 255.0)
+    pixel_size_m: float | None = None
+    source: Path | None = None
+    provenance: Provenance | None = None
+    tiling: TilingReport | None = None
+
+    @property
+    def classes(self) -> list[ClassInfo]:
+        return self.manifest.classes
+
+    def area_fractions(self) -> list[AreaFraction]:
+        """Pixels, fraction and area (where the pixel size is known) of each class."""
+        return area_fractions(self.labels, self.classes, self.pixel_size_m)
+
+    def fractions(self) -> dict[str, float]:
+        """Area fraction of each class by name; their sum is 1."""
+        return {entry.name: entry.fraction for entry in self.area_fractions()}
+
+    def areas_m2(self) -> dict[str, float] | None:
+        """Area of each class by name, in square metres; None when the pixel size is unknown."""
+        areas = {entry.name: entry.area_m2 for entry in self.area_fractions()}
+        return {name: area for name, area in areas.items() if area is not None} if self.pixel_size_m else None
+
+    def regions(
+        self, *, background: Collection[str] = (), connectivity: Literal[1, 2] = 2, smallest: int = 1
+    ) -> Regions:
+        """Connected regions with area, diameter, orientation: :func:`hpddrnet_trt.results.regions.regions`."""
+        return regions(
+            self.labels, self.classes, self.pixel_size_m,
+            background=background, connectivity=connectivity, smallest=smallest,
+        )  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able: what written files carry beside the labels (file name of the source, classes, provenance)."""
+        return {
+            "source": None if self.source is None else self.source.name,
+            "classes": [entry.name for entry in self.classes],
+            "pixel_size_m": self.pixel_size_m,
+            "window": list(self.window),
+            **(self.provenance.as_dict() if self.provenance is not None else {"model": self.manifest.name}),
+            "tiling": None if self.tiling is None else self.tiling.as_dict(),
+        }
+
+    def save(self, path: str | Path, *, image: npt.NDArray[Any] | None = None) -> Path:
+        """Write the result as the kind of file that ``path``'s ending says, whole or not at all.
+
+        - ``.ome.zarr``: OME-Zarr 0.5 (extra ``results``), with the micrograph ``image`` ``[H, W]`` where given;
+        - ``.ome.tif``, ``.ome.tiff``: OME-TIFF;
+        - ``.png``, ``.tif``, ``.tiff``: class indices with the classes' colours as palette;
+        - ``.zip``: outlines of all regions as ImageJ ROIs (extra ``results``);
+        - ``.regions.csv``: a row for each region (extra ``results``); any other ``.csv``: a row for each class.
+
+        Call :func:`hpddrnet_trt.results.regions.regions` and the writers in :mod:`hpddrnet_trt.results` for ROIs and
+        tables without the background. Raises :class:`UsageError` for another ending.
+        """
+        path = Path(path)
+        ending = next((ending for ending in _WRITERS if path.name.lower().endswith(ending)), None)
+        if ending is None:
+            raise UsageError(f"results are written as {', '.join(_WRITERS)}, not as {path.name!r}; change the ending")
+        if image is not None and ending != ".ome.zarr":
+            raise UsageError(f"only .ome.zarr holds the micrograph beside its labels, not {ending}; leave image out")
+        return _WRITERS[ending](self, path, image)
+
+    def save_labels(self, path: str | Path) -> Path:
+        """Write the labels as a PNG with the classes' colours as palette, or as an 8-bit TIFF, by ``path``'s ending."""
+        return write_labels(
+            path, self.labels, self.manifest.palette, pixel_size_m=self.pixel_size_m, provenance=self.record()
+        )
+
+    def save_overlay(
+        self, path: str | Path, grey8: npt.NDArray[np.uint8], alpha: float = 0.4, *, caption: bool = True
+    ) -> Path:
+        """Write a PNG of the 8-bit image ``[H, W]`` with the classes drawn over it.
+
+        ``caption``: add a bar below with the classes, their fractions and, where the pixel size is known, a scale
+        bar. Pictures less than 128 pixels wide get none.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"overlays are written as .png, not {path.name!r}; change the ending")
+        drawing = overlay(grey8, self.labels, self.manifest.palette, alpha)
+        if caption:
+            drawing = with_caption(drawing, self.classes, self.area_fractions(), self.pixel_size_m)
+        with atomic_path(path) as temporary:
+            Image.fromarray(drawing).save(temporary, format="PNG")
+        return path
+
+    def __str__(self) -> str:
+        """Size, scale and area fractions, for people."""
+        height, width = self.labels.shape
+        title = "" if self.source is None else f"{self.source.name}: "
+        if self.pixel_size_m is None:
+            scale = "pixel size unknown"
+        else:
+            wide, high = (f"{side * self.pixel_size_m * 1e6:.4g}" for side in (width, height))
+            scale = f"{self.pixel_size_m * 1e9:.4g} nm each, {wide} x {high} µm"
+        lines = [f"{title}{width} x {height} pixels, {scale}, by {self.manifest.name}"]
+        widest = max(len(entry.name) for entry in self.classes)
+        for entry in self.area_fractions():
+            area = "" if entry.area_m2 is None else f"{entry.area_m2 * 1e12:12.5g} µm²"
+            lines.append(f"  {entry.name:<{widest}} {100 * entry.fraction:6.2f} %{area}")
+        return "\n".join(lines)
+
+
+def _save_ome_zarr(result: Segmentation, path: Path, image: npt.NDArray[Any] | None) -> Path:
+    return write_ome_zarr(
+        path, result.labels, result.classes,
+        pixel_size_m=result.pixel_size_m, provenance=result.record(), image=image,
+    )  # fmt: skip
+
+
+def _save_ome_tiff(result: Segmentation, path: Path, _: object) -> Path:
+    return write_ome_tiff(
+        path, result.labels, result.classes, pixel_size_m=result.pixel_size_m, provenance=result.record()
+    )
+
+
+def _save_labels(result: Segmentation, path: Path, _: object) -> Path:
+    return result.save_labels(path)
+
+
+# Kinds of file by ending; the first that fits counts.
+_WRITERS: dict[str, Callable[[Segmentation, Path, npt.NDArray[Any] | None], Path]] = {
+    ".ome.zarr": _save_ome_zarr,
+    ".ome.tif": _save_ome_tiff,
+    ".ome.tiff": _save_ome_tiff,
+    ".png": _save_labels,
+    ".tif": _save_labels,
+    ".tiff": _save_labels,
+    ".zip": lambda result, path, _: write_rois(path, result.regions()),
+    ".regions.csv": lambda result, path, _: write_regions(path, result.regions()),
+    ".csv": lambda result, path, _: write_fractions(path, result.area_fractions()),
+}

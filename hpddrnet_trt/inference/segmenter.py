@@ -1,0 +1,331 @@
+"""The segmenter: what an embedder uses. One model, images of any size and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt import __version__, views
+from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.data.preprocess import Mode
+from hpddrnet_trt.data.window import Window
+from hpddrnet_trt.engines import load_engine
+from hpddrnet_trt.engines.base import Engine, check_shape
+from hpddrnet_trt.graph.scores import ScoresModel
+from hpddrnet_trt.inference.frames import Frame, Image, check_out, device_batch, on_gpu, to_frame
+from hpddrnet_trt.inference.result import Provenance, Segmentation
+from hpddrnet_trt.inference.runner import Found, Inference
+from hpddrnet_trt.inference.tiled import Progress, Tile, check_tile, plan_for, scores_tiled, segment_tiled
+from hpddrnet_trt.inference.tiling import TilingReport
+from hpddrnet_trt.weights import locate
+
+
+class Segmenter:
+    """Runs a model on images of any size from 1 x 1 pixel.
+
+    Images are padded at the bottom and right by reflection to a size the model takes, and the
+    result is cropped back exactly. Several threads may use one segmenter: it keeps nothing from one image to the
+    next, and one grey window holds for a whole image. Parameters:
+
+    - ``engine``: a loaded model file; :meth:`close` closes it.
+    - ``mode``: ``single``, or average the class probabilities of several views: ``flip`` (the image
+      and its mirror image) or ``multiscale`` (both at six sizes, as mmsegmentation's
+      ``SegTTAModel``). Averaging needs an engine with logits output; :func:`load_segmenter` finds it in ONNX files.
+    - ``resize``: (long, short) edge; images are first brought to the largest size of the same
+      aspect within it, as the authors' test pipeline does with (2048, 1024). A model with labels
+      output returns by nearest neighbour, one with logits by bilinear interpolation.
+    - ``confidence``: also give the probability of the chosen class.
+    - ``window``: grey values that become black and white, the same for all images, or ``Percentiles`` of each
+      image; default: 8-bit images as they are, others by their own percentiles (see
+      :func:`~hpddrnet_trt.data.window.to_grey8`).
+    - ``batch_size``: images per inference in :meth:`segment_batch`.
+    - ``tile``: ``whole``: an image runs in one piece, or not at all. ``auto``: so it does where the model admits
+      its size and its largest view has at most 2048 x 2048 pixels; larger ones are cut into overlapping tiles of
+      the size of the training crops (of 1024 x 1024 pixels where that is not known, of the model's own size where
+      it has one). A number: larger images are cut into tiles of so many pixels. Tiles are an approximation; how
+      they agree is in the result (:class:`~hpddrnet_trt.inference.tiling.TilingReport`).
+    - ``model_sha256``: checksum of the model file, for the provenance. ``scores``: where the class scores of a
+      model with labels output are found, to blend tiles. :func:`load_segmenter` gives both.
+
+    Raises :class:`ContractError` when the model cannot do what was asked, :class:`UsageError` for options that
+    make no sense.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        mode: Mode = "single",
+        resize: tuple[int, int] | None = None,
+        confidence: bool = False,
+        window: Window = None,
+        batch_size: int = 4,
+        tile: Tile = "auto",
+        model_sha256: str | None = None,
+        scores: ScoresModel | None = None,
+    ) -> None:
+        if mode not in views.MODES:
+            raise UsageError(f"unknown mode {mode!r}; choose one of: {', '.join(views.MODES)}")
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        if resize is not None and min(resize) < 1:
+            raise UsageError(f"resize must be two positive numbers of pixels, got {resize}")
+        self.engine, self.mode, self.resize, self.window, self.tile = engine, mode, resize, window, tile
+        self.manifest = engine.manifest
+        self._inference = Inference(engine, mode, resize)
+        self._contract = self._inference.contract
+        check_tile(tile, self._contract, resize)
+        has_logits, output = self._inference.gives_logits, engine.manifest.output
+        if mode != "single" and not has_logits:
+            raise ContractError(
+                f"mode {mode!r} averages class scores, but model {self.manifest.name!r} gives labels only; "
+                "export it with logits output, or use mode 'single'"
+            )
+        if confidence and not has_logits and not (output is not None and output.confidence):
+            raise ContractError(
+                f"model {self.manifest.name!r} gives no confidence; export it with a confidence map or logits output"
+            )
+        self.confidence = confidence
+        self.batch_size = min(batch_size, self._contract.batch.maximum or batch_size)
+        self.model_sha256, self._scores, self._runtime = model_sha256, scores, engine.runtime
+
+    def with_mode(self, mode: Mode) -> Segmenter:
+        """A segmenter on the same engine with another mode."""
+        return Segmenter(
+            self.engine, mode=mode, resize=self.resize, confidence=self.confidence, window=self.window,
+            batch_size=self.batch_size, tile=self.tile, model_sha256=self.model_sha256, scores=self._scores,
+        )  # fmt: skip
+
+    def segment(
+        self,
+        image: Image,
+        out: npt.NDArray[np.uint8] | None = None,
+        *,
+        progress: Progress | None = None,
+        stream: Any = None,
+    ) -> Segmentation:
+        """Segment one image: a :class:`Micrograph` or an array ``[H, W]`` of uint8, uint16 or float.
+
+        A model with three float channels also takes RGB uint8 ``[H, W, 3]``. Arrays of any layout and byte
+        order; those of other libraries in the host's memory through DLPack. A contiguous uint8 array of a size that the
+        model takes reaches the engine without a copy. So does a uint8 array on a GPU (DLPack, CUDA array
+        interface), where the engine is TensorRT's on that GPU.
+
+        ``out``: uint8 ``[H, W]`` on the host that takes the labels; it is then the result's ``labels``. It must not
+        share memory with the image. ``progress(done, of)`` is called in this thread after every tile, after
+        a whole image once. What it raises ends the inference and comes through; ``out`` is then incomplete,
+        and the segmenter stays usable. The same holds for Ctrl-C.
+
+        Raises :class:`ContractError` for any other array, an empty one, or one with NaN.
+        """
+        pixels = image.pixels if isinstance(image, Micrograph) else image
+        if on_gpu(pixels):
+            result = self._segment_on_device(pixels, image, out, stream)
+        elif stream is not None:
+            raise UsageError("stream goes with an image on a GPU, and this one is in the host's memory; leave it out")
+        else:
+            frame = to_frame(pixels, self._contract.channels, self.window)
+            if out is not None:
+                check_out(out, frame.pixels.shape[:2], frame.pixels)
+            result = self._segment_frame(frame, image, out, progress)
+        if progress is not None and result.tiling is None:
+            progress(1, 1)
+        return result
+
+    def segment_batch(self, images: Sequence[Image]) -> list[Segmentation]:
+        """Segment several images, equally sized whole ones together; results in the order given."""
+        results: dict[int, Segmentation] = {}
+        waiting: dict[int, Frame] = {}
+        for index, image in enumerate(images):
+            pixels = image.pixels if isinstance(image, Micrograph) else image
+            if on_gpu(pixels):
+                results[index] = self._segment_on_device(pixels, image, None, None)
+            else:
+                waiting[index] = to_frame(pixels, self._contract.channels, self.window)
+        for indices in _groups(waiting, self.batch_size):
+            frames = [waiting[index] for index in indices]
+            if len(frames) == 1:
+                results[indices[0]] = self._segment_frame(frames[0], images[indices[0]], None, None)
+            elif plan_for(self._inference, self.tile, *frames[0].pixels.shape[:2]) is not None:
+                for index in indices:
+                    results[index] = self._segment_frame(waiting[index], images[index], None, None)
+            else:
+                found = self._inference.labels([frame.pixels for frame in frames], self.confidence)
+                for position, index in enumerate(indices):
+                    results[index] = self._whole(found, position, frames[position].window, images[index])
+        return [results[index] for index in range(len(images))]
+
+    def class_scores(self, image: Image, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
+        """Class probabilities ``[C, H, W]`` of one image on the host, averaged over the mode's views.
+
+        Needs logits output, or the shipped ONNX form of a model with labels output. All of them are held
+        in memory, twice for a moment, 4 bytes per class and pixel: 0.8 GB for three classes at 8192 x 8192, for which
+        :meth:`segment` needs a fraction.
+
+        Raises :class:`ContractError` as :meth:`segment` does, :class:`UserError` for scores that are NaN.
+        """
+        inference = self._with_scores()
+        if not inference.gives_logits:
+            raise ContractError(f"model {self.manifest.name!r} gives labels only; export it with logits output")
+        pixels = to_frame(
+            image.pixels if isinstance(image, Micrograph) else image, self._contract.channels, self.window
+        ).pixels
+        plan = plan_for(inference, self.tile, *pixels.shape[:2])
+        if plan is None:
+            return inference.probabilities([pixels])[0]
+        return scores_tiled(inference, pixels, plan, progress)
+
+    def close(self) -> None:
+        """Close the engine; calling it again does nothing."""
+        if self._scores is not None:
+            self._scores.close()
+        self.engine.close()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _segment_frame(
+        self, frame: Frame, image: Image, out: npt.NDArray[np.uint8] | None, progress: Progress | None
+    ) -> Segmentation:
+        shape = frame.pixels.shape[:2]
+        plan = plan_for(self._inference, self.tile, *shape)
+        if plan is None:
+            return self._whole(self._inference.labels([frame.pixels], self.confidence, out), 0, frame.window, image)
+        labels = np.empty(shape, dtype=np.uint8) if out is None else out
+        confidence = np.empty(shape, dtype=np.float32) if self.confidence else None
+        report = segment_tiled(self._with_scores(), frame.pixels, plan, labels, confidence, progress)
+        return self._result(labels, confidence, frame.window, image, report)
+
+    def _with_scores(self) -> Inference:
+        """The model with class scores, where it has them."""
+        if self._inference.gives_logits or self._scores is None:
+            return self._inference
+        engine = self._scores.engine()
+        return self._inference if engine is None else Inference(engine, self.mode, self.resize)
+
+    def _segment_on_device(
+        self, pixels: Any, image: Image, out: npt.NDArray[np.uint8] | None, stream: Any
+    ) -> Segmentation:
+        """An image that is on the engine's GPU already and fits the model as it is."""
+        kind = type(pixels).__name__
+        if not hasattr(self.engine, "infer_device"):
+            raise ContractError(
+                f"the image is a {kind} on a GPU, which {self._runtime} does not read; copy it to the host first"
+            )
+        if self.mode != "single" or self.resize is not None or self.window is not None:
+            raise ContractError(
+                f"the image is a {kind} on a GPU, where it runs as it is: without mode, resize and window; "
+                "copy it to the host for those"
+            )
+        batch, shape = device_batch(pixels)
+        check_shape((1, 1, *shape), self._contract)
+        if out is not None:
+            check_out(out, shape, None)
+        found = self._inference.as_it_is(batch, self.confidence, out, stream)
+        return self._whole(found, 0, (0.0, 255.0), image)
+
+    def _whole(self, found: Found, position: int, window: tuple[float, float], image: Image) -> Segmentation:
+        confidence = None if found.confidence is None else found.confidence[position]
+        return self._result(found.labels[position], confidence, window, image, None)
+
+    def _result(
+        self,
+        labels: npt.NDArray[np.uint8],
+        confidence: npt.NDArray[np.float32] | None,
+        window: tuple[float, float],
+        image: Image,
+        tiling: TilingReport | None,
+    ) -> Segmentation:
+        origin = image if isinstance(image, Micrograph) else None
+        provenance = Provenance(
+            model=self.manifest.name,
+            model_sha256=self.model_sha256,
+            checkpoint_sha256=self.manifest.checkpoint_sha256,
+            engine=self._runtime,
+            precision=self.manifest.precision,
+            version=__version__,
+            mode=self.mode,
+            window=window,
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )
+        return Segmentation(
+            labels=labels,
+            manifest=self.manifest,
+            confidence=confidence,
+            window=window,
+            pixel_size_m=None if origin is None else origin.pixel_size_m,
+            source=None if origin is None else origin.source,
+            provenance=provenance,
+            tiling=tiling,
+        )
+
+
+def load_segmenter(
+    model_path: str | Path,
+    *,
+    engine: str = "auto",
+    mode: Mode = "single",
+    resize: tuple[int, int] | None = None,
+    confidence: bool = False,
+    window: Window = None,
+    batch_size: int = 4,
+    tile: Tile = "auto",
+    **options: Any,
+) -> Segmenter:
+    """Open a model (:func:`~hpddrnet_trt.engines.load_engine`) and wrap it as a :class:`Segmenter`.
+
+    ``model_path`` is a file, or the name of a model that comes with the package, such as ``nasa-super1``.
+    ``options`` go to the engine: ``threads`` of the CPU ones, ``device`` of TensorRT's...
+
+    An ONNX file with labels output is opened a second time with class scores as output when these are needed: for
+    other modes than ``single``, for ``confidence``, and to blend the tiles of large images. Other models without
+    logits (TensorRT engines with labels output) refuse the first two, and their tiles are cut.
+    """
+    loaded = load_engine(model_path, engine, **options)
+    try:
+        path = getattr(loaded, "path", None)  # of the engines that run ONNX files
+        if loaded.manifest.engine is not None:
+            checksum = loaded.manifest.engine.sha256
+        else:
+            checksum = sha256_of(path or locate(model_path, ".safetensors"))
+        output = loaded.manifest.output
+        scores = None
+        if path is not None and output is not None and output.kind == "labels":
+            scores = ScoresModel(path, loaded.manifest, partial(load_engine, engine=engine, **options))
+            needed = mode != "single" or (confidence and not output.confidence)
+            if needed and (with_scores := scores.engine()) is not None:
+                loaded.close()
+                loaded = with_scores
+        return Segmenter(
+            loaded, mode=mode, resize=resize, confidence=confidence, window=window, batch_size=batch_size, tile=tile,
+            model_sha256=checksum, scores=scores,
+        )  # fmt: skip
+    except BaseException:
+        loaded.close()
+        raise
+
+
+def _groups(frames: Mapping[int, Frame], size: int) -> Iterator[list[int]]:
+    """Keys of equally shaped frames, at most ``size`` at a time."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, frame in frames.items():
+        by_shape.setdefault(frame.pixels.shape, []).append(index)
+    for indices in by_shape.values():
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]

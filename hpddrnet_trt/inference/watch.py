@@ -1,0 +1,251 @@
+"""A watched folder: micrographs that appear in it are segmented, as ``hpddrnet-trt segment`` would.
+
+For microscopes whose software cannot be talked to: it saves files, and results appear beside them.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
+from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.arrivals import Arrival, Arrivals
+from hpddrnet_trt.inference.files import FileSegmenter
+
+LOG = logging.getLogger(__name__)
+PATIENT = 10  # what grows with the number of files is done for a tenth of the time at most
+
+
+class Happened(StrEnum):
+    """What a :class:`WatchEvent` tells."""
+
+    SEGMENTED = "segmented"
+    ALREADY_DONE = "already done"
+    WAITING = "waiting"  # cannot be read yet; tried again
+    FAILED = "failed"  # not tried again unless the file changes
+    FOLDER_LOST = "folder lost"  # cannot be read; tried again at each poll
+    FOLDER_BACK = "folder back"
+
+
+@dataclass(frozen=True)
+class WatchEvent:
+    """``path``: the micrograph or folder. ``reason``: why it waits, failed or is lost. ``fractions``: area fraction
+    of each class by name, of a segmented one."""
+
+    happened: Happened
+    path: Path
+    reason: str | None = None
+    fractions: Mapping[str, float] | None = None
+
+
+@dataclass
+class WatchSummary:
+    """``failed``: micrographs that failed and did not succeed later, with the reason."""
+
+    segmented: int = 0
+    already_done: int = 0
+    failed: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failed else 0
+
+    def __str__(self) -> str:
+        lines = [f"{self.segmented} segmented, {self.already_done} already done, {len(self.failed)} failed"]
+        for source, reason in self.failed.items():
+            lines.append(f"  {reason}" if str(source) in reason else f"  {source}: {reason}")
+        return "\n".join(lines)
+
+
+def watch_folder(
+    segmenter: Segmenter,
+    folder: str | Path,
+    output_folder: str | Path,
+    *,
+    settle_s: float = 2.0,
+    patience_s: float = 60.0,
+    poll_s: float = 1.0,
+    recursive: bool = False,
+    on_event: Callable[[WatchEvent], None] | None = None,
+    stop: threading.Event | None = None,
+    stop_after_s: float | None = None,
+    **options: Any,
+) -> WatchSummary:
+    """Segment the micrographs in ``folder`` and those that appear in it, until told to stop.
+
+    Which files, and when one is complete: :class:`~hpddrnet_trt.inference.arrivals.Arrivals` (``settle_s``,
+    ``patience_s``, ``recursive``). The folder is looked at every ``poll_s`` seconds, seldomer where listing it takes
+    more than a tenth of that. A sidecar (``.txt``, ``.hdr``) that comes within the settling time is read with its
+    micrograph; one that comes later lets the micrograph be segmented once more, now with its pixel size.
+
+    What is written to ``output_folder``: what :class:`~hpddrnet_trt.inference.files.FileSegmenter` says, which takes
+    all further ``options``, and ``fractions.csv``. After a restart, files that the same model has done are left alone.
+
+    ``on_event``: called with each :class:`WatchEvent`, on this thread. ``stop``: ends the watch once set, after the
+    micrograph under way. ``stop_after_s``: ends it when nothing has come for so long and nothing waits; 0 deals with
+    what is there and ends.
+
+    A bad file, a full disk or a folder that vanishes does not end it: see the events. What could not be written
+    within ``patience_s`` is done by the next watch. Raises :class:`UsageError` for settings that make no sense and
+    :class:`BadInputFile` when ``folder`` is not there at the start.
+    """
+    root, results = Path(folder), Path(output_folder)
+    if not root.is_dir():
+        raise BadInputFile(f"{root} is not a folder that can be watched; check the path, or create it first")
+    root = root.resolve()
+    if results.resolve() == root:
+        raise UsageError(f"results cannot go to the watched folder {root} itself; choose another output folder")
+    if min(settle_s, patience_s) < 0 or poll_s <= 0:
+        raise UsageError("settle_s and patience_s must not be negative, and poll_s must be positive")
+    arrivals = Arrivals(root, settle_s=settle_s, patience_s=patience_s, recursive=recursive, leave_out=results)
+    watch = _Watch(arrivals, FileSegmenter(segmenter, results, **options), on_event)
+    stop = stop or threading.Event()
+    busy_s = time.monotonic()
+    while not stop.is_set():
+        polled_s = time.monotonic()
+        due = watch.poll()
+        next_poll_s = polled_s + max(poll_s, PATIENT * (time.monotonic() - polled_s))
+        for arrival in due:
+            watch.deal_with(arrival)
+            if stop.is_set() or time.monotonic() > next_poll_s:
+                break  # and look again: there may be older ones by now, and these may be gone
+        if due or arrivals.waiting:
+            busy_s = time.monotonic()
+        elif stop_after_s is not None and time.monotonic() - busy_s >= stop_after_s:
+            break
+        watch.refresh_table()
+        stop.wait(max(next_poll_s - time.monotonic(), 0.0))
+    watch.write_table()
+    return watch.summary
+
+
+class _Watch:
+    """One run: what became of each arrival, and telling it."""
+
+    def __init__(self, arrivals: Arrivals, work: FileSegmenter, on_event: Callable[[WatchEvent], None] | None) -> None:
+        self._arrivals, self._work, self._on_event = arrivals, work, on_event
+        self._told_waiting: set[Path] = set()
+        self._table_is_old = False
+        self._next_table_s = 0.0
+        self.summary = WatchSummary()
+
+    def poll(self) -> list[Arrival]:
+        """What is due; folders that are lost or back are told."""
+        before = dict(self._arrivals.lost)
+        due = self._arrivals.poll()
+        for folder, reason in self._arrivals.lost.items():
+            if folder not in before:
+                LOG.warning("%s cannot be read (%s); tried again until it can", folder, reason)
+                self._tell(WatchEvent(Happened.FOLDER_LOST, folder, reason))
+        for folder in before:
+            if folder not in self._arrivals.lost:
+                self._tell(WatchEvent(Happened.FOLDER_BACK, folder))
+        return due
+
+    def deal_with(self, arrival: Arrival) -> None:
+        """Segment one micrograph; whatever goes wrong with it is told, and nothing is raised."""
+        try:
+            fractions = self._segment(arrival)
+        except (ContractError, UsageError, MissingDependency) as exc:  # waiting does not help
+            self._failed(arrival, str(exc))
+        except (UserError, OSError) as exc:  # still being written, or locked, or no room for the results
+            self._try_again(arrival, str(exc))
+        except Exception as exc:  # one image must not end a watch that runs overnight
+            LOG.exception("%s", arrival.path)
+            self._failed(arrival, f"{type(exc).__name__}: {exc}")
+        else:
+            self._succeeded(arrival, fractions)
+
+    def refresh_table(self) -> None:
+        """Write the table, but not all the time: it lists every image of the folder."""
+        begin = time.monotonic()
+        if begin >= self._next_table_s:
+            self.write_table()
+            now = time.monotonic()
+            self._next_table_s = now + PATIENT * (now - begin)
+
+    def write_table(self) -> None:
+        """Write ``fractions.csv`` if it lacks something."""
+        if not self._table_is_old:
+            return
+        try:
+            self._work.write_table()
+            self._table_is_old = False
+        except (UserError, OSError) as exc:  # a spreadsheet program locks the table that it shows
+            LOG.warning("the table of area fractions could not be written: %s", exc)
+
+    def _segment(self, arrival: Arrival) -> Mapping[str, float] | None:
+        """Area fractions, None when it was done before."""
+        work, name = self._work, self._work.name_of(arrival.path)
+        resume = work.resume
+        try:
+            # The journal knows a file by its time, which says nothing of its sidecar.
+            work.resume = resume and not arrival.again
+            return None if work.is_done(arrival.path, name) else work.segment(arrival.path, name).fractions()
+        finally:
+            work.resume = resume
+
+    def _succeeded(self, arrival: Arrival, fractions: Mapping[str, float] | None) -> None:
+        self._settled(arrival)
+        self.summary.failed.pop(arrival.path, None)
+        if fractions is None:
+            self.summary.already_done += 1
+            self._tell(WatchEvent(Happened.ALREADY_DONE, arrival.path))
+        else:
+            self._table_is_old = True
+            self.summary.segmented += 1
+            self._tell(WatchEvent(Happened.SEGMENTED, arrival.path, fractions=fractions))
+
+    def _try_again(self, arrival: Arrival, reason: str) -> None:
+        if not arrival.path.exists():  # it left before its turn, or its folder did
+            self._told_waiting.discard(arrival.path)
+        elif self._arrivals.unreadable(arrival):
+            self._failed(arrival, reason)
+        elif arrival.path not in self._told_waiting:
+            self._told_waiting.add(arrival.path)
+            self._tell(WatchEvent(Happened.WAITING, arrival.path, reason))
+
+    def _failed(self, arrival: Arrival, reason: str) -> None:
+        self._settled(arrival)
+        self.summary.failed[arrival.path] = reason
+        self._tell(WatchEvent(Happened.FAILED, arrival.path, reason))
+
+    def _settled(self, arrival: Arrival) -> None:
+        self._arrivals.taken(arrival)
+        self._told_waiting.discard(arrival.path)
+
+    def _tell(self, event: WatchEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Within the block the first Ctrl-C or SIGTERM sets the event, for :func:`watch_folder`; a second one is a
+    KeyboardInterrupt. In other threads than the main one signals are left alone: set the event yourself."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

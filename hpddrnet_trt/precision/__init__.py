@@ -1,1 +1,0 @@
-"""How much precision a model needs."""

@@ -1,0 +1,209 @@
+"""An assessment for people: one HTML page with everything inside it, and a table of the images beside it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpddrnet_trt.accuracy.collect import EDGE
+from hpddrnet_trt.accuracy.results import Assessment, fractions
+from hpddrnet_trt.accuracy.robustness import TOLERANCE, Robustness, tested
+from hpddrnet_trt.core.errors import UsageError, UserError, require
+from hpddrnet_trt.core.files import write_bytes, write_text
+from hpddrnet_trt.core.text import percent
+from hpddrnet_trt.report.accuracy_figures import (
+    confusion_figure,
+    count,
+    curves_figure,
+    fractions_figure,
+    robustness_figure,
+)
+from hpddrnet_trt.report.accuracy_gallery import Shown, shown, veil_colour
+from hpddrnet_trt.report.learning_curves import Curves
+from hpddrnet_trt.report.page import render
+from hpddrnet_trt.report.style import png, svg_address
+
+ROWS = 100  # images in the page's table; all are in the CSV file
+
+
+class ReportFiles(NamedTuple):
+    """What :func:`write_report` wrote; ``robustness`` is a PNG, None when it was not measured."""
+
+    html: Path
+    csv: Path
+    robustness: Path | None
+
+
+class Confusion(NamedTuple):
+    """Pixels of one class taken for another; ``share`` of all wrong pixels."""
+
+    truth: str
+    predicted: str
+    pixels: int
+    share: float
+
+
+class ClassRow(NamedTuple):
+    """One line of the table of classes; fractions 0..1, ``truth`` and ``predicted`` of the labelled pixels."""
+
+    name: str
+    color: tuple[int, int, int]
+    iou: float
+    accuracy: float
+    precision: float
+    dice: float
+    truth: float
+    predicted: float
+    image_error: float  # mean over the images of |predicted - true| area fraction
+
+
+def check_target(path: str | Path) -> Path:
+    """See, before a long measurement, that a report can be written to ``path``.
+
+    Raises :class:`UsageError` for another ending than .html, :class:`UserError` for a folder that
+    cannot be made or written to, :class:`MissingDependency` without matplotlib or jinja2.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in {".html", ".htm"} or path.is_dir():
+        raise UsageError(f"the report is an HTML file, not {path}; give a name that ends in .html")
+    require("jinja2", "benchmark", "write the report")
+    require("matplotlib", "benchmark", "draw the report's figures")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise UserError(f"cannot write {path}: {exc.strerror}; choose another output path") from exc
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write to its folder; choose another output path")
+    return path
+
+
+def write_report(
+    assessment: Assessment,
+    path: str | Path,
+    *,
+    curves: Curves | None = None,
+    robustness: Robustness | None = None,
+) -> ReportFiles:
+    """Write the page, ``NAME.csv`` with a row per image, and with robustness ``NAME.robustness.png``.
+
+    Each file is written whole or not at all. Raises as :func:`check_target` does.
+    """
+    path = check_target(path)
+    table = write_text(path.with_suffix(".csv"), assessment.to_csv())
+    html = write_text(path, render_html(assessment, curves=curves, robustness=robustness))
+    figure = None
+    if robustness is not None:
+        figure = write_bytes(path.with_suffix(".robustness.png"), png(robustness_figure(robustness)))
+    return ReportFiles(html, table, figure)
+
+
+def render_html(
+    assessment: Assessment, *, curves: Curves | None = None, robustness: Robustness | None = None
+) -> str:
+    """The page as text."""
+    origin = assessment.origin
+    return render(
+        "report/accuracy.html.j2",
+        filters={"tested": tested, "count": count},
+        found=assessment,
+        origin=origin,
+        headline=headline(assessment),
+        warnings=warnings(assessment),
+        rows=class_rows(assessment),
+        confusions=largest_confusions(assessment),
+        fractions=fractions,
+        figures=_figures(assessment, curves, robustness),
+        curves=curves,
+        robustness=robustness,
+        tolerance=TOLERANCE,
+        gallery=_gallery(assessment),
+        veil=veil_colour([entry.color for entry in assessment.classes]),
+        row_limit=ROWS,
+        edge=EDGE,
+    )
+
+
+def headline(assessment: Assessment) -> str:
+    """The finding in one sentence or two."""
+    scores = assessment.scores
+    if math.isnan(scores.miou):
+        return f"The {scores.images} images of {assessment.origin.split} have no labelled pixel: nothing to measure."
+    rows = class_rows(assessment)
+    lowest = min((row for row in rows if not math.isnan(row.iou)), key=lambda row: row.iou)
+    largest = max(rows, key=lambda row: abs(row.predicted - row.truth))
+    images = f"{scores.images} images" if scores.images > 1 else "1 image"
+    return (
+        f"mIoU {percent(scores.miou)} on {images}, {percent(scores.pixel_accuracy)} of the labelled pixels are right. "
+        f"Lowest class: {lowest.name}, IoU {percent(lowest.iou)}. Phase fractions of the whole set are within "
+        f"{100 * abs(largest.predicted - largest.truth):.2f} points of the truth."
+    )
+
+
+def warnings(assessment: Assessment) -> list[str]:
+    """What a reader must know before quoting a figure."""
+    origin, found = assessment.origin, []
+    if origin.split == "train" and origin.trained_on == origin.data:
+        found.append("these are the images that the model was trained on: the figures do not hold for new ones")
+    outside = int(assessment.counts[:, -1].sum())
+    if outside:
+        found.append(f"{outside:,} predictions lie outside the classes: the model file may be damaged")
+    absent = [row.name for row in class_rows(assessment) if not row.truth > 0]
+    if absent:
+        found.append(f"not in the truth of these images: {', '.join(absent)}")
+    return found
+
+
+def class_rows(assessment: Assessment) -> list[ClassRow]:
+    """The table of classes."""
+    scores = assessment.scores
+    truth, predicted = fractions(assessment.counts)
+    pairs = [np.array(fractions(image.counts)) for image in assessment.images if image.counts.any()]
+    errors = np.mean([np.abs(pair[0] - pair[1]) for pair in pairs], axis=0) if pairs else np.full(len(truth), np.nan)
+    columns = (scores.iou, scores.accuracy, scores.precision, scores.dice, truth, predicted, errors.tolist())
+    return [
+        ClassRow(entry.name, entry.color, *values)
+        for entry, *values in zip(assessment.classes, *columns, strict=True)
+    ]
+
+
+def largest_confusions(assessment: Assessment, limit: int = 6) -> list[Confusion]:
+    """The pairs of classes with the most wrong pixels, most first."""
+    wrong = assessment.counts.copy()
+    np.fill_diagonal(wrong, 0)
+    names = [*assessment.class_names, "no class"]
+    pairs = [
+        Confusion(names[truth], names[predicted], int(pixels), int(pixels) / int(wrong.sum()))
+        for (truth, predicted), pixels in np.ndenumerate(wrong)
+        if pixels
+    ]
+    return sorted(pairs, key=lambda pair: -pair.pixels)[:limit]
+
+
+def _figures(assessment: Assessment, curves: Curves | None, robustness: Robustness | None) -> dict[str, str]:
+    drawn: dict[str, Any] = {
+        "confusion": confusion_figure(assessment),
+        "fractions": fractions_figure(assessment),
+    }
+    if curves is not None:
+        drawn["curves"] = curves_figure(curves, assessment.origin.best_step)
+    if robustness is not None:
+        drawn["robustness"] = robustness_figure(robustness)
+    return {name: svg_address(figure) for name, figure in drawn.items()}
+
+
+def _gallery(assessment: Assessment) -> list[Shown]:
+    palette = [entry.color for entry in assessment.classes]
+    return [shown(entry, palette, rank) for rank, entry in zip(_ranks(assessment), assessment.pictures, strict=True)]
+
+
+def _ranks(assessment: Assessment) -> Sequence[str]:
+    count = len(assessment.pictures)
+    if count <= 1:
+        return ["only image"] * count
+    ordinals = ["", "2nd ", "3rd ", *(f"{place}th " for place in range(4, count))]
+    return [*(f"{ordinal}worst" for ordinal in ordinals[: count - 1]), "best"]

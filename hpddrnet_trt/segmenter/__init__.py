@@ -1,9 +1,0 @@
-"""Any micrograph in, a label map of the same size out."""
-
-from __future__ import annotations
-
-from hpddrnet_trt.segmenter.frames import Image
-from hpddrnet_trt.segmenter.segmenter import Segmenter, load_segmenter
-from hpddrnet_trt.segmenter.tiled import Progress, Tile
-
-__all__ = ["Image", "Progress", "Segmenter", "Tile", "load_segmenter"]

@@ -1,0 +1,156 @@
+"""From a budget to a file, end to end on a small network, and the calibration curve."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from hpddrnet_trt.accuracy.budget import Budget
+from hpddrnet_trt.accuracy.choose import _none_holds, choose_precision
+from hpddrnet_trt.accuracy.cost import cost_model
+from hpddrnet_trt.accuracy.curve import counts_up_to, measure_curve
+from hpddrnet_trt.accuracy.engine import build_verified
+from hpddrnet_trt.accuracy.gate import Gate
+from hpddrnet_trt.accuracy.preparation import Study, open_study
+from hpddrnet_trt.accuracy.search import Frontier, Point
+from hpddrnet_trt.accuracy.trials import Trials
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.graph.qdq import count_convolutions
+from tests.accuracy.fakes import FakeCost, accuracy
+from tests.graph.residual_onnx import QUANTISABLE
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
+
+
+@pytest.fixture
+def study(fp32: Path, data: Path) -> Iterator[Study]:
+    with open_study(fp32, data, size=(96, 96)) as found:
+        yield found
+
+
+def spoilt(study: Study, tensor: str) -> Trials:
+    """The same study with one activation's range far too small."""
+    ranges = {**study.trials.recipe.ranges, tensor: (-0.01, 0.01)}
+    return Trials(replace(study.trials.recipe, ranges=ranges), study.judge)
+
+
+def test_int8_throughout_where_that_holds(study: Study, tmp_path: Path) -> None:
+    cost = cost_model(study.trials.recipe, study.operations)
+    choice = choose_precision(
+        study.trials, tmp_path / "m.onnx", Budget(max_miou_drop=5.0), cost, calibration=study.calibration,
+        progress=False,
+    )  # fmt: skip
+    assert choice.frontier is None
+    manifest = read_manifest(tmp_path / "m.onnx")
+    assert (manifest.precision, manifest.quantised_for, manifest.mixed) == ("int8", "tensorrt", None)
+    assert manifest.calibration is not None
+    assert manifest.calibration.images == 6
+    assert manifest.placement is not None
+    assert manifest.placement["counts"]["reformats_in_stages"] == 0
+    assert count_convolutions(onnx.load(str(tmp_path / "m.onnx"))) == (len(QUANTISABLE), 6)
+
+
+def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: Path) -> None:
+    trials = spoilt(study, "stem_out")  # read by `first` and `shortcut`
+    cost = FakeCost(dict.fromkeys(trials.recipe.layers, 0.1))
+    budget = Budget(max_miou_drop=2.0)
+    choice = choose_precision(
+        trials, tmp_path / "m.onnx", budget, cost, calibration=study.calibration, progress=False
+    )  # fmt: skip
+    assert choice.frontier is not None
+    manifest = read_manifest(tmp_path / "m.onnx")
+    assert manifest.mixed is not None
+    assert {"first", "shortcut"} <= set(manifest.mixed.floating)
+    assert len(manifest.mixed.floating) < len(QUANTISABLE)
+    assert choice.accuracy.drop <= 2.0
+    assert manifest.evidence[-1].values["miou_drop_points"] == choice.accuracy.drop
+    kept = [entry for entry in manifest.placement["convolutions"] if entry["name"] == "first"]  # type: ignore[index]
+    assert "search" in kept[0]["reason"]
+
+
+def test_nothing_is_written_when_no_choice_holds(study: Study, tmp_path: Path) -> None:
+    cost = cost_model(study.trials.recipe, study.operations)
+    with pytest.raises(UserError, match=r"no choice of layers keeps the budget .* was not written"):
+        choose_precision(
+            study.trials, tmp_path / "m.onnx", Budget(min_agreement=1.0), cost, calibration=study.calibration,
+            progress=False,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curve(study: Study) -> None:
+    found = measure_curve(
+        study.trials.recipe, study.judge, study.statistics, "max", progress=False
+    )
+    assert [point.images for point in found.points] == [1, 2, 4, 6]
+    assert found.enough in (1, 2, 4, 6)
+    everything = study.trials.measure(study.trials.recipe.layers)
+    assert found.points[-1].accuracy == everything  # all micrographs: the study's own ranges
+    assert f"enough: {found.enough}" in found.text()
+
+
+def test_counts() -> None:
+    assert counts_up_to(1) == [1]
+    assert counts_up_to(10) == [1, 2, 4, 8, 10]
+    assert counts_up_to(64) == [1, 2, 4, 8, 16, 32, 64]
+
+
+@needs_rtx
+def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m.engine"
+    manifest = build_verified(
+        fp32, target, precision="auto", gate=Gate(data, Budget(max_miou_drop=8.0)), flavour="tensorrt-rtx",
+        shapes="1x1x96x96:1x1x96x96:1x1x96x96", progress=False,
+    )  # fmt: skip
+    assert manifest.precision == "int8"
+    assert [entry.what for entry in manifest.evidence[-2:]] == [
+        "choice of precision for simulated/val", "accuracy against FP32",
+    ]  # fmt: skip
+    assert read_manifest(target) == manifest
+
+
+def test_a_study_refuses_before_it_measures(fp32: Path, data: Path, tmp_path: Path) -> None:
+    def opened(folder: Path, **options: Any) -> None:
+        with open_study(fp32, folder, size=(96, 96), **options):
+            pytest.fail("measured")
+
+    without_training = tmp_path / "data"
+    shutil.copytree(data, without_training, ignore=shutil.ignore_patterns("train"))
+    with pytest.raises(UsageError, match="no training split to calibrate on; name micrographs with --calib"):
+        opened(without_training)
+    with pytest.raises(UsageError, match="no split 'tset'"):
+        opened(data, split="tset")
+    with pytest.raises(UsageError, match=r"frame of 100x90: the model's \w+ is a multiple of"):
+        opened(data, frame=(100, 90))
+
+
+def test_judging_what_was_calibrated_on_is_said(
+    fp32: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = sorted((data / "images" / "val").iterdir())
+    with open_study(fp32, data, size=(96, 96), calibration_images=images[:2]):
+        assert "2 of the 3 micrographs of simulated/val" in caplog.text
+    caplog.clear()
+    with open_study(fp32, data, size=(96, 96)):
+        assert "as well" not in caplog.text
+
+
+def test_the_best_of_what_fails_is_by_the_limit_that_fails() -> None:
+    """mIoU, which nobody limits here, happens to be highest where everything is quantised."""
+    points = (
+        Point((), accuracy(0.0, agreement=0.99), 1.0), Point(("a",), accuracy(0.1, agreement=0.999), 2.0),
+    )  # fmt: skip
+    failed = Frontier("int8", Budget(min_agreement=1.0), "formula/val", 1, points, None, "formula")
+    assert "the best, with 1 of 1 layers in FP16" in _none_holds(failed, "m.onnx")
+    both = replace(failed, budget=Budget(max_miou_drop=0.5, min_agreement=1.0))
+    assert "the best, with 0 of 1 layers in FP16" in _none_holds(both, "m.onnx")

@@ -1,0 +1,152 @@
+"""One pass over a split: the figures, their records, and which pictures are kept."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from itertools import permutations
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from hpddrnet_trt.accuracy import assess
+from hpddrnet_trt.accuracy.collect import _Ranking, picture
+from hpddrnet_trt.accuracy.evaluate import evaluate
+from hpddrnet_trt.accuracy.results import ImageResult, fractions, plain
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
+from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.inference import Segmenter
+from tests.accuracy.small_dataset import IGNORED_ROWS, SHAPE, WRONG_ROWS
+from tests.toy import CLASSES, ToyEngine, grey_image, manifest
+
+
+def test_scores_are_those_of_evaluate(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    found = assess(segmenter, dataset, "test", progress=False)
+    assert found.scores == evaluate(segmenter, dataset, "test", progress=False)
+    assert found.counts.sum() == 5 * (SHAPE[0] - IGNORED_ROWS) * SHAPE[1]
+    np.testing.assert_array_equal(found.counts, sum(image.counts for image in found.images))
+    flipped = assess(segmenter, dataset, "test", "flip", progress=False)
+    assert flipped.scores == evaluate(segmenter, dataset, "test", "flip", progress=False)
+    assert (found.origin.mode, flipped.origin.mode) == ("single", "flip")
+
+
+def test_every_image_has_its_own_figures(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    found = assess(segmenter, dataset, "test", progress=False)
+    labelled = SHAPE[0] - IGNORED_ROWS
+    for image in found.images:
+        assert image.scores.pixel_accuracy == pytest.approx(1 - WRONG_ROWS[image.name] / labelled)
+        assert image.ignored == IGNORED_ROWS * SHAPE[1]
+    assert found.ignored_fraction == pytest.approx(IGNORED_ROWS / SHAPE[0])
+
+
+def test_pictures_are_the_worst_and_then_the_best(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    def names(worst: int) -> list[str]:
+        found = assess(segmenter, dataset, "test", worst=worst, progress=False)
+        return [entry.result.name for entry in found.pictures]
+
+    assert names(2) == ["d", "a", "c"]
+    assert names(4) == names(9) == ["d", "a", "b", "e", "c"]
+    assert names(0) == []
+
+
+def result(name: str, miou: float) -> ImageResult:
+    scores = ConfusionMatrix(2).scores()
+    return ImageResult(name, None, 2, 2, np.zeros((2, 3), np.int64), type(scores)(**{**vars(scores), "miou": miou}))
+
+
+def test_ranking_does_not_depend_on_the_order_of_the_images() -> None:
+    blank = np.zeros((2, 2), np.uint8)
+    images = [result("a", 0.5), result("b", 0.5), result("c", 0.1), result("d", 0.9), result("e", 0.7)]
+    for order in permutations(images):
+        ranking = _Ranking(2)
+        for image in order:
+            ranking.offer(image, blank, blank, blank)
+            assert len(ranking.pictures) <= 3
+        ranking.offer(result("unlabelled", math.nan), blank, blank, blank)
+        assert [entry.result.name for entry in ranking.pictures] == ["c", "a", "d"]
+
+
+def test_large_images_are_kept_reduced() -> None:
+    grey = grey_image(90, 50)
+    labels = (np.arange(90 * 50).reshape(90, 50) % 3).astype(np.uint8)
+    kept = picture(result("large", 0.5), grey, labels, labels, edge=32)
+    assert kept.step == 3
+    assert kept.grey.shape == kept.truth.shape == (30, 17)
+    np.testing.assert_array_equal(kept.truth, labels[1::3, 1::3])
+    assert kept.grey.mean() == pytest.approx(grey.mean(), abs=5)
+    small = picture(result("small", 0.5), grey, labels, labels, edge=90)
+    assert small.step == 1
+    assert small.grey is grey
+
+
+def test_the_record_is_json_that_every_reader_takes(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    mask = dataset.split("test")[0].mask
+    cv2.imwrite(str(mask), np.full(SHAPE, 255, np.uint8))  # an image without a labelled pixel
+    found = assess(segmenter, dataset, "test", progress=False)
+    record = json.loads(json.dumps(found.record(), allow_nan=False))
+    assert record["classes"] == ["grain", "pore", "clay"]
+    assert record["miou"] == found.scores.miou
+    assert record["mean_image_micro_iou"] == found.scores.mean_image_micro_iou
+    assert record["confusion"] == found.counts.tolist()
+    assert (record["model"], record["data"], record["split"], record["mode"]) == ("toy", "small", "test", "single")
+    assert [image["name"] for image in record["per_image"]] == list("abcde")
+    assert record["per_image"][0]["miou"] is None
+    assert record["per_image"][0]["truth_fractions"] == [None] * 3
+    assert sum(record["per_image"][1]["truth_fractions"]) == pytest.approx(1)
+    assert "a" not in [entry.result.name for entry in found.pictures]
+
+
+def test_the_csv_has_a_row_per_image(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    found = assess(segmenter, dataset, "test", progress=False)
+    rows = list(csv.DictReader(io.StringIO(found.to_csv())))
+    assert [row["name"] for row in rows] == list("abcde")
+    for row, image in zip(rows, found.images, strict=True):
+        assert float(row["miou"]) == image.scores.miou
+        assert float(row["iou_pore"]) == image.scores.iou[1]
+        truth, predicted = fractions(image.counts)
+        assert [float(row[f"truth_{entry.name}"]) for entry in CLASSES] == truth
+        assert [float(row[f"predicted_{entry.name}"]) for entry in CLASSES] == predicted
+
+
+def test_the_origin_names_model_and_data(segmenter: Segmenter, dataset: FolderDataset, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"weights")
+    origin = assess(segmenter, dataset, "test", model_file=file, progress=False).origin
+    assert origin.file == str(file)
+    assert origin.sha256 == hashlib.sha256(b"weights").hexdigest()
+    assert origin.data_sha256 == dataset.checksum()
+    assert (origin.data, origin.licence, origin.runtime) == ("small", "MIT", "numpy")
+    assert origin.versions["numpy"] == np.__version__
+
+
+def test_a_checkpoints_step_and_data_are_told(dataset: FolderDataset) -> None:
+    described = manifest("logits", metrics={"step": 120.0, "val/miou": 0.8}, data={"name": "other"})
+    origin = assess(Segmenter(ToyEngine(described)), dataset, "test", progress=False).origin
+    assert (origin.best_step, origin.trained_on) == (120, "other")
+
+
+def test_fractions_by_hand() -> None:
+    counts = np.array([[2, 1, 1], [0, 4, 0]])  # one prediction lies outside the classes
+    assert fractions(counts) == ([0.5, 0.5], [0.25, 0.625])
+
+
+def test_plain_values() -> None:
+    assert plain({"a": (1.5, math.nan), "b": [math.inf, "x", 2, True]}) == {"a": [1.5, None], "b": [None, "x", 2, True]}
+
+
+def test_refusals(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    renamed = Segmenter(ToyEngine(manifest("logits", classes=CLASSES[::-1])))
+    with pytest.raises(ContractError, match="knows the classes clay, pore, grain, but dataset 'small'"):
+        assess(renamed, dataset, "test", progress=False)
+    with pytest.raises(UsageError, match="no split 'val'"):
+        assess(segmenter, dataset, "val", progress=False)
+    for sample in dataset.split("test"):
+        sample.mask.unlink()
+    with pytest.raises(BadInputFile, match="has no mask of the same name"):
+        FolderDataset.open(dataset.root)

@@ -1,0 +1,191 @@
+"""The gate: what keeps its budget is written with the evidence, what does not is refused in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hpddrnet_trt.accuracy.budget import Budget
+from hpddrnet_trt.accuracy.engine import build_verified
+from hpddrnet_trt.accuracy.gate import WHAT, Gate, find_reference, reference_for
+from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
+from hpddrnet_trt.core.manifest import CalibrationRecord, MixedPrecisionRecord, read_manifest, sidecar_path
+from hpddrnet_trt.engines.cuda import gpu_or_none
+from hpddrnet_trt.export.tensorrt import build_engine
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.precision import to_half
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
+without_gpu = pytest.mark.skipif(gpu_or_none() is not None, reason="shows what happens without a GPU; here is one")
+RECORD = CalibrationRecord(method="max", images=1, images_sha256="0", source="one image", tool="a test")
+Write = Callable[[str, float], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, fp32: Path) -> Write:
+    """Write an INT8 file whose activations are clipped at a given value, beside the FP32 file."""
+    shutil.copy(fp32, tmp_path / "model.onnx")
+
+    def call(name: str, clip: float) -> Path:
+        model, manifest = load_model(fp32)
+        qdq.name_nodes(model)
+        plan = qdq.plan(model, "tensorrt")
+        graph = to_half(qdq.quantise(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-clip, clip))))
+        described = manifest.replace(precision="int8", quantised_for="tensorrt", calibration=RECORD)
+        return save_model(graph, tmp_path / name, described)
+
+    return call
+
+
+def test_a_sound_file_passes_with_evidence(write: Write, data: Path, tmp_path: Path) -> None:
+    gate = Gate(data, Budget(max_miou_drop=3.0, min_agreement=0.9))
+    evidence = gate.verify(write("model.int8.onnx", 8.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
+    assert evidence.what == WHAT
+    assert evidence.images == 2
+    assert evidence.values["allowed_miou_drop_points"] == 3.0
+    assert evidence.values["required_agreement"] == 0.9
+    assert evidence.values["miou_drop_points"] <= 3.0
+    assert "simulated/test, FP32: model.onnx on onnxruntime" in evidence.source
+    assert "simulated rounding" in evidence.runtime
+
+
+def test_a_broken_calibration_is_refused(write: Write, data: Path, tmp_path: Path) -> None:
+    gate = Gate(data, Budget(max_miou_drop=0.5))
+    with pytest.raises(UserError) as refused:
+        gate.verify(write("model.int8.onnx", 1.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
+    words = str(refused.value)
+    assert words.startswith("INT8 misses the budget on simulated/test: mIoU falls by ")
+    assert "0.5 are allowed" in words
+    assert "calibrated on 1 image (method max)" in words
+    assert f"{tmp_path / 'm.engine'} was not written: calibrate on more" in words
+
+
+@needs_rtx
+@without_gpu
+def test_an_engine_without_gpu_is_judged_by_its_onnx_file(
+    write: Write, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "m.engine"
+    manifest = build_verified(
+        write("model.int8.onnx", 8.0), target, precision="int8", flavour="tensorrt-rtx", progress=False,
+        shapes="1x1x96x96:1x1x96x96:1x1x96x96", gate=Gate(data, Budget(max_miou_drop=3.0)),
+    )  # fmt: skip
+    stored = read_manifest(target)
+    assert stored.evidence[-1] == manifest.evidence[-1]
+    assert stored.evidence[-1].what == WHAT
+    assert "was verified on the ONNX file it was built from" in caplog.text
+
+
+@needs_rtx
+def test_a_refused_engine_leaves_nothing_behind(write: Write, data: Path, tmp_path: Path) -> None:
+    source, target = write("model.int8.onnx", 1.0), tmp_path / "m.engine"
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="misses the budget"):
+        build_verified(
+            source, target, precision="int8", flavour="tensorrt-rtx", progress=False,
+            shapes="1x1x96x96:1x1x96x96:1x1x96x96", gate=Gate(data, Budget(max_miou_drop=0.5)),
+        )  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@needs_rtx
+def test_the_engine_itself_is_judged_where_it_runs(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU `accept` gets an engine file with its description beside it, not the ONNX file."""
+    from hpddrnet_trt.export import tensorrt as build
+
+    seen: list[tuple[str, str | None, bool]] = []
+
+    def accept(candidate: Path) -> object:
+        seen.append((candidate.suffix, read_manifest(candidate).precision, sidecar_path(candidate).is_file()))
+        raise UserError("seen")
+
+    monkeypatch.setattr(build._Job, "_inspected", lambda self, plan, parsed: (True, parsed))
+    monkeypatch.setattr(build, "gpu_or_none", lambda: SimpleNamespace(name="a GPU"))
+    with pytest.raises(UserError, match="seen"):
+        build_engine(
+            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
+            shapes="1x1x96x96:1x1x96x96:1x1x96x96", accept=accept, progress=False,  # type: ignore[arg-type]
+        )  # fmt: skip
+    assert seen == [(".engine", "int8", True)]
+
+
+def test_the_reference_is_the_fp32_file_of_the_same_checkpoint(write: Write, tmp_path: Path, fp32: Path) -> None:
+    source = write("model.int8.onnx", 8.0)
+    model, manifest = load_model(fp32)
+    save_model(model, tmp_path / "a-other.onnx", manifest.replace(checkpoint_sha256="of another checkpoint"))
+    (tmp_path / "b-foreign.onnx").write_bytes(b"not ours")
+    assert find_reference(source, read_manifest(source)) == tmp_path / "model.onnx"
+    assert find_reference(tmp_path / "model.onnx", manifest) == tmp_path / "model.onnx"
+
+
+def test_a_missing_reference_is_asked_for(write: Write, tmp_path: Path) -> None:
+    source = write("model.int8.onnx", 8.0)
+    (tmp_path / "model.onnx").unlink()
+    with pytest.raises(UsageError, match="--reference"):
+        find_reference(source, read_manifest(source))
+
+
+def test_auto_needs_a_budget(fp32: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--precision auto needs a budget"):
+        build_verified(fp32, tmp_path / "m.engine", precision="auto", gate=None)
+
+
+def test_what_the_gate_needs_is_checked_before_building(
+    fp32: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpddrnet_trt.accuracy import engine
+
+    monkeypatch.setattr(engine, "build_engine", lambda *_, **__: pytest.fail("built first"))
+    budget, target = Budget(max_miou_drop=1.0), tmp_path / "m.engine"
+    for gate, says in (
+        (Gate(data, budget, split="tset"), "no split 'tset'"),
+        (Gate(tmp_path / "none", budget), "does not exist"),
+        (Gate(data, budget, reference=tmp_path / "none.onnx"), "does not exist"),
+    ):
+        with pytest.raises(UserError, match=says):
+            build_verified(fp32, target, precision="fp16", gate=gate)
+
+
+def test_the_reference_is_fp32(write: Write, fp32: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    int8 = write("model.int8.onnx", 8.0)
+    with pytest.raises(UsageError, match=r"the reference .*model\.int8\.onnx is INT8"):
+        reference_for(int8, fp32, read_manifest(fp32))
+    assert reference_for(fp32, int8, read_manifest(int8)) == fp32
+    assert not caplog.records
+    manifest = read_manifest(int8).replace(checkpoint_sha256="another")
+    assert reference_for(fp32, int8, manifest) == fp32
+    assert "is of another checkpoint" in caplog.text
+
+
+@needs_rtx
+@without_gpu
+def test_an_engine_too_small_for_the_micrographs_is_not_accepted(write: Write, data: Path, tmp_path: Path) -> None:
+    """Without a GPU the ONNX file is judged, but with the sizes that the engine takes."""
+    with pytest.raises(ContractError, match="in tiles of 64 x 64 in this model and whole in the FP32 reference"):
+        build_verified(
+            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
+            shapes="1x1x64x64:1x1x64x64:1x1x64x64", gate=Gate(data, Budget(max_miou_drop=3.0)), progress=False,
+        )  # fmt: skip
+    assert not (tmp_path / "m.engine").exists()
+
+
+def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_path: Path) -> None:
+    path = write("model.int8.onnx", 1.0)
+    model, manifest = load_model(path)
+    mixed = MixedPrecisionRecord(
+        budget="none", floating=["stem"], layers=5, searched_on="simulated/val", points=[], cost_source="a test"
+    )
+    save_model(model, path, manifest.replace(mixed=mixed))
+    with pytest.raises(UserError, match=r"1 of 5 layers are FP16.*choose on more micrographs") as refused:
+        Gate(data, Budget(max_miou_drop=0.5)).verify(path, path, tmp_path / "m.engine")
+    assert "choose-precision" not in str(refused.value)

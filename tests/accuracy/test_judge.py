@@ -1,0 +1,182 @@
+"""The judge: a candidate's accuracy beside the reference's, and answers that are kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from PIL import Image
+
+from hpddrnet_trt.accuracy.judge import Judge
+from hpddrnet_trt.accuracy.trials import Recipe, Trials
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.inference import load_segmenter
+
+Mask = npt.NDArray[np.uint8]
+
+
+@pytest.fixture
+def judge(fp32: Path, data: Path) -> Iterator[Judge]:
+    with load_segmenter(fp32) as reference, Judge(FolderDataset.open(data), "val", reference, progress=False) as open_:
+        yield open_
+
+
+@pytest.fixture
+def recipe(fp32: Path) -> Recipe:
+    model, manifest = load_model(fp32)
+    qdq.name_nodes(model)
+    plan = qdq.plan(model, "tensorrt")
+    return Recipe(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
+
+
+def test_the_reference_itself_loses_nothing(judge: Judge, fp32: Path) -> None:
+    model, manifest = load_model(fp32)
+    found = judge.score_graph(model, manifest)
+    assert (found.drop, found.agreement, found.fidelity, found.images) == (0, 1, 1, 3)
+    assert 0.8 < found.miou < 0.95  # masks carry 5 % noise
+    assert found.runtime.startswith("onnxruntime")
+
+
+def test_figures_are_those_of_the_labels(judge: Judge, recipe: Recipe, data: Path, fp32: Path, tmp_path: Path) -> None:
+    """Against a straightforward computation from whole label maps."""
+    graph = recipe.graph(recipe.layers[:2], half=False)
+    found = judge.score_graph(graph, recipe.described(recipe.layers[:2], half=False))
+    path = save_model(graph, tmp_path / "it.onnx", recipe.described(recipe.layers[:2], half=False))
+    masks, labels = ConfusionMatrix(3), ConfusionMatrix(3)
+    dataset = FolderDataset.open(data)
+    with load_segmenter(path) as candidate, load_segmenter(fp32) as reference:
+        for sample in dataset.split("val"):
+            image, mask = dataset.load(sample)
+            got = candidate.segment(image).labels
+            masks.update(got, mask)
+            labels.update(got, reference.segment(image).labels)
+    assert found.miou == masks.scores().miou
+    assert found.agreement == labels.scores().pixel_accuracy < 1
+    assert list(found.class_ious.values()) == labels.scores().iou
+    assert found.drop == pytest.approx(100 * (judge.reference_miou - found.miou))
+    evidence = found.evidence("a test", judge.source)
+    assert evidence.values["miou_drop_points"] == found.drop
+    assert set(evidence.values) >= {"iou_against_reference/dark", "agreement", "reference_miou"}
+
+
+def test_half_precision_is_rounded_and_says_so(judge: Judge, fp32: Path) -> None:
+    model, manifest = load_model(fp32)
+    before = model.SerializeToString(deterministic=True)
+    found = judge.score_graph(to_half(model), manifest.replace(precision="fp16"))
+    assert "simulated rounding" in found.runtime
+    assert 0.99 < found.agreement <= 1
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_a_split_without_images(fp32: Path, data: Path) -> None:
+    dataset = FolderDataset.open(data)
+    dataset.samples["empty"] = []
+    with load_segmenter(fp32) as reference, pytest.raises(UsageError, match=r"'empty'.*holds no images"):
+        Judge(dataset, "empty", reference, progress=False)
+
+
+def test_answers_are_kept_and_reused(
+    judge: Judge, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / "journal.json"
+    first = Trials(recipe, judge, journal=journal).measure(recipe.layers)
+    again = Trials(recipe, judge, journal=journal)
+    monkeypatch.setattr(judge, "score_graph", lambda *_, **__: pytest.fail("measured again"))
+    assert again.measure(recipe.layers) == first
+    assert again.measure(list(reversed(recipe.layers))) == first  # a set, not an order
+
+
+@pytest.mark.parametrize("damage", ["cut", "other network", "not json", "a list"])
+def test_a_journal_that_does_not_fit_is_started_anew(
+    judge: Judge, recipe: Recipe, tmp_path: Path, damage: str
+) -> None:
+    journal = tmp_path / "journal.json"
+    first = Trials(recipe, judge, journal=journal).measure(recipe.layers)
+    content = json.loads(journal.read_text())
+    for entry in content["answers"].values():
+        entry["miou"] = 0.123
+        if damage == "cut":
+            del entry["agreement"]
+    if damage == "other network":
+        content["identity"] = "another"
+    if damage == "a list":
+        content["answers"] = list(content["answers"].values())
+    journal.write_text("{" if damage == "not json" else json.dumps(content))
+    assert Trials(recipe, judge, journal=journal).measure(recipe.layers) == first
+
+
+def test_unknown_layers_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(UsageError, match="no convolution to quantise called nonsense"):
+        recipe.graph(["nonsense"], half=False)
+
+
+def test_nothing_quantised_is_the_network_itself(judge: Judge, recipe: Recipe) -> None:
+    found = Trials(recipe, judge).measure([])
+    assert (found.agreement, found.drop) == (1, 0)
+    assert recipe.described([], half=True).precision == "fp16"
+    assert np.isclose(found.miou, judge.reference_miou)
+
+
+def with_masks(data: Path, target: Path, change: Callable[[Mask], Mask]) -> FolderDataset:
+    """A copy of the dataset with other masks on ``val``."""
+    shutil.copytree(data, target)
+    for path in (target / "masks" / "val").iterdir():
+        Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
+    return FolderDataset.open(target)
+
+
+def test_a_class_that_no_mask_holds_does_not_decide(fp32: Path, data: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """The reference predicts class 2, the masks have none: a candidate that never predicts it gains no third."""
+    dataset = with_masks(data, tmp_path / "absent", lambda mask: np.where(mask == 2, np.uint8(255), mask))
+    model, manifest = load_model(fp32)
+    bias = next(entry for entry in model.graph.initializer if entry.name == "classifier.bias")
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[2] = -1e6
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as judge:
+        found = judge.score_graph(model, manifest)
+    assert judge.reference_miou > 0.8
+    assert abs(found.drop) < 5
+    assert found.agreement < 1  # of all pixels, those that the masks leave out too
+
+
+def test_masks_without_a_label_are_no_ground(fp32: Path, data: Path, tmp_path: Path) -> None:
+    dataset = with_masks(data, tmp_path / "ignored", lambda mask: np.full_like(mask, 255))
+    with load_segmenter(fp32) as reference, pytest.raises(UsageError, match="label no pixel"):
+        Judge(dataset, "val", reference, progress=False)
+
+
+def test_answers_are_of_one_reference(judge: Judge, data: Path, fp32: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Another reference of the same checkpoint, here a quantised one, is another judge with other answers."""
+    ranges = dict.fromkeys(recipe.plan.tensors, (-3.0, 3.0))
+    graph = replace(recipe, ranges=ranges).graph(recipe.layers, half=False)
+    other = save_model(graph, tmp_path / "int8.onnx", recipe.described(recipe.layers, half=False))
+    dataset = FolderDataset.open(data)
+    with load_segmenter(other) as reference, Judge(dataset, "val", reference, progress=False) as second:
+        assert second.digest != judge.digest
+    with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as same:
+        assert same.digest == judge.digest
+
+
+def test_a_journal_that_cannot_be_written_is_a_warning(
+    judge: Judge, recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    trials = Trials(recipe, judge, journal=tmp_path / "file" / "journal.json")
+    first = trials.measure(recipe.layers)
+    assert caplog.text.count("not kept for the next run") == 1
+    assert trials.measure(recipe.layers) == first
+    trials.measure([])
+    assert caplog.text.count("not kept for the next run") == 1

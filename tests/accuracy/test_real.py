@@ -1,0 +1,97 @@
+"""The shipped network on real micrographs: every precision within its budget, and a broken calibration refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpddrnet_trt.accuracy.budget import Budget
+from hpddrnet_trt.accuracy.choose import choose_precision
+from hpddrnet_trt.accuracy.cost import cost_model
+from hpddrnet_trt.accuracy.engine import build_verified
+from hpddrnet_trt.accuracy.gate import WHAT, Gate
+from hpddrnet_trt.accuracy.preparation import Study, open_study
+from hpddrnet_trt.accuracy.survey import survey
+from hpddrnet_trt.accuracy.trials import Trials
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.weights import locate
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
+MODEL = "nasa-super1"
+SHAPES = "1x1x512x512:1x1x512x512:1x1x512x512"
+
+
+@pytest.fixture(scope="module")
+def study(sem_data: Path) -> Iterator[Study]:
+    model = locate(MODEL, ".onnx")
+    with open_study(model, sem_data / MODEL, split="test", reference=model, max_images=4) as found:
+        yield found
+
+
+def test_every_precision_keeps_its_budget(study: Study) -> None:
+    found = {row.name: row for row in survey(study, progress=False).rows}
+    assert list(found) == [
+        "FP16", "BF16", "INT8 max", "INT8 percentile", "INT8 entropy", "INT8 mse", "FP8 max",
+    ]  # fmt: skip
+    assert abs(found["FP16"].accuracy.drop) < 0.1
+    assert found["FP16"].accuracy.agreement > 0.9995
+    for name, row in found.items():
+        assert row.accuracy.drop < 0.5, name
+        assert row.accuracy.agreement > 0.997, name
+    assert found["INT8 max"].layers == 58
+
+
+def test_a_strict_budget_keeps_layers_in_fp16(study: Study, tmp_path: Path) -> None:
+    """Of the stem's convolutions, which are the most sensitive ones; the others stay FP16 throughout."""
+    whole = study.trials.recipe
+    stem = [name for name in whole.layers if name.startswith("backbone.stem")]
+    recipe = replace(whole, plan=qdq.subset(whole.model, "tensorrt", stem))
+    trials = Trials(recipe, study.judge)
+    budget = Budget(max_miou_drop=0.3, min_agreement=0.9992)
+    assert not budget.kept_by(trials.measure(recipe.layers, half=True))
+    cost, target = cost_model(recipe, study.operations), tmp_path / "mixed.onnx"
+    choice = choose_precision(trials, target, budget, cost, calibration=study.calibration, progress=False)
+    assert budget.kept_by(choice.accuracy)
+    manifest = read_manifest(target)
+    assert manifest.mixed is not None
+    assert 0 < len(manifest.mixed.floating) < len(stem) == manifest.mixed.layers
+    assert manifest.placement is not None
+    assert manifest.placement["counts"]["violations"] == 0
+
+
+@needs_rtx
+def test_an_engine_with_its_evidence(sem_data: Path, tmp_path: Path) -> None:
+    source, target = locate(MODEL, ".onnx"), tmp_path / "m.engine"
+    data = sem_data / MODEL
+    build_verified(
+        source, target, precision="int8", calibration_images=data, flavour="tensorrt-rtx", shapes=SHAPES,
+        gate=Gate(data, Budget(max_miou_drop=0.5), reference=source), progress=False,
+    )  # fmt: skip
+    evidence = read_manifest(target).evidence[-1]
+    assert evidence.what == WHAT
+    assert evidence.values["miou_drop_points"] < 0.5
+    assert evidence.images == 2
+
+
+@needs_rtx
+def test_a_calibration_on_one_micrograph_is_refused(sem_data: Path, tmp_path: Path) -> None:
+    """One that does not show what the others do: pixel agreement stays high, the rare class suffers."""
+    source, broken = locate(MODEL, ".onnx"), tmp_path / "broken.int8.onnx"
+    one = sem_data / MODEL / "images" / "train" / "spot4_180d_2.png"
+    manifest = calibrate(source, broken, [one], method="max")
+    assert manifest.evidence[-1].values["agreement"] > 0.9
+    with pytest.raises(UserError, match=r"INT8 misses the budget on .*calibrated on 1 image \(method max\)"):
+        build_verified(
+            broken, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx", shapes=SHAPES,
+            gate=Gate(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=source), progress=False,
+        )  # fmt: skip
+    assert not (tmp_path / "m.engine").exists()

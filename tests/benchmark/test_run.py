@@ -1,0 +1,317 @@
+"""The comparison itself, with real engines on small models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpddrnet_trt.benchmark import (
+    BenchmarkResult,
+    Entry,
+    Settings,
+    entries_for,
+    measures,
+    run_benchmark,
+    starting,
+)
+from hpddrnet_trt.benchmark import probe as probing
+from hpddrnet_trt.benchmark.entries import precision_of
+from hpddrnet_trt.benchmark.probe import how_it_ended, probe
+from hpddrnet_trt.benchmark.result import Start
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.metrics import ConfusionMatrix, agreement
+from hpddrnet_trt.engines import load_engine
+from hpddrnet_trt.inference import Segmenter
+from tests.benchmark.conftest import image_set
+from tests.tiny_onnx import CLASSES, tiny_model
+
+LATENCY: dict[str, Any] = {"network_only": False, "throughput": False, "layers": False, "roofline": False}
+QUICK: dict[str, Any] = {"rounds": 5, "warmup": 1, "threads": 1, "pause_ms": 0, "gallery": 0, **LATENCY}
+
+
+def test_every_entry_is_a_row_and_what_cannot_run_says_why(measured: BenchmarkResult) -> None:
+    assert [row.label for row in measured.rows] == ["plain", "small", "cut", "lonely"]
+    assert [row.status for row in measured.rows] == ["measured", "measured", "not run", "not run"]
+    reasons = {row.label: row.reason or "" for row in measured.not_run}
+    assert "cut.onnx" in reasons["cut"]
+    assert "lonely.engine.json" in reasons["lonely"]
+    assert measured.complete
+
+
+def test_timings_follow_from_their_samples(measured: BenchmarkResult) -> None:
+    plain, small = measured.measured
+    for first, second in zip(plain.timings, small.timings, strict=True):
+        assert len(second.samples_ms) == 6
+        assert second.p50_ms == pytest.approx(np.median(second.samples_ms), rel=1e-3, abs=1e-4)
+        assert second.max_ms == pytest.approx(max(second.samples_ms), abs=1e-4)
+        assert second.images_per_s == pytest.approx(1000 * second.batch / second.p50_ms)
+        assert second.ratio is not None
+        assert second.ratio.value == pytest.approx(first.p50_ms / second.p50_ms)
+        assert second.warmup is not None
+        assert second.warmup >= 1
+    assert [timing.size for timing in small.timings] == ["32x48", "2 x 32x48", "64x64", "2 x 64x64"]
+    assert plain.timings[0].ratio is not None
+    assert plain.timings[0].ratio.value == 1
+
+
+def test_accuracy_is_that_of_the_segmenter_on_whole_images(measured: BenchmarkResult, models: Path) -> None:
+    images = image_set().images
+    with load_engine(models / "fp32.onnx") as reference, load_engine(models / "int8.onnx") as engine:
+        expected = [Segmenter(reference).segment(image.grey).labels for image in images]
+        found = [Segmenter(engine).segment(image.grey).labels for image in images]
+    matrix = ConfusionMatrix(3)
+    for image, labels in zip(images, found, strict=True):
+        assert image.mask is not None
+        matrix.update(labels, image.mask)
+    accuracy = measured.rows[1].accuracy
+    assert accuracy is not None
+    assert (accuracy.images, accuracy.masked_images) == (3, 3)
+    assert accuracy.miou == pytest.approx(matrix.scores().miou)
+    assert accuracy.iou == pytest.approx(matrix.scores().iou)
+    whole = agreement(np.concatenate([part.ravel() for part in found]), np.concatenate([e.ravel() for e in expected]))
+    assert accuracy.agreement == pytest.approx(whole)
+    assert 0.5 < whole < 1
+
+
+def test_memory_and_start_come_from_a_process_of_its_own(measured: BenchmarkResult) -> None:
+    for row in measured.measured:
+        assert row.start is not None
+        assert row.start.frame == "2x64x64"
+        assert row.start.load_s > 0
+        # A few MiB at least for the runtime, but not the memory of this test process with all it has imported.
+        assert 3 < row.start.host_peak_mib < 400
+        sizes = [(one.height, one.width, one.batch) for one in row.memory]
+        assert sizes == [(32, 48, 1), (32, 48, 2), (64, 64, 1), (64, 64, 2), (96, 96, 1)]  # the last is not timed
+        assert all(3 < one.host_peak_mib < 400 for one in row.memory)
+        assert row.memory_failures == []
+
+
+def test_every_measure_has_its_own_rounds_and_ratio(measured: BenchmarkResult) -> None:
+    for row in measured.measured:
+        for _, timings in row.measures():
+            assert [(timing.batch, timing.height) for timing in timings] == [(1, 32), (2, 32), (1, 64), (2, 64)]
+            assert all(len(timing.samples_ms) == 6 and timing.ratio is not None for timing in timings)
+    plain, small = measured.measured
+    for first, second in zip(plain.throughput, small.throughput, strict=True):
+        assert second.ratio is not None
+        assert second.ratio.value == pytest.approx(first.p50_ms / second.p50_ms, rel=1e-3)
+        assert second.warmup is None
+
+
+def test_without_masks_only_agreement_is_reported(models: Path) -> None:
+    entries = [Entry("a", models / "fp32.onnx"), Entry("b", models / "int8.onnx")]
+    result = run_benchmark(entries, image_set(masks=False), Settings(**QUICK, reference="a"), progress=False)
+    accuracy = result.rows[1].accuracy
+    assert accuracy is not None
+    assert (accuracy.miou, accuracy.iou, accuracy.masked_images) == (None, [], 0)
+    assert accuracy.agreement is not None
+    assert result.rows[1].timings[0].size == "40x56"  # the first image's own size
+    assert [entry.name for entry in result.classes] == [entry.name for entry in CLASSES]
+
+
+def test_batches_count_every_image(models: Path) -> None:
+    entries = [Entry("a", models / "fp32.onnx")]
+    result = run_benchmark(entries, image_set(), Settings(**QUICK, batches=(3,), sizes=((16, 16),)), progress=False)
+    found = result.rows[0].timings[0]
+    assert found.images_per_s == pytest.approx(3000 / found.p50_ms)
+    assert found.size == "3 x 16x16"
+    assert result.reference is None
+    assert found.ratio is None
+    assert any("no PyTorch reference" in warning for warning in result.warnings)
+
+
+def test_a_checkpoint_is_the_reference_by_itself(tmp_path: Path) -> None:
+    from hpddrnet_trt.models.checkpoints import save_checkpoint
+    from tests.tiny_network import tiny_manifest, tiny_network
+
+    network = tiny_network()
+    path = save_checkpoint(tmp_path / "model.safetensors", network, tiny_manifest(network))
+    foreign = tiny_model(tmp_path / "other.onnx")
+    entries = [Entry("checkpoint", path), Entry("other classes", foreign)]
+    result = run_benchmark(entries, image_set(masks=False), Settings(**QUICK, sizes=((64, 64),)), progress=False)
+    assert result.reference == "checkpoint"
+    accuracy = result.rows[0].accuracy
+    assert accuracy is not None
+    assert accuracy.agreement == 1
+    assert "knows the classes matrix, pore, grain" in (result.rows[1].reason or "")
+
+
+def test_an_image_too_large_for_a_fixed_size_leaves_a_note(tmp_path: Path) -> None:
+    fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
+    result = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((32, 32),)), progress=False)
+    row = result.rows[0]
+    assert row.status == "measured"
+    assert row.accuracy is None
+    assert "accuracy not measured, image-0" in row.notes[0]
+
+
+def test_one_size_too_many_leaves_the_others(tmp_path: Path) -> None:
+    fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
+    plan = Settings(**QUICK, sizes=((32, 32), (64, 64)), batches=(1, 2))
+    row = run_benchmark([Entry("fixed", fixed)], image_set(), plan, progress=False).rows[0]
+    assert [timing.size for timing in row.timings] == ["32x32"]
+    smaller = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((16, 24),)), progress=False)
+    assert any("frames of 16x24: they are padded to 32x32" in note for note in smaller.rows[0].notes)
+    assert [(one.height, one.batch) for one in row.memory_failures] == [(32, 2), (64, 1), (64, 2)]
+    assert "batch 2 is outside this model's range" in row.memory_failures[0].reason
+
+
+def test_a_size_that_no_engine_takes_is_a_reason(tmp_path: Path) -> None:
+    fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
+    result = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((64, 64),)), progress=False)
+    assert result.rows[0].status == "not run"
+    assert "64 pixels does not fit this model" in (result.rows[0].reason or "")
+
+
+def test_ctrl_c_keeps_what_is_finished(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    true_factory = measures.frame_to_labels
+
+    def factory(engine: Any) -> Any:
+        run = true_factory(engine)
+
+        def counted(frames: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 5:  # one warm-up, three rounds, Ctrl-C in the fourth
+                raise KeyboardInterrupt
+            return run(frames)
+
+        return counted
+
+    monkeypatch.setattr(measures, "frame_to_labels", factory)
+    monkeypatch.setattr("hpddrnet_trt.benchmark.timing.MAX_WARMUP", 1)
+    result = run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
+    assert not result.complete
+    assert len(result.rows[0].timings[0].samples_ms) == 3
+    assert result.rows[0].accuracy is None
+    assert any("interrupted" in warning and "3 at 40x56 of 5" in warning for warning in result.warnings)
+
+
+def test_ctrl_c_before_anything_is_finished_goes_to_the_caller(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(starting, "probe", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
+
+
+def test_a_process_that_hangs_is_ended(models: Path) -> None:
+    with pytest.raises(UserError, match="did not finish within"):
+        probe(models / "fp32.onnx", "auto", {}, [np.zeros((1, 8, 8), np.uint8)], timeout_s=0.05)
+
+
+def test_a_size_that_kills_the_process_is_a_reason_and_keeps_what_was_found(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(job: Path, timeout_s: float) -> str | None:
+        content = json.loads(job.read_text())
+        content["frames"] = content["frames"][:1]
+        job.write_text(json.dumps(content))
+        assert true_run(job, timeout_s) is None
+        return how_it_ended(-9, "")
+
+    true_run = probing._run_child
+    monkeypatch.setattr(probing, "_run_child", killed)
+    frames = [np.zeros((batch, 32, 48), np.uint8) for batch in (1, 4)]
+    first, second = probe(models / "fp32.onnx", "auto", {}, frames)
+    assert isinstance(first, Start)
+    assert first.frame == "1x32x48"
+    assert second == "the process that ran it was killed (SIGKILL), most likely because memory ran out"
+    plan = Settings(**QUICK, batches=(1, 4), sizes=((32, 48),))
+    row = run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), plan, progress=False).rows[0]
+    assert [timing.batch for timing in row.timings] == [1]
+    assert [(one.batch, one.reason) for one in row.memory_failures] == [(4, second)]
+    assert any(f"does not run at 4 x 32x48: {second}" in note for note in row.notes)
+
+
+def test_how_a_process_ended_in_words() -> None:
+    assert how_it_ended(0, "") is None
+    assert how_it_ended(-11, "") == "the process that ran it crashed (SIGSEGV)"
+    assert how_it_ended(3, "one\nlast line\n") == "the process that ran it ended with code 3 (last line)"
+
+
+def test_an_unknown_option_is_the_reason(models: Path) -> None:
+    entries = [Entry("a", models / "fp32.onnx", options={"colour": "blue"})]
+    result = run_benchmark(entries, image_set(), Settings(**QUICK), progress=False)
+    assert "no option colour" in (result.rows[0].reason or "")
+
+
+@pytest.mark.parametrize(
+    ("labels", "reference", "message"),
+    [
+        ([], None, "nothing to measure"),
+        (["a", "a"], None, "two entries are called 'a'"),
+        (["a"], "b", "reference 'b' is not among the entries"),
+    ],
+)
+def test_senseless_requests_are_refused(models: Path, labels: list[str], reference: str | None, message: str) -> None:
+    entries = [Entry(label, models / "fp32.onnx") for label in labels]
+    with pytest.raises(UsageError, match=message):
+        run_benchmark(entries, image_set(), Settings(reference=reference), progress=False)
+
+
+def test_a_missing_file_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(BadInputFile, match="does not exist"):
+        run_benchmark([Entry("a", tmp_path / "none.onnx")], image_set(), progress=False)
+    with pytest.raises(BadInputFile, match="does not exist"):
+        entries_for([tmp_path / "none.onnx"])
+
+
+def test_entries_name_runtime_precision_and_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: suite_status(True))
+    monkeypatch.setattr("hpddrnet_trt.engines.openvino.computes_bf16", lambda: True)
+    files = [
+        tiny_model(tmp_path / "model.onnx"),
+        tiny_model(tmp_path / "int8.onnx", typing="int8"),
+        tiny_model(tmp_path / "cpu.onnx", typing="int8", quantised_for="onnxruntime"),
+        tiny_model(tmp_path / "again.onnx"),
+        tmp_path / "lonely.engine",
+    ]
+    files[-1].write_bytes(b"no description")
+    found = [(entry.label, entry.engine) for entry in entries_for(files)]
+    assert found == [
+        ("ONNX Runtime FP32", "onnxruntime"),
+        ("OpenVINO FP32", "openvino"),
+        ("OpenVINO BF16", "openvino"),
+        ("ONNX Runtime INT8 Q/DQ", "onnxruntime"),
+        ("OpenVINO INT8 Q/DQ", "openvino"),
+        ("ONNX Runtime INT8", "onnxruntime"),  # OpenVINO can crash on this form
+        ("ONNX Runtime FP32 (again.onnx)", "onnxruntime"),
+        ("OpenVINO FP32 (again.onnx)", "openvino"),
+        ("OpenVINO BF16 (again.onnx)", "openvino"),
+        ("TensorRT (lonely.engine)", "auto"),
+    ]
+    monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: suite_status(False))
+    assert [entry.engine for entry in entries_for(files[:2])] == ["onnxruntime", "onnxruntime"]
+
+
+def test_precision_follows_the_options_and_only_plain_pytorch_is_a_reference(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    plain = Entry("plain", path, "torch", {"output": "labels", "threads": 2})
+    compiled = Entry("compiled", path, "torch", {"compile": "max-autotune"})
+    amp = Entry("amp", path, options={"autocast": "bf16"})
+    foreign = Entry("foreign", path, "torch-tensorrt", {"height": 64})
+    entries = (plain, compiled, amp, foreign)
+    assert [precision_of(entry, None) for entry in entries] == ["FP32", "FP32", "BF16", "FP16"]
+    assert [entry.can_be_reference for entry in entries] == [True, False, False, False]
+
+
+def suite_status(usable: bool) -> Any:
+    from hpddrnet_trt.engines import EngineStatus
+
+    return EngineStatus(usable, "for this test")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_openvino_is_compared_with_onnx_runtime_before_it_is_trusted(models: Path) -> None:
+    entries = [Entry("a", models / "fp32.onnx", "openvino")]
+    result = run_benchmark(entries, image_set(), Settings(**QUICK), progress=False)
+    assert result.rows[0].status == "measured"
+    assert "checked in a child process: 100.00% of labels" in result.rows[0].notes[0]

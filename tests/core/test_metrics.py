@@ -1,0 +1,256 @@
+"""Metrics against mmsegmentation's own figures, and their invariants."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.core.metrics import ConfusionMatrix, Scores, agreement
+
+CASES = [
+    "A_random_with_ignore",
+    "B_good_prediction",
+    "C_class_absent_everywhere",
+    "D_class_absent_in_label_only",
+    "E_one_image_fully_ignored",
+    "F_19_classes",
+    "G_pred_out_of_range",
+]
+CLASSES = 4
+IMAGE = (5, 6)
+
+
+@pytest.fixture(scope="module")
+def cases(golden: Path) -> dict[str, Any]:
+    arrays = dict(np.load(golden / "metrics" / "iou_cases.npz"))
+    expected = json.loads((golden / "metrics" / "iou_expected.json").read_text())
+    return {name: (arrays[f"{name}_pred"], arrays[f"{name}_label"], facts) for name, facts in expected.items()}
+
+
+def matrix(predicted: npt.NDArray[Any], labels: npt.NDArray[Any], classes: int) -> ConfusionMatrix:
+    confusion = ConfusionMatrix(classes)
+    for guess, truth in zip(predicted, labels, strict=True):
+        confusion.update(guess, truth)
+    return confusion
+
+
+def optional(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def test_all_cases_are_tested(cases: dict[str, Any]) -> None:
+    assert set(CASES) == set(cases)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_figures(cases: dict[str, Any], name: str) -> None:
+    predicted, labels, facts = cases[name]
+    scores = matrix(predicted, labels, facts["num_classes"]).scores()
+    raw, mean = facts["raw_fraction"], facts["raw_nanmean"]
+    np.testing.assert_allclose(scores.iou, optional(raw["IoU"]), rtol=1e-6)
+    np.testing.assert_allclose(scores.accuracy, optional(raw["Acc"]), rtol=1e-6)
+    np.testing.assert_allclose(scores.dice, optional(raw["Dice"]), rtol=1e-6)
+    ours = (scores.pixel_accuracy, scores.miou, scores.mean_accuracy, scores.mean_dice)
+    np.testing.assert_allclose(ours, (raw["aAcc"], mean["IoU"], mean["Acc"], mean["Dice"]), rtol=1e-6)
+    summary = facts["summary_percent_rounded_all"]
+    for value, key in zip(ours, ("aAcc", "mIoU", "mAcc", "mDice"), strict=True):
+        assert 100 * value == pytest.approx(summary[key], abs=0.00501)  # rounded to two digits there
+    assert scores.images == facts["n_images"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_areas(cases: dict[str, Any], name: str) -> None:
+    predicted, labels, facts = cases[name]
+    confusion = matrix(predicted, labels, facts["num_classes"])
+    square, areas = confusion.counts[:, :-1], facts["total_area"]
+    hit = np.diag(square)
+    assert hit.tolist() == areas["intersect"]
+    assert confusion.counts.sum(axis=1).tolist() == areas["label"]
+    assert square.sum(axis=0).tolist() == areas["pred"]
+    assert (confusion.counts.sum(axis=1) + square.sum(axis=0) - hit).tolist() == areas["union"]
+    micro = sum(areas["intersect"]) / sum(areas["union"])
+    assert confusion.scores().micro_iou == pytest.approx(micro)
+
+
+def test_by_hand() -> None:
+    confusion = ConfusionMatrix(3)
+    confusion.update(np.array([[0, 0, 1], [1, 1, 0]]), np.array([[0, 1, 1], [1, 255, 255]]))
+    scores = confusion.scores()
+    assert scores.iou[:2] == [1 / 2, 2 / 3]
+    assert math.isnan(scores.iou[2])
+    assert scores.accuracy[:2] == [1.0, 2 / 3]
+    assert scores.miou == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert scores.pixel_accuracy == 3 / 4
+
+
+def test_micro_iou_of_two_images_by_hand() -> None:
+    confusion = ConfusionMatrix(2)
+    confusion.update(np.array([[0, 0, 1, 1]]), np.array([[0, 0, 1, 0]]))  # 3 of 4 right: 3 / 5
+    confusion.update(np.array([[0, 0]]), np.array([[1, 255]]))  # nothing right
+    confusion.update(np.array([[0, 1]]), np.array([[255, 255]]))  # nothing labelled: left out
+    scores = confusion.scores()
+    assert scores.mean_image_micro_iou == pytest.approx((3 / 5 + 0) / 2)
+    assert scores.micro_iou == pytest.approx(3 / 7)  # the larger image counts more here
+    assert scores.precision == [pytest.approx(2 / 3), pytest.approx(1 / 2)]
+    assert scores.images == 3
+
+
+def test_a_class_that_is_never_predicted_has_no_precision() -> None:
+    confusion = ConfusionMatrix(2)
+    confusion.update(np.array([[0, 0]]), np.array([[0, 1]]))
+    scores = confusion.scores()
+    assert scores.precision[0] == 1 / 2
+    assert math.isnan(scores.precision[1])
+    assert scores.iou[1] == 0
+
+
+def test_nothing_labelled() -> None:
+    confusion = ConfusionMatrix(2)
+    confusion.update(np.zeros((2, 2), np.uint8), np.full((2, 2), 255, np.uint8))
+    scores = confusion.scores()
+    assert scores.images == 1
+    assert all(math.isnan(value) for value in (scores.miou, scores.pixel_accuracy, scores.micro_iou, *scores.iou))
+    assert math.isnan(scores.mean_image_micro_iou)
+
+
+def test_bad_arrays() -> None:
+    confusion = ConfusionMatrix(2)
+    with pytest.raises(ContractError, match=r"shape \(2, 2\) cannot be compared with labels of shape \(2, 3\)"):
+        confusion.update(np.zeros((2, 2), int), np.zeros((2, 3), int))
+    for value in (2, -1, 254):
+        with pytest.raises(ContractError, match=f"label value {value} is outside the 2 classes"):
+            confusion.update(np.zeros((1, 2), int), np.array([[0, value]]))
+    assert (confusion.images, confusion.counts.sum()) == (0, 0)
+    with pytest.raises(ContractError, match="cannot be compared"):
+        agreement(np.zeros(2, int), np.zeros(3, int))
+
+
+def test_table() -> None:
+    confusion = ConfusionMatrix(2)
+    confusion.update(np.array([[0, 1]]), np.array([[0, 0]]))
+    lines = confusion.scores().table(["grain", "pore"]).splitlines()
+    assert [line.split()[0] for line in lines] == ["class", "grain", "pore", "mean", "pixel", "micro", "mean"]
+    assert lines[1].split()[1:] == ["0.5000", "0.5000", "0.6667"]
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[5].split()[:3] == ["micro", "IoU", "0.3333"]  # 1 right pixel, 2 + 1 - 0 in the unions
+    assert lines[6].split()[:5] == ["mean", "image", "micro", "IoU", "0.3333"]
+
+
+predictions = hnp.arrays(np.uint8, IMAGE, elements=st.integers(0, CLASSES))  # CLASSES itself is out of range
+masks = hnp.arrays(np.uint8, IMAGE, elements=st.sampled_from([*range(CLASSES), 255]))
+pairs = st.lists(st.tuples(predictions, masks), min_size=1, max_size=4)
+
+
+def scores_of(images: list[tuple[Any, Any]]) -> Scores:
+    confusion = ConfusionMatrix(CLASSES)
+    for predicted, labels in images:
+        confusion.update(predicted, labels)
+    return confusion.scores()
+
+
+def same(first: Scores, second: Scores) -> None:
+    for name in ("iou", "accuracy", "precision", "dice", "miou", "mean_accuracy", "pixel_accuracy", "mean_dice",
+                 "micro_iou"):  # fmt: skip
+        np.testing.assert_allclose(getattr(first, name), getattr(second, name), atol=1e-12)
+
+
+@given(pairs)
+def test_bounds_and_relations(images: list[tuple[Any, Any]]) -> None:
+    scores = scores_of(images)
+    for iou, precision in zip(scores.iou, scores.precision, strict=True):
+        assert math.isnan(precision) or iou <= precision <= 1
+    for iou, accuracy, dice in zip(scores.iou, scores.accuracy, scores.dice, strict=True):
+        if not math.isnan(iou):
+            assert 0 <= iou <= dice <= 1
+            assert dice == pytest.approx(2 * iou / (1 + iou))
+        if not math.isnan(accuracy):
+            assert iou <= accuracy <= 1  # the union holds at least all labelled pixels
+    assert scores.images == len(images)
+
+
+def one_hot_micro_iou(predicted: Any, labels: Any) -> float:
+    """The published definition, word for word: two one-hot volumes, their intersection over their union."""
+    channels = np.arange(CLASSES)[:, None, None]
+    labelled = labels != 255
+    truth, guess = ((array == channels) & labelled for array in (labels, predicted))
+    union = np.count_nonzero(truth | guess)
+    return np.count_nonzero(truth & guess) / union if union else math.nan
+
+
+@given(pairs)
+def test_micro_iou_averaged_over_images_is_that_of_one_hot_channels(images: list[tuple[Any, Any]]) -> None:
+    values = [one_hot_micro_iou(*pair) for pair, labelled in zip(images, (m != 255 for _, m in images), strict=True)
+              if labelled.any()]  # fmt: skip
+    expected = float(np.mean(values)) if values else math.nan
+    assert scores_of(images).mean_image_micro_iou == pytest.approx(expected, nan_ok=True)
+
+
+@given(predictions, masks)
+def test_of_one_image_both_micro_ious_are_the_same(predicted: Any, mask: Any) -> None:
+    scores = scores_of([(predicted, mask)])
+    assert scores.mean_image_micro_iou == pytest.approx(scores.micro_iou, nan_ok=True)
+    if predicted[mask != 255].max(initial=0) < CLASSES and not math.isnan(scores.pixel_accuracy):
+        accuracy = scores.pixel_accuracy
+        assert scores.micro_iou == pytest.approx(accuracy / (2 - accuracy))
+
+
+@given(pairs, pairs)
+def test_matrices_add(first: list[tuple[Any, Any]], second: list[tuple[Any, Any]]) -> None:
+    total, other = ConfusionMatrix(CLASSES), ConfusionMatrix(CLASSES)
+    for confusion, images in ((total, first), (other, second)):
+        for predicted, labels in images:
+            confusion.update(predicted, labels)
+    total.add(other)
+    together = scores_of([*first, *second])
+    same(total.scores(), together)
+    assert total.scores().mean_image_micro_iou == pytest.approx(together.mean_image_micro_iou, nan_ok=True)
+    assert total.images == together.images
+
+
+@given(pairs, st.permutations(range(CLASSES)))
+def test_names_of_classes_do_not_matter(images: list[tuple[Any, Any]], order: list[int]) -> None:
+    """Renumbering the classes renumbers the per-class figures and leaves the means."""
+    table = np.arange(256)
+    table[: len(order)] = order
+    plain = scores_of(images)
+    renumbered = scores_of([(table[p], table[m]) for p, m in images])
+    np.testing.assert_allclose([renumbered.iou[new] for new in order], plain.iou)
+    assert renumbered.miou == pytest.approx(plain.miou, nan_ok=True)
+
+
+@given(pairs)
+def test_order_and_grouping_do_not_matter(images: list[tuple[Any, Any]]) -> None:
+    together = [(np.concatenate([p for p, _ in images]), np.concatenate([m for _, m in images]))]
+    same(scores_of(images), scores_of(images[::-1]))
+    same(scores_of(images), scores_of(together))
+
+
+@given(masks)
+def test_perfect_prediction(mask: Any) -> None:
+    scores = scores_of([(np.where(mask == 255, 0, mask), mask)])
+    present = [value for value in scores.iou if not math.isnan(value)]
+    assert present == [1.0] * len(np.unique(mask[mask != 255]))
+    assert scores.pixel_accuracy == 1.0 if present else math.isnan(scores.pixel_accuracy)
+
+
+@given(pairs, predictions)
+def test_ignored_pixels_do_not_matter(images: list[tuple[Any, Any]], other: Any) -> None:
+    changed = [(np.where(mask == 255, other, predicted), mask) for predicted, mask in images]
+    same(scores_of(images), scores_of(changed))
+
+
+@given(predictions, predictions)
+def test_agreement(first: Any, second: Any) -> None:
+    share = agreement(first, second)
+    assert share == agreement(second, first) == np.count_nonzero(first == second) / first.size
+    assert agreement(first, first) == 1.0

@@ -1,0 +1,77 @@
+"""Runtimes are imported without their reports, and a program that has decided for itself is left alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hpddrnet_trt.core import runtimes as quiet
+from hpddrnet_trt.core.errors import MissingDependency
+
+
+class Imports:
+    """What each import would have met."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.switch: list[str | None] = []
+        self.reporter: list[Any] = []
+        monkeypatch.setattr(quiet, "require", self._require)
+        for name in ("onnxruntime", "openvino", "openvino_telemetry"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+
+    def _require(self, module: str, extra: str, purpose: str) -> ModuleType:
+        self.switch.append(os.environ.get("ORT_DISABLE_TELEMETRY"))
+        self.reporter.append(sys.modules.get("openvino_telemetry", "not imported"))
+        return ModuleType(module)
+
+
+@pytest.fixture
+def imports(monkeypatch: pytest.MonkeyPatch) -> Imports:
+    return Imports(monkeypatch)
+
+
+def test_they_are_switched_off_during_the_import_only(imports: Imports) -> None:
+    assert quiet.load_onnxruntime().__name__ == "onnxruntime"
+    assert imports.switch == ["1"]
+    assert "ORT_DISABLE_TELEMETRY" not in os.environ
+    assert quiet.load_openvino().__name__ == "openvino"
+    assert imports.reporter[-1] is None  # cannot be imported
+    assert "openvino_telemetry" not in sys.modules
+
+
+def test_a_program_that_imported_them_has_decided(imports: Imports, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    quiet.load_onnxruntime()
+    quiet.load_openvino()
+    assert imports.switch == [None, None]
+    assert imports.reporter == ["not imported"] * 2
+
+
+def test_settings_of_the_program_stay(imports: Imports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    reporter = ModuleType("openvino_telemetry")
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", reporter)
+    quiet.load_onnxruntime()
+    quiet.load_openvino()
+    assert imports.switch == ["0", "0"]
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
+    assert sys.modules["openvino_telemetry"] is reporter
+
+
+def test_nothing_stays_behind_where_they_are_missing(imports: Imports, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(module: str, extra: str, purpose: str) -> ModuleType:
+        raise MissingDependency(f"{module} is needed to {purpose}")
+
+    monkeypatch.setattr(quiet, "require", missing)
+    with pytest.raises(MissingDependency, match="onnxruntime is needed to fly"):
+        quiet.load_onnxruntime("fly")
+    with pytest.raises(MissingDependency, match="openvino is needed to fly"):
+        quiet.load_openvino("fly")
+    assert "ORT_DISABLE_TELEMETRY" not in os.environ
+    assert "openvino_telemetry" not in sys.modules

@@ -1,0 +1,97 @@
+"""What `inspect` prints: every kind of file, and what it must not leave out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpddrnet_trt.core.manifest import (
+    CalibrationRecord,
+    DataRecord,
+    EngineRecord,
+    Evidence,
+    Manifest,
+    MixedPrecisionRecord,
+    read_manifest,
+)
+from hpddrnet_trt.export.describe import describe
+from hpddrnet_trt.graph.lint import analyse, reformats_from_inspector
+from tests.graph.residual_onnx import residual_model
+from tests.tiny_onnx import tiny_model
+
+EVIDENCE = Evidence(
+    what="accuracy against FP32", runtime="a runtime", images=2, source="steel/test", values={"miou_drop_points": 0.125}
+)
+
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> Manifest:
+    import onnx
+
+    manifest = read_manifest(residual_model(tmp_path / "m.onnx"))
+    placement = analyse(onnx.load(str(tiny_model(tmp_path / "int8.onnx", typing="int8"))), kept=["scores"])
+    return manifest.replace(
+        precision="int8",
+        quantised_for="tensorrt",
+        data=DataRecord(name="steel", licence="MIT", train_images=10),
+        calibration=CalibrationRecord(method="mse", images=7, images_sha256="0", source="here", tool="ours"),
+        mixed=MixedPrecisionRecord(
+            budget="a tenth", floating=["conv_seg/Conv"], layers=58, searched_on="steel/val", points=[], cost_source="x"
+        ),
+        placement=placement.record(),
+        evidence=[EVIDENCE],
+    )
+
+
+def test_an_onnx_file(quantised: Manifest) -> None:
+    text = describe(quantised, "m.onnx")
+    for words in (
+        "m.onnx: ONNX file, quantised for TensorRT",
+        "dark, middle, bright",
+        "steel, 10 images (licence: MIT)",
+        "uint8 [1..any, 1, 8..any, 8..any], grey levels",
+        "uint8 labels [batch, height, width]",
+        "convolutions as quantised: 2 int8",
+        "mse, 7 images (here), ours",
+        "1 of 58 layers in FP16 for: a tenth (on steel/val)",
+        "conv_seg/Conv",
+        "accuracy against FP32: 2 images, steel/test; a runtime",
+        "miou_drop_points                   0.125",
+    ):
+        assert words in text, words
+
+
+def test_an_engine_with_its_layers(quantised: Manifest) -> None:
+    layer = {"name": "stem", "precision": "int8", "macs": 2_000_000}
+    proof = {
+        "source": "engine inspector",
+        "convolutions": {"int8": 5, "fp16": 1},
+        "macs_share": {"int8": 0.9, "fp16": 0.1},
+        "parsed_network": {"layers": [layer]},
+        "reformats": reformats_from_inspector('{"Layers": ["stem", "Reformatting CopyNode for Input Tensor 0"]}'),
+    }
+    record = EngineRecord(
+        flavour="tensorrt", version="11.1", compute_capabilities=["9.0"], gpu="a GPU", sha256="0", bytes=2_500_000,
+        profiles=[{"min": [1, 1, 8, 8], "opt": [1, 1, 16, 16], "max": [2, 1, 16, 16]}], precision_proof=proof,
+        build_seconds=3.0,
+    )  # fmt: skip
+    manifest = quantised.replace(engine=record)
+    text = describe(manifest, "m.engine", layers=True)
+    for words in (
+        "m.engine: engine of tensorrt 11.1 for 9.0 (a GPU), 2.5 MB, built in 3.0 s",
+        "int8 5 of 6 convolutions and 90% of all multiply-accumulates",
+        "reformats in the engine: 1 of 2 layers",
+        "int8        2.0 MMAC  stem",
+        "min 1x1x8x8  opt 1x1x16x16  max 2x1x16x16",
+    ):
+        assert words in text, words
+    assert "MMAC" not in describe(manifest, "m.engine")
+
+
+def test_a_checkpoint_has_no_contract(quantised: Manifest) -> None:
+    bare = Manifest(network=quantised.network, classes=quantised.classes, remarks=["converted"])
+    text = describe(bare, "m.safetensors")
+    assert text.startswith("m.safetensors: checkpoint")
+    assert "input" not in text
+    assert "remarks      converted" in text

@@ -1,0 +1,284 @@
+"""The exported file: its contract, its graph, and that it computes what PyTorch computes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.data.simulate import simulate
+from hpddrnet_trt.export import onnx as onnx_export
+from hpddrnet_trt.export.onnx import ExportOptions, export_network, export_onnx
+from hpddrnet_trt.export.verify import compare_with_pytorch
+from hpddrnet_trt.graph.model import consumers, count_operators, load_model, producers
+from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
+from tests.tiny_network import lively, tiny_manifest, tiny_network
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = lively(tiny_network())
+    return save_checkpoint(
+        tmp_path_factory.mktemp("export") / "tiny.safetensors", network, tiny_manifest(network, name="tiny")
+    )
+
+
+@pytest.fixture(scope="module")
+def dynamic(checkpoint: Path) -> Path:
+    target = checkpoint.with_name("dynamic.onnx")
+    export_onnx(checkpoint, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def static(checkpoint: Path) -> Path:
+    target = checkpoint.with_name("static.onnx")
+    export_onnx(checkpoint, target, batch=1, height=72, width=104, confidence=True)
+    return target
+
+
+def session(path: Path) -> Any:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def grey(batch: int, height: int, width: int) -> npt.NDArray[np.uint8]:
+    frames = [simulate(max(height, 16), max(width, 16), seed=seed)[0][:height, :width] for seed in range(batch)]
+    return np.stack(frames)[:, None]
+
+
+def reference(checkpoint: Path, image: npt.NDArray[np.uint8]) -> torch.Tensor:
+    network, manifest = load_checkpoint(checkpoint)
+    mean = torch.tensor(manifest.normalisation.mean).view(1, 3, 1, 1)
+    std = torch.tensor(manifest.normalisation.std).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        return network.predict_logits((torch.from_numpy(image).float() - mean) / std)
+
+
+def assert_same_labels(labels: npt.NDArray[Any], logits: torch.Tensor) -> None:
+    """Equal wherever the margin is above FP32 rounding."""
+    top = logits.topk(2, dim=1).values
+    clear = (top[:, 0] - top[:, 1] > 1e-4 * max(1.0, float(logits.std()))).numpy()
+    assert labels.dtype == np.uint8
+    assert clear.mean() > 0.9
+    assert np.array_equal(labels[clear], logits.argmax(1).numpy()[clear])
+
+
+def axes(entry: onnx.ValueInfoProto) -> list[int | str]:
+    return [dim.dim_param or dim.dim_value for dim in entry.type.tensor_type.shape.dim]
+
+
+def test_file_describes_itself(checkpoint: Path, dynamic: Path) -> None:
+    manifest = read_manifest(dynamic)
+    assert manifest.name == "tiny"
+    assert manifest.precision == "fp32"
+    assert manifest.attention == "matmul"
+    assert manifest.checkpoint_sha256 == sha256_of(checkpoint)
+    assert {"torch", "onnx", "onnxsim"} <= manifest.versions.keys()
+    assert manifest.input is not None
+    assert (manifest.input.dtype, manifest.input.channels) == ("uint8", 1)
+    assert manifest.input.height.fixed is None
+    evidence = manifest.evidence[-1]
+    assert evidence.what == "export parity"
+    assert evidence.values["agreement"] > 0.9999
+    assert evidence.values["max_abs_difference"] < 1e-3 * max(1, evidence.values["reference_std"])
+    assert evidence.images == 4
+
+
+def test_names_of_inputs_outputs_and_axes(dynamic: Path, static: Path) -> None:
+    graph = onnx.load(str(dynamic)).graph
+    assert [(entry.name, axes(entry)) for entry in graph.input] == [("image", ["batch", 1, "height", "width"])]
+    assert [(entry.name, axes(entry)) for entry in graph.output] == [("labels", ["batch", "height", "width"])]
+    graph = onnx.load(str(static)).graph
+    assert [(entry.name, axes(entry)) for entry in graph.output] == [
+        ("labels", [1, 72, 104]),
+        ("confidence", [1, 72, 104]),
+    ]
+
+
+def test_bytes_touch_only_casts(dynamic: Path) -> None:
+    graph = onnx.load(str(dynamic)).graph
+    assert graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
+    assert graph.output[0].type.tensor_type.elem_type == TensorProto.UINT8
+    assert {node.op_type for node in consumers(graph)["image"]} == {"Cast"}
+    assert producers(graph)["labels"].op_type == "Cast"
+
+
+def test_graph_is_lean_and_carries_no_local_paths(static: Path, dynamic: Path) -> None:
+    small, large = (count_operators(onnx.load(str(path))) for path in (static, dynamic))
+    assert small["Shape"] == 0
+    assert small["Transpose"] == 4  # to tokens and back, in each of two attention modules
+    assert small["MatMul"] == 8
+    assert small["Identity"] + small["Gemm"] + small["Expand"] == 0
+    assert small["Conv"] == large["Conv"]
+    # Sizes are read from tensors, nothing is computed from them.
+    assert small["Add"] == large["Add"] + 2  # the confidence's sum over three classes
+    assert large["Div"] + large["Gather"] + large["Slice"] == 0
+    for path in (static, dynamic):
+        content = path.read_bytes()
+        assert str(Path.cwd()).encode() not in content
+        assert b"stack_trace" not in content
+
+
+def test_nodes_are_named_after_modules(static: Path) -> None:
+    names = [node.name for node in onnx.load(str(static)).graph.node]
+    assert len(names) == len(set(names))
+    assert "backbone.stem.0.conv.conv/Conv" in names
+    assert "backbone.sps.1/Softmax" in names
+    assert "conv_seg/Conv" in names
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (1, 16, 64), (3, 136, 200), (2, 128, 192), (1, 264, 248)])
+def test_dynamic_sizes(checkpoint: Path, dynamic: Path, size: tuple[int, int, int]) -> None:
+    image = grey(*size)
+    (labels,) = session(dynamic).run(None, {"image": image})
+    assert labels.shape == size
+    assert_same_labels(labels, reference(checkpoint, image))
+
+
+@pytest.mark.parametrize("typed", ["fp32", "fp16"])
+def test_tensorrt_rtx_builds_dynamic_sizes(dynamic: Path, typed: str) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    model = onnx.load(str(dynamic))
+    content = (to_half(model) if typed == "fp16" else model).SerializeToString()
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(content), [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    profile = builder.create_optimization_profile()
+    profile.set_shape("image", (1, 1, 8, 8), (1, 1, 256, 256), (4, 1, 1024, 1024))
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+
+
+def test_static_with_confidence(checkpoint: Path, static: Path) -> None:
+    image = grey(1, 72, 104)
+    labels, confidence = session(static).run(None, {"image": image})
+    logits = reference(checkpoint, image)
+    assert_same_labels(labels, logits)
+    assert confidence.dtype == np.float32
+    np.testing.assert_allclose(confidence, torch.softmax(logits, 1).amax(1).numpy(), atol=1e-3)
+    assert read_manifest(static).evidence[-1].values["max_confidence_difference"] < 1e-3
+
+
+def test_two_classes(tmp_path: Path) -> None:
+    network = lively(tiny_network(num_classes=2))
+    source = save_checkpoint(tmp_path / "two.safetensors", network, tiny_manifest(network))
+    target = tmp_path / "two.onnx"
+    export_onnx(source, target, batch=1, height=64, width=64, confidence=True)
+    image = grey(1, 64, 64)
+    labels, confidence = session(target).run(None, {"image": image})
+    logits = reference(source, image)
+    assert_same_labels(labels, logits)
+    np.testing.assert_allclose(confidence, torch.softmax(logits, 1).amax(1).numpy(), atol=1e-3)
+    assert count_operators(onnx.load(str(target)))["ArgMax"] == 0
+
+
+def test_logits_from_normalised_input_with_attention_operator(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "logits.onnx"
+    manifest = export_onnx(
+        checkpoint, target, batch=2, height=64, width=96, output="logits", grey_input=False, attention="attention-op"
+    )  # fmt: skip
+    assert manifest.input is not None
+    assert (manifest.input.dtype, manifest.input.channels) == ("float32", 3)
+    assert manifest.output is not None
+    assert manifest.output.kind == "logits"
+    assert manifest.attention == "attention-op"
+    model = onnx.load(str(target))
+    assert count_operators(model)["Attention"] == 2
+    assert count_operators(model)["Softmax"] == 0
+    assert next(entry.version for entry in model.opset_import if not entry.domain) == 23
+    image = grey(2, 64, 96)
+    mean, std = (
+        np.array(values, np.float32).reshape(1, 3, 1, 1)
+        for values in (manifest.normalisation.mean, manifest.normalisation.std)
+    )
+    (logits,) = session(target).run(["logits"], {"image": (image - mean) / std})
+    want = reference(checkpoint, image).numpy()
+    assert np.abs(logits - want).max() < 1e-4 * max(1, want.std())
+
+
+def test_comparison_is_logged_and_uses_the_micrographs_given(
+    checkpoint: Path, static: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    micrograph = tmp_path / "grains.png"
+    Image.fromarray(grey(1, 50, 70)[0, 0]).save(micrograph)
+    model, manifest = load_model(static)
+    network, _ = load_checkpoint(checkpoint)
+    with caplog.at_level(logging.INFO):
+        evidence = compare_with_pytorch(model, network, manifest, [micrograph])
+    assert (evidence.source, evidence.images) == ("grains.png", 2)
+    assert "labels agree on 100.0000 %" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["conv_seg.weight", "backbone.sps.1.out.bias", "backbone.stem.0.conv.shift"])
+def test_broken_graph_leaves_no_file(
+    checkpoint: Path, static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """An exporter that changes one weight by a few percent is found out."""
+    model, _ = load_model(static)
+    weight = next(entry for entry in model.graph.initializer if entry.name == broken)
+    weight.CopyFrom(numpy_helper.from_array(1.05 * numpy_helper.to_array(weight), weight.name))
+    monkeypatch.setattr(onnx_export, "trace", lambda *_: model)
+    with pytest.raises(UserError, match="differs from PyTorch"):
+        export_onnx(checkpoint, tmp_path / "broken.onnx", batch=1, height=72, width=104, confidence=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 100}, "height must be a positive multiple of 8"),
+        ({"width": 0}, "width must be a positive multiple of 8"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"opset": 17}, "opset must be at least 20"),
+        ({"attention": "attention-op", "opset": 20}, "opset must be at least 23"),
+        ({"output": "logits", "confidence": True, "batch": 1, "height": 64, "width": 64}, "confidence map"),
+    ],
+)
+def test_bad_options(checkpoint: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        export_onnx(checkpoint, tmp_path / "x.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_checkpoint_and_foreign_file(tmp_path: Path) -> None:
+    with pytest.raises(BadInputFile, match="does not exist"):
+        export_onnx(tmp_path / "none.safetensors", tmp_path / "x.onnx")
+    foreign = tmp_path / "foreign.onnx"
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["a"], ["b"])],
+        "g",
+        [onnx.helper.make_tensor_value_info("a", TensorProto.FLOAT, [1])],
+        [onnx.helper.make_tensor_value_info("b", TensorProto.FLOAT, [1])],
+    )
+    onnx.save(onnx.helper.make_model(graph), str(foreign))
+    with pytest.raises(BadInputFile, match="no description"):
+        load_model(foreign)
+
+
+def test_reference_weights(golden: Path, tmp_path: Path) -> None:
+    """The authors' architecture at full width, from a converted checkpoint's weights."""
+    from tests.export.test_reformulate import reference_network
+
+    network, manifest = reference_network(golden)
+    options = ExportOptions(batch=1, height=136, width=200)
+    written = export_network(network, manifest, tmp_path / "golden.onnx", options)
+    assert written.evidence[-1].values["agreement"] > 0.9999
+    assert written.evidence[-1].values["max_abs_difference"] < 1e-4

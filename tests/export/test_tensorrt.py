@@ -1,0 +1,640 @@
+"""Building engines with the real TensorRT-RTX builder, which needs no GPU."""
+
+from __future__ import annotations
+
+import _thread
+import hashlib
+import importlib.util
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from PIL import Image
+
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
+from hpddrnet_trt.core.manifest import METADATA_KEY, AxisRange, InputContract, read_manifest, sidecar_path
+from hpddrnet_trt.data.simulate import simulate
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.engines.profiles import Profile, choose_profile, default_profiles, narrowed, parse_shapes
+from hpddrnet_trt.engines.tensorrt_library import (
+    choose_flavour,
+    compute_capability,
+    load_flavour,
+    readable,
+    run_cancellable,
+)
+from hpddrnet_trt.export.proof import check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.export.tensorrt import BuildSettings, _for_weak_typing, build_engine
+from tests.graph.residual_onnx import residual_model
+from tests.tiny_export import write_fp16
+from tests.tiny_onnx import HIDDEN, tiny_model
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
+CONTRACT = InputContract(
+    batch=AxisRange(minimum=1, maximum=8),
+    height=AxisRange(minimum=64, maximum=2048),
+    width=AxisRange(minimum=64, maximum=2048),
+)
+SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256"
+
+
+def _nothing_written(folder: Path, *kept: Path) -> bool:
+    return set(folder.iterdir()) == set(kept)
+
+
+# --- the --shapes grammar
+
+
+def test_profiles_are_parsed() -> None:
+    profiles = parse_shapes("1x1x64x64:2x1x128x256:8x1x2048x2048, 4x1x512x512", CONTRACT)
+    assert profiles == [
+        Profile((1, 1, 64, 64), (2, 1, 128, 256), (8, 1, 2048, 2048)),
+        Profile((4, 1, 512, 512), (4, 1, 512, 512), (4, 1, 512, 512)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("1x1x64x64:1x1x64x64", "give MIN:OPT:MAX or one shape"),
+        ("", "is not a shape"),
+        ("1x1x64x", "is not a shape"),
+        ("-1x1x64x64", "is not a shape"),
+        ("64x64", "has 2 number"),
+        ("1x3x64x64", "takes 1; write 1x1x64x64"),
+        ("1x1x64x70", "width 70 is not a multiple of 8; write 72"),
+        ("1x1x0x64", "height 0 is not a multiple of 8; write 8"),
+        ("9x1x64x64", "batch 9 is outside what the ONNX file admits (1..8)"),
+        ("1x1x4096x64", "height 4096 is outside"),
+        ("1x1x128x64:1x1x64x64:1x1x256x64", "height 128:64:256 is not in rising order"),
+    ],
+)
+def test_bad_shapes_say_what_to_write(text: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_shapes(text, CONTRACT)
+    assert says in str(caught.value)
+
+
+_sizes = st.tuples(st.integers(1, 8), st.just(1), *[st.integers(8, 256).map(lambda size: size * 8)] * 2)
+
+
+@st.composite
+def _profiles(draw: st.DrawFn) -> Profile:
+    rising = [sorted(axis) for axis in zip(*(draw(_sizes) for _ in range(3)), strict=True)]
+    low, best, high = zip(*rising, strict=True)
+    return Profile(low, best, high)
+
+
+@given(st.lists(_profiles(), min_size=1, max_size=4), _sizes)
+def test_profiles_survive_writing_and_choose_well(profiles: list[Profile], shape: Any) -> None:
+    assert parse_shapes(",".join(map(str, profiles)), CONTRACT) == profiles
+    assert [Profile.from_record(profile.as_record()) for profile in profiles] == profiles
+    hull = narrowed(CONTRACT, profiles)
+    admitting = [profile for profile in profiles if profile.admits(shape)]
+    if not admitting:
+        with pytest.raises(ContractError, match="outside this engine's profile"):
+            choose_profile(profiles, shape)
+        return
+    chosen = profiles[choose_profile(profiles, shape)]
+    assert chosen.admits(shape)
+    assert chosen.distance(shape) == min(profile.distance(shape) for profile in admitting)
+    assert hull.batch.admits(shape[0])
+    assert hull.height.admits(shape[2])
+    assert hull.width.admits(shape[3])
+
+
+def test_default_profile_follows_the_ranges() -> None:
+    assert str(default_profiles(InputContract())[0]) == "1x1x8x8:1x1x1024x1024:1x1x2048x2048"
+    narrow = InputContract(height=AxisRange(minimum=100, maximum=500), width=AxisRange(minimum=3000))
+    assert str(default_profiles(narrow)[0]) == "1x1x104x3000:1x1x496x3000:1x1x496x3000"
+
+
+def test_damaged_profile_record() -> None:
+    for record in ({"min": [1, 1, 8, 8]}, {"min": [1], "opt": [1], "max": [1]}):
+        with pytest.raises(ContractError, match="build the engine again"):
+            Profile.from_record(record)
+
+
+# --- building
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_engine_and_description(tmp_path: Path, precision: Any) -> None:
+    source = tiny_model(tmp_path / "m.onnx", typing=precision)
+    target = tmp_path / "out" / "m.engine"
+    manifest = build_engine(
+        source, target, precision=precision, flavour="tensorrt-rtx", shapes=SHAPES, progress=False
+    )
+    assert _nothing_written(target.parent, target, sidecar_path(target))
+    assert read_manifest(target) == manifest
+    assert manifest.engine is not None
+    assert manifest.engine.sha256 == hashlib.sha256(target.read_bytes()).hexdigest()
+    assert manifest.engine.bytes == target.stat().st_size > 1000
+    assert manifest.engine.flavour == "tensorrt-rtx"
+    assert manifest.engine.compute_capabilities == ["portable"]
+    assert manifest.engine.profiles == [{"min": [1, 1, 64, 64], "opt": [1, 1, 128, 128], "max": [2, 1, 256, 256]}]
+    assert manifest.precision == precision
+    assert manifest.input is not None
+    assert (str(manifest.input.batch), str(manifest.input.height)) == ("1..2", "64..256")
+    assert manifest.versions["tensorrt-rtx"] == manifest.engine.version
+
+
+@needs_rtx
+def test_proof_counts_convolutions_and_multiply_accumulates(tmp_path: Path) -> None:
+    for precision in ("fp32", "fp16", "int8"):
+        source = tiny_model(tmp_path / f"{precision}.onnx", typing=precision)
+        manifest = build_engine(
+            source, tmp_path / f"{precision}.engine", precision=precision, flavour="tensorrt-rtx", shapes=SHAPES,
+            progress=False,
+        )  # fmt: skip
+        assert manifest.engine is not None
+        proof = manifest.engine.precision_proof
+        parsed = proof.get("parsed_network", proof)  # nested where a GPU let the inspector speak
+        assert parsed["source"] == "parsed network"
+        assert parsed["convolutions"] == {precision: 2}
+        assert parsed["macs_share"] == {precision: 1.0}
+        assert parsed["macs"] == 128 * 128 * (9 * HIDDEN + HIDDEN * 3)
+        assert [row["operands"] for row in parsed["layers"]] == [
+            {"fp32": ["FLOAT"] * 2, "fp16": ["HALF"] * 2, "int8": ["INT8"] * 2}[precision]
+        ] * 2
+        assert f"{precision} 2 of 2 convolutions and 100% of all multiply-accumulates" in summary(parsed)
+
+
+@needs_rtx
+def test_multiply_accumulates_of_every_product() -> None:
+    """Counted by hand: transposed matrix product, grouped convolution, transposed convolution."""
+    api = load_flavour("tensorrt-rtx")
+    trt = api.module
+    network = trt.Builder(api.log).create_network(0)
+    image = network.add_input("image", trt.float32, (1, 6, -1, 16))
+    kernel, widening = np.ones((4, 3, 3, 3), np.float16), np.ones((6, 5, 2, 2), np.float32)
+    half = network.add_cast(image, trt.float16).get_output(0)
+    grouped = network.add_convolution_nd(half, 4, (3, 3), trt.Weights(kernel), trt.Weights())
+    grouped.num_groups, grouped.padding_nd = 2, (1, 1)
+    wider = network.add_deconvolution_nd(image, 5, (2, 2), trt.Weights(widening), trt.Weights())
+    wider.stride_nd = (2, 2)
+    product = network.add_matrix_multiply(image, trt.MatrixOperation.TRANSPOSE, image, trt.MatrixOperation.NONE)
+    for layer in (grouped, wider, product):
+        network.mark_output(layer.get_output(0))
+    proof = proof_from_network(trt, network, (1, 6, 8, 16))
+    macs = {row["type"]: row["macs"] for row in proof["layers"]}
+    assert macs["CONVOLUTION"] == 8 * 16 * 4 * 9 * 3  # pixels, output channels, window, input channels of a group
+    assert macs["DECONVOLUTION"] == 8 * 16 * 6 * 4 * 5  # input pixels, input channels, window, output channels
+    assert macs["MATRIX_MULTIPLY"] == 6 * 16 * 16 * 8  # matrices, rows, columns, inner size
+    assert proof["convolutions"] == {"fp16": 1, "fp32": 1}
+    assert proof["macs"] == sum(macs.values())
+    assert sum(proof["macs_share"].values()) == pytest.approx(1, abs=1e-5)
+    assert network.get_input(0).shape == (1, 6, -1, 16)
+
+
+@needs_rtx
+def test_micrographs_calibrate_an_fp32_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(4):
+        Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).save(images / f"{index}.png")
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    manifest = build_engine(
+        source, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx", calibration_images=images,
+        progress=False,
+    )  # fmt: skip
+    assert manifest.precision == "int8"
+    assert manifest.quantised_for == "tensorrt"
+    assert manifest.calibration is not None
+    assert manifest.engine is not None
+    assert manifest.engine.precision_proof["convolutions"].get("int8", 0) > 0
+
+
+@needs_rtx
+def test_quantised_weights_alone_are_not_int8(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", typing="int8", shape=(1, 64, 64))
+    model = onnx.load(str(source))
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            node.input[0] = node.input[0].removesuffix("_dq")
+    onnx.save(model, str(source))
+    with pytest.raises(UserError, match=r"labelled INT8, but none of its convolutions is .*2 in FP16.*calibrate"):
+        build_engine(source, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx", progress=False)
+    assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+def test_wrong_label_is_an_error(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", typing="fp32", precision="fp16", shape=(1, 64, 64))
+    with pytest.raises(UserError, match="labelled FP16, but none of its convolutions is"):
+        build_engine(source, tmp_path / "m.engine", precision="fp16", flavour="tensorrt-rtx", progress=False)
+    assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+def test_static_model_needs_no_shapes_and_builds_are_repeatable(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(2, 64, 128))
+    records = [
+        build_engine(source, tmp_path / name, precision="fp32", flavour="tensorrt-rtx", progress=False).engine
+        for name in ("a.engine", "b.engine")
+    ]
+    assert records[0] is not None
+    assert records[1] is not None
+    assert records[0].profiles == [{key: [2, 1, 64, 128] for key in ("min", "opt", "max")}]
+    assert records[0].sha256 == records[1].sha256
+
+
+@needs_rtx
+def test_dynamic_model_without_shapes_names_its_profile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tiny_model(tmp_path / "m.onnx")
+    with caplog.at_level(logging.WARNING, logger="hpddrnet_trt.export.tensorrt"):
+        build_engine(source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False)
+    assert "building for 1x1x8x8:1x1x1024x1024:1x1x2048x2048" in caplog.text
+
+
+@needs_rtx
+def test_several_profiles_targets_and_level(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx")
+    manifest = build_engine(
+        source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", shapes=f"{SHAPES},4x1x64x64",
+        compute_capabilities=["8.9", "12.0", "8.9"], optimisation_level=0, workspace_mib=512, progress=False,
+    )  # fmt: skip
+    assert manifest.engine is not None
+    assert len(manifest.engine.profiles) == 2
+    assert manifest.engine.compute_capabilities == ["8.9", "12.0"]
+    assert manifest.input is not None
+    assert str(manifest.input.batch) == "1..4"
+
+
+@needs_rtx
+def test_timing_cache_is_ignored_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    build_engine(
+        source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx",
+        timing_cache=tmp_path / "t.cache", progress=False,
+    )  # fmt: skip
+    assert "has no timing cache" in caplog.text
+    assert not (tmp_path / "t.cache").exists()
+
+
+@needs_rtx
+def test_fp32_file_is_converted_to_fp16(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    manifest = build_engine(source, tmp_path / "m.engine", precision="fp16", flavour="tensorrt-rtx", progress=False)
+    assert manifest.precision == "fp16"
+    assert manifest.engine is not None
+    assert manifest.engine.precision_proof["convolutions"].get("fp16", 0) > 0
+    assert read_manifest(source).precision == "fp32"
+
+
+@needs_rtx
+def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    build_engine(source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "building m: 100%" in captured.err
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "precision", "images", "says"),
+    [
+        ({}, "int8", None, "hpddrnet-trt calibrate m.onnx m.int8.onnx --data"),
+        ({"precision": "int8", "quantised_for": "onnxruntime"}, "int8", None, "quantised for ONNX Runtime"),
+        ({"precision": "int8", "quantised_for": "tensorrt"}, "fp32", None, "INT8, FP32 was asked for"),
+        ({"precision": "fp16"}, "int8", None, "FP16, INT8 was asked for"),
+        ({"precision": "fp16"}, "fp32", None, "choose --precision fp16"),
+        ({}, "fp32", "images", "leave the images out"),
+        ({"precision": "fp16"}, "fp16", "images", "leave the images out"),
+        ({"precision": "int8", "quantised_for": "tensorrt"}, "int8", "images", "leave the images out"),
+        ({}, "fp8", None, "hpddrnet-trt calibrate m.onnx m.fp8.onnx --data"),
+        ({}, "int4", None, "precision 'int4' is unknown; choose fp32, fp16, bf16, int8, fp8"),
+    ],
+)
+@needs_rtx
+def test_precision_refusals(
+    tmp_path: Path, fields: dict[str, Any], precision: Any, images: str | None, says: str
+) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64), **fields)
+    with pytest.raises(UsageError) as caught:
+        build_engine(
+            source, tmp_path / "m.engine", precision=precision, flavour="tensorrt-rtx", calibration_images=images,
+            progress=False,
+        )  # fmt: skip
+    assert says in str(caught.value)
+    assert _nothing_written(tmp_path, source)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    def build(source: Path, target: str = "m.engine") -> None:
+        build_engine(source, tmp_path / target, precision="fp32", flavour="tensorrt-rtx", progress=False)
+
+    good = tiny_model(tmp_path / "good.onnx", shape=(1, 64, 64))
+    with pytest.raises(BadInputFile, match=r"none\.onnx does not exist"):
+        build(tmp_path / "none.onnx")
+    with pytest.raises(UsageError, match=r"must end with \.engine; write .*m\.engine"):
+        build(good, "m.trt")
+    other = tmp_path / "m.safetensors"
+    other.write_bytes(b"x")
+    with pytest.raises(UsageError, match="is not an ONNX file"):
+        build(other)
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(good.read_bytes()[:200])
+    with pytest.raises(BadInputFile, match="is not a readable ONNX file"):
+        build(garbage)
+    with pytest.raises(BadInputFile, match="carries no description"):
+        build(tiny_model(tmp_path / "foreign.onnx", shape=(1, 64, 64), described=False))
+    with pytest.raises(BadInputFile, match="does not describe its input"):
+        build(tiny_model(tmp_path / "half.onnx", shape=(1, 64, 64), input=None))
+    assert not list(tmp_path.glob("*.engine*"))
+
+
+@needs_rtx
+def test_operator_that_the_parser_does_not_know(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    model = onnx.load(str(source))
+    model.graph.node[0].CopyFrom(helper.make_node("Mystery", ["image"], ["grey"], name="odd", domain="nowhere"))
+    model.opset_import.append(helper.make_opsetid("nowhere", 1))
+    onnx.save(model, str(source))
+    with pytest.raises(BadInputFile, match=r"cannot read .*m\.onnx: .*Mystery") as caught:
+        build_engine(source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False)
+    assert "\n" not in str(caught.value)
+    assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+def test_other_input_name(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    model = onnx.load(str(source))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 1, 64, 64]))
+    model.graph.node[0].input[0] = "x"
+    onnx.save(model, str(source))
+    with pytest.raises(BadInputFile, match=r"inputs \['x'\] instead of \['image'\]"):
+        build_engine(source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False)
+
+
+@needs_rtx
+def test_failed_build_explains_itself_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", typing="int8")
+    with pytest.raises(UserError) as caught:
+        build_engine(
+            source, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
+            shapes="1x1x2048x2048", workspace_mib=1, progress=False,
+        )  # fmt: skip
+    assert "could not build" in str(caught.value)
+    assert "workspace limit of 1 MiB" in str(caught.value)
+    assert "/_src/" not in str(caught.value)
+    assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+def test_unwritable_target_keeps_the_old_engine(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot write"):
+        build_engine(source, tmp_path / "file" / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"flavour": "trt"}, "flavour 'trt' is unknown"),
+        ({"compute_capabilities": ["9.0"]}, "'9.0' is not one that TensorRT-RTX"),
+        ({"workspace_mib": 0}, "give at least 1"),
+        ({"optimisation_level": 6}, "give 0 to 5"),
+        ({"tiling": "deep"}, "tiling 'deep' is unknown; choose none, fast, moderate, full"),
+        ({"version_compatible": True}, "cannot build version-compatible engines"),
+    ],
+)
+def test_option_refusals(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    usual: dict[str, Any] = {"precision": "fp32", "flavour": "tensorrt-rtx", "progress": False}
+    with pytest.raises(UsageError) as caught:
+        build_engine(source, tmp_path / "m.engine", **{**usual, **options})
+    assert says in str(caught.value)
+    assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+def test_builder_options_do_not_change_an_rtx_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the warning says: its kernels are chosen where the engine runs."""
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    given: list[dict[str, Any]] = [{}, {"optimisation_level": 5}, {"tiling": "full"}, {"sparsity": True}]
+    plans = set()
+    for options in given:
+        caplog.clear()
+        build_engine(
+            source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False, **options
+        )
+        assert ("do not change the file" in caplog.text) == bool(options)
+        plans.add((tmp_path / "m.engine").read_bytes())
+    assert len(plans) == 1
+
+
+@needs_rtx
+def test_bf16_for_a_gpu_without_it(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
+    with pytest.raises(UserError, match=r"could not build .*BF16 runs on compute capability 8\.0 and later"):
+        build_engine(
+            source, tmp_path / "m.engine", precision="bf16", flavour="tensorrt-rtx", compute_capabilities=["7.5"],
+            progress=False,
+        )  # fmt: skip
+    assert _nothing_written(tmp_path, source)
+
+
+@pytest.mark.parametrize(("precision", "images"), [("fp16", False), ("int8", True)])
+def test_a_file_for_tensorrt_8(tmp_path: Path, precision: Any, images: bool) -> None:
+    """FP32 typing at opset 17, pairs with FP32 scales: what its parser reads. It was not run on one."""
+    source = residual_model(tmp_path / "m.onnx")
+    pictures = tmp_path / "pictures"
+    for seed in range(4):
+        pictures.mkdir(exist_ok=True)
+        Image.fromarray(simulate(96, 96, seed)[0]).save(pictures / f"{seed}.png")
+    given = pictures if images else None
+    with _for_weak_typing(source, read_manifest(source), precision, given) as (path, manifest):
+        model = onnx.load(str(path))
+        assert model.opset_import[0].version == 17
+        assert manifest.precision == ("int8" if images else "fp32")
+        pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        assert bool(pairs) == images
+        with OnnxRuntimeEngine(path) as lowered, OnnxRuntimeEngine(source) as reference:
+            picture = simulate(96, 96, 9)[0][None, None]
+            assert (lowered.infer(picture).labels == reference.infer(picture).labels).mean() > 0.95
+
+
+@needs_rtx
+def test_attention_for_a_gpu_without_bf16_names_another_library(tmp_path: Path) -> None:
+    source = write_fp16(tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=r"no FP32 matrix products .* build with TensorRT 10 on that GPU"):
+        build_engine(
+            source, tmp_path / "m.engine", precision="fp16", flavour="tensorrt-rtx", shapes="1x1x64x64",
+            compute_capabilities=["7.5"], progress=False,
+        )  # fmt: skip
+    assert _nothing_written(tmp_path, source)
+
+
+@needs_rtx
+@pytest.mark.parametrize(("shapes", "known"), [("1x1x128x128", True), ("1x1x64x64:1x1x128x128:2x1x128x128", False)])
+def test_memory_for_activations_is_known_of_one_shape(tmp_path: Path, shapes: str, known: bool) -> None:
+    source = tiny_model(tmp_path / "m.onnx")
+    engine = build_engine(
+        source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", shapes=shapes, progress=False
+    ).engine
+    assert engine is not None
+    assert (engine.activation_bytes is not None) == known
+    assert engine.activation_bytes is None or engine.activation_bytes > 0
+
+
+# --- the library behind one face
+
+
+@needs_rtx
+def test_compute_capabilities_are_those_of_the_library() -> None:
+    api = load_flavour("tensorrt-rtx")
+    assert compute_capability(api, "8.9") == api.module.ComputeCapability.SM89
+    assert compute_capability(api, "12.0") == api.module.ComputeCapability.SM120
+    with pytest.raises(UsageError, match=r"7\.5, .*8\.9"):
+        compute_capability(api, "current")
+    with pytest.raises(UsageError, match="builds for the GPU it runs on"):
+        BuildSettings(compute_capabilities=["8.9"]).check(
+            type(api)("tensorrt", api.module, api.version, api.log)
+        )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
+@needs_rtx
+def test_missing_flavour_names_its_extra() -> None:
+    with pytest.raises(MissingDependency, match=r"hpddrnet-trt\[tensorrt\]"):
+        load_flavour("tensorrt")
+    assert choose_flavour("auto").flavour == "tensorrt-rtx"
+
+
+def test_library_messages_become_readable() -> None:
+    message = (
+        "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Input tensor image has static dimensions. "
+        "In operator() at /_src/optimizer/api/network.cpp:4067)"
+    )
+    assert readable(message) == "API Usage Error (Input tensor image has static dimensions)"
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where a shell started the tests in the background and had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.set_wakeup_fd(-1)  # a library may have left one, whose number is another file's by now
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@needs_rtx
+@pytest.mark.usefixtures("interruptible")
+def test_interrupt_ends_a_running_build(tmp_path: Path) -> None:
+    """Ctrl-C during the build cancels it at its next step instead of waiting for its end."""
+    from hpddrnet_trt.engines.tensorrt_library import progress_monitor
+
+    api = load_flavour("tensorrt-rtx")
+    trt, cancel, plans = api.module, threading.Event(), []
+    builder = trt.Builder(api.log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, api.log)
+    assert parser.parse_from_file(str(tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))))
+    config = builder.create_builder_config()
+
+    class Bar:
+        """Stands at the first step until the interrupt has come."""
+
+        total, n = 1, 0
+
+        def reset(self, total: int) -> None:
+            _thread.interrupt_main()
+            deadline = time.monotonic() + 5
+            while not cancel.is_set() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        def update(self, _: int) -> None: ...
+
+        def set_postfix_str(self, _: str) -> None: ...
+
+    config.progress_monitor = progress_monitor(trt, Bar(), cancel.is_set)
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(lambda: plans.append(builder.build_serialized_network(network, config)), cancel)
+    assert cancel.is_set()
+    assert plans == [None]
+
+
+def test_errors_of_the_worker_reach_the_caller() -> None:
+    def work() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_cancellable(work, threading.Event())
+    assert run_cancellable(lambda: 7, threading.Event()) == 7
+
+
+# --- what the engine inspector says (its JSON needs a GPU: the forms are those of NVIDIA's documentation)
+
+PARSED = {"source": "parsed network", "convolutions": {"int8": 2}, "macs_share": {"int8": 1.0}}
+
+
+def _cask(weights: str, source: dict[str, str]) -> dict[str, Any]:
+    return {
+        "Name": "conv + relu",
+        "LayerType": "CaskConvolution",
+        "Inputs": [{"Name": "x", "Dimensions": [1, 8, 64, 64], **source}],
+        "ParameterType": "Convolution",
+        "Weights": {"Type": weights, "Count": 64},
+        "Bias": {"Type": "Float", "Count": 8},
+    }
+
+
+@pytest.mark.parametrize(
+    ("layer", "precision"),
+    [
+        (_cask("Int8", {"Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."}), "int8"),
+        (_cask("Half", {"Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}), "fp16"),
+        (_cask("Float", {"Format/Datatype": "Row major linear FP32"}), "fp32"),
+        (_cask("Int8", {"Format/Datatype": "Row major linear FP16 format"}), "fp16"),
+        (_cask("Int8", {"DataType": "Int8", "Format": "kCHW32"}), "int8"),
+        (_cask("Int8", {"Format/Datatype": "N/A due to dynamic shapes"}), "int8"),
+        ({"LayerType": "conv", "Inputs": [{"Name": "x", "Format/Datatype": "BFloat16"}]}, "bf16"),
+    ],
+)
+def test_inspector_forms(layer: dict[str, Any], precision: str) -> None:
+    layers = [{"LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Row major linear FP32"}]}, layer]
+    proof = proof_from_inspector(json.dumps({"Layers": layers, "Bindings": ["image"]}), PARSED)
+    assert proof["source"] == "engine inspector"
+    assert proof["convolutions"] == {precision: 1}
+    assert proof["layer_types"] == {"Reformat": 1, layer["LayerType"]: 1}
+    assert proof["parsed_network"] == PARSED
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv + relu"]}', '{"Layers": [{"LayerType": "kgen"}]}'])
+def test_silent_inspector_falls_back_to_the_parsed_network(text: str) -> None:
+    proof = proof_from_inspector(text, PARSED)
+    assert proof["source"] == "parsed network"
+    assert proof["convolutions"] == PARSED["convolutions"]
+    assert "engine inspector" in proof["remark"]
+
+
+def test_inspected_engine_of_another_precision_is_refused() -> None:
+    half = proof_from_inspector(json.dumps({"Layers": [_cask("Half", {"DataType": "Half"})]}), PARSED)
+    with pytest.raises(UserError, match=r"labelled INT8, but none .* is .engine inspector: 1 in FP16"):
+        check_proof(half, "int8", "the engine")
+
+
+def test_description_key_is_the_packages() -> None:
+    assert METADATA_KEY == "hpddrnet_trt"

@@ -1,0 +1,211 @@
+"""FP8 pairs: their scales and values, what TensorRT makes of them, and that they keep the labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.data.simulate import simulate
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.export.proof import check_proof, proof_from_network
+from hpddrnet_trt.export.statistics import extremes
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.fp8 import E4M3_MAX, fp8_layers, suits_fp8, to_fp8
+from hpddrnet_trt.graph.model import initializers, load_model, save_model
+from hpddrnet_trt.graph.precision import half_scale, to_half
+from hpddrnet_trt.graph.rounding import simulate_rounding, uses_half
+from hpddrnet_trt.graph.tensors import fold_constants, tensor_types
+from tests.graph.residual_onnx import QUANTISABLE, residual_model
+
+FP8, FP16 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT16
+SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
+
+
+class Made:
+    """The residual network and its INT8 and FP8 forms, with ranges of simulated micrographs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = residual_model(folder / "fp32.onnx")
+        self.model, self.manifest = load_model(self.path)
+        self.image = simulate(64, 96, seed=3)[0][None, None]
+        self.plan = qdq.plan(self.model, "tensorrt")
+        self.ranges = extremes(self.model, self.plan.tensors, [self.image])
+        self.int8 = qdq.quantise(self.model, "tensorrt", self.plan, self.ranges)
+        self.fp8 = to_fp8(self.int8, self.model)
+
+    @property
+    def description(self) -> Manifest:
+        return self.manifest.replace(precision="fp8", quantised_for="tensorrt")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("fp8"))
+
+
+def labels(path: Path, image: Any) -> Any:
+    with OnnxRuntimeEngine(path, threads=1) as engine:
+        return engine.infer(image).labels
+
+
+def test_same_pairs_in_fp8(made: Made) -> None:
+    onnx.checker.check_model(made.fp8, full_check=True)
+    assert [(node.op_type, node.name) for node in made.fp8.graph.node] == [
+        (node.op_type, node.name) for node in made.int8.graph.node
+    ]
+    types = tensor_types(made.fp8)
+    for node in made.fp8.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert types[node.output[0]] == types[node.input[2]] == FP8
+        if node.op_type == "DequantizeLinear":
+            assert types[node.input[0]] == types[node.input[2]] == FP8
+    assert TensorProto.INT8 not in types.values()
+    assert qdq.count_convolutions(made.fp8) == qdq.count_convolutions(made.int8)
+
+
+def test_activation_scales_map_the_largest_magnitude_to_448(made: Made) -> None:
+    values = initializers(made.fp8.graph)
+    scales = {
+        node.input[0]: float(values[node.input[1]]) for node in made.fp8.graph.node if node.op_type == "QuantizeLinear"
+    }
+    peaks = {name: max(map(abs, made.ranges[name])) for name in scales if name in made.ranges}
+    assert len(peaks) >= 4
+    shared = {name for group in made.plan.shared for name in group}
+    for name, peak in peaks.items():
+        if name not in shared:
+            assert scales[name] * E4M3_MAX == pytest.approx(peak, rel=1e-3), name
+
+
+def test_weights_are_rounded_from_fp32_per_channel(made: Made) -> None:
+    values, weights = initializers(made.fp8.graph), initializers(made.model.graph)
+    for layer in QUANTISABLE:
+        kernel = weights[f"{layer}.weight"].astype(np.float32)
+        stored, steps = (values[f"{layer}.weight_{part}"] for part in ("quantized", "scale"))
+        assert stored.dtype == ml_dtypes.float8_e4m3fn
+        assert steps.shape == (len(kernel),)
+        least = half_scale(np.abs(kernel).max(axis=(1, 2, 3)) / np.float32(E4M3_MAX))
+        assert ((least <= steps) & (steps < 2 * least)).all()
+        plain = kernel / least.reshape(-1, 1, 1, 1)  # no worse than without the search for a scale
+        rounded = plain.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * least.reshape(-1, 1, 1, 1)
+        found = stored.astype(np.float32) * steps.reshape(-1, 1, 1, 1)
+        errors = [np.square(values - kernel).sum(axis=(1, 2, 3)) for values in (found, rounded)]
+        assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
+        back = stored.astype(np.float32) * steps.reshape(-1, 1, 1, 1)
+        smallest = steps.reshape(-1, 1, 1, 1) * 2.0**-9  # spacing of subnormals
+        assert (np.abs(back - kernel) <= np.maximum(np.abs(kernel) * 2.0**-4, smallest / 2) * (1 + 1e-3)).all()
+
+
+def test_scales_survive_fp16(made: Made) -> None:
+    before, after = initializers(made.fp8.graph), initializers(to_half(made.fp8).graph)
+    for node in made.fp8.graph.node:
+        if node.op_type == "DequantizeLinear":
+            assert after[node.input[1]].dtype == np.float16
+            np.testing.assert_array_equal(after[node.input[1]].astype(np.float32), before[node.input[1]])
+    tiny = onnx.ModelProto()
+    tiny.CopyFrom(made.model)
+    for entry in tiny.graph.initializer:
+        if entry.name == "second.weight":
+            entry.CopyFrom(numpy_helper.from_array(1e-3 * numpy_helper.to_array(entry), entry.name))
+    stored = initializers(to_fp8(made.int8, tiny).graph)
+    steps = stored["second.weight_scale"]
+    assert (steps < 2.0**-14).all()  # subnormal FP16 numbers
+    back = stored["second.weight_quantized"].astype(np.float32) * steps.reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(back, initializers(tiny.graph)["second.weight"], rtol=2.0**-4, atol=2.0**-24)
+
+
+def test_labels_survive(made: Made, tmp_path: Path) -> None:
+    """Through the engine as the file is, and with the rest's FP16 rounding simulated."""
+    want = labels(made.path, made.image)
+    assert len(np.unique(want)) == 3
+    typed = to_half(made.fp8)
+    plain = save_model(typed, tmp_path / "fp8.onnx", made.description)
+    simulated = save_model(simulate_rounding(typed), tmp_path / "s.onnx", made.manifest)
+    assert uses_half(typed)
+    assert uses_half(made.fp8)
+    assert np.mean(labels(plain, made.image) == want) > 0.9
+    assert np.mean(labels(simulated, made.image) == want) > 0.9
+    assert np.mean(labels(plain, made.image) == labels(simulated, made.image)) > 0.98
+
+
+def test_convolutions_without_a_fast_kernel() -> None:
+    def node(**attributes: Any) -> onnx.NodeProto:
+        return helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
+
+    assert suits_fp8(node(), [64, 32, 3, 3])
+    assert suits_fp8(node(group=1), [17, 17, 5, 5])
+    assert not suits_fp8(node(), [64, 16, 3, 3])
+    assert not suits_fp8(node(), [3, 64, 1, 1])
+    assert not suits_fp8(node(), [64, 64, 7, 7])  # 49 taps
+    assert not suits_fp8(node(group=64), [64, 64, 3, 3])
+
+
+def test_layers_of_the_shipped_network() -> None:
+    """All but the first convolution, which sees one channel, and the classifier, which gives three."""
+    model, _ = load_model(SHIPPED)
+    fold_constants(model.graph)
+    planned = qdq.plan(model, "tensorrt").nodes
+    layers = fp8_layers(model)
+    assert set(planned) - set(layers) == {"backbone.stem.0.conv.conv/Conv", "conv_seg/Conv"}
+    assert list(layers) == [node.name for node in model.graph.node if node.name in layers]
+    assert set(layers) == set(qdq.subset(model, "tensorrt", layers).nodes)
+
+
+def test_refusals(made: Made) -> None:
+    old = onnx.ModelProto()
+    old.CopyFrom(made.int8)
+    old.opset_import[0].version = 18
+    with pytest.raises(UsageError, match="opset 19 or later"):
+        to_fp8(old, made.model)
+    other = onnx.ModelProto()
+    other.CopyFrom(made.model)
+    del other.graph.initializer[:]
+    with pytest.raises(UsageError, match=r"no weights called 'stem\.weight'"):
+        to_fp8(made.int8, other)
+
+
+@pytest.mark.parametrize(("target", "builds"), [(None, True), ("SM89", True), ("SM86", False)])
+def test_tensorrt_rtx(made: Made, target: str | None, builds: bool) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    content = to_half(made.fp8).SerializeToString()
+    assert parser.parse(content), [str(parser.get_error(index)) for index in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    profile.set_shape("image", (1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 128, 128))
+    config.add_optimization_profile(profile)
+    if target is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, target), 0)
+    assert (builder.build_serialized_network(network, config) is not None) == builds
+    proof = proof_from_network(trt, network, (1, 1, 64, 64))
+    assert proof["convolutions"] == {"fp8": len(QUANTISABLE), "fp16": 1}  # the gate's stays
+    check_proof(proof, "fp8", "it")
+
+
+def test_real_micrographs(sem_data: Path, tmp_path: Path) -> None:
+    """The shipped network in FP8 and FP16, rounding simulated, against FP32."""
+    folder = sem_data / "nasa-super1" / "images"
+
+    def crops(split: str) -> list[Any]:
+        return [np.asarray(Image.open(path))[None, None, :512, :512] for path in sorted((folder / split).glob("*.png"))]
+
+    model, manifest = load_model(SHIPPED)
+    fold_constants(model.graph)
+    plan = qdq.subset(model, "tensorrt", fp8_layers(model))
+    ranges = extremes(model, plan.tensors, crops("train")[:2])
+    typed = to_half(to_fp8(qdq.quantise(model, "tensorrt", plan, ranges), model))
+    path = save_model(simulate_rounding(typed), tmp_path / "s.onnx", manifest)
+    for image in crops("test"):
+        assert np.mean(labels(path, image) == labels(SHIPPED, image)) > 0.995

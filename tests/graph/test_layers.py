@@ -1,0 +1,236 @@
+"""Layers by part of the network: names as each runtime writes them, real ones where it can run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.attention import as_function, in_blocks
+from hpddrnet_trt.graph.layers import GROUPS, group_of, group_times, tensor_owners
+from hpddrnet_trt.graph.tensors import fold_constants
+from hpddrnet_trt.models.network import HPDDRNet, network_config
+
+SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
+PARTS = GROUPS[:-2]
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("backbone.stem.0.conv.conv/Conv", "stem"),
+        ("backbone.spatial_branch_layers.1.0/Add", "spatial branch"),
+        ("backbone.context_branch_layers.2.0.conv3.conv/Conv", "context branch"),
+        ("backbone.compression_2.conv/Conv", "bilateral fusion"),
+        ("backbone.down_2.1.conv/Conv", "bilateral fusion"),
+        ("backbone/Resize_2", "bilateral fusion"),
+        ("backbone.ecas.1.mix/Conv", "channel attention"),
+        ("backbone.sps.0/MatMul_2", "position attention"),
+        ("backbone.sps.0/Scan_mixed", "position attention"),
+        ("backbone.sps.1/PositionAttention", "position attention"),
+        ("backbone.spp.scales.4.0/ReduceMean", "pyramid"),
+        ("detail.mix.conv/Conv", "detail"),
+        ("head.0.conv/Conv", "head"),
+        ("conv_seg/Conv", "head"),
+        ("output.full_size/Resize", "output"),
+        ("output/ArgMax", "output"),
+        ("output/Cast", "conversions"),
+        ("relu_18_QuantizeLinear", "conversions"),
+        ("head.0.conv.weight_DequantizeLinear", "conversions"),
+        ("something else", "other"),
+        ("", "other"),
+        ("heading/Conv", "other"),
+        ("outputs", "other"),
+    ],
+)
+def test_names_of_nodes(name: str, group: str) -> None:
+    assert group_of(name) == group
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("backbone.stem.0.conv.conv/Conv + backbone.stem.0/Relu", "stem"),
+        # The sum that a branch's convolution takes in joins the branches: the time is the convolution's.
+        ("backbone/Add_10 + backbone.compression_1.conv/Conv + backbone/Relu_4", "bilateral fusion"),
+        ("backbone.spatial_branch_layers.1.1.conv2.conv/Conv + backbone/Add_12 + backbone/Relu_7", "spatial branch"),
+        (
+            "backbone.spp.shortcut.conv.weight + backbone.spp.shortcut.conv.weight_DequantizeLinear + "
+            "backbone.spp.shortcut.conv/Conv",
+            "pyramid",
+        ),
+        ("add_20_QuantizeLinear + add_20_DequantizeLinear", "conversions"),
+        ("PWN(PWN(backbone.ecas.0/Sigmoid), backbone.ecas.0/Mul)", "channel attention"),
+        ("PWN(backbone/Relu_8)", "bilateral fusion"),
+        ("Reformatting CopyNode for Input Tensor 0 to backbone.stem.0.conv.conv/Conv + backbone.stem.0/Relu",
+         "conversions"),
+        ("Reformatting CopyNode for Output Tensor 0 to conv_seg/Conv", "conversions"),
+        ("{ForeignNode[backbone.sps.0/Reshape_2...backbone.sps.0/Transpose_2]}", "position attention"),
+        ("{ForeignNode[backbone.sps.0.query.weight + ONNXTRT_Broadcast...backbone/Relu_3]}", "position attention"),
+        ("{ForeignNode[backbone/Relu_6...backbone.sps.1/Softmax]}", "position attention"),
+        ("__myl_MulMaxSubExpSumDiv_myl0_3", "position attention"),
+        ("__mye1234-__myl_CastSoftCast_myl0_7", "position attention"),
+        ("_gemm_mha_v2_myl0_5", "position attention"),
+        ("__myl_Fc_myl0_1 [ONNX Layer: backbone.sps.0.query/MatMul]", "position attention"),
+        ("__myl_TranReshMove_myl0_1", "other"),
+        ("labels", "output"),
+    ],
+)  # fmt: skip
+def test_names_of_tensorrt(name: str, group: str) -> None:
+    """As NVIDIA's documentation and tools print them; no GPU was there to profile on."""
+    assert group_of(name) == group
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("backbone.stem.1.conv/Conv/WithoutBiases", "stem"),
+        ("output.full_size/Resize_bf16_acdb_f32_abcd_TopK_1077", "conversions"),
+        ("backbone.sps.0.cnn/Conv/WithoutBiases_acdb_abcd_backbone.sps.0/Reshape_2", "conversions"),
+        ("backbone.spp.shortcut.conv/Conv_i8_f32_backbone.spp.compression.conv/Conv", "conversions"),
+        ("Constant_22104_abcd_aBcd16b_relu_35_QuantizeLinear", "conversions"),
+        ("backbone.sps.0.out/Add_abc_acdb_fake", "conversions"),
+        ("backbone/Add_9,backbone/Relu_3,relu_18_QuantizeLinear", "bilateral fusion"),
+        ("backbone.ecas.0/Mul,backbone/Relu_2", "channel attention"),
+        ("backbone/Add_13,head.0.bn/BatchNormalization,Multiply_20039,head.0/Relu,relu_46_QuantizeLinear", "head"),
+        ("TopK_1077", "output"),
+        ("Multiply_47884", "other"),
+    ],
+)
+def test_names_of_openvino(name: str, group: str) -> None:
+    assert group_of(name) == group
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("relu_13_nchwc_kernel_time", "spatial branch"),
+        ("getitem_30_bn_nchwc", "pyramid"),
+        ("InsertedPrecisionFreeCast_sigmoid_nchwc", "channel attention"),
+        ("InsertedPrecisionFreeCast_relu_13", "conversions"),
+        ("ReorderOutput_token_209_kernel_time", "conversions"),
+        ("Reshape_token_80", "conversions"),
+        ("relu_9_DequantizeLinear/duplicated_token_5_kernel_time", "conversions"),
+        ("backbone.sps.0.query/MatMul/MatmulTransposeFusion/", "position attention"),
+        ("Softmax_215", "position attention"),
+        ("/MatmulTransposeFusion/_token_1", "position attention"),
+        ("unknown_nchwc", "other"),
+    ],
+)
+def test_names_of_onnxruntime(name: str, group: str) -> None:
+    owners = {
+        "relu_13": "backbone.spatial_branch_layers.0.0.conv1/Relu",
+        "getitem_30": "backbone.spp.shortcut.bn/BatchNormalization",
+        "sigmoid": "backbone.ecas.0/Sigmoid",
+    }
+    assert group_of(name, owners) == group
+
+
+def test_modules_of_pytorch() -> None:
+    """Every module of the network that has work of its own belongs to a part."""
+    import torch
+
+    with torch.device("meta"):
+        network = HPDDRNet(network_config("hpddrnet-23-slim", 3).model_copy(update={"detail": True}))
+    found = {name: group_of(name) for name, module in network.named_modules() if name and not list(module.children())}
+    assert "other" not in found.values()
+    assert set(found.values()) == set(PARTS) - {"output"}
+    assert found["decode_head.detail.mix.conv"] == "detail"
+    assert found["decode_head.conv_seg"] == "head"
+    assert group_of("backbone") == "bilateral fusion"
+    assert group_of("output") == "output"
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The trained network in FP32, as attention in blocks and as a function, and in INT8."""
+    folder = tmp_path_factory.mktemp("graphs")
+    model = onnx.load(str(SHIPPED))
+    fold_constants(model.graph)
+    qdq.name_nodes(model)
+    plan = qdq.plan(model, "tensorrt")
+    forms = {
+        "fp32": model,
+        "blocks": in_blocks(model, 64),
+        "function": as_function(model),
+        "int8": qdq.quantise(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-2.0, 2.0))),
+    }
+    for name, form in forms.items():
+        onnx.save(form, str(folder / f"{name}.onnx"))
+    return {name: folder / f"{name}.onnx" for name in forms}
+
+
+@pytest.mark.parametrize("form", ["fp32", "blocks", "function", "int8"])
+def test_real_profile_of_onnxruntime(graphs: dict[str, Path], form: str, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(str(graphs[form]), options, providers=["CPUExecutionProvider"])
+    session.run(None, {"image": np.zeros((1, 1, 64, 64), np.uint8)})
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    names = [event["name"] for event in events if event["name"].endswith("_kernel_time")]
+    assert len(names) > 150
+    owners = tensor_owners(graphs[form])
+    assert [name for name in names if group_of(name, owners) == "other"] == []
+    _assert_all_parts(dict.fromkeys(names, 1.0), owners)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+def test_real_profile_of_openvino(graphs: dict[str, Path], form: str) -> None:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(graphs[form]))
+    model.reshape({model.inputs[0]: openvino.PartialShape([1, 1, 64, 64])})
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True, "INFERENCE_NUM_THREADS": 1}
+    compiled = core.compile_model(model, "CPU", settings)
+    request = compiled.create_infer_request()
+    request.infer([np.zeros((1, 1, 64, 64), np.uint8)])
+    done = [entry.node_name for entry in request.profiling_info if str(entry.status) == "Status.EXECUTED"]
+    assert len(done) > 80
+    _assert_all_parts(dict.fromkeys(done, 1.0), {})
+    # What was fused is known to the executed graph; then nothing but OpenVINO's own nodes is left over.
+    fused: dict[str, Any] = {
+        operator.get_friendly_name(): operator.get_rt_info()["originalLayersNames"].astype(str)
+        for operator in compiled.get_runtime_model().get_ordered_ops()
+        if "originalLayersNames" in operator.get_rt_info()
+    }
+    rest = [name for name in done if group_of(fused.get(name) or name) == "other"]
+    assert all(name.startswith(("Multiply_", "Transpose_", "Convert_")) for name in rest), rest
+    assert len(rest) <= 4
+
+
+def _assert_all_parts(times: dict[str, float], owners: dict[str, str]) -> None:
+    sums = group_times(times, owners)
+    assert set(PARTS) <= set(sums)
+    assert sum(sums.values()) == len(times)
+    assert list(sums) == [group for group in GROUPS if group in sums]
+
+
+def test_every_node_of_the_trained_network_has_a_part() -> None:
+    graph = onnx.load(str(SHIPPED)).graph
+    found = {node.name: group_of(node.name) for node in graph.node if node.name}
+    assert set(found.values()) >= set(PARTS)
+    assert [name for name, group in found.items() if group == "other"] == []
+
+
+@given(st.dictionaries(st.text(max_size=40), st.floats(0, 100), max_size=6))
+def test_any_name_goes_somewhere_and_no_time_is_lost(times: dict[str, float]) -> None:
+    sums = group_times(times)
+    assert set(sums) <= set(GROUPS)
+    assert sum(sums.values()) == pytest.approx(sum(times.values()))
+
+
+def test_only_onnx_files_know_their_tensors(tmp_path: Path) -> None:
+    assert tensor_owners(tmp_path / "model.engine") == {}
+    assert tensor_owners(SHIPPED)["relu_13"] == "backbone.spatial_branch_layers.0.0.conv1/Relu"

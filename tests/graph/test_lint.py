@@ -1,0 +1,440 @@
+"""Every pair in a quantised graph follows TensorRT's fusion rules, and the check can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.data.datasets import find_images
+from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.onnx import ExportOptions, export_network
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.fp8 import fp8_layers, to_fp8
+from hpddrnet_trt.graph.lint import Placement, analyse, reformats_from_inspector
+from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.graph.tensors import fold_constants
+from hpddrnet_trt.graph.work import macs_and_bytes
+from tests.graph.residual_onnx import STAGE, fusion_model
+from tests.tiny_network import tiny_manifest, tiny_network
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
+# The residual blocks of the network: two per basic stage, one per bottleneck.
+STAGES = {
+    *(f"backbone.stem.{stage}.{block}" for stage in (2, 4) for block in (0, 1)),
+    *(
+        f"backbone.{branch}_branch_layers.{stage}.{block}"
+        for branch in ("context", "spatial")
+        for stage, block in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0))
+    ),
+}
+
+
+def _quantised(model: Any, plan: qdq.Plan | None = None) -> Any:
+    plan = plan or qdq.plan(model, "tensorrt")
+    return qdq.quantise(model, "tensorrt", plan, {name: (-1.0, 2.0 + i / 10) for i, name in enumerate(plan.tensors)})
+
+
+def _assert_sound(found: Placement, stages: set[str] = STAGES) -> None:
+    assert {stage.name for stage in found.stages} == stages
+    for stage in found.stages:  # every one, so that a failure names it
+        assert not stage.violations, stage.name
+        assert not stage.reformats, stage.name
+        assert stage.precision in ("int8", "fp8"), stage.name
+        assert len(stage.convolutions) == (4 if stage.name.endswith("layers.2.0") else 3 - (stage.name in IDENTITY))
+    assert not found.all_violations
+    assert found.stage_reformats == 0
+
+
+# Blocks whose shortcut is no convolution.
+IDENTITY = {name for name in STAGES if name.endswith(".1") or "stem.2" in name or "spatial_branch_layers.0" in name}
+IDENTITY |= {"backbone.spatial_branch_layers.1.0"}
+
+
+# --- networks of full structure
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Any:
+    """FP32 graph of the trained network that the package ships."""
+    model = onnx.load(str(SHIPPED))
+    fold_constants(model.graph)  # its kernels are stored in FP16
+    qdq.name_nodes(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def quantised(shipped: Any) -> Any:
+    return _quantised(shipped)
+
+
+def test_every_residual_stage_fuses(quantised: Any) -> None:
+    found = analyse(quantised)
+    _assert_sound(found)
+    assert [island.name for island in found.islands] == [
+        "backbone.stem.0.conv (input normalisation)",
+        "backbone.sps.0 (position attention) + backbone.ecas.0 (channel attention)",
+        "backbone.sps.1 (position attention) + backbone.ecas.1 (channel attention)",
+        "backbone.spp (pyramid pooling)",
+        "output (upsampling and labels)",
+    ]
+    reasons = {entry.reason for entry in found.convolutions} - {""}
+    assert reasons == {"channel attention", "1x1 map"}
+    assert sum(entry.precision == "int8" for entry in found.convolutions) == 58
+    assert found.int8_operators == {"Relu": 10, "Resize": 4, "Add": 3, "BatchNormalization": 6, "AveragePool": 3}
+    # At the borders of the islands and nowhere else; the output's reads floating point.
+    borders = {entry.where.removeprefix("into ").removeprefix("out of ") for entry in found.reformats}
+    assert borders == {island.name for island in found.islands[:-1]}
+    assert len(found.reformats) == 13
+
+
+@pytest.mark.parametrize(
+    "changes", [{"eca": "none", "pam": "none"}, {"eca": "spatial", "pam": "context", "num_classes": 2}], ids=str
+)
+def test_variants_of_the_network(tmp_path: Path, changes: dict[str, Any]) -> None:
+    network = tiny_network(**changes)
+    export_network(network, tiny_manifest(network), tmp_path / "model.onnx", ExportOptions(), verify=False)
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    qdq.name_nodes(model)
+    _assert_sound(analyse(_quantised(model)))
+
+
+def test_types_do_not_matter(shipped: Any, quantised: Any) -> None:
+    """FP16 or BF16 beside INT8 or FP8: the same pairs, the same verdict."""
+    full, half = analyse(quantised), analyse(to_half(quantised))
+    assert half.stages == full.stages
+    assert [entry.name for entry in half.islands] == [entry.name for entry in full.islands]
+    assert len(half.reformats) == len(full.reformats)
+    assert {entry.precision for entry in half.convolutions} == {"int8", "fp16"}
+    eight = analyse(to_half(to_fp8(quantised, shipped)))
+    _assert_sound(eight)
+    assert {entry.precision for entry in eight.convolutions} == {"fp8", "fp16"}
+    for graph, kind in ((quantised, "int8"), (to_fp8(quantised, shipped), "fp8")):
+        brain = analyse(to_half(graph, kind="bf16"))
+        _assert_sound(brain)
+        assert {entry.precision for entry in brain.convolutions} == {kind, "bf16"}
+        assert len(brain.reformats) == len(full.reformats)
+
+
+def test_fp8_of_what_suits_it(shipped: Any) -> None:
+    plan = qdq.subset(shipped, "tensorrt", fp8_layers(shipped))
+    found = analyse(to_fp8(_quantised(shipped, plan), shipped))
+    reasons = {entry.name: entry.reason for entry in found.convolutions if entry.precision != "fp8"}
+    assert reasons["backbone.stem.0.conv.conv/Conv"] == "first layer"
+    assert reasons["conv_seg/Conv"] == "last layer"
+    _assert_sound(found)
+
+
+def test_convolutions_without_an_fp8_kernel_say_so() -> None:
+    source = fusion_model()  # of 8 channels
+    names = set(qdq.plan(source, "tensorrt").nodes) - {"three"}
+    found = analyse(to_fp8(_quantised(source, qdq.subset(source, "tensorrt", names)), source))
+    assert {entry.name: entry.reason for entry in found.convolutions if entry.reason} == {
+        "three": "no fast FP8 kernel for its shape"
+    }
+
+
+@pytest.mark.parametrize("left_out", [1, 5, 20, 50])
+def test_mixed_precision_keeps_the_rules(shipped: Any, left_out: int) -> None:
+    full = qdq.plan(shipped, "tensorrt")
+    kept = set(random.Random(left_out).sample(full.nodes, left_out))
+    found = analyse(_quantised(shipped, qdq.subset(shipped, "tensorrt", set(full.nodes) - kept)), kept=kept)
+    assert {entry.name for entry in found.convolutions if entry.reason.startswith("kept by")} == kept
+    assert not found.all_violations
+    for stage in found.stages:
+        inside = kept.intersection(stage.convolutions)
+        assert (stage.precision == "int8") == (not inside)
+        assert inside or not stage.reformats  # conversions only where the search asked for them
+
+
+def test_a_convolution_kept_by_the_search_is_named(shipped: Any) -> None:
+    name = "backbone.stem.2.0.conv2.conv/Conv"
+    names = set(qdq.plan(shipped, "tensorrt").nodes) - {name}
+    found = analyse(_quantised(shipped, qdq.subset(shipped, "tensorrt", names)), kept=[name])
+    stage = next(stage for stage in found.stages if stage.name == "backbone.stem.2.0")
+    assert stage.precision == "mixed"
+    assert f"{name}: fp32, kept by the mixed-precision search" in found.text()
+
+
+def test_the_trained_network_on_real_micrographs(tmp_path: Path, sem_data: Path) -> None:
+    train, val = (find_images(sem_data / "nasa-super1", split) for split in ("train", "val"))
+    target = tmp_path / "int8.onnx"
+    manifest = calibrate(SHIPPED, target, train[:4], held_out=val, size=(128, 128))
+    assert manifest.evidence[-1].values["agreement"] > 0.98
+    _assert_sound(analyse(onnx.load(str(target))))
+
+
+@needs_rtx
+def test_tensorrt_builds_the_full_structure(quantised: Any) -> None:
+    import tensorrt_rtx as trt
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(to_half(quantised).SerializeToString())
+    profile = builder.create_optimization_profile()
+    profile.set_shape("image", (1, 1, 64, 64), (1, 1, 128, 128), (2, 1, 256, 256))
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+
+
+def test_reports(quantised: Any) -> None:
+    found = analyse(quantised)
+    record = json.loads(json.dumps(found.record()))
+    assert record["counts"] == {
+        "convolutions": {"int8": 58, "fp32": 3},
+        "residual_stages": 14,
+        "violations": 0,
+        "float_islands": 5,
+        "reformats_in_stages": 0,
+        "reformats_elsewhere": 13,
+    }
+    assert {"name", "precision", "reason"} == record["convolutions"][0].keys()
+    text = found.text()
+    assert "residual stages: 14 of 14 without violations and conversions" in text
+    assert "backbone.spp (pyramid pooling)" in text
+
+
+def test_a_float_graph_has_no_pairs_to_judge(shipped: Any) -> None:
+    found = analyse(shipped)
+    assert {stage.name for stage in found.stages} == STAGES
+    assert {stage.precision for stage in found.stages} == {"fp32"}
+    assert not found.all_violations
+    assert not found.reformats
+    assert len(found.islands) == 1
+
+
+# --- each rule can be broken
+
+
+class Surgery:
+    """Changes to the quantised :func:`fusion_model`."""
+
+    def __init__(self) -> None:
+        self.model = _quantised(fusion_model())
+        self.graph = self.model.graph
+
+    def node(self, name: str) -> Any:
+        return next(node for node in self.graph.node if node.name == name)
+
+    def maker(self, tensor: str) -> Any:
+        return next(node for node in self.graph.node if tensor in node.output)
+
+    def bypass(self, reader: str, slot: int) -> None:
+        """Let ``reader`` take the values before the pair."""
+        node = self.node(reader)
+        quantiser = self.maker(self.maker(node.input[slot]).input[0])
+        node.input[slot] = quantiser.input[0]
+
+    def constant(self, name: str, value: Any) -> str:
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def pair(self, reader: str, slot: int, scale: float = 0.5, zero: int = 0) -> None:
+        """Put a pair before one input of ``reader``."""
+        node = self.node(reader)
+        source, at = node.input[slot], list(self.graph.node).index(node)
+        parts = [self.constant(f"{reader}.s", np.float32(scale)), self.constant(f"{reader}.z", np.int8(zero))]
+        for kind, one, other in (("Quantize", source, f"{reader}.q"), ("Dequantize", f"{reader}.q", f"{reader}.dq")):
+            self.graph.node.insert(at, helper.make_node(f"{kind}Linear", [one, *parts], [other], name=f"{other}.new"))
+            at += 1
+        self.node(reader).input[slot] = f"{reader}.dq"
+
+    def scale_of(self, tensor: str) -> Any:
+        """The initialiser with the scale of a quantised activation."""
+        quantiser = next(
+            node for node in self.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == tensor
+        )
+        return next(entry for entry in self.graph.initializer if entry.name == quantiser.input[1])
+
+
+def _float_data(cut: Surgery) -> None:
+    cut.bypass("one", 0)
+
+
+def _float_kernel(cut: Surgery) -> None:
+    weights = cut.constant("plain", np.ones((8, 8, 3, 3), np.float32))
+    cut.node("one").input[1] = weights
+    cut.bypass("stage/stage", 1)  # so that the data is quantised for this convolution alone
+
+
+def _pair_before_sum(cut: Surgery) -> None:
+    cut.pair("stage/stage", 0)
+
+
+def _pair_before_relu(cut: Surgery) -> None:
+    cut.pair("inner", 0)
+
+
+def _float_shortcut(cut: Surgery) -> None:
+    cut.bypass("stage/stage", 1)
+
+
+def _second_output(cut: Surgery) -> None:
+    cut.bypass("fused", 0)
+
+
+def _float_result(cut: Surgery) -> None:
+    cut.bypass("stage_relu", 0)
+    cut.bypass("fused", 0)
+
+
+def _inner_float_reader(cut: Surgery) -> None:
+    cut.graph.node.append(helper.make_node("Abs", ["inner"], ["extra"], name="extra"))
+    cut.graph.output.append(helper.make_tensor_value_info("extra", TensorProto.FLOAT, None))
+
+
+def _quantised_bias(cut: Surgery) -> None:
+    cut.pair("one", 2)
+
+
+def _quantised_twice(cut: Surgery) -> None:
+    cut.bypass("stage_relu", 0)
+    cut.pair("stage_relu", 0)
+
+
+def _repeated_pair(cut: Surgery) -> None:
+    cut.pair("two", 0, float(numpy_helper.to_array(cut.scale_of("inner"))))
+
+
+def _two_scales(cut: Surgery) -> None:
+    cut.scale_of("stage_relu").CopyFrom(numpy_helper.from_array(np.float32(0.3), cut.scale_of("stage_relu").name))
+
+
+def _shifted(cut: Surgery) -> None:
+    cut.bypass("two", 0)
+    cut.pair("two", 0, zero=3)
+
+
+def _scale_per_channel(cut: Surgery) -> None:
+    scale = cut.scale_of("inner")
+    scale.CopyFrom(numpy_helper.from_array(np.full(8, 0.1, np.float32), scale.name))
+
+
+def test_untouched_model_is_sound() -> None:
+    found = analyse(Surgery().model)
+    assert not found.all_violations
+    assert found.stage_reformats == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "where"),
+    [
+        (_float_data, "weighted inputs", "one"),
+        (_float_kernel, "weighted inputs", "one"),
+        (_pair_before_sum, "weighted output", "two"),
+        (_pair_before_relu, "weighted output", "one"),
+        (_float_shortcut, "residual input", "stage/stage"),
+        (_second_output, "one output", "stage/stage"),
+        (_float_result, "one output", "stage/stage"),
+        (_inner_float_reader, "one output", "one"),
+        (_quantised_bias, "bias", "one"),
+        (_quantised_twice, "quantised once", ".q.new"),
+        (_repeated_pair, "quantised once", "two.q.new"),
+        (_two_scales, "one scale", "stage_relu"),
+        (_shifted, "symmetric", "two.q.new"),
+        (_scale_per_channel, "symmetric", "inner"),
+    ],
+)
+def test_a_broken_rule_is_found(change: Callable[[Surgery], None], rule: str, where: str) -> None:
+    cut = Surgery()
+    change(cut)
+    found = analyse(cut.model)
+    broken = [entry for entry in found.all_violations if entry.rule == rule and where in entry.where]
+    assert broken, found.text()
+    assert f"{rule}: {broken[0].where}" in found.text()
+    assert found.record()["counts"]["violations"] == len(found.all_violations) >= 1
+
+
+@pytest.mark.parametrize("change", [_float_shortcut, _second_output, _float_result, _inner_float_reader])
+def test_a_broken_stage_has_a_conversion_inside(change: Callable[[Surgery], None]) -> None:
+    cut = Surgery()
+    change(cut)
+    stage = next(stage for stage in analyse(cut.model).stages if stage.name == STAGE)
+    assert stage.violations
+    assert len(stage.reformats) == 1
+
+
+# --- the engine inspector (its JSON needs a GPU: the forms are those of NVIDIA's documentation and tools)
+
+_CONVOLUTION = {"Name": "conv + relu", "LayerType": "CaskConvolution", "ParameterType": "Convolution"}
+_COPY = "Reformatting CopyNode for Input Tensor 0 to conv + relu"
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ([{"Name": _COPY, "LayerType": "Reformat", "ParameterType": "Reformat"}, _CONVOLUTION], [_COPY]),
+        ([{"Name": "image_cast", "LayerType": "Reformat"}, _CONVOLUTION, _CONVOLUTION], ["image_cast"]),
+        ([{"Name": _COPY, "LayerType": "NoOp"}], [_COPY]),
+        ([_COPY, "conv + relu", "Reformatting CopyNode for Output Tensor 0 to head"],
+         [_COPY, "Reformatting CopyNode for Output Tensor 0 to head"]),
+        ([_CONVOLUTION], []),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_inspector_layers(layers: list[Any], names: list[str]) -> None:
+    found = reformats_from_inspector(json.dumps({"Layers": layers, "Bindings": ["image"]}))
+    assert found["names"] == names
+    assert (found["layers"], found["reformats"]) == (len(layers), len(names))
+    assert found["share"] == pytest.approx(len(names) / max(len(layers), 1), abs=1e-6)
+    assert "remark" not in found
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": null}'])
+def test_unreadable_inspector_answer(text: str) -> None:
+    found = reformats_from_inspector(text)
+    assert (found["layers"], found["reformats"], found["share"]) == (0, 0, 0.0)
+    assert "no readable list" in found["remark"]
+
+
+# --- operations
+
+
+@needs_rtx
+@pytest.mark.parametrize("shape", [(1, 1, 1024, 1024), (2, 1, 256, 384)])
+def test_multiply_accumulates_are_those_of_the_parsed_network(shape: tuple[int, ...]) -> None:
+    import tensorrt_rtx as trt
+
+    from hpddrnet_trt.export.proof import proof_from_network
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(SHIPPED.read_bytes())
+    proof = proof_from_network(trt, network, shape)
+    work = macs_and_bytes(onnx.load(str(SHIPPED)), shape)
+    assert {name: entry.macs for name, entry in work.items() if entry.macs} == {
+        layer["name"]: layer["macs"] for layer in proof["layers"]
+    }
+    assert sum(entry.macs for entry in work.values()) == proof["macs"]
+
+
+def test_elements_of_one_convolution() -> None:
+    work = macs_and_bytes(fusion_model(), (1, 4, 16, 16))
+    assert work["down"] == (8 * 8 * 8 * 8 * 9, 8 * 16 * 16, 8 * 8 * 9 + 8, 8 * 8 * 8)
+    assert work["down"].bytes(1, 1, 2) == 8 * 16 * 16 + 8 * 8 * 9 + 8 + 2 * 8 * 8 * 8
+    assert work["upsampled"].macs == 0
+    assert work["upsampled"].outputs == 8 * 16 * 16
+    assert work["fused"].inputs == 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16), (1, 4, 16, 24)])
+def test_shapes_that_the_graph_does_not_take(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="the graph takes 1x4x16x16, not 1x4x16"):
+        macs_and_bytes(fusion_model(), shape)

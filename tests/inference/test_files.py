@@ -1,0 +1,380 @@
+"""Segmenting files and folders: names, kinds of file, resuming, bad files, Ctrl-C."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.data.micrograph import Percentiles
+from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.files import FileSegmenter, SegmentSummary, segment_paths
+from tests.toy import ToyEngine, grey_image, manifest
+
+# ome-zarr still has a class that it deprecates as default of an argument.
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated class Scaler:DeprecationWarning")
+
+
+def _write(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), grey_image(20 + seed, 30, seed))
+    return path
+
+
+def _tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "segmentations.jsonl").read_text().splitlines()]
+
+
+def _table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "fractions.csv").open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture
+def segmenter() -> Segmenter:
+    return Segmenter(ToyEngine())
+
+
+def _run(segmenter: Segmenter, *arguments: Any, **options: Any) -> SegmentSummary:
+    return segment_paths(segmenter, *arguments, progress=False, **options)
+
+
+def test_folder_to_labels_overlays_table_and_journal(tmp_path: Path, segmenter: Segmenter) -> None:
+    for seed, name in enumerate(("a.png", "b.tif")):
+        _write(tmp_path / "in" / name, seed)
+    out = tmp_path / "out"
+    summary = segment_paths(segmenter, tmp_path / "in", out, progress=True)
+    assert summary.exit_code == 0
+    assert _tree(out) == ["a.png", "b.png", "fractions.csv", "overlays/a.png", "overlays/b.png", "segmentations.jsonl"]
+    assert summary.written == [out / "a.png", out / "b.png"]
+    with Image.open(out / "b.png") as picture:
+        assert np.array_equal(np.asarray(picture), segmenter.segment(grey_image(21, 30, 1)).labels)
+    lines = _lines(out)
+    assert [line["outputs"]["png"] for line in lines] == ["a.png", "b.png"]
+    assert sum(lines[0]["fractions"].values()) == pytest.approx(1)
+    assert lines[1]["source"] == str((tmp_path / "in" / "b.tif").resolve())
+    assert lines[1]["size"] == [21, 30]
+    assert lines[1]["provenance"]["engine"] == "numpy"
+    assert (lines[1]["pixel_size_m"], lines[1]["remarks"], lines[1]["info_bar_rows"]) == (None, [], None)
+    assert [(row["image"], row["class"]) for row in _table(out)] == [
+        (name, entry) for name in "ab" for entry in ("grain", "pore", "clay")
+    ]
+    assert sum(int(row["pixels"]) for row in _table(out)) == 30 * (20 + 21)
+    assert {row["area_um2"] for row in _table(out)} == {""}
+
+
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    for module in ("skimage", "roifile", "zarr", "ome_zarr"):
+        pytest.importorskip(module)
+    image = _write(tmp_path / "in" / "a.ome.tif")
+    out = tmp_path / "out"
+    segmenter = Segmenter(ToyEngine(), confidence=True)
+    kinds = ["png", "tiff", "ome-tiff", "ome-zarr", "rois", "regions", "confidence"]
+    summary = _run(segmenter, image, out, write=kinds, background=["grain"], smallest=3, pixel_size_m=20e-9)
+    assert summary.exit_code == 0, summary
+    expected = segmenter.segment(grey_image(20, 30))
+    for name in ("a.png", "a.tif", "a.ome.tif"):
+        with Image.open(out / name) as picture:
+            assert np.array_equal(np.asarray(picture), expected.labels)
+    assert np.array_equal(tifffile.imread(out / "a.confidence.tif"), expected.confidence)
+    import roifile
+    import zarr
+
+    root = zarr.open_group(str(out / "a.ome.zarr"), mode="r")
+    assert np.array_equal(root["s0"][:], grey_image(20, 30))
+    assert np.array_equal(root["labels/classes/s0"][:], expected.labels)
+    with (out / "a.regions.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["class"] for row in rows} == {"pore", "clay"}
+    assert min(int(row["area_px"]) for row in rows) >= 3
+    assert float(rows[0]["area_um2"]) == pytest.approx(int(rows[0]["area_px"]) * 4e-4)
+    assert len(roifile.roiread(out / "a.rois.zip")) == len(rows)
+    (line,) = _lines(out)
+    assert set(line["outputs"]) == {*kinds, "overlay"}
+    assert (line["pixel_size_m"], line["pixel_size_source"]) == (20e-9, "given")
+    assert line["mean_confidence"] == pytest.approx(float(np.mean(expected.confidence)))
+    assert {row["pixel_size_nm"] for row in _table(out)} == {"20"}
+
+
+def test_resume_skips_what_is_done_and_only_that(tmp_path: Path) -> None:
+    for seed in range(3):
+        _write(tmp_path / "in" / f"{seed}.png", seed)
+    out = tmp_path / "out"
+    source = [str(tmp_path / "in" / "*.png")]
+
+    def run(**changes: Any) -> tuple[int, int, int]:
+        engine = ToyEngine(manifest("logits", **changes))
+        summary = segment_paths(Segmenter(engine), source, out, progress=False)
+        return len(summary.written), len(summary.skipped), len(engine.shapes)
+
+    assert run() == (3, 0, 3)
+    assert run() == (0, 3, 0)
+    (out / "1.png").unlink()
+    assert run() == (1, 2, 1)
+    (out / "overlays" / "2.png").unlink()
+    assert run() == (1, 2, 1)
+    _write(tmp_path / "in" / "0.png", 5)  # the image changed
+    assert run() == (1, 2, 1)
+    assert run(checkpoint_sha256="another") == (3, 0, 3)  # another model
+    with (out / "segmentations.jsonl").open("a") as stream:
+        stream.write('{"name": "0", "sou')  # killed while writing
+    (out / "0.png").unlink()
+    assert run(checkpoint_sha256="another") == (1, 2, 1)
+    assert run(checkpoint_sha256="another") == (0, 3, 0)
+    summary = segment_paths(Segmenter(ToyEngine()), source, out, progress=False, resume=False)
+    assert len(summary.written) == 3
+    assert len(_table(out)) == 9
+
+
+def test_options_that_change_are_noticed(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    image, out = _write(tmp_path / "in" / "a.png"), tmp_path / "out"
+
+    def run(**options: Any) -> list[str]:
+        """Files that were written."""
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        window = options.pop("window", None)
+        _run(Segmenter(ToyEngine(), window=window), image, out, **options)
+        files = (path for path in out.rglob("*") if path.is_file() and path.stat().st_mtime_ns != before.get(path))
+        return sorted(path.name for path in files if path.name not in ("fractions.csv", "segmentations.jsonl"))
+
+    assert run(overlay=False) == ["a.png"]
+    assert run(overlay=True) == ["a.png"]  # overlays/a.png only
+    assert (out / "overlays" / "a.png").exists()
+    assert run(write=["png", "tiff", "regions"]) == ["a.regions.csv", "a.tif"]
+    assert run(write=["png", "tiff", "regions"]) == []
+    assert run(write=["regions"], smallest=4) == ["a.regions.csv"]
+    assert run(write=["regions"], smallest=4, background=["pore"]) == ["a.regions.csv"]
+    assert run(write=["ome-tiff"], smallest=2) == ["a.ome.tif"]
+    assert run(write=["regions"], smallest=4, background=["pore"]) == []  # other runs did not make it forget
+    assert run(write=["png", "tiff"], window=(0, 200)) == ["a.png", "a.png", "a.tif"]
+    assert run(write=["png", "tiff"], window=Percentiles(1, 99)) == ["a.png", "a.png", "a.tif"]
+    assert _lines(out)[-1]["window"] != [0, 255]
+    assert run(write=["tiff"], overlay=False, pixel_size_m=1e-9) == ["a.tif"]
+    assert run(write=["tiff"], overlay=False, pixel_size_m=1e-9) == []
+
+
+def test_files_of_one_checkpoint_are_told_apart(tmp_path: Path) -> None:
+    """Such as INT8 files of two calibrations: name, checkpoint and precision are the same."""
+    image, out = _write(tmp_path / "in" / "a.png"), tmp_path / "out"
+    written = [len(_run(Segmenter(ToyEngine(), model_sha256=one), image, out).written) for one in ("a1", "a1", "b2")]
+    assert written == [1, 0, 1]
+
+
+def test_a_file_that_changes_while_it_is_segmented_is_not_done(tmp_path: Path) -> None:
+    image = _write(tmp_path / "in" / "a.png")
+
+    class Slow(ToyEngine):
+        def infer(self, images: Any) -> Any:
+            _write(image, seed=7)
+            return super().infer(images)
+
+    _run(Segmenter(Slow()), image, tmp_path / "out")
+    again = _run(Segmenter(ToyEngine()), image, tmp_path / "out")
+    assert (len(again.written), len(again.skipped)) == (1, 0)
+    assert _lines(tmp_path / "out")[-1]["size"] == [27, 30]
+
+
+def test_tiles_are_in_the_summary(tmp_path: Path) -> None:
+    image = _write(tmp_path / "in" / "a.png", seed=60)
+    summary = _run(Segmenter(ToyEngine(), tile=16), image, tmp_path / "out", overlay=False)
+    (line,) = _lines(tmp_path / "out")
+    assert (summary.tiled, summary.seam_disagreement) == (1, line["tiling"]["seam_disagreement"])
+    assert "1 in tiles, which disagree about " in str(summary)
+    assert "tiles" not in str(_run(Segmenter(ToyEngine()), image, tmp_path / "other", overlay=False))
+
+
+def test_bad_files_are_reported_and_others_go_on(tmp_path: Path, segmenter: Segmenter) -> None:
+    _write(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    (tmp_path / "in" / "empty.tif").write_bytes(b"")
+    summary = segment_paths(segmenter, tmp_path / "in", tmp_path / "out", progress=False, overlay=False)
+    assert summary.exit_code == 1
+    assert [path.name for path, _ in summary.failed] == ["broken.png", "empty.tif"]
+    assert "broken.png" in str(summary)
+    assert str(summary).startswith("1 segmented, 0 already done, 2 failed")
+    assert _tree(tmp_path / "out") == ["fractions.csv", "good.png", "segmentations.jsonl"]
+
+
+def test_a_result_that_fails_leaves_the_others_and_is_tried_again(
+    tmp_path: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, out = _write(tmp_path / "in" / "a.png"), tmp_path / "out"
+    pytest.importorskip("skimage")
+
+    def full(*_: object) -> Path:
+        raise UserError("cannot write a.regions.csv: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hpddrnet_trt.inference.files.write_regions", full)
+        summary = _run(segmenter, image, out, write=["png", "regions"])
+    assert summary.failed == [(image, f"{image}: cannot write a.regions.csv: No space left on device")]
+    assert _lines(out)[0]["outputs"] == {"png": "a.png"}
+    before = (out / "a.png").stat().st_mtime_ns
+    assert len(_run(segmenter, image, out, write=["png", "regions"]).written) == 1
+    assert (out / "a.png").stat().st_mtime_ns == before
+    assert len(_run(segmenter, image, out, write=["png", "regions"]).skipped) == 1
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+    for seed in range(3):
+        _write(tmp_path / "in" / f"{seed}.png", seed)
+
+    class Interrupted(ToyEngine):
+        def infer(self, images: Any) -> Any:
+            if len(self.shapes) == 1:
+                raise KeyboardInterrupt
+            return super().infer(images)
+
+    summary = _run(Segmenter(Interrupted()), tmp_path / "in", tmp_path / "out")
+    assert summary.interrupted
+    assert str(summary).startswith("1 segmented, 0 already done, 0 failed, interrupted: run again to continue\n")
+    assert _tree(tmp_path / "out") == ["0.png", "fractions.csv", "overlays/0.png", "segmentations.jsonl"]
+    assert len(_table(tmp_path / "out")) == 3
+    again = _run(Segmenter(ToyEngine()), tmp_path / "in", tmp_path / "out")
+    assert (len(again.written), len(again.skipped), again.interrupted) == (2, 1, False)
+
+
+def test_summary_weighs_by_area_where_all_are_known(tmp_path: Path, segmenter: Segmenter) -> None:
+    sizes = {"a.tif": 10e-9, "b.tif": 30e-9}
+    for name, size in sizes.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        value = 0 if name == "a.tif" else 255  # all grain, all clay
+        tifffile.imwrite(
+            tmp_path / "in" / name, np.full((20, 30), value, np.uint8), imagej=True,
+            resolution=(1e-6 / size, 1e-6 / size), metadata={"unit": "um"},
+        )  # fmt: skip
+    summary = _run(segmenter, tmp_path / "in", tmp_path / "out", overlay=False)
+    assert summary.weighed_by == "area"
+    assert summary.fractions == pytest.approx({"grain": 0.1, "pore": 0, "clay": 0.9})
+    assert "overall, by area: grain 10.0 %, pore 0.0 %, clay 90.0 %" in str(summary)
+    _write(tmp_path / "in" / "c.png")
+    mixed = _run(segmenter, tmp_path / "in", tmp_path / "out", overlay=False)
+    assert (len(mixed.skipped), mixed.weighed_by) == (2, "pixels")
+    assert sum(mixed.fractions.values()) == pytest.approx(1)
+
+
+def test_equal_names_do_not_overwrite_each_other(tmp_path: Path, segmenter: Segmenter) -> None:
+    files = ("p/a.png", "p/a.tif", "q/a.png", "p/b.png", "x/same/c.png", "y/same/c.png", "p/B.tif", "p/d.ome.tif",
+             "p/d.tif")  # fmt: skip
+    inputs = [_write(tmp_path / name, seed) for seed, name in enumerate(files)]
+    out = tmp_path / "out"
+    summary = _run(segmenter, inputs, out, write=["tiff", "ome-tiff"], overlay=False)
+    assert len({path.name.lower() for path in summary.written}) == len(inputs)
+    for source, target in zip(inputs, summary.written, strict=True):
+        expected = segmenter.segment(cv2.imread(str(source), cv2.IMREAD_UNCHANGED)).labels
+        for path in (target, target.with_name(target.name.removesuffix(".tif") + ".ome.tif")):
+            with Image.open(path) as picture:
+                assert np.array_equal(np.asarray(picture), expected)
+    assert [path.name for path in summary.written] == [
+        "p_a.png.tif", "a.tif.tif", "q_a.png.tif", "b.png.tif", "x_same_c.png.tif", "y_same_c.png.tif", "B.tif.tif",
+        "d.ome.tif.tif", "d.tif.tif",
+    ]  # fmt: skip
+    again = _run(segmenter, inputs[::-1], out, write=["tiff", "ome-tiff"], overlay=False)
+    assert (len(again.written), len(again.skipped)) == (0, len(inputs))
+
+
+def test_results_keep_their_name_when_another_input_shares_it(tmp_path: Path, segmenter: Segmenter) -> None:
+    _write(tmp_path / "in" / "a.png")
+    _run(segmenter, tmp_path / "in", tmp_path / "out")
+    _write(tmp_path / "in" / "a.tif", 1)
+    summary = _run(segmenter, tmp_path / "in", tmp_path / "out")
+    assert ([path.name for path in summary.written], len(summary.skipped)) == (["a.tif.png"], 1)
+    assert [(row["image"], Path(row["source"]).name) for row in _table(tmp_path / "out")[::3]] == [
+        ("a", "a.png"), ("a.tif", "a.tif"),
+    ]  # fmt: skip
+    work = FileSegmenter(segmenter, tmp_path / "out")  # as the watched folder asks
+    assert work.name_of(tmp_path / "in" / "a.tif") == "a.tif"
+
+
+def test_images_that_come_one_by_one_keep_their_names(tmp_path: Path, segmenter: Segmenter) -> None:
+    inputs = [_write(tmp_path / name, seed) for seed, name in enumerate(("p/a.png", "q/a.png", "r/a.png"))]
+    names = []
+    for source in inputs:
+        work = FileSegmenter(segmenter, tmp_path / "out", overlay=False)
+        name = work.name_of(source)
+        work.segment(source, name)
+        names.append(name)
+        assert work.is_done(source, name)
+    assert names == ["a", "a.png", "r_a.png"]
+    work = FileSegmenter(segmenter, tmp_path / "out", overlay=False)
+    assert [work.name_of(source) for source in inputs] == names
+    assert all(work.is_done(source, name) for source, name in zip(inputs, names, strict=True))
+
+
+def test_labels_of_another_image_are_kept(tmp_path: Path, segmenter: Segmenter) -> None:
+    first, second = _write(tmp_path / "p" / "b.png"), _write(tmp_path / "z" / "b.png", 1)
+    _run(segmenter, first, tmp_path / "out")
+    before = (tmp_path / "out" / "b.png").read_bytes()
+    with pytest.raises(UsageError, match=r"b holds the labels of .*choose another output folder"):
+        _run(segmenter, second, tmp_path / "out")
+    assert (tmp_path / "out" / "b.png").read_bytes() == before
+
+
+def test_refusals(tmp_path: Path, segmenter: Segmenter) -> None:
+    image = _write(tmp_path / "in" / "a.png")
+    refusals: list[tuple[str, dict[str, Any]]] = [
+        ("not 'jpg'", {"write": ["jpg"]}),
+        ("a list of kinds", {"write": "png"}),
+        ("nothing is to be written", {"write": [], "overlay": False}),
+        ("'rock' is no class", {"background": ["rock"]}),
+        ("at least 1 pixel", {"smallest": 0}),
+        ("gives no confidence", {"write": ["confidence"]}),
+        ("positive number of metres", {"pixel_size_m": 0.0}),
+        ("a number of rows to keep, not 0", {"info_bar": 0}),
+    ]
+    for message, options in refusals:
+        with pytest.raises(UsageError, match=message):
+            _run(segmenter, image, tmp_path / "out", **options)
+    with pytest.raises(UsageError, match="holds the images to segment"):
+        _run(segmenter, image, tmp_path / "in")
+    with pytest.raises(UsageError, match="is a file; give a folder"):
+        _run(segmenter, image, _write(tmp_path / "file.png"))
+    with pytest.raises(UserError, match=r"cannot write into .*labels: Not a directory; choose another output folder"):
+        _run(segmenter, image, _write(tmp_path / "file.png") / "labels")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInputFile, match="no micrograph found"):
+        _run(segmenter, tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_vendor_files_keep_their_scale(tmp_path: Path, sem_data: Path, segmenter: Segmenter) -> None:
+    for module in ("skimage", "zarr", "ome_zarr"):
+        pytest.importorskip(module)
+    import zarr
+
+    files = {"fei_helios-g4-pfib_iscan_nobar": 97.6562, "zeiss_merlin_smartsem_nobar": 55.825}
+    out = tmp_path / "out"
+    kinds = ["png", "ome-tiff", "ome-zarr", "regions"]
+    summary = _run(
+        segmenter, sem_data / "vendor-tiff" / "permissive", out, write=kinds, smallest=500, background=["grain"]
+    )
+    assert (len(summary.written), summary.failed, summary.weighed_by) == (2, [], "area")
+    for name, nanometres in files.items():
+        with tifffile.TiffFile(out / f"{name}.ome.tif") as tif:
+            assert tif.ome_metadata is not None
+            stated = tif.ome_metadata.split('PhysicalSizeX="')[1].split('"')[0]
+        assert float(stated) == pytest.approx(nanometres * 1e-3)
+        root = zarr.open_group(str(out / f"{name}.ome.zarr"), mode="r")
+        level = root["labels/classes"].attrs["ome"]["multiscales"][0]["datasets"][0]
+        assert level["coordinateTransformations"][0]["scale"] == pytest.approx([nanometres * 1e-3] * 2)
+        rows = [row for row in _table(out) if row["image"] == name]
+        assert sum(float(row["area_um2"]) for row in rows) == pytest.approx(
+            sum(int(row["pixels"]) for row in rows) * (nanometres * 1e-3) ** 2, rel=1e-6
+        )
+        with Image.open(out / f"{name}.png") as labels, Image.open(out / "overlays" / f"{name}.png") as drawing:
+            assert labels.size[0] == drawing.size[0]
+            assert labels.size[1] < drawing.size[1]
+            assert 0.0254 / labels.info["dpi"][0] == pytest.approx(nanometres * 1e-9, rel=1e-6)

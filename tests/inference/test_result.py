@@ -1,0 +1,111 @@
+"""One result as the kinds of file that its path asks for, and in words."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.inference.result import Provenance, Segmentation
+from hpddrnet_trt.inference.tiling import TilingReport
+from tests.toy import manifest
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated class Scaler:DeprecationWarning")
+
+LABELS = np.zeros((96, 160), np.uint8)
+LABELS[10:40, 20:60] = 1
+LABELS[50:90, 100:160] = 2
+GREY = np.random.default_rng(0).integers(0, 256, LABELS.shape, dtype=np.uint8)
+ORIGIN = Provenance("toy", "ab12", None, "numpy", "fp32", "0.1", "single", (0.0, 255.0), "2026-01-01T00:00:00+00:00")
+
+
+def _result(**changes: Any) -> Segmentation:
+    tiling = TilingReport((64, 64), 16, 6, "blended scores", 0.01)
+    return Segmentation(
+        **{"labels": LABELS, "manifest": manifest(), "pixel_size_m": 50e-9, "source": Path("in/a.tif"),
+           "provenance": ORIGIN, "tiling": tiling, **changes}
+    )  # fmt: skip
+
+
+def test_areas() -> None:
+    result = _result()
+    assert result.fractions() == pytest.approx({"grain": 1 - 3600 / 15360, "pore": 1200 / 15360, "clay": 2400 / 15360})
+    assert result.areas_m2() == pytest.approx({"grain": 11760 * 25e-16, "pore": 1200 * 25e-16, "clay": 2400 * 25e-16})
+    assert _result(pixel_size_m=None).areas_m2() is None
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.TIF", "a.tiff", "a.ome.tif", "a.OME.TIFF"])
+def test_label_pictures(tmp_path: Path, name: str) -> None:
+    path = _result().save(tmp_path / name)
+    with Image.open(path) as picture:
+        assert np.array_equal(np.asarray(picture), LABELS)
+    if ".ome" in name.lower():
+        with tifffile.TiffFile(path) as tif:
+            assert tif.ome_metadata is not None
+            assert 'PhysicalSizeX="0.05"' in tif.ome_metadata
+            assert '<M K="model_sha256">ab12</M>' in tif.ome_metadata
+            assert "seam_disagreement" in tif.ome_metadata
+
+
+def test_other_kinds(tmp_path: Path) -> None:
+    result = _result()
+    with result.save(tmp_path / "a.csv").open() as stream:
+        assert [row["class"] for row in csv.DictReader(stream)] == ["grain", "pore", "clay"]
+    pytest.importorskip("skimage")
+    with result.save(tmp_path / "a.regions.csv").open() as stream:
+        assert [row["area_px"] for row in csv.DictReader(stream)] == ["11760", "1200", "2400"]
+    roifile: Any = pytest.importorskip("roifile")
+    assert len(roifile.roiread(result.save(tmp_path / "a.rois.zip"))) == 3
+    zarr: Any = pytest.importorskip("zarr")
+    pytest.importorskip("ome_zarr")
+    root = zarr.open_group(str(result.save(tmp_path / "a.ome.zarr", image=GREY)), mode="r")
+    assert np.array_equal(root["labels/classes/s0"][:], LABELS)
+    assert np.array_equal(root["s0"][:], GREY)
+    assert root.attrs["hpddrnet-trt"]["provenance"]["engine"] == "numpy"
+
+
+def test_refusals(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a", "a.zarr", "a.txt"):
+        with pytest.raises(UsageError, match=r"results are written as \.ome\.zarr, .*change the ending"):
+            _result().save(tmp_path / name)
+    with pytest.raises(UsageError, match=r"only \.ome\.zarr holds the micrograph"):
+        _result().save(tmp_path / "a.png", image=GREY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_record_is_json_and_tells_where_labels_come_from() -> None:
+    record = json.loads(json.dumps(_result().record()))
+    assert record["source"] == "a.tif"
+    assert (record["model"], record["model_sha256"], record["time"]) == ("toy", "ab12", ORIGIN.time)
+    assert record["tiling"]["seam_disagreement"] == 0.01
+    assert record["window"] == [0, 255]
+    bare = _result(provenance=None, tiling=None, source=None, pixel_size_m=None).record()
+    assert (bare["model"], bare["source"], bare["pixel_size_m"], bare["tiling"]) == ("toy", None, None, None)
+
+
+def test_words() -> None:
+    lines = str(_result()).splitlines()
+    assert lines[0] == "a.tif: 160 x 96 pixels, 50 nm each, 8 x 4.8 µm, by toy"
+    assert [line.split() for line in lines[1:]] == [
+        ["grain", "76.56", "%", "29.4", "µm²"], ["pore", "7.81", "%", "3", "µm²"], ["clay", "15.62", "%", "6", "µm²"]
+    ]  # fmt: skip
+    unknown = str(_result(pixel_size_m=None, source=None))
+    assert unknown.startswith("160 x 96 pixels, pixel size unknown, by toy\n")
+    assert "µm" not in unknown
+
+
+def test_overlay_with_and_without_caption(tmp_path: Path) -> None:
+    plain = _result().save_overlay(tmp_path / "plain.png", GREY, alpha=0.5, caption=False)
+    captioned = _result().save_overlay(tmp_path / "captioned.png", GREY, 0.5)
+    with Image.open(plain) as a, Image.open(captioned) as b:
+        assert a.size == (160, 96)
+        assert b.size[0] == 160
+        assert b.size[1] > 96
+        assert np.array_equal(np.asarray(a), np.asarray(b)[:96])

@@ -1,0 +1,457 @@
+"""The watched folder with real threads that write files: slowly, in pieces, renamed, truncated, with sidecars."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tifffile
+from PIL import Image
+
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.files import FileSegmenter, segment_paths
+from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSummary, stop_on_signal, watch_folder
+from tests.interrupts import deliver
+from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+QUICK: dict[str, Any] = {"settle_s": 0.3, "patience_s": 1.0, "poll_s": 0.02}
+
+
+def tiff(seed: int = 0) -> bytes:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, grey_image(40, 60, seed), rowsperstrip=4)
+    return stream.getvalue()
+
+
+def toy() -> Segmenter:
+    return Segmenter(ToyEngine(manifest("logits")))
+
+
+def labels_of(path: Path) -> npt.NDArray[np.uint8]:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def expected(seed: int) -> npt.NDArray[np.uint8]:
+    return toy().segment(grey_image(40, 60, seed)).labels
+
+
+class Watched:
+    """A watch on a thread of its own, ended and checked on leaving the block."""
+
+    def __init__(self, folder: Path, output: Path, segmenter: Segmenter | None = None, **options: Any) -> None:
+        self.events: list[WatchEvent] = []
+        self.stop = threading.Event()
+        self.summary: WatchSummary | None = None
+        self._arguments = (segmenter or toy(), folder, output)
+        self._options = {**QUICK, "on_event": self.events.append, "stop": self.stop, **options}
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self.summary = watch_folder(*self._arguments, **self._options)
+
+    def __enter__(self) -> Watched:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def told(self) -> list[tuple[str, str]]:
+        return [(event.path.name, event.happened.value) for event in self.events]
+
+    def wait_for(self, *happened: tuple[str, Happened]) -> None:
+        """Until all of these were told."""
+        until = time.monotonic() + 60
+        while not {(name, what.value) for name, what in happened} <= set(self.told()):
+            assert time.monotonic() < until, self.told()
+            assert self._thread.is_alive(), self.told()
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+def once(folder: Path, output: Path, segmenter: Segmenter | None = None, **options: Any) -> WatchSummary:
+    """What is there now, and nothing else."""
+    return watch_folder(segmenter or toy(), folder, output, **{**QUICK, "settle_s": 0, "stop_after_s": 0, **options})
+
+
+def test_files_that_grow_in_pieces_are_taken_when_they_are_whole(folder: Path, tmp_path: Path) -> None:
+    """Four writers at once; two of them set the size aside first, as some acquisition programs do."""
+
+    def write(seed: int) -> None:
+        content = tiff(seed)
+        with (folder / f"{seed}.tif").open("wb") as stream:
+            if seed % 2:
+                stream.truncate(len(content))
+            for start in range(0, len(content), 400):
+                stream.write(content[start : start + 400])
+                stream.flush()
+                time.sleep(0.05)
+
+    with Watched(folder, tmp_path / "out", settle_s=2.0) as watched:  # more than a writer may be held up
+        writers = [threading.Thread(target=write, args=(seed,)) for seed in range(4)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        watched.wait_for(*((f"{seed}.tif", Happened.SEGMENTED) for seed in range(4)))
+    assert sorted(watched.told()) == [(f"{seed}.tif", "segmented") for seed in range(4)]
+    for seed in range(4):
+        assert np.array_equal(labels_of(tmp_path / "out" / f"{seed}.png"), expected(seed))
+
+
+def test_a_file_renamed_into_place_needs_no_settling(folder: Path, tmp_path: Path) -> None:
+    with Watched(folder, tmp_path / "out", settle_s=0.0) as watched:
+        part = folder / "a.tif.part"
+        content = tiff(5)
+        part.write_bytes(content[:100])
+        time.sleep(0.1)
+        part.write_bytes(content)
+        part.rename(folder / "a.tif")
+        watched.wait_for(("a.tif", Happened.SEGMENTED))
+    assert watched.told() == [("a.tif", "segmented")]
+    assert np.array_equal(labels_of(tmp_path / "out" / "a.png"), expected(5))
+
+
+def test_results_are_those_of_segment(folder: Path, tmp_path: Path) -> None:
+    for seed in range(3):
+        (folder / f"{seed}.tif").write_bytes(tiff(seed))
+    summary = once(folder, tmp_path / "watched", write=("png", "tiff"))
+    assert (summary.segmented, summary.already_done, summary.failed, summary.exit_code) == (3, 0, {}, 0)
+    segment_paths(toy(), folder, tmp_path / "segmented", write=("png", "tiff"), progress=False)
+    for name in ("fractions.csv", "0.png", "2.tif", "overlays/1.png"):
+        assert (tmp_path / "watched" / name).is_file(), name
+    for path in (tmp_path / "segmented").rglob("*.png"):
+        twin = tmp_path / "watched" / path.relative_to(tmp_path / "segmented")
+        assert np.array_equal(labels_of(path), labels_of(twin))
+    with (tmp_path / "watched" / "fractions.csv").open(newline="") as stream:
+        assert len(list(csv.reader(stream))) == 1 + 3 * 3
+    again = segment_paths(toy(), folder, tmp_path / "watched", write=("png", "tiff"), progress=False)
+    assert len(again.skipped) == 3  # one continues where the other ended
+
+
+def test_a_truncated_file_is_reported_after_patience_and_done_when_it_is_completed(
+    folder: Path, tmp_path: Path
+) -> None:
+    content = tiff(1)
+    (folder / "cut.tif").write_bytes(content[: len(content) // 2])
+    (folder / "good.tif").write_bytes(tiff(2))
+    with Watched(folder, tmp_path / "out") as watched:
+        watched.wait_for(("cut.tif", Happened.FAILED), ("good.tif", Happened.SEGMENTED))
+        assert ("cut.tif", "waiting") in watched.told()
+        told = len(watched.events)
+        time.sleep(0.3)
+        assert len(watched.events) == told  # not tried for ever
+        (folder / "cut.tif").write_bytes(content)
+        watched.wait_for(("cut.tif", Happened.SEGMENTED))
+    assert [what for name, what in watched.told() if name == "cut.tif"] == ["waiting", "failed", "segmented"]
+    assert watched.summary is not None
+    assert watched.summary.failed == {}
+    assert np.array_equal(labels_of(tmp_path / "out" / "cut.png"), expected(1))
+
+
+def test_what_no_patience_mends_fails_at_once(folder: Path, tmp_path: Path) -> None:
+    values = np.full((20, 20), np.nan, np.float32)
+    tifffile.imwrite(folder / "nan.tif", values)
+    (folder / "text.png").write_text("not a picture")
+    start = time.monotonic()
+    summary = once(folder, tmp_path / "out", patience_s=0.5)
+    assert 0.5 <= time.monotonic() - start < 5  # for text.png, which might have become one
+    assert {path.name for path in summary.failed} == {"nan.tif", "text.png"}
+    assert summary.exit_code == 1
+    assert "NaN" in str(summary)
+    assert "text.png" in str(summary)
+
+
+def test_a_restart_leaves_what_is_done_and_does_the_rest(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for seed in range(3):
+        (folder / f"{seed}.tif").write_bytes(tiff(seed))
+    assert once(folder, out).segmented == 3
+    engine = ToyEngine(manifest("logits"))
+    (folder / "3.tif").write_bytes(tiff(3))
+    (folder / "0.tif").write_bytes(tiff(7))  # taken anew while nobody watched
+    summary = once(folder, out, Segmenter(engine))
+    assert (summary.segmented, summary.already_done) == (2, 2)
+    assert len(engine.shapes) == 2
+    assert np.array_equal(labels_of(out / "0.png"), expected(7))
+    assert once(folder, out, resume=False).segmented == 4
+
+
+def test_a_micrograph_saved_again_under_its_name_is_segmented_again(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.tif").write_bytes(tiff(1))
+    with Watched(folder, tmp_path / "out") as watched:
+        watched.wait_for(("a.tif", Happened.SEGMENTED))
+        watched.events.clear()
+        (folder / "a.tif").write_bytes(tiff(2))
+        watched.wait_for(("a.tif", Happened.SEGMENTED))
+    assert np.array_equal(labels_of(tmp_path / "out" / "a.png"), expected(2))
+
+
+def test_a_file_that_changes_while_it_is_segmented_is_segmented_again(folder: Path, tmp_path: Path) -> None:
+    """The journal alone would take it for done: it notes the file's time after reading."""
+
+    class Overtaken(ToyEngine):
+        def infer(self, images: npt.NDArray[Any]) -> Any:
+            if not self.shapes:
+                (folder / "a.tif").write_bytes(tiff(2))
+            return super().infer(images)
+
+    (folder / "a.tif").write_bytes(tiff(1))
+    with Watched(folder, tmp_path / "out", Segmenter(Overtaken(manifest("logits")))) as watched:
+        watched.wait_for(("a.tif", Happened.SEGMENTED))
+        watched.events.clear()
+        watched.wait_for(("a.tif", Happened.SEGMENTED))
+    assert np.array_equal(labels_of(tmp_path / "out" / "a.png"), expected(2))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_sidecar_that_comes_after_its_image(folder: Path, tmp_path: Path, late: bool) -> None:
+    """Within the settling time it is waited for; later, the micrograph is segmented once more."""
+    image = folder / "S1.tif"
+    sidecar = "[SemImageFile]\nInstructName=SU8000\nPixelSize=4.96\nDataSize=60x40\n"
+
+    def pixel_size() -> float | None:
+        lines = (tmp_path / "out" / "segmentations.jsonl").read_text().splitlines()
+        found = json.loads(lines[-1])["pixel_size_m"]
+        assert found is None or isinstance(found, float)
+        return found
+
+    with Watched(folder, tmp_path / "out", settle_s=0.3 if late else 2.0) as watched:
+        image.write_bytes(tiff(1))
+        if late:
+            watched.wait_for(("S1.tif", Happened.SEGMENTED))
+            assert pixel_size() is None
+            watched.events.clear()
+        else:
+            time.sleep(0.1)
+        (folder / "S1.txt").write_text(sidecar)
+        watched.wait_for(("S1.tif", Happened.SEGMENTED))
+    assert pixel_size() == pytest.approx(4.96e-9)
+    assert watched.told() == [("S1.tif", "segmented")]
+
+
+def test_names_that_collide_stay_apart_also_after_a_restart(folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("a.tif", 1), ("one/a.tif", 2)):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(tiff(seed))
+    cv2.imwrite(str(folder / "a.png"), grey_image(40, 60, 3))
+    out = folder / "labels"  # inside the watched folder, and not watched
+    assert once(folder, out, recursive=True).segmented == 3
+    assert once(folder, out, recursive=True).already_done == 3
+    found = {path.read_bytes() for path in out.glob("*.png")}
+    assert len(found) == 3
+    written = [labels_of(path) for path in out.glob("*.png")]
+    for seed in (1, 2, 3):
+        assert any(np.array_equal(labels, expected(seed)) for labels in written), seed
+
+
+def test_a_folder_that_vanishes_is_told_and_waited_for(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.tif").write_bytes(tiff(1))
+    with Watched(folder, tmp_path / "out", settle_s=0.0) as watched:
+        watched.wait_for(("a.tif", Happened.SEGMENTED))
+        folder.rename(tmp_path / "away")
+        watched.wait_for(("in", Happened.FOLDER_LOST))
+        (tmp_path / "away" / "b.tif").write_bytes(tiff(2))
+        (tmp_path / "away").rename(folder)
+        watched.wait_for(("in", Happened.FOLDER_BACK), ("b.tif", Happened.SEGMENTED))
+    assert watched.told() == [("a.tif", "segmented"), ("in", "folder lost"), ("in", "folder back"),
+                              ("b.tif", "segmented")]  # fmt: skip
+    lost = next(event for event in watched.events if event.happened is Happened.FOLDER_LOST)
+    assert lost.reason == "No such file or directory"
+
+
+def test_a_file_that_leaves_before_its_turn_is_nobodys_failure(folder: Path, tmp_path: Path) -> None:
+    class Moving(ToyEngine):
+        def infer(self, images: npt.NDArray[Any]) -> Any:
+            (folder / "b.tif").unlink(missing_ok=True)  # the user tidies up
+            return super().infer(images)
+
+    for name in ("a.tif", "b.tif"):
+        (folder / name).write_bytes(tiff())
+        os.utime(folder / name, ns=(0, 0 if name == "a.tif" else 10**9))
+    summary = once(folder, tmp_path / "out", Segmenter(Moving(manifest("logits"))))
+    assert (summary.segmented, summary.failed) == (1, {})
+
+
+def test_a_fault_of_the_model_fails_that_image_only(folder: Path, tmp_path: Path) -> None:
+    class Faulty(ToyEngine):
+        def infer(self, images: npt.NDArray[Any]) -> Any:
+            if images.shape[-1] > 64:
+                raise RuntimeError("CUDA error 700")
+            return super().infer(images)
+
+    cv2.imwrite(str(folder / "bad.png"), grey_image(40, 90))
+    cv2.imwrite(str(folder / "good.png"), grey_image(40, 60))
+    summary = once(folder, tmp_path / "out", Segmenter(Faulty(manifest("logits"))))
+    assert summary.segmented == 1
+    assert {path.name: reason for path, reason in summary.failed.items()} == {
+        "bad.png": "RuntimeError: CUDA error 700"
+    }
+
+
+def test_results_that_cannot_be_written_for_a_while(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: tried again while patience lasts."""
+    (folder / "a.tif").write_bytes(tiff(1))
+    real, full = FileSegmenter.segment, [True]
+
+    def segment(work: FileSegmenter, source: Path, name: str) -> Any:
+        if full[0]:
+            raise UserError(f"cannot write {name}: No space left on device; free some space")
+        return real(work, source, name)
+
+    monkeypatch.setattr(FileSegmenter, "segment", segment)
+    with Watched(folder, tmp_path / "out", settle_s=0.0, patience_s=10.0) as watched:
+        watched.wait_for(("a.tif", Happened.WAITING))
+        full[0] = False
+        watched.wait_for(("a.tif", Happened.SEGMENTED))
+    assert "No space left" in str(watched.events[0].reason)
+
+
+def test_a_locked_table_does_not_end_the_watch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def locked(work: FileSegmenter) -> Path:
+        raise PermissionError(13, "Permission denied", str(work.folder / "fractions.csv"))
+
+    monkeypatch.setattr(FileSegmenter, "write_table", locked)
+    (folder / "a.tif").write_bytes(tiff(1))
+    assert once(folder, tmp_path / "out").segmented == 1
+    assert "table of area fractions could not be written" in caplog.text
+
+
+def test_stopping_ends_after_the_image_under_way(folder: Path, tmp_path: Path) -> None:
+    for seed in range(5):
+        (folder / f"{seed}.tif").write_bytes(tiff(seed))
+    stop = threading.Event()
+    summary = once(folder, tmp_path / "out", stop=stop, on_event=lambda event: stop.set())
+    assert summary.segmented == 1
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+    assert (tmp_path / "out" / "fractions.csv").is_file()
+    assert once(folder, tmp_path / "out").segmented == 4
+
+
+def test_settings_that_make_no_sense(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInputFile, match="not a folder"):
+        once(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UsageError, match="watched folder"):
+        once(folder, folder)
+    with pytest.raises(UsageError, match="negative"):
+        once(folder, tmp_path / "out", settle_s=-1)
+    with pytest.raises(UsageError, match="not 'gif'"):
+        once(folder, tmp_path / "out", write=("gif",))
+
+
+def test_signals_outside_the_main_thread_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    found: list[Any] = []
+
+    def enter() -> None:
+        with stop_on_signal() as stop:
+            found.append((signal.getsignal(signal.SIGINT), stop.is_set()))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [(before, False)]
+    with stop_on_signal() as stop:
+        deliver(signal.SIGTERM)
+        assert stop.wait(5)
+        with pytest.raises(KeyboardInterrupt):
+            deliver(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime")
+    return write_toy_onnx(tmp_path_factory.mktemp("model") / "toy.onnx", manifest("labels"))
+
+
+@contextmanager
+def command(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "hpddrnet_trt", *map(str, arguments)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_the_command_until_nothing_comes(folder: Path, tmp_path: Path, model: Path) -> None:
+    (folder / "a.tif").write_bytes(tiff(1))
+    (folder / "bad.tif").write_bytes(tiff(2)[:500])
+    arguments = ("watch", folder, "--output", tmp_path / "out", "--model", model, "--settle", "0", "--patience", "0",
+                 "--stop-after", "0", "--write", "tiff,png", "--info-bar", "none", "--tile", "whole",
+                 "--percentiles", "1", "99")  # fmt: skip
+    with command(*arguments) as child:
+        output, errors = child.communicate(timeout=120)
+    assert child.returncode == 1, errors
+    assert "Traceback" not in errors
+    lines = output.splitlines()
+    assert any(line.startswith("a.tif") and "grain" in line and "%" in line for line in lines), output
+    assert any(line.startswith("bad.tif") and "failed" in line for line in lines), output
+    assert "1 segmented, 0 already done, 1 failed" in output
+    assert lines[-1].count("bad.tif") == 1  # the reason names it already
+    assert (tmp_path / "out" / "a.png").is_file()
+    assert (tmp_path / "out" / "a.tif").is_file()
+    (entry,) = map(json.loads, (tmp_path / "out" / "segmentations.jsonl").read_text().splitlines())
+    assert (entry["job"]["info_bar"], entry["job"]["tile"]) == ("none", "whole")
+    assert entry["job"]["given_window"] == {"black": 1, "white": 99}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_ctrl_c_ends_the_command_with_a_summary(folder: Path, tmp_path: Path, model: Path) -> None:
+    (folder / "a.tif").write_bytes(tiff(1))
+    with command("watch", folder, "--output", tmp_path / "out", "--model", model, "--settle", "0") as child:
+        _wait_until(lambda: (tmp_path / "out" / "fractions.csv").is_file())
+        child.send_signal(signal.SIGINT)
+        output, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert "1 segmented, 0 already done, 0 failed" in output
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_real_micrographs(sem_data: Path, folder: Path, tmp_path: Path) -> None:
+    """Vendor files keep their pixel size on the way through."""
+    for path in sorted((sem_data / "vendor-tiff").rglob("*.tif"))[:2]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert once(folder, tmp_path / "out").segmented == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "segmentations.jsonl").read_text().splitlines()]
+    assert all(line["pixel_size_m"] for line in lines)

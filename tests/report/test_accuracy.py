@@ -1,0 +1,225 @@
+"""The page: what it holds, that it loads nothing, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpddrnet_trt.accuracy import Assessment, Robustness, assess, measure_robustness
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.data.shifts import SHIFTS
+from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.report.accuracy import (
+    check_target,
+    class_rows,
+    headline,
+    largest_confusions,
+    render_html,
+    warnings,
+    write_report,
+)
+from hpddrnet_trt.report.accuracy_gallery import shown, veil_colour
+from hpddrnet_trt.report.learning_curves import curves_beside
+from tests.accuracy.small_dataset import IGNORED_ROWS, SHAPE, write_dataset
+from tests.report.test_learning_curves import HEADER, ROWS
+from tests.toy import CLASSES, ToyEngine, manifest
+
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects sources, headings and text, and checks that tags are balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.alternatives: list[str] = []
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        self.sources += [value for key, value in attrs if key in {"src", "href"} and value is not None]
+        if tag == "img":
+            self.alternatives.append(values["alt"] or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["h3"]:
+            self.headings.append(data.strip())
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def found(segmenter: Segmenter, dataset: FolderDataset) -> Assessment:
+    return assess(segmenter, dataset, "test", worst=2, progress=False)
+
+
+@pytest.fixture
+def robust(segmenter: Segmenter, dataset: FolderDataset) -> Robustness:
+    return measure_robustness(segmenter, dataset, "test", shifts=SHIFTS[:2], progress=False)
+
+
+def test_the_page_holds_everything_and_loads_nothing(found: Assessment, robust: Robustness, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(HEADER + "".join(ROWS))
+    curves = curves_beside(tmp_path / "model.safetensors")
+    files = write_report(found, tmp_path / "out" / "page.html", curves=curves, robustness=robust)
+    text = files.html.read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.sources) == 4 + 3 * 3  # figures; three overlays of each of three images
+    assert all(page.alternatives)
+    assert all(source.startswith("data:image/") for source in page.sources)
+    assert all(address.startswith("data:image/jpeg") for address in re.findall(r"url\(([^)]*)\)", text))
+    assert not re.search(r"https?://|//cdn|@import|<script|<link", re.sub(r"data:image/[^\"')]*", "", text))
+    for word in ("Confusion matrix", "area fraction", "Loss, validation IoU", "IoU against"):
+        assert any(word in alternative for alternative in page.alternatives)
+    origin = found.origin
+    for word in (headline(found), "toy", origin.data_sha256, "licence MIT", "numpy", origin.command.split()[0]):
+        assert word in page.text
+    assert "None: no metrics.csv" not in page.text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "page.csv", "page.html", "page.robustness.png",
+    ]  # fmt: skip
+    assert files.robustness is not None
+    with Image.open(files.robustness) as figure:
+        assert figure.size[0] > 1000
+
+
+def test_without_curves_and_robustness_the_page_says_so(found: Assessment, tmp_path: Path) -> None:
+    found = replace(found, origin=replace(found.origin, file="model.onnx", sha256="0" * 64))
+    files = write_report(found, tmp_path / "page.html")
+    page = Page(files.html.read_text(encoding="utf-8"))
+    assert "None: no metrics.csv of a training run lies beside model.onnx" in page.text
+    assert "Robustness" not in page.text
+    assert files.robustness is None
+    assert sorted(path.name for path in tmp_path.glob("page*")) == ["page.csv", "page.html"]
+
+
+def test_the_gallery_shows_the_worst_first_and_the_best_last(found: Assessment) -> None:
+    page = Page(render_html(found))
+    assert page.headings == ["d", "a", "c"]
+    positions = [page.text.index(f" {rank} · mIoU") for rank in ("worst", "2nd worst", "best")]
+    assert positions == sorted(positions)
+
+
+def overlay_pixels(address: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))) as image:
+        return np.asarray(image.convert("RGBA"))
+
+
+def test_pictures_show_labels_errors_and_what_is_not_labelled(found: Assessment) -> None:
+    entry = found.pictures[0]  # the first 12 rows are wrong, the last 5 are not labelled
+    panels = {panel.title: panel for panel in shown(entry, [item.color for item in CLASSES], "worst").panels}
+    assert list(panels) == ["micrograph", "truth", "prediction", "errors"]
+    pixels = {name: overlay_pixels(panel.overlay) for name, panel in panels.items() if panel.overlay}
+    assert all(picture.shape == (*SHAPE, 4) for picture in pixels.values())
+    colours = np.array([item.color for item in CLASSES])
+    np.testing.assert_array_equal(pixels["errors"][:12, :, :3], colours[entry.truth[:12]])
+    assert (pixels["errors"][:12, :, 3] == 255).all()
+    right = pixels["errors"][12:-IGNORED_ROWS].reshape(-1, 4)
+    assert len(np.unique(right, axis=0)) == 1
+    assert 0 < right[0, 3] < 255  # a veil
+    np.testing.assert_array_equal(pixels["prediction"][..., :3], colours[entry.predicted])
+    assert len(np.unique(pixels["truth"][-IGNORED_ROWS:].reshape(-1, 4), axis=0)) == 2  # stripes and gaps
+    assert (pixels["truth"][-IGNORED_ROWS:, :, 3] == 0).any()
+    assert f"{IGNORED_ROWS * SHAPE[1]} pixels not labelled" in panels["truth"].note
+    assert panels["errors"].note == f"{12 * SHAPE[1]} of {35 * SHAPE[1]:,} labelled pixels"
+
+
+def test_errors_stand_out_from_their_veil() -> None:
+    assert veil_colour([(68, 68, 68), (0, 0, 255)]) == (255, 255, 255)
+    assert veil_colour([(240, 228, 66), (255, 255, 255)]) == (10, 14, 22)
+
+
+def test_the_table_of_classes(found: Assessment) -> None:
+    rows = class_rows(found)
+    assert [row.name for row in rows] == [entry.name for entry in CLASSES]
+    assert sum(row.truth for row in rows) == pytest.approx(1)
+    assert sum(row.predicted for row in rows) == pytest.approx(1)
+    per_image = [image.counts / image.counts.sum() for image in found.images]
+    expected = np.mean([abs(part.sum(axis=1)[0] - part.sum(axis=0)[0]) for part in per_image])
+    assert rows[0].image_error == pytest.approx(expected)
+
+
+def test_the_largest_confusions(found: Assessment) -> None:
+    counts = np.array([[50, 3, 0, 1], [9, 70, 0, 0], [0, 0, 80, 0]])
+    pairs = largest_confusions(replace(found, counts=counts))
+    assert [(pair.truth, pair.predicted, pair.pixels) for pair in pairs] == [
+        ("pore", "grain", 9), ("grain", "pore", 3), ("grain", "no class", 1),
+    ]  # fmt: skip
+    assert pairs[0].share == pytest.approx(9 / 13)
+    assert largest_confusions(replace(found, counts=np.diag([1, 2, 3, 0])[:3])) == []
+
+
+def test_what_a_reader_must_know(found: Assessment) -> None:
+    assert warnings(found) == []
+    trained = replace(found, origin=replace(found.origin, split="train", trained_on="small"))
+    assert "trained on" in warnings(trained)[0]
+    broken = replace(found, counts=np.array([[5, 0, 0, 2], [0, 5, 0, 0], [0, 0, 0, 0]]))
+    assert warnings(broken) == [
+        "2 predictions lie outside the classes: the model file may be damaged",
+        "not in the truth of these images: clay",
+    ]
+    assert "2 predictions lie outside" in Page(render_html(broken)).text
+
+
+def test_one_image_and_no_label_still_make_a_page(tmp_path: Path, segmenter: Segmenter) -> None:
+    single = assess(segmenter, write_dataset(tmp_path / "one", {"a": 2}), "test", progress=False)
+    page = Page(render_html(single))
+    assert "on 1 image," in page.text
+    assert " only image · mIoU" in page.text
+    dataset = write_dataset(tmp_path / "two", {"a": 0})
+    cv2.imwrite(str(dataset.split("test")[0].mask), np.full(SHAPE, 255, np.uint8))
+    nothing = assess(segmenter, dataset, "test", progress=False)
+    robust = measure_robustness(segmenter, dataset, "test", shifts=SHIFTS[:1], progress=False)
+    page = Page(render_html(nothing, robustness=robust))
+    assert "no labelled pixel: nothing to measure" in page.text
+    assert "100.00 % of all pixels are not labelled" in page.text
+    assert nothing.pictures == []
+
+
+def test_names_from_files_are_escaped(found: Assessment) -> None:
+    images = [replace(found.images[0], name="<b>bold</b>"), *found.images[1:]]
+    text = render_html(replace(found, images=images))
+    assert "<b>bold" not in text
+    assert "&lt;b&gt;bold" in text
+
+
+def test_a_point_that_was_not_measured_is_told_with_its_reason(dataset: FolderDataset) -> None:
+    fixed = Segmenter(ToyEngine(manifest("logits", size=40)), tile="whole")
+    robust = measure_robustness(fixed, dataset, "test", shifts=[SHIFTS[-1]], progress=False)
+    page = Page(render_html(assess(fixed, dataset, "test", progress=False), robustness=robust))
+    assert "magnification 2 was not measured: an image height of 80 pixels does not fit this model" in page.text
+
+
+def test_targets_that_cannot_be_written_are_told_first(tmp_path: Path, found: Assessment) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*page\.html"):
+        check_target(tmp_path / "file" / "page.html")
+    for name in ("page.pdf", "page", "."):
+        with pytest.raises(UsageError, match=r"ends in \.html"):
+            write_report(found, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "small"] == ["file"]
+    assert check_target(tmp_path / "new" / "page.html").parent.is_dir()
