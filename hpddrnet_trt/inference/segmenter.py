@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt import __version__, views
+from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.data import preprocess as views
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.data.preprocess import Mode
 from hpddrnet_trt.data.window import Window
