@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
+from onnx import TensorProto, helper
 from PIL import Image
 
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.calibrate import calibrate
-from hpddrnet_trt.export.onnx import ExportOptions, trace
+from hpddrnet_trt.export.onnx import ExportOptions, export_network, trace
 from hpddrnet_trt.graph.model import save_model
 from hpddrnet_trt.graph.precision import to_half
 from tests.tiny_network import lively, tiny_manifest, tiny_network
@@ -66,3 +68,35 @@ def pictures(folder: Path, count: int, height: int = 64, width: int = 96) -> lis
 def frames(batch: int, height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Simulated micrographs ``[batch, 1, height, width]``."""
     return np.stack([simulate(height, width, [seed, number])[0] for number in range(batch)])[:, None]
+
+
+def write_loud(path: Path) -> Path:
+    """A static FP32 file whose attention scores pass the end of FP16."""
+    network = tiny_network()
+    torch.manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.25)
+    for name, module in network.named_modules():
+        if name.endswith("pa.fc_q"):
+            module.weight.data *= 3000.0
+    torch.nn.init.normal_(network.decode_head.conv_seg.weight, std=0.05)
+    options = ExportOptions(batch=1, height=64, width=96, confidence=True)
+    # Scores this large make the attention a choice of one position, which rounding can flip: the
+    # comparison with PyTorch belongs to the export's own tests.
+    export_network(network, tiny_manifest(network), path, options, verify=False)
+    return path
+
+
+def small_model(
+    nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], shape: tuple[int, ...], channels: int = 3
+) -> onnx.ModelProto:
+    """FP32 ``image`` of ``shape`` in, ``logits`` out."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, (shape[0], channels, *shape[2:]))],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

@@ -25,7 +25,6 @@ from hpddrnet_trt.graph import qdq
 if TYPE_CHECKING:
     import onnx
 
-    from hpddrnet_trt.export.ranges import Range
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class Recipe:
     model: onnx.ModelProto
     manifest: Manifest  # of the FP32 file
     plan: qdq.Plan
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, qdq.Range]
     precision: qdq.Quantised = "int8"
 
     @property

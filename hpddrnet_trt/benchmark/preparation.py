@@ -14,11 +14,11 @@ from hpddrnet_trt.core.files import existing_file, sha256_of, write_bytes
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.convert import convert_precision
 from hpddrnet_trt.export.onnx import export_onnx
 from hpddrnet_trt.export.tensorrt import build_engine
 from hpddrnet_trt.graph.attention import in_type
 from hpddrnet_trt.graph.model import load_model, save_model
-from hpddrnet_trt.graph.precision import convert_precision
 from hpddrnet_trt.graph.qdq import Quantised
 
 logger = logging.getLogger(__name__)

@@ -62,8 +62,8 @@ def export(
 ) -> None:
     """Export a checkpoint to one self-describing ONNX file and compare it with PyTorch."""
     from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.export.convert import convert_precision
     from hpddrnet_trt.export.onnx import export_onnx
-    from hpddrnet_trt.graph.precision import convert_precision
 
     checkpoint = locate(checkpoint, ".safetensors")
     images = find_images(data, "test") if data else []

@@ -46,7 +46,7 @@ def convert_precision(
     """Type an FP32 export FP16 or BF16; what would overflow or lose too much on the micrographs stays FP32."""
     from hpddrnet_trt.cli.model import echo_evidence
     from hpddrnet_trt.data.datasets import find_images
-    from hpddrnet_trt.graph.precision import convert_precision as convert
+    from hpddrnet_trt.export.convert import convert_precision as convert
 
     _check_target(model, target)
     manifest = convert(locate(model, ".onnx"), target, precision, images=find_images(data, "test") if data else [])

@@ -32,7 +32,7 @@ from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export import images as micrographs
 from hpddrnet_trt.export import modelopt
 from hpddrnet_trt.export.histograms import Statistics, merge
-from hpddrnet_trt.export.ranges import METHODS, Method, Range, ranges_of
+from hpddrnet_trt.export.ranges import METHODS, Method, ranges_of
 from hpddrnet_trt.export.statistics import measure
 from hpddrnet_trt.export.statistics_cache import Cache
 from hpddrnet_trt.graph import qdq
@@ -219,7 +219,7 @@ def activation_ranges(
     size: tuple[int, int] | None = None,
     crops_per_image: int | None = None,
     cache: Cache = "user",
-) -> dict[str, Range]:
+) -> dict[str, qdq.Range]:
     """(lowest, highest) value to represent of every tensor of a plan, from all of ``images``.
 
     ``model``: FP32 ``ModelProto`` with named nodes, which ``chosen`` was planned for. Ranges of the full

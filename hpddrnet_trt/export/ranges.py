@@ -22,10 +22,10 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.export.histograms import Histogram, Statistics
+from hpddrnet_trt.graph.qdq import Range
 
 Method = Literal["max", "percentile", "entropy", "mse"]
 METHODS: tuple[str, ...] = get_args(Method)
-Range = tuple[float, float]
 
 PERCENTILE = 99.99  # share of values inside the range, in percent
 _FACTORS = np.linspace(1.0, 0.05, 191)  # what "mse" and "entropy" try, of the range of "max"

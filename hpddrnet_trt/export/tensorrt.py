@@ -235,7 +235,7 @@ def _in_precision(
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         path = Path(folder) / f"{source.stem}.{precision}.onnx"
         if precision in ("fp16", "bf16"):
-            from hpddrnet_trt.graph.precision import convert_precision
+            from hpddrnet_trt.export.convert import convert_precision
 
             yield path, convert_precision(source, path, precision, images=found)
         else:

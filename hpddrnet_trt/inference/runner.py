@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import shutil
+import tempfile
+import threading
+import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import ContractError, UserError
+from hpddrnet_trt.core.errors import ContractError, UserError, require
+from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.core.scores import arg_max, softmax
 from hpddrnet_trt.data import preprocess as views
 from hpddrnet_trt.data.preprocess import Mode, View
 from hpddrnet_trt.engines.base import Engine, Prediction, input_contract
+from hpddrnet_trt.graph.scores import with_scores
 
 Grey8 = npt.NDArray[np.uint8]
 Real = npt.NDArray[np.float32]
@@ -176,3 +183,40 @@ def _into(out: Grey8, found: Found) -> Found:
     if not np.may_share_memory(found.labels[0], out):
         out[...] = found.labels[0]
     return found._replace(labels=[out])
+
+
+class ScoresModel:
+    """The logits form of a labels file, opened when it is first asked for. Usable from several threads.
+
+    ``open_engine`` opens a file with the engine and options of the labels file.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, open_engine: Callable[[Path], Engine]) -> None:
+        self._path, self._manifest, self._open = path, manifest, open_engine
+        self._lock = threading.Lock()
+        self._asked = False
+        self._engine: Engine | None = None
+        self._remove: Callable[[], object] = lambda: None
+
+    def engine(self) -> Engine | None:
+        """None where the file holds no scores that we find."""
+        onnx = require("onnx", "export", "read ONNX files")
+        with self._lock:
+            if not self._asked:
+                folder = Path(tempfile.mkdtemp(prefix="hpddrnet-"))
+                # Engines read their file again for other input sizes: it stays as long as the engine.
+                self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                target = folder / self._path.name
+                model = with_scores(onnx.load(str(self._path)), self._manifest)
+                if model is not None:
+                    onnx.save(model, str(target))
+                    self._engine = self._open(target)
+                self._asked = True
+            return self._engine
+
+    def close(self) -> None:
+        """Close the engine; calling it again does nothing."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
+            self._remove()

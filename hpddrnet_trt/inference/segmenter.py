@@ -21,10 +21,9 @@ from hpddrnet_trt.data.preprocess import Mode
 from hpddrnet_trt.data.window import Window
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, check_shape
-from hpddrnet_trt.graph.scores import ScoresModel
 from hpddrnet_trt.inference.frames import Frame, Image, check_out, device_batch, on_gpu, to_frame
 from hpddrnet_trt.inference.result import Provenance, Segmentation
-from hpddrnet_trt.inference.runner import Found, Inference
+from hpddrnet_trt.inference.runner import Found, Inference, ScoresModel
 from hpddrnet_trt.inference.tiled import Progress, Tile, check_tile, plan_for, scores_tiled, segment_tiled
 from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.weights import locate

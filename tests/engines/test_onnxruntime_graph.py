@@ -15,9 +15,9 @@ from hpddrnet_trt.engines import onnxruntime as engine_module
 from hpddrnet_trt.engines import onnxruntime_graph as module
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.onnxruntime_graph import needs_blocks, source_for_cpu
+from hpddrnet_trt.export.convert import convert_precision
 from hpddrnet_trt.graph.attention import FUNCTION_NAME, in_blocks, position_attentions, uses_bf16
 from hpddrnet_trt.graph.model import load_model
-from hpddrnet_trt.graph.precision import convert_precision
 from tests.tiny_export import frames, write_fp16, write_fp32, write_int8
 from tests.tiny_onnx import tiny_model
 

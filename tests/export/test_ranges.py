@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.export.histograms import histogram, merge
-from hpddrnet_trt.export.ranges import METHODS, Range, _divergence, _reach, _Sides, ranges_of
+from hpddrnet_trt.export.ranges import METHODS, _divergence, _reach, _Sides, ranges_of
+from hpddrnet_trt.graph.qdq import Range
 
 FORMS = pytest.mark.parametrize("symmetric", [True, False])
 Values = npt.NDArray[np.floating[Any]]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 pytest.importorskip("torch", reason="the truth is PyTorch")
@@ -16,7 +17,8 @@ from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.torch import TorchEngine
 from hpddrnet_trt.export.onnx import ExportOptions, trace
 from hpddrnet_trt.graph.model import save_model
-from hpddrnet_trt.graph.scores import ScoresModel, write_scores_file
+from hpddrnet_trt.graph.scores import with_scores
+from hpddrnet_trt.inference.runner import ScoresModel
 from tests.tiny_export import frames, write_fp16, write_fp32, write_int8
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.toy import manifest, write_toy_onnx
@@ -26,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def _scores_file(path: Path) -> Path:
     target = path.with_name(f"scores.{path.name}")
-    assert write_scores_file(path, read_manifest(path), target)
+    model = with_scores(onnx.load(str(path)), read_manifest(path))
+    assert model is not None
+    onnx.save(model, str(target))
     return target
 
 
@@ -70,9 +74,7 @@ def test_dynamic_sizes_and_lower_precision(tmp_path: Path, write: Callable[[Path
 
 def test_files_that_end_in_another_way(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest("labels"))
-    target = tmp_path / "scores.onnx"
-    assert not write_scores_file(path, read_manifest(path), target)
-    assert not target.exists()
+    assert with_scores(onnx.load(str(path)), read_manifest(path)) is None
     model = ScoresModel(path, read_manifest(path), OnnxRuntimeEngine)
     assert model.engine() is None
     model.close()
