@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hpddrnet_trt.benchmark.frame import frame_to_labels, frames_to_labels, network_only
 from hpddrnet_trt.benchmark.images import Grey8
 from hpddrnet_trt.benchmark.result import MEASURES, Measure, Ratio, Settings, Timing, size_text
-from hpddrnet_trt.benchmark.telemetry import EnergyCounter, EnergyUse, GpuWatch
+from hpddrnet_trt.benchmark.telemetry import EnergyUse, Gpu, GpuWatch
 from hpddrnet_trt.benchmark.timing import (
     FAILURES,
     Frames,
@@ -112,12 +112,12 @@ class Stopwatch:
         return Measured("network", case, laps)
 
     def throughput(
-        self, engines: Mapping[str, Engine], case: Case, counters: Mapping[str, EnergyCounter | None]
+        self, engines: Mapping[str, Engine], case: Case, counters: Mapping[str, Gpu | None]
     ) -> Measured:
         """From host frames to host labels with many batches in flight, a round of them per sample.
 
         Each engine's round lasts at least :data:`ROUND_S`; there are at most :data:`MOST_ROUNDS`.
-        ``counters``: the energy counter of what each engine computes on.
+        ``counters``: by label the GPU that an engine computes on, where its energy can be read.
         """
         runners: dict[str, Callable[[object], object]] = {}
         counts: dict[str, int] = {}

@@ -109,7 +109,7 @@ class Timing(_Record):
     ratio: Ratio | None = None
     warmup: int | None = None  # untimed runs before the first timed one
     steady: bool | None = None  # whether times had become steady by then
-    joules_per_image: float | None = None  # where the driver reports energy, of the whole GPU (or CPU package)
+    joules_per_image: float | None = None  # where the driver reports energy, of the whole GPU
 
     @property
     def size(self) -> str:

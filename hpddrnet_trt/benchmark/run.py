@@ -32,7 +32,7 @@ from hpddrnet_trt.benchmark.result import (
     Timing,
 )
 from hpddrnet_trt.benchmark.startup import Started, probed_sizes, start_entry
-from hpddrnet_trt.benchmark.telemetry import EnergyCounter, Gpu, GpuWatch, PackageEnergy
+from hpddrnet_trt.benchmark.telemetry import Gpu, GpuWatch
 from hpddrnet_trt.benchmark.timing import FAILURES, describe, latency_of
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import existing_file
@@ -260,10 +260,9 @@ class _Run:
         for label, reason in found.laps.failures.items():
             self.untimed.setdefault((label, f"{MEASURES[found.measure]}: {reason}"), []).append(found.case.size)
 
-    def _counters(self) -> dict[str, EnergyCounter | None]:
-        """What counts the energy of each engine: the GPU it runs on, or the processor."""
-        packages = PackageEnergy.open()
-        return {label: packages if runs_on_cpu(engine) else self._gpu for label, engine in self.engines.items()}
+    def _counters(self) -> dict[str, Gpu | None]:
+        """The GPU that counts each engine's energy; None for those on the processor."""
+        return {label: None if runs_on_cpu(engine) else self._gpu for label, engine in self.engines.items()}
 
     def _latencies(self) -> list[Measured]:
         return [found for found in self.measured if found.measure == "timings"]

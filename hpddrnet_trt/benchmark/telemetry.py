@@ -1,11 +1,9 @@
 """What the hardware says about itself while engines are timed: clocks, power, temperature, energy, memory.
 
-GPUs are read through NVML (package ``nvidia-ml-py``, module ``pynvml``; optional), a processor's energy
-through Linux' power capping interface (RAPL; usually readable by the administrator only). Whatever is
-not there, or not supported by a GPU, is None: a benchmark must not fail over a thermometer.
+Read through NVML (package ``nvidia-ml-py``, module ``pynvml``; optional). Whatever is not there, or not
+supported by a GPU, is None: a benchmark must not fail over a thermometer.
 
-Sources: NVIDIA, NVML API reference, device queries and ``nvmlClocksEventReasons``; Linux kernel,
-``Documentation/power/powercap/powercap.rst``.
+Source: NVIDIA, NVML API reference, device queries and ``nvmlClocksEventReasons``.
 """
 
 from __future__ import annotations
@@ -14,16 +12,14 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from hpddrnet_trt.benchmark.result import GpuState
 
 PERIOD_S = 0.1  # between two looks at the GPU
 THROTTLED_SHARE = 0.01  # of the looks, below which a reason for slowing down is not worth a warning
-POWERCAP = Path("/sys/class/powercap")
 _MIB = 1 << 20
 # nvmlClocksEventReason bits. Bit 0 (idle) is left out: it is no slowing down.
 _THROTTLE_REASONS = {
@@ -37,14 +33,6 @@ _THROTTLE_REASONS = {
     0x100: "display clocks",
 }
 _Value = TypeVar("_Value")
-
-
-class EnergyCounter(Protocol):
-    """Something that counts joules."""
-
-    def joules(self) -> float | None:
-        """Energy used since some fixed moment; None when it cannot be read."""
-        ...
 
 
 class Gpu:
@@ -175,62 +163,23 @@ class GpuWatch:
             self._reasons[reason] = self._reasons.get(reason, 0) + 1
 
 
-class PackageEnergy:
-    """Energy of all processor packages (cores, caches, memory controller), from RAPL.
-
-    The counters wrap around after minutes to hours. Differences of :meth:`joules` are right as long as
-    the two readings are less than one such period apart.
-    """
-
-    def __init__(self, zones: list[Path]) -> None:
-        self._zones = zones
-        self._ranges = [_integer(zone / "max_energy_range_uj") for zone in zones]
-        self._last = [_integer(zone / "energy_uj") for zone in zones]
-        self._total_uj = 0
-
-    @classmethod
-    def open(cls, root: Path = POWERCAP) -> PackageEnergy | None:
-        """The packages' counters, None where there are none or this user may not read them."""
-        try:
-            # AMD's are found under Intel's name too. Parts of a package (intel-rapl:0:0) are counted in it.
-            zones = [zone for zone in sorted(root.glob("*-rapl:*")) if zone.name.count(":") == 1]
-            packages = [zone for zone in zones if (zone / "name").read_text("ascii").startswith("package")]
-            return cls(packages) if packages else None
-        except (OSError, ValueError):
-            return None
-
-    def joules(self) -> float | None:
-        try:
-            now = [_integer(zone / "energy_uj") for zone in self._zones]
-        except (OSError, ValueError):
-            return None
-        for value, last, span in zip(now, self._last, self._ranges, strict=True):
-            self._total_uj += value - last if value >= last else value - last + span
-        self._last = now
-        return self._total_uj / 1e6
-
-
 class EnergyUse:
     """Joules between entering and leaving, added up over all uses; None once a reading was missing."""
 
-    def __init__(self, counter: EnergyCounter | None) -> None:
-        self._counter = counter
+    def __init__(self, gpu: Gpu | None) -> None:
+        self._gpu = gpu
         self._start: float | None = None
-        self.joules: float | None = None if counter is None else 0.0
+        self.joules: float | None = None if gpu is None else 0.0
 
     def __enter__(self) -> EnergyUse:
-        self._start = None if self._counter is None else self._counter.joules()
+        self._start = None if self._gpu is None else self._gpu.joules()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        end = None if self._counter is None else self._counter.joules()
+        end = None if self._gpu is None else self._gpu.joules()
         if self._start is None or end is None or self.joules is None:
             self.joules = None
         else:
             self.joules += end - self._start
-
-
-def _integer(file: Path) -> int:
-    return int(file.read_text("ascii"))

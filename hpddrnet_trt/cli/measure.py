@@ -115,7 +115,6 @@ def _report(result: BenchmarkResult, output: Path, old: BenchmarkResult | None, 
     from hpddrnet_trt.benchmark.compare import compare, differences, format_changes
     from hpddrnet_trt.benchmark.text import format_table
     from hpddrnet_trt.report.benchmark import write_report
-    from hpddrnet_trt.report.comparison_page import write_comparison
     from hpddrnet_trt.report.folders import publish_report
 
     written = write_report(result, output)
@@ -123,7 +122,6 @@ def _report(result: BenchmarkResult, output: Path, old: BenchmarkResult | None, 
     if old is not None:
         changes = compare(old, result)
         typer.echo(f"\nsince {old.created}:\n{format_changes(changes, differences(old, result))}")
-        typer.echo(f"comparison: {write_comparison(old, result, changes, output / 'comparison.html')}")
     if publish is not None:
         typer.echo(f"published: {publish_report(written, result, publish)}")
     typer.echo(f"report: {written.html}")

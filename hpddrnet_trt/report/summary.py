@@ -92,8 +92,8 @@ def _other_measures(result: BenchmarkResult) -> list[str]:
         )
     if any(timing.joules_per_image is not None for row in rows for timing in row.throughput):
         said.append(
-            "J/image is what the whole GPU board, or for CPU engines the processor packages, used in the pipelined "
-            "rounds, idle power included and the other of the two left out, divided by the images of those rounds."
+            "J/image is what the whole GPU board used in the pipelined rounds, idle power included and the processor "
+            "left out, divided by the images of those rounds."
         )
     if any(row.layers for row in rows):
         said.append(

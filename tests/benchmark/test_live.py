@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -158,3 +159,28 @@ def test_micrographs_of_different_sizes_and_a_model_that_is_not_there(
     assert ended.value.code == 2
     assert "of one size" in capsys.readouterr().err
     assert not (tmp_path / "live.json").exists()
+
+
+def test_micromanagers_frames_are_counted_with_and_without_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level = logging.getLogger().level
+    monkeypatch.setenv("PYMM_LOG_FILE", "no")
+    pytest.importorskip("pymmcore_plus")
+    logging.getLogger().setLevel(level)  # importing it turns the root logger to DEBUG
+    for seed in range(3):
+        Image.fromarray(grey_image(32, 32, seed)).save(tmp_path / f"{seed}.png")
+    source = live.MicroManagerSource(tmp_path, exposure_ms=20.0)
+    try:
+        alone, lasted = source.acquire(0.4, None)
+        assert lasted >= 0.4
+        assert 1 <= alone <= lasted / 0.02 + 1  # 50 frames/s at most
+        with Stream(lambda: Segmenter(ToyEngine(manifest("logits"))), nice=0) as stream:
+            stream.wait_ready(10)
+            together, _ = source.acquire(0.4, stream)
+            submitted = stream.statistics().submitted
+            assert 1 <= together <= submitted  # frames before the count and during the cancel come on top
+            source.acquire(0.1, None)
+            assert stream.statistics().submitted == submitted  # not connected any more
+    finally:
+        source.close()

@@ -13,7 +13,7 @@ from hpddrnet_trt.benchmark import measures
 from hpddrnet_trt.benchmark.frame import frames_to_labels
 from hpddrnet_trt.benchmark.measures import Case, Stopwatch, batches_per_round
 from hpddrnet_trt.benchmark.result import Settings
-from hpddrnet_trt.benchmark.telemetry import GpuWatch
+from hpddrnet_trt.benchmark.telemetry import Gpu, GpuWatch
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.engines.base import EngineBase, Prediction
@@ -95,8 +95,8 @@ def test_network_only_runs_what_was_bound_and_nothing_else(
     assert found.laps.failures == {"plain": "this engine cannot run the network alone", "broken": "out of memory"}
 
 
-class Counter:
-    """An energy counter that gains 3 J with every reading."""
+class Counter(Gpu):
+    """A GPU whose energy counter gains 3 J with every reading."""
 
     def __init__(self) -> None:
         self.total = 0.0

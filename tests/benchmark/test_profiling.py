@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.benchmark.test_suite import QUICK
 
 from hpddrnet_trt.benchmark import Entry, Settings, entries_for, load_images, measures, run_benchmark
 from hpddrnet_trt.benchmark.result import Ceilings
 from hpddrnet_trt.core.errors import MissingDependency
 from hpddrnet_trt.report.folders import model_files
 from tests.benchmark.conftest import image_set
+from tests.benchmark.test_run import QUICK
 
 PLAN = {**QUICK, "rounds": 5, "network_only": True, "throughput": True, "layers": True, "roofline": True}
 

@@ -17,7 +17,7 @@ from hpddrnet_trt.benchmark import (
     entries_for,
     measures,
     run_benchmark,
-    starting,
+    startup,
 )
 from hpddrnet_trt.benchmark import probe as probing
 from hpddrnet_trt.benchmark.entries import precision_of
@@ -197,7 +197,7 @@ def test_ctrl_c_before_anything_is_finished_goes_to_the_caller(models: Path, mon
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(starting, "probe", stop)
+    monkeypatch.setattr(startup, "probe", stop)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
 

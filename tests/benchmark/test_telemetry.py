@@ -1,4 +1,4 @@
-"""What is read from the driver and the kernel, against stand-ins for both."""
+"""What is read from the driver, against a stand-in."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hpddrnet_trt.benchmark.telemetry import EnergyUse, Gpu, GpuWatch, PackageEnergy
+from hpddrnet_trt.benchmark.telemetry import EnergyUse, Gpu, GpuWatch
 
 
 class FakeNvmlError(Exception):
@@ -140,38 +139,6 @@ def test_the_watch_looks_from_its_own_thread_only_while_entered(name: str, monke
     assert (state.power_w, state.temperature_c) == (650.5, 40 + nvml.looks)
     share = f"({(nvml.looks - 5) / nvml.looks:.0%} of the time)"
     assert state.throttled == [f"power limit {share}", f"temperature (hardware) {share}"]
-
-
-def write_zone(root: Path, name: str, title: str, microjoules: int, span: int = 1_000_000) -> Path:
-    zone = root / name
-    zone.mkdir(exist_ok=True)
-    for file, content in (("name", title), ("energy_uj", microjoules), ("max_energy_range_uj", span)):
-        (zone / file).write_text(f"{content}\n")
-    return zone
-
-
-def test_packages_are_added_up_and_wrap_around(tmp_path: Path) -> None:
-    first = write_zone(tmp_path, "intel-rapl:0", "package-0", 900_000)
-    second = write_zone(tmp_path, "intel-rapl:1", "package-1", 100_000)
-    write_zone(tmp_path, "intel-rapl:0:0", "core", 5)  # part of the package
-    write_zone(tmp_path, "intel-rapl:2", "psys", 5)  # the whole platform: holds the packages again
-    energy = PackageEnergy.open(tmp_path)
-    assert energy is not None
-    assert energy.joules() == 0
-    (second / "energy_uj").write_text("350000\n")
-    assert energy.joules() == pytest.approx(0.25)
-    (first / "energy_uj").write_text("50000\n")  # 0.15 J later, around the corner
-    assert energy.joules() == pytest.approx(0.40)
-    (first / "energy_uj").unlink()
-    assert energy.joules() is None
-
-
-def test_no_readable_package_is_no_counter(tmp_path: Path) -> None:
-    assert PackageEnergy.open(tmp_path / "absent") is None
-    assert PackageEnergy.open(tmp_path) is None
-    write_zone(tmp_path, "intel-rapl:0", "package-0", 1)
-    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()  # as unreadable to a user who is not the administrator
-    assert PackageEnergy.open(tmp_path) is None
 
 
 def test_energy_is_that_between_entering_and_leaving(nvml: FakeNvml) -> None:

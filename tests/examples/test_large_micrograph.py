@@ -1,11 +1,8 @@
-"""The example and the measuring script for large micrographs."""
+"""The example for large micrographs."""
 
 from __future__ import annotations
 
-import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -43,24 +40,3 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert lines[0].startswith(f"a.png: {width} x {height} pixels")
         assert any(line.startswith(last) for line in lines)
         assert lines[-1] == f"written to {tmp_path / 'labels.png'}"
-
-
-def test_the_measuring_script(tmp_path: Path) -> None:
-    pytest.importorskip("psutil")
-    model = write_toy_onnx(tmp_path / "toy.onnx", manifest("labels"))
-    for seed in range(3):
-        cv2.imwrite(str(tmp_path / f"{seed}.png"), grey_image(60, 90, seed))
-    command = [
-        sys.executable, str(REPOSITORY / "benchmarks" / "large_micrograph.py"), str(tmp_path), "--model", str(model),
-        "--sides", "256", "--tile", "64", "--whole", "--runs", "1", "--threads", "1", "--output",
-        str(tmp_path / "found.json"),
-    ]  # fmt: skip
-    child = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ}, timeout=120)
-    assert child.returncode == 0, child.stderr
-    tiles, whole = json.loads((tmp_path / "found.json").read_text())["runs"]
-    assert (tiles["mode"], whole["mode"]) == ("tiles", "whole")
-    assert tiles["tiling"]["tiles"] == 25
-    assert tiles["agreement"] == 1.0
-    assert 0 < tiles["seconds"] < 60
-    assert tiles["peak_mib"] > tiles["added_mib"] >= 0
-    assert "256x256" in child.stderr  # progress
