@@ -18,7 +18,7 @@ from hpddrnet_trt.core.manifest import (
     NetworkConfig,
     OutputContract,
 )
-from hpddrnet_trt.core.scores import arg_max
+from hpddrnet_trt.core.metrics import arg_max
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
 
 CLASSES = [

@@ -106,7 +106,7 @@ def _mixed(frontier: Frontier, floating: tuple[str, ...]) -> MixedPrecisionRecor
             {
                 "floating": float(len(point.floating)),
                 "milliseconds": point.milliseconds,
-                "miou_drop_points": point.accuracy.drop,
+                "masked_miou_drop_points": point.accuracy.drop,
                 "agreement": point.accuracy.agreement,
             }
             for point in frontier.points

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpddrnet_trt.accuracy.evaluate import fitting, samples_of
 from hpddrnet_trt.accuracy.results import Assessment, Grey8, ImageResult, Picture, origin_of
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
 from hpddrnet_trt.data.preprocess import Mode
 from hpddrnet_trt.inference import Segmenter
@@ -40,12 +40,12 @@ def assess(
     segmenter = fitting(segmenter, dataset, mode)
     dataset.split(split)  # an unknown split is told before all files are read
     origin = origin_of(segmenter, dataset, split, model_file)
-    total = ConfusionMatrix(len(dataset.classes))
+    total = LabelComparison(len(dataset.classes))
     images: list[ImageResult] = []
     ranking = _Ranking(worst)
     for sample, grey, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
         labels = segmenter.segment(grey).labels
-        matrix = ConfusionMatrix(len(dataset.classes))
+        matrix = LabelComparison(len(dataset.classes))
         matrix.update(labels, mask)
         total.add(matrix)
         images.append(_result(sample, mask, matrix))
@@ -53,7 +53,7 @@ def assess(
     return Assessment(origin, dataset.classes, images, total.counts, total.scores(), ranking.pictures)
 
 
-def _result(sample: Sample, mask: Grey8, matrix: ConfusionMatrix) -> ImageResult:
+def _result(sample: Sample, mask: Grey8, matrix: LabelComparison) -> ImageResult:
     height, width = mask.shape
     return ImageResult(sample.name, sample.group, height, width, matrix.counts, matrix.scores())
 

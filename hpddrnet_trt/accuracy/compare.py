@@ -36,7 +36,7 @@ from hpddrnet_trt.accuracy.comparison_layers import (
 )
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Manifest, read_manifest
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.outputs import to_prediction
 from hpddrnet_trt.export import images as micrographs
@@ -247,7 +247,7 @@ class _Tally:
 
     def __init__(self, class_names: list[str]) -> None:
         self._names = class_names
-        self._matrix = ConfusionMatrix(len(class_names))
+        self._matrix = LabelComparison(len(class_names))
         self._worst = 1.0
         self._differing = self._near = 0
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
-from hpddrnet_trt.core.metrics import ConfusionMatrix, Scores
+from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
 from hpddrnet_trt.data.preprocess import Mode
 from hpddrnet_trt.inference import Segmenter
@@ -35,10 +35,10 @@ def evaluate(
     :class:`BadInputFile` for a mask that does not fit its image or the classes.
     """
     segmenter = fitting(segmenter, dataset, mode)
-    matrix = ConfusionMatrix(len(segmenter.manifest.classes))
+    comparison = LabelComparison(len(segmenter.manifest.classes))
     for _, image, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
-        matrix.update(segmenter.segment(image).labels, mask)
-    return matrix.scores()
+        comparison.update(segmenter.segment(image).labels, mask)
+    return comparison.scores()
 
 
 def fitting(segmenter: Segmenter, dataset: FolderDataset, mode: Mode | None = None) -> Segmenter:

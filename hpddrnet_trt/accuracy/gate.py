@@ -67,7 +67,7 @@ class Gate:
         logger.info("%s keeps its budget (%s): %s", target, self.budget, found.text())
         evidence = found.evidence(WHAT, source_text)
         limits = {
-            "allowed_miou_drop_points": self.budget.max_miou_drop,
+            "allowed_masked_miou_drop_points": self.budget.max_miou_drop,
             "required_agreement": self.budget.min_agreement,
         }
         kept = {name: value for name, value in limits.items() if value is not None}
@@ -146,8 +146,9 @@ def _refusal(breaches: list[str], found: Accuracy, source: str, manifest: Manife
         how += f" {len(manifest.mixed.floating)} of {manifest.mixed.layers} layers are FP16, chosen on another split."
         advice = "allow more, choose on more micrographs or for a smaller loss than is allowed here, or use FP16"
     return (
-        f"{str(manifest.precision).upper()} misses the budget on {source}: {'; '.join(breaches)} (mIoU "
-        f"{100 * found.miou:.2f} % instead of {100 * found.reference_miou:.2f} %; class {worst!r} changed most, IoU "
-        f"against FP32 {found.class_ious[worst]:.3f}; {found.runtime}).{how} {target} was not written: {advice}"
+        f"{str(manifest.precision).upper()} misses the budget on {source}: {'; '.join(breaches)} (masked mIoU "
+        f"{100 * found.masked_miou:.2f} % instead of {100 * found.reference_masked_miou:.2f} %; class {worst!r} "
+        f"changed most, IoU against FP32 {found.class_ious[worst]:.3f}; {found.runtime}).{how} "
+        f"{target} was not written: {advice}"
     )
 

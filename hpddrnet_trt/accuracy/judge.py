@@ -20,7 +20,7 @@ import numpy.typing as npt
 from hpddrnet_trt.accuracy.evaluate import fitting, samples_of
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import Evidence, Manifest
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.graph.model import save_model
@@ -38,12 +38,14 @@ _AGAINST_REFERENCE = "iou_against_reference/"  # evidence: this and the class na
 class Accuracy:
     """A candidate beside the FP32 reference, on the same images; fractions, 0..1.
 
-    mIoU is of the classes that occur in the masks, for both. Over classes that only predictions hold, as
-    :mod:`hpddrnet_trt.core.metrics` counts them, one pixel of an absent class would weigh as much as a whole class.
+    What is lost is told, and decided, in ``masked_miou``, the mIoU of the classes in the masks
+    (:mod:`hpddrnet_trt.core.metrics`): in ``miou`` one pixel of an absent class would weigh as much as a whole class.
     """
 
     miou: float
+    masked_miou: float
     reference_miou: float
+    reference_masked_miou: float
     agreement: float  # share of all pixels with the reference's label
     class_ious: dict[str, float]  # candidate's labels against the reference's, classes that occur
     images: int
@@ -51,8 +53,8 @@ class Accuracy:
 
     @property
     def drop(self) -> float:
-        """mIoU lost against the reference, in points (percent); negative where the candidate is better."""
-        return 100 * (self.reference_miou - self.miou)
+        """Masked mIoU lost against the reference, in percentage points; negative where the candidate is better."""
+        return 100 * (self.reference_masked_miou - self.masked_miou)
 
     @property
     def fidelity(self) -> float:
@@ -62,21 +64,23 @@ class Accuracy:
     def text(self) -> str:
         """One line for people."""
         return (
-            f"mIoU {100 * self.miou:.2f} % ({-self.drop:+.2f} points against FP32's "
-            f"{100 * self.reference_miou:.2f} %), "
+            f"masked mIoU {100 * self.masked_miou:.2f} % ({-self.drop:+.2f} points against FP32's "
+            f"{100 * self.reference_masked_miou:.2f} %), mIoU {100 * self.miou:.2f} %, "
             f"labels equal on {100 * self.agreement:.3f} % of the pixels, {self.images} images, {self.runtime}"
         )
 
     def cells(self) -> str:
-        """Change of mIoU in points, equal labels and IoU to FP32, as three columns of a table."""
+        """Change of masked mIoU in percentage points, equal labels and IoU to FP32, as three columns of a table."""
         return f"{-self.drop:>+7.2f}  {100 * self.agreement:>11.3f}%  {100 * self.fidelity:>10.2f}%"
 
     def evidence(self, what: str, source: str) -> Evidence:
         """The same for a model file's description."""
         values = {
             "miou": self.miou,
+            "masked_miou": self.masked_miou,
             "reference_miou": self.reference_miou,
-            "miou_drop_points": self.drop,
+            "reference_masked_miou": self.reference_masked_miou,
+            "masked_miou_drop_points": self.drop,
             "agreement": self.agreement,
             **{f"{_AGAINST_REFERENCE}{name}": value for name, value in self.class_ious.items()},
         }
@@ -104,10 +108,11 @@ class Judge:
         try:
             # Of the labels that candidates are compared with, whoever gave them, and of the masks.
             digest = hashlib.sha256(f"{dataset.checksum()} {split} {dataset.class_names}".encode())
-            self.reference_miou, self.images = self._measure_reference(fitting(reference, dataset), digest)
+            self.reference = self._measure_reference(fitting(reference, dataset), digest)
         except BaseException:
             self._folder.cleanup()
             raise
+        self.images = self.reference.images
         self.reference_runtime = reference.engine.runtime
         self.digest = digest.hexdigest()
 
@@ -122,23 +127,25 @@ class Judge:
         Raises :class:`ContractError` when it cuts a micrograph otherwise than the reference does.
         """
         names = self._dataset.class_names
-        masks, reference = ConfusionMatrix(len(names)), ConfusionMatrix(len(names))
+        against_masks, against_reference = LabelComparison(len(names)), LabelComparison(len(names))
         fitting(candidate, self._dataset)
 
         def add(index: int, image: Labels, mask: Labels) -> None:
             result = candidate.segment(image)
             self._check_tiles(index, image, _tile_of(result))
             labels = result.labels
-            masks.update(labels, mask)
-            reference.update(labels, self._recall(index))
+            against_masks.update(labels, mask)
+            against_reference.update(labels, self._recall(index))
 
         self._each(title, add)
-        found = reference.scores()
+        scores = against_masks.scores()
         return Accuracy(
-            miou=_miou(masks),
-            reference_miou=self.reference_miou,
-            agreement=found.pixel_accuracy,
-            class_ious={name: iou for name, iou in zip(names, found.iou, strict=True) if not np.isnan(iou)},
+            miou=scores.miou,
+            masked_miou=scores.masked_miou,
+            reference_miou=self.reference.miou,
+            reference_masked_miou=self.reference.masked_miou,
+            agreement=against_reference.agreement,
+            class_ious=against_reference.class_ious(names),
             images=self.images,
             runtime=candidate.engine.runtime,
         )
@@ -172,25 +179,25 @@ class Judge:
     ) -> None:
         self.close()
 
-    def _measure_reference(self, reference: Segmenter, digest: hashlib._Hash) -> tuple[float, int]:
-        matrix = ConfusionMatrix(len(self._dataset.class_names))
+    def _measure_reference(self, reference: Segmenter, digest: hashlib._Hash) -> Scores:
+        comparison = LabelComparison(len(self._dataset.class_names))
 
         def add(index: int, image: Labels, mask: Labels) -> None:
             result = reference.segment(image)
             labels, self._tiles[index] = result.labels, _tile_of(result)
             digest.update(np.ascontiguousarray(labels).data)
             np.savez_compressed(self._kept(index), labels=labels)
-            matrix.update(labels, mask)
+            comparison.update(labels, mask)
 
         self._each(f"FP32 reference on {self._split}", add)
-        if not matrix.images:
+        if not comparison.images:
             raise UsageError(f"split {self._split!r} of {self._dataset.root} holds no images to judge on")
-        if not matrix.counts.any():
+        if not comparison.counts.any():
             raise UsageError(
                 f"the masks of split {self._split!r} of {self._dataset.root} label no pixel (all are 255, ignore), "
                 "so there is no mIoU; choose another split"
             )
-        return _miou(matrix), matrix.images
+        return comparison.scores()
 
     def _check_tiles(self, index: int, image: Labels, tile: tuple[int, int] | None) -> None:
         if tile != self._tiles[index]:
@@ -222,12 +229,6 @@ def _tile_of(result: Segmentation) -> tuple[int, int] | None:
 
 def _how(tile: tuple[int, int] | None) -> str:
     return "whole" if tile is None else f"in tiles of {tile[0]} x {tile[1]}"
-
-
-def _miou(matrix: ConfusionMatrix) -> float:
-    """Mean IoU of the classes that occur in the masks; see :class:`Accuracy`."""
-    occurs = matrix.counts.any(axis=1)
-    return float(np.mean(np.asarray(matrix.scores().iou)[occurs]))
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:

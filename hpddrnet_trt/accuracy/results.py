@@ -74,7 +74,7 @@ def origin_of(
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image: ``counts`` int64 ``[classes, classes + 1]`` of (true, predicted) pixels, see ``ConfusionMatrix``."""
+    """One image: ``counts`` int64 ``[classes, classes + 1]`` of (true, predicted) pixels, see ``LabelComparison``."""
 
     name: str
     group: str | None

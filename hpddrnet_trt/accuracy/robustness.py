@@ -13,7 +13,7 @@ from tqdm import tqdm
 from hpddrnet_trt.accuracy.evaluate import fitting, samples_of
 from hpddrnet_trt.accuracy.results import Grey8, plain
 from hpddrnet_trt.core.errors import ContractError
-from hpddrnet_trt.core.metrics import ConfusionMatrix, Scores
+from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.core.text import percent
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.preprocess import Mode
@@ -156,7 +156,7 @@ class _Run:
 
     def __init__(self, shift: Shift, value: float, num_classes: int) -> None:
         self.shift, self.value = shift, value
-        self.matrix = ConfusionMatrix(num_classes)
+        self.matrix = LabelComparison(num_classes)
         self.reason: str | None = None
 
     def add(self, segmenter: Segmenter, image: Grey8, mask: Grey8, rng: np.random.Generator) -> None:

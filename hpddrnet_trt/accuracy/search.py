@@ -51,7 +51,7 @@ class Frontier:
             f"{self.precision.upper()} with some of {self.layers} layers in FP16, on {self.source}",
             f"budget: {self.budget}",
             f"time: {self.cost_source}",
-            f"{'float layers':>12}  {'time':>9}  {'mIoU':>7}  {'labels equal':>12}  budget",
+            f"{'float layers':>12}  {'time':>9}  {'masked':>7}  {'labels equal':>12}  budget",
         ]
         for point in self.points:
             found = point.accuracy

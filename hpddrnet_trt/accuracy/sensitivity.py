@@ -51,8 +51,8 @@ class Sensitivity:
         width = max(len(self.by), *(len(short(part.name)) for part in rows), len("all of them"))
         lines = [
             f"{self.precision.upper()} in one {self.by} at a time, on {self.source} "
-            f"({self.together.images} images, FP32 mIoU {100 * self.together.reference_miou:.2f} %)",
-            f"{'':>3}  {self.by:<{width}}  {'MACs':>6}  {'mIoU':>7}  {'labels equal':>12}  {'IoU to FP32':>11}",
+            f"({self.together.images} images, FP32 masked mIoU {100 * self.together.reference_masked_miou:.2f} %)",
+            f"{'':>3}  {self.by:<{width}}  {'MACs':>6}  {'masked':>7}  {'labels equal':>12}  {'IoU to FP32':>11}",
         ]
         for rank, part in enumerate(rows, start=1):
             lines.append(f"{rank:>3}  {_row(short(part.name), width, part.accuracy, part.operations)}")

@@ -40,14 +40,14 @@ class Survey:
         first = self.rows[0].accuracy
         width = max(len(row.name) for row in self.rows)
         lines = [
-            f"{self.source}, {first.images} images, FP32 mIoU {100 * first.reference_miou:.2f} %",
-            f"{'precision':<{width}}  {'8-bit convolutions':>18}  {'mIoU':>7}  {'change':>7}  {'labels equal':>12}  "
+            f"{self.source}, {first.images} images, FP32 masked mIoU {100 * first.reference_masked_miou:.2f} %",
+            f"{'precision':<{width}}  {'8-bit convolutions':>18}  {'masked':>7}  {'change':>7}  {'labels equal':>12}  "
             f"{'IoU to FP32':>11}",
         ]
         for row in self.rows:
             found = row.accuracy
             lines.append(
-                f"{row.name:<{width}}  {row.layers:>12} of {self.convolutions:<2}  {100 * found.miou:>6.2f}%  "
+                f"{row.name:<{width}}  {row.layers:>12} of {self.convolutions:<2}  {100 * found.masked_miou:>6.2f}%  "
                 f"{found.cells()}"
             )
         lines.append("rounding of FP16, BF16 and FP8 is simulated, sums are accumulated in FP32")

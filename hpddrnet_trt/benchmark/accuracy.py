@@ -8,11 +8,11 @@ import numpy as np
 
 from hpddrnet_trt.benchmark.images import Grey8
 from hpddrnet_trt.benchmark.result import Accuracy
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 
 
 class Scores:
-    """Confusion matrices and agreement counts of all entries over the images seen so far.
+    """Labels of all entries against the masks, and against the reference's, over the images seen so far.
 
     ``labels``: the entries' labels; ``reference``: the one that agreement refers to, or None;
     ``classes``: their number.
@@ -20,9 +20,8 @@ class Scores:
 
     def __init__(self, labels: Sequence[str], reference: str | None, classes: int) -> None:
         self.entries, self.reference = list(labels), reference
-        self._matrices = {label: ConfusionMatrix(classes) for label in labels}
-        self._equal = dict.fromkeys(labels, 0)
-        self._pixels = dict.fromkeys(labels, 0)
+        self._against_masks = {label: LabelComparison(classes) for label in labels}
+        self._against_reference = {label: LabelComparison(classes) for label in labels}
         self._images = dict.fromkeys(labels, 0)
 
     def add(self, found: Mapping[str, Grey8], mask: Grey8 | None) -> None:
@@ -32,24 +31,24 @@ class Scores:
         for label, labels in found.items():
             self._images[label] += 1
             if mask is not None:
-                self._matrices[label].update(labels, mask)
+                self._against_masks[label].update(labels, mask)
             if reference is not None:
-                self._equal[label] += int(np.count_nonzero(labels == reference))
-                self._pixels[label] += labels.size
+                self._against_reference[label].update(labels, reference)
 
     def accuracy(self, label: str) -> Accuracy | None:
         """Figures of an entry that labelled every image seen, else None."""
         if label not in self.entries or not self._images[label]:
             return None
-        matrix = self._matrices[label]
-        scores = matrix.scores() if matrix.images else None
+        comparison = self._against_masks[label]
+        scores = comparison.scores()
         return Accuracy(
             images=self._images[label],
-            agreement=self._equal[label] / self._pixels[label] if self._pixels[label] else None,
-            masked_images=matrix.images,
-            miou=_number(scores.miou) if scores else None,
-            pixel_accuracy=_number(scores.pixel_accuracy) if scores else None,
-            iou=[_number(value) for value in scores.iou] if scores else [],
+            agreement=_number(self._against_reference[label].agreement),
+            masked_images=comparison.images,
+            miou=_number(scores.miou),
+            masked_miou=_number(scores.masked_miou),
+            pixel_accuracy=_number(scores.pixel_accuracy),
+            iou=[_number(value) for value in scores.iou] if comparison.images else [],
         )
 
 

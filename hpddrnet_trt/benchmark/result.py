@@ -197,6 +197,7 @@ class Accuracy(_Record):
     agreement: float | None  # share of pixels labelled as the reference does
     masked_images: int = 0
     miou: float | None = None
+    masked_miou: float | None = None  # of the classes in the masks; see hpddrnet_trt.core.metrics
     pixel_accuracy: float | None = None
     iou: list[float | None] = []
 
@@ -303,7 +304,7 @@ _CSV_COLUMNS = [
     "label", "precision", "attention", "runtime", "status", "reason", "measure", "height", "width", "batch", "rounds",
     "warmup", "steady", "images_per_s", "p50_ms", "p95_ms", "p99_ms", "max_ms", "ratio", "ratio_low", "ratio_high",
     "ratio_wide", "ratio_paired", "joules_per_image", "build_s", "load_s", "first_s", "host_peak_mib", "device_mib",
-    "file", "file_bytes", "images", "agreement", "miou", "pixel_accuracy",
+    "file", "file_bytes", "images", "agreement", "miou", "masked_miou", "pixel_accuracy",
 ]  # fmt: skip
 
 
@@ -321,7 +322,7 @@ def _csv_row(row: Row, classes: list[ClassInfo]) -> dict[str, Any]:
     if row.start is not None:
         values |= row.start.model_dump(exclude={"frame"})
     if row.accuracy is not None:
-        values |= row.accuracy.model_dump(include={"images", "agreement", "miou", "pixel_accuracy"})
+        values |= row.accuracy.model_dump(include={"images", "agreement", "miou", "masked_miou", "pixel_accuracy"})
         values |= {f"iou_{entry.name}": iou for entry, iou in zip(classes, row.accuracy.iou, strict=False)}
     return values
 

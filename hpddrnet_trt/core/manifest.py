@@ -196,7 +196,7 @@ class MixedPrecisionRecord(_Record):
     floating: list[str]  # node names, of the layers that could have been quantised
     layers: int  # how many could have been
     searched_on: str  # dataset and split
-    points: list[dict[str, float]]  # measured choices: floating layers, milliseconds, miou_drop_points, agreement
+    points: list[dict[str, float]]  # measured choices: floating layers, milliseconds, masked mIoU lost, agreement
     cost_source: str  # where the milliseconds come from
 
 
@@ -205,7 +205,7 @@ class Evidence(_Record):
 
     what: str  # e.g. "export parity", "accuracy"
     runtime: str  # engine that ran the file
-    values: dict[str, float]  # e.g. miou, reference_miou, agreement, max_abs_difference
+    values: dict[str, float]  # e.g. masked_miou, agreement, max_abs_difference
     images: int
     source: str  # dataset and split, or "random input 1x1x256x256"
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.manifest import read_manifest
-from hpddrnet_trt.core.metrics import agreement
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.runtimes import load_openvino
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
@@ -323,11 +323,13 @@ def verify_in_child(
     """
     with OnnxRuntimeEngine(path) as engine:
         expected = engine.infer(images).labels
+        comparison = LabelComparison(engine.manifest.network.num_classes)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "images.npy", Path(folder) / "labels.npy"
         np.save(source, images)
         _run_child([str(path), str(source), str(target), precision], Path(path), timeout_s)
-        share = agreement(np.load(target), expected)
+        comparison.update(np.load(target), expected)
+    share = comparison.agreement
     if not share >= minimum_agreement:
         raise UserError(
             f"OpenVINO and ONNX Runtime agree on {share:.2%} of the labels of {path}, less than "

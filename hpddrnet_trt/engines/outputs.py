@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.manifest import Manifest
-from hpddrnet_trt.core.scores import arg_max
+from hpddrnet_trt.core.metrics import arg_max
 from hpddrnet_trt.engines.base import Prediction
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, Evidence, InputContract, Manifest
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
@@ -363,23 +363,20 @@ class _Reference:
         self, labels: list[npt.NDArray[np.uint8]], runtime: str, precision: str, counts: tuple[int, int]
     ) -> Evidence:
         data = self._data
-        matrix = ConfusionMatrix(self._manifest.network.num_classes)
-        worst = 1.0
-        for got, expected in zip(labels, self._labels, strict=True):
-            matrix.update(got, expected)
-            worst = min(worst, float((got == expected).mean(axis=(1, 2)).min()))
-        scores = matrix.scores()
+        comparison = LabelComparison(self._manifest.network.num_classes)
+        for batches in zip(labels, self._labels, strict=True):
+            for got, expected in zip(*batches, strict=True):
+                comparison.update(got, expected)
         return Evidence(
             what=f"{precision.upper()} labels against the FP32 ONNX file",
             runtime=runtime,
             values={
-                "agreement": scores.pixel_accuracy,
-                "worst_crop_agreement": worst,
-                "miou_against_fp32": scores.miou,
+                "agreement": comparison.agreement,
+                "worst_crop_agreement": comparison.worst_agreement,
+                "miou_against_fp32": comparison.scores().miou,
                 **{
                     f"{_CLASS_IOU}{name}": iou
-                    for name, iou in zip(self._manifest.class_names, scores.iou, strict=True)
-                    if not np.isnan(iou)  # in neither label map
+                    for name, iou in comparison.class_ious(self._manifest.class_names).items()
                 },
                 f"{precision}_convolutions": float(counts[0]),
                 "convolutions": float(counts[1]),

@@ -16,7 +16,7 @@ from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export.images import batches, crop_size, plan_crops
 from hpddrnet_trt.export.statistics import extremes
-from hpddrnet_trt.export.verify import ComparedLabels, LabelComparison, check_labels
+from hpddrnet_trt.export.verify import ComparedLabels, LabelReference, check_labels
 from hpddrnet_trt.graph.blocks import block_of
 from hpddrnet_trt.graph.model import load_model, producers, save_model
 from hpddrnet_trt.graph.precision import Half, large_nodes, to_half
@@ -72,7 +72,7 @@ def convert_precision(
             keep.add(name)
             remarks.append(f"{name} stays in FP32: its values reach {peak:.3g}")
     what = f"conversion to {precision.upper()}"
-    comparison = LabelComparison(model, manifest, images)
+    comparison = LabelReference(model, manifest, images)
     half = to_half(model, keep, precision)
     compared = comparison.compare(half, what)
     # Simulated micrographs prove the graph, but what a network does with them is no ground for choices.
@@ -99,7 +99,7 @@ def _keep_blocks(
     model: onnx.ModelProto,
     keep: set[str],
     kind: Half,
-    comparison: LabelComparison,
+    comparison: LabelReference,
     before: ComparedLabels,
     least_iou: float,
 ) -> tuple[onnx.ModelProto, ComparedLabels, list[str]]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.core.manifest import Evidence, InputContract, Manifest
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey, to_input
@@ -122,7 +122,7 @@ class ComparedLabels(NamedTuple):
         return self.evidence.values["miou_against_fp32"]
 
 
-class LabelComparison:
+class LabelReference:
     """Labels of an FP32 graph on a few inputs, kept to compare other graphs of its contract with.
 
     ``manifest`` describes the graphs; ``images`` are micrographs, cut or mirrored to sizes that the graph
@@ -143,19 +143,18 @@ class LabelComparison:
         """
         rounded = uses_half(model)
         session = _session(simulate_rounding(model) if rounded else model)
-        matrix = ConfusionMatrix(self._manifest.network.num_classes)
+        comparison = LabelComparison(self._manifest.network.num_classes)
         finite = True
         for feed, expected in zip(self._feeds, self._labels, strict=True):
             labels, sound = self._run(session, feed)
             finite = finite and sound
             for got, wanted in zip(labels, expected, strict=True):
-                matrix.update(got, wanted)
-        scores = matrix.scores()
+                comparison.update(got, wanted)
         evidence = Evidence(
             what=what,
             runtime=f"{_runtime()}, {RUNTIME_REMARK}" if rounded else _runtime(),
-            values={"agreement": scores.pixel_accuracy, "miou_against_fp32": scores.miou},
-            images=matrix.images,
+            values={"agreement": comparison.agreement, "miou_against_fp32": comparison.scores().miou},
+            images=comparison.images,
             source=self._source,
         )
         return ComparedLabels(evidence, finite)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, UserError, require
 from hpddrnet_trt.core.manifest import Manifest
-from hpddrnet_trt.core.scores import arg_max, softmax
+from hpddrnet_trt.core.metrics import arg_max, softmax
 from hpddrnet_trt.data import preprocess as views
 from hpddrnet_trt.data.preprocess import Mode, View
 from hpddrnet_trt.engines.base import Engine, Prediction, input_contract

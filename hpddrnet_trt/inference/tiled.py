@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Manifest
-from hpddrnet_trt.core.scores import arg_max, softmax
+from hpddrnet_trt.core.metrics import arg_max, softmax
 from hpddrnet_trt.data import preprocess as views
 from hpddrnet_trt.inference.runner import Found, Inference
 from hpddrnet_trt.inference.tiling import Seams, TilePlan, TilingReport, blend, own_parts, plan_tiles

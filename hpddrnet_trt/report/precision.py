@@ -42,8 +42,9 @@ def draw_sensitivity(found: Sensitivity, target: str | Path) -> Path:
         left.margins(x=0.12, y=0.015)
         _scatter(right, found)
         figure.suptitle(
-            f"{found.source}, {found.together.images} images; grey figures: change of mIoU in points; all at once "
-            f"{-found.together.drop:+.2f} points, IoU to FP32 {100 * found.together.fidelity:.2f} %", fontsize=10,
+            f"{found.source}, {found.together.images} images; grey figures: change of masked mIoU in points; "
+            f"all at once {-found.together.drop:+.2f} points, IoU to FP32 {100 * found.together.fidelity:.2f} %",
+            fontsize=10,
         )  # fmt: skip
     return write_bytes(target, png(figure))
 
@@ -78,7 +79,7 @@ def draw_frontier(found: Frontier, target: str | Path) -> Path:
         figure = new_figure(12.0, 4.8)
         left, right = figure.subplots(1, 2)
         _choices(left, found, lambda accuracy: -accuracy.drop)
-        left.set_ylabel("change of mIoU against FP32, points")
+        left.set_ylabel("change of masked mIoU against FP32, percentage points")
         if budget.max_miou_drop is not None:
             left.axhline(-budget.max_miou_drop, color=_ORANGE, linewidth=1, linestyle="--", label="budget")
         _choices(right, found, lambda accuracy: 100 * (1 - accuracy.agreement))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, Normalisation
-from hpddrnet_trt.core.metrics import ConfusionMatrix, Scores
+from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.models.network import HPDDRNet, resize
 from hpddrnet_trt.training.config import OptimisationConfig
 from hpddrnet_trt.training.losses import CrossEntropy, SegmentationLoss
@@ -55,7 +55,7 @@ class SegmentationModule(pl.LightningModule):
         self.scores: Scores | None = None
         self.val_loss = math.nan
         self._plain_loss = CrossEntropy()
-        self._confusion = ConfusionMatrix(network.config.num_classes)
+        self._confusion = LabelComparison(network.config.num_classes)
         self._val_sums = [0.0, 0.0]  # summed loss, labelled pixels
         for name, values in (("mean", normalisation.mean), ("std", normalisation.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
@@ -112,7 +112,7 @@ class SegmentationModule(pl.LightningModule):
     # ---------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        self._confusion = ConfusionMatrix(self.network.config.num_classes)
+        self._confusion = LabelComparison(self.network.config.num_classes)
         self._val_sums = [0.0, 0.0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -15,7 +15,8 @@ REFERENCE = 0.9
 def accuracy(lost: float, **changes: Any) -> Accuracy:
     """An accuracy that lost this fraction of everything."""
     fields: dict[str, Any] = {
-        "miou": REFERENCE - lost, "reference_miou": REFERENCE, "agreement": 1 - lost,
+        "miou": REFERENCE - lost, "masked_miou": REFERENCE - lost, "reference_miou": REFERENCE,
+        "reference_masked_miou": REFERENCE, "agreement": 1 - lost,
         "class_ious": {"matrix": 1.0, "pore": 1 - 2 * lost}, "images": 2, "runtime": "formula",
     }  # fmt: skip
     return Accuracy(**{**fields, **changes})

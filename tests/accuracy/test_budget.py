@@ -14,10 +14,10 @@ def test_a_budget_says_what_is_over_it() -> None:
     assert budget.kept_by(accuracy(0.002))
     over = budget.breaches(accuracy(0.01))
     assert over == [
-        "mIoU falls by 1.00 points, 0.3 are allowed",
+        "masked mIoU falls by 1.00 points, 0.3 are allowed",
         "labels are equal on 99.00 % of the pixels, 99.5 % are needed",
     ]
-    assert str(budget) == "at most 0.3 points of mIoU lost and labels equal on at least 99.5 % of the pixels"
+    assert str(budget) == "at most 0.3 points of masked mIoU lost and labels equal on at least 99.5 % of the pixels"
 
 
 def test_a_better_candidate_keeps_any_budget_and_nan_none() -> None:

@@ -73,7 +73,7 @@ def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: 
     assert {"first", "shortcut"} <= set(manifest.mixed.floating)
     assert len(manifest.mixed.floating) < len(QUANTISABLE)
     assert choice.accuracy.drop <= 2.0
-    assert manifest.evidence[-1].values["miou_drop_points"] == choice.accuracy.drop
+    assert manifest.evidence[-1].values["masked_miou_drop_points"] == choice.accuracy.drop
     kept = [entry for entry in manifest.placement["convolutions"] if entry["name"] == "first"]  # type: ignore[index]
     assert "search" in kept[0]["reason"]
 

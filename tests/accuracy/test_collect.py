@@ -19,7 +19,7 @@ from hpddrnet_trt.accuracy.collect import _Ranking, picture
 from hpddrnet_trt.accuracy.evaluate import evaluate
 from hpddrnet_trt.accuracy.results import ImageResult, fractions, plain
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.inference import Segmenter
 from tests.accuracy.small_dataset import IGNORED_ROWS, SHAPE, WRONG_ROWS
@@ -56,7 +56,7 @@ def test_pictures_are_the_worst_and_then_the_best(segmenter: Segmenter, dataset:
 
 
 def result(name: str, miou: float) -> ImageResult:
-    scores = ConfusionMatrix(2).scores()
+    scores = LabelComparison(2).scores()
     return ImageResult(name, None, 2, 2, np.zeros((2, 3), np.int64), type(scores)(**{**vars(scores), "miou": miou}))
 
 

@@ -50,9 +50,9 @@ def test_a_sound_file_passes_with_evidence(write: Write, data: Path, tmp_path: P
     evidence = gate.verify(write("model.int8.onnx", 8.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
     assert evidence.what == WHAT
     assert evidence.images == 2
-    assert evidence.values["allowed_miou_drop_points"] == 3.0
+    assert evidence.values["allowed_masked_miou_drop_points"] == 3.0
     assert evidence.values["required_agreement"] == 0.9
-    assert evidence.values["miou_drop_points"] <= 3.0
+    assert evidence.values["masked_miou_drop_points"] <= 3.0
     assert "simulated/test, FP32: model.onnx on onnxruntime" in evidence.source
     assert "simulated rounding" in evidence.runtime
 
@@ -62,7 +62,7 @@ def test_a_broken_calibration_is_refused(write: Write, data: Path, tmp_path: Pat
     with pytest.raises(UserError) as refused:
         gate.verify(write("model.int8.onnx", 1.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
     words = str(refused.value)
-    assert words.startswith("INT8 misses the budget on simulated/test: mIoU falls by ")
+    assert words.startswith("INT8 misses the budget on simulated/test: masked mIoU falls by ")
     assert "0.5 are allowed" in words
     assert "calibrated on 1 image (method max)" in words
     assert f"{tmp_path / 'm.engine'} was not written: calibrate on more" in words

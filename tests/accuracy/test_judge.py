@@ -14,15 +14,23 @@ import onnx
 import pytest
 from PIL import Image
 
+from hpddrnet_trt.accuracy.budget import Budget
+from hpddrnet_trt.accuracy.choose import choose_precision
+from hpddrnet_trt.accuracy.evaluate import evaluate, samples_of
+from hpddrnet_trt.accuracy.gate import Gate
 from hpddrnet_trt.accuracy.judge import Judge
 from hpddrnet_trt.accuracy.trials import Recipe, Trials
+from hpddrnet_trt.benchmark import accuracy as benchmark_accuracy
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.manifest import CalibrationRecord
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.graph.rounding import simulate_rounding
 from hpddrnet_trt.inference import load_segmenter
+from tests.accuracy.fakes import FakeCost
 
 Mask = npt.NDArray[np.uint8]
 
@@ -54,7 +62,7 @@ def test_figures_are_those_of_the_labels(judge: Judge, recipe: Recipe, data: Pat
     graph = recipe.graph(recipe.layers[:2], half=False)
     found = judge.score_graph(graph, recipe.described(recipe.layers[:2], half=False))
     path = save_model(graph, tmp_path / "it.onnx", recipe.described(recipe.layers[:2], half=False))
-    masks, labels = ConfusionMatrix(3), ConfusionMatrix(3)
+    masks, labels = LabelComparison(3), LabelComparison(3)
     dataset = FolderDataset.open(data)
     with load_segmenter(path) as candidate, load_segmenter(fp32) as reference:
         for sample in dataset.split("val"):
@@ -62,13 +70,13 @@ def test_figures_are_those_of_the_labels(judge: Judge, recipe: Recipe, data: Pat
             got = candidate.segment(image).labels
             masks.update(got, mask)
             labels.update(got, reference.segment(image).labels)
-    assert found.miou == masks.scores().miou
-    assert found.agreement == labels.scores().pixel_accuracy < 1
+    assert (found.miou, found.masked_miou) == (masks.scores().miou, masks.scores().masked_miou)
+    assert found.agreement == labels.agreement < 1
     assert list(found.class_ious.values()) == labels.scores().iou
-    assert found.drop == pytest.approx(100 * (judge.reference_miou - found.miou))
+    assert found.drop == pytest.approx(100 * (judge.reference.masked_miou - found.masked_miou))
     evidence = found.evidence("a test", judge.source)
-    assert evidence.values["miou_drop_points"] == found.drop
-    assert set(evidence.values) >= {"iou_against_reference/dark", "agreement", "reference_miou"}
+    assert evidence.values["masked_miou_drop_points"] == found.drop
+    assert set(evidence.values) >= {"iou_against_reference/dark", "agreement", "miou", "reference_masked_miou"}
 
 
 def test_half_precision_is_rounded_and_says_so(judge: Judge, fp32: Path) -> None:
@@ -126,7 +134,7 @@ def test_nothing_quantised_is_the_network_itself(judge: Judge, recipe: Recipe) -
     found = Trials(recipe, judge).measure([])
     assert (found.agreement, found.drop) == (1, 0)
     assert recipe.described([], half=True).precision == "fp16"
-    assert np.isclose(found.miou, judge.reference_miou)
+    assert np.isclose(found.masked_miou, judge.reference.masked_miou)
 
 
 def with_masks(data: Path, target: Path, change: Callable[[Mask], Mask]) -> FolderDataset:
@@ -147,9 +155,33 @@ def test_a_class_that_no_mask_holds_does_not_decide(fp32: Path, data: Path, reci
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
     with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as judge:
         found = judge.score_graph(model, manifest)
-    assert judge.reference_miou > 0.8
+    assert judge.reference.masked_miou > 0.8 > judge.reference.miou
     assert abs(found.drop) < 5
     assert found.agreement < 1  # of all pixels, those that the masks leave out too
+
+
+def test_all_places_give_the_same_two_means(fp32: Path, data: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """One file's labels, and masks without one of its classes: what `evaluate`, `benchmark`, the gate and
+    `choose-precision` say of them."""
+    dataset = with_masks(data, tmp_path / "absent", lambda mask: np.where(mask == 2, np.uint8(255), mask))
+    budget, target = Budget(min_agreement=0), tmp_path / "chosen.onnx"
+    record = CalibrationRecord(method="max", images=1, images_sha256="0", source="one image", tool="a test")
+    cost = FakeCost(dict.fromkeys(recipe.layers, 1.0))
+    with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as judge:
+        choice = choose_precision(Trials(recipe, judge), target, budget, cost, calibration=record, progress=False)
+    model, manifest = load_model(target)
+    with load_segmenter(save_model(simulate_rounding(model), tmp_path / "rounded.onnx", manifest)) as segmenter:
+        scores = evaluate(segmenter, dataset, "val", progress=False)
+        benchmark = benchmark_accuracy.Scores(["it"], None, len(dataset.classes))
+        for _, image, mask in samples_of(dataset, "val", "", progress=False):
+            benchmark.add({"it": segmenter.segment(image).labels}, mask)
+    row = benchmark.accuracy("it")
+    assert row is not None
+    evidence = Gate(dataset.root, budget, "val", fp32).verify(target, fp32, tmp_path / "it.engine").values
+    chosen = choice.manifest.evidence[-1].values
+    assert scores.miou < scores.masked_miou - 0.1
+    assert {scores.miou, row.miou, evidence["miou"], chosen["miou"]} == {scores.miou}
+    assert {scores.masked_miou, row.masked_miou, evidence["masked_miou"], chosen["masked_miou"]} == {scores.masked_miou}
 
 
 def test_masks_without_a_label_are_no_ground(fp32: Path, data: Path, tmp_path: Path) -> None:

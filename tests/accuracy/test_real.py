@@ -78,7 +78,7 @@ def test_an_engine_with_its_evidence(sem_data: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     evidence = read_manifest(target).evidence[-1]
     assert evidence.what == WHAT
-    assert evidence.values["miou_drop_points"] < 0.5
+    assert evidence.values["masked_miou_drop_points"] < 0.5
     assert evidence.images == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 from hpddrnet_trt.accuracy import assess, measure_robustness
 from hpddrnet_trt.accuracy.robustness import Point, Robustness, Sweep
 from hpddrnet_trt.core.errors import ContractError, UsageError
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.shifts import SHIFTS, Shift, brightness, magnification
 from hpddrnet_trt.inference import Segmenter
@@ -86,7 +86,7 @@ def test_a_size_the_model_takes_in_tiles_has_scores(dataset: FolderDataset) -> N
 
 
 def sweep_of(mious: list[float], neutral: float = 3.0, values: tuple[float, ...] = (1, 2, 3, 4, 5)) -> Sweep:
-    scores = ConfusionMatrix(2).scores()
+    scores = LabelComparison(2).scores()
     shift = replace(BRIGHTNESS, neutral=neutral, values=values)
     return Sweep(shift, [Point(value, replace(scores, miou=miou)) for value, miou in zip(values, mious, strict=True)])
 

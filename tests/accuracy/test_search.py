@@ -94,7 +94,7 @@ def test_texts_and_records(example: tuple[Frontier, FakeTrials]) -> None:
     frontier, trials = example
     text = frontier.text()
     assert text.count("<- chosen") == 1
-    assert "at most 3 points of mIoU lost" in text
+    assert "at most 3 points of masked mIoU lost" in text
     assert frontier.chosen is not None
     assert f"in FP16: {', '.join(f'stem.{n.split(chr(46))[2]}.conv1' for n in frontier.chosen.floating)}" in text
     assert json.loads(json.dumps(frontier.record()))["layers"] == 12

@@ -24,7 +24,7 @@ from hpddrnet_trt.benchmark.entries import precision_of
 from hpddrnet_trt.benchmark.probe import how_it_ended, probe
 from hpddrnet_trt.benchmark.result import Start
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.core.metrics import ConfusionMatrix, agreement
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.inference import Segmenter
 from tests.benchmark.conftest import image_set
@@ -64,18 +64,19 @@ def test_accuracy_is_that_of_the_segmenter_on_whole_images(measured: BenchmarkRe
     with load_engine(models / "fp32.onnx") as reference, load_engine(models / "int8.onnx") as engine:
         expected = [Segmenter(reference).segment(image.grey).labels for image in images]
         found = [Segmenter(engine).segment(image.grey).labels for image in images]
-    matrix = ConfusionMatrix(3)
-    for image, labels in zip(images, found, strict=True):
+    matrix, equal = LabelComparison(3), LabelComparison(3)
+    for image, labels, reference_labels in zip(images, found, expected, strict=True):
         assert image.mask is not None
         matrix.update(labels, image.mask)
+        equal.update(labels, reference_labels)
     accuracy = measured.rows[1].accuracy
     assert accuracy is not None
     assert (accuracy.images, accuracy.masked_images) == (3, 3)
     assert accuracy.miou == pytest.approx(matrix.scores().miou)
+    assert accuracy.masked_miou == pytest.approx(matrix.scores().masked_miou)
     assert accuracy.iou == pytest.approx(matrix.scores().iou)
-    whole = agreement(np.concatenate([part.ravel() for part in found]), np.concatenate([e.ravel() for e in expected]))
-    assert accuracy.agreement == pytest.approx(whole)
-    assert 0.5 < whole < 1
+    assert accuracy.agreement == pytest.approx(equal.agreement)
+    assert 0.5 < equal.agreement < 1
 
 
 def test_memory_and_start_come_from_a_process_of_its_own(measured: BenchmarkResult) -> None:

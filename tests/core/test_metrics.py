@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hpddrnet_trt.core.errors import ContractError
-from hpddrnet_trt.core.metrics import ConfusionMatrix, Scores, agreement
+from hpddrnet_trt.core.metrics import LabelComparison, Scores, arg_max, softmax
 
 CASES = [
     "A_random_with_ignore",
@@ -37,8 +37,8 @@ def cases(golden: Path) -> dict[str, Any]:
     return {name: (arrays[f"{name}_pred"], arrays[f"{name}_label"], facts) for name, facts in expected.items()}
 
 
-def matrix(predicted: npt.NDArray[Any], labels: npt.NDArray[Any], classes: int) -> ConfusionMatrix:
-    confusion = ConfusionMatrix(classes)
+def matrix(predicted: npt.NDArray[Any], labels: npt.NDArray[Any], classes: int) -> LabelComparison:
+    confusion = LabelComparison(classes)
     for guess, truth in zip(predicted, labels, strict=True):
         confusion.update(guess, truth)
     return confusion
@@ -83,7 +83,7 @@ def test_reference_areas(cases: dict[str, Any], name: str) -> None:
 
 
 def test_by_hand() -> None:
-    confusion = ConfusionMatrix(3)
+    confusion = LabelComparison(3)
     confusion.update(np.array([[0, 0, 1], [1, 1, 0]]), np.array([[0, 1, 1], [1, 255, 255]]))
     scores = confusion.scores()
     assert scores.iou[:2] == [1 / 2, 2 / 3]
@@ -94,7 +94,7 @@ def test_by_hand() -> None:
 
 
 def test_micro_iou_of_two_images_by_hand() -> None:
-    confusion = ConfusionMatrix(2)
+    confusion = LabelComparison(2)
     confusion.update(np.array([[0, 0, 1, 1]]), np.array([[0, 0, 1, 0]]))  # 3 of 4 right: 3 / 5
     confusion.update(np.array([[0, 0]]), np.array([[1, 255]]))  # nothing right
     confusion.update(np.array([[0, 1]]), np.array([[255, 255]]))  # nothing labelled: left out
@@ -106,7 +106,7 @@ def test_micro_iou_of_two_images_by_hand() -> None:
 
 
 def test_a_class_that_is_never_predicted_has_no_precision() -> None:
-    confusion = ConfusionMatrix(2)
+    confusion = LabelComparison(2)
     confusion.update(np.array([[0, 0]]), np.array([[0, 1]]))
     scores = confusion.scores()
     assert scores.precision[0] == 1 / 2
@@ -115,7 +115,7 @@ def test_a_class_that_is_never_predicted_has_no_precision() -> None:
 
 
 def test_nothing_labelled() -> None:
-    confusion = ConfusionMatrix(2)
+    confusion = LabelComparison(2)
     confusion.update(np.zeros((2, 2), np.uint8), np.full((2, 2), 255, np.uint8))
     scores = confusion.scores()
     assert scores.images == 1
@@ -124,26 +124,25 @@ def test_nothing_labelled() -> None:
 
 
 def test_bad_arrays() -> None:
-    confusion = ConfusionMatrix(2)
-    with pytest.raises(ContractError, match=r"shape \(2, 2\) cannot be compared with labels of shape \(2, 3\)"):
+    confusion = LabelComparison(2)
+    with pytest.raises(ContractError, match=r"shape \(2, 2\) cannot be compared with ones of \(2, 3\)"):
         confusion.update(np.zeros((2, 2), int), np.zeros((2, 3), int))
     for value in (2, -1, 254):
         with pytest.raises(ContractError, match=f"label value {value} is outside the 2 classes"):
             confusion.update(np.zeros((1, 2), int), np.array([[0, value]]))
     assert (confusion.images, confusion.counts.sum()) == (0, 0)
-    with pytest.raises(ContractError, match="cannot be compared"):
-        agreement(np.zeros(2, int), np.zeros(3, int))
 
 
 def test_table() -> None:
-    confusion = ConfusionMatrix(2)
+    confusion = LabelComparison(2)
     confusion.update(np.array([[0, 1]]), np.array([[0, 0]]))
     lines = confusion.scores().table(["grain", "pore"]).splitlines()
-    assert [line.split()[0] for line in lines] == ["class", "grain", "pore", "mean", "pixel", "micro", "mean"]
+    assert [line.split()[0] for line in lines] == ["class", "grain", "pore", "mean", "mean,", "pixel", "micro", "mean"]
     assert lines[1].split()[1:] == ["0.5000", "0.5000", "0.6667"]
     assert len({len(line) for line in lines[:4]}) == 1
-    assert lines[5].split()[:3] == ["micro", "IoU", "0.3333"]  # 1 right pixel, 2 + 1 - 0 in the unions
-    assert lines[6].split()[:5] == ["mean", "image", "micro", "IoU", "0.3333"]
+    assert lines[4].split() == ["mean,", "classes", "in", "masks", "0.5000"]  # the other class is only predicted
+    assert lines[6].split()[:3] == ["micro", "IoU", "0.3333"]  # 1 right pixel, 2 + 1 - 0 in the unions
+    assert lines[7].split()[:5] == ["mean", "image", "micro", "IoU", "0.3333"]
 
 
 predictions = hnp.arrays(np.uint8, IMAGE, elements=st.integers(0, CLASSES))  # CLASSES itself is out of range
@@ -152,15 +151,15 @@ pairs = st.lists(st.tuples(predictions, masks), min_size=1, max_size=4)
 
 
 def scores_of(images: list[tuple[Any, Any]]) -> Scores:
-    confusion = ConfusionMatrix(CLASSES)
+    confusion = LabelComparison(CLASSES)
     for predicted, labels in images:
         confusion.update(predicted, labels)
     return confusion.scores()
 
 
 def same(first: Scores, second: Scores) -> None:
-    for name in ("iou", "accuracy", "precision", "dice", "miou", "mean_accuracy", "pixel_accuracy", "mean_dice",
-                 "micro_iou"):  # fmt: skip
+    for name in ("iou", "accuracy", "precision", "dice", "miou", "masked_miou", "mean_accuracy", "pixel_accuracy",
+                 "mean_dice", "micro_iou"):  # fmt: skip
         np.testing.assert_allclose(getattr(first, name), getattr(second, name), atol=1e-12)
 
 
@@ -206,7 +205,7 @@ def test_of_one_image_both_micro_ious_are_the_same(predicted: Any, mask: Any) ->
 
 @given(pairs, pairs)
 def test_matrices_add(first: list[tuple[Any, Any]], second: list[tuple[Any, Any]]) -> None:
-    total, other = ConfusionMatrix(CLASSES), ConfusionMatrix(CLASSES)
+    total, other = LabelComparison(CLASSES), LabelComparison(CLASSES)
     for confusion, images in ((total, first), (other, second)):
         for predicted, labels in images:
             confusion.update(predicted, labels)
@@ -249,8 +248,53 @@ def test_ignored_pixels_do_not_matter(images: list[tuple[Any, Any]], other: Any)
     same(scores_of(images), scores_of(changed))
 
 
-@given(predictions, predictions)
-def test_agreement(first: Any, second: Any) -> None:
-    share = agreement(first, second)
-    assert share == agreement(second, first) == np.count_nonzero(first == second) / first.size
-    assert agreement(first, first) == 1.0
+@given(st.lists(st.tuples(masks, masks), min_size=1, max_size=4))
+def test_agreement(images: list[tuple[Any, Any]]) -> None:
+    """Of label maps, in which nothing is ignored: over all pixels, and of the image where it is least."""
+    comparison = LabelComparison(CLASSES, ignore_index=-1)
+    maps = [(first % CLASSES, second % CLASSES) for first, second in images]
+    for first, second in maps:
+        comparison.update(first, second)
+    shares = [float(np.mean(first == second)) for first, second in maps]
+    assert comparison.agreement == comparison.scores().pixel_accuracy == pytest.approx(np.mean(shares))
+    assert comparison.worst_agreement == min(shares)
+
+
+@given(pairs)
+def test_the_two_means_differ_by_the_classes_that_are_only_predicted(images: list[tuple[Any, Any]]) -> None:
+    comparison = matrix(*zip(*images, strict=True), CLASSES)  # type: ignore[misc]
+    scores, in_truth = comparison.scores(), comparison.counts.any(axis=1)
+    masked = [iou for iou, occurs in zip(scores.iou, in_truth, strict=True) if occurs]
+    assert scores.masked_miou == pytest.approx(np.mean(masked) if masked else math.nan, nan_ok=True)
+    only_predicted = sum(not occurs and not math.isnan(iou) for iou, occurs in zip(scores.iou, in_truth, strict=True))
+    if masked:
+        assert scores.miou == pytest.approx(scores.masked_miou * len(masked) / (len(masked) + only_predicted))
+    names = ["a", "b", "c", "d"]
+    assert list(comparison.class_ious(names).values()) == [iou for iou in scores.iou if not math.isnan(iou)]
+
+
+SCORES = st.integers(2, 6).flatmap(
+    lambda classes: hnp.arrays(np.float32, (2, classes, 3, 5), elements=st.integers(-3, 3).map(np.float32))
+)
+
+
+@settings(deadline=None)  # machines can be busy
+@given(SCORES)
+def test_arg_max_is_numpys_also_on_ties(scores: np.ndarray) -> None:
+    labels = arg_max(scores)
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, scores.argmax(axis=1))
+
+
+@settings(deadline=None)  # machines can be busy
+@given(SCORES)
+def test_softmax_sums_to_one_and_ignores_shifts(scores: np.ndarray) -> None:
+    probabilities = softmax(scores)
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    assert np.allclose(softmax(scores + 1000), probabilities, atol=1e-5)
+    assert np.array_equal(arg_max(probabilities), probabilities.argmax(axis=1))
+    assert np.allclose(np.log(probabilities[:, 0] / probabilities[:, 1]), scores[:, 0] - scores[:, 1], atol=1e-4)
+
+
+def test_softmax_of_large_scores_is_finite() -> None:
+    assert np.isfinite(softmax(np.array([[[1e5], [-1e5]]], np.float32))).all()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import UsageError, UserError
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.check import check_dataset
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import CLAY, GRAIN, PORE, Imaging, simulate, write_dataset
@@ -103,7 +103,7 @@ def test_line_flicker_is_common_to_a_line_and_charging_trails_to_the_right() -> 
 
 def test_threshold_does_not_solve_it() -> None:
     """Two Otsu thresholds on the smoothed picture, with the best assignment of phases to levels."""
-    confusion = ConfusionMatrix(3)
+    confusion = LabelComparison(3)
     for seed in range(8):
         image, mask = simulate(192, 192, 500 + seed)
         smooth = cv2.GaussianBlur(image, (0, 0), 1.5)

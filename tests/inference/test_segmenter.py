@@ -20,7 +20,7 @@ from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, InputContract
-from hpddrnet_trt.core.scores import arg_max, softmax
+from hpddrnet_trt.core.metrics import arg_max, softmax
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.data.preprocess import plan_views, render, restore_scores
 from hpddrnet_trt.engines import load_engine

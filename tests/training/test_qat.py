@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.manifest import Normalisation
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.onnx import ExportOptions, simplified, trace
@@ -356,7 +356,7 @@ def test_fine_tuning_keeps_statistics_ranges_and_format(tiny: Tiny, source: Path
     fake = FakeQuantisation(after, new.normalisation)
     fake.ranges.copy_(state["state_dict"]["quantisation.ranges"])
     assert torch.equal(state["current_model_state"]["quantisation.ranges"], fake.ranges)
-    dataset, confusion = FolderDataset.open(config.data.path), ConfusionMatrix(3)
+    dataset, confusion = FolderDataset.open(config.data.path), LabelComparison(3)
     for sample in dataset.split("val"):
         grey, mask = dataset.load(sample)
         image = (torch.tensor(grey).float() - new.normalisation.mean[0]) / new.normalisation.std[0]

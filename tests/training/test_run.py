@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
-from hpddrnet_trt.core.metrics import ConfusionMatrix
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.models.checkpoints import load_checkpoint
 from hpddrnet_trt.training import checkpoint_io
@@ -69,7 +69,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 def val_miou(checkpoint: Path, dataset: FolderDataset) -> float:
     network, manifest = load_checkpoint(checkpoint)
-    confusion = ConfusionMatrix(len(dataset.classes))
+    confusion = LabelComparison(len(dataset.classes))
     mean, std = manifest.normalisation.mean[0], manifest.normalisation.std[0]
     for sample in dataset.split("val"):
         grey, mask = dataset.load(sample)
