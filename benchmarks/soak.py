@@ -49,8 +49,9 @@ from hpddrnet_trt.core.manifest import (
     NetworkConfig,
     OutputContract,
 )
-from hpddrnet_trt.core.provenance import command_line, library_versions
+from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.stream import Policy, State, Stream, StreamResult, StreamStatistics
 

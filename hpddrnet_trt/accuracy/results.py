@@ -17,8 +17,9 @@ import numpy.typing as npt
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.core.metrics import Scores
-from hpddrnet_trt.core.provenance import command_line, library_versions
+from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
 
 Grey8 = npt.NDArray[np.uint8]

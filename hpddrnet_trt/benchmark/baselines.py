@@ -30,7 +30,6 @@ def peer_entries(checkpoint: Path, folder: Path, *, size: tuple[int, int], batch
 
     * PyTorch: autocast in BF16 with channels-last layout; ``torch.compile`` in its mode ``max-autotune``
       (CUDA graphs on a GPU), in FP32 and with that autocast;
-    * Torch-TensorRT in FP16, where it is installed and a GPU is;
     * the plain export (:func:`export_plain`, written to ``folder``), in ONNX Runtime and, where it is
       installed, OpenVINO, both with their defaults. It takes normalised RGB and gives logits, so the
       host normalises and takes the arg-max.
@@ -50,9 +49,6 @@ def peer_entries(checkpoint: Path, folder: Path, *, size: tuple[int, int], batch
     ]
     if engine_status("openvino").usable:
         entries.append(Entry("OpenVINO plain export", plain, "openvino", {"precision": "default"}))
-    if engine_status("torch-tensorrt").usable:
-        fixed = {"height": size[0], "width": size[1], "batch": batch}
-        entries.append(Entry("Torch-TensorRT FP16", checkpoint, "torch-tensorrt", {**labels, **fixed}))
     return entries
 
 

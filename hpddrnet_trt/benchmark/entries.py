@@ -11,14 +11,11 @@ from typing import Any
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
-from hpddrnet_trt.engines import engine_status
+from hpddrnet_trt.engines import CHECKPOINTS, ENGINES, engine_status, engines_for
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = (".safetensors", ".pth", ".pt")
 _PLAIN_OPTIONS = {"output", "device", "threads"}  # of the torch engine: none changes how it computes
-_NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-_FLAVOURS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
@@ -43,18 +40,16 @@ class Entry:
 def entries_for(files: Sequence[str | Path]) -> list[Entry]:
     """Every file with every engine of this installation that runs its kind, labelled for people.
 
-    Checkpoints run in PyTorch, ONNX files in ONNX Runtime and, where installed, OpenVINO (except
-    files quantised in ONNX Runtime's own form; FP32 files also in BF16 where the processor has it),
-    ``.engine`` files in TensorRT. Raises
+    The engine that ``auto`` would choose always, so that its row says why it cannot run; the others where
+    they are installed (:data:`~hpddrnet_trt.engines.ENGINES` says with which options). Raises
     :class:`BadInputFile` for a file that does not exist; one that cannot be read becomes a row
     with the reason.
     """
-    openvino = engine_status("openvino").usable
     entries: list[Entry] = []
     for path in (existing_file(file, "model file") for file in files):
         manifest = manifest_or_none(path)
-        for engine, options in _engines_of(path, manifest, openvino):
-            entry = Entry(_name_of(engine, manifest), path, engine, options)
+        for engine, options in _engines_of(path, manifest):
+            entry = Entry("" if engine == "auto" else ENGINES[engine].label, path, engine, options)
             parts = [entry.label, precision_of(entry, manifest), _form(engine, manifest)]
             label = " ".join(part for part in parts if part)
             if manifest is None or any(other.label == label for other in entries):
@@ -77,8 +72,6 @@ def manifest_or_none(path: Path) -> Manifest | None:
 def precision_of(entry: Entry, manifest: Manifest | None) -> str | None:
     """What an entry computes in, e.g. ``FP16``: its options for a checkpoint, whose weights are FP32, else the file."""
     if entry.path.suffix.lower() in CHECKPOINTS:
-        if entry.engine == "torch-tensorrt":
-            return str(entry.options.get("precision", "fp16")).upper()
         autocast = str(entry.options.get("autocast", "off"))
         return "FP32" if autocast == "off" else autocast.upper()
     if entry.options.get("precision") == "bf16":
@@ -86,29 +79,21 @@ def precision_of(entry: Entry, manifest: Manifest | None) -> str | None:
     return manifest.precision.upper() if manifest is not None and manifest.precision is not None else None
 
 
-def _engines_of(path: Path, manifest: Manifest | None, openvino: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Engines with their options."""
-    if path.suffix.lower() in CHECKPOINTS:
-        return [("torch", {"output": "labels"})]  # like the others: logits need not leave the GPU
-    if path.suffix.lower() != ".onnx":
-        return [("auto", {})]
-    found: list[tuple[str, dict[str, Any]]] = [("onnxruntime", {})]
-    if openvino and (manifest is None or manifest.quantised_for != "onnxruntime"):
-        found.append(("openvino", {}))
-        if manifest is not None and manifest.precision == "fp32":
-            from hpddrnet_trt.engines.openvino import computes_bf16
-
-            found += [("openvino", {"precision": "bf16"})] if computes_bf16() else []
-    return found
+def _engines_of(path: Path, manifest: Manifest | None) -> list[tuple[str, dict[str, Any]]]:
+    """Engines with their options; ``auto``, which will say what is wrong, for a file that none runs."""
+    if manifest is not None and manifest.engine is not None:
+        names: list[str] = [manifest.engine.flavour]
+    else:
+        first, *others = engines_for(path) or ["auto"]
+        names = [first, *(name for name in others if not ENGINES[name].gpu and engine_status(name).usable)]
+    return [(name, options) for name in names for options in _variants(name, manifest)]
 
 
-def _name_of(engine: str, manifest: Manifest | None) -> str:
-    if engine != "auto":
-        return _NAMES[engine]
-    return _FLAVOURS[manifest.engine.flavour] if manifest is not None and manifest.engine is not None else "TensorRT"
+def _variants(name: str, manifest: Manifest | None) -> list[dict[str, Any]]:
+    return [{}] if name == "auto" else ENGINES[name].variants(manifest)
 
 
 def _form(engine: str, manifest: Manifest | None) -> str | None:
     """Tells TensorRT's explicit quantisation, run by a CPU engine, from ONNX Runtime's own."""
-    foreign = engine != "auto" and manifest is not None and manifest.quantised_for == "tensorrt"
-    return "Q/DQ" if foreign else None
+    foreign = engine != "auto" and not ENGINES[engine].gpu
+    return "Q/DQ" if foreign and manifest is not None and manifest.quantised_for == "tensorrt" else None

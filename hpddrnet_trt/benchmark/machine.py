@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from hpddrnet_trt.core.errors import require
-from hpddrnet_trt.core.provenance import library_versions
+from hpddrnet_trt.engines import library_versions
 
 BUSY_SHARE = 0.15  # share of the processor used by others above which a warning is due
 _MIB = 1 << 20

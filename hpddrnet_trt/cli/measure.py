@@ -61,10 +61,11 @@ def benchmark(
     publish: Publish = None,
 ) -> None:
     """Compare every engine and precision with the PyTorch reference in one interleaved run."""
-    from hpddrnet_trt.benchmark.entries import CHECKPOINTS, entries_for
+    from hpddrnet_trt.benchmark.entries import entries_for
     from hpddrnet_trt.benchmark.images import load_images, own_size, parse_size
     from hpddrnet_trt.benchmark.result import load_result, make_settings
     from hpddrnet_trt.benchmark.run import run_benchmark
+    from hpddrnet_trt.engines import CHECKPOINTS
     from hpddrnet_trt.report.folders import model_files
 
     if measure and latency_only:

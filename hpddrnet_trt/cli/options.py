@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from hpddrnet_trt.engines import ENGINES
+
+if TYPE_CHECKING:
+    EngineName = str
+else:
+    EngineName = Literal[("auto", *ENGINES)]
 
 ModelFile = Annotated[
     Path, typer.Argument(help="Model file (.safetensors, .onnx, .engine), or a shipped model's name.")
@@ -13,7 +20,7 @@ ModelFile = Annotated[
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint (.safetensors), or a shipped model's name.")]
 OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export, or a shipped model's name.")]
 Engine = Annotated[
-    Literal["auto", "torch", "onnxruntime", "openvino", "tensorrt"],
+    EngineName,
     typer.Option(help="Runtime; auto chooses by the file's ending."),
 ]
 Mode = Annotated[

@@ -1,49 +1,99 @@
-"""Engines: one model file, one runtime, one small interface (:mod:`hpddrnet_trt.engines.base`)."""
+"""Engines: one model file, one runtime, one small interface (:mod:`hpddrnet_trt.engines.base`).
+
+:data:`ENGINES` is the one list of them, for the command line, the benchmark, the reports and the napari widget.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hpddrnet_trt
 from hpddrnet_trt.core.errors import UsageError, UserError, require
+from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.engines.base import Engine, Prediction
 from hpddrnet_trt.weights import locate, shipped_models
 
-__all__ = ["ENGINES", "Engine", "Prediction", "available_engines", "engine_status", "load_engine"]
+__all__ = ["ENGINES", "Engine", "EngineKind", "Prediction", "available_engines", "engine_status", "load_engine"]
+
+CHECKPOINTS = (".safetensors", ".pth", ".pt")
+_OTHER_LIBRARIES = ("onnx", "numpy", "opencv-python-headless")  # that matter for a result, whatever the engine
 
 
-class _Kind(NamedTuple):
-    """One engine: where its class is, the files it runs, and what it needs."""
+def _as_it_comes(manifest: Manifest | None) -> list[dict[str, Any]]:
+    return [{}]
 
-    module: str
-    class_name: str
+
+def _labels_only(manifest: Manifest | None) -> list[dict[str, Any]]:
+    return [{"output": "labels"}]  # like the other engines: logits need not leave the GPU
+
+
+def _openvino_variants(manifest: Manifest | None) -> list[dict[str, Any]]:
+    if manifest is not None and manifest.quantised_for == "onnxruntime":
+        return []  # OpenVINO can crash on this form
+    if manifest is None or manifest.precision != "fp32":
+        return [{}]
+    from hpddrnet_trt.engines.openvino import computes_bf16
+
+    return [{}, {"precision": "bf16"}] if computes_bf16() else [{}]
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """One engine: its name for people, its class, the files it runs, and what it needs.
+
+    - ``label``: its name in tables and figures; ``implementation``: module of this folder and class in it;
+    - ``suffixes``: endings of the files that it runs;
+    - ``library``: import name of the runtime, brought by ``extra`` of this package; ``distributions``: packages
+      whose versions say what computed a result;
+    - ``gpu``: whether it needs an NVIDIA GPU;
+    - ``variants``: the options to compare in a benchmark of a file with this description (None where it has none).
+    """
+
+    label: str
+    implementation: tuple[str, str]
     suffixes: tuple[str, ...]
-    needs: str  # import name of the runtime
+    library: str
     extra: str
+    distributions: tuple[str, ...]
     gpu: bool = False
+    variants: Callable[[Manifest | None], list[dict[str, Any]]] = _as_it_comes
+
+    def load_class(self) -> Any:
+        """The engine's class; imports its module."""
+        module, name = self.implementation
+        return getattr(importlib.import_module(f"hpddrnet_trt.engines.{module}"), name)
 
 
-_CHECKPOINTS = (".safetensors", ".pth", ".pt")
-
-# The first engine that takes a suffix is the one `auto` chooses.
-_KINDS: dict[str, _Kind] = {
-    "torch": _Kind("torch", "TorchEngine", _CHECKPOINTS, "torch", "export"),
-    "onnxruntime": _Kind("onnxruntime", "OnnxRuntimeEngine", (".onnx",), "onnxruntime", "export"),
-    "openvino": _Kind("openvino", "OpenVINOEngine", (".onnx",), "openvino", "openvino"),
-    "tensorrt": _Kind("tensorrt", "TensorRTEngine", (".engine",), "tensorrt", "tensorrt", gpu=True),
-    "tensorrt-rtx": _Kind("tensorrt", "TensorRTEngine", (".engine",), "tensorrt_rtx", "tensorrt-rtx", gpu=True),
-    "torch-tensorrt": _Kind(
-        "torch_tensorrt", "TorchTensorRTEngine", _CHECKPOINTS, "torch_tensorrt", "torch-tensorrt", gpu=True
+# By the name that `--engine` and `load_engine` take. The first one that runs a suffix is what `auto` chooses.
+ENGINES: dict[str, EngineKind] = {
+    "torch": EngineKind(
+        "PyTorch", ("torch", "TorchEngine"), CHECKPOINTS, "torch", "export", ("torch",), variants=_labels_only
     ),
-}
-ENGINES: tuple[str, ...] = tuple(_KINDS)
-_FOR_CHECKPOINTS = tuple(name for name, kind in _KINDS.items() if kind.suffixes == _CHECKPOINTS)
+    "onnxruntime": EngineKind(
+        "ONNX Runtime", ("onnxruntime", "OnnxRuntimeEngine"), (".onnx",), "onnxruntime", "export",
+        ("onnxruntime", "onnxruntime-gpu"),
+    ),
+    "openvino": EngineKind(
+        "OpenVINO", ("openvino", "OpenVINOEngine"), (".onnx",), "openvino", "openvino", ("openvino",),
+        variants=_openvino_variants,
+    ),
+    "tensorrt": EngineKind(
+        "TensorRT", ("tensorrt", "TensorRTEngine"), (".engine",), "tensorrt", "tensorrt", ("tensorrt", "cuda-python"),
+        gpu=True,
+    ),
+    "tensorrt-rtx": EngineKind(
+        "TensorRT-RTX", ("tensorrt", "TensorRTEngine"), (".engine",), "tensorrt_rtx", "tensorrt-rtx",
+        ("tensorrt_rtx", "cuda-python"), gpu=True,
+    ),
+}  # fmt: skip
 
 
 class EngineStatus(NamedTuple):
@@ -57,18 +107,18 @@ def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engin
     """Open a model file, or a model that comes with the package by its name, with the engine that suits it.
 
     ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch,
-    ``.onnx``: onnxruntime, ``.engine``: the TensorRT flavour it was built with), or one of
+    ``.onnx``: onnxruntime, ``.engine``: the TensorRT flavour it was built with), or a name in
     :data:`ENGINES`. ``options`` go to the engine's class; those that are None are left out.
 
     Raises :class:`UsageError` for an unknown engine, ending or option, and what the engine raises:
     :class:`BadInputFile`, :class:`MissingDependency`, :class:`NoGpu`.
     """
-    path = locate(path, ".safetensors" if engine in _FOR_CHECKPOINTS else ".onnx")
-    name = _choose(path, engine)
-    kind = _KINDS[name]
-    if name in _FOR_CHECKPOINTS:
+    path = model_file(path, engine)
+    name = engine_of(path, engine)
+    kind = ENGINES[name]
+    if kind.suffixes == CHECKPOINTS:
         require("torch", kind.extra, f"run the checkpoint {path}")
-    cls = getattr(importlib.import_module(f"hpddrnet_trt.engines.{kind.module}"), kind.class_name)
+    cls = kind.load_class()
     given = {key: value for key, value in options.items() if value is not None}
     known = [key for key in inspect.signature(cls).parameters if key != "path"]
     unknown = [key for key in given if key not in known]
@@ -78,31 +128,47 @@ def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engin
     return loaded
 
 
-def _choose(path: Path, engine: str) -> str:
-    if engine != "auto" and engine not in _KINDS:
-        raise UsageError(f"unknown engine {engine!r}; choose one of: auto, {', '.join(ENGINES)}")
-    suitable = [name for name, kind in _KINDS.items() if path.suffix.lower() in kind.suffixes]
-    if engine == "auto" and suitable:
-        return suitable[0]
-    if engine == "auto":
-        endings = sorted({suffix for kind in _KINDS.values() for suffix in kind.suffixes})
+def model_file(model: str | Path, engine: str = "auto") -> Path:
+    """The file of a model that comes with the package, as ``engine`` runs it; any other ``model`` as a path."""
+    kind = ENGINES.get(engine)
+    return locate(model, ".safetensors" if kind is not None and kind.suffixes == CHECKPOINTS else ".onnx")
+
+
+def engine_of(path: Path, engine: str = "auto") -> str:
+    """The name of the engine that runs ``path``, by its ending; :class:`UsageError` where there is none."""
+    if engine != "auto":
+        suffixes = _kind(engine, "auto").suffixes
+        if path.suffix.lower() not in suffixes:
+            raise UsageError(f"the {engine} engine runs {' and '.join(suffixes)} files, not {path}")
+        return engine
+    suitable = engines_for(path)
+    if not suitable:
+        endings = sorted({suffix for kind in ENGINES.values() for suffix in kind.suffixes})
         raise UsageError(
             f"{path} has none of the known endings of model files ({', '.join(endings)}) and is no model that comes "
             f"with the package ({', '.join(shipped_models())})"
         )
-    if engine not in suitable:
-        raise UsageError(f"the {engine} engine runs {' and '.join(_KINDS[engine].suffixes)} files, not {path}")
-    return engine
+    return suitable[0]
+
+
+def engines_for(path: Path) -> list[str]:
+    """Names of the engines that run files of this ending, the one that ``auto`` chooses first."""
+    return [name for name, kind in ENGINES.items() if path.suffix.lower() in kind.suffixes]
+
+
+def _kind(name: str, *others: str) -> EngineKind:
+    if name not in ENGINES:
+        raise UsageError(f"unknown engine {name!r}; choose one of: {', '.join([*others, *ENGINES])}")
+    return ENGINES[name]
 
 
 def engine_status(name: str) -> EngineStatus:
     """Whether the engine ``name`` can run here, without loading its runtime."""
-    if name not in _KINDS:
-        raise UsageError(f"unknown engine {name!r}; choose one of: {', '.join(ENGINES)}")
-    kind = _KINDS[name]
-    if importlib.util.find_spec(kind.needs) is None:
+    kind = _kind(name)
+    if importlib.util.find_spec(kind.library) is None:
         return EngineStatus(False, f"not installed; pip install 'hpddrnet-trt[{kind.extra}]'")
-    number = _version(kind)
+    installed = _distributions().get(kind.library)
+    number = version(installed[0]) if installed else "unknown version"
     if kind.gpu and (reason := _no_gpu()):
         return EngineStatus(False, f"{number} is installed, but {reason}")
     return EngineStatus(True, number)
@@ -110,13 +176,19 @@ def engine_status(name: str) -> EngineStatus:
 
 def available_engines() -> dict[str, str]:
     """Every engine's version, or ``not available: <reason>``, by name."""
-    found = {name: engine_status(name) for name in ENGINES}
-    return {name: state.detail if state.usable else f"not available: {state.detail}" for name, state in found.items()}
+    states = {name: engine_status(name) for name in ENGINES}
+    return {name: state.detail if state.usable else f"not available: {state.detail}" for name, state in states.items()}
 
 
-def _version(kind: _Kind) -> str:
-    installed = _distributions().get(kind.needs)
-    return version(installed[0]) if installed else "unknown version"
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that matter for a result, and of this package."""
+    versions = {"hpddrnet-trt": hpddrnet_trt.__version__}
+    for name in dict.fromkeys([*(one for kind in ENGINES.values() for one in kind.distributions), *_OTHER_LIBRARIES]):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 @cache  # reads what every installed package says of itself: 0.3 s
@@ -127,10 +199,10 @@ def _distributions() -> Mapping[str, list[str]]:
 
 def _no_gpu() -> str | None:
     """Why no GPU can be used, or None when one can."""
-    from hpddrnet_trt.engines import cuda as cuda_memory
+    from hpddrnet_trt.engines.cuda import find_gpu
 
     try:
-        cuda_memory.find_gpu()
+        find_gpu()
     except UserError as exc:
         return str(exc)
     return None

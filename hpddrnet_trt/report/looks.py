@@ -9,7 +9,7 @@ from hpddrnet_trt.benchmark.result import BenchmarkResult, Row
 
 # Okabe and Ito's colours, told apart with any colour vision; the longest matching start of the label counts.
 _COLOURS = {
-    "PyTorch": "#555555", "torch.compile": "#B88600", "Torch-TensorRT": "#3D9BD1", "ONNX Runtime": "#0072B2",
+    "PyTorch": "#555555", "torch.compile": "#B88600", "ONNX Runtime": "#0072B2",
     "OpenVINO": "#C0649B", "TensorRT": "#00875F", "TensorRT-RTX": "#D55E00",
 }  # fmt: skip
 _COMPILED = "compile"  # anywhere in the label of a PyTorch entry

@@ -82,7 +82,7 @@ MANY = (
         )
         for form in range(4)
     ),
-    Kind("Torch-TensorRT FP16", "torch-tensorrt 2.13", "FP16", 95, 2, 0.8121, 500, 300),
+    Kind("another runtime FP16", "another 2.13", "FP16", 95, 2, 0.8121, 500, 300),
     Kind("ONNX Runtime INT8 (fine-tuned-nasa-super1-u8s8.onnx)", "onnxruntime 1.31.1", "INT8", 130, 1, 0.8050, 300),
     Kind("something else", "unknown", "FP8", 140, 1, 0.8090, 300),
     Kind("TensorRT-RTX BF16", "tensorrt-rtx 1.7", "BF16", 92, 2, 0.8121, 510, 300),

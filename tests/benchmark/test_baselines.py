@@ -81,14 +81,10 @@ def test_entries_for_their_users(entries: dict[str, Entry]) -> None:
 def test_only_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = _tiny(tmp_path)
     monkeypatch.setattr(peers, "export_plain", lambda *_, **__: None)
-    for usable, engines in ((True, {"torch", "onnxruntime", "openvino", "torch-tensorrt"}),
-                            (False, {"torch", "onnxruntime"})):
+    for usable, engines in ((True, {"torch", "onnxruntime", "openvino"}), (False, {"torch", "onnxruntime"})):
         monkeypatch.setattr(peers, "engine_status", lambda name, usable=usable: EngineStatus(usable, ""))
         found = peer_entries(checkpoint, tmp_path, size=(64, 96), batch=2)
         assert {entry.engine for entry in found} == engines
-        for entry in found:
-            if entry.engine == "torch-tensorrt":
-                assert entry.options == {"output": "labels", "height": 64, "width": 96, "batch": 2}
 
 
 def test_plain_export_is_the_authors_network(tmp_path: Path) -> None:

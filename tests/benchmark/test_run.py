@@ -287,7 +287,7 @@ def test_entries_name_runtime_precision_and_form(tmp_path: Path, monkeypatch: py
         ("ONNX Runtime FP32 (again.onnx)", "onnxruntime"),
         ("OpenVINO FP32 (again.onnx)", "openvino"),
         ("OpenVINO BF16 (again.onnx)", "openvino"),
-        ("TensorRT (lonely.engine)", "auto"),
+        ("TensorRT (lonely.engine)", "tensorrt"),
     ]
     monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: suite_status(False))
     assert [entry.engine for entry in entries_for(files[:2])] == ["onnxruntime", "onnxruntime"]
@@ -298,10 +298,9 @@ def test_precision_follows_the_options_and_only_plain_pytorch_is_a_reference(tmp
     plain = Entry("plain", path, "torch", {"output": "labels", "threads": 2})
     compiled = Entry("compiled", path, "torch", {"compile": "max-autotune"})
     amp = Entry("amp", path, options={"autocast": "bf16"})
-    foreign = Entry("foreign", path, "torch-tensorrt", {"height": 64})
-    entries = (plain, compiled, amp, foreign)
-    assert [precision_of(entry, None) for entry in entries] == ["FP32", "FP32", "BF16", "FP16"]
-    assert [entry.can_be_reference for entry in entries] == [True, False, False, False]
+    entries = (plain, compiled, amp)
+    assert [precision_of(entry, None) for entry in entries] == ["FP32", "FP32", "BF16"]
+    assert [entry.can_be_reference for entry in entries] == [True, False, False]
 
 
 def suite_status(usable: bool) -> Any:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hpddrnet_trt
-from hpddrnet_trt.core.errors import BadInputFile, MissingDependency, UsageError
-from hpddrnet_trt.engines import ENGINES, available_engines, engine_status, load_engine
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.engines import ENGINES, available_engines, engine_status, library_versions, load_engine
 from tests.toy import manifest, write_toy_onnx
 
 
@@ -43,13 +46,32 @@ def test_refusals_name_the_choices(tmp_path: Path) -> None:
 
 def test_status_of_every_engine() -> None:
     found = available_engines()
-    assert tuple(found) == ENGINES
+    assert list(found) == list(ENGINES)
     assert engine_status("onnxruntime").usable
     assert found["onnxruntime"][0].isdigit()
     for name, text in found.items():
         assert text.startswith("not available: ") != engine_status(name).usable
     with pytest.raises(UsageError, match="unknown engine"):
         engine_status("tvm")
+
+
+def test_versions_are_those_of_the_installed_libraries() -> None:
+    versions = library_versions()
+    assert versions["hpddrnet-trt"] == hpddrnet_trt.__version__
+    assert versions["numpy"] == np.__version__
+    assert versions["onnxruntime"] == engine_status("onnxruntime").detail
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_is_complete(name: str) -> None:
+    """A class that takes a path, an extra that brings its library, a file ending and a name of its own."""
+    kind = ENGINES[name]
+    if kind.library != "torch" or importlib.util.find_spec("torch"):
+        assert "path" in inspect.signature(kind.load_class()).parameters
+    extras = metadata("hpddrnet-trt").get_all("Provides-Extra") or []
+    assert kind.extra in extras
+    assert kind.suffixes
+    assert [other for other, entry in ENGINES.items() if entry.label == kind.label] == [name]
 
 
 def test_missing_library_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,11 +85,8 @@ def test_missing_library_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_checkpoints_run_in_pytorch_unless_asked(tmp_path: Path) -> None:
     with load_engine("nasa-super1", "torch", device="cpu") as engine:
         assert engine.runtime.startswith("torch ")
-    if importlib.util.find_spec("torch_tensorrt") is None:
-        with pytest.raises(MissingDependency, match=r"'torch_tensorrt'.*hpddrnet-trt\[torch-tensorrt\]"):
-            load_engine("nasa-super1", "torch-tensorrt", height=64, width=64)
-    with pytest.raises(UsageError, match=r"torch-tensorrt engine runs \.safetensors and \.pth and \.pt files"):
-        load_engine(write_toy_onnx(tmp_path / "m.onnx", manifest()), "torch-tensorrt", height=64, width=64)
+    with pytest.raises(UsageError, match=r"torch engine runs \.safetensors and \.pth and \.pt files"):
+        load_engine(write_toy_onnx(tmp_path / "m.onnx", manifest()), "torch")
 
 
 def test_asking_what_is_there_loads_nothing() -> None:
