@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hpddrnet_trt.accuracy.trials import Recipe
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.precisions import PRECISIONS
 from hpddrnet_trt.graph.model import consumers, producers
 from hpddrnet_trt.graph.work import Work
 
 if TYPE_CHECKING:
     import onnx
 
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+_BYTES = {name: entry.bytes for name, entry in PRECISIONS.items()}
 # Fused into the convolution before them: they cost no kernel and no bytes of their own.
 _EPILOGUES = ("Relu", "Add")
 _POINTWISE = ("Add", "BatchNormalization", "Mul", "Relu", "Sigmoid")  # their kernels also quantise what they write

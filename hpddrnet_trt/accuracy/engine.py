@@ -12,7 +12,8 @@ from hpddrnet_trt.accuracy.cost import DEFAULT_DEVICE, cost_model
 from hpddrnet_trt.accuracy.gate import Gate
 from hpddrnet_trt.accuracy.preparation import open_study, warn_of_overlap
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.manifest import Manifest, Precision, read_manifest
+from hpddrnet_trt.core.manifest import Manifest, read_manifest
+from hpddrnet_trt.core.precisions import Precision
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.export.tensorrt import build_engine, check_build
 

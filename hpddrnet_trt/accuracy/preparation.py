@@ -14,6 +14,7 @@ from hpddrnet_trt.accuracy.judge import Judge
 from hpddrnet_trt.accuracy.trials import Recipe, Trials
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import CalibrationRecord, InputContract
+from hpddrnet_trt.core.precisions import LowPrecision
 from hpddrnet_trt.data.datasets import FolderDataset, find_images
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export import images as micrographs
@@ -59,7 +60,7 @@ def open_study(
     max_images: int = MAX_IMAGES,
     size: tuple[int, int] | None = None,
     frame: tuple[int, int] | None = None,
-    precision: qdq.Quantised = "int8",
+    precision: LowPrecision = "int8",
     reference: Path | None = None,
     cache: Cache = "user",
     resume: bool = True,

@@ -19,6 +19,7 @@ from hpddrnet_trt.accuracy.judge import Accuracy, Judge
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.precisions import LowPrecision
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.graph import qdq
 
@@ -40,7 +41,7 @@ class Recipe:
     manifest: Manifest  # of the FP32 file
     plan: qdq.Plan
     ranges: Mapping[str, qdq.Range]
-    precision: qdq.Quantised = "int8"
+    precision: LowPrecision = "int8"
 
     @property
     def layers(self) -> tuple[str, ...]:

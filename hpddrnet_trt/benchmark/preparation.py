@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import existing_file, sha256_of, write_bytes
 from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.core.precisions import Half, LowPrecision
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.export.calibrate import calibrate
 from hpddrnet_trt.export.convert import convert_precision
@@ -19,7 +20,6 @@ from hpddrnet_trt.export.onnx import export_onnx
 from hpddrnet_trt.export.tensorrt import build_engine
 from hpddrnet_trt.graph.attention import in_type
 from hpddrnet_trt.graph.model import load_model, save_model
-from hpddrnet_trt.graph.qdq import Quantised
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +71,13 @@ def prepare(
     result.make(model, lambda: export_onnx(source, model))
     if model not in result.files:
         return result
-    halves: tuple[Literal["fp16", "bf16"], ...] = ("fp16", "bf16")
-    for kind in halves:
+    for kind in get_args(Half):
         typed = folder / f"model.{kind}.onnx"
         result.make(typed, partial(convert_precision, model, typed, kind, images=images))
     half, older = folder / "model.fp16.onnx", folder / "model.fp16-fp32-scores.onnx"
     if half in result.files:
         result.make(older, lambda: _with_fp32_scores(half, older))
-    eights: tuple[Quantised, ...] = ("int8", "fp8")
-    for low in eights:
+    for low in get_args(LowPrecision):
         typed = folder / f"model.{low}.onnx"
         result.make(typed, partial(calibrate, model, typed, images, precision=low))
     graphs = [path for path in result.files if path.suffix == ".onnx"]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import typer
 
 from hpddrnet_trt.cli.options import Checkpoint, ModelFile, OnnxFile, Split
 from hpddrnet_trt.cli.program import app
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.manifest import Manifest, Precision
+from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.precisions import PRECISIONS, Half, LowPrecision, Precision
 from hpddrnet_trt.weights import locate
 
 
@@ -54,7 +55,7 @@ def export(
         bool, typer.Option(help="One-channel uint8 input; --no-grey-input takes three normalised float channels.")
     ] = True,
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16"], typer.Option(help="fp16, bf16: typed so, with attention scores in FP32.")
+        Literal["fp32", Half], typer.Option(help="fp16, bf16: typed so, with attention scores in FP32.")
     ] = "fp32",
     data: Annotated[
         Path | None, typer.Option(help="Micrographs or dataset (test split) to compare on; simulated when left out.")
@@ -91,7 +92,7 @@ def calibrate(
         typer.Option(help="tensorrt: explicit symmetric Q/DQ with FP16 around it; onnxruntime: the CPU's fast form."),
     ] = "tensorrt",
     precision: Annotated[
-        Literal["int8", "fp8"], typer.Option(help="fp8: E4M3, for TensorRT on Ada, Hopper, Blackwell.")
+        LowPrecision, typer.Option(help="fp8: E4M3, for TensorRT on Ada, Hopper, Blackwell.")
     ] = "int8",
     method: Annotated[
         Literal["max", "percentile", "entropy", "mse", "auto"],
@@ -125,7 +126,7 @@ def calibrate(
 def build(
     model: OnnxFile,
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16", "int8", "fp8", "auto"],
+        Literal[Precision, "auto"],
         typer.Option(help="Precision of the engine; auto: the fastest that keeps the budget, from an FP32 file."),
     ] = "fp16",
     output: Annotated[
@@ -153,7 +154,7 @@ def build(
         typer.Option(help="Optimisation profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
     ] = None,
     calibration_data: Annotated[
-        Path | None, typer.Option("--calib", help="For int8 and fp8 from an FP32 file: micrographs to calibrate on.")
+        Path | None, typer.Option("--calib", help="For int8, fp8 from an FP32 file: micrographs to calibrate on.")
     ] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="File that keeps tactic timings between builds.")] = None,
     compute_capability: Annotated[
@@ -199,7 +200,7 @@ def build(
 def _plain_stem(model: Path) -> str:
     """A file's name without ending and precision: ``model.int8.onnx`` -> ``model``."""
     stem, _, last = model.stem.rpartition(".")
-    return stem if stem and last in get_args(Precision) else model.stem
+    return stem if stem and last in PRECISIONS else model.stem
 
 
 @app.command()

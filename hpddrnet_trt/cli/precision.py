@@ -13,6 +13,7 @@ import typer
 from hpddrnet_trt.cli.options import Data
 from hpddrnet_trt.cli.program import app
 from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.precisions import Half, LowPrecision
 from hpddrnet_trt.weights import locate
 
 Fp32File = Annotated[Path, typer.Argument(help="FP32 ONNX file written by export, or a shipped model's name.")]
@@ -24,7 +25,7 @@ Method = Annotated[
     Literal["max", "percentile", "entropy", "mse"], typer.Option(help="How ranges are taken from the values seen.")
 ]
 MaxImages = Annotated[int, typer.Option(min=1, help="Micrographs to calibrate on.")]
-Low = Annotated[Literal["int8", "fp8"], typer.Option(help="The low precision.")]
+Low = Annotated[LowPrecision, typer.Option(help="The low precision.")]
 Reference = Annotated[
     Path | None, typer.Option(help="Checkpoint or FP32 ONNX file to compare with; default: found beside MODEL.")
 ]
@@ -38,7 +39,7 @@ Resume = Annotated[bool, typer.Option(help="Go on from what an interrupted run h
 def convert_precision(
     model: Fp32File,
     target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
-    precision: Annotated[Literal["fp16", "bf16"], typer.Option(help="Type of everything that survives it.")] = "fp16",
+    precision: Annotated[Half, typer.Option(help="Type of everything that survives it.")] = "fp16",
     data: Annotated[
         Path | None, typer.Option(help="Micrographs or dataset (test split): checks ranges, compares labels.")
     ] = None,

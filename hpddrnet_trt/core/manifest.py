@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from hpddrnet_trt.core.errors import BadInputFile, first_problem
 from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.precisions import Precision
 
 FORMAT_VERSION = 1
 METADATA_KEY = "hpddrnet_trt"
@@ -30,8 +31,6 @@ SIZE_MULTIPLE = 8  # the network's spatial branch works at one eighth of the inp
 MAX_DESCRIPTION_BYTES = 16 << 20  # the largest of ours have some 100 KB
 MAX_CHANNELS = 1 << 16  # of a layer, so that sizes can be computed; the largest network has 64 times 16
 MAX_LEAST_VALUES = 1 << 28  # of the smallest input, which smaller images are padded to; 16384x16384 is admitted
-
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
 class _Record(BaseModel):

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, NoGpu, UsageError, UserError, require
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
+from hpddrnet_trt.core.precisions import PRECISIONS, is_calibrated
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
 from hpddrnet_trt.engines.onnxruntime_graph import needs_blocks, source_for_cpu
@@ -236,9 +237,8 @@ class OnnxRuntimeEngine(EngineBase):
             return options
         levels = self._ort.GraphOptimizationLevel
         # The higher levels fuse FP8 pairs into integer operators, which do not take them (onnxruntime 1.31).
-        options.graph_optimization_level = (
-            levels.ORT_ENABLE_BASIC if self.manifest.precision == "fp8" else levels.ORT_ENABLE_ALL
-        )
+        foreign = is_calibrated(self.manifest.precision) and not PRECISIONS[str(self.manifest.precision)].cpu_kernels
+        options.graph_optimization_level = levels.ORT_ENABLE_BASIC if foreign else levels.ORT_ENABLE_ALL
         options.log_severity_level = 3  # errors only
         options.enable_cpu_mem_arena = self._arena
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spinning else "0")
@@ -334,8 +334,8 @@ def _disabled_optimizers(manifest: Manifest) -> list[str]:
     # TensorRT's symmetric Q/DQ form leaves biases in floating point; this optimiser would quantise
     # them and lose 7 % of the labels in INT8, 27 % in FP8 with FP16, without a word (onnxruntime 1.31).
     # ONNX Runtime's own form already has integer biases.
-    tensorrt = manifest.quantised_for == "tensorrt" or manifest.precision == "fp8"
-    return ["WeightBiasQuantization"] if tensorrt else []
+    own = manifest.quantised_for == "onnxruntime"
+    return ["WeightBiasQuantization"] if is_calibrated(manifest.precision) and not own else []
 
 
 def _providers(ort: Any, device: str) -> list[str]:

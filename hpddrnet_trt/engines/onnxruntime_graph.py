@@ -31,7 +31,7 @@ def needs_blocks(shape: Sequence[int]) -> bool:
 
 def source_for_cpu(path: Path, manifest: Manifest, blocks: bool) -> str | bytes:
     """The file's path, or the graph to load in its place."""
-    typed = manifest.precision in ("fp16", "int8", "fp8")
+    typed = manifest.precision not in (None, "fp32", "bf16")
     if not (blocks or typed):
         return str(path)
 

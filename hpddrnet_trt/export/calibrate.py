@@ -26,6 +26,7 @@ from tqdm import tqdm
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, Evidence, InputContract, Manifest
 from hpddrnet_trt.core.metrics import LabelComparison
+from hpddrnet_trt.core.precisions import PRECISIONS, LowPrecision
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
@@ -73,7 +74,7 @@ def calibrate(
     images: Sequence[Path],
     *,
     form: qdq.Form = "tensorrt",
-    precision: qdq.Quantised = "int8",
+    precision: LowPrecision = "int8",
     method: Method | Literal["auto"] = "max",
     tool: Tool = "own",
     max_images: int = MAX_IMAGES,
@@ -150,7 +151,7 @@ class _Request:
     """What the quantised file is to be."""
 
     form: qdq.Form
-    precision: qdq.Quantised
+    precision: LowPrecision
     method: str
     tool: Tool
     half: bool
@@ -166,15 +167,18 @@ class _Request:
         """Raise :class:`UsageError` for what is unknown or does not go together."""
         for what, value, known in (
             ("form", self.form, get_args(qdq.Form)),
-            ("precision", self.precision, get_args(qdq.Quantised)),
+            ("precision", self.precision, get_args(LowPrecision)),
             ("tool", self.tool, get_args(Tool)),
             ("calibration method", self.method, (*self.methods, "auto")),
         ):
             if value not in known:
                 whose = " for ModelOpt" if what == "calibration method" and self.tool == "modelopt" else ""
                 raise UsageError(f"unknown {what} {value!r}{whose}; choose one of: {', '.join(known)}")
-        if self.precision == "fp8" and self.form != "tensorrt":
-            raise UsageError("ONNX Runtime's CPU kernels have no FP8; choose the form tensorrt, or the precision int8")
+        if self.form != "tensorrt" and not PRECISIONS[self.precision].cpu_kernels:
+            raise UsageError(
+                f"ONNX Runtime's CPU kernels have no {self.precision.upper()}; choose the form tensorrt, or the "
+                "precision int8"
+            )
         if self.tool == "modelopt" and self.form != "tensorrt":
             raise UsageError("ModelOpt quantises for TensorRT; choose the form tensorrt, or the tool own")
 

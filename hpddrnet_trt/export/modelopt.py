@@ -44,6 +44,7 @@ import numpy.typing as npt
 
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import MissingDependency, UsageError, UserError, require
+from hpddrnet_trt.core.precisions import LowPrecision
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.graph import qdq
 
@@ -96,7 +97,7 @@ def quantise_with_modelopt(
     batches: Iterable[npt.NDArray[Any]],
     *,
     method: Method = "max",
-    precision: qdq.Quantised = "int8",
+    precision: LowPrecision = "int8",
     exclude: Collection[str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> onnx.ModelProto:
@@ -122,8 +123,8 @@ def quantise_with_modelopt(
     onnx = require("onnx", "export", "quantise ONNX models")
     if method not in METHODS:
         raise UsageError(f"unknown ModelOpt method {method!r}; choose one of: {', '.join(METHODS)}")
-    if precision not in get_args(qdq.Quantised):
-        raise UsageError(f"ModelOpt is asked for {precision!r}; choose one of: {', '.join(get_args(qdq.Quantised))}")
+    if precision not in get_args(LowPrecision):
+        raise UsageError(f"ModelOpt is asked for {precision!r}; choose one of: {', '.join(get_args(LowPrecision))}")
     if precision == "fp8" and method != "max":
         raise UsageError(f"ModelOpt's FP8 needs the method 'max', not {method!r}: it derives FP8 scales from maxima")
     source = onnx.ModelProto()

@@ -15,11 +15,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.precisions import BY_TENSORRT_TYPE, PRECISIONS, is_calibrated, product_precision
 
 PARSED_NETWORK = "parsed network"
 ENGINE_INSPECTOR = "engine inspector"
-
-_PRECISION_OF_DTYPE = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
 
 
 def proof_from_network(trt: Any, network: Any, shape: Sequence[int]) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def _row(trt: Any, layer: Any, producers: dict[str, Any]) -> dict[str, Any]:
         "type": kind.name,
         "operands": operands,
         "output": layer.get_output(0).dtype.name,
-        "precision": _precision(operands),
+        "precision": product_precision([BY_TENSORRT_TYPE.get(name, name.lower()) for name in operands]),
         "macs": macs,
     }
 
@@ -92,13 +91,6 @@ def _weights_type(layer: Any) -> str:
     # A numpy array's type, or the library's own (``DataType.BF16``) where numpy has none.
     name = str(layer.kernel.dtype).rpartition(".")[2]
     return {"float32": "FLOAT", "float16": "HALF"}.get(name, name.upper())
-
-
-def _precision(operands: Sequence[str]) -> str:
-    """The compute precision: quantised only if both operands are, else the type of the one that is not."""
-    kinds = [_PRECISION_OF_DTYPE.get(name, name.lower()) for name in operands]
-    plain = [kind for kind in kinds if kind not in ("int8", "fp8")]
-    return plain[0] if plain else kinds[0]
 
 
 def _convolution_macs(layer: Any, *, per_output: bool) -> int:
@@ -177,10 +169,7 @@ def _built_precision(layer: dict[str, Any]) -> str | None:
     operands = [_datatype(str(weights.get("Type", "")))] if isinstance(weights, dict) else []
     operands += [_datatype(_tensor_type(entry)) for entry in layer.get("Inputs", [])[:1]]
     shown = [kind for kind in operands if kind is not None]
-    if not shown:
-        return None
-    plain = [kind for kind in shown if kind not in ("int8", "fp8")]
-    return plain[0] if plain else shown[0]
+    return product_precision(shown) if shown else None
 
 
 def _tensor_type(entry: Any) -> str:
@@ -191,14 +180,8 @@ def _tensor_type(entry: Any) -> str:
 
 def _datatype(text: str) -> str | None:
     """``Thirty-two wide channel vectorized row major Int8 format`` -> ``int8``."""
-    patterns = (
-        ("int8", r"int8|\bi8\b"),
-        ("fp8", r"fp8|e4m3"),
-        ("bf16", r"bf16|bfloat16"),
-        ("fp16", r"fp16|half|float16"),
-        ("fp32", r"fp32|float"),
-    )
-    return next((kind for kind, pattern in patterns if re.search(pattern, text.lower())), None)
+    # The narrowest first: "float" is in the names of others, too.
+    return next((kind for kind in reversed(PRECISIONS) if re.search(PRECISIONS[kind].shown_as, text.lower())), None)
 
 
 def check_proof(proof: dict[str, Any], precision: str, label: str) -> None:
@@ -208,17 +191,17 @@ def check_proof(proof: dict[str, Any], precision: str, label: str) -> None:
         found = ", ".join(f"{count} in {kind.upper()}" for kind, count in convolutions.items()) or "none at all"
         raise UserError(
             f"{label} would be labelled {precision.upper()}, but none of its convolutions is ({proof['source']}: "
-            f"{found}); no file was written: {_REMEDY[precision]}"
+            f"{found}); no file was written: {_remedy(precision)}"
         )
 
 
-_REMEDY = {
-    "int8": "calibrate the FP32 ONNX file for TensorRT again",
-    "fp8": "quantise the FP32 ONNX file to FP8 again, or ask for INT8",
-    "bf16": "convert the FP32 ONNX file to BF16 again, or ask for --precision fp16",
-    "fp16": "convert the FP32 ONNX file again, or ask for --precision fp32",
-    "fp32": "give the FP32 ONNX file, or ask for the precision that this one has",
-}
+def _remedy(precision: str) -> str:
+    label = precision.upper()
+    if precision == "fp32":
+        return "give the FP32 ONNX file, or ask for the precision that this one has"
+    if is_calibrated(precision):
+        return f"calibrate the FP32 ONNX file to {label} for TensorRT again"
+    return f"convert the FP32 ONNX file to {label} again, or ask for --precision fp32"
 
 
 def summary(proof: dict[str, Any]) -> str:

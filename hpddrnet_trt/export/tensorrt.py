@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from tqdm import tqdm
 
@@ -22,10 +22,10 @@ from hpddrnet_trt.core.manifest import (
     Evidence,
     InputContract,
     Manifest,
-    Precision,
     read_manifest,
     sidecar_path,
 )
+from hpddrnet_trt.core.precisions import PRECISIONS, Half, LowPrecision, Precision
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.engines.cuda import Gpu, find_gpu, gpu_or_none
 from hpddrnet_trt.engines.profiles import Profile, default_profiles, is_static, narrowed, parse_shapes
@@ -47,8 +47,6 @@ from hpddrnet_trt.graph.lint import reformats_from_inspector
 from hpddrnet_trt.graph.model import load_model, save_model
 
 logger = logging.getLogger(__name__)
-
-BF16_FROM = 8  # major compute capability
 
 Tiling = Literal["none", "fast", "moderate", "full"]
 TILINGS: tuple[Tiling, ...] = get_args(Tiling)
@@ -107,6 +105,8 @@ class BuildSettings:
                 f"{api.label} builds for the GPU it runs on; leave the compute capabilities out, "
                 "or choose --flavour tensorrt-rtx"
             )
+        for written in self.compute_capabilities or ():
+            compute_capability(api, written)
         if api.is_rtx and self.timing_cache is not None:
             logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
         if api.is_rtx and (self.optimisation_level is not None or self.tiling is not None or self.sparsity):
@@ -234,15 +234,15 @@ def _in_precision(
     found = [] if images is None else find_images(images)
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         path = Path(folder) / f"{source.stem}.{precision}.onnx"
-        if precision in ("fp16", "bf16"):
+        if precision in get_args(Half):
             from hpddrnet_trt.export.convert import convert_precision
 
-            yield path, convert_precision(source, path, precision, images=found)
+            yield path, convert_precision(source, path, cast(Half, precision), images=found)
         else:
             from hpddrnet_trt.export.calibrate import calibrate
 
-            assert precision in ("int8", "fp8")  # FP32 files are taken as they are
-            yield path, calibrate(source, path, found, form="tensorrt", precision=precision)
+            low = cast(LowPrecision, precision)  # FP32 files are taken as they are
+            yield path, calibrate(source, path, found, form="tensorrt", precision=low)
 
 
 def _lacks_bf16(settings: BuildSettings, api: TensorRT, gpu: Gpu | None) -> bool:
@@ -250,7 +250,11 @@ def _lacks_bf16(settings: BuildSettings, api: TensorRT, gpu: Gpu | None) -> bool
     targets = settings.compute_capabilities or ()
     if not api.is_rtx and gpu is not None:
         targets = [gpu.compute_capability]
-    return any(int(written.partition(".")[0]) < BF16_FROM for written in targets if written[:1].isdigit())
+    return any(_older(written, PRECISIONS["bf16"].least_compute_capability) for written in targets)
+
+
+def _older(capability: str, least: str) -> bool:
+    return float(capability) < float(least)
 
 
 @contextmanager
@@ -261,8 +265,8 @@ def _with_fp32_scores(path: Path, manifest: Manifest) -> Iterator[Path]:
         yield path  # a BF16 file is BF16 throughout: the builder says so
         return
     logger.warning(
-        "position attention is built with FP32 scores, because a GPU older than compute capability %d.0 has no BF16: "
-        "its memory grows with the square of the number of pixels there", BF16_FROM,
+        "position attention is built with FP32 scores, because a GPU older than compute capability %s has no BF16: "
+        "its memory grows with the square of the number of pixels there", PRECISIONS["bf16"].least_compute_capability,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         yield save_model(in_type(model, "fp32"), Path(folder) / path.name, manifest)
@@ -299,7 +303,7 @@ def _check_precision(
             f"{source} was quantised for ONNX Runtime on a CPU, which TensorRT does not run; calibrate the FP32 file "
             "for TensorRT: hpddrnet-trt calibrate MODEL.onnx MODEL.int8.onnx --data FOLDER --form tensorrt"
         )
-    if precision in ("int8", "fp8") and has == "fp32" and images is None:
+    if PRECISIONS[precision].calibrated and has == "fp32" and images is None:
         raise UsageError(
             f"{source} is FP32 and {precision.upper()} needs calibration on micrographs; run: hpddrnet-trt calibrate "
             f"{source.name} {source.stem}.{precision}.onnx --data FOLDER, or give the micrographs here"
@@ -459,9 +463,10 @@ class _Job:
     def _build_advice(self) -> str:
         if self.manifest.attention == "attention-op":
             return "; export the model again with attention as MatMul, which every TensorRT builds"
-        least = {"fp8": "8.9", "bf16": "8.0"}.get(str(self.manifest.precision))
-        if least is not None and self.settings.compute_capabilities:
-            kind = str(self.manifest.precision).upper()
+        precision = str(self.manifest.precision)
+        least = PRECISIONS[precision].least_compute_capability
+        if any(_older(written, least) for written in self.settings.compute_capabilities or ()):
+            kind = precision.upper()
             return f"; {kind} runs on compute capability {least} and later: leave older out, or choose INT8 or FP16"
         if self.api.is_rtx and _lacks_bf16(self.settings, self.api, self.gpu):
             return (

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpddrnet_trt.core.precisions import BY_ONNX_TYPE
 from hpddrnet_trt.graph.fp8 import suits_fp8
 from hpddrnet_trt.graph.model import consumers, enlarges, producers
 
@@ -45,7 +46,7 @@ _LONGEST_STAGE = 3  # convolutions on the main path
 
 @dataclass(frozen=True)
 class Convolution:
-    """``precision``: what it computes in (int8, fp8, fp16, bf16, fp32); ``reason``: why not in 8 bits."""
+    """``precision``: what it computes in (one of :data:`PRECISIONS`); ``reason``: why not in 8 bits."""
 
     name: str
     precision: str
@@ -367,14 +368,8 @@ class _Graph:
 def _type_name(kind: int) -> str:
     from onnx import TensorProto
 
-    names: dict[int, str] = {
-        TensorProto.INT8: "int8",
-        TensorProto.UINT8: "uint8",
-        TensorProto.FLOAT8E4M3FN: "fp8",
-        TensorProto.FLOAT16: "fp16",
-        TensorProto.BFLOAT16: "bf16",
-    }
-    return names.get(kind, "fp32")
+    # Unsigned pairs are none that TensorRT takes.
+    return "uint8" if kind == TensorProto.UINT8 else BY_ONNX_TYPE.get(TensorProto.DataType.Name(kind), "fp32")
 
 
 def _module(name: str) -> str:

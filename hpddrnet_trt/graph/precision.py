@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import require
+from hpddrnet_trt.core.precisions import Half
 from hpddrnet_trt.graph.attention import ScoreType, in_type
 from hpddrnet_trt.graph.model import (
     consumers,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Half = Literal["fp16", "bf16"]
 FP16_MAX = 65504.0
 # An activation this large on the micrographs tried could pass the end of FP16 on others.
 SAFE_RANGE = FP16_MAX / 4

@@ -62,7 +62,6 @@ from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.graph.model import consumers, enlarges, producers, replace_nodes
 
 Form = Literal["tensorrt", "onnxruntime"]
-Quantised = Literal["int8", "fp8"]  # what pairs quantise to
 Range = tuple[float, float]  # lowest and highest value to represent
 # Wider sets (residual sums, pooling, concatenation, resizing) were measured: no faster, less exact.
 _CPU_OPERATORS = ("Conv", "Relu")

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError, UserError, require
+from hpddrnet_trt.core.precisions import BY_ONNX_TYPE
 
 if TYPE_CHECKING:
     import onnx
@@ -44,14 +45,11 @@ class Tensors:
         return int(helper.tensor_dtype_to_np_dtype(self.kinds[name]).itemsize)
 
     def precision(self, name: str) -> str:
-        """int8, fp8, fp16, bf16 or fp32: what a product of such tensors computes in."""
+        """One of :data:`PRECISIONS`: what a product of such tensors computes in."""
         from onnx import TensorProto
 
-        kinds: dict[int, str] = {
-            TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT8E4M3FN: "fp8",
-            TensorProto.INT8: "int8", TensorProto.UINT8: "int8",
-        }  # fmt: skip
-        return kinds.get(self.kinds.get(name, TensorProto.FLOAT), "fp32")
+        kind = self.kinds.get(name, TensorProto.FLOAT)
+        return BY_ONNX_TYPE.get(TensorProto.DataType.Name(kind), "fp32")
 
     def inside(self, body: onnx.GraphProto) -> Tensors:
         """These tensors and those of a body."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.precisions import product_precision
 from hpddrnet_trt.graph.model import int_attribute
 from hpddrnet_trt.graph.tensor_sizes import Tensors, at_size, tensors_of
 
@@ -54,7 +55,7 @@ class Work(NamedTuple):
 class TypedWork(NamedTuple):
     """One kernel: what it multiplies in which precision, and the bytes that it moves.
 
-    ``precision``: int8, fp8, fp16, bf16 or fp32, None without products. ``read`` and ``written`` are bytes
+    ``precision``: one of :data:`PRECISIONS`, None without products. ``read`` and ``written`` are bytes
     of activations, ``weights`` those of constants (scales of quantised tensors left out).
     """
 
@@ -283,6 +284,4 @@ def _scores(
 
 def _precision(node: Any, level: _Level) -> str:
     operands = node.input[: 3 if node.op_type == "Attention" else 2]
-    kinds = [level.tensors.precision(level.root(name)) for name in operands]
-    plain = [kind for kind in kinds if kind not in ("int8", "fp8")]
-    return plain[0] if plain else kinds[0]
+    return product_precision([level.tensors.precision(level.root(name)) for name in operands])
