@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.core.errors import UserError
-from hpddrnet_trt.inference.watch import Happened, WatchEvent, stop_on_signal, watch_folder
+from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSettings, stop_on_signal, watch_folder
 
 
 def main() -> None:
@@ -46,8 +46,9 @@ def main() -> None:
 
         with stop_on_signal() as stop:
             summary = watch_folder(
-                segmenter, arguments.folder, arguments.output, settle_s=arguments.settle,
-                on_event=note, stop=stop, stop_after_s=arguments.stop_after,
+                segmenter, arguments.folder, arguments.output,
+                settings=WatchSettings(settle_s=arguments.settle, stop_after_s=arguments.stop_after),
+                on_event=note, stop=stop,
             )  # fmt: skip
     print(summary)
 

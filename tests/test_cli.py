@@ -14,7 +14,7 @@ from PIL import Image
 
 from hpddrnet_trt import cli
 from hpddrnet_trt.benchmark.result import load_result
-from hpddrnet_trt.cli.run import parse_kinds
+from hpddrnet_trt.cli.options import SegmentOptions, parse_kinds
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
@@ -120,7 +120,7 @@ BAD = [
     (["segment", "outside/images/test", "--pixel-size", "5"], "'5' is no length"),
     (["segment", "outside/images/test", "--tile", "large"], "'large'"),
     (["segment", "outside/images/test", "--info-bar", "-3"], "'-3'"),
-    (["segment", "outside/images/test", "--window", "9", "3"], "black < white"),
+    (["segment", "outside/images/test", "--intensity-range", "9", "3"], "black < white"),
     (["segment", "outside/images/test", "--percentiles", "9", "3"], "percentiles"),
     (["segment", "outside/images/test", "--window", "1", "9", "--percentiles", "1", "99"], "not both"),
     (["ship", "none.safetensors", "out"], "none.safetensors"),
@@ -215,12 +215,12 @@ def test_segment_writes_other_kinds_and_ends_with_a_summary(run: Run, checkpoint
 
 def test_all_kinds_are_named_with_others() -> None:
     every = ["png", "tiff", "ome-tiff", "ome-zarr", "rois", "regions"]
-    assert parse_kinds("all", confidence=False) == every
-    assert parse_kinds("all,confidence", confidence=False) == parse_kinds("all", confidence=True)
-    assert parse_kinds("all", confidence=True) == [*every, "confidence"]
-    assert parse_kinds("rois, png", confidence=False) == ["png", "rois"]
+    assert parse_kinds("all") == every
+    assert parse_kinds("all,confidence") == [*every, "confidence"]
+    assert parse_kinds("rois, png") == ["png", "rois"]
+    assert SegmentOptions(write=parse_kinds("all"), confidence=True).settings().write == [*every, "confidence"]
     with pytest.raises(UsageError, match="not 'jpg'"):
-        parse_kinds("all,jpg", confidence=False)
+        parse_kinds("all,jpg")
 
 
 def test_nothing_segmented_is_nothing_written(run: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from hpddrnet_trt.cli.model import build, calibrate, convert_checkpoint, export,
 from hpddrnet_trt.cli.precision import (
     convert_precision, compare_precisions, sensitivity, choose_precision, calibration_curve, compare,
 )  # fmt: skip
-from hpddrnet_trt.cli.run import segment
-from hpddrnet_trt.cli.watching import watch
+from hpddrnet_trt.cli.inference import segment, watch
 from hpddrnet_trt.cli.measure import benchmark, report, profile, engines
 from hpddrnet_trt.cli.data import check_dataset, simulate
 

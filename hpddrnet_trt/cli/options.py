@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.engines import ENGINES
+from hpddrnet_trt.results import ALWAYS_POSSIBLE, FORMATS, KINDS
+from hpddrnet_trt.weights import DEFAULT
 
 if TYPE_CHECKING:
+    from hpddrnet_trt.inference import Segmenter
+    from hpddrnet_trt.inference.files import ResultSettings
+
     EngineName = str
 else:
     EngineName = Literal[("auto", *ENGINES)]
@@ -29,3 +37,132 @@ Mode = Annotated[
 ]
 Data = Annotated[Path, typer.Option(help="Dataset folder (images|masks/{train,val,test} or {split}/{imgs,labels}).")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+
+
+def parse_length(text: str) -> float:
+    """Metres of ``5nm``, ``0.25 um``, ``5e-9 m``; :class:`UsageError` without a unit or for what is not positive."""
+    parts = re.fullmatch(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*([a-zµμ]+)\s*", text)
+    try:
+        metres = float(parts[1]) * _METRES[parts[2]] if parts else 0.0
+    except (ValueError, KeyError):
+        metres = 0.0
+    if not 0 < metres < 1:
+        raise UsageError(f"{text!r} is no length; give a number and its unit (nm, um, mm), such as 5nm")
+    return metres
+
+
+def parse_kinds(text: str) -> list[str]:
+    """Kinds of file of ``png,rois``; ``all`` stands for every one but confidence, which needs class scores."""
+    named = {kind.strip() for kind in text.split(",") if kind.strip()}
+    for kind in sorted(named.difference(KINDS, {"all"})):
+        raise UsageError(f"--write takes {', '.join(KINDS)} or all, not {kind!r}")
+    if "all" in named:
+        named |= set(ALWAYS_POSSIBLE)
+    return [kind for kind in KINDS if kind in named]
+
+
+def _word_or_number(option: str, words: tuple[str, ...], number: str) -> Any:
+    """Typer's parser of an option that takes one of ``words`` or a number."""
+
+    def parse(text: str) -> str | int:
+        if text in words:
+            return text
+        if not (text.isascii() and text.isdigit()):
+            raise UsageError(f"{option} takes {', '.join(words)} or {number}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+_KINDS_IN_WORDS = ", ".join(f"{kind} ({FORMATS[kind].description})" for kind in ALWAYS_POSSIBLE)
+_METRES = {"m": 1.0, "mm": 1e-3, "um": 1e-6, "µm": 1e-6, "μm": 1e-6, "nm": 1e-9, "pm": 1e-12}
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """What every command has that segments micrographs into a folder: which model runs, and what is written."""
+
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("labels")
+    model: Annotated[Path, typer.Option(help="Model file, or the name of a shipped model.")] = Path(DEFAULT)
+    engine: Engine = "auto"
+    mode: Mode = "single"
+    write: Annotated[
+        Any,
+        typer.Option(
+            "--write", "-w", metavar="KIND,...", parser=parse_kinds,
+            help=f"What to write for each image: {_KINDS_IN_WORDS}, or all.",
+        ),
+    ] = "png"
+    overlay: Annotated[
+        bool, typer.Option(help="Also write a picture of the labels over the micrograph, with scale bar and legend.")
+    ] = True
+    confidence: Annotated[bool, typer.Option(help="Also write the probability of the chosen class as TIFF.")] = False
+    background: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS", help="Class that rois and regions leave out; may be repeated."),
+    ] = None
+    smallest: Annotated[
+        int, typer.Option(metavar="PIXELS", help="Least size of a region in rois and regions.")
+    ] = 1
+    tile: Annotated[
+        Any,
+        typer.Option(
+            metavar="auto|whole|PIXELS", parser=_word_or_number("--tile", ("auto", "whole"), "a number of pixels"),
+            help="Large images in tiles: when needed, never, of this size.",
+        ),
+    ] = "auto"
+    intensity_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="BLACK WHITE", help="Grey values that become black and white, the same for all images."),
+    ] = None
+    percentiles: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH", help="Percent of each image's pixels that become black and stay below white."
+        ),
+    ] = None
+    pixel_size: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LENGTH", parser=parse_length, help="Size of a pixel with its unit (5nm), instead of the files'."
+        ),
+    ] = None
+    info_bar: Annotated[
+        Any,
+        typer.Option(
+            metavar="auto|metadata|none|ROWS",
+            parser=_word_or_number("--info-bar", ("auto", "metadata", "none"), "rows to keep"),
+            help="Cut off the bar below a picture as found, as its metadata say, not at all, or after so many rows.",
+        ),
+    ] = "auto"
+    resume: Annotated[bool, typer.Option(help="Leave what this model has written before with these options.")] = True
+
+    def settings(self) -> ResultSettings:
+        """What is written, and how files are read."""
+        from hpddrnet_trt.inference.files import ResultSettings
+
+        return ResultSettings(
+            write=self.write + ["confidence"] * self.confidence, overlay=self.overlay,
+            background=self.background or [], smallest=self.smallest, pixel_size_m=self.pixel_size,
+            info_bar=self.info_bar, resume=self.resume,
+        )  # fmt: skip
+
+    def open_segmenter(self) -> Segmenter:
+        """The model, opened as these options say."""
+        from hpddrnet_trt.inference import load_segmenter
+
+        return load_segmenter(
+            self.model, engine=self.engine, mode=self.mode, confidence=self.confidence or "confidence" in self.write,
+            window=self._window(), tile=self.tile,
+        )  # fmt: skip
+
+    def _window(self) -> Any:
+        """The segmenter's ``window``, of which at most one way is given."""
+        from hpddrnet_trt.data.micrograph import Percentiles
+
+        if self.intensity_range is not None and self.percentiles is not None:
+            raise UsageError("give either --intensity-range or --percentiles, not both")
+        if self.intensity_range is not None and not self.intensity_range[0] < self.intensity_range[1]:
+            black, white = self.intensity_range
+            raise UsageError(f"--intensity-range takes black < white, not {black:g} {white:g}")
+        return self.intensity_range if self.percentiles is None else Percentiles(*self.percentiles)

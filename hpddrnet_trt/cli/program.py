@@ -1,31 +1,130 @@
-"""The program around the commands: how errors, Ctrl-C and exit codes reach a person.
+"""The program around the commands: their list, and how errors, Ctrl-C and exit codes reach a person.
 
 Errors the package raises on purpose are printed as one sentence; exit codes: 0 done, 1 failed, 2 usage.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from hpddrnet_trt import __version__
-from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.errors import UsageError, UserError
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
-app = typer.Typer(
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Commands of earlier versions, and what has taken their place.
+GONE = {
+    "calibration-curve": "`calibrate` with several --max-images",
+    "check-dataset": "`datasets check`",
+    "compare-precisions": "`choose-precision --study`",
+    "convert-precision": "`export --precision fp16` (or bf16), which also takes FP32 ONNX files",
+    "measure-training": "`train`, whose progress bar shows steps per second",
+    "report": "`benchmark report`",
+    "sensitivity": "`choose-precision --study`",
+    "ship": "`export --half-weights`",
+    "show": "`datasets list NAME`",
+    "simulate": "`datasets simulate`",
+}
+# Options of earlier versions: taken, but not shown.
+OLD_SPELLINGS = {
+    "accept-unclear-licence": "accept-unclear-license",
+    "licence": "license",
+    "optimisation-level": "optimization-level",
+    "window": "intensity-range",
+}
+
+
+class CommandList(TyperGroup):
+    """Commands in the groups that they were registered with; those that have gone say what has taken their place."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in GONE and args[0] not in self.commands:
+            raise UsageError(f"the command `{args[0]}` has gone; use {GONE[args[0]]}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, command in self.commands.items():
+            if not command.hidden:
+                # Typer keeps the panel, also where it is not drawn as one.
+                panel = getattr(command, "rich_help_panel", None)
+                title = panel if isinstance(panel, str) else "Commands"
+                panels.setdefault(title, []).append((name, command.get_short_help_str(formatter.width - 24)))
+        for title, rows in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def new_app(**options: Any) -> typer.Typer:
+    """A program, or a command with commands of its own; ``options`` are Typer's."""
+    return typer.Typer(
+        cls=CommandList, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings={"token_normalize_func": lambda name: OLD_SPELLINGS.get(name, name)}, **options,
+    )  # fmt: skip
+
+
+app = new_app(
     name="hpddrnet-trt",
     help="Semantic segmentation of SEM micrographs: train, export, calibrate, build, run and measure.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
+
+
+def command(
+    panel: str, example: str, *, name: str | None = None, group: typer.Typer = app
+) -> Callable[[Command], Command]:
+    """Make a function a command: its docstring is the help, ``example`` what a person types after the program's name.
+
+    A parameter whose type is a dataclass is a group of options: its fields become options of the command, and the
+    function gets the dataclass.
+    """
+
+    def register(function: Command) -> Command:
+        registered = _with_fields(function)
+        group.command(name, rich_help_panel=panel, epilog=f"Example: hpddrnet-trt {example}")(registered)
+        return registered
+
+    return register
+
+
+def _with_fields(function: Command) -> Command:
+    """``function`` as Typer sees it: the fields of option groups in place of the groups."""
+    given = inspect.signature(function, eval_str=True).parameters
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in given.items() if dataclasses.is_dataclass(each.annotation)
+    }
+    shown: list[inspect.Parameter] = []
+    for name, each in given.items():
+        if name in groups:
+            hints = get_type_hints(groups[name], include_extras=True)
+            shown += [
+                inspect.Parameter(entry.name, each.KEYWORD_ONLY, default=entry.default, annotation=hints[entry.name])
+                for entry in dataclasses.fields(groups[name])
+            ]
+        else:
+            shown.append(each.replace(kind=each.KEYWORD_ONLY))
+
+    @functools.wraps(function)
+    def call(**values: Any) -> Any:
+        for name, group in groups.items():
+            values[name] = group(**{entry.name: values.pop(entry.name) for entry in dataclasses.fields(group)})
+        return function(**values)
+
+    call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in shown}
+    return call  # type: ignore[return-value]
 
 
 def _version(show: bool) -> None:
@@ -44,15 +143,15 @@ def _common(
         os.environ["HPDDRNET_DEBUG"] = "1"
 
 
-def run(command: Callable[..., Any] | typer.Typer) -> NoReturn:
+def run(program: Callable[..., Any] | typer.Typer) -> NoReturn:
     """Run one command function (as the recipes do) or the whole app, and exit with its code."""
-    if not isinstance(command, typer.Typer):
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        single.command()(command)
-        command = single
+    if not isinstance(program, typer.Typer):
+        single = new_app()
+        single.command()(program)
+        program = single
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        command()
+        program()
     except UserError as exc:
         if os.environ.get("HPDDRNET_DEBUG"):
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,11 @@ from PIL import Image
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest
-from hpddrnet_trt.data.labels import overlay, write_labels
+from hpddrnet_trt.data.labels import overlay
 from hpddrnet_trt.inference.tiling import TilingReport
+from hpddrnet_trt.results import Contents, format_of
 from hpddrnet_trt.results.caption import with_caption
-from hpddrnet_trt.results.imagej import write_rois
-from hpddrnet_trt.results.ome_tiff import write_ome_tiff
-from hpddrnet_trt.results.ome_zarr import write_ome_zarr
 from hpddrnet_trt.results.regions import AreaFraction, Regions, area_fractions, regions
-from hpddrnet_trt.results.tables import write_fractions, write_regions
 
 
 @dataclass(frozen=True)
@@ -109,28 +106,20 @@ class Segmentation:
     def save(self, path: str | Path, *, image: npt.NDArray[Any] | None = None) -> Path:
         """Write the result as the kind of file that ``path``'s ending says, whole or not at all.
 
-        - ``.ome.zarr``: OME-Zarr 0.5 (extra ``results``), with the micrograph ``image`` ``[H, W]`` where given;
-        - ``.ome.tif``, ``.ome.tiff``: OME-TIFF;
-        - ``.png``, ``.tif``, ``.tiff``: class indices with the classes' colours as palette;
-        - ``.zip``: outlines of all regions as ImageJ ROIs (extra ``results``);
-        - ``.regions.csv``: a row for each region (extra ``results``); any other ``.csv``: a row for each class.
+        The kinds are those of :data:`hpddrnet_trt.results.FORMATS`: ``.png`` and ``.tif`` hold class indices with the
+        classes' colours as palette, ``.ome.tif`` and ``.ome.zarr`` (with the micrograph ``image`` ``[H, W]`` where
+        given) the same for bio-imaging, ``.zip`` outlines of all regions as ImageJ ROIs, ``.regions.csv`` a row for
+        each region, any other ``.csv`` a row for each class, ``.confidence.tif`` the probability of the class.
+        OME-Zarr, ROIs and regions need the extra ``results``.
 
         Call :func:`hpddrnet_trt.results.regions.regions` and the writers in :mod:`hpddrnet_trt.results` for ROIs and
         tables without the background. Raises :class:`UsageError` for another ending.
         """
         path = Path(path)
-        ending = next((ending for ending in _WRITERS if path.name.lower().endswith(ending)), None)
-        if ending is None:
-            raise UsageError(f"results are written as {', '.join(_WRITERS)}, not as {path.name!r}; change the ending")
-        if image is not None and ending != ".ome.zarr":
-            raise UsageError(f"only .ome.zarr holds the micrograph beside its labels, not {ending}; leave image out")
-        return _WRITERS[ending](self, path, image)
-
-    def save_labels(self, path: str | Path) -> Path:
-        """Write the labels as a PNG with the classes' colours as palette, or as an 8-bit TIFF, by ``path``'s ending."""
-        return write_labels(
-            path, self.labels, self.manifest.palette, pixel_size_m=self.pixel_size_m, provenance=self.record()
-        )
+        form = format_of(path)
+        if image is not None and not form.image:
+            raise UsageError(f"only .ome.zarr holds the micrograph beside its labels, not {path.name}; leave image out")
+        return form.write(path, Contents(self, image=image))
 
     def save_overlay(
         self, path: str | Path, grey8: npt.NDArray[np.uint8], alpha: float = 0.4, *, caption: bool = True
@@ -165,34 +154,3 @@ class Segmentation:
             area = "" if entry.area_m2 is None else f"{entry.area_m2 * 1e12:12.5g} µm²"
             lines.append(f"  {entry.name:<{widest}} {100 * entry.fraction:6.2f} %{area}")
         return "\n".join(lines)
-
-
-def _save_ome_zarr(result: Segmentation, path: Path, image: npt.NDArray[Any] | None) -> Path:
-    return write_ome_zarr(
-        path, result.labels, result.classes,
-        pixel_size_m=result.pixel_size_m, provenance=result.record(), image=image,
-    )  # fmt: skip
-
-
-def _save_ome_tiff(result: Segmentation, path: Path, _: object) -> Path:
-    return write_ome_tiff(
-        path, result.labels, result.classes, pixel_size_m=result.pixel_size_m, provenance=result.record()
-    )
-
-
-def _save_labels(result: Segmentation, path: Path, _: object) -> Path:
-    return result.save_labels(path)
-
-
-# Kinds of file by ending; the first that fits counts.
-_WRITERS: dict[str, Callable[[Segmentation, Path, npt.NDArray[Any] | None], Path]] = {
-    ".ome.zarr": _save_ome_zarr,
-    ".ome.tif": _save_ome_tiff,
-    ".ome.tiff": _save_ome_tiff,
-    ".png": _save_labels,
-    ".tif": _save_labels,
-    ".tiff": _save_labels,
-    ".zip": lambda result, path, _: write_rois(path, result.regions()),
-    ".regions.csv": lambda result, path, _: write_regions(path, result.regions()),
-    ".csv": lambda result, path, _: write_fractions(path, result.area_fractions()),
-}

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.arrivals import Arrival, Arrivals
-from hpddrnet_trt.inference.files import FileSegmenter
+from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings
 
 LOG = logging.getLogger(__name__)
 PATIENT = 10  # what grows with the number of files is done for a tenth of the time at most
@@ -67,61 +66,75 @@ class WatchSummary:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class WatchSettings:
+    """When a file is taken, and when the watch ends.
+
+    ``settle_s``: seconds without a change after which a file is complete; ``patience_s``: after which one that cannot
+    be read has failed; ``recursive``: also in sub-folders. ``poll_s``: from one look at the folder to the next, longer
+    where listing it takes more than a tenth of that. ``stop_after_s``: ends the watch when nothing has come for so
+    long and nothing waits; 0 deals with what is there and ends; None: never.
+    """
+
+    settle_s: float = 2.0
+    patience_s: float = 60.0
+    poll_s: float = 1.0
+    recursive: bool = False
+    stop_after_s: float | None = None
+
+
 def watch_folder(
     segmenter: Segmenter,
     folder: str | Path,
     output_folder: str | Path,
+    results: ResultSettings = ResultSettings(),
+    settings: WatchSettings = WatchSettings(),
     *,
-    settle_s: float = 2.0,
-    patience_s: float = 60.0,
-    poll_s: float = 1.0,
-    recursive: bool = False,
     on_event: Callable[[WatchEvent], None] | None = None,
     stop: threading.Event | None = None,
-    stop_after_s: float | None = None,
-    **options: Any,
 ) -> WatchSummary:
     """Segment the micrographs in ``folder`` and those that appear in it, until told to stop.
 
-    Which files, and when one is complete: :class:`~hpddrnet_trt.inference.arrivals.Arrivals` (``settle_s``,
-    ``patience_s``, ``recursive``). The folder is looked at every ``poll_s`` seconds, seldomer where listing it takes
-    more than a tenth of that. A sidecar (``.txt``, ``.hdr``) that comes within the settling time is read with its
-    micrograph; one that comes later lets the micrograph be segmented once more, now with its pixel size.
+    Which files, and when one is complete: :class:`~hpddrnet_trt.inference.arrivals.Arrivals`. A sidecar
+    (``.txt``, ``.hdr``) that comes within the settling time is read with its micrograph; one that comes later lets the
+    micrograph be segmented once more, now with its pixel size.
 
-    What is written to ``output_folder``: what :class:`~hpddrnet_trt.inference.files.FileSegmenter` says, which takes
-    all further ``options``, and ``fractions.csv``. After a restart, files that the same model has done are left alone.
+    What is written to ``output_folder``: what :class:`~hpddrnet_trt.inference.files.FileSegmenter` says of ``results``,
+    and ``fractions.csv``. After a restart, files that the same model has done are left alone.
 
     ``on_event``: called with each :class:`WatchEvent`, on this thread. ``stop``: ends the watch once set, after the
-    micrograph under way. ``stop_after_s``: ends it when nothing has come for so long and nothing waits; 0 deals with
-    what is there and ends.
+    micrograph under way.
 
     A bad file, a full disk or a folder that vanishes does not end it: see the events. What could not be written
     within ``patience_s`` is done by the next watch. Raises :class:`UsageError` for settings that make no sense and
     :class:`BadInputFile` when ``folder`` is not there at the start.
     """
-    root, results = Path(folder), Path(output_folder)
+    root, output = Path(folder), Path(output_folder)
     if not root.is_dir():
         raise BadInputFile(f"{root} is not a folder that can be watched; check the path, or create it first")
     root = root.resolve()
-    if results.resolve() == root:
+    if output.resolve() == root:
         raise UsageError(f"results cannot go to the watched folder {root} itself; choose another output folder")
-    if min(settle_s, patience_s) < 0 or poll_s <= 0:
+    if min(settings.settle_s, settings.patience_s) < 0 or settings.poll_s <= 0:
         raise UsageError("settle_s and patience_s must not be negative, and poll_s must be positive")
-    arrivals = Arrivals(root, settle_s=settle_s, patience_s=patience_s, recursive=recursive, leave_out=results)
-    watch = _Watch(arrivals, FileSegmenter(segmenter, results, **options), on_event)
+    arrivals = Arrivals(
+        root, settle_s=settings.settle_s, patience_s=settings.patience_s, recursive=settings.recursive,
+        leave_out=output,
+    )  # fmt: skip
+    watch = _Watch(arrivals, FileSegmenter(segmenter, output, results), on_event)
     stop = stop or threading.Event()
     busy_s = time.monotonic()
     while not stop.is_set():
         polled_s = time.monotonic()
         due = watch.poll()
-        next_poll_s = polled_s + max(poll_s, PATIENT * (time.monotonic() - polled_s))
+        next_poll_s = polled_s + max(settings.poll_s, PATIENT * (time.monotonic() - polled_s))
         for arrival in due:
             watch.deal_with(arrival)
             if stop.is_set() or time.monotonic() > next_poll_s:
                 break  # and look again: there may be older ones by now, and these may be gone
         if due or arrivals.waiting:
             busy_s = time.monotonic()
-        elif stop_after_s is not None and time.monotonic() - busy_s >= stop_after_s:
+        elif settings.stop_after_s is not None and time.monotonic() - busy_s >= settings.stop_after_s:
             break
         watch.refresh_table()
         stop.wait(max(next_poll_s - time.monotonic(), 0.0))
@@ -186,14 +199,9 @@ class _Watch:
 
     def _segment(self, arrival: Arrival) -> Mapping[str, float] | None:
         """Area fractions, None when it was done before."""
-        work, name = self._work, self._work.name_of(arrival.path)
-        resume = work.resume
-        try:
-            # The journal knows a file by its time, which says nothing of its sidecar.
-            work.resume = resume and not arrival.again
-            return None if work.is_done(arrival.path, name) else work.segment(arrival.path, name).fractions()
-        finally:
-            work.resume = resume
+        # Anew where it has changed: the journal knows a file by its time, which says nothing of its sidecar.
+        task = self._work.task(arrival.path, self._work.name_of(arrival.path), anew=arrival.again)
+        return self._work.segment(task).fractions() if task.missing else None
 
     def _succeeded(self, arrival: Arrival, fractions: Mapping[str, float] | None) -> None:
         self._settled(arrival)

@@ -1,13 +1,23 @@
-"""Area fractions and regions as CSV: UTF-8, comma, one header line, units in the names, empty where unknown."""
+"""Figures as files: area fractions and regions as CSV, the confidence of every pixel as TIFF.
+
+CSV is UTF-8 with commas and one header line; units are in the names, and cells are empty where a value is unknown.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
 
 from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.data.labels import scale_options
 from hpddrnet_trt.results.regions import AreaFraction, Regions
 
 FRACTIONS = ("class", "pixels", "fraction", "area_um2")
@@ -69,3 +79,25 @@ def _region_rows(regions: Regions) -> Iterator[Row]:
             left, top, width, height,
             int(regions.touches_border[index]),
         ]  # fmt: skip
+
+
+def write_confidence(
+    path: str | Path,
+    confidence: npt.NDArray[np.float32],
+    *,
+    pixel_size_m: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the probability of the chosen class, float32 ``[H, W]`` from 0 to 1, as a one-channel TIFF."""
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(
+            temporary,
+            np.asarray(confidence, np.float32),
+            photometric="minisblack",
+            compression="zlib",
+            predictor=True,
+            description=None if provenance is None else json.dumps(provenance),
+            metadata=None,
+            **scale_options(pixel_size_m),
+        )
+    return Path(path)

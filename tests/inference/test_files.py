@@ -16,7 +16,15 @@ from PIL import Image
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.data.micrograph import Percentiles
 from hpddrnet_trt.inference import Segmenter
-from hpddrnet_trt.inference.files import FileSegmenter, SegmentSummary, segment_paths
+from hpddrnet_trt.inference.files import (
+    FileSegmenter,
+    Journal,
+    ResultSettings,
+    SegmentSummary,
+    Task,
+    modified,
+    segment_paths,
+)
 from tests.toy import ToyEngine, grey_image, manifest
 
 # ome-zarr still has a class that it deprecates as default of an argument.
@@ -48,7 +56,7 @@ def segmenter() -> Segmenter:
 
 
 def _run(segmenter: Segmenter, *arguments: Any, **options: Any) -> SegmentSummary:
-    return segment_paths(segmenter, *arguments, progress=False, **options)
+    return segment_paths(segmenter, *arguments, ResultSettings(**options), progress=False)
 
 
 def test_folder_to_labels_overlays_table_and_journal(tmp_path: Path, segmenter: Segmenter) -> None:
@@ -116,7 +124,7 @@ def test_resume_skips_what_is_done_and_only_that(tmp_path: Path) -> None:
 
     def run(**changes: Any) -> tuple[int, int, int]:
         engine = ToyEngine(manifest("logits", **changes))
-        summary = segment_paths(Segmenter(engine), source, out, progress=False)
+        summary = _run(Segmenter(engine), source, out)
         return len(summary.written), len(summary.skipped), len(engine.shapes)
 
     assert run() == (3, 0, 3)
@@ -133,7 +141,7 @@ def test_resume_skips_what_is_done_and_only_that(tmp_path: Path) -> None:
     (out / "0.png").unlink()
     assert run(checkpoint_sha256="another") == (1, 2, 1)
     assert run(checkpoint_sha256="another") == (0, 3, 0)
-    summary = segment_paths(Segmenter(ToyEngine()), source, out, progress=False, resume=False)
+    summary = _run(Segmenter(ToyEngine()), source, out, resume=False)
     assert len(summary.written) == 3
     assert len(_table(out)) == 9
 
@@ -200,7 +208,7 @@ def test_bad_files_are_reported_and_others_go_on(tmp_path: Path, segmenter: Segm
     _write(tmp_path / "in" / "good.png")
     (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     (tmp_path / "in" / "empty.tif").write_bytes(b"")
-    summary = segment_paths(segmenter, tmp_path / "in", tmp_path / "out", progress=False, overlay=False)
+    summary = _run(segmenter, tmp_path / "in", tmp_path / "out", overlay=False)
     assert summary.exit_code == 1
     assert [path.name for path, _ in summary.failed] == ["broken.png", "empty.tif"]
     assert "broken.png" in str(summary)
@@ -218,7 +226,7 @@ def test_a_result_that_fails_leaves_the_others_and_is_tried_again(
         raise UserError("cannot write a.regions.csv: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hpddrnet_trt.inference.files.write_regions", full)
+        patch.setattr("hpddrnet_trt.results.tables.write_regions", full)
         summary = _run(segmenter, image, out, write=["png", "regions"])
     assert summary.failed == [(image, f"{image}: cannot write a.regions.csv: No space left on device")]
     assert _lines(out)[0]["outputs"] == {"png": "a.png"}
@@ -303,15 +311,15 @@ def test_images_that_come_one_by_one_keep_their_names(tmp_path: Path, segmenter:
     inputs = [_write(tmp_path / name, seed) for seed, name in enumerate(("p/a.png", "q/a.png", "r/a.png"))]
     names = []
     for source in inputs:
-        work = FileSegmenter(segmenter, tmp_path / "out", overlay=False)
+        work = FileSegmenter(segmenter, tmp_path / "out", ResultSettings(overlay=False))
         name = work.name_of(source)
-        work.segment(source, name)
+        work.segment(work.task(source, name))
         names.append(name)
-        assert work.is_done(source, name)
+        assert not work.task(source, name).missing
     assert names == ["a", "a.png", "r_a.png"]
-    work = FileSegmenter(segmenter, tmp_path / "out", overlay=False)
+    work = FileSegmenter(segmenter, tmp_path / "out", ResultSettings(overlay=False))
     assert [work.name_of(source) for source in inputs] == names
-    assert all(work.is_done(source, name) for source, name in zip(inputs, names, strict=True))
+    assert not any(work.task(source, name).missing for source, name in zip(inputs, names, strict=True))
 
 
 def test_labels_of_another_image_are_kept(tmp_path: Path, segmenter: Segmenter) -> None:
@@ -378,3 +386,60 @@ def test_vendor_files_keep_their_scale(tmp_path: Path, sem_data: Path, segmenter
             assert labels.size[0] == drawing.size[0]
             assert labels.size[1] < drawing.size[1]
             assert 0.0254 / labels.info["dpi"][0] == pytest.approx(nanometres * 1e-9, rel=1e-6)
+
+
+JOB = {"model": "toy", "given_window": (0.0, 9.0)}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "in.png").write_text("image")
+    return tmp_path / "in.png"
+
+
+def _journal(tmp_path: Path, job: dict[str, object] = JOB) -> Journal:
+    return Journal(tmp_path / "j.jsonl", job)
+
+
+def _add(tmp_path: Path, source: Path) -> None:
+    for file in ("a.png", "a.csv"):
+        (tmp_path / file).touch()
+    outputs = {"png": "a.png", "regions": "a.csv"}
+    task = Task(source, "a", modified(source), {}, [])
+    _journal(tmp_path).add(task, {"outputs": outputs, "settings": {"regions": {"smallest": 1}}})
+
+
+def _made(tmp_path: Path, source: Path, name: str = "a", job: dict[str, object] = JOB) -> dict[str, tuple[str, Any]]:
+    return _journal(tmp_path, job).made(name, source, modified(source))
+
+
+def test_what_is_done_is_done_for_the_same_job(tmp_path: Path, source: Path) -> None:
+    _add(tmp_path, source)
+    assert _made(tmp_path, source) == {"png": ("a.png", None), "regions": ("a.csv", {"smallest": 1})}
+    assert _made(tmp_path, source, job={**JOB, "model": "other"}) == {}
+    assert _made(tmp_path, source, "b") == {}
+    assert _made(tmp_path, tmp_path / "other.png") == {}
+    (tmp_path / "a.csv").unlink()
+    assert _made(tmp_path, source) == {"png": ("a.png", None)}
+    source.write_text("changed")
+    assert _made(tmp_path, source) == {}
+    assert [entry["name"] for entry in _journal(tmp_path)] == ["a"]
+    assert _journal(tmp_path).name_of(source) == "a"
+    (tmp_path / "a.png").unlink()
+    assert (list(_journal(tmp_path)), _journal(tmp_path).source_of("a")) == ([], None)
+    assert _journal(tmp_path).name_of(source) is None
+
+
+def test_foreign_and_torn_lines_are_passed_over(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "j.jsonl").write_text('[]\n{"name": 5, "outputs": {}}\n{"labels": "a.png"}\n\xff\n{"name": "a", "out')
+    _add(tmp_path, source)
+    lines = (tmp_path / "j.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    assert json.loads(lines[-1])["job"] == {"model": "toy", "given_window": [0.0, 9.0]}
+    assert [entry["name"] for entry in _journal(tmp_path)] == ["a"]
+
+
+def test_a_journal_that_cannot_be_written_is_an_error(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "j.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*j\.jsonl"):
+        _add(tmp_path, source)

@@ -73,7 +73,7 @@ def test_other_kinds(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     for name in ("a.jpg", "a", "a.zarr", "a.txt"):
-        with pytest.raises(UsageError, match=r"results are written as \.ome\.zarr, .*change the ending"):
+        with pytest.raises(UsageError, match=r"results are written as \.png, .*change the ending"):
             _result().save(tmp_path / name)
     with pytest.raises(UsageError, match=r"only \.ome\.zarr holds the micrograph"):
         _result().save(tmp_path / "a.png", image=GREY)

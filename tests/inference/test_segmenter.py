@@ -268,13 +268,13 @@ def test_fractions_and_files(tmp_path: Path) -> None:
     assert sum(fractions.values()) == pytest.approx(1)
     assert fractions["clay"] == np.count_nonzero(result.labels == 2) / 600
     for name in ("labels.png", "labels.tif"):
-        with Image.open(result.save_labels(tmp_path / name)) as picture:
+        with Image.open(result.save(tmp_path / name)) as picture:
             assert np.array_equal(np.asarray(picture), result.labels)
     with Image.open(result.save_overlay(tmp_path / "overlay.png", image)) as picture:
         assert picture.size == (30, 20)
         assert picture.mode == "RGB"
     with pytest.raises(UsageError, match="written as"):
-        result.save_labels(tmp_path / "labels.jpg")
+        result.save(tmp_path / "labels.jpg")
     with pytest.raises(UsageError, match=r"written as \.png"):
         result.save_overlay(tmp_path / "overlay.jpg", image)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.png", "labels.tif", "overlay.png"]

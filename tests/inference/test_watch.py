@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.inference import Segmenter
-from hpddrnet_trt.inference.files import FileSegmenter, segment_paths
-from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSummary, stop_on_signal, watch_folder
+from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings, Task, segment_paths
+from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSettings, WatchSummary, stop_on_signal, watch_folder
 from tests.interrupts import deliver
 from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
 
@@ -53,6 +54,16 @@ def expected(seed: int) -> npt.NDArray[np.uint8]:
     return toy().segment(grey_image(40, 60, seed)).labels
 
 
+def watching(segmenter: Segmenter, folder: Path, output: Path, **options: Any) -> WatchSummary:
+    """:func:`watch_folder` with all settings by name."""
+    kinds: dict[str, Any] = {"results": ResultSettings, "settings": WatchSettings}
+    settings = {
+        name: kind(**{each.name: options.pop(each.name) for each in fields(kind) if each.name in options})
+        for name, kind in kinds.items()
+    }
+    return watch_folder(segmenter, folder, output, **settings, **options)
+
+
 class Watched:
     """A watch on a thread of its own, ended and checked on leaving the block."""
 
@@ -65,7 +76,7 @@ class Watched:
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        self.summary = watch_folder(*self._arguments, **self._options)
+        self.summary = watching(*self._arguments, **self._options)
 
     def __enter__(self) -> Watched:
         self._thread.start()
@@ -96,7 +107,7 @@ def folder(tmp_path: Path) -> Path:
 
 def once(folder: Path, output: Path, segmenter: Segmenter | None = None, **options: Any) -> WatchSummary:
     """What is there now, and nothing else."""
-    return watch_folder(segmenter or toy(), folder, output, **{**QUICK, "settle_s": 0, "stop_after_s": 0, **options})
+    return watching(segmenter or toy(), folder, output, **{**QUICK, "settle_s": 0, "stop_after_s": 0, **options})
 
 
 def test_files_that_grow_in_pieces_are_taken_when_they_are_whole(folder: Path, tmp_path: Path) -> None:
@@ -142,7 +153,7 @@ def test_results_are_those_of_segment(folder: Path, tmp_path: Path) -> None:
         (folder / f"{seed}.tif").write_bytes(tiff(seed))
     summary = once(folder, tmp_path / "watched", write=("png", "tiff"))
     assert (summary.segmented, summary.already_done, summary.failed, summary.exit_code) == (3, 0, {}, 0)
-    segment_paths(toy(), folder, tmp_path / "segmented", write=("png", "tiff"), progress=False)
+    segment_paths(toy(), folder, tmp_path / "segmented", ResultSettings(write=("png", "tiff")), progress=False)
     for name in ("fractions.csv", "0.png", "2.tif", "overlays/1.png"):
         assert (tmp_path / "watched" / name).is_file(), name
     for path in (tmp_path / "segmented").rglob("*.png"):
@@ -150,7 +161,7 @@ def test_results_are_those_of_segment(folder: Path, tmp_path: Path) -> None:
         assert np.array_equal(labels_of(path), labels_of(twin))
     with (tmp_path / "watched" / "fractions.csv").open(newline="") as stream:
         assert len(list(csv.reader(stream))) == 1 + 3 * 3
-    again = segment_paths(toy(), folder, tmp_path / "watched", write=("png", "tiff"), progress=False)
+    again = segment_paths(toy(), folder, tmp_path / "watched", ResultSettings(write=("png", "tiff")), progress=False)
     assert len(again.skipped) == 3  # one continues where the other ended
 
 
@@ -322,10 +333,10 @@ def test_results_that_cannot_be_written_for_a_while(
     (folder / "a.tif").write_bytes(tiff(1))
     real, full = FileSegmenter.segment, [True]
 
-    def segment(work: FileSegmenter, source: Path, name: str) -> Any:
+    def segment(work: FileSegmenter, task: Task) -> Any:
         if full[0]:
-            raise UserError(f"cannot write {name}: No space left on device; free some space")
-        return real(work, source, name)
+            raise UserError(f"cannot write {task.name}: No space left on device; free some space")
+        return real(work, task)
 
     monkeypatch.setattr(FileSegmenter, "segment", segment)
     with Watched(folder, tmp_path / "out", settle_s=0.0, patience_s=10.0) as watched:

@@ -14,9 +14,9 @@ from PIL import Image
 
 from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.data.labels import write_label_png, write_label_tiff
-from hpddrnet_trt.results.confidence import write_confidence
-from hpddrnet_trt.results.ome_tiff import CLASSES as CLASS_NAMES
-from hpddrnet_trt.results.ome_tiff import PROVENANCE, write_ome_tiff
+from hpddrnet_trt.results.ome import CLASSES as CLASS_NAMES
+from hpddrnet_trt.results.ome import PROVENANCE, write_ome_tiff
+from hpddrnet_trt.results.tables import write_confidence
 
 CLASSES = [
     ClassInfo(name="Grundmaße <{0}>", color=(10, 20, 30)),

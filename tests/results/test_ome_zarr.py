@@ -26,7 +26,7 @@ ORIGIN = {"model": "toy", "window": [0.0, 255.0], "tiling": None}
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    from hpddrnet_trt.results.ome_zarr import write_ome_zarr
+    from hpddrnet_trt.results.ome import write_ome_zarr
 
     def call(labels: np.ndarray = LABELS, **options: Any) -> Path:
         return write_ome_zarr(tmp_path / "a.ome.zarr", labels, CLASSES, provenance=ORIGIN, **options)
@@ -128,7 +128,7 @@ def test_an_older_one_is_replaced_and_a_failure_leaves_it(
     before = json.loads((path / "zarr.json").read_text())
     with pytest.raises(ContractError, match="differ in size"):
         write(image=IMAGE[1:])
-    monkeypatch.setattr("hpddrnet_trt.results.ome_zarr._write_labels", _interrupted)
+    monkeypatch.setattr("hpddrnet_trt.results.ome._write_labels", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(image=IMAGE)
     assert json.loads((path / "zarr.json").read_text()) == before

@@ -1,25 +1,77 @@
-"""Label maps as OME-Zarr 0.5 (https://ngff.openmicroscopy.org/0.5/), beside the micrograph they belong to."""
+"""Label maps as OME-TIFF and OME-Zarr, with physical pixel size, class names and provenance.
+
+OME-Zarr 0.5 (https://ngff.openmicroscopy.org/0.5/) also holds the micrograph that the labels belong to.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tifffile
 
+from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import ContractError, require
-from hpddrnet_trt.core.files import atomic_folder
+from hpddrnet_trt.core.files import atomic_folder, atomic_path
 from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.core.units import micrometres
-from hpddrnet_trt.data.labels import check_labels
+from hpddrnet_trt.data.labels import check_labels, palette_options, scale_options
 
-VERSION = "0.5"
-LABELS = "classes"  # name of the label image
+CLASSES = "hpddrnet-trt/classes"  # namespaces of the two map annotations of OME-TIFF
+PROVENANCE = "hpddrnet-trt/provenance"
+# The OME schema's unit is the micro sign U+00B5. The Greek letter U+03BC looks the same and is no unit to any reader.
+MICROMETRE = "\u00b5m"
+ZARR_VERSION = "0.5"
+LABELS = "classes"  # name of the label image in OME-Zarr
 OWN = "hpddrnet-trt"  # key of our own attributes, beside "ome"
 _CHUNK = 1024  # pixels along each side
 _SMALLEST = 256  # the pyramid ends when the shorter side would fall below
+
+
+def write_ome_tiff(
+    path: str | Path,
+    labels: npt.NDArray[np.uint8],
+    classes: Sequence[ClassInfo],
+    *,
+    pixel_size_m: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write class indices uint8 ``[H, W]`` as an OME-TIFF (schema 2016-06) with the classes' colours as palette.
+
+    ``PhysicalSizeX`` and ``Y`` are in micrometres, absent when the size is unknown. Two map annotations:
+    ``hpddrnet-trt/classes`` (index: name) and ``hpddrnet-trt/provenance`` (values that are no text as JSON).
+    """
+    check_labels(labels)
+    names = {str(index): entry.name for index, entry in enumerate(classes)}
+    annotations = [{"Namespace": CLASSES, "Description": "class of each pixel value", "Value": names}]
+    if provenance:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in provenance.items()}
+        annotations.append({"Namespace": PROVENANCE, "Description": "where the labels come from", "Value": texts})
+    metadata: dict[str, Any] = {
+        "axes": "YX",
+        "Creator": f"hpddrnet-trt {__version__}",
+        "Name": Path(path).name,
+        "Channel": {"Name": "classes"},
+        "MapAnnotation": annotations,
+    }
+    if pixel_size_m is not None:
+        size = micrometres(pixel_size_m)
+        metadata |= {"PhysicalSizeX": size, "PhysicalSizeXUnit": MICROMETRE}
+        metadata |= {"PhysicalSizeY": size, "PhysicalSizeYUnit": MICROMETRE}
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(
+            temporary,
+            labels,
+            ome=True,
+            metadata=metadata,
+            **palette_options([entry.color for entry in classes]),
+            **scale_options(pixel_size_m),
+        )
+    return Path(path)
 
 
 def write_ome_zarr(
@@ -57,7 +109,7 @@ def write_ome_zarr(
         else:
             _write_pyramid(root, image, Path(path).name.split(".")[0] or "image", pixel_size_m, "resize")
             group = root.create_group(f"labels/{LABELS}")
-            root["labels"].attrs["ome"] = {"version": VERSION, "labels": [LABELS]}
+            root["labels"].attrs["ome"] = {"version": ZARR_VERSION, "labels": [LABELS]}
             _write_labels(group, labels, classes, pixel_size_m, {"image": "../../"})
         root.attrs[OWN] = own
     return Path(path)
@@ -72,7 +124,7 @@ def _write_labels(
 ) -> None:
     _write_pyramid(group, labels, LABELS, pixel_size_m, "nearest")
     description: dict[str, Any] = {
-        "version": VERSION,
+        "version": ZARR_VERSION,
         "colors": [{"label-value": index, "rgba": [*entry.color, 255]} for index, entry in enumerate(classes)],
         "properties": [{"label-value": index, "class": entry.name} for index, entry in enumerate(classes)],
     }

@@ -1,0 +1,79 @@
+"""Commands that run model files on micrographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpddrnet_trt.cli.options import SegmentOptions, Split
+from hpddrnet_trt.cli.program import INTERRUPTED, command
+
+
+@command("Segment micrographs", "segment micrographs/*.tif --output labels --write png,rois")
+def segment(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Micrographs, folders, globs, or a dataset.")],
+    options: SegmentOptions,
+    split: Split = "test",
+) -> None:
+    """Segment micrographs of any size: label maps, overlays, regions, area fractions.
+
+    Without --model the model that comes with the package is used: nickel-base superalloys (matrix,
+    secondary and tertiary precipitates). On other materials train your own.
+
+    Lengths and areas are in micrometres where the pixel size is known, from the file's metadata or --pixel-size, and
+    in pixels only where it is not. OME-Zarr, rois and regions need pip install 'hpddrnet-trt[results]'. A bad file
+    does not stop the others. Ctrl-C keeps what is done; the same command continues.
+    """
+    from hpddrnet_trt.inference.files import segment_paths
+
+    with options.open_segmenter() as segmenter:
+        summary = segment_paths(segmenter, inputs, options.output, options.settings(), split=split)
+    typer.echo(f"{summary}\nwritten to {options.output}" if summary.files else str(summary))
+    if summary.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if summary.failed:
+        raise typer.Exit(summary.exit_code)
+
+
+@command("Segment micrographs", "watch /data/session --output labels --recursive")
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Folder in which micrographs appear.")],
+    options: SegmentOptions,
+    settle: Annotated[float, typer.Option(help="Seconds without a change after which a file is complete; "
+                                               "0 for writers that rename whole files into place.")] = 2.0,
+    patience: Annotated[float, typer.Option(help="Seconds after which an unreadable file counts as failed.")] = 60.0,
+    poll: Annotated[float, typer.Option(help="Seconds from one look at the folder to the next.")] = 1.0,
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Also watch sub-folders.")] = False,
+    stop_after: Annotated[float | None, typer.Option(help="End when nothing came for so many seconds; 0: do what is "
+                                                          "there and end. Default: until Ctrl-C.")] = None,
+) -> None:  # fmt: skip
+    """Segment micrographs as they appear in a folder, one line each, until Ctrl-C.
+
+    Writes what `segment` writes. A file is taken when nobody writes to it any more and it can be decoded; files
+    that change are segmented again. Ctrl-C ends the watch after the micrograph under way, and the next watch (or
+    `segment`) continues there. Exit code 1 when micrographs failed.
+    """
+    from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSettings, stop_on_signal, watch_folder
+
+    def tell(event: WatchEvent) -> None:
+        if event.happened is Happened.ALREADY_DONE:
+            return  # a folder of thousands after a restart
+        name = event.path.relative_to(root) if event.path != root else root
+        if event.fractions is not None:
+            said = ", ".join(f"{label} {fraction:.1%}" for label, fraction in event.fractions.items())
+        else:
+            said = event.happened.value + (f": {event.reason}" if event.reason else "")
+        typer.echo(f"{name}  {said}")
+
+    root = folder.resolve()
+    settings = WatchSettings(settle, patience, poll, recursive, stop_after)
+    with options.open_segmenter() as segmenter, stop_on_signal() as stop:
+        typer.echo(f"watching {folder}; results go to {options.output}; Ctrl-C ends")
+        summary = watch_folder(
+            segmenter, folder, options.output, options.settings(), settings, on_event=tell, stop=stop
+        )
+    typer.echo(str(summary))
+    if summary.failed:
+        raise typer.Exit(summary.exit_code)
