@@ -31,7 +31,7 @@ import pytest
 
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import read_manifest
-from hpddrnet_trt.data import preprocess as views
+from hpddrnet_trt.data.preprocess import padded_size
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, input_contract
 from hpddrnet_trt.export.tensorrt import build_engine
@@ -132,7 +132,7 @@ def _build(path: Path) -> str:
 def _run(engine: Engine) -> str:
     contract = input_contract(engine.manifest)
     height, width = (
-        views.padded_size(64, axis, contract.multiple, name)
+        padded_size(64, axis, contract.multiple, name)
         for axis, name in ((contract.height, "height"), (contract.width, "width"))
     )
     shape = (contract.batch.minimum, contract.channels, height, width)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, ClassInfo
+from hpddrnet_trt.data.preprocess import pad
 
 Grey8 = npt.NDArray[np.uint8]
 MAX_FRAMES = 16  # distinct timed frames kept in memory
@@ -116,7 +117,7 @@ def fit(grey: Grey8, height: int, width: int) -> tuple[Grey8, str]:
         grey = grey[top : top + height, left : left + width]
         done.append("cropped to its centre")
     if grey.shape != (height, width):
-        grey = np.pad(grey, ((0, height - grey.shape[0]), (0, width - grey.shape[1])), mode="symmetric")
+        grey = pad(grey, height, width)
         done.append("tiled by reflection")
     return np.ascontiguousarray(grey), " and ".join(done)
 

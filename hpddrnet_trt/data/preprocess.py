@@ -1,9 +1,9 @@
-"""Views of an image: resize, flip, pad, normalise, and the exact way back to the image's own size.
+"""Grey image to network input: resize, flip, pad, normalise, and the exact way back to the image's own size.
 
 Sizes, order (resize, then flip) and interpolation follow mmcv's ``Resize`` and mmsegmentation's
 test-time augmentation, so that scores compare with those of the authors' pipeline: 8-bit grey
 levels are resized before normalisation, and class scores return by bilinear interpolation with
-pixel centres aligned.
+pixel centres aligned. Training, calibration, benchmark and inference all pad here.
 """
 
 from __future__ import annotations
@@ -24,15 +24,6 @@ MODES: tuple[str, ...] = get_args(Mode)
 TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
-@dataclass(frozen=True)
-class View:
-    """An image resized to ``height`` x ``width`` and then, with ``flip``, mirrored left to right."""
-
-    height: int
-    width: int
-    flip: bool = False
-
-
 def scaled_size(height: int, width: int, ratio: float) -> tuple[int, int]:
     """Height and width times ``ratio``, rounded half up, at least 1."""
     return max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))
@@ -44,8 +35,42 @@ def keep_ratio_size(height: int, width: int, scale: tuple[int, int]) -> tuple[in
     return scaled_size(height, width, factor)
 
 
-def plan_views(mode: str, height: int, width: int, resize: tuple[int, int] | None = None) -> list[View]:
-    """The views whose scores are averaged for an image of ``height`` x ``width``.
+@dataclass(frozen=True)
+class TtaTransform:
+    """One transform of test-time augmentation: resized to ``height`` x ``width``, then with ``flip`` mirrored
+    left to right."""
+
+    height: int
+    width: int
+    flip: bool = False
+
+    def apply(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """A uint8 image ``[H, W]`` or ``[H, W, 3]`` transformed; the image itself when nothing changes."""
+        if image.shape[:2] != (self.height, self.width):
+            image = _resize(image, self.height, self.width)
+        return image[:, ::-1] if self.flip else image
+
+    def restore_scores(self, scores: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
+        """Scores ``[C, H', W']``, back to an image of ``height`` x ``width``: crop the padding, unflip, resize
+        bilinearly."""
+        scores = scores[:, : self.height, : self.width]
+        if self.flip:
+            scores = scores[:, :, ::-1]
+        if (self.height, self.width) == (height, width):
+            return scores
+        return np.stack([_resize(plane, height, width) for plane in scores])
+
+    def restore_plane(self, plane: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:
+        """Labels or confidences ``[H', W']`` without flip, back to the image; nearest neighbour."""
+        plane = plane[: self.height, : self.width]
+        if (self.height, self.width) == (height, width):
+            return plane
+        plane = np.ascontiguousarray(plane)
+        return np.asarray(cv2.resize(plane, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))
+
+
+def plan_tta(mode: str, height: int, width: int, resize: tuple[int, int] | None = None) -> list[TtaTransform]:
+    """The transforms whose scores are averaged for an image of ``height`` x ``width``.
 
     ``single``: the image; ``flip``: also its mirror image; ``multiscale``: both at the ratios
     :data:`TTA_RATIOS`. ``resize`` first brings the image to :func:`keep_ratio_size`.
@@ -56,14 +81,7 @@ def plan_views(mode: str, height: int, width: int, resize: tuple[int, int] | Non
         height, width = keep_ratio_size(height, width, resize)
     sizes = [scaled_size(height, width, ratio) for ratio in TTA_RATIOS] if mode == "multiscale" else [(height, width)]
     flips = (False,) if mode == "single" else (False, True)
-    return [View(*size, flip) for size in sizes for flip in flips]
-
-
-def render(image: npt.NDArray[np.uint8], view: View) -> npt.NDArray[np.uint8]:
-    """The view of a uint8 image ``[H, W]`` or ``[H, W, 3]``; the image itself when nothing changes."""
-    if image.shape[:2] != (view.height, view.width):
-        image = _resize(image, view.height, view.width)
-    return image[:, ::-1] if view.flip else image
+    return [TtaTransform(*size, flip) for size in sizes for flip in flips]
 
 
 def padded_size(size: int, axis: AxisRange, multiple: int, name: str) -> int:
@@ -80,19 +98,24 @@ def padded_size(size: int, axis: AxisRange, multiple: int, name: str) -> int:
     return target
 
 
-def pad(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Extend bottom and right by reflection without repeating the border pixel; any size from 1 x 1."""
+def pad(image: npt.NDArray[np.uint8], height: int, width: int, fill: int | None = None) -> npt.NDArray[np.uint8]:
+    """Extend ``[H, W]`` or ``[H, W, 3]`` at the bottom and right; the array itself when nothing is missing.
+
+    By reflection without repeating the border pixel, any size from 1 x 1; with ``fill`` by that value: what lies
+    beyond a mask has no label.
+    """
     bottom, right = height - image.shape[0], width - image.shape[1]
     if not bottom and not right:
         return image
+    mode = cv2.BORDER_REFLECT_101 if fill is None else cv2.BORDER_CONSTANT
     source = np.ascontiguousarray(image)
-    return np.asarray(cv2.copyMakeBorder(source, 0, bottom, 0, right, cv2.BORDER_REFLECT_101), dtype=np.uint8)
+    return np.asarray(cv2.copyMakeBorder(source, 0, bottom, 0, right, mode, value=fill or 0), dtype=np.uint8)
 
 
 def network_input(
     images: Sequence[npt.NDArray[np.uint8]], contract: InputContract, normalisation: Normalisation
 ) -> npt.NDArray[Any]:
-    """Stack equally shaped uint8 views ``[H, W]`` (or RGB ``[H, W, 3]``) to what ``contract`` asks for.
+    """Stack equally shaped uint8 images ``[H, W]`` (or RGB ``[H, W, 3]``) to what ``contract`` asks for.
 
     Result: ``[N, C, H', W']`` with H' and W' padded to admitted sizes (see :func:`padded_size`).
     Normalisation happens here only for float32 contracts; uint8 models carry it in the graph.
@@ -112,26 +135,6 @@ def network_input(
             else:
                 cv2.LUT(source, tables[channel], dst=plane)
     return batch
-
-
-def restore_scores(
-    scores: npt.NDArray[np.float32], view: View, height: int, width: int
-) -> npt.NDArray[np.float32]:
-    """Scores ``[C, H', W']`` of a view, back to the image: crop the padding, unflip, resize bilinearly."""
-    scores = scores[:, : view.height, : view.width]
-    if view.flip:
-        scores = scores[:, :, ::-1]
-    if (view.height, view.width) == (height, width):
-        return scores
-    return np.stack([_resize(plane, height, width) for plane in scores])
-
-
-def restore_plane(plane: npt.NDArray[Any], view: View, height: int, width: int) -> npt.NDArray[Any]:
-    """Labels or confidences ``[H', W']`` of an unflipped view, back to the image; nearest neighbour."""
-    plane = plane[: view.height, : view.width]
-    if (view.height, view.width) == (height, width):
-        return plane
-    return np.asarray(cv2.resize(np.ascontiguousarray(plane), (width, height), interpolation=cv2.INTER_NEAREST_EXACT))
 
 
 def _resize(image: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:

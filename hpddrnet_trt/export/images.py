@@ -20,6 +20,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalisation
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.data.preprocess import network_input, pad
 
 LARGEST_SIZE = 1024  # crop edge in pixels, where neither the model nor the caller says one
 _LOOKED_AT = 9  # images that the usual size is taken from
@@ -167,11 +168,7 @@ def _starts(length: int, crop: int) -> list[int]:
 
 def cut(grey: Grey, crop: Crop, height: int, width: int) -> Grey:
     """The pixels of a crop, uint8 ``[height, width]``; a smaller image is continued by reflection."""
-    window = grey[crop.top : crop.top + height, crop.left : crop.left + width]
-    missing = (height - window.shape[0], width - window.shape[1])
-    if max(missing) > 0:
-        window = np.pad(window, ((0, missing[0]), (0, missing[1])), mode="reflect")
-    return np.ascontiguousarray(window)
+    return np.ascontiguousarray(pad(grey[crop.top : crop.top + height, crop.left : crop.left + width], height, width))
 
 
 def batches(
@@ -184,7 +181,7 @@ def batches(
     for _, grey in _windows(filled, height, width):
         window.append(grey)
         if len(window) == size:
-            yield to_input(np.stack(window)[:, np.newaxis], contract, normalisation)
+            yield network_input(window, contract, normalisation)
             window = []
 
 
@@ -193,8 +190,7 @@ def inputs(
 ) -> Iterator[tuple[Crop, npt.NDArray[Any]]]:
     """Every crop by itself as a model input; a larger fixed batch is filled up with copies of it."""
     for crop, grey in _windows(crops, height, width):
-        stacked = np.broadcast_to(grey, (contract.batch.minimum, 1, height, width))
-        yield crop, to_input(stacked, contract, normalisation)
+        yield crop, network_input([grey] * contract.batch.minimum, contract, normalisation)
 
 
 def _windows(crops: Sequence[Crop], height: int, width: int) -> Iterator[tuple[Crop, Grey]]:
@@ -203,15 +199,6 @@ def _windows(crops: Sequence[Crop], height: int, width: int) -> Iterator[tuple[C
         if grey is None or path != crop.image:
             path, grey = crop.image, read_grey(crop.image)
         yield crop, cut(grey, crop, height, width)
-
-
-def to_input(grey: Grey, contract: InputContract, normalisation: Normalisation) -> npt.NDArray[Any]:
-    """uint8 ``[N, 1, H, W]`` as the contract wants it: unchanged, or normalised RGB float32 ``[N, 3, H, W]``."""
-    if contract.dtype == "uint8":
-        return np.repeat(grey, contract.channels, axis=1)
-    mean = np.array(normalisation.mean, np.float32).reshape(1, 3, 1, 1)
-    std = np.array(normalisation.std, np.float32).reshape(1, 3, 1, 1)
-    return (np.repeat(grey, contract.channels, axis=1).astype(np.float32) - mean) / std
 
 
 def checksum(images: Sequence[Path]) -> str:

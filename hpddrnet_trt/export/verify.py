@@ -21,8 +21,9 @@ from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.core.manifest import Evidence, InputContract, Manifest
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.runtimes import load_onnxruntime
+from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
-from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey, to_input
+from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey
 from hpddrnet_trt.graph.model import class_scores
 from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 
@@ -81,7 +82,7 @@ def compare_with_pytorch(
     for batch in _batches(manifest, images):
         count += len(batch)
         got = dict(zip(names, session.run(names, _feed(batch, manifest)), strict=True))
-        _compare(got, tap, network, to_input(batch, _NORMALISED, manifest.normalisation), worst)
+        _compare(got, tap, network, network_input(list(batch), _NORMALISED, manifest.normalisation), worst)
     evidence = Evidence(
         what="export parity",
         runtime=_runtime(),
@@ -230,7 +231,7 @@ def _compare(got: dict[str, Any], tap: str, network: HPDDRNet, image: npt.NDArra
 
 
 def _batches(manifest: Manifest, images: Sequence[Path]) -> Iterator[Grey]:
-    """Grey images, uint8 ``[N, 1, H, W]``, of sizes the model takes; of the first few micrographs, in order."""
+    """Grey images, uint8 ``[N, H, W]``, of sizes the model takes; of the first few micrographs, in order."""
     assert manifest.input is not None  # the exporter has written it
     batch, height, width = manifest.input.batch.fixed, manifest.input.height.fixed, manifest.input.width.fixed
     sizes = list(dict.fromkeys((batch or n, height or h, width or w) for n, h, w in _DYNAMIC_SIZES))
@@ -238,7 +239,7 @@ def _batches(manifest: Manifest, images: Sequence[Path]) -> Iterator[Grey]:
         sizes *= 2  # another picture at the one size
     index = 0
     for count, rows, columns in sizes:
-        yield np.stack([_frame(images, index + offset, rows, columns) for offset in range(count)])[:, None]
+        yield np.stack([_frame(images, index + offset, rows, columns) for offset in range(count)])
         index += count
 
 
@@ -252,7 +253,7 @@ def _frame(images: Sequence[Path], index: int, height: int, width: int) -> Grey:
 
 def _feed(batch: Grey, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
     assert manifest.input is not None
-    return {"image": to_input(batch, manifest.input, manifest.normalisation)}
+    return {"image": network_input(list(batch), manifest.input, manifest.normalisation)}
 
 
 def _session(model: onnx.ModelProto) -> Any:

@@ -1,4 +1,4 @@
-"""Equally sized 8-bit images through an engine: views, padding, filled batches, and the exact way back."""
+"""Equally sized 8-bit images through an engine: transforms, padding, filled batches, and the exact way back."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import ContractError, UserError, require
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.core.metrics import arg_max, softmax
-from hpddrnet_trt.data import preprocess as views
-from hpddrnet_trt.data.preprocess import Mode, View
+from hpddrnet_trt.data.preprocess import Mode, TtaTransform, network_input, plan_tta
 from hpddrnet_trt.engines.base import Engine, Prediction, input_contract
 from hpddrnet_trt.graph.scores import with_scores
 
@@ -41,7 +40,7 @@ class Found(NamedTuple):
 
 
 class Inference:
-    """An engine with the views that its scores are averaged over; holds nothing between two calls."""
+    """An engine with the transforms that its scores are averaged over; holds nothing between two calls."""
 
     def __init__(self, engine: Engine, mode: Mode, resize: tuple[int, int] | None) -> None:
         self.engine, self.mode, self.resize = engine, mode, resize
@@ -51,8 +50,8 @@ class Inference:
         self.gives_logits = output is not None and output.kind == "logits"
         self._takes_out = "out" in inspect.signature(engine.infer).parameters
 
-    def views(self, height: int, width: int) -> list[View]:
-        return views.plan_views(self.mode, height, width, self.resize)
+    def transforms(self, height: int, width: int) -> list[TtaTransform]:
+        return plan_tta(self.mode, height, width, self.resize)
 
     def labels(self, images: Sequence[Grey8], confidence: bool, out: Grey8 | None = None) -> Found:
         """Labels of ``images``, with ``confidence`` also the probability of the chosen class; no scores.
@@ -60,17 +59,17 @@ class Inference:
         ``out`` takes the labels of a single image.
         """
         height, width = images[0].shape[:2]
-        (view, *others) = self.views(height, width)
-        resized = (view.height, view.width) != (height, width)
+        (transform, *others) = self.transforms(height, width)
+        resized = (transform.height, transform.width) != (height, width)
         if others or (self.gives_logits and (resized or confidence)):
             scores = self.probabilities(images)
             found = Found(list(arg_max(scores)), confidence=list(scores.max(axis=1)) if confidence else None)
         else:
-            batch = self._input(images, view)
+            batch = self._input(images, transform)
             prediction = self._run(batch, len(images), out if batch.shape[2:] == (height, width) else None)
             found = Found(
-                _restored(prediction.labels, view, height, width),
-                confidence=_restored(prediction.confidence, view, height, width)
+                _restored(prediction.labels, transform, height, width),
+                confidence=_restored(prediction.confidence, transform, height, width)
                 if confidence and prediction.confidence is not None
                 else None,
             )
@@ -88,20 +87,20 @@ class Inference:
         return found if out is None else _into(out, found)
 
     def probabilities(self, images: Sequence[Grey8]) -> Real:
-        """Class probabilities ``[N, C, H, W]``, averaged over the views.
+        """Class probabilities ``[N, C, H, W]``, averaged over the transforms.
 
         Raises :class:`ContractError` for a model without logits, :class:`UserError` for scores that are not numbers.
         """
         height, width = images[0].shape[:2]
-        planned = self.views(height, width)
+        planned = self.transforms(height, width)
         total: Real | None = None
-        for view in planned:
-            logits = self._run(self._input(images, view), len(images)).logits
+        for transform in planned:
+            logits = self._run(self._input(images, transform), len(images)).logits
             if logits is None:
                 raise ContractError(f"{self.engine.runtime} gave no logits; export the model again")
-            scores = softmax(np.stack([views.restore_scores(entry, view, height, width) for entry in logits]))
+            scores = softmax(np.stack([transform.restore_scores(entry, height, width) for entry in logits]))
             total = scores if total is None else np.add(total, scores, out=total)
-        assert total is not None  # there is always a view
+        assert total is not None  # there is always one
         total /= np.float32(len(planned))
         return self.checked(total)
 
@@ -128,7 +127,7 @@ class Inference:
             for batch in batches:
                 height, width = batch[0].shape[:2]
                 sizes.append((len(batch), height, width))
-                yield self._input(batch, View(height, width))
+                yield self._input(batch, TtaTransform(height, width))
 
         predictions = self.engine.infer_many(inputs())
         try:
@@ -167,15 +166,15 @@ class Inference:
             None if found.logits is None else found.logits[:count],
         )
 
-    def _input(self, images: Sequence[Grey8], view: View) -> npt.NDArray[Any]:
+    def _input(self, images: Sequence[Grey8], transform: TtaTransform) -> npt.NDArray[Any]:
         """The network's input. A model with a fixed batch gets its batch filled; what the filling gives is dropped."""
-        rendered = [views.render(image, view) for image in images]
+        rendered = [transform.apply(image) for image in images]
         filling = max(self.contract.batch.minimum - len(rendered), 0)
-        return views.network_input(rendered + rendered[-1:] * filling, self.contract, self.manifest.normalisation)
+        return network_input(rendered + rendered[-1:] * filling, self.contract, self.manifest.normalisation)
 
 
-def _restored(planes: npt.NDArray[Any], view: View, height: int, width: int) -> list[npt.NDArray[Any]]:
-    return [np.ascontiguousarray(views.restore_plane(plane, view, height, width)) for plane in planes]
+def _restored(planes: npt.NDArray[Any], transform: TtaTransform, height: int, width: int) -> list[npt.NDArray[Any]]:
+    return [np.ascontiguousarray(transform.restore_plane(plane, height, width)) for plane in planes]
 
 
 def _into(out: Grey8, found: Found) -> Found:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.files import sha256_of
-from hpddrnet_trt.data import preprocess as views
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.data.preprocess import Mode
+from hpddrnet_trt.data.preprocess import MODES, Mode
 from hpddrnet_trt.data.window import Window
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, check_shape
@@ -73,8 +72,8 @@ class Segmenter:
         model_sha256: str | None = None,
         scores: ScoresModel | None = None,
     ) -> None:
-        if mode not in views.MODES:
-            raise UsageError(f"unknown mode {mode!r}; choose one of: {', '.join(views.MODES)}")
+        if mode not in MODES:
+            raise UsageError(f"unknown mode {mode!r}; choose one of: {', '.join(MODES)}")
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         if resize is not None and min(resize) < 1:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Manifest
 from hpddrnet_trt.core.metrics import arg_max, softmax
-from hpddrnet_trt.data import preprocess as views
+from hpddrnet_trt.data.preprocess import Mode, plan_tta
 from hpddrnet_trt.inference.runner import Found, Inference
 from hpddrnet_trt.inference.tiling import Seams, TilePlan, TilingReport, blend, own_parts, plan_tiles
 
@@ -58,14 +58,14 @@ def _runs_whole(inference: Inference, height: int, width: int) -> bool:
         return True
     contract = inference.contract
     return all(
-        _fits(view.height, contract.height, contract.multiple)
-        and _fits(view.width, contract.width, contract.multiple)
-        and view.height * view.width <= WHOLE_PIXELS
-        for view in inference.views(height, width)
+        _fits(transform.height, contract.height, contract.multiple)
+        and _fits(transform.width, contract.width, contract.multiple)
+        and transform.height * transform.width <= WHOLE_PIXELS
+        for transform in inference.transforms(height, width)
     )
 
 
-def tile_size(manifest: Manifest, mode: views.Mode, contract: InputContract) -> tuple[int, int]:
+def tile_size(manifest: Manifest, mode: Mode, contract: InputContract) -> tuple[int, int]:
     """Height and width of tiles: those of the training crops where known, as near as the model admits."""
     crop = None if manifest.data is None else manifest.data.crop
     height, width = crop or (DEFAULT_TILE, DEFAULT_TILE)
@@ -73,11 +73,11 @@ def tile_size(manifest: Manifest, mode: views.Mode, contract: InputContract) -> 
     return _edge(height, contract.height, multiple, mode), _edge(width, contract.width, multiple, mode)
 
 
-def _edge(wanted: int, axis: AxisRange, multiple: int, mode: views.Mode) -> int:
+def _edge(wanted: int, axis: AxisRange, multiple: int, mode: Mode) -> int:
     largest = max(wanted, axis.minimum)
     largest = largest if axis.maximum is None else min(largest, axis.maximum)
     for edge in range(largest - largest % multiple, 0, -multiple):
-        if all(_fits(view.height, axis, multiple) for view in views.plan_views(mode, edge, edge)):
+        if all(_fits(transform.height, axis, multiple) for transform in plan_tta(mode, edge, edge)):
             return edge
     raise ContractError(f"mode {mode!r} needs several sizes of each tile, and this model takes {axis} only")
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
+from hpddrnet_trt.data.preprocess import pad
 from hpddrnet_trt.training.order import BatchNumbers, SampleOrder, augmentation_rng
 
 Pair = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]  # grey image and mask, both [H, W]
@@ -82,9 +83,8 @@ class ValidationImages(Dataset[tuple[Tensor, Tensor]]):
         image, mask = self.images[min(number, len(self.images) - 1)]
         if number >= len(self.images):
             mask = np.full_like(mask, IGNORE_INDEX)
-        margins = [(0, -size % SIZE_MULTIPLE) for size in image.shape]
-        image = np.pad(image, margins, mode="reflect")
-        mask = np.pad(mask, margins, constant_values=IGNORE_INDEX)
+        height, width = (size + -size % SIZE_MULTIPLE for size in image.shape)
+        image, mask = pad(image, height, width), pad(mask, height, width, fill=IGNORE_INDEX)
         return torch.from_numpy(image)[None], torch.from_numpy(mask)
 
 

@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalisation
 from hpddrnet_trt.data.preprocess import (
-    View,
+    TtaTransform,
     keep_ratio_size,
     network_input,
     pad,
     padded_size,
-    plan_views,
-    render,
-    restore_plane,
-    restore_scores,
+    plan_tta,
     scaled_size,
 )
 from tests.toy import grey_image
@@ -39,16 +36,16 @@ def test_sizes_of_the_authors_pipeline(golden: Path) -> None:
     assert len(rows) == 16
 
 
-def test_views_of_each_mode() -> None:
-    assert plan_views("single", 5, 7) == [View(5, 7)]
-    assert plan_views("flip", 5, 7) == [View(5, 7), View(5, 7, True)]
-    wide = plan_views("multiscale", 128, 64)
-    assert [(view.height, view.flip) for view in wide] == [
+def test_transforms_of_each_mode() -> None:
+    assert plan_tta("single", 5, 7) == [TtaTransform(5, 7)]
+    assert plan_tta("flip", 5, 7) == [TtaTransform(5, 7), TtaTransform(5, 7, True)]
+    wide = plan_tta("multiscale", 128, 64)
+    assert [(transform.height, transform.flip) for transform in wide] == [
         (height, flip) for height in (64, 96, 128, 160, 192, 224) for flip in (False, True)
     ]
-    assert plan_views("single", 60, 30, (20, 10)) == [View(20, 10)]
+    assert plan_tta("single", 60, 30, (20, 10)) == [TtaTransform(20, 10)]
     with pytest.raises(UsageError, match="unknown mode 'double'"):
-        plan_views("double", 5, 7)
+        plan_tta("double", 5, 7)
 
 
 @settings(deadline=None)  # machines can be busy
@@ -57,6 +54,8 @@ def test_padding_is_reflection(height: int, width: int, bottom: int, right: int)
     image = grey_image(height, width)
     padded = pad(image, height + bottom, width + right)
     assert np.array_equal(padded, np.pad(image, ((0, bottom), (0, right)), mode="reflect"))
+    filled = pad(image, height + bottom, width + right, fill=255)
+    assert np.array_equal(filled, np.pad(image, ((0, bottom), (0, right)), constant_values=255))
 
 
 @settings(deadline=None)  # machines can be busy
@@ -78,20 +77,20 @@ def test_padded_size_beyond_the_model() -> None:
 @settings(deadline=None)  # machines can be busy
 @given(height=SIZES, width=SIZES, flip=st.booleans())
 def test_way_back_is_exact_without_resize(height: int, width: int, flip: bool) -> None:
-    image, view = grey_image(height, width), View(height, width, flip)
-    padded = network_input([render(image, view)], InputContract(), Normalisation())
+    image, transform = grey_image(height, width), TtaTransform(height, width, flip)
+    padded = network_input([transform.apply(image)], InputContract(), Normalisation())
     assert padded.shape[2] % 8 == padded.shape[3] % 8 == 0
-    restored = restore_scores(padded[0].astype(np.float32), view, height, width)
+    restored = transform.restore_scores(padded[0].astype(np.float32), height, width)
     assert np.array_equal(restored[0], image)
     if not flip:
-        assert np.array_equal(restore_plane(padded[0, 0], view, height, width), image)
+        assert np.array_equal(transform.restore_plane(padded[0, 0], height, width), image)
 
 
 def test_scores_return_by_bilinear_interpolation() -> None:
     torch = pytest.importorskip("torch", reason="compares with PyTorch's interpolation")
     scores = np.random.default_rng(0).normal(size=(3, 40, 56)).astype(np.float32)
     for height, width in ((90, 33), (38, 55), (200, 300)):
-        found = restore_scores(scores, View(38, 54), height, width)
+        found = TtaTransform(38, 54).restore_scores(scores, height, width)
         expected = torch.nn.functional.interpolate(
             torch.from_numpy(scores[None, :, :38, :54]), size=(height, width), mode="bilinear", align_corners=False
         )[0].numpy()
@@ -100,7 +99,7 @@ def test_scores_return_by_bilinear_interpolation() -> None:
 
 def test_labels_return_by_nearest_neighbour() -> None:
     labels = np.repeat(np.repeat(np.array([[0, 1], [2, 255]], np.uint8), 8, 0), 8, 1)
-    assert np.array_equal(restore_plane(labels, View(16, 16), 2, 2), [[0, 1], [2, 255]])
+    assert np.array_equal(TtaTransform(16, 16).restore_plane(labels, 2, 2), [[0, 1], [2, 255]])
 
 
 @pytest.mark.parametrize("colour", [False, True])

@@ -129,16 +129,6 @@ def test_a_small_image_is_continued_by_reflection() -> None:
     np.testing.assert_array_equal(got[0], [0, 1, 2, 3, 2, 1, 0, 1])
 
 
-def test_float_input_is_normalised_rgb() -> None:
-    grey = np.array([[[[0, 255]]]], np.uint8)
-    contract = InputContract(dtype="float32", channels=3)
-    got = micrographs.to_input(grey, contract, Normalisation(mean=(1, 2, 3), std=(2, 4, 8)))
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got[0, :, 0, 1], [127, 63.25, 31.5])
-    assert micrographs.to_input(grey, InputContract(), Normalisation()) is not None
-    np.testing.assert_array_equal(micrographs.to_input(grey, InputContract(), Normalisation()), grey)
-
-
 @pytest.mark.parametrize(
     ("axis", "image", "expected"),
     [

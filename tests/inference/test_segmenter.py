@@ -22,7 +22,7 @@ from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, InputContract
 from hpddrnet_trt.core.metrics import arg_max, softmax
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.data.preprocess import plan_views, render, restore_scores
+from hpddrnet_trt.data.preprocess import plan_tta
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.inference import Segmenter, Tile, load_segmenter
@@ -321,9 +321,9 @@ def test_authors_test_pipeline(golden: Path, monkeypatch: pytest.MonkeyPatch, na
     facts = json.loads((golden / "pipeline" / "pipeline.json").read_text())["images"][name]
     image, segmenter = _rgb(golden, name), _reference(golden, resize=(2048, 1024))
     height, width = image.shape[:2]
-    (view,) = plan_views("single", height, width, (2048, 1024))
-    assert [view.height, view.width] == facts["resized_hw"]
-    bgr = np.ascontiguousarray(render(image, view)[:, :, ::-1].transpose(2, 0, 1))
+    (transform,) = plan_tta("single", height, width, (2048, 1024))
+    assert [transform.height, transform.width] == facts["resized_hw"]
+    bgr = np.ascontiguousarray(transform.apply(image)[:, :, ::-1].transpose(2, 0, 1))
     difference = bgr[:, ::8, ::8].astype(int) - expected[f"{name}_resized_sub8_bgr"]
     assert np.abs(difference).max() <= 1  # versions of cv2 differ by 1
 
@@ -342,7 +342,7 @@ def test_authors_test_pipeline(golden: Path, monkeypatch: pytest.MonkeyPatch, na
         assert hashlib.sha256(batch[0].tobytes()).hexdigest() == facts["sha256_input_f32"]
     assert prediction.logits is not None
     reference = expected[f"{name}_logits_ori"]
-    assert np.abs(restore_scores(prediction.logits[0], view, height, width) - reference).max() < 5e-4
+    assert np.abs(transform.restore_scores(prediction.logits[0], height, width) - reference).max() < 5e-4
     best = np.sort(reference, axis=0)
     certain = best[-1] - best[-2] > 2e-3
     assert certain.mean() > 0.99
