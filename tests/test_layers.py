@@ -20,8 +20,6 @@ HEAVY = ("torch", "torchvision", "lightning", "tensorboard", "safetensors", "onn
          "pymmcore", "pymmcore_plus", "useq", "napari", "npe2", "qtpy", "magicgui", "psygnal")  # fmt: skip
 # The parts that are PyTorch. Everything else is for every PC: a new module belongs there unless named here.
 WITH_TORCH = (
-    "hpddrnet_trt.models.attention",
-    "hpddrnet_trt.models.blocks",
     "hpddrnet_trt.models.checkpoints",
     "hpddrnet_trt.models.foreign",
     "hpddrnet_trt.models.network",

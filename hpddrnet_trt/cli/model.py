@@ -30,7 +30,7 @@ def convert_checkpoint(
     from hpddrnet_trt.models.checkpoints import convert_checkpoint as run_conversion
 
     names = [part.strip() for part in classes.split(",")] if classes else None
-    manifest = run_conversion(source, target, name=name, classes=names, licence=licence)
+    manifest = run_conversion(source, target, name=name, classes=names, license=licence)
     for remark in manifest.remarks:
         typer.echo(f"remark: {remark}")
     typer.echo(f"written: {target} ({manifest.network.name}, classes: {', '.join(manifest.class_names)})")

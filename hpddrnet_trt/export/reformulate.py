@@ -28,9 +28,7 @@ from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import Manifest, NetworkConfig, Normalisation
-from hpddrnet_trt.models.attention import ECA, PositionAttention
-from hpddrnet_trt.models.blocks import ConvNormAct, NormActConv
-from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.models.network import ECA, ConvNormAct, HPDDRNet, NormActConv, PositionAttention
 
 AttentionForm = Literal["matmul", "attention-op"]
 OutputKind = Literal["labels", "logits"]

@@ -30,15 +30,15 @@ from hpddrnet_trt.core.manifest import (
     parse_manifest,
 )
 from hpddrnet_trt.models.foreign import (
+    ZIP_MAGIC,
     ForeignCheckpoint,
     described_classes,
-    described_normalisation,
-    distinct_colours,
+    described_normalization,
+    distinct_colors,
     infer_config,
     read_foreign,
 )
 from hpddrnet_trt.models.network import HPDDRNet
-from hpddrnet_trt.models.unpickle import ZIP_MAGIC
 
 __all__ = [
     "ForeignCheckpoint",
@@ -116,12 +116,12 @@ def convert_checkpoint(
     name: str | None = None,
     classes: Sequence[str] | None = None,
     palette: Sequence[tuple[int, int, int]] | None = None,
-    licence: str | None = None,
+    license: str | None = None,
 ) -> Manifest:
     """Write our format from a checkpoint of mmsegmentation or of the HPDDRNet authors.
 
     ``name`` of the model (default: the source's file name); ``classes`` and ``palette`` (RGB, 0..255)
-    replace what the file says; ``licence`` of the data the model was trained on. Returns the
+    replace what the file says; ``license`` of the data the model was trained on. Returns the
     description, whose ``remarks`` tell what was dropped or assumed.
 
     Raises :class:`BadInputFile` for a file that does not hold such a network (one error lists every
@@ -129,8 +129,8 @@ def convert_checkpoint(
     """
     checkpoint = read_foreign(source)
     network, manifest = _from_foreign(checkpoint, name or checkpoint.path.stem, classes, palette)
-    if licence is not None:
-        manifest = manifest.replace(data=DataRecord(name="unknown", licence=licence))
+    if license is not None:
+        manifest = manifest.replace(data=DataRecord(name="unknown", licence=license))
     written = save_checkpoint(target, network, manifest)
     for remark in manifest.remarks:
         log.info("%s: %s", source, remark)
@@ -182,15 +182,15 @@ def _from_foreign(
     config = infer_config(checkpoint)
     network = _build(config, checkpoint.state_dict, checkpoint.path)
     remarks = list(checkpoint.remarks)
-    normalisation = described_normalisation(checkpoint.meta)
-    if normalisation is None:
-        normalisation = Normalisation()
+    normalization = described_normalization(checkpoint.meta)
+    if normalization is None:
+        normalization = Normalisation()
         remarks.append("the file names no normalisation; ImageNet's mean and standard deviation are assumed")
     manifest = Manifest(
         name=name,
         network=config,
         classes=_class_table(checkpoint, config.num_classes, classes, palette, remarks),
-        normalisation=normalisation,
+        normalisation=normalization,
         remarks=remarks,
         versions={"hpddrnet_trt": __version__, "torch": str(torch.__version__)},
     )
@@ -215,9 +215,9 @@ def _class_table(
     if names is None and described is None:
         remarks.append("the file names no classes; they are numbered")
     chosen = names or [entry.name for entry in described or []] or [f"class {index}" for index in range(count)]
-    colours = palette or [entry.color for entry in described or []] or distinct_colours(count)
+    colors = palette or [entry.color for entry in described or []] or distinct_colors(count)
     try:
-        return [ClassInfo(name=name, color=colour) for name, colour in zip(chosen, colours, strict=True)]
+        return [ClassInfo(name=name, color=color) for name, color in zip(chosen, colors, strict=True)]
     except ValidationError as exc:
         raise UsageError(f"class names must be text and colours three values each: {exc.errors()[0]['msg']}") from exc
 

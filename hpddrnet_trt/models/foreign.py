@@ -3,40 +3,63 @@
 Weights are named ``backbone.*`` and ``decode_head.*``, possibly behind ``module.`` or ``model.``, and
 lie at the top of the file or under ``state_dict`` or ``model``. A full mmengine runner checkpoint
 (with optimizer, schedulers, message hub) is read like any other; only weights and ``meta`` are used.
-Nothing in the file is executed: see :mod:`hpddrnet_trt.models.unpickle`.
+
+A pickle is a program: the standard unpickler imports whatever a file names and calls it. Here PyTorch's
+own reader of weights reads it, which imports nothing; what it does not know (NumPy scalars, mmengine's history
+buffers, any name in the file) is an inert :class:`StandIn`. Formats: the zip archive written since
+PyTorch 1.6, and the older stream of pickles and storages, which published mmsegmentation models still use.
 """
 
 from __future__ import annotations
 
 import ast
 import colorsys
+import io
 import math
+import pickle
+import pickletools
 import warnings
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile, brief
+from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import ClassInfo, NetworkConfig, Normalisation
-from hpddrnet_trt.models.unpickle import TensorRecord, TorchFile, read_torch_file
 
+MAX_FILE_BYTES = 4 << 30
+MAX_OPCODES = 5_000_000
+MAX_TUPLE_ITEMS = 10_000  # in one tuple, counting those of the tuples inside it
+ZIP_MAGIC = b"PK\x03\x04"
 # Created by the authors' constructor, saved in every checkpoint, called by no forward pass.
 UNUSED = ("backbone.ecas.2.", "backbone.sps.2.")
 _WRAPPERS = ("module.", "model.")
 _MAX_CONFIG_CHARACTERS = 1 << 20
 
 
+class StandIn:
+    """An object of a class that the file names: takes any arguments and any state, and is nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> StandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """What was found in a foreign file.
+    """What a foreign file holds.
 
     ``state_dict``: weights by their name in the layout above, without wrapper prefixes and without
     the unused modules, floating point as float32. ``meta``: the file's own ``meta`` dictionary of
-    plain values and inert records. ``remarks``: what was dropped or changed, one sentence each.
+    plain values and stand-ins. ``remarks``: what was dropped or changed, one sentence each.
     """
 
     path: Path
@@ -48,57 +71,156 @@ class ForeignCheckpoint:
 def read_foreign(path: str | Path) -> ForeignCheckpoint:
     """Read a ``.pth`` checkpoint without executing anything in it.
 
-    Raises :class:`BadInputFile` when the file is missing, damaged, or holds no weights.
+    Raises :class:`BadInputFile` when the file is missing, too large, damaged, or holds no weights.
     """
-    file = read_torch_file(path)
-    content = file.content
-    records = _weights_of(content)
-    if not records:
+    path = existing_file(path, "checkpoint")
+    content = read_torch_file(path)
+    weights = _weights_of(content)
+    if not weights:
         raise BadInputFile(
-            f"{file.path} holds no weights (a dictionary of tensors, possibly under 'state_dict'); "
+            f"{path} holds no weights (a dictionary of tensors, possibly under 'state_dict'); "
             "give a checkpoint of mmsegmentation or of HPDDRNet"
         )
-    records = _without_wrappers(records)
+    claimed, size = sum(value.numel() * value.element_size() for value in weights.values()), path.stat().st_size
+    if claimed > 2 * size:  # many names for the same bytes would fill the memory
+        raise BadInputFile(f"{path} claims {claimed} bytes of weights in a file of {size}; it is damaged")
+    weights = _without_wrappers(weights)
     remarks = []
-    unused = sorted({prefix[:-1] for prefix in UNUSED for name in records if name.startswith(prefix)})
+    unused = sorted({prefix[:-1] for prefix in UNUSED for name in weights if name.startswith(prefix)})
     if unused:
         remarks.append(f"dropped weights that the network never uses: {', '.join(unused)}")
-        records = {name: value for name, value in records.items() if not name.startswith(UNUSED)}
+    state_dict = {
+        name: value.detach().to(torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
+        for name, value in weights.items()
+        if not name.startswith(UNUSED)
+    }
     meta = content.get("meta") if isinstance(content, dict) else None
-    return ForeignCheckpoint(file.path, _tensors(file, records), meta if isinstance(meta, dict) else {}, remarks)
+    return ForeignCheckpoint(path, state_dict, meta if isinstance(meta, dict) else {}, remarks)
 
 
-def _weights_of(content: Any) -> dict[str, TensorRecord]:
+def read_torch_file(path: Path) -> Any:
+    """Content of a file written by ``torch.save``, on the CPU; nothing of it is run.
+
+    Classes and functions that the file names become :class:`StandIn`. Raises :class:`BadInputFile` when it
+    is too large, damaged, in another format, or calls what PyTorch blocks altogether (``os.system``).
+    """
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise BadInputFile(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB, too large for a checkpoint")
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions") from exc
+    if not data.startswith((ZIP_MAGIC, b"\x80")):
+        raise BadInputFile(
+            f"{path} is not a PyTorch checkpoint (neither a zip archive nor a pickle); "
+            "give the .pth file that training wrote, or save it again with PyTorch 1.6 or newer"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd escapes in damaged text, odd pickle protocols
+            names = _names_in_zip(data) if data.startswith(ZIP_MAGIC) else _names_in_stream(data)
+            stand_ins: list[Any] = [(StandIn, name) for name in names - {"collections.defaultdict"}]
+            with torch.serialization.safe_globals([*stand_ins, (lambda *_: {}, "collections.defaultdict")]):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as exc:  # a damaged file makes PyTorch, zipfile and pickletools raise of every kind
+        reason = str(exc) or type(exc).__name__
+        if isinstance(exc, pickle.UnpicklingError) and "\n\n" in reason:  # advice and links around the cause
+            reason = reason.split("\n\n")[1]
+        raise BadInputFile(
+            f"{path} is damaged, truncated or no PyTorch checkpoint ({brief(reason)}); copy or download it again"
+        ) from exc
+
+
+def _names_in_zip(data: bytes) -> set[str]:
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it holds compressed records, which PyTorch never writes")
+    if sum(entry.file_size for entry in entries) > len(data):
+        raise ValueError("its records claim more bytes than the file has")
+    pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("it is a zip archive without the one data.pkl of a PyTorch file")
+    return _names_in_pickle(io.BytesIO(archive.read(pickles[0])))[0]
+
+
+def _names_in_stream(data: bytes) -> set[str]:
+    """The older format: magic number, protocol, machine, content, storage keys; then the storages."""
+    stream = io.BytesIO(data)
+    names: set[str] = set()
+    for part in range(5):
+        more, opcodes = _names_in_pickle(stream)
+        names |= more
+        if part == 2 and "NEWFALSE" in opcodes:  # the only truth value there is "little_endian"
+            raise ValueError("it was written on a big-endian machine")
+    return names
+
+
+def _names_in_pickle(stream: BinaryIO) -> tuple[set[str], set[str]]:
+    """Names of classes and functions in one pickle, and its opcodes; the stream is left behind it.
+
+    Walks over the opcodes with the number of items that each tuple unfolds to, and refuses monsters: as the key
+    of a dictionary a tuple nested 100,000 deep ends the process, and one of twice the same tuple, thirty times
+    over, is never done hashing. Only tuples can: lists and dictionaries are no keys, stand-ins hash as objects.
+    """
+    names, opcodes = set(), set()
+    stack: list[int] = []
+    marked: list[list[int]] = []  # stacks set aside by MARK
+    memo: dict[int, int] = {}
+    argument: Any
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if count > MAX_OPCODES:
+            raise ValueError("its pickle is too large")
+        opcodes.add(opcode.name)
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif opcode.name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif opcode.name == "MARK":
+            marked.append(stack)
+            stack = []
+        else:
+            items, taken = [], len(opcode.stack_before)
+            if pickletools.markobject in opcode.stack_before:
+                items, stack, taken = stack, marked.pop(), opcode.stack_before.index(pickletools.markobject)
+            items += [stack.pop() for _ in range(taken)]
+            size = 1 + sum(items) if opcode.name.startswith("TUPLE") else 1
+            if size > MAX_TUPLE_ITEMS:
+                raise ValueError("a tuple in its pickle unfolds to too many items")
+            stack += [size] * len(opcode.stack_after)
+        if opcode.name == "GLOBAL":
+            module, _, name = argument.partition(" ")
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            names.add(f"{module}.{name}")
+    return names, opcodes
+
+
+def _weights_of(content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         return {}
     for nested in ("state_dict", "model"):
         if isinstance(content.get(nested), dict):
             content = content[nested]
             break
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, TensorRecord)}
+    return {key: value for key, value in content.items() if isinstance(key, str) and _is_weight(value)}
 
 
-def _without_wrappers(records: dict[str, TensorRecord]) -> dict[str, TensorRecord]:
+def _is_weight(value: Any) -> bool:
+    """An ordinary tensor of numbers: not sparse, quantized or complex, and with values."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
+
+
+def _without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strip ``module.`` and ``model.`` while all names carry them."""
-    while (prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in records)), None)) is not None:
-        records = {name[len(prefix) :]: value for name, value in records.items()}
-    return records
-
-
-def _tensors(file: TorchFile, records: dict[str, TensorRecord]) -> dict[str, Tensor]:
-    total = sum(math.prod(record.size) * record.storage.itemsize for record in records.values())
-    if total > 2 * file.size:  # many names for the same bytes would fill the memory
-        raise BadInputFile(f"{file.path} claims {total} bytes of weights in a file of {file.size}; it is damaged")
-    return {name: _tensor(file, record) for name, record in records.items()}
-
-
-def _tensor(file: TorchFile, record: TensorRecord) -> Tensor:
-    dtype: torch.dtype = getattr(torch, record.storage.dtype)
-    target = torch.float32 if dtype.is_floating_point else dtype
-    if 0 in record.size:
-        return torch.empty(record.size, dtype=target)
-    flat = torch.frombuffer(bytearray(file.storage_bytes(record.storage)), dtype=dtype)
-    return flat.as_strided(record.size, record.stride, record.offset).to(target, copy=True).contiguous()
+    while (prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in weights)), None)) is not None:
+        weights = {name[len(prefix) :]: value for name, value in weights.items()}
+    return weights
 
 
 def infer_config(checkpoint: ForeignCheckpoint) -> NetworkConfig:
@@ -138,34 +260,34 @@ def infer_config(checkpoint: ForeignCheckpoint) -> NetworkConfig:
 
 def described_classes(meta: dict[Any, Any]) -> list[ClassInfo] | None:
     """Class names and palette from ``meta``, as mmengine (``dataset_meta``) or mmcv (``CLASSES``) write
-    them; None where absent or not usable. Classes without a colour get one of :func:`distinct_colours`."""
+    them; None where absent or not usable. Classes without a colour get one of :func:`distinct_colors`."""
     dataset = meta.get("dataset_meta")
     source = dataset if isinstance(dataset, dict) else meta
     names = source.get("classes", source.get("CLASSES"))
     palette = source.get("palette", source.get("PALETTE"))
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
         return None
-    colours = palette if isinstance(palette, list | tuple) and len(palette) == len(names) else None
+    colors = palette if isinstance(palette, list | tuple) and len(palette) == len(names) else None
     try:
         return [
-            ClassInfo(name=name, color=colour)
-            for name, colour in zip(names, colours or distinct_colours(len(names)), strict=True)
+            ClassInfo(name=name, color=color)
+            for name, color in zip(names, colors or distinct_colors(len(names)), strict=True)
         ]
     except ValidationError:
         return None
 
 
-def distinct_colours(count: int) -> list[tuple[int, int, int]]:
+def distinct_colors(count: int) -> list[tuple[int, int, int]]:
     """``count`` RGB colours that differ well: hues a golden angle apart, bright and dark in turn."""
-    colours = []
+    colors = []
     for index in range(count):
         value = 230 if index % 2 == 0 else 150
         red, green, blue = colorsys.hsv_to_rgb((index * 0.618034) % 1.0, 0.85, value)
-        colours.append((round(red), round(green), round(blue)))
-    return colours
+        colors.append((round(red), round(green), round(blue)))
+    return colors
 
 
-def described_normalisation(meta: dict[Any, Any]) -> Normalisation | None:
+def described_normalization(meta: dict[Any, Any]) -> Normalisation | None:
     """Mean and standard deviation from the configuration text in ``meta['cfg']``, or None.
 
     The text is Python source; it is parsed, never run, and only literals are read.
@@ -184,16 +306,17 @@ def described_normalisation(meta: dict[Any, Any]) -> Normalisation | None:
               config.get("data_preprocessor"), config.get("img_norm_cfg")]  # fmt: skip
     for place in places:
         if isinstance(place, dict) and "mean" in place and "std" in place:
-            return _normalisation(place["mean"], place["std"])
+            return _normalization(place["mean"], place["std"])
     return None
 
 
-def _normalisation(mean: Any, std: Any) -> Normalisation | None:
+def _normalization(mean: Any, std: Any) -> Normalisation | None:
     try:
-        found = Normalisation(mean=mean, std=std)
+        normalization = Normalisation(mean=mean, std=std)
     except ValidationError:
         return None
-    return found if all(math.isfinite(value) for value in (*found.mean, *found.std)) else None
+    values = (*normalization.mean, *normalization.std)
+    return normalization if all(math.isfinite(value) for value in values) else None
 
 
 def _literal_assignments(module: ast.Module) -> dict[str, Any]:

@@ -8,10 +8,17 @@ and is untested against any reference, since none was published.
 
 With ``C = channels``: stem at 1/8 of the input (2C channels); context branch at 1/16 (4C), 1/32 (8C)
 and 1/64 (16C); spatial branch at 1/8 (2C, 2C, 4C); logits at 1/8, or at 1/4 with our detail step.
+
+The file reads from the bottom of the network to its top: configuration, blocks of convolutions
+(Pan et al., "Deep Dual-Resolution Networks for Real-Time and Accurate Semantic Segmentation of Traffic
+Scenes", IEEE T-ITS 2023; arXiv:2101.06085), the two attentions, pyramid pooling, backbone, heads.
+Parameter names follow mmsegmentation's layout (``conv``, ``bn``, ``downsample.0`` ...), so that its
+checkpoints load without renaming. All tensors are ``[N, C, H, W]``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +27,8 @@ from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, NetworkConfig
-from hpddrnet_trt.models.attention import ECA, PositionAttention
-from hpddrnet_trt.models.blocks import BN_MOMENTUM, DAPPM, Bottleneck, ConvNormAct, NormActConv, basic_stage
 
+BN_MOMENTUM = 0.1
 _SLIM: dict[str, Any] = {"channels": 32, "ppm_channels": 128, "head_channels": 64}
 _FULL: dict[str, Any] = {"channels": 64, "ppm_channels": 128, "head_channels": 128}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,6 +54,159 @@ def network_config(variant: str, num_classes: int) -> NetworkConfig:
 def resize(x: Tensor, height: int, width: int) -> Tensor:
     """Bilinear resize of ``[N, C, h, w]`` with pixel centres aligned (``align_corners=False``)."""
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, batch normalisation and optional ReLU, in that order."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, act: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, momentum=BN_MOMENTUM)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return F.relu(x, inplace=True) if self.act else x
+
+
+class NormActConv(nn.Module):
+    """Batch normalisation, ReLU and convolution without bias: the order of DAPPM and the heads."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(inputs, momentum=BN_MOMENTUM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.bn(x), inplace=True))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs, momentum=BN_MOMENTUM)
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a residual sum; ``act`` says whether a ReLU follows the sum."""
+
+    def __init__(self, inputs: int, width: int, stride: int = 1, act: bool = True) -> None:
+        super().__init__()
+        self.conv1 = ConvNormAct(inputs, width, 3, stride)
+        self.conv2 = ConvNormAct(width, width, 3, act=False)
+        self.downsample = _shortcut(inputs, width, stride)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.conv2(self.conv1(x)) + shortcut
+        return F.relu(y) if self.act else y
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions (the last doubles the width) and a residual sum without ReLU."""
+
+    expansion = 2
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = ConvNormAct(inputs, width, 1)
+        self.conv2 = ConvNormAct(width, width, 3, stride)
+        self.conv3 = ConvNormAct(width, width * self.expansion, 1, act=False)
+        self.downsample = _shortcut(inputs, width * self.expansion, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv3(self.conv2(self.conv1(x))) + shortcut
+
+
+def basic_stage(inputs: int, width: int, stride: int = 1) -> nn.Sequential:
+    """Two basic blocks; the second ends without ReLU."""
+    return nn.Sequential(BasicBlock(inputs, width, stride), BasicBlock(width, width, act=False))
+
+
+class ECA(nn.Module):
+    """Efficient channel attention (Wang et al., CVPR 2020; arXiv:1910.03151).
+
+    A 1-D convolution of kernel 3 over the channels' global means gives one weight in 0..1 per
+    channel. ``[N, C, H, W] -> [N, C, H, W]``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.mean(dim=(2, 3)).unsqueeze(1)  # [N, 1, C]
+        weights = torch.sigmoid(self.conv(means)).transpose(1, 2).unsqueeze(-1)  # [N, C, 1, 1]
+        return x * weights
+
+
+class ScaledDotProduct(nn.Module):
+    """Single-head self-attention over tokens ``[N, T, C]`` with biased projections."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.fc_q = nn.Linear(channels, channels)
+        self.fc_k = nn.Linear(channels, channels)
+        self.fc_v = nn.Linear(channels, channels)
+        self.fc_o = nn.Linear(channels, channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        scores = self.fc_q(tokens) @ self.fc_k(tokens).transpose(1, 2) / math.sqrt(tokens.shape[-1])
+        return self.fc_o(self.dropout(torch.softmax(scores, dim=-1)) @ self.fc_v(tokens))
+
+
+class PositionAttention(nn.Module):
+    """Position attention (after Fu et al., "Dual Attention Network", CVPR 2019; arXiv:1809.02983).
+
+    A 3x3 convolution, then self-attention between all positions. ``[N, C, H, W]`` in and out; the
+    score matrix holds ``(H W)^2`` values per image.
+    """
+
+    def __init__(self, channels: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.cnn = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.pa = ScaledDotProduct(channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cnn(x)
+        tokens = self.pa(y.flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).reshape(y.shape)
+
+
+class DAPPM(nn.Module):
+    """Deep aggregation pyramid pooling (arXiv:2101.06085, section 3.3).
+
+    Five scales: the input itself, average pools of kernel 5/9/17 with stride 2/4/8, and the global
+    mean; each is fused with the scale before it. ``count_border`` says whether what lies beyond the
+    border counts as zeros, as it does in the published networks. The largest pool then covers 1088
+    pixels of image, so its means shrink with the input: four-fold from 512 to 256 pixels.
+    """
+
+    pools = ((5, 2), (9, 4), (17, 8))
+
+    def __init__(self, inputs: int, width: int, outputs: int, count_border: bool = True) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList([NormActConv(inputs, width, 1)])
+        for kernel, stride in self.pools:
+            pool = nn.AvgPool2d(kernel, stride, kernel // 2, count_include_pad=count_border)
+            self.scales.append(nn.Sequential(pool, NormActConv(inputs, width, 1)))
+        self.scales.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), NormActConv(inputs, width, 1)))
+        self.processes = nn.ModuleList(NormActConv(width, width, 3) for _ in range(len(self.scales) - 1))
+        self.compression = NormActConv(width * len(self.scales), outputs, 1)
+        self.shortcut = NormActConv(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.scales[0](x)]
+        for scale, process in zip(list(self.scales)[1:], self.processes, strict=True):
+            pooled = F.interpolate(scale(x), size=x.shape[2:], mode="bilinear", align_corners=False)
+            features.append(process(pooled + features[-1]))
+        return self.compression(torch.cat(features, dim=1)) + self.shortcut(x)
 
 
 class Features(NamedTuple):
@@ -187,9 +346,9 @@ class HPDDRNet(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         self.decode_head = Head(config)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         # He initialisation as in mmsegmentation's DDRNet; the classifiers start near zero.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -34,7 +34,7 @@ class NetworkSection(_Section):
     eca: Literal["context", "spatial", "none"] | None = None  # these four: another than the variant's
     pam: Literal["fusion", "context", "none"] | None = None
     detail: bool | None = None  # logits at 1/4, see models.network.Detail
-    pool_border: Literal["zeros", "ignored"] | None = None  # see models.blocks.DAPPM
+    pool_border: Literal["zeros", "ignored"] | None = None  # see models.network.DAPPM
     pretrained: Path | None = None  # checkpoint whose backbone training starts from, ours or mmsegmentation's
     # Checkpoint of ours that training starts from as a whole; the other keys and data.normalisation are then its own.
     initial: Path | None = None

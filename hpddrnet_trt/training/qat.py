@@ -36,8 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import Normalisation
-from hpddrnet_trt.models.blocks import BasicBlock, Bottleneck
-from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.models.network import BasicBlock, Bottleneck, HPDDRNet
 
 WEIGHT_LEVELS = 127  # to either side of zero
 _BRANCHES = ("context", "spatial")

@@ -26,8 +26,7 @@ from hpddrnet_trt.export.reformulate import (
     Phases,
     Rewrites,
 )
-from hpddrnet_trt.models.attention import PositionAttention
-from hpddrnet_trt.models.network import VARIANTS, HPDDRNet, network_config
+from hpddrnet_trt.models.network import VARIANTS, HPDDRNet, PositionAttention, network_config
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,8 +24,7 @@ from hpddrnet_trt.graph.fp8 import to_fp8
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.tensors import fold_constants
 from hpddrnet_trt.graph.work import TypedWork, macs_and_bytes, typed_work
-from hpddrnet_trt.models.attention import ScaledDotProduct
-from hpddrnet_trt.models.network import HPDDRNet, network_config
+from hpddrnet_trt.models.network import HPDDRNet, ScaledDotProduct, network_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"

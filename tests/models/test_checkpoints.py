@@ -28,7 +28,7 @@ from hpddrnet_trt.models.checkpoints import (
     read_foreign,
     save_checkpoint,
 )
-from hpddrnet_trt.models.foreign import described_classes, described_normalisation, distinct_colours
+from hpddrnet_trt.models.foreign import described_classes, described_normalization, distinct_colors
 from hpddrnet_trt.models.network import HPDDRNet
 from tests.tiny_network import tiny_manifest, tiny_network
 
@@ -86,6 +86,22 @@ def test_save_and_load(tmp_path: Path, network: HPDDRNet) -> None:
     again = save_checkpoint(tmp_path / "b.safetensors", loaded, description)
     assert again.read_bytes() == path.read_bytes()
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_of_the_first_version_loads() -> None:
+    """Written before the house was rebuilt; its output was kept beside it."""
+    folder = Path(__file__).parent / "data"
+    loaded, manifest = load_checkpoint(folder / "version1.safetensors")
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        np.testing.assert_allclose(loaded(image).numpy(), np.load(folder / "version1.npy"), rtol=1e-5, atol=1e-5)
+    assert manifest.name == "small"
+    assert manifest.network == loaded.config
+    assert manifest.class_names == ["phase 0", "phase 1", "phase 2"]
+    assert manifest.normalisation == Normalisation(mean=(10.5, 20, 30), std=(40, 50, 60))
+    assert manifest.data is not None
+    assert (manifest.data.licence, manifest.data.crop, manifest.data.grey_std) == ("MIT", (64, 64), 0.2)
+    assert manifest.metrics == {"val/miou": 0.5}
 
 
 def test_loading_leaves_the_random_state_alone(tmp_path: Path, network: HPDDRNet) -> None:
@@ -228,7 +244,7 @@ def test_conversion(tmp_path: Path, network: HPDDRNet, caplog: pytest.LogCapture
     weights |= {"backbone.ecas.2.conv.weight": torch.ones(1, 1, 3), "backbone.sps.2.cnn.bias": torch.ones(4)}
     source = foreign(tmp_path / "theirs.pth", weights)
     with caplog.at_level(logging.INFO, "hpddrnet_trt"):
-        manifest = convert_checkpoint(source, tmp_path / "ours.safetensors", licence="CC-BY-4.0")
+        manifest = convert_checkpoint(source, tmp_path / "ours.safetensors", license="CC-BY-4.0")
     assert manifest.name == "theirs"
     assert manifest.class_names == ["grain", "pore", "clay"]
     assert manifest.palette == [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
@@ -337,7 +353,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         (tmp_path / "a.bin").write_bytes(content)
         with pytest.raises(BadInputFile, match=r"a\.bin"):
             load_any_checkpoint(tmp_path / "a.bin")
-    for load in (load_checkpoint, load_any_checkpoint, read_foreign):
+    for load in (load_checkpoint, load_any_checkpoint):
         with pytest.raises(BadInputFile, match="does not exist"):
             load(tmp_path / "none")
 
@@ -383,8 +399,8 @@ def test_ours_is_known_by_content(tmp_path: Path, network: HPDDRNet) -> None:
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_normalisation_of_configurations(cfg: Any, mean: tuple[float, ...] | None) -> None:
-    found = described_normalisation({"cfg": cfg})
-    assert (found.mean if found else None) == mean
+    normalization = described_normalization({"cfg": cfg})
+    assert (normalization.mean if normalization else None) == mean
 
 
 @pytest.mark.parametrize(
@@ -401,13 +417,13 @@ def test_normalisation_of_configurations(cfg: Any, mean: tuple[float, ...] | Non
     ],
 )
 def test_described_classes(meta: dict[str, Any], names: list[str] | None) -> None:
-    found = described_classes(meta)
-    assert ([entry.name for entry in found] if found is not None else None) == names
+    classes = described_classes(meta)
+    assert ([entry.name for entry in classes] if classes is not None else None) == names
 
 
 @given(st.integers(0, 255))
 def test_colours_are_colours(count: int) -> None:
-    colours = distinct_colours(count)
+    colours = distinct_colors(count)
     assert len(colours) == count
     assert all(0 <= value <= 255 for colour in colours for value in colour)
     assert len(set(colours[:60])) == len(colours[:60])
@@ -471,7 +487,7 @@ def test_backbone_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_runner_checkpoint(golden: Path, tmp_path: Path) -> None:
-    """A full mmengine checkpoint, which neither PyTorch's own safe loader nor mmengine opens any more."""
+    """A full mmengine checkpoint, which neither PyTorch's safe loader alone nor mmengine opens any more."""
     manifest = convert_checkpoint(golden / "runner_ckpt" / "iter_3.pth", tmp_path / "a.safetensors")
     assert manifest.class_names == ["grains", "pores", "clay"]
     assert manifest.normalisation == Normalisation()

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import NetworkConfig
-from hpddrnet_trt.models.attention import ECA, PositionAttention
-from hpddrnet_trt.models.blocks import DAPPM
-from hpddrnet_trt.models.network import VARIANTS, HPDDRNet, network_config
+from hpddrnet_trt.models.network import DAPPM, ECA, VARIANTS, HPDDRNet, PositionAttention, network_config
 from tests.tiny_network import tiny_network
 
 
