@@ -40,7 +40,7 @@ from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.outputs import to_prediction
 from hpddrnet_trt.export import images as micrographs
-from hpddrnet_trt.graph.blocks import block_of
+from hpddrnet_trt.graph.layers import block_of
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 from hpddrnet_trt.weights import locate

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.graph.blocks import short
+from hpddrnet_trt.graph.layers import short
 
 # A quantiser that could hold values this many times larger than any seen wastes two bits; nasa-super1 in INT8
 # (``max``) reaches 1.7 on 4 crops of 512x512 from val and test.

@@ -10,7 +10,7 @@ from typing import Any
 from hpddrnet_trt.accuracy.comparison import Comparison
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import write_bytes
-from hpddrnet_trt.graph.blocks import short
+from hpddrnet_trt.graph.layers import short
 from hpddrnet_trt.report.style import new_figure, png, style
 
 # Okabe and Ito's colours, told apart with any colour vision.

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.core.runtimes import load_onnxruntime
-from hpddrnet_trt.graph.model import class_scores, initializers, producers
+from hpddrnet_trt.graph.nodes import class_scores, initializers, producers
 
 if TYPE_CHECKING:
     import onnx

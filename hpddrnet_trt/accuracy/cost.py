@@ -19,7 +19,7 @@ from hpddrnet_trt.accuracy.trials import Recipe
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.precisions import PRECISIONS
-from hpddrnet_trt.graph.model import consumers, producers
+from hpddrnet_trt.graph.nodes import consumers, producers
 from hpddrnet_trt.graph.work import Work
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from hpddrnet_trt.export.statistics import measure
 from hpddrnet_trt.export.statistics_cache import Cache, cache_folder
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import fp8_plan
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.work import Work, macs_and_bytes
 from hpddrnet_trt.inference import load_segmenter
 
@@ -75,7 +76,7 @@ def open_study(
     reference that does not do.
     """
     model, manifest = float_model(source)
-    qdq.name_nodes(model)
+    name_nodes(model)
     plan = fp8_plan(model) if precision == "fp8" else qdq.plan(model, "tensorrt")
     contract = input_contract(manifest)
     dataset = FolderDataset.open(data)

@@ -18,7 +18,7 @@ from hpddrnet_trt.accuracy.cost import Cost
 from hpddrnet_trt.accuracy.judge import Accuracy
 from hpddrnet_trt.accuracy.sensitivity import Sensitivity
 from hpddrnet_trt.accuracy.trials import Trials
-from hpddrnet_trt.graph.blocks import short
+from hpddrnet_trt.graph.layers import short
 
 _STEPS = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89)  # points of the frontier: layers in floating point
 _RETURNED = 12  # at most this many layers are tried again one by one

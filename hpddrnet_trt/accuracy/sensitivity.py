@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hpddrnet_trt.accuracy.judge import Accuracy
 from hpddrnet_trt.accuracy.trials import Trials
-from hpddrnet_trt.graph.blocks import block_of, short
+from hpddrnet_trt.graph.layers import block_of, short
 
 By = Literal["layer", "block"]
 

@@ -39,7 +39,7 @@ def source_for_cpu(path: Path, manifest: Manifest, blocks: bool) -> str | bytes:
         changed = None
         if typed and uses_bf16(model):
             model = changed = in_type(model, "fp32")
-        if blocks and position_attentions(model.graph):
+        if blocks and position_attentions(model):
             changed = in_blocks(model)
         return changed
 

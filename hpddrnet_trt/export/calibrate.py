@@ -40,8 +40,8 @@ from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import fp8_plan, to_fp8
 from hpddrnet_trt.graph.lint import analyse
 from hpddrnet_trt.graph.model import check_target, load_model, save_model
+from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.graph.precision import to_half
-from hpddrnet_trt.graph.tensors import fold_constants
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def calibrate(
             raise UsageError(f"the smallest {what} is a fraction between 0 and 1, got {least}")
     model, manifest = float_model(source_onnx)
     data = _gather(images, held_out, max_images, input_contract(manifest), size)
-    qdq.name_nodes(model)
+    name_nodes(model)
     chosen = request.plan(model)
     if not chosen.nodes:
         raise UsageError(

@@ -18,11 +18,10 @@ from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export.images import batches, crop_size, plan_crops
 from hpddrnet_trt.export.statistics import extremes
 from hpddrnet_trt.export.verify import ComparedLabels, LabelReference, check_labels
-from hpddrnet_trt.graph.blocks import block_of
-from hpddrnet_trt.graph.model import load_model, producers, save_model
+from hpddrnet_trt.graph.layers import block_of
+from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.nodes import fold_constants, name_nodes, producers, tensor_types
 from hpddrnet_trt.graph.precision import large_nodes, to_half
-from hpddrnet_trt.graph.qdq import name_nodes
-from hpddrnet_trt.graph.tensors import fold_constants, tensor_types
 
 if TYPE_CHECKING:
     import onnx

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpddrnet_trt.core.errors import require
-from hpddrnet_trt.graph.model import consumers, initializers, producers, replace_nodes
+from hpddrnet_trt.graph.nodes import consumers, initializers, producers, replace_nodes
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

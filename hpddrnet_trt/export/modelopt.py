@@ -47,6 +47,7 @@ from hpddrnet_trt.core.errors import MissingDependency, UsageError, UserError, r
 from hpddrnet_trt.core.precisions import LowPrecision
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.nodes import name_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -79,7 +80,7 @@ def allowed_nodes(model: onnx.ModelProto) -> tuple[str, ...]:
     The convolutions of feature maps with constant kernels, and the sums and average poolings around them
     (:mod:`hpddrnet_trt.graph.qdq`, rules 2 to 4). ModelOpt's own choice is wider: it takes in the channel
     attention on 1x1 maps and its gates, all of the pyramid pooling, batch normalisation, and the class
-    scores before the final resize. Nodes must be named (:func:`hpddrnet_trt.graph.qdq.name_nodes`).
+    scores before the final resize. Nodes must be named (:func:`hpddrnet_trt.graph.nodes.name_nodes`).
     """
     plan = qdq.plan(model, "tensorrt")
     convolutions, paired = set(plan.nodes), set(plan.tensors)
@@ -129,7 +130,7 @@ def quantise_with_modelopt(
         raise UsageError(f"ModelOpt's FP8 needs the method 'max', not {method!r}: it derives FP8 scales from maxima")
     source = onnx.ModelProto()
     source.CopyFrom(model)
-    qdq.name_nodes(source)
+    name_nodes(source)
     excluded = _exclusions(source, exclude)
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-modelopt-") as name:
         folder = Path(name)

@@ -24,7 +24,7 @@ from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey
-from hpddrnet_trt.graph.model import class_scores
+from hpddrnet_trt.graph.nodes import class_scores
 from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 
 if TYPE_CHECKING:

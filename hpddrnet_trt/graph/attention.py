@@ -11,13 +11,14 @@ take their place; runtimes without one take them apart again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from hpddrnet_trt.core.errors import UsageError, require
+from hpddrnet_trt.graph.nodes import copied, int_attribute, producers, renamed
 
 if TYPE_CHECKING:
     import onnx
@@ -31,62 +32,104 @@ FUNCTION_NAME = "PositionAttention"
 _FUNCTION_VERSION = 1
 
 
-@dataclass(frozen=True)
-class PositionAttention:
-    """One attention of a graph, by the names of its tensors, ``[N, T, C]`` but for ``keys`` ``[N, C, T]``.
+# What may stand between the product of queries and keys and the softmax: casts, a scale, a mask.
+_BETWEEN = ("Cast", "Mul", "Div", "Add", "Sub")
 
-    ``nodes``: its operators in order, from the product of queries and keys to that with the values; between
-    the two there may be casts.
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a graph, its operators in order.
+
+    ``scores``: from the product of queries and keys to the softmax, or an Attention operator alone.
+    ``mixing``: from there to the product with the values; empty where the weights go another way.
     """
 
-    nodes: tuple[onnx.NodeProto, ...]
-    query: str
-    keys: str
-    values: str
-    output: str
+    scores: tuple[onnx.NodeProto, ...]
+    mixing: tuple[onnx.NodeProto, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[onnx.NodeProto, ...]:
+        """All of its operators."""
+        return (*self.scores, *self.mixing)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is MatMul, Softmax over keys, MatMul, with nothing but casts between them: what is rewritten."""
+        if not self.mixing or any(node.op_type not in ("Cast", "MatMul", "Softmax") for node in self.nodes):
+            return False
+        axis = int_attribute(self.scores[-1], "axis", -1)
+        return axis in (-1, 2)  # else its rows depend on each other
+
+    @property
+    def query(self) -> str:
+        """``[N, T, C]``."""
+        return str(self.scores[0].input[0])
+
+    @property
+    def keys(self) -> str:
+        """``[N, C, T]``."""
+        return str(self.scores[0].input[1])
+
+    @property
+    def values(self) -> str:
+        """``[N, T, C]``."""
+        return str(self.mixing[-1].input[1])
+
+    @property
+    def output(self) -> str:
+        """``[N, T, C]``."""
+        return str(self.mixing[-1].output[0])
 
 
-def position_attentions(graph: onnx.GraphProto) -> list[PositionAttention]:
-    """The attentions of a graph that are written as MatMul, Softmax, MatMul."""
-    made = {name: node for node in graph.node for name in node.output}
+def attentions(nodes: Iterable[onnx.NodeProto]) -> list[Attention]:
+    """Every softmax of a matrix product, and every Attention operator, in the order of ``nodes``.
+
+    The one place that recognises attention in a graph, the body of a loop or a part of either. Calls of
+    ``hpddrnet::PositionAttention`` are not looked into: :func:`expanded` writes them out.
+    """
+    nodes = list(nodes)
+    made = {name: node for node in nodes for name in node.output if name}
     readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
+    for node in nodes:
         for name in node.input:
             readers.setdefault(name, []).append(node)
+
+    def before(node: onnx.NodeProto) -> onnx.NodeProto | None:
+        return next((made[name] for name in node.input if name in made), None)
+
+    def after(node: onnx.NodeProto) -> onnx.NodeProto | None:
+        reading = readers.get(node.output[0], [])
+        return reading[0] if len(reading) == 1 else None
+
     found = []
-    for softmax in (node for node in graph.node if node.op_type == "Softmax"):
-        before = _until_product(softmax, lambda node: made.get(node.input[0]))
-        after = _until_product(softmax, lambda node: _only(readers.get(node.output[0], [])))
-        if before is None or after is None:
-            continue
-        product, mix = before[-1], after[-1]
-        if mix.input[0] != [softmax, *after][-2].output[0]:
-            continue  # its weights are multiplied from the right: no attention
-        if any(entry.name == "axis" and entry.i not in (-1, 2) for entry in softmax.attribute):
-            continue  # its rows depend on each other
-        found.append(
-            PositionAttention(
-                nodes=(*reversed(before), softmax, *after),
-                query=product.input[0], keys=product.input[1], values=mix.input[1], output=mix.output[0],
-            )
-        )  # fmt: skip
+    for node in nodes:
+        if node.op_type == "Attention":
+            found.append(Attention((node,)))
+        elif node.op_type == "Softmax" and (product := _until_product(node, before, _BETWEEN)):
+            mixing = _until_product(node, after, ("Cast",))
+            if mixing and mixing[-1].input[0] != [node, *mixing][-2].output[0]:
+                mixing = []  # its weights are multiplied from the right
+            if any(len(readers[part.output[0]]) != 1 for part in product):
+                mixing = []  # its scores are read elsewhere, too
+            found.append(Attention((*reversed(product), node), tuple(mixing)))
     return found
 
 
-def _only(nodes: Sequence[onnx.NodeProto]) -> onnx.NodeProto | None:
-    return nodes[0] if len(nodes) == 1 else None
-
-
-def _until_product(start: onnx.NodeProto, step: Any) -> list[onnx.NodeProto] | None:
-    """The casts beside ``start`` and the MatMul behind them, in walking order."""
-    found: list[onnx.NodeProto] = []
+def _until_product(start: onnx.NodeProto, step: Any, through: Collection[str]) -> list[onnx.NodeProto]:
+    """The MatMul beside ``start`` and what lies between, in walking order; nothing where another operator is met."""
+    walked: list[onnx.NodeProto] = []
     node = step(start)
     while node is not None:
-        found.append(node)
+        walked.append(node)
         if node.op_type == "MatMul":
-            return found
-        node = step(node) if node.op_type == "Cast" else None
-    return None
+            return walked
+        node = step(node) if node.op_type in through else None
+    return []
+
+
+def position_attentions(model: onnx.ModelProto) -> list[Attention]:
+    """Those :func:`attentions` of a graph that can be rewritten."""
+    return [attention for attention in attentions(model.graph.node) if attention.is_plain]
 
 
 def in_blocks(model: onnx.ModelProto, rows: int = BLOCK_ROWS) -> onnx.ModelProto:
@@ -96,11 +139,9 @@ def in_blocks(model: onnx.ModelProto, rows: int = BLOCK_ROWS) -> onnx.ModelProto
     zeros, whose results are dropped. Apply it last: other passes do not look into the ``Scan``. Raises
     :class:`UsageError` for a model without MatMul attention.
     """
-    onnx = require("onnx", "export", "rewrite position attention")
     if rows < 1:
         raise UsageError(f"rows per block must be at least 1, got {rows}")
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     types = _types(model)
     for index, attention in enumerate(_attentions_of(result)):
         _replace(result.graph, attention, _blocked(result.graph, attention, f"attention_{index}", types, rows))
@@ -117,11 +158,9 @@ def in_type(model: onnx.ModelProto, scores: ScoreType, leave: Collection[str] = 
     the product with the values in the type that the network has there. An attention that holds one of
     the nodes in ``leave`` stays as it is. A model without MatMul attention comes back unchanged.
     """
-    onnx = require("onnx", "export", "rewrite position attention")
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     types = {name: element for name, (element, _) in _types(model).items()}
-    for index, attention in enumerate(position_attentions(result.graph)):
+    for index, attention in enumerate(position_attentions(result)):
         if any(node.name in leave for node in attention.nodes):
             continue
         _replace(result.graph, attention, _typed(result.graph, attention, f"attention_{index}", types, scores))
@@ -136,15 +175,15 @@ def uses_bf16(model: onnx.ModelProto) -> bool:
 
     casts = [node for node in model.graph.node if node.op_type == "Cast"]
     narrowed = {node.output[0] for node in casts if helper.get_node_attr_value(node, "to") == TensorProto.BFLOAT16}
-    return any(attention.query in narrowed for attention in position_attentions(model.graph))
+    return any(attention.query in narrowed for attention in position_attentions(model))
 
 
 def _typed(
-    graph: onnx.GraphProto, attention: PositionAttention, prefix: str, types: dict[str, int], scores: ScoreType
+    graph: onnx.GraphProto, attention: Attention, prefix: str, types: dict[str, int], scores: ScoreType
 ) -> list[onnx.NodeProto]:
     from onnx import TensorProto, helper
 
-    made = {name: node for node in graph.node for name in node.output}
+    made = producers(graph)
     stem = attention.nodes[-1].name.rpartition("/")[0]
     output = _cast_output(graph, attention)
     result_type = types[output]
@@ -163,7 +202,7 @@ def _typed(
         nodes.append(helper.make_node("Cast", [name], [target], name=f"{stem}/Cast_{what}_{scores}", to=to))
         return target
 
-    product, softmax, mix = (_renamed_tensors(node, {}) for node in attention.nodes if node.op_type != "Cast")
+    product, softmax, mix = (renamed(node, {}) for node in attention.nodes if node.op_type != "Cast")
     keys, values = cast(attention.keys, score_type, "keys"), cast(attention.values, mix_type, "values")
     product.input[:] = [cast(attention.query, score_type, "query"), keys]
     softmax.input[0] = product.output[0]
@@ -182,7 +221,7 @@ def _typed(
     return nodes
 
 
-def _cast_output(graph: onnx.GraphProto, attention: PositionAttention) -> str:
+def _cast_output(graph: onnx.GraphProto, attention: Attention) -> str:
     """The attention's result in the type that the network goes on with; the cast to it leaves the graph."""
     readers = [node for node in graph.node if attention.output in node.input]
     if len(readers) != 1 or readers[0].op_type != "Cast":
@@ -211,14 +250,13 @@ def as_function(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     onnx = require("onnx", "export", "rewrite position attention")
     helper = onnx.helper
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     standard = next(entry for entry in result.opset_import if entry.domain in ("", "ai.onnx"))
     bodies: list[bytes] = []
     for attention in _attentions_of(result):
         names = {attention.query: "query", attention.keys: "keys", attention.values: "values",
                  attention.output: "output"}  # fmt: skip
-        nodes = [_renamed(node, names) for node in attention.nodes]
+        nodes = [_in_function(node, names) for node in attention.nodes]
         body = b"".join(node.SerializeToString(deterministic=True) for node in nodes)
         if body not in bodies:
             bodies.append(body)
@@ -241,30 +279,17 @@ def as_function(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def expanded(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of ``model`` with the bodies of its functions in place of their calls: inverse of :func:`as_function`."""
-    onnx = require("onnx", "export", "rewrite position attention")
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    functions = {(entry.domain, entry.name): entry for entry in result.functions}
-    nodes = []
-    for call in result.graph.node:
-        function = functions.get((call.domain, call.op_type))
-        if function is None:
-            nodes.append(_renamed_tensors(call, {}))
+    inliner = require("onnx.inliner", "export", "rewrite position attention")
+    names = {call.output[0]: call.name for call in model.graph.node if call.domain == FUNCTION_DOMAIN}
+    result: onnx.ModelProto = inliner.inline_local_functions(model)
+    for attention in position_attentions(result):  # operators of a function have no names
+        if (name := names.get(attention.output)) is None:
             continue
-        stem = call.name.rpartition("/")[0]
-        names = dict(zip([*function.input, *function.output], [*call.input, *call.output], strict=True))
         seen: Counter[str] = Counter()
-        for inner in function.node:
-            seen[inner.op_type] += 1
-            for name in inner.output:
-                names.setdefault(name, f"{call.output[0]}.{name}")
-            node = _renamed_tensors(inner, names)
-            number = seen[inner.op_type]
-            node.name = f"{stem}/{inner.op_type}" + (f"_{number}" if number > 1 else "")
-            nodes.append(node)
-    del result.graph.node[:]
-    result.graph.node.extend(nodes)
-    del result.functions[:]
+        for node in attention.nodes:
+            seen[node.op_type] += 1
+            number = f"_{seen[node.op_type]}" if seen[node.op_type] > 1 else ""
+            node.name = f"{name.rpartition('/')[0]}/{node.op_type}{number}"
     for entry in list(result.opset_import):
         if entry.domain == FUNCTION_DOMAIN:
             result.opset_import.remove(entry)
@@ -275,17 +300,17 @@ def _function_name(number: int) -> str:
     return FUNCTION_NAME if number == 1 else f"{FUNCTION_NAME}{number}"
 
 
-def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+def _in_function(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
     """A copy of a body's node with local names; names of intermediate tensors are numbered as they come."""
     for name in (*node.input, *node.output):
         names.setdefault(name, f"value_{len(names)}")
-    copy = _renamed_tensors(node, names)
+    copy = renamed(node, names)
     copy.ClearField("name")  # two calls of one function would give two nodes the same name
     return copy
 
 
-def _attentions_of(model: onnx.ModelProto) -> list[PositionAttention]:
-    found = position_attentions(model.graph)
+def _attentions_of(model: onnx.ModelProto) -> list[Attention]:
+    found = position_attentions(model)
     if not found:
         raise UsageError(
             "this model has no position attention written as MatMul, Softmax, MatMul; export it with --attention matmul"
@@ -306,7 +331,7 @@ def _types(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
 
 
 def _blocked(
-    graph: onnx.GraphProto, attention: PositionAttention, prefix: str, types: dict[str, tuple[int, int]], rows: int
+    graph: onnx.GraphProto, attention: Attention, prefix: str, types: dict[str, tuple[int, int]], rows: int
 ) -> list[onnx.NodeProto]:
     from onnx import helper, numpy_helper
 
@@ -337,7 +362,7 @@ def _blocked(
     blocks = add("Reshape", [padded, constant("blocks_shape", [0, -1, rows, channels])], "blocks")
     block_in, block_out = f"{prefix}.block", f"{prefix}.block_result"
     body = helper.make_graph(
-        [_renamed_tensors(node, {attention.query: block_in, attention.output: block_out}) for node in attention.nodes],
+        [renamed(node, {attention.query: block_in, attention.output: block_out}) for node in attention.nodes],
         f"{prefix}.body",
         [helper.make_tensor_value_info(block_in, element, None)],
         [helper.make_tensor_value_info(block_out, result_type, None)],
@@ -349,17 +374,7 @@ def _blocked(
     return nodes
 
 
-def _renamed_tensors(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
-    """A copy of a node with these tensors renamed."""
-    copy = type(node)()
-    copy.CopyFrom(node)
-    for field in (copy.input, copy.output):
-        for place, name in enumerate(field):
-            field[place] = names.get(name, name)
-    return copy
-
-
-def _replace(graph: onnx.GraphProto, attention: PositionAttention, nodes: Sequence[onnx.NodeProto]) -> None:
+def _replace(graph: onnx.GraphProto, attention: Attention, nodes: Sequence[onnx.NodeProto]) -> None:
     """Put ``nodes`` where the attention's last operator stood; what it needs is made before."""
     old = {node.output[0] for node in attention.nodes}
     kept: list[onnx.NodeProto] = []
@@ -367,6 +382,6 @@ def _replace(graph: onnx.GraphProto, attention: PositionAttention, nodes: Sequen
         if node.output[0] == attention.output:
             kept.extend(nodes)
         elif node.output[0] not in old:
-            kept.append(_renamed_tensors(node, {}))  # a copy: clearing the list below would empty the original
+            kept.append(renamed(node, {}))  # a copy: clearing the list below would empty the original
     del graph.node[:]
     graph.node.extend(kept)

@@ -27,9 +27,8 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError, require
 from hpddrnet_trt.graph import qdq
-from hpddrnet_trt.graph.model import initializers, int_attribute
+from hpddrnet_trt.graph.nodes import along, initializers, int_attribute
 from hpddrnet_trt.graph.precision import half_scale
-from hpddrnet_trt.graph.tensors import along
 
 if TYPE_CHECKING:
     import onnx

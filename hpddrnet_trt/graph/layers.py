@@ -1,7 +1,8 @@
-"""Which part of the network a runtime's layer belongs to, by the name the layer has in a profile.
+"""Which part of the network a layer belongs to, by its name in a graph or in a runtime's profile.
 
-Nodes of an exported file are named after modules (``backbone.stem.0.conv.conv/Conv``), and runtimes
-keep those names in their own way:
+Parts come in two sizes: :func:`group_of` gives one of the dozen of :data:`GROUPS`, :func:`block_of` the
+residual block, attention module or step. Nodes of an exported file are named after modules
+(``backbone.stem.0.conv.conv/Conv``), and runtimes keep those names in their own way:
 
 * ONNX Runtime writes ``.../Conv_kernel_time`` for a node, and the *tensor* it makes for a convolution in its
   blocked layout (``relu_13_nchwc``): :func:`tensor_owners` knows whose tensor that is;
@@ -53,6 +54,10 @@ _ATTENTION = re.compile(
 )
 _LABELS = re.compile(r"^(?:ArgMax|TopK|confidence|labels|logits)(?![a-z])")
 
+_INNER = re.compile(r"conv\d*|bn\d*|cnn|mix|downsample|skip|shortcut")
+# Modules that are one part for people, however many convolutions they hold.
+_WHOLE = re.compile(r"^(.*?\.spp|.*?\.down_\d+|.*?\.compression_\d+|.*?\.sps\.\d+|.*?\.ecas\.\d+|head|detail)(\.|$)")
+
 _LAYOUT = r"(?:bf16|f(?:16|32|64)|[iu](?:8|16|32|64)|boolean|[a-eA-E]{3,5}(?:\d+[a-e])*)"
 _CONVERSION = re.compile(
     rf"_{_LAYOUT}_{_LAYOUT}_"  # OpenVINO: both neighbours, and what changes between them
@@ -73,6 +78,30 @@ def group_of(layer_name: str, owners: Mapping[str, str] | None = None) -> str:
         if part and part != "ForeignNode"
     ]
     return min(found, key=lambda entry: entry[0], default=(0, "other"))[1]
+
+
+def block_of(node: str) -> str:
+    """The part a node belongs to: ``backbone.stem.2.0.conv1.conv/Conv`` is of ``backbone.stem.2.0``.
+
+    Residual blocks, pyramid pooling, down-sampling and compression steps, attention modules and the
+    head are parts; a name without module path is its own part.
+    """
+    path = node.split("/")[0]
+    whole = _WHOLE.match(path)
+    if whole:
+        return whole.group(1)
+    parts = path.split(".")
+    while len(parts) > 1:
+        if _INNER.fullmatch(parts[-1]) or (parts[-1].isdigit() and _INNER.fullmatch(parts[-2])):
+            parts.pop()
+        else:
+            break
+    return ".".join(parts)
+
+
+def short(node: str) -> str:
+    """A node's name for tables: without the operator and what every name begins with."""
+    return node.split("/")[0].removeprefix("backbone.").removesuffix(".conv")
 
 
 def group_times(layer_ms: Mapping[str, float], owners: Mapping[str, str] | None = None) -> dict[str, float]:

@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpddrnet_trt.core.precisions import BY_ONNX_TYPE
+from hpddrnet_trt.graph.attention import attentions
 from hpddrnet_trt.graph.fp8 import suits_fp8
-from hpddrnet_trt.graph.model import consumers, enlarges, producers
+from hpddrnet_trt.graph.nodes import consumers, enlarges, producers
 
 if TYPE_CHECKING:
     import onnx
@@ -231,6 +232,7 @@ class _Graph:
         self.inputs = {entry.name for entry in graph.input} - self.entries.keys()
         self.outputs = {entry.name for entry in graph.output}
         self.data = self._data_nodes()
+        self.attention = {id(attention.scores[-1]) for attention in attentions(self.nodes)}
         self.convolutions = [
             node
             for node in self.nodes
@@ -591,7 +593,7 @@ def _roles(graph: _Graph, group: Sequence[Any]) -> dict[str, str]:
         module = _module(node.name)
         if graph.inputs.intersection(node.input):
             found[module] = "input normalisation"
-        elif _is_attention(graph, node):
+        elif id(node) in graph.attention:
             found[module] = "position attention"
         elif node.op_type == "Sigmoid" and "ReduceMean" in kinds:
             found[module] = "channel attention"
@@ -600,14 +602,6 @@ def _roles(graph: _Graph, group: Sequence[Any]) -> dict[str, str]:
         elif graph.outputs.intersection(node.output):
             found["output"] = "upsampling and labels"
     return found
-
-
-def _is_attention(graph: _Graph, node: Any) -> bool:
-    """An Attention operator, or the softmax of a matrix product."""
-    before: Any | None = node if node.op_type == "Softmax" else None
-    while before is not None and before.op_type != "MatMul":
-        before = graph.made_by(before.input[0], "MatMul", "Cast", "Mul", "Div", "Add")
-    return before is not None or node.op_type == "Attention"
 
 
 def _island_name(graph: _Graph, group: Sequence[Any]) -> str:
@@ -643,7 +637,7 @@ def _reason(graph: _Graph, node: Any, kept: Collection[str]) -> str:
     if _reads_global_mean(graph, node):
         gate = any(reader.op_type in ("Sigmoid", "HardSigmoid") for reader in graph.readers(node.output[0]))
         return "channel attention" if gate else "1x1 map"
-    attention = tuple(f"{_module(entry.name)}." for entry in graph.nodes if _is_attention(graph, entry))
+    attention = tuple(f"{_module(entry.name)}." for entry in graph.nodes if id(entry) in graph.attention)
     if _module(node.name) and f"{_module(node.name)}.".startswith(attention):
         return "position attention"
     if node is graph.convolutions[0]:

@@ -32,17 +32,19 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import require
 from hpddrnet_trt.core.precisions import Half
-from hpddrnet_trt.graph.attention import ScoreType, in_type
-from hpddrnet_trt.graph.model import (
+from hpddrnet_trt.graph.attention import ScoreType, attentions, in_type
+from hpddrnet_trt.graph.nodes import (
+    along,
     consumers,
     enlarges,
+    fold_constants,
     initializers,
     int_attribute,
+    name_nodes,
     producers,
     replace_nodes,
+    tensor_types,
 )
-from hpddrnet_trt.graph.qdq import name_nodes
-from hpddrnet_trt.graph.tensors import along, fold_constants, tensor_types
 
 if TYPE_CHECKING:
     import onnx
@@ -203,24 +205,9 @@ def _rename(names: Any, old: str, new: str) -> None:
 
 
 def attention_score_nodes(graph: onnx.GraphProto) -> set[str]:
-    """Names of the nodes of position attention whose values do not fit into FP16.
-
-    Every Softmax with the matrix product before it and what lies between the two, and every Attention
-    operator as a whole.
-    """
-    made = producers(graph)
-    found = set()
-    for node in graph.node:
-        if node.op_type == "Attention":
-            found.add(node.name)
-        elif node.op_type == "Softmax":
-            found.add(node.name)
-            before: onnx.NodeProto | None = node
-            while before is not None and before.op_type != "MatMul":
-                before = next((made[name] for name in before.input if name in made), None)
-                if before is not None:
-                    found.add(before.name)
-    return found
+    """Names of the nodes of attention whose values do not fit into FP16: its scores, and any softmax."""
+    scores = {node.name for attention in attentions(graph.node) for node in attention.scores}
+    return scores | {node.name for node in graph.node if node.op_type == "Softmax"}
 
 
 def normalisation_nodes(graph: onnx.GraphProto) -> set[str]:

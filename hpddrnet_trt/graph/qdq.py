@@ -59,7 +59,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hpddrnet_trt.core.runtimes import load_onnxruntime
-from hpddrnet_trt.graph.model import consumers, enlarges, producers, replace_nodes
+from hpddrnet_trt.graph.nodes import consumers, enlarges, producers, replace_nodes
 
 Form = Literal["tensorrt", "onnxruntime"]
 Range = tuple[float, float]  # lowest and highest value to represent
@@ -123,15 +123,6 @@ class _Graph:
     def convolutions(self) -> list[Any]:
         """Convolutions of feature maps with constant kernels."""
         return [node for node in self.nodes if self.is_map_convolution(node.output[0])]
-
-
-def name_nodes(model: Any) -> None:
-    """Give every node a name of its own (the quantiser selects by name)."""
-    seen: set[str] = set()
-    for index, node in enumerate(model.graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.op_type}_{index}"
-        seen.add(node.name)
 
 
 def plan(model: Any, form: Form) -> Plan:

@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError, require
-from hpddrnet_trt.graph.model import consumers, int_attribute, producers, replace_nodes
-from hpddrnet_trt.graph.tensors import along, tensor_types
+from hpddrnet_trt.graph.nodes import along, consumers, int_attribute, producers, replace_nodes, tensor_types
 
 if TYPE_CHECKING:
     import onnx

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.precisions import product_precision
-from hpddrnet_trt.graph.model import int_attribute
+from hpddrnet_trt.graph.attention import attentions
+from hpddrnet_trt.graph.nodes import int_attribute
 from hpddrnet_trt.graph.tensor_sizes import Tensors, at_size, tensors_of
 
 if TYPE_CHECKING:
@@ -257,29 +258,8 @@ def _fused(nodes: Sequence[Any], level: _Level) -> tuple[list[int], set[str]]:
             taken = max(suitable, key=lambda name: (name in direct, maker[name]))
             inside.add(taken)
             heads[index] = heads[maker[taken]]
-    return heads, inside | _scores(nodes, level, heads, maker, readers)
-
-
-def _scores(
-    nodes: Sequence[Any],
-    level: _Level,
-    heads: Sequence[int],
-    maker: Mapping[str, int],
-    readers: Mapping[str, Sequence[int]],
-) -> set[str]:
-    """Attention's scores before and after their softmax, between two matrix products."""
-    found: set[str] = set()
-    for index, node in enumerate(nodes):
-        if node.op_type != "Softmax":
-            continue
-        before = level.root(node.input[0])
-        last = max(part for part, head in enumerate(heads) if head == index)
-        after = str(nodes[last].output[0])
-        kinds = {nodes[heads[maker[before]]].op_type if before in maker else None}
-        kinds |= {nodes[reader].op_type for reader in readers[after]}
-        if kinds == {"MatMul"} and len(readers[before]) == len(readers[after]) == 1:
-            found |= {before, after}
-    return found
+    scores = [node for attention in attentions(nodes) if attention.mixing for node in attention.nodes[:-1]]
+    return heads, inside | {name for node in scores for name in node.output}
 
 
 def _precision(node: Any, level: _Level) -> str:

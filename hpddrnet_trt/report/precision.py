@@ -12,7 +12,7 @@ from hpddrnet_trt.accuracy.judge import Accuracy
 from hpddrnet_trt.accuracy.search import Frontier
 from hpddrnet_trt.accuracy.sensitivity import Part, Sensitivity
 from hpddrnet_trt.core.files import write_bytes
-from hpddrnet_trt.graph.blocks import short
+from hpddrnet_trt.graph.layers import short
 from hpddrnet_trt.report.style import new_figure, png, style
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"

@@ -12,6 +12,7 @@ from hpddrnet_trt.accuracy.trials import Recipe
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.work import macs_and_bytes
 
 SHAPE = (1, 1, 2048, 2048)
@@ -20,7 +21,7 @@ SHAPE = (1, 1, 2048, 2048)
 @pytest.fixture(scope="module")
 def recipe(fp32: Path) -> Recipe:
     model, manifest = load_model(fp32)
-    qdq.name_nodes(model)
+    name_nodes(model)
     plan = qdq.plan(model, "tensorrt")
     return Recipe(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
 

@@ -19,6 +19,7 @@ from hpddrnet_trt.engines.cuda import gpu_or_none
 from hpddrnet_trt.export.tensorrt import build_engine
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 
 needs_rtx = pytest.mark.skipif(
@@ -36,7 +37,7 @@ def write(tmp_path: Path, fp32: Path) -> Write:
 
     def call(name: str, clip: float) -> Path:
         model, manifest = load_model(fp32)
-        qdq.name_nodes(model)
+        name_nodes(model)
         plan = qdq.plan(model, "tensorrt")
         graph = to_half(qdq.quantise(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-clip, clip))))
         described = manifest.replace(precision="int8", quantised_for="tensorrt", calibration=RECORD)

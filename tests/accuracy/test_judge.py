@@ -27,6 +27,7 @@ from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.rounding import simulate_rounding
 from hpddrnet_trt.inference import load_segmenter
@@ -44,7 +45,7 @@ def judge(fp32: Path, data: Path) -> Iterator[Judge]:
 @pytest.fixture
 def recipe(fp32: Path) -> Recipe:
     model, manifest = load_model(fp32)
-    qdq.name_nodes(model)
+    name_nodes(model)
     plan = qdq.plan(model, "tensorrt")
     return Recipe(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
 

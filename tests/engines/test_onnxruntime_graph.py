@@ -42,7 +42,7 @@ def always_in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
 
     def small_blocks(model: onnx.ModelProto) -> onnx.ModelProto:
-        made.append(len(position_attentions(model.graph)))
+        made.append(len(position_attentions(model)))
         return in_blocks(model, 7)
 
     monkeypatch.setattr(module, "LARGEST_SCORES_MIB", 0)

@@ -25,6 +25,7 @@ from hpddrnet_trt.export.calibrate import METHODS_TRIED, activation_ranges, cali
 from hpddrnet_trt.export.ranges import METHODS
 from hpddrnet_trt.export.statistics import extremes
 from hpddrnet_trt.graph import fp8, qdq
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.weights import locate
 from tests.graph.residual_onnx import GATE, QUANTISABLE, residual_model
 from tests.tiny_onnx import tiny_model
@@ -411,7 +412,7 @@ def test_ranges_alone_serve_a_subset_and_give_the_same_file(
     options: dict[str, Any] = {"method": method, "size": (SIZE, SIZE)}
     calibrate(source, tmp_path / "int8.onnx", images[:4], half=False, held_out=images[4:6], **options)
     model = onnx.load(str(source))
-    qdq.name_nodes(model)
+    name_nodes(model)
     chosen = qdq.plan(model, "tensorrt")
     found = activation_ranges(model, read_manifest(source), images[:4], chosen, **options)
     assert set(found) == set(chosen.tensors)

@@ -19,9 +19,9 @@ from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export.convert import _keep_blocks, convert_precision, fp16_range_report
 from hpddrnet_trt.export.verify import ComparedLabels
-from hpddrnet_trt.graph.model import load_model, replace_nodes, save_model
+from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.nodes import replace_nodes, tensor_types
 from hpddrnet_trt.graph.precision import attention_score_nodes, large_nodes, to_half
-from hpddrnet_trt.graph.tensors import tensor_types
 from tests.graph.residual_onnx import residual_model
 from tests.tiny_export import small_model, write_loud
 

@@ -21,6 +21,7 @@ from hpddrnet_trt.engines.tensorrt_library import TensorRT
 from hpddrnet_trt.export.legacy import configure_weak_typing, for_tensorrt8, legacy_problems
 from hpddrnet_trt.export.tensorrt import build_engine
 from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from tests.export import simulated_tensorrt86
 from tests.graph.residual_onnx import residual_model
@@ -161,7 +162,7 @@ def test_later_precisions_are_refused(precision: str) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = onnx.load(str(residual_model(tmp_path_factory.mktemp("legacy") / "model.onnx")))
-    qdq.name_nodes(model)
+    name_nodes(model)
     return model
 
 

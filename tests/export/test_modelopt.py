@@ -30,6 +30,7 @@ from hpddrnet_trt.export import modelopt
 from hpddrnet_trt.export.modelopt import allowed_nodes, installed_version, quantise_with_modelopt
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from tests.graph.residual_onnx import GATE, residual_model
 
@@ -402,7 +403,7 @@ def test_real_network_on_real_micrographs(sem_data: Path) -> None:
     crops = micrographs.plan_crops(sorted((sem_data / "nasa-super1/images/train").iterdir())[:4], 512, 512, 4)
     feed = micrographs.batches(crops, 512, 512, input_contract(manifest), manifest.normalisation)
     quantised = quantise_with_modelopt(model, feed)
-    qdq.name_nodes(model)
+    name_nodes(model)
     assert qdq.count_convolutions(quantised) == (len(qdq.plan(model, "tensorrt").nodes), 61)
     dataset = FolderDataset.open(sem_data / "nasa-super1")
     with Segmenter(OnnxRuntimeEngine(path)) as reference, Judge(dataset, "val", reference, progress=False) as judge:

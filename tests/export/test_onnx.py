@@ -22,7 +22,8 @@ from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export import onnx as onnx_export
 from hpddrnet_trt.export.onnx import ExportOptions, export_network, export_onnx
 from hpddrnet_trt.export.verify import compare_with_pytorch
-from hpddrnet_trt.graph.model import consumers, count_operators, load_model, producers
+from hpddrnet_trt.graph.model import load_model
+from hpddrnet_trt.graph.nodes import consumers, count_operators, producers
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
 from tests.tiny_network import lively, tiny_manifest, tiny_network

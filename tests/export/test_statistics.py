@@ -43,7 +43,7 @@ from hpddrnet_trt.export.histograms import (
 from hpddrnet_trt.export.images import plan_crops
 from hpddrnet_trt.export.statistics import extremes, measure
 from hpddrnet_trt.export.statistics_cache import StatisticsCache, cache_folder
-from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.nodes import name_nodes
 from tests.graph.residual_onnx import residual_model
 
 SIZE = 96
@@ -153,7 +153,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(source: Path) -> Any:
     loaded = onnx.load(str(source))
-    qdq.name_nodes(loaded)
+    name_nodes(loaded)
     return loaded
 
 
@@ -249,7 +249,7 @@ def test_several_crops_of_an_image_are_one_entry(measured: Measure, images: list
 def test_a_fixed_batch_sees_each_crop_by_itself(tmp_path: Path, images: list[Path], measured: Measure) -> None:
     path = residual_model(tmp_path / "batch.onnx", batch=3, size=64)
     static = onnx.load(str(path))
-    qdq.name_nodes(static)
+    name_nodes(static)
     for single, repeated in zip(measured(), measured(model=static, manifest=read_manifest(path)), strict=True):
         assert total(repeated["grey"]) == 3 * total(single["grey"])
         assert repeated["stem_out"].high == pytest.approx(single["stem_out"].high, rel=1e-5)
@@ -309,7 +309,7 @@ from hpddrnet_trt.core.manifest import read_manifest
 
 source, images = sys.argv[1], json.loads(sys.argv[2])
 model = onnx.load(source)
-qdq.name_nodes(model)
+name_nodes(model)
 crops = [Crop(Path(path), 0, 0) for path in images]
 found = measure(model, read_manifest(source), qdq.plan(model, "tensorrt").tensors, crops, (128, 128), cache=None)
 reduce(merge, (entry for _, entry in found))

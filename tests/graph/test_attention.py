@@ -84,7 +84,7 @@ def operators(model: onnx.ModelProto) -> Sequence[str]:
 
 @pytest.mark.parametrize("kind", [FP32, FP16])
 def test_attention_is_found_behind_casts(kind: int) -> None:
-    (found,) = position_attentions(attention_model(kind).graph)
+    (found,) = position_attentions(attention_model(kind))
     assert [node.op_type for node in found.nodes if node.op_type != "Cast"] == ["MatMul", "Softmax", "MatMul"]
     assert (found.values, found.output) == ("y" if kind == FP32 else "tokens", "mixed")
 
@@ -94,7 +94,7 @@ def test_other_softmaxes_are_no_attention() -> None:
     scores = next(node for node in model.graph.node if node.op_type == "Softmax")
     model.graph.output.append(helper.make_tensor_value_info("extra", FP32, None))
     model.graph.node.append(helper.make_node("Relu", [scores.output[0]], ["extra"], "reader"))
-    assert position_attentions(model.graph) == []  # its weights are read elsewhere too
+    assert position_attentions(model) == []  # its weights are read elsewhere too
     with pytest.raises(UsageError, match="no position attention"):
         in_blocks(model)
     with pytest.raises(UsageError, match="no position attention"):
@@ -143,7 +143,7 @@ def test_equal_attentions_share_a_function() -> None:
 def test_bf16_attention_takes_what_was_only_widened() -> None:
     typed = in_type(attention_model(FP16), "bf16")
     onnx.checker.check_model(typed, full_check=True)
-    (found,) = position_attentions(typed.graph)
+    (found,) = position_attentions(typed)
     assert [node.op_type for node in found.nodes] == ["MatMul", "Softmax", "MatMul"]  # nothing between them
     made = {node.output[0]: node for node in typed.graph.node}
     for name, source in ((found.query, "query.narrow"), (found.keys, "columns"), (found.values, "tokens")):

@@ -20,10 +20,10 @@ from hpddrnet_trt.export.proof import check_proof, proof_from_network
 from hpddrnet_trt.export.statistics import extremes
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import E4M3_MAX, fp8_layers, suits_fp8, to_fp8
-from hpddrnet_trt.graph.model import initializers, load_model, save_model
+from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.nodes import fold_constants, initializers, tensor_types
 from hpddrnet_trt.graph.precision import half_scale, to_half
 from hpddrnet_trt.graph.rounding import simulate_rounding, uses_half
-from hpddrnet_trt.graph.tensors import fold_constants, tensor_types
 from tests.graph.residual_onnx import QUANTISABLE, residual_model
 
 FP8, FP16 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT16

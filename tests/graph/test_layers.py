@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.attention import as_function, in_blocks
-from hpddrnet_trt.graph.layers import GROUPS, group_of, group_times, tensor_owners
-from hpddrnet_trt.graph.tensors import fold_constants
+from hpddrnet_trt.graph.layers import GROUPS, block_of, group_of, group_times, short, tensor_owners
+from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.models.network import HPDDRNet, network_config
 
 SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
@@ -156,7 +156,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("graphs")
     model = onnx.load(str(SHIPPED))
     fold_constants(model.graph)
-    qdq.name_nodes(model)
+    name_nodes(model)
     plan = qdq.plan(model, "tensorrt")
     forms = {
         "fp32": model,
@@ -234,3 +234,30 @@ def test_any_name_goes_somewhere_and_no_time_is_lost(times: dict[str, float]) ->
 def test_only_onnx_files_know_their_tensors(tmp_path: Path) -> None:
     assert tensor_owners(tmp_path / "model.engine") == {}
     assert tensor_owners(SHIPPED)["relu_13"] == "backbone.spatial_branch_layers.0.0.conv1/Relu"
+
+
+@pytest.mark.parametrize(
+    ("node", "block"),
+    [
+        ("backbone.stem.0.conv.conv/Conv", "backbone.stem.0"),
+        ("backbone.stem.2.0.conv1.conv/Conv", "backbone.stem.2.0"),
+        ("backbone.stem.2.0.conv2.conv/Conv", "backbone.stem.2.0"),
+        ("backbone.context_branch_layers.0.0.downsample.0/Conv", "backbone.context_branch_layers.0.0"),
+        ("backbone.spp.scales.1.1.conv/Conv", "backbone.spp"),
+        ("backbone.spp.compression.conv/Conv", "backbone.spp"),
+        ("backbone.down_2.1.conv/Conv", "backbone.down_2"),
+        ("backbone.compression_1.conv/Conv", "backbone.compression_1"),
+        ("backbone.sps.0.cnn/Conv", "backbone.sps.0"),
+        ("backbone.ecas.1.mix/Conv", "backbone.ecas.1"),
+        ("head.0.conv/Conv", "head"),
+        ("detail.mix.conv/Conv", "detail"),
+        ("conv_seg/Conv", "conv_seg"),
+        ("Conv_17", "Conv_17"),
+    ],
+)
+def test_blocks(node: str, block: str) -> None:
+    assert block_of(node) == block
+
+
+def test_short_names() -> None:
+    assert short("backbone.stem.2.0.conv1.conv/Conv") == "stem.2.0.conv1"

@@ -21,8 +21,8 @@ from hpddrnet_trt.export.onnx import ExportOptions, export_network
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import fp8_layers, to_fp8
 from hpddrnet_trt.graph.lint import Placement, analyse, reformats_from_inspector
+from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.graph.precision import to_half
-from hpddrnet_trt.graph.tensors import fold_constants
 from hpddrnet_trt.graph.work import macs_and_bytes
 from tests.graph.residual_onnx import STAGE, fusion_model
 from tests.tiny_network import tiny_manifest, tiny_network
@@ -72,7 +72,7 @@ def shipped() -> Any:
     """FP32 graph of the trained network that the package ships."""
     model = onnx.load(str(SHIPPED))
     fold_constants(model.graph)  # its kernels are stored in FP16
-    qdq.name_nodes(model)
+    name_nodes(model)
     return model
 
 
@@ -108,7 +108,7 @@ def test_variants_of_the_network(tmp_path: Path, changes: dict[str, Any]) -> Non
     network = tiny_network(**changes)
     export_network(network, tiny_manifest(network), tmp_path / "model.onnx", ExportOptions(), verify=False)
     model = onnx.load(str(tmp_path / "model.onnx"))
-    qdq.name_nodes(model)
+    name_nodes(model)
     _assert_sound(analyse(_quantised(model)))
 
 

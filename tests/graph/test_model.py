@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from hpddrnet_trt.graph.model import int_attribute, replace_nodes
+from hpddrnet_trt.graph.nodes import int_attribute, replace_nodes
 
 
 def test_optional_tensors_left_out_are_no_tensor() -> None:

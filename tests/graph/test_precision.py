@@ -18,7 +18,8 @@ from PIL import Image
 
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.proof import check_proof, proof_from_network
-from hpddrnet_trt.graph.model import consumers, load_model, producers
+from hpddrnet_trt.graph.model import load_model
+from hpddrnet_trt.graph.nodes import consumers, fold_constants, producers, tensor_types
 from hpddrnet_trt.graph.precision import (
     FP16_MAX,
     SMALLEST_SCALE,
@@ -29,7 +30,6 @@ from hpddrnet_trt.graph.precision import (
     to_half,
 )
 from hpddrnet_trt.graph.rounding import simulate_rounding
-from hpddrnet_trt.graph.tensors import fold_constants, tensor_types
 from tests.tiny_export import small_model, write_loud
 
 FP32, FP16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16

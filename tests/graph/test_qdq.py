@@ -13,6 +13,7 @@ from onnx import numpy_helper
 
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.lint import analyse
+from hpddrnet_trt.graph.nodes import name_nodes
 from tests.graph.residual_onnx import QUANTISABLE, STAGE, fusion_model, residual_model
 
 # Fixtures of module scope are the same for every example.
@@ -31,7 +32,7 @@ def fusion() -> Any:
 
 def _named(path: Path) -> Any:
     model = onnx.load(str(path))
-    qdq.name_nodes(model)
+    name_nodes(model)
     return model
 
 

@@ -23,9 +23,9 @@ from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.shipping import store_in_half
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model
+from hpddrnet_trt.graph.nodes import tensor_types
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.rounding import simulate_rounding, uses_half
-from hpddrnet_trt.graph.tensors import tensor_types
 from tests.graph.residual_onnx import residual_model
 
 FP32, FP16, BF16, FP8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN

@@ -21,8 +21,8 @@ from hpddrnet_trt.export.onnx import name_after_modules, quiet
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.attention import BLOCK_ROWS, as_function, in_blocks
 from hpddrnet_trt.graph.fp8 import to_fp8
+from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.graph.precision import to_half
-from hpddrnet_trt.graph.tensors import fold_constants
 from hpddrnet_trt.graph.work import TypedWork, macs_and_bytes, typed_work
 from hpddrnet_trt.models.network import HPDDRNet, ScaledDotProduct, network_config
 
@@ -108,7 +108,7 @@ def test_what_the_totals_include() -> None:
 def shipped() -> Any:
     model = onnx.load(str(SHIPPED))
     fold_constants(model.graph)
-    qdq.name_nodes(model)
+    name_nodes(model)
     return model
 
 

@@ -26,6 +26,7 @@ from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.onnx import ExportOptions, simplified, trace
 from hpddrnet_trt.export.reformulate import GreyStem, two_class_margin
 from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.models.checkpoints import load_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet, resize
 from hpddrnet_trt.training.config import TrainConfig, load_config
@@ -102,7 +103,7 @@ def exported(request: pytest.FixtureRequest) -> Exported:
     fake = FakeQuantisation(network, normalisation)
     options = ExportOptions(output="labels" if labels else "logits")
     model = simplified(trace(network, tiny_manifest(network, normalisation=normalisation), options))
-    qdq.name_nodes(model)
+    name_nodes(model)
     plan = qdq.plan(model, "tensorrt")
     result = Exported(network, fake, images, normalisation, model, plan, labels)
     fake.observe(network, result.input().split(2))
