@@ -1,4 +1,4 @@
-"""Results of several Python installations on one machine, as one: TensorRT 8.6 beside 10, say."""
+"""Results of several Python installations on one machine, as one: TensorRT 10 beside 11, say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a TensorRT engine file: TensorRT 8.5 to 11, and TensorRT for RTX 1, on an NVIDIA GPU.
+"""Run a TensorRT engine file: TensorRT 10 and 11, and TensorRT for RTX 1, on an NVIDIA GPU.
 
 A file that cannot run here is refused in one sentence, before TensorRT sees it: without a GPU some
 versions crash the process.

@@ -1,25 +1,18 @@
-"""One view on NVIDIA's two inference libraries: TensorRT (8.5, 8.6, 10, 11) and TensorRT for RTX (1).
+"""One view on NVIDIA's two inference libraries: TensorRT (10, 11) and TensorRT for RTX (1).
 
 Both have the same Python classes in modules ``tensorrt`` and ``tensorrt_rtx``. What differs, and what
 both do without raising (return None, log, crash), is kept here. Nothing is imported before use.
 
-=============================  =====================  ====================  ============================
-what                           TensorRT 8.6           TensorRT 10, 11       TensorRT-RTX 1
-=============================  =====================  ====================  ============================
-precision                      builder flags          types in the file     types in the file
-opset of ONNX files            17                     20 and later          20 and later
-labels as uint8                cast from float only   cast from integers    cast from integers
-profiles shared by contexts    a preview feature      always                always
-context on our memory          its own function       allocation strategy   runtime configuration
-how much memory                device_memory_size     ..._v2                ..._v2
-progress of a build            not told               IProgressMonitor      IProgressMonitor
-parser's errors                node number            operator and name     operator and name
-tiling search                  --                     from 10.8             no effect
-recording CUDA graphs          is tried               is tried              a builder flag, can be asked
-=============================  =====================  ====================  ============================
+=============================  ====================  ============================
+what                           TensorRT 10, 11       TensorRT-RTX 1
+=============================  ====================  ============================
+GPU to build                   needed                not needed
+context on our memory          allocation strategy   runtime configuration
+tiling search                  from 10.8             no effect
+recording CUDA graphs          is tried              a builder flag, can be asked
+=============================  ====================  ============================
 
-JetPack 5.1 brings TensorRT 8.5, JetPack 6.0 brings 8.6. Names of 8.6 were read off its real Python module
-(bindings 8.6.1 on libraries 8.6.0), those of TensorRT-RTX off 1.7.1. TensorRT 8 has not been run by us.
+Names of TensorRT-RTX were read off 1.7.1, those of TensorRT off the bindings of 10 and 11.
 """
 
 from __future__ import annotations
@@ -43,10 +36,8 @@ INPUT = "image"  # name of the engines' one input
 PORTABLE = "portable"  # in place of a compute capability: TensorRT-RTX's default build
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_MAJOR_VERSIONS: dict[Flavour, tuple[int, ...]] = {"tensorrt": (8, 10, 11), "tensorrt-rtx": (1,)}
-_OLDEST = (8, 5)  # the first with execute_async_v3, tensor addresses by name, and uint8 images
-_SHARED_PROFILES = (8, 6)
-_STRONG_TYPING = 10  # first major version of TensorRT with strongly typed networks
+_MAJOR_VERSIONS: dict[Flavour, tuple[int, ...]] = {"tensorrt": (10, 11), "tensorrt-rtx": (1,)}
+_OLDEST = (10, 1)  # the first with set_device_memory and device_memory_size_v2
 
 
 @dataclass(frozen=True)
@@ -75,20 +66,8 @@ class TensorRT:
             raise UserError(f"{self.label} cannot start: {self.log.explain('no reason given')}")
         return runtime
 
-    @property
-    def weakly_typed(self) -> bool:
-        """Whether builder flags, not the file's types, give the precision (:mod:`hpddrnet_trt.export.legacy`)."""
-        return not self.is_rtx and int(self.version.split(".")[0]) < _STRONG_TYPING
-
-    @property
-    def shares_profiles(self) -> bool:
-        """Whether several contexts may run one profile; without it that holds for engines of one fixed shape only."""
-        return self.is_rtx or _minor(self.version) >= _SHARED_PROFILES
-
     def create_context(self, engine: Any) -> Any:
         """A new execution context, or None; it has no scratch memory until :meth:`give_memory`."""
-        if self.weakly_typed:
-            return engine.create_execution_context_without_device_memory()
         ours = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.is_rtx:
             return engine.create_execution_context(ours)
@@ -103,15 +82,11 @@ class TensorRT:
 
     def scratch_bytes(self, engine: Any) -> int:
         """Scratch memory that one running context needs, for the largest shape of any profile."""
-        size = getattr(engine, "device_memory_size_v2", None)  # since 10.1
-        return int(engine.device_memory_size if size is None else size)
+        return int(engine.device_memory_size_v2)
 
     def give_memory(self, context: Any, pointer: int, nbytes: int) -> None:
         """Let ``context`` work in ``nbytes`` at ``pointer``; contexts that never run at once may share it."""
-        if hasattr(context, "set_device_memory"):  # since 10.1
-            context.set_device_memory(pointer, nbytes)
-        else:
-            context.device_memory = pointer
+        context.set_device_memory(pointer, nbytes)
 
     def weight_bytes(self, engine: Any) -> int | None:
         """Size of the engine's weights on the GPU, None where the library does not tell."""
@@ -141,7 +116,7 @@ def load_flavour(flavour: Flavour) -> TensorRT:
             f"needed; install it with: pip install 'hpddrnet-trt[{flavour}]'"
         )
     if flavour == "tensorrt" and _minor(version) < _OLDEST:
-        raise MissingDependency(f"TensorRT {version} is too old, 8.5 is the oldest that works; update it")
+        raise MissingDependency(f"TensorRT {version} is too old, 10.1 is the oldest that works; update it")
     return TensorRT(flavour, module, version, _collector(_MODULES[flavour]))
 
 

@@ -39,8 +39,7 @@ from hpddrnet_trt.engines.tensorrt_library import (
     readable,
     run_cancellable,
 )
-from hpddrnet_trt.export.legacy import configure_weak_typing, for_tensorrt8
-from hpddrnet_trt.export.proof import PARSED_NETWORK, check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.export.proof import check_proof, proof_from_inspector, proof_from_network, summary
 from hpddrnet_trt.graph.attention import in_type, uses_bf16
 from hpddrnet_trt.graph.check import check_onnx, check_operators
 from hpddrnet_trt.graph.lint import reformats_from_inspector
@@ -91,13 +90,8 @@ class BuildSettings:
         self._check_library(api)
 
     def _check_library(self, api: TensorRT) -> None:
-        trt = api.module
-        if self.tiling is not None and not hasattr(trt, "TilingOptimizationLevel"):
+        if self.tiling is not None and not hasattr(api.module, "TilingOptimizationLevel"):
             raise UsageError(f"{api.label} has no tiling search (TensorRT 10.8 and later have); leave --tiling out")
-        if self.optimisation_level is not None and not hasattr(trt.IBuilderConfig, "builder_optimization_level"):
-            raise UsageError(f"{api.label} has no optimisation levels (8.6 and later have); leave the level out")
-        if self.version_compatible and not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
-            raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
         if api.is_rtx and self.version_compatible:
             raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
         if not api.is_rtx and self.compute_capabilities:
@@ -146,8 +140,7 @@ def build_engine(
     The rest is described at :class:`BuildSettings`.
 
     The engine must prove its precision (:mod:`hpddrnet_trt.export.proof`). Both files are written at
-    the end, whole or not at all. Returns the engine's :class:`Manifest`. On TensorRT 8 (not tried on one)
-    any such file is rewritten for it first (:mod:`hpddrnet_trt.export.legacy`). Raises :class:`UsageError`,
+    the end, whole or not at all. Returns the engine's :class:`Manifest`. Raises :class:`UsageError`,
     :class:`BadInputFile`, :class:`NoGpu`, :class:`MissingDependency` or :class:`UserError`.
     """
     source, target = Path(source_onnx), Path(target)
@@ -166,13 +159,8 @@ def build_engine(
     settings.check(api)
     gpu = gpu_or_none() if api.is_rtx else find_gpu()
     profiles = _profiles(source, manifest, shapes)
-    if not api.shares_profiles and any(profile.minimum != profile.maximum for profile in profiles):
-        raise UsageError(
-            f"engines of {api.label} run one fixed shape here: give it with --shapes, e.g. --shapes 1x1x1024x1024"
-        )
-    prepared = _for_weak_typing if api.weakly_typed else _in_precision
     with ExitStack() as stack:
-        path, ready = stack.enter_context(prepared(source, manifest, precision, calibration_images))
+        path, ready = stack.enter_context(_in_precision(source, manifest, precision, calibration_images))
         if _lacks_bf16(settings, api, gpu):
             path = stack.enter_context(_with_fp32_scores(path, ready))
         job = _Job(api, path, source, ready, profiles, settings, gpu, accept)
@@ -272,28 +260,6 @@ def _with_fp32_scores(path: Path, manifest: Manifest) -> Iterator[Path]:
         yield save_model(in_type(model, "fp32"), Path(folder) / path.name, manifest)
 
 
-@contextmanager
-def _for_weak_typing(
-    source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
-) -> Iterator[tuple[Path, Manifest]]:
-    """The same for TensorRT 8: FP32 typing throughout (the builder's flags lower it), opset 17."""
-    from hpddrnet_trt.export.calibrate import calibrate
-
-    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
-        path, typed = source, manifest
-        if precision == "int8" and manifest.precision == "fp32":
-            path = Path(folder) / "calibrated.onnx"
-            typed = calibrate(source, path, find_images(images or []), form="tensorrt", half=False)
-        model, _ = load_model(path)
-        try:
-            model = for_tensorrt8(model)
-        except UserError as exc:
-            raise BadInputFile(f"TensorRT 8 cannot read {source}: {exc}") from exc
-        lowered = Path(folder) / f"{source.stem}.{precision}.onnx"
-        save_model(model, lowered, typed)
-        yield lowered, typed
-
-
 def _check_precision(
     source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
 ) -> None:
@@ -344,13 +310,8 @@ class _Job:
         except RuntimeError as exc:  # a shape that the library asks for only now, and does not find
             reason = self.api.log.explain(str(exc))
             raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again") from exc
-        weak = self.api.weakly_typed
-        if not weak:  # there the flags decide, and only the inspector shows what became of them
-            check_proof(proof, precision, label)
+        check_proof(proof, precision, label)
         config = self._configure(builder)
-        if weak:
-            held = configure_weak_typing(self.api.module, network, config, precision)
-            logger.info("held in FP32: %s", ", ".join(held) or "nothing")
         started = time.perf_counter()
         plan = memoryview(self._run(builder, network, config))
         seconds = time.perf_counter() - started
@@ -359,10 +320,7 @@ class _Job:
         runs_here = False
         if self.gpu is not None:
             runs_here, proof = self._inspected(plan, proof)
-            if weak and proof["source"] == PARSED_NETWORK:
-                logger.warning("%s: its precision is not proven, the inspector shows no convolution by type", label)
-            else:
-                check_proof(proof, precision, label)
+            check_proof(proof, precision, label)
         described = self._describe(plan, proof, seconds, precision, activations)
         manifest = self._accepted(plan, described, runs_here=runs_here)
         with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
@@ -374,9 +332,7 @@ class _Job:
     def _parse(self, builder: Any) -> Any:
         trt = self.api.module
         # TensorRT 10 needs to be told to type strongly; later libraries always do and ignore the flag.
-        kinds = trt.NetworkDefinitionCreationFlag
-        kind = kinds.EXPLICIT_BATCH if self.api.weakly_typed else kinds.STRONGLY_TYPED
-        network = builder.create_network(1 << int(kind))
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self.api.log)
         if not parser.parse_from_file(str(self.path)):
             errors = [parser.get_error(index) for index in range(min(parser.num_errors, 3))]
@@ -446,13 +402,10 @@ class _Job:
         """Build with a progress bar; Ctrl-C ends the build at its next step."""
         cancel = threading.Event()
         with tqdm(desc=f"building {self.source.stem}", unit="step", disable=not self.settings.progress) as bar:
-            watched = hasattr(self.api.module, "IProgressMonitor")  # not in TensorRT 8
-            if watched:
-                monitor = progress_monitor(self.api.module, bar, cancel.is_set)
-                config.progress_monitor = monitor
+            monitor = progress_monitor(self.api.module, bar, cancel.is_set)
+            config.progress_monitor = monitor
             plan = run_cancellable(lambda: builder.build_serialized_network(network, config), cancel)
-            if watched:
-                config.progress_monitor = None
+            config.progress_monitor = None
         if plan is None:
             raise UserError(
                 f"{self.api.label} could not build {self.source}: {self.api.log.explain('no reason given')}"
@@ -558,7 +511,5 @@ class _Job:
 
 def _parser_message(error: Any) -> str:
     says = readable(error.desc()).rstrip(".")[:400]
-    if not hasattr(error, "node_operator"):  # TensorRT 8
-        return f"{says} in node {error.node()}"
     where = f" in {error.node_operator()} {error.node_name()[:100]}" if error.node_operator() else ""
     return f"{says}{where}"

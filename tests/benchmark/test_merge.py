@@ -36,9 +36,9 @@ def other(measured: BenchmarkResult) -> BenchmarkResult:
     runtime = "onnxruntime 1.20.0 (CPU, 1 thread)"
     rows = [
         change_row(plain, 2.0, runtime=runtime),
-        change_row(small, 2.0, label="own", runtime="TensorRT 8.6.1 (NVIDIA L4, int8)"),
+        change_row(small, 2.0, label="own", runtime="TensorRT 10.13.3 (NVIDIA L4, int8)"),
         cut,
-        change_row(plain, 0.5, label=lonely.label, runtime="TensorRT 8.6.1 (NVIDIA L4, fp16)", file=lonely.file),
+        change_row(plain, 0.5, label=lonely.label, runtime="TensorRT 10.13.3 (NVIDIA L4, fp16)", file=lonely.file),
     ]
     environment = Environment(created=measured.created, command="second", python="3.10.1", libraries={"numpy": "1.26"})
     return measured.model_copy(
@@ -46,7 +46,7 @@ def other(measured: BenchmarkResult) -> BenchmarkResult:
             "rows": rows,
             "environments": [environment],
             "command": "second",
-            "engines": {**measured.engines, "tensorrt": "8.6.1", "torch": "not available: not installed"},
+            "engines": {**measured.engines, "tensorrt": "10.13.3", "torch": "not available: not installed"},
         }
     )
 
@@ -68,7 +68,7 @@ def test_rows_of_the_other_installation_are_added(measured: BenchmarkResult, oth
     assert merged.rows[:3] == measured.rows[:3]
     assert [one.command for one in merged.environments] == ["python benchmark.py", "second"]
     assert merged.command == "python benchmark.py && second"
-    assert merged.engines["tensorrt"] == "8.6.1"
+    assert merged.engines["tensorrt"] == "10.13.3"
     assert merged.engines["torch"] == measured.engines["torch"]
     assert merged.reference == "plain"
     assert any("2 installations were merged" in warning for warning in merged.warnings)

@@ -320,9 +320,8 @@ class SimulatedTensorRT:
             Runtime=self._runtime,
         )
         self.api = TensorRT(flavour, module, version, log)
-        if not self.api.weakly_typed:
-            module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
-            module.EngineStat = SimpleNamespace(TOTAL_WEIGHTS_SIZE="weights")
+        module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
+        module.EngineStat = SimpleNamespace(TOTAL_WEIGHTS_SIZE="weights")
         if self.api.is_rtx:
             module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
@@ -337,10 +336,6 @@ class SimulatedTensorRT:
             get_tensor_mode=lambda name: "in" if name == "image" else "out",
             get_tensor_dtype=lambda name: self.outputs[name],
         )
-        if self.api.weakly_typed:
-            engine.device_memory_size = self.SCRATCH
-            engine.create_execution_context_without_device_memory = self._context
-            return engine
         engine.device_memory_size_v2 = self.SCRATCH
         engine.get_engine_stat = lambda kind: {"weights": self.WEIGHTS}[kind]
         engine.create_runtime_config = SimulatedRuntimeConfig
@@ -390,21 +385,12 @@ class SimulatedContext:
         self.runs = 0
         if library.api.is_rtx:
             self.is_stream_capturable = lambda stream: library.capturable
-        if not library.api.weakly_typed:
-            self.set_device_memory = self._set_device_memory
 
-    def _set_device_memory(self, pointer: int, nbytes: int) -> None:
+    def set_device_memory(self, pointer: int, nbytes: int) -> None:
         self._cuda.require(pointer, nbytes)
         assert nbytes >= self._library.SCRATCH
         self.scratch = pointer
         self.state += 1
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "device_memory":
-            assert self._library.api.weakly_typed
-            self._set_device_memory(value, self._library.SCRATCH)
-        else:
-            super().__setattr__(name, value)
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.active_optimization_profile, self.shape = index, None

@@ -8,8 +8,10 @@ import importlib.util
 import json
 import logging
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,6 @@ from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
 from hpddrnet_trt.core.manifest import METADATA_KEY, AxisRange, InputContract, read_manifest, sidecar_path
-from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.profiles import Profile, choose_profile, default_profiles, narrowed, parse_shapes
 from hpddrnet_trt.engines.tensorrt_library import (
     choose_flavour,
@@ -35,8 +35,7 @@ from hpddrnet_trt.engines.tensorrt_library import (
     run_cancellable,
 )
 from hpddrnet_trt.export.proof import check_proof, proof_from_inspector, proof_from_network, summary
-from hpddrnet_trt.export.tensorrt import BuildSettings, _for_weak_typing, build_engine
-from tests.graph.residual_onnx import residual_model
+from hpddrnet_trt.export.tensorrt import BuildSettings, build_engine
 from tests.tiny_export import write_fp16
 from tests.tiny_onnx import HIDDEN, tiny_model
 
@@ -456,26 +455,6 @@ def test_bf16_for_a_gpu_without_it(tmp_path: Path) -> None:
     assert _nothing_written(tmp_path, source)
 
 
-@pytest.mark.parametrize(("precision", "images"), [("fp16", False), ("int8", True)])
-def test_a_file_for_tensorrt_8(tmp_path: Path, precision: Any, images: bool) -> None:
-    """FP32 typing at opset 17, pairs with FP32 scales: what its parser reads. It was not run on one."""
-    source = residual_model(tmp_path / "m.onnx")
-    pictures = tmp_path / "pictures"
-    for seed in range(4):
-        pictures.mkdir(exist_ok=True)
-        Image.fromarray(simulate(96, 96, seed)[0]).save(pictures / f"{seed}.png")
-    given = pictures if images else None
-    with _for_weak_typing(source, read_manifest(source), precision, given) as (path, manifest):
-        model = onnx.load(str(path))
-        assert model.opset_import[0].version == 17
-        assert manifest.precision == ("int8" if images else "fp32")
-        pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-        assert bool(pairs) == images
-        with OnnxRuntimeEngine(path) as lowered, OnnxRuntimeEngine(source) as reference:
-            picture = simulate(96, 96, 9)[0][None, None]
-            assert (lowered.infer(picture).labels == reference.infer(picture).labels).mean() > 0.95
-
-
 @needs_rtx
 def test_attention_for_a_gpu_without_bf16_names_another_library(tmp_path: Path) -> None:
     source = write_fp16(tmp_path / "m.onnx")
@@ -521,6 +500,22 @@ def test_missing_flavour_names_its_extra() -> None:
     with pytest.raises(MissingDependency, match=r"hpddrnet-trt\[tensorrt\]"):
         load_flavour("tensorrt")
     assert choose_flavour("auto").flavour == "tensorrt-rtx"
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [
+        ("8.6.1", r"tensorrt 8\.6\.1 is not supported, 10\.x or 11\.x is needed; install it with: pip install"),
+        ("10.0.1", r"TensorRT 10\.0\.1 is too old, 10\.1 is the oldest that works; update it"),
+        ("12.0.0", r"10\.x or 11\.x is needed"),
+    ],
+)
+def test_other_versions_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch, version: str, says: str) -> None:
+    module = types.ModuleType("tensorrt")
+    module.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    with pytest.raises(MissingDependency, match=says):
+        load_flavour("tensorrt")
 
 
 def test_library_messages_become_readable() -> None:
