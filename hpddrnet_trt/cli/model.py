@@ -98,10 +98,6 @@ def calibrate(
         Literal["max", "percentile", "entropy", "mse", "auto"],
         typer.Option(help="How ranges are taken from the values seen; auto: the one closest to FP32."),
     ] = "max",
-    tool: Annotated[
-        Literal["own", "modelopt"],
-        typer.Option(help="Who places the pairs: this package (ONNX Runtime's quantiser), or NVIDIA ModelOpt."),
-    ] = "own",
     max_images: Annotated[int, typer.Option(min=1, help="Micrographs to measure ranges on.")] = 64,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse a result that agrees with FP32 on fewer pixels than this.")
@@ -114,7 +110,7 @@ def calibrate(
 
     manifest = run_calibration(
         locate(model, ".onnx"), target, find_images(data, split), form=form, precision=precision, method=method,
-        tool=tool, max_images=max_images, min_agreement=min_agreement, cache="user" if cache else None,
+        max_images=max_images, min_agreement=min_agreement, cache="user" if cache else None,
     )  # fmt: skip
     if manifest.calibration is not None:
         typer.echo(f"calibrated on {manifest.calibration.images} images ({manifest.calibration.method})")

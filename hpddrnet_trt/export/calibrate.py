@@ -31,7 +31,6 @@ from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export import images as micrographs
-from hpddrnet_trt.export import modelopt
 from hpddrnet_trt.export.histograms import Statistics, merge
 from hpddrnet_trt.export.ranges import METHODS, Method, ranges_of
 from hpddrnet_trt.export.statistics import measure
@@ -44,8 +43,6 @@ from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.graph.precision import to_half
 
 logger = logging.getLogger(__name__)
-
-Tool = Literal["own", "modelopt"]
 
 MAX_IMAGES = 64
 MIN_AGREEMENT = 0.9  # a sound calibration of a trained network reaches 0.99; a broken one falls far below
@@ -76,7 +73,6 @@ def calibrate(
     form: qdq.Form = "tensorrt",
     precision: LowPrecision = "int8",
     method: Method | Literal["auto"] = "max",
-    tool: Tool = "own",
     max_images: int = MAX_IMAGES,
     size: tuple[int, int] | None = None,
     half: bool = True,
@@ -87,11 +83,10 @@ def calibrate(
 ) -> Manifest:
     """Write ``target_onnx``, the quantised form of the FP32 export ``source_onnx``, and return its manifest.
 
-    ``precision``: ``int8``, or ``fp8`` (form ``tensorrt``; see :mod:`hpddrnet_trt.graph.fp8`). ``tool``: ``own``,
-    or ``modelopt`` for NVIDIA's quantiser (form ``tensorrt``; see :mod:`hpddrnet_trt.export.modelopt`).
+    ``precision``: ``int8``, or ``fp8`` (form ``tensorrt``; see :mod:`hpddrnet_trt.graph.fp8`).
     ``images``: micrographs (see :func:`~hpddrnet_trt.data.datasets.find_images` for datasets
     and folders); at most ``max_images`` of them, chosen to span the grey levels, give the ranges.
-    ``method``: see :mod:`hpddrnet_trt.export.ranges`; ``auto`` tries all that the tool has and
+    ``method``: see :mod:`hpddrnet_trt.export.ranges`; ``auto`` tries all and
     keeps the one with the highest IoU against FP32 labels, averaged over classes.
     ``size``: height and width in pixels of the calibration crops where the model is dynamic (the images'
     own by default, 1024 at most). ``half``: type what is not quantised FP16 (form ``tensorrt`` only).
@@ -108,7 +103,7 @@ def calibrate(
     disagrees; then nothing is written.
     """
     load_onnxruntime("calibrate models")
-    request = _Request(form, precision, method, tool, half)
+    request = _Request(form, precision, method, half)
     request.check()
     check_target(source_onnx, target_onnx)
     if max_images < 1:
@@ -133,7 +128,7 @@ def calibrate(
         finished = manifest.replace(
             precision=precision,
             quantised_for=form,
-            calibration=calibration_record(data.images, data.crops, (data.height, data.width), told, tool),
+            calibration=calibration_record(data.images, data.crops, (data.height, data.width), told),
             placement=analyse(quantised).record() if form == "tensorrt" else None,
             versions={**manifest.versions, "onnxruntime": _runtime_version()},
         )
@@ -153,34 +148,22 @@ class _Request:
     form: qdq.Form
     precision: LowPrecision
     method: str
-    tool: Tool
     half: bool
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """The calibration methods that the tool has."""
-        if self.tool == "own":
-            return METHODS
-        return modelopt.METHODS if self.precision == "int8" else ("max",)
 
     def check(self) -> None:
         """Raise :class:`UsageError` for what is unknown or does not go together."""
         for what, value, known in (
             ("form", self.form, get_args(qdq.Form)),
             ("precision", self.precision, get_args(LowPrecision)),
-            ("tool", self.tool, get_args(Tool)),
-            ("calibration method", self.method, (*self.methods, "auto")),
+            ("calibration method", self.method, (*METHODS, "auto")),
         ):
             if value not in known:
-                whose = " for ModelOpt" if what == "calibration method" and self.tool == "modelopt" else ""
-                raise UsageError(f"unknown {what} {value!r}{whose}; choose one of: {', '.join(known)}")
+                raise UsageError(f"unknown {what} {value!r}; choose one of: {', '.join(known)}")
         if self.form != "tensorrt" and not PRECISIONS[self.precision].cpu_kernels:
             raise UsageError(
                 f"ONNX Runtime's CPU kernels have no {self.precision.upper()}; choose the form tensorrt, or the "
                 "precision int8"
             )
-        if self.tool == "modelopt" and self.form != "tensorrt":
-            raise UsageError("ModelOpt quantises for TensorRT; choose the form tensorrt, or the tool own")
 
     def plan(self, model: Any) -> qdq.Plan:
         """What is quantised."""
@@ -193,22 +176,13 @@ def _quantised(
     model: Any, manifest: Manifest, chosen: qdq.Plan, request: _Request, data: _Data, cache: Cache
 ) -> Iterator[tuple[str, Any]]:
     """Every method asked for, and the graph it gives."""
-    methods = request.methods if request.method == "auto" else (request.method,)
-    contract, size = input_contract(manifest), (data.height, data.width)
-    statistics: Statistics = {}
-    if request.tool == "own":
-        statistics = _together(model, manifest, chosen.tensors, data.crops, size, cache)
+    methods = METHODS if request.method == "auto" else (request.method,)
+    statistics = _together(model, manifest, chosen.tensors, data.crops, (data.height, data.width), cache)
     for method in methods:
-        if request.tool == "modelopt":
-            feed = micrographs.batches(data.crops, *size, contract, manifest.normalisation)
-            result = modelopt.quantise_with_modelopt(
-                model, feed, method="entropy" if method == "entropy" else "max", precision=request.precision
-            )
-        else:
-            ranges = ranges_of(statistics, method, request.form == "tensorrt")
-            result = qdq.quantise(model, request.form, chosen, ranges)
-            if request.precision == "fp8":
-                result = to_fp8(result, model)
+        ranges = ranges_of(statistics, method, request.form == "tensorrt")
+        result = qdq.quantise(model, request.form, chosen, ranges)
+        if request.precision == "fp8":
+            result = to_fp8(result, model)
         yield method, to_half(result) if request.form == "tensorrt" and request.half else result
 
 
@@ -316,7 +290,6 @@ def calibration_record(
     crops: Sequence[micrographs.Crop],
     size: tuple[int, int],
     method: str,
-    tool: Tool = "own",
 ) -> CalibrationRecord:
     """What a manifest says about ranges from these images, cut into crops of ``size`` (height, width)."""
     folders = sorted({path.parent for path in images})
@@ -326,7 +299,7 @@ def calibration_record(
         images=len(images),
         images_sha256=micrographs.checksum(images),
         source=f"{named}{' ...' if len(folders) > 3 else ''}: {len(crops)} crops of {size[0]}x{size[1]}",
-        tool=f"onnxruntime {_runtime_version()}" if tool == "own" else f"modelopt {modelopt.installed_version()}",
+        tool=f"onnxruntime {_runtime_version()}",
     )
 
 
@@ -416,7 +389,7 @@ def _judge(
         f"{per_class[worst]:.4f} for the worst class, {worst!r}); {values[f'{request.precision}_convolutions']:.0f} of "
         f"{values['convolutions']:.0f} convolutions are {named}"
     )
-    others = ", ".join([*request.methods, "auto"])
+    others = ", ".join([*METHODS, "auto"])
     advice = f"calibrate on more and more varied micrographs, try another method ({others}), or use FP16"
     for value, least, what in (
         (values["agreement"], min_agreement, "agreement"),

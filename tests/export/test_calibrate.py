@@ -20,10 +20,9 @@ from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export import images as micrographs
-from hpddrnet_trt.export import modelopt, statistics
+from hpddrnet_trt.export import statistics
 from hpddrnet_trt.export.calibrate import METHODS_TRIED, activation_ranges, calibrate
 from hpddrnet_trt.export.ranges import METHODS
-from hpddrnet_trt.export.statistics import extremes
 from hpddrnet_trt.graph import fp8, qdq
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.weights import locate
@@ -308,8 +307,6 @@ def test_images_judged_on_themselves_are_called_so(tmp_path: Path, source: Path,
         ({"method": "minmax"}, "unknown calibration method 'minmax'.*max, percentile, entropy, mse, auto"),
         ({"precision": "int4"}, "unknown precision 'int4'.*int8, fp8"),
         ({"precision": "fp8", "form": "onnxruntime"}, "no FP8"),
-        ({"tool": "openvino"}, "unknown tool 'openvino'.*own, modelopt"),
-        ({"tool": "modelopt", "form": "onnxruntime"}, "ModelOpt quantises for TensorRT"),
         ({"max_images": 0}, "at least one calibration image"),
         ({"min_agreement": 95}, "agreement is a fraction between 0 and 1, got 95"),
         ({"min_class_iou": -1}, "IoU per class is a fraction between 0 and 1, got -1"),
@@ -438,30 +435,6 @@ def test_fp8_on_request(
     kinds = {entry.data_type for entry in onnx.load(str(target)).graph.initializer}
     assert TensorProto.FLOAT8E4M3FN in kinds
     assert TensorProto.INT8 not in kinds
-
-
-def test_modelopt_as_the_tool(
-    tmp_path: Path, source: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, str, int]] = []
-
-    def stand_in(model: Any, batches: Any, *, method: str, precision: str) -> Any:
-        chosen = qdq.plan(model, "tensorrt")
-        shown = list(batches)
-        asked.append((method, precision, len(shown)))
-        found = extremes(model, chosen.tensors, shown)
-        wide = 1.0 if method == "entropy" else 20.0
-        return qdq.quantise(model, "tensorrt", chosen, {name: (wide * a, wide * b) for name, (a, b) in found.items()})
-
-    monkeypatch.setattr(modelopt, "quantise_with_modelopt", stand_in)
-    monkeypatch.setattr(modelopt, "installed_version", lambda: "1.2.3")
-    options: dict[str, Any] = {"tool": "modelopt", "method": "auto", "size": (SIZE, SIZE), "min_agreement": 0}
-    manifest = calibrate(source, tmp_path / "int8.onnx", images, **options)
-    assert asked == [(method, "int8", 9 * 1) for method in modelopt.METHODS]
-    assert manifest.calibration is not None
-    assert (manifest.calibration.tool, manifest.calibration.method) == ("modelopt 1.2.3", "entropy (auto)")
-    with pytest.raises(UsageError, match=r"unknown calibration method 'mse' for ModelOpt; choose one of: max, entropy"):
-        calibrate(source, tmp_path / "x.onnx", images, **{**options, "method": "mse"})
 
 
 def test_every_method_on_a_trained_network(sem_data: Path, tmp_path: Path) -> None:
