@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import UserError, require
+from hpddrnet_trt.core.errors import UserError, one_line, require
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.graph.nodes import class_scores, initializers, producers
 
@@ -357,7 +357,7 @@ def _session(model: onnx.ModelProto, which: str) -> Any:
         return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's errors share no base class
         raise UserError(
-            f"ONNX Runtime cannot load model {which} for a comparison layer by layer ({_first_line(exc)}); "
+            f"ONNX Runtime cannot load model {which} for a comparison layer by layer ({one_line(exc, 'first')}); "
             "compare labels only"
         ) from exc
 
@@ -367,14 +367,11 @@ def _run(session: Any, names: Sequence[str], feed: Mapping[str, Array], which: s
         found: list[Array] = session.run(list(names), dict(feed))
     except Exception as exc:  # as above
         raise UserError(
-            f"ONNX Runtime cannot compare the models layer by layer ({which}: {_first_line(exc)}); tensors of one "
+            f"ONNX Runtime cannot compare the models layer by layer ({which}: {one_line(exc, 'first')}); tensors of "
+            "one "
             "name may have different shapes in them, or memory may be short: compare labels only, or smaller crops"
         ) from exc
     return found
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:300]
 
 
 # ---------------------------------------------------------------------------- constants

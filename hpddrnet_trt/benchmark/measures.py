@@ -24,11 +24,11 @@ from hpddrnet_trt.benchmark.timing import (
     FAILURES,
     Frames,
     Laps,
-    describe,
     latency_of,
     ratio_of_medians,
     time_interleaved,
 )
+from hpddrnet_trt.core.errors import describe
 from hpddrnet_trt.engines.base import Engine
 
 _Made = TypeVar("_Made")

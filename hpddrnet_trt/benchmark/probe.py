@@ -26,8 +26,8 @@ from hpddrnet_trt.benchmark.frame import frame_to_labels
 from hpddrnet_trt.benchmark.machine import device_memory_mib, peak_memory_mib, resident_memory_mib
 from hpddrnet_trt.benchmark.result import Start
 from hpddrnet_trt.benchmark.telemetry import Gpu
-from hpddrnet_trt.benchmark.timing import Frames, describe
-from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.benchmark.timing import Frames
+from hpddrnet_trt.core.errors import UserError, describe, one_line
 from hpddrnet_trt.engines import Engine, load_engine
 
 TIMEOUT_S = 900.0
@@ -82,8 +82,7 @@ def how_it_ended(code: int, errors: str) -> str | None:
             return f"the process that ran it was killed ({name}), most likely because memory ran out"
         return f"the process that ran it crashed ({name})"
     if code:
-        reason = (errors.strip().splitlines() or ["no message"])[-1]
-        return f"the process that ran it ended with code {code} ({reason})"
+        return f"the process that ran it ended with code {code} ({one_line(errors, 'last')})"
     return None
 
 

@@ -10,7 +10,8 @@ from hpddrnet_trt.benchmark.entries import Entry
 from hpddrnet_trt.benchmark.frame import prepared
 from hpddrnet_trt.benchmark.measures import Case, runs_on_cpu
 from hpddrnet_trt.benchmark.result import Ceilings, LayerGroups, Roof
-from hpddrnet_trt.benchmark.timing import FAILURES, describe
+from hpddrnet_trt.benchmark.timing import FAILURES
+from hpddrnet_trt.core.errors import describe
 from hpddrnet_trt.engines.base import Engine
 
 PROFILE_S = 5.0  # about how long layers are profiled, per entry, size and batch

@@ -33,8 +33,8 @@ from hpddrnet_trt.benchmark.result import (
 )
 from hpddrnet_trt.benchmark.startup import Started, probed_sizes, start_entry
 from hpddrnet_trt.benchmark.telemetry import Gpu, GpuWatch
-from hpddrnet_trt.benchmark.timing import FAILURES, describe, latency_of
-from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.benchmark.timing import FAILURES, latency_of
+from hpddrnet_trt.core.errors import UsageError, UserError, describe
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest
 from hpddrnet_trt.core.provenance import command_line

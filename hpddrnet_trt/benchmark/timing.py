@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.errors import UsageError, UserError, describe
 
 logger = logging.getLogger(__name__)
 
@@ -262,9 +262,3 @@ def _step(
         laps.failures[label] = describe(exc)
         return None
     return clock() - start
-
-
-def describe(exc: BaseException) -> str:
-    """One line about an exception: our own sentences as they are, others with their type."""
-    text = " ".join(str(exc).split()) or "no message"
-    return text if isinstance(exc, UserError) else f"{type(exc).__name__}: {text[:300]}"

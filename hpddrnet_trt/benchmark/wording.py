@@ -6,10 +6,6 @@ from hpddrnet_trt.benchmark.result import Accuracy, BenchmarkResult, Ratio, Row
 from hpddrnet_trt.core.text import number
 
 
-def megabytes(value: float) -> str:
-    return f"{value / 1e6:.1f} MB"
-
-
 def ratio_text(ratio: Ratio | None) -> str:
     """E.g. ``2.46× [2.41, 2.52]``; says so when the interval is wide or missing, or the rows were not interleaved."""
     return "–" if ratio is None else f"{number(ratio.value)}× {interval_text(ratio)}"

@@ -13,6 +13,7 @@ from hpddrnet_trt.cli.program import app
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.core.precisions import PRECISIONS, Half, LowPrecision, Precision
+from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.weights import locate
 
 
@@ -190,7 +191,7 @@ def build(
         typer.echo(summary(manifest.engine.precision_proof))
         if manifest.evidence and manifest.evidence[-1].what == WHAT:
             echo_evidence(manifest)
-        typer.echo(f"written: {target} ({manifest.engine.bytes / 1e6:.1f} MB, {manifest.engine.build_seconds:.1f} s)")
+        typer.echo(f"written: {target} ({megabytes(manifest.engine.bytes)}, {manifest.engine.build_seconds:.1f} s)")
 
 
 def _plain_stem(model: Path) -> str:
@@ -216,7 +217,7 @@ def ship(
         locate(checkpoint, ".safetensors"), folder, name=name, images=find_images(data, "test") if data else []
     )
     for path in written:
-        typer.echo(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        typer.echo(f"written: {path} ({megabytes(path.stat().st_size)})")
 
 
 @app.command()

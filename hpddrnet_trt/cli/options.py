@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.text import METRES
 from hpddrnet_trt.engines import ENGINES
 from hpddrnet_trt.results import ALWAYS_POSSIBLE, FORMATS, KINDS
 from hpddrnet_trt.weights import DEFAULT
@@ -43,7 +44,7 @@ def parse_length(text: str) -> float:
     """Metres of ``5nm``, ``0.25 um``, ``5e-9 m``; :class:`UsageError` without a unit or for what is not positive."""
     parts = re.fullmatch(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*([a-zµμ]+)\s*", text)
     try:
-        metres = float(parts[1]) * _METRES[parts[2]] if parts else 0.0
+        metres = float(parts[1]) * METRES[parts[2]] if parts else 0.0
     except (ValueError, KeyError):
         metres = 0.0
     if not 0 < metres < 1:
@@ -75,7 +76,6 @@ def _word_or_number(option: str, words: tuple[str, ...], number: str) -> Any:
 
 
 _KINDS_IN_WORDS = ", ".join(f"{kind} ({FORMATS[kind].description})" for kind in ALWAYS_POSSIBLE)
-_METRES = {"m": 1.0, "mm": 1e-3, "um": 1e-6, "µm": 1e-6, "μm": 1e-6, "nm": 1e-9, "pm": 1e-12}
 
 
 @dataclass(frozen=True)

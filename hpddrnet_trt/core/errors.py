@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -43,10 +43,29 @@ class NoGpu(UserError):
     """An NVIDIA GPU (or its driver) is needed and none can be used."""
 
 
-def brief(text: object, limit: int = 300) -> str:
-    """``text`` (an exception, a name from a file) for a sentence: one line, printable, at most ``limit`` characters."""
-    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(text).split()))
+def one_line(said: object, part: Literal["all", "first", "last"] = "all", limit: int = 300) -> str:
+    """What an exception, a library's log or a name from a file says, for a sentence of ours.
+
+    One line, printable, at most ``limit`` characters. ``part``: of the lines of a longer text, where only one of them
+    says what happened. An exception without a text gives its type's name, any other text "no message".
+    """
+    try:
+        lines = [" ".join(line.split()) for line in str(said).splitlines() if line.strip()]
+    except Exception:  # an exception whose own __str__ raises
+        lines = ["no readable message"]
+    if not lines:
+        return type(said).__name__ if isinstance(said, BaseException) else "no message"
+    line = {"all": " ".join(lines), "first": lines[0], "last": lines[-1]}[part]
+    line = "".join(sign if sign.isprintable() else "?" for sign in line)
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."
+
+
+def describe(exc: BaseException) -> str:
+    """One line about an exception: our own sentences as they are, others with their type."""
+    if isinstance(exc, UserError):
+        return one_line(exc, limit=10_000)
+    name, text = type(exc).__name__, one_line(exc)
+    return f"{name}: {'no message' if text == name else text}"
 
 
 def first_problem(invalid: ValidationError, whole: str) -> str:

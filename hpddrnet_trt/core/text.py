@@ -1,8 +1,17 @@
-"""Numbers for people."""
+"""Numbers, sizes and lengths for people and for files: one table of units, one way to write each."""
 
 from __future__ import annotations
 
 import math
+
+# Metres of every unit of length that a file or a person names.
+METRES = {
+    "m": 1.0, "cm": 1e-2, "mm": 1e-3, "µm": 1e-6, "μm": 1e-6, "um": 1e-6, "micron": 1e-6, "microns": 1e-6,
+    "micrometer": 1e-6, "nm": 1e-9, "nanometer": 1e-9, "Å": 1e-10, "A": 1e-10, "angstrom": 1e-10, "pm": 1e-12,
+}  # fmt: skip
+_SHOWN = ("m", "mm", "µm", "nm")
+SQUARE = 5e-3  # relative difference of width and height that is still rounding in stated sizes
+SQUARE_MEASURED = 1e-2  # ... that is still error in sizes somebody measured, as by moving a stage
 
 
 def number(value: float) -> str:
@@ -16,3 +25,35 @@ def number(value: float) -> str:
 def percent(value: float | None, digits: int = 2) -> str:
     """A fraction as ``98.76 %``, a dash for None and NaN."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f} %"
+
+
+def megabytes(count: float) -> str:
+    """Bytes as ``12.3 MB``."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def scaled(count: float) -> str:
+    """A count with three digits and a prefix, e.g. ``812``, ``24.1 k``, ``1.26 M``, ``3.40 G``."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{number(count / size)} {prefix}"
+    return f"{count:g}"
+
+
+def length(metres: float, digits: int = 4) -> str:
+    """A length in the unit that suits it, e.g. ``5 nm``, ``1.25 µm``, with at most so many significant digits."""
+    unit = next((unit for unit in _SHOWN if metres >= METRES[unit] * (1 - 1e-9)), _SHOWN[-1])
+    return f"{metres / METRES[unit]:.{digits}g} {unit}"
+
+
+def micrometres(metres: float) -> float:
+    """``metres`` in micrometres, without the last digits' noise: 50e-9 is 0.05, not 0.049999999999999996."""
+    return float(f"{metres * 1e6:.12g}")
+
+
+def is_square(width: float, height: float, tolerance: float = SQUARE) -> bool:
+    """Whether a pixel of ``width`` x ``height``, in any unit of length, is square but for ``tolerance``.
+
+    Where it is not, a scale in one direction only would make areas wrong.
+    """
+    return math.isclose(width, height, rel_tol=tolerance)

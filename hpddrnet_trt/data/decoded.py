@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile, one_line
 from hpddrnet_trt.data.vendors.findings import Findings
 
 MAX_PIXELS = 1 << 30  # 32768 x 32768: larger than any single frame, smaller than a memory bomb
@@ -37,8 +37,9 @@ class Decoded:
 
 def damaged(path: Path, what: str, reason: str) -> BadInputFile:
     """The error for a file whose content contradicts itself; ``reason`` becomes one line."""
-    reason = " ".join(reason.split())[:300]
-    return BadInputFile(f"{what} {path} cannot be decoded ({reason}); it is damaged or truncated: copy it again")
+    return BadInputFile(
+        f"{what} {path} cannot be decoded ({one_line(reason)}); it is damaged or truncated: copy it again"
+    )
 
 
 def check_size(path: Path, what: str, width: int, height: int, max_pixels: int) -> None:

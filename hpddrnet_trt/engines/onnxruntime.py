@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import BadInputFile, NoGpu, UsageError, UserError, require
+from hpddrnet_trt.core.errors import BadInputFile, NoGpu, UsageError, UserError, one_line, require
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.precisions import PRECISIONS, is_calibrated
 from hpddrnet_trt.core.runtimes import load_onnxruntime
@@ -184,7 +184,7 @@ class OnnxRuntimeEngine(EngineBase):
         except self._errors as exc:
             raise UserError(
                 f"ONNX Runtime could not run {self.path} on an input of shape {shape} "
-                f"({_first_line(exc)}); try a smaller image or batch, or export the model again"
+                f"({one_line(exc, 'first')}); try a smaller image or batch, or export the model again"
             ) from exc
 
     def _in_lanes(self, batches: Iterable[npt.NDArray[Any]], lanes: int) -> Iterator[Prediction]:
@@ -265,11 +265,11 @@ class OnnxRuntimeEngine(EngineBase):
             if self.manifest.precision == "bf16":
                 raise UsageError(
                     f"{self.path} is BF16, which ONNX Runtime {self._ort.__version__} has no kernels for on "
-                    f"{self._wanted[0].removesuffix('ExecutionProvider')} ({_first_line(exc)}); build a TensorRT "
+                    f"{self._wanted[0].removesuffix('ExecutionProvider')} ({one_line(exc, 'first')}); build a TensorRT "
                     "engine from it, or run the FP32 or FP16 file here"
                 ) from exc
             raise BadInputFile(
-                f"{self.path} cannot be loaded by ONNX Runtime {self._ort.__version__} ({_first_line(exc)}); "
+                f"{self.path} cannot be loaded by ONNX Runtime {self._ort.__version__} ({one_line(exc, 'first')}); "
                 "export it again"
             ) from exc
 
@@ -360,7 +360,3 @@ def _error_classes() -> tuple[type[Exception], ...]:
     own = (getattr(state, name) for name in names if hasattr(state, name))
     # Its Python part raises ValueError (inputs that are missing, names that are no text), its binding the others.
     return (*own, ValueError, RuntimeError, MemoryError)
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:300]

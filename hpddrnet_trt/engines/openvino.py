@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 import hpddrnet_trt
-from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError, one_line
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.runtimes import load_openvino
@@ -223,7 +223,7 @@ class OpenVINOEngine(EngineBase):
             yield
         except _ERRORS as exc:
             raise UserError(
-                f"OpenVINO could not run {self.path} on an input of shape {shape} ({_reason(exc)}); "
+                f"OpenVINO could not run {self.path} on an input of shape {shape} ({one_line(exc, 'last')}); "
                 "try a smaller image or batch, or the onnxruntime engine"
             ) from exc
 
@@ -234,7 +234,9 @@ class OpenVINOEngine(EngineBase):
         try:
             return core.read_model((functions and rewritten(self.path, lambda model: None)) or str(self.path))
         except _ERRORS as exc:
-            raise BadInputFile(f"{self.path} cannot be loaded by OpenVINO ({_reason(exc)}); export it again") from exc
+            raise BadInputFile(
+                f"{self.path} cannot be loaded by OpenVINO ({one_line(exc, 'last')}); export it again"
+            ) from exc
 
     def _read_outputs(self) -> list[str]:
         present = [name for port in self._read().outputs for name in port.get_names()]
@@ -348,7 +350,7 @@ def _run_child(arguments: list[str], path: Path, timeout_s: float) -> None:
     except subprocess.TimeoutExpired as exc:
         raise UserError(f"OpenVINO did not finish {path} within {timeout_s:.0f} s; use the onnxruntime engine") from exc
     if child.returncode:
-        reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = one_line(child.stderr, "last")
         died = f"died by signal {-child.returncode}" if child.returncode < 0 else f"failed ({reason})"
         raise UserError(f"OpenVINO {died} on {path}; use the onnxruntime engine for this file")
 
@@ -373,12 +375,6 @@ def _names_in_file(compiled: Any) -> dict[str, str]:
     """Names of the file's nodes, joined by commas, that each layer of a compiled graph was made from."""
     layers = compiled.get_runtime_model().get_ops()
     return {layer.get_friendly_name(): layer.get_rt_info()["originalLayersNames"].astype(str) for layer in layers}
-
-
-def _reason(exc: Exception) -> str:
-    # OpenVINO's messages begin with source file names; the last line says what happened.
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
 
 
 if __name__ == "__main__":

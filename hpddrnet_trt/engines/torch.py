@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError, brief
+from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError, one_line
 from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input
 from hpddrnet_trt.engines.torch_modules import module_times
@@ -326,8 +326,7 @@ def _why_not_compiled(exc: BaseException) -> str:
         if isinstance(inner, TritonMissing):
             return "torch.compile needs Triton on a GPU; install the triton package, or use compile='off'"
         inner = original
-    reason = brief(exc)
-    return f"torch.compile of PyTorch {torch.__version__} failed ({reason}); use compile='off'"
+    return f"torch.compile of PyTorch {torch.__version__} failed ({one_line(exc)}); use compile='off'"
 
 
 @contextmanager

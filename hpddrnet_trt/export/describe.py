@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hpddrnet_trt.core.manifest import EngineRecord, Evidence, InputContract, Manifest, OutputContract
+from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.export.proof import summary
 
 _INDENT = 13
@@ -26,7 +27,7 @@ def _kind(manifest: Manifest) -> str:
         record = manifest.engine
         return (
             f"engine of {record.flavour} {record.version} for {', '.join(record.compute_capabilities)}"
-            f"{f' ({record.gpu})' if record.gpu else ''}, {record.bytes / 1e6:.1f} MB, built in "
+            f"{f' ({record.gpu})' if record.gpu else ''}, {megabytes(record.bytes)}, built in "
             f"{record.build_seconds:.1f} s"
         )
     if manifest.input is None:

@@ -26,6 +26,7 @@ from hpddrnet_trt.core.manifest import (
     sidecar_path,
 )
 from hpddrnet_trt.core.precisions import PRECISIONS, Half, LowPrecision, Precision
+from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.engines.cuda import Gpu, find_gpu, gpu_or_none
 from hpddrnet_trt.engines.profiles import Profile, default_profiles, is_static, narrowed, parse_shapes
@@ -326,7 +327,7 @@ class _Job:
         with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
             engine_file.write_bytes(plan)
             description.write_text(manifest.to_json(), encoding="utf-8")
-        logger.info("%s: %.1f MB in %.1f s; %s", target, plan.nbytes / 1e6, seconds, summary(proof))
+        logger.info("%s: %s in %.1f s; %s", target, megabytes(plan.nbytes), seconds, summary(proof))
         return manifest
 
     def _parse(self, builder: Any) -> Any:

@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from hpddrnet_trt.core.errors import BadInputFile, UserError, brief, require
+from hpddrnet_trt.core.errors import BadInputFile, UserError, one_line, require
 from hpddrnet_trt.core.manifest import ProtobufField, protobuf_fields
 from hpddrnet_trt.graph.attention import expanded
 
@@ -70,7 +70,7 @@ def check_operators(path: Path, *, types: bool = False) -> None:
     try:
         library.checker.check_model(str(path), full_check=types)
     except Exception as exc:  # its own error, or one of protobuf, whose classes differ between versions
-        raise BadInputFile(f"{path} is refused: {brief(exc)}; export it again with this package") from exc
+        raise BadInputFile(f"{path} is refused: {one_line(exc)}; export it again with this package") from exc
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -84,8 +84,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def _damaged(path: Path, exc: Exception) -> BadInputFile:
-    reason = brief(exc) or type(exc).__name__
-    return BadInputFile(f"{path} is damaged or no ONNX file of this package ({reason}); export it again")
+    return BadInputFile(f"{path} is damaged or no ONNX file of this package ({one_line(exc)}); export it again")
 
 
 def rewritten(path: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto | None]) -> bytes | None:

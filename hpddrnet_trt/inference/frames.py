@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.core.errors import ContractError, one_line
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.data.window import Window, to_grey8
 from hpddrnet_trt.engines.cuda import on_device
@@ -96,9 +96,9 @@ def _host_array(image: Any) -> npt.NDArray[Any]:
     try:
         return np.from_dlpack(image)
     except Exception as exc:  # another library's code again
-        reason = str(exc).strip().partition("\n")[0][:200] or type(exc).__name__
         raise ContractError(
-            f"the {type(image).__name__} cannot be used in place ({reason}); convert it to a numpy array first"
+            f"the {type(image).__name__} cannot be used in place ({one_line(exc, 'first')}); "
+            "convert it to a numpy array first"
         ) from exc
 
 

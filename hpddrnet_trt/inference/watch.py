@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 
-from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError, describe
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.arrivals import Arrival, Arrivals
 from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings
@@ -175,7 +175,7 @@ class _Watch:
             self._try_again(arrival, str(exc))
         except Exception as exc:  # one image must not end a watch that runs overnight
             LOG.exception("%s", arrival.path)
-            self._failed(arrival, f"{type(exc).__name__}: {exc}")
+            self._failed(arrival, describe(exc))
         else:
             self._succeeded(arrival, fractions)
 

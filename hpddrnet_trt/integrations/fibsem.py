@@ -35,9 +35,9 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from hpddrnet_trt.core.errors import ContractError, UsageError, require
+from hpddrnet_trt.core.errors import ContractError, UsageError, describe, require
 from hpddrnet_trt.core.manifest import ClassInfo
-from hpddrnet_trt.core.pixel_size import is_square
+from hpddrnet_trt.core.text import is_square
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.inference import Segmenter, load_segmenter
 
@@ -167,7 +167,7 @@ class LiveSegmentation:
             with self._lock:
                 self.unreadable += 1
                 first = self.unreadable == 1
-                self.last_error = f"{type(exc).__name__}: {exc}"
+                self.last_error = describe(exc)
             if first:
                 log.exception("an image of the %s beam could not be taken; more of them are only counted", beam)
 

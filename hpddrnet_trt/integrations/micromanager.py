@@ -28,8 +28,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import UsageError, require
-from hpddrnet_trt.core.pixel_size import SQUARE_MEASURED, is_square
+from hpddrnet_trt.core.errors import UsageError, describe, require
+from hpddrnet_trt.core.text import SQUARE_MEASURED, is_square
 from hpddrnet_trt.data.micrograph import Micrograph
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class MicroManagerFeed:
             return self._stream.submit(frame, _tag(*acquired) if acquired else tag, copy=frame.pixels is image)
         except Exception as exc:  # whatever it is, it must not reach the acquisition
             self.errors += 1
-            self.last_error = f"{type(exc).__name__}: {exc}"
+            self.last_error = describe(exc)
             if self.errors == 1:
                 LOG.exception("a Micro-Manager frame could not be handed to the stream; later ones are only counted")
             return None

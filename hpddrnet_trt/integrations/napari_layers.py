@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, UserError
-from hpddrnet_trt.core.pixel_size import is_square
+from hpddrnet_trt.core.text import is_square
 from hpddrnet_trt.data.micrograph import Micrograph
 
 
@@ -108,15 +108,6 @@ def pixel_metres(layer: Any) -> tuple[float, float] | None:
             return None
         sizes.append(size)
     return sizes[0], sizes[1]
-
-
-def length_text(metres: float) -> str:
-    """A length for people, in the unit that suits it: ``5 nm``, ``1.25 µm``."""
-    unit, factor = next(
-        ((name, value) for name, value in (("nm", 1e-9), ("µm", 1e-6), ("mm", 1e-3)) if metres < 1000 * value),
-        ("m", 1.0),
-    )
-    return f"{metres / factor:.4g} {unit}"
 
 
 def _current(layer: Any, dims: Any, stack: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hpddrnet_trt.core.errors import UserError, require
+from hpddrnet_trt.core.text import length as length_text
 from hpddrnet_trt.engines import ENGINES, engine_status
 from hpddrnet_trt.integrations.napari_job import End, Job, OpenModel, Request
-from hpddrnet_trt.integrations.napari_layers import layer_planes, layer_shape, length_text, pixel_metres
+from hpddrnet_trt.integrations.napari_layers import layer_planes, layer_shape, pixel_metres
 from hpddrnet_trt.integrations.napari_results import ResultLayers, area_text, class_rows, find_layer, show_class
 from hpddrnet_trt.weights import DEFAULT, shipped_models
 

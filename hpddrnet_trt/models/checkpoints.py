@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hpddrnet_trt import __version__
-from hpddrnet_trt.core.errors import BadInputFile, UsageError, brief, require
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, one_line, require
 from hpddrnet_trt.core.files import existing_file, write_bytes
 from hpddrnet_trt.core.manifest import (
     METADATA_KEY,
@@ -245,7 +245,7 @@ def _fitting(
         if name in given and given[name].shape != value.shape
     ]
     lists = (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
-    parts = [f"{len(names)} {kind}: {brief(', '.join(names))}" for kind, names in lists if names]
+    parts = [f"{len(names)} {kind}: {one_line(', '.join(names))}" for kind, names in lists if names]
     if parts:
         raise BadInputFile(
             f"the weights in {source} do not fit {what} ({'; '.join(parts)}); "
@@ -253,7 +253,7 @@ def _fitting(
         )
     for name, value in given.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise BadInputFile(f"{source} holds a weight that is not finite ({brief(name)}): its training diverged")
+            raise BadInputFile(f"{source} holds a weight that is not finite ({one_line(name)}): its training diverged")
     # Files older than the batch counter lack it; it plays no part in inference.
     return {
         name: given[name].to(value.dtype) if name in given else torch.zeros(value.shape, dtype=value.dtype)
@@ -283,7 +283,7 @@ def _parse(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str
         tensors = library.load(content)
     except (error, ValueError, KeyError) as exc:
         raise BadInputFile(
-            f"{path} is not a safetensors file or is truncated ({brief(exc)}); copy it again, or convert a foreign "
+            f"{path} is not a safetensors file or is truncated ({one_line(exc)}); copy it again, or convert a foreign "
             "checkpoint with: hpddrnet-trt convert-checkpoint"
         ) from exc
     length = int.from_bytes(content[:8], "little")

@@ -29,7 +29,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hpddrnet_trt.core.errors import BadInputFile, brief
+from hpddrnet_trt.core.errors import BadInputFile, one_line
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import ClassInfo, NetworkConfig, Normalisation
 
@@ -127,7 +127,7 @@ def read_torch_file(path: Path) -> Any:
         if isinstance(exc, pickle.UnpicklingError) and "\n\n" in reason:  # advice and links around the cause
             reason = reason.split("\n\n")[1]
         raise BadInputFile(
-            f"{path} is damaged, truncated or no PyTorch checkpoint ({brief(reason)}); copy or download it again"
+            f"{path} is damaged, truncated or no PyTorch checkpoint ({one_line(reason)}); copy or download it again"
         ) from exc
 
 

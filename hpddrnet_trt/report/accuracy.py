@@ -15,10 +15,9 @@ from hpddrnet_trt.accuracy.results import Assessment, fractions
 from hpddrnet_trt.accuracy.robustness import TOLERANCE, Robustness, tested
 from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import write_bytes, write_text
-from hpddrnet_trt.core.text import percent
+from hpddrnet_trt.core.text import percent, scaled
 from hpddrnet_trt.report.accuracy_figures import (
     confusion_figure,
-    count,
     curves_figure,
     fractions_figure,
     robustness_figure,
@@ -109,7 +108,7 @@ def render_html(
     origin = assessment.origin
     return render(
         "report/accuracy.html.j2",
-        filters={"tested": tested, "count": count},
+        filters={"tested": tested, "count": scaled},
         found=assessment,
         origin=origin,
         headline=headline(assessment),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.accuracy.results import Assessment, ImageResult, fractions
 from hpddrnet_trt.accuracy.robustness import Robustness, Sweep, tested
-from hpddrnet_trt.core.text import number
+from hpddrnet_trt.core.text import scaled
 from hpddrnet_trt.data.shifts import Shift
 from hpddrnet_trt.report.learning_curves import Curves
 from hpddrnet_trt.report.style import logarithmic, new_figure, style
@@ -49,7 +49,7 @@ def confusion_figure(assessment: Assessment) -> Any:
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), share in np.ndenumerate(shares):
-            text = f"{100 * share:.0f}" if small else f"{100 * share:.2f} %\n{count(int(counts[row, column]))}"
+            text = f"{100 * share:.0f}" if small else f"{100 * share:.2f} %\n{scaled(int(counts[row, column]))}"
             colour = "white" if share > 0.55 else "#1d232b"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8 if small else 10)
         axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
@@ -196,11 +196,3 @@ def _finish(axes: Any, title: str, x: str, y: str) -> None:
 
 def _points(values: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [step for step, _ in values], [value for _, value in values]
-
-
-def count(pixels: int) -> str:
-    """E.g. ``812``, ``24.1 k``, ``1.26 M``."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if pixels >= size:
-            return f"{number(pixels / size)} {unit}"
-    return str(pixels)

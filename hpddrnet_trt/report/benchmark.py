@@ -12,8 +12,9 @@ from typing import NamedTuple
 from hpddrnet_trt.benchmark.result import BenchmarkResult
 from hpddrnet_trt.benchmark.table import tables
 from hpddrnet_trt.benchmark.text import state_of
-from hpddrnet_trt.benchmark.wording import megabytes, sentence
+from hpddrnet_trt.benchmark.wording import sentence
 from hpddrnet_trt.core.files import write_bytes, write_text
+from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.report.benchmark_figures import SCALING, SCATTER, SPEED, TIME, Drawn, draw_figures, main_png
 from hpddrnet_trt.report.benchmark_gallery import gallery
 from hpddrnet_trt.report.page import render

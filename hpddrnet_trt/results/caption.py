@@ -13,11 +13,11 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from hpddrnet_trt.core.manifest import ClassInfo
+from hpddrnet_trt.core.text import length as length_text
 from hpddrnet_trt.results.regions import AreaFraction
 
 NARROWEST = 128  # pixels: below, no text would fit
 MOST_CLASSES = 12  # named in one bar
-_UNITS = ((1.0, "m"), (1e-3, "mm"), (1e-6, "µm"), (1e-9, "nm"))
 _BACKGROUND, _INK, _FRAME = (22, 22, 24), (240, 240, 240), (130, 130, 130)
 
 
@@ -73,8 +73,7 @@ def scale_bar(width: int, pixel_size_m: float) -> ScaleBar:
         key=lambda pair: abs(math.log(pair[0] * 10.0 ** pair[1] / wanted)),
     )
     length = float(f"{mantissa}e{exponent}")
-    unit, name = next(((unit, name) for unit, name in _UNITS if length >= 0.999 * unit), _UNITS[-1])
-    return ScaleBar(length, max(1, round(length / pixel_size_m)), f"{round(length / unit, 12):g} {name}")
+    return ScaleBar(length, max(1, round(length / pixel_size_m)), length_text(length, 6))
 
 
 def with_caption(

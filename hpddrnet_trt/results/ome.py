@@ -18,7 +18,7 @@ from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import ContractError, require
 from hpddrnet_trt.core.files import atomic_folder, atomic_path
 from hpddrnet_trt.core.manifest import ClassInfo
-from hpddrnet_trt.core.units import micrometres
+from hpddrnet_trt.core.text import micrometres
 from hpddrnet_trt.data.labels import check_labels, palette_options, scale_options
 
 CLASSES = "hpddrnet-trt/classes"  # namespaces of the two map annotations of OME-TIFF

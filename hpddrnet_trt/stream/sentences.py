@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 import time
 
-from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core import errors
+from hpddrnet_trt.core.errors import UserError, one_line
 
 
 def describe(exc: BaseException) -> str:
-    """One line about an exception: our own sentences as they are, others with their type."""
-    try:
-        text = " ".join(str(exc).split()) or "no message"
-    except Exception:  # an exception whose own __str__ raises
-        text = "no readable message"
+    """One line about an exception; see :func:`hpddrnet_trt.core.errors.describe`."""
     if isinstance(exc, MemoryError):
-        return f"not enough memory ({text}); use smaller frames, fewer workers, or smaller tiles"
-    return text if isinstance(exc, UserError) else f"{type(exc).__name__}: {text[:300]}"
+        return f"not enough memory ({one_line(exc)}); use smaller frames, fewer workers, or smaller tiles"
+    return errors.describe(exc)
 
 
 def traceback_of(exc: BaseException) -> BaseException | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile, one_line
 from hpddrnet_trt.core.files import atomic_path
 
 
@@ -40,7 +40,7 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
         raise BadInputFile(
-            f"{path} is not a readable training checkpoint ({str(exc).splitlines()[0]}); "
+            f"{path} is not a readable training checkpoint ({one_line(exc, 'first')}); "
             "delete it to start the run again"
         ) from exc
     if not isinstance(content, dict) or "loops" not in content:

@@ -17,7 +17,6 @@ from hpddrnet_trt.benchmark.timing import (
     MAX_WARMUP,
     MAX_WARMUP_S,
     WarmUp,
-    describe,
     is_steady,
     latency_of,
     ratio_of_medians,
@@ -268,8 +267,3 @@ def test_independent_resampling_does_not_trust_the_order() -> None:
     found = ratio_of_medians((4 * weather).tolist(), (2 * weather).tolist(), paired=False)
     assert found.low is not None
     assert found.low < 1.9
-
-
-def test_reasons_are_one_line() -> None:
-    assert describe(UsageError("choose another")) == "choose another"
-    assert describe(RuntimeError("first\n  second")) == "RuntimeError: first second"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import ContractError, UserError
-from hpddrnet_trt.integrations.napari_layers import LayerPlanes, layer_planes, layer_shape, length_text, pixel_metres
+from hpddrnet_trt.integrations.napari_layers import LayerPlanes, layer_planes, layer_shape, pixel_metres
 from tests.integrations.napari_viewer import Image, ViewerModel
 from tests.toy import grey_image
 
@@ -174,10 +174,3 @@ def test_complex_numbers_and_unreadable_data_give_a_sentence() -> None:
         planes.read((2,))
     with pytest.raises(ContractError, match="'waves' holds complex64 values"):
         LayerPlanes("waves", np.ones((4, 6), np.complex64), False, (4, 6), ((),)).read(())
-
-
-@pytest.mark.parametrize(
-    ("metres", "text"), [(5e-9, "5 nm"), (55.81e-9, "55.81 nm"), (1.25e-6, "1.25 µm"), (2e-3, "2 mm"), (3.0, "3 m")]
-)
-def test_lengths_for_people(metres: float, text: str) -> None:
-    assert length_text(metres) == text

@@ -11,13 +11,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hpddrnet_trt.core.pixel_size import is_square
+from hpddrnet_trt.core.text import METRES, is_square
 
-_METRES = {
-    "m": 1.0, "cm": 1e-2, "mm": 1e-3, "µm": 1e-6, "μm": 1e-6, "um": 1e-6, "micron": 1e-6, "microns": 1e-6,
-    "micrometer": 1e-6, "nm": 1e-9, "nanometer": 1e-9, "Å": 1e-10, "A": 1e-10, "angstrom": 1e-10, "pm": 1e-12,
-    "fm": 1e-15,
-}  # fmt: skip
 _PLAUSIBLE = (1e-12, 1e-3)  # metres per pixel, from atomic resolution to a stage camera
 _AGREE = 1e-2  # relative difference of two statements about the same picture
 # Not the 12 of "12,5": a decimal comma would be a wrong number, and "1,250" may be either.
@@ -97,7 +92,7 @@ def resolve(findings: Iterable[Findings]) -> VendorInfo:
 
 def metres(value: float | None, unit: str) -> float | None:
     """``value`` in ``unit`` as metres; None for units that are no length ("pixel", "1/nm")."""
-    factor = _METRES.get(unit)
+    factor = METRES.get(unit)
     return None if value is None or factor is None else value * factor
 
 
