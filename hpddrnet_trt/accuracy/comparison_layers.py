@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core import runtimes
 from hpddrnet_trt.core.errors import UserError, one_line, require
-from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.graph.nodes import class_scores, initializers, producers
 
 if TYPE_CHECKING:
@@ -348,14 +348,11 @@ def _probe_graph(b: onnx.ModelProto, layers: Sequence[Layer]) -> onnx.ModelProto
 
 
 def _session(model: onnx.ModelProto, which: str) -> Any:
-    runtime = load_onnxruntime("compare models layer by layer")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False  # give memory back between batches
+    # Without its arena it gives memory back between batches.
+    settings = {"log_severity_level": 4, "graph_optimization_level": "ORT_DISABLE_ALL", "enable_cpu_mem_arena": False}
     try:
-        return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as exc:  # ONNX Runtime's errors share no base class
+        return runtimes.session(model, "compare models layer by layer", settings=settings)
+    except runtimes.onnxruntime_errors() as exc:
         raise UserError(
             f"ONNX Runtime cannot load model {which} for a comparison layer by layer ({one_line(exc, 'first')}); "
             "compare labels only"
@@ -365,7 +362,7 @@ def _session(model: onnx.ModelProto, which: str) -> Any:
 def _run(session: Any, names: Sequence[str], feed: Mapping[str, Array], which: str) -> list[Array]:
     try:
         found: list[Array] = session.run(list(names), dict(feed))
-    except Exception as exc:  # as above
+    except runtimes.onnxruntime_errors() as exc:
         raise UserError(
             f"ONNX Runtime cannot compare the models layer by layer ({which}: {one_line(exc, 'first')}); tensors of "
             "one "

@@ -24,8 +24,8 @@ import numpy as np
 
 from hpddrnet_trt.benchmark.machine import describe_machine, usable_cores
 from hpddrnet_trt.benchmark.result import Ceilings
+from hpddrnet_trt.core import runtimes
 from hpddrnet_trt.core.errors import NoGpu, UsageError, require
-from hpddrnet_trt.core.runtimes import load_onnxruntime, load_openvino
 
 if TYPE_CHECKING:
     import onnx
@@ -199,21 +199,15 @@ def _input(kind: _Kind) -> Any:
 
 
 def _onnxruntime_candidates(kind: _Kind, threads: int | None) -> Iterator[Candidate]:
-    onnxruntime = load_onnxruntime("measure the machine's ceilings")
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
     x = _input(kind)
     for precision in ("fp32", "int8"):
-        content = product_model(kind, precision == "int8").SerializeToString()
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        model = product_model(kind, precision == "int8")
+        session = runtimes.session(model, "measure the machine's ceilings", threads=threads)
         yield Candidate(precision, f"ONNX Runtime {kind}", _macs(kind), partial(session.run, None, {"x": x}))
 
 
 def _openvino_candidates(kind: _Kind, threads: int | None) -> Iterator[Candidate]:
-    openvino = load_openvino("measure the machine's ceilings")
+    openvino = runtimes.load_openvino("measure the machine's ceilings")
 
     core = openvino.Core()
     capable = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import BadInputFile, NoGpu, UsageError, UserError, one_line, require
+from hpddrnet_trt.core import runtimes
+from hpddrnet_trt.core.errors import BadInputFile, NoGpu, UsageError, UserError, one_line
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.precisions import PRECISIONS, is_calibrated
-from hpddrnet_trt.core.runtimes import load_onnxruntime
+from hpddrnet_trt.core.runtimes import CPU_PROVIDER as CPU
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
 from hpddrnet_trt.engines.onnxruntime_graph import needs_blocks, source_for_cpu
 from hpddrnet_trt.engines.outputs import checked_prediction, expected_outputs
 from hpddrnet_trt.graph.check import check_onnx
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 LANES = 2  # batches in flight on a GPU: one computes while another is copied
 WARM_UP = 3  # profiled runs that are not counted
 _PROFILED = "_kernel_time"
@@ -78,8 +79,8 @@ class OnnxRuntimeEngine(EngineBase):
             raise UsageError(f"threads must be at least 1, got {threads}")
         if defaults and not (spinning and arena and not cuda_graph):
             raise UsageError("defaults=True leaves every setting to ONNX Runtime; drop spinning, arena and cuda_graph")
-        self._ort = load_onnxruntime()
-        self._errors = _error_classes()
+        self._ort = runtimes.load_onnxruntime()
+        self._errors = runtimes.onnxruntime_errors()
         self._wanted = providers or _providers(self._ort, device)
         self._device_id = 0 if providers else int(device.partition(":")[2] or 0)
         if cuda_graph and self._wanted[0] != CUDA:
@@ -91,7 +92,7 @@ class OnnxRuntimeEngine(EngineBase):
         self._graph_ids = itertools.count(1)
         self._turn = threading.Lock() if cuda_graph else nullcontext()  # one thread at a time runs a graph
         self._opening = threading.Lock()
-        self._session: Any = self._open(self._session_options())
+        self._session: Any = self._open()
         self._in_blocks: Any = None  # for large images, opened with the first of them
         self._check_session()
 
@@ -139,16 +140,13 @@ class OnnxRuntimeEngine(EngineBase):
             return {}
         source = np.ascontiguousarray(images)
         with tempfile.TemporaryDirectory() as folder:
-            options = self._session_options() or self._ort.SessionOptions()
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            session = self._open(options, blocks=needs_blocks(images.shape))
+            profiled = self._open(blocks=needs_blocks(images.shape), profile=Path(folder) / "profile")
             try:
                 with self._readable_errors(images.shape):
                     for _ in range(WARM_UP + runs):
-                        session.run(self._names, {self._input: source})
+                        profiled.run(self._names, {self._input: source})
             finally:
-                profile = Path(session.end_profiling())  # also closes the file
+                profile = Path(profiled.end_profiling())  # also closes the file
             return _operator_times(profile, runs)
 
     def close(self) -> None:
@@ -171,7 +169,7 @@ class OnnxRuntimeEngine(EngineBase):
         with self._opening:
             self._live()
             if self._in_blocks is None:
-                self._in_blocks = self._open(self._session_options(), blocks=True)
+                self._in_blocks = self._open(blocks=True)
             return self._in_blocks
 
     def _prediction(self, outputs: list[npt.NDArray[Any]], shape: tuple[int, ...]) -> Prediction:
@@ -226,41 +224,29 @@ class OnnxRuntimeEngine(EngineBase):
         options.add_run_config_entry("gpu_graph_id", str(number))
         return options
 
-    def _session_options(self) -> Any:
-        """None where ONNX Runtime shall take its own."""
-        if self._defaults and self._threads is None:
-            return None
-        options = self._ort.SessionOptions()
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        if self._defaults:
-            return options
-        levels = self._ort.GraphOptimizationLevel
-        # The higher levels fuse FP8 pairs into integer operators, which do not take them (onnxruntime 1.31).
-        foreign = is_calibrated(self.manifest.precision) and not PRECISIONS[str(self.manifest.precision)].cpu_kernels
-        options.graph_optimization_level = levels.ORT_ENABLE_BASIC if foreign else levels.ORT_ENABLE_ALL
-        options.log_severity_level = 3  # errors only
-        options.enable_cpu_mem_arena = self._arena
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spinning else "0")
-        return options
-
-    def _open(self, options: Any, blocks: bool = False) -> Any:
-        providers: list[Any] = list(self._wanted)
-        extra: dict[str, Any] = {}
-        if not self._defaults:
-            extra["disabled_optimizers"] = _disabled_optimizers(self.manifest)
-            if self._wanted[0] == CUDA:
-                graph = "1" if self._cuda_graph else "0"
-                settings = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": graph}
-                providers[0] = (CUDA, settings)
-        if self._device_id:
-            given = providers[0][1] if isinstance(providers[0], tuple) else {}
-            providers[0] = (CUDA, {**given, "device_id": str(self._device_id)})
-        source: str | bytes = str(self.path)
+    def _open(self, *, blocks: bool = False, profile: Path | None = None) -> Any:
+        """A session of the file; ``blocks``: attention in blocks, ``profile``: where its profiler writes to."""
+        source: Path | bytes = self.path
         if self._wanted[0] == CPU and not self._defaults:
             source = source_for_cpu(self.path, self.manifest, blocks)
+        settings: dict[str, Any] = {}
+        if not self._defaults:
+            # The higher levels fuse FP8 pairs into integer operators, which do not take them (onnxruntime 1.31).
+            precision = str(self.manifest.precision)
+            foreign = is_calibrated(precision) and not PRECISIONS[precision].cpu_kernels
+            settings = {
+                "graph_optimization_level": "ORT_ENABLE_BASIC" if foreign else "ORT_ENABLE_ALL",
+                "enable_cpu_mem_arena": self._arena,
+                "session.intra_op.allow_spinning": "1" if self._spinning else "0",
+            }
+        if profile is not None:
+            settings |= {"enable_profiling": True, "profile_file_prefix": str(profile)}
         try:
-            return self._ort.InferenceSession(source, options, providers=providers, **extra)
+            return runtimes.session(
+                source, threads=self._threads, settings=settings, defaults=self._defaults,
+                providers=self._providers_with_settings(),
+                disabled_optimizers=None if self._defaults else _disabled_optimizers(self.manifest),
+            )  # fmt: skip
         except self._errors as exc:
             if self.manifest.precision == "bf16":
                 raise UsageError(
@@ -272,6 +258,16 @@ class OnnxRuntimeEngine(EngineBase):
                 f"{self.path} cannot be loaded by ONNX Runtime {self._ort.__version__} ({one_line(exc, 'first')}); "
                 "export it again"
             ) from exc
+
+    def _providers_with_settings(self) -> list[Any]:
+        settings: dict[str, str] = {}
+        if self._wanted[0] == CUDA and not self._defaults:
+            graph = "1" if self._cuda_graph else "0"
+            settings = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": graph}
+        if self._device_id:
+            settings["device_id"] = str(self._device_id)
+        first, *others = self._wanted
+        return [(first, settings) if settings else first, *others]
 
     def _check_session(self) -> None:
         # ONNX Runtime falls back to the CPU with no more than a log line when a provider fails.
@@ -350,13 +346,3 @@ def _providers(ort: Any, device: str) -> list[str]:
             "replace onnxruntime by onnxruntime-gpu, or use device='cpu'"
         )
     return [CUDA, CPU]
-
-
-def _error_classes() -> tuple[type[Exception], ...]:
-    # They share no base class of their own.
-    state = require("onnxruntime.capi.onnxruntime_pybind11_state", "export", "run ONNX files")
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
-             "RuntimeException", "EPFail")
-    own = (getattr(state, name) for name in names if hasattr(state, name))
-    # Its Python part raises ValueError (inputs that are missing, names that are no text), its binding the others.
-    return (*own, ValueError, RuntimeError, MemoryError)

@@ -29,11 +29,11 @@ def needs_blocks(shape: Sequence[int]) -> bool:
     return batch * tokens**2 * 4 > LARGEST_SCORES_MIB << 20
 
 
-def source_for_cpu(path: Path, manifest: Manifest, blocks: bool) -> str | bytes:
+def source_for_cpu(path: Path, manifest: Manifest, blocks: bool) -> Path | bytes:
     """The file's path, or the graph to load in its place."""
     typed = manifest.precision not in (None, "fp32", "bf16")
     if not (blocks or typed):
-        return str(path)
+        return path
 
     def change(model: onnx.ModelProto) -> onnx.ModelProto | None:
         changed = None
@@ -44,4 +44,4 @@ def source_for_cpu(path: Path, manifest: Manifest, blocks: bool) -> str | bytes:
         return changed
 
     graph = rewritten(path, change)
-    return str(path) if graph is None else graph
+    return path if graph is None else graph

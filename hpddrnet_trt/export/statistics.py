@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from hpddrnet_trt.core import runtimes
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import Manifest
-from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export.histograms import BINS, Statistics, histogram, merge
 from hpddrnet_trt.export.images import Crop, inputs
@@ -92,7 +92,7 @@ def extremes(
 
 def _graph_digest(model: Any, tensors: Sequence[str]) -> str:
     """Of all that turns an input into statistics. ONNX Runtime's kernels round differently by version."""
-    onnxruntime = load_onnxruntime("calibrate models")
+    onnxruntime = runtimes.load_onnxruntime("calibrate models")
     digest = hashlib.sha256()
     about = [_FORMAT, BINS, SAMPLES, onnxruntime.__version__, list(tensors)]
     about += [[entry.domain, entry.version] for entry in model.opset_import]
@@ -114,8 +114,6 @@ class _Probe:
     def __init__(self, model: Any, tensors: Sequence[str], *, sampled: bool) -> None:
         import onnx
 
-        onnxruntime = load_onnxruntime("calibrate models")
-
         self._tensors = tensors
         graph = onnx.ModelProto()
         graph.CopyFrom(model)
@@ -123,13 +121,9 @@ class _Probe:
         _reduce_tensors(graph.graph, tensors)
         if sampled:
             _sample_tensors(graph.graph, tensors)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         # By default the reductions run late, and the activations wait for them in memory.
-        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-        self._session: Any = onnxruntime.InferenceSession(
-            graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        order = {"execution_order": "PRIORITY_BASED"}
+        self._session: Any = runtimes.session(graph, "calibrate models", settings=order)
         self._shape: tuple[int, ...] | None = None
         self._steps: dict[str, npt.NDArray[np.int64]] = {}
 

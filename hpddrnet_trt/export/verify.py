@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core import runtimes
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.core.manifest import Evidence, InputContract, Manifest
 from hpddrnet_trt.core.metrics import LabelComparison
-from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey
@@ -41,6 +41,7 @@ TOLERANCE = 1e-3
 # two positions almost equally and their scores are large, FP32 rounding alone can turn the balance.
 ALLOWED_SHARE = 1e-3
 LOWEST_AGREEMENT = 0.95  # of the labels of two graphs in different precision
+_PURPOSE = "check the exported file"
 _NORMALISED = InputContract(dtype="float32", channels=3)
 _DYNAMIC_SIZES = ((2, 128, 192), (1, 136, 200), (1, 256, 256))
 
@@ -75,7 +76,7 @@ def compare_with_pytorch(
     classes' margin is larger than twice that.
     """
     tapped, tap = _with_scores(model)
-    session = _session(tapped)
+    session = runtimes.session(tapped, _PURPOSE)
     names = [entry.name for entry in session.get_outputs()]
     worst = _Worst()
     count = 0
@@ -135,7 +136,7 @@ class LabelReference:
         batches = list(_batches(manifest, images))
         self._source = _source(images[: sum(map(len, batches))])
         self._feeds = [_feed(batch, manifest) for batch in batches]
-        self._labels = [self._run(_session(reference), feed)[0] for feed in self._feeds]
+        self._labels = [self._run(runtimes.session(reference, _PURPOSE), feed)[0] for feed in self._feeds]
 
     def compare(self, model: onnx.ModelProto, what: str) -> ComparedLabels:
         """Agreement with the reference's labels, and mean IoU against them; ``what`` names the comparison.
@@ -143,7 +144,7 @@ class LabelReference:
         A graph in FP16, BF16 or FP8 runs with that rounding (:mod:`hpddrnet_trt.graph.rounding`).
         """
         rounded = uses_half(model)
-        session = _session(simulate_rounding(model) if rounded else model)
+        session = runtimes.session(simulate_rounding(model) if rounded else model, _PURPOSE)
         comparison = LabelComparison(self._manifest.network.num_classes)
         finite = True
         for feed, expected in zip(self._feeds, self._labels, strict=True):
@@ -254,13 +255,6 @@ def _frame(images: Sequence[Path], index: int, height: int, width: int) -> Grey:
 def _feed(batch: Grey, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
     assert manifest.input is not None
     return {"image": network_input(list(batch), manifest.input, manifest.normalisation)}
-
-
-def _session(model: onnx.ModelProto) -> Any:
-    runtime = load_onnxruntime("check the exported file")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _runtime() -> str:

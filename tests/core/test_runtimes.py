@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hpddrnet_trt.core import runtimes as quiet
@@ -75,3 +76,31 @@ def test_nothing_stays_behind_where_they_are_missing(imports: Imports, monkeypat
         quiet.load_openvino("fly")
     assert "ORT_DISABLE_TELEMETRY" not in os.environ
     assert "openvino_telemetry" not in sys.modules
+
+
+def test_a_session_is_opened_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[2] x) => (float[2] y) { y = Neg(x) }'
+    )
+    asked: list[tuple[Any, dict[str, Any]]] = []
+    real = onnxruntime.InferenceSession
+
+    def recorded(source: bytes, options: Any, **others: Any) -> Any:
+        asked.append((options, others))
+        return real(source, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    settings = {"graph_optimization_level": "ORT_DISABLE_ALL", "session.intra_op.allow_spinning": "0"}
+    opened = quiet.session(model, threads=2, settings=settings, disabled_optimizers=["WeightBiasQuantization"])
+    assert opened.run(None, {"x": np.array([1, 2], np.float32)})[0].tolist() == [-1, -2]
+    options, others = asked.pop()
+    assert (options.intra_op_num_threads, options.log_severity_level) == (2, 3)
+    assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert others == {"providers": ["CPUExecutionProvider"], "disabled_optimizers": ["WeightBiasQuantization"]}
+    quiet.session(model, defaults=True)
+    assert asked.pop() == (None, {"providers": ["CPUExecutionProvider"]})
+    with pytest.raises(quiet.onnxruntime_errors()):
+        quiet.session(b"no model")

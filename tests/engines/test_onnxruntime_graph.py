@@ -62,9 +62,9 @@ def test_blocks_begin_above_the_limit() -> None:
 def test_a_plain_file_is_loaded_as_it_is(folder: Path, tmp_path: Path) -> None:
     for name in ("fp32", "function"):
         path = folder / f"{name}.onnx"
-        assert source_for_cpu(path, read_manifest(path), blocks=False) == str(path)
+        assert source_for_cpu(path, read_manifest(path), blocks=False) == path
     without = tiny_model(tmp_path / "m.onnx", typing="fp16")  # typed, but without attention
-    assert source_for_cpu(without, read_manifest(without), blocks=True) == str(without)
+    assert source_for_cpu(without, read_manifest(without), blocks=True) == without
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8"])
