@@ -42,12 +42,12 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(if $(DATA),,$(CLI) simulate $(DATASET))
-	$(CLI) check-dataset $(DATASET) --contact-sheet $(RUN)/dataset.png
+	$(if $(DATA),,$(CLI) datasets simulate $(DATASET))
+	$(CLI) datasets check $(DATASET) --contact-sheet $(RUN)/dataset.png
 	$(BIN)/python train/train.py --config train/configs/demo.yaml run.name=$(NAME) data.path=$(DATASET) $(TRAIN)
 	$(BIN)/python train/evaluate.py $(RUN)/$(NAME).safetensors --data $(DATASET)
 	$(BIN)/python export/export_onnx.py $(RUN)/$(NAME).safetensors $(RUN)/model.onnx --data $(DATASET)
-	$(CLI) convert-precision $(RUN)/model.onnx $(RUN)/model.fp16.onnx --data $(DATASET)
+	$(BIN)/python export/export_onnx.py $(RUN)/model.onnx $(RUN)/model.fp16.onnx --precision fp16 --data $(DATASET)
 	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8.onnx --data $(DATASET)
 	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8-cpu.onnx --data $(DATASET) --form onnxruntime
 	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp32 --shapes $(SHAPES)

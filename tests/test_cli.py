@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from hpddrnet_trt import cli
 from hpddrnet_trt.benchmark.result import load_result
 from hpddrnet_trt.cli.options import SegmentOptions, parse_kinds
+from hpddrnet_trt.cli.program import GONE, OLD_SPELLINGS
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
@@ -85,14 +89,18 @@ BAD = [
     (["build", "bad.onnx", "--verify", "outside", "--max-miou-drop", "-1"], "got -1"),
     (["build", "bad.onnx", "--precision", "auto"], "needs a budget"),
     (["profile", "none.engine"], "none.engine"),
-    (["convert-precision", "none.onnx", "x.onnx"], "none.onnx"),
-    (["compare-precisions", "bad.onnx", "--data", "outside"], "bad.onnx"),
-    (["sensitivity", "bad.onnx", "--data", "outside"], "bad.onnx"),
-    (["sensitivity", "bad.onnx", "--data", "outside", "--plot", "x.svg"], "x.png"),
+    (["export", "none.onnx", "x.onnx", "--precision", "fp16"], "none.onnx"),
+    (["export", "bad.onnx", "x.onnx"], "exported already"),
+    (["export", "bad.onnx", "x.onnx", "--precision", "bf16", "--height", "64"], "exported already"),
+    (["export", "{checkpoint}", "x.onnx", "--half-weights", "--precision", "fp16"], "a form of its own"),
+    (["export", "{checkpoint}", "x", "--half-weights"], "x.onnx"),
+    (["choose-precision", "bad.onnx", "--study", "--data", "outside"], "bad.onnx"),
+    (["choose-precision", "bad.onnx", "--study", "--data", "outside", "--plot", "x.svg"], "x.png"),
+    (["choose-precision", "bad.onnx", "x.onnx", "--study", "--data", "outside"], "leave x.onnx"),
+    (["choose-precision", "bad.onnx", "--data", "outside"], "--study"),
     (["choose-precision", "nasa-super1", "x.onnx", "--data", "outside"], "needs a limit"),
     (["choose-precision", "nasa-super1", "x.onnx", "--data", "outside", "--max-miou-drop", "1"], "phase 0"),
     (["choose-precision", "nasa-super1", "x.onnx", "--data", "empty", "--max-miou-drop", "1"], "empty"),
-    (["calibration-curve", "none.onnx", "--data", "outside"], "none.onnx"),
     (["choose-precision", "none.onnx", "x", "--data", "outside", "--max-miou-drop", "1"], "must end with .onnx"),
     (["choose-precision", "bad.onnx", "bad.onnx", "--data", "outside", "--max-miou-drop", "1"], "would overwrite"),
     (["choose-precision", "bad.onnx", "empty", "--data", "outside", "--max-miou-drop", "1"], "empty"),
@@ -100,13 +108,16 @@ BAD = [
     (["choose-precision", "bad.onnx", "x.onnx", "--data", "outside", "--max-miou-drop", "1", "--device", "a"], "'a'"),
     (["choose-precision", "bad.onnx", "x.onnx", "--data", "outside", "--max-miou-drop", "1", "--precision", "fp8",
       "--device", "agx-orin"], "has no FP8"),
-    (["compare-precisions", "bad.onnx", "--data", "outside", "--json", "empty"], "empty is a folder"),
-    (["convert-precision", "bad.onnx", "x"], "must end with .onnx"),
-    (["convert-precision", "bad.onnx", "bad.onnx"], "would overwrite"),
+    (["choose-precision", "bad.onnx", "--study", "--data", "outside", "--json", "empty"], "empty is a folder"),
+    (["export", "bad.onnx", "x", "--precision", "fp16"], "must end with .onnx"),
+    (["export", "bad.onnx", "bad.onnx", "--precision", "fp16"], "would overwrite"),
     (["calibrate", "nasa-super1", "x", "--data", "outside"], "x.onnx"),
     (["build", "nasa-super1", "--precision", "int8"], "calibrat"),
     (["compare", "nasa-super1", "none.onnx", "--images", "outside"], "none.onnx"),
     (["compare", "nasa-super1", "nasa-super1", "--images", "empty"], "empty"),
+    (["compare", "nasa-super1", "nasa-super1"], "--images"),
+    (["compare", "nasa-super1", "{checkpoint}", "--images", "outside"], "phase 0"),
+    (["compare", "outside/masks/test", "empty"], "no label map of the same name"),
     (["inspect", "bad.engine"], "bad.engine"),
     (["inspect", "bad.onnx"], "bad.onnx"),
     (["segment", "empty", "--output", "out", "--model", "{checkpoint}"], "empty"),
@@ -123,20 +134,19 @@ BAD = [
     (["segment", "outside/images/test", "--intensity-range", "9", "3"], "black < white"),
     (["segment", "outside/images/test", "--percentiles", "9", "3"], "percentiles"),
     (["segment", "outside/images/test", "--window", "1", "9", "--percentiles", "1", "99"], "not both"),
-    (["ship", "none.safetensors", "out"], "none.safetensors"),
-    (["measure-training", "--config", "none.yaml"], "none.yaml"),
+    (["export", "none.safetensors", "x.onnx", "--half-weights"], "none.safetensors"),
     (["benchmark", "empty", "--data", "outside"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--measure", "layers", "--latency-only"], "--latency-only"),
     (["benchmark", "bad.onnx", "--data", "outside/images/test", "--peers"], "--peers needs a checkpoint"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--compare", "none.json"], "none.json"),
-    (["report", "none.json"], "none.json"),
-    (["report", "bad.yaml"], "bad.yaml"),
-    (["check-dataset", "none"], "none"),
-    (["datasets", "show", "nosuch"], "nosuch"),
+    (["benchmark", "report", "none.json"], "none.json"),
+    (["benchmark", "report", "bad.yaml"], "bad.yaml"),
+    (["datasets", "check", "none"], "none"),
+    (["datasets", "list", "nosuch"], "nosuch"),
     (["datasets", "get", "mudrocknet", "new"], "digitalrocksportal"),
-    (["datasets", "get", "metaldam", "new"], "--accept-unclear-licence"),
+    (["datasets", "get", "metaldam", "new"], "--accept-unclear-license"),
     (["datasets", "get", "nasa-super1", "outside"], "outside"),
     (["datasets", "convert", "nasa-super1", "none.zip", "new"], "none.zip"),
     (["datasets", "convert", "nasa-super1", "empty", "new"], "empty"),
@@ -171,7 +181,7 @@ def test_unknown_options_and_choices_are_usage_errors(run: Run) -> None:
 
 def test_dataset_with_faults_is_reported_and_refused(run: Run, tmp_path: Path) -> None:
     prepare(tmp_path)
-    code, out, _ = run("check-dataset", "outside", "--contact-sheet", "sheet.png")
+    code, out, _ = run("datasets", "check", "outside", "--contact-sheet", "sheet.png")
     assert code == 1
     assert "7" in out
     assert (tmp_path / "sheet.png").stat().st_size > 0
@@ -267,14 +277,71 @@ def test_inspect_prints_the_description(run: Run, checkpoint: Path) -> None:
     assert read_manifest(checkpoint).to_json() in out
 
 
-def test_help_of_every_command_is_its_docstring(run: Run) -> None:
-    for command in cli.app.registered_commands:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__.replace("_", "-")
-        code, out, _ = run(name, "--help")
-        assert code == 0
-        first_line = (command.callback.__doc__ or "").strip().splitlines()[0]
-        assert " ".join(first_line.split()) in " ".join(out.split())
+def commands(group: Any, *before: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words it is called by."""
+    for name, command in group.commands.items():
+        words = (*before, *name.split())
+        if hasattr(command, "commands"):
+            yield from commands(command, *words)
+        else:
+            yield words, command
+
+
+COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_is_the_docstring_with_every_option_explained_and_an_example_that_works(
+    run: Run, words: tuple[str, ...]
+) -> None:
+    command = COMMANDS[words]
+    code, out, _ = run(*words, "--help")
+    assert code == 0
+    first_line = (command.callback.__doc__ or "").strip().splitlines()[0]
+    assert " ".join(first_line.split()) in " ".join(out.split())
+    unexplained = [parameter.name for parameter in command.params if not (parameter.help or parameter.name == "help")]
+    assert not unexplained
+    line = command.epilog.strip("\b\n")
+    program, *example = shlex.split(line.removeprefix("Example: "))
+    assert [program, *example[: len(words)]] == ["hpddrnet-trt", *words]
+    assert line in out
+    command.make_context("example", example[len(words) :])  # these arguments exist
+
+
+def test_the_list_of_commands(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for words in COMMANDS:
+        assert f"  {words[0]} " in out
+    assert [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
+        "Options:", "Segment micrographs:", "Train and score:", "Make model files:", "Measure:",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_commands_that_have_gone_name_what_to_use(run: Run, name: str) -> None:
+    code, _, err = run(*(["datasets"] if name == "show" else []), name, "some", "--arguments")
+    assert code == 2
+    assert err == f"error: the command `{name}` has gone; use {GONE[name]}\n"
+    used = GONE[name].split("`")[1].split()
+    assert any(tuple(used[: len(words)]) == words for words in COMMANDS)
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_SPELLINGS.items())
+def test_old_spellings_of_options_still_work(old: str, new: str) -> None:
+    users = [command for command in COMMANDS.values() if any(f"--{new}" in entry.opts for entry in command.params)]
+    assert users
+    for command in users:
+        parent = typer.main.get_command(cli.app).make_context("hpddrnet-trt", ["engines"])
+        required = [value for entry in command.params if entry.required for value in _given(entry)]
+        values = ["1"] * next(max(entry.nargs, 1) for entry in command.params if f"--{new}" in entry.opts)
+        option = [f"--{old}"] if new.startswith("accept") else [f"--{old}", *values]
+        context = command.make_context("command", [*option, *required], parent=parent)
+        assert context.params[new.replace("-", "_").replace("optimization", "optimisation")]
+
+
+def _given(parameter: Any) -> list[str]:
+    return ["x"] if parameter.param_type_name == "argument" else [parameter.opts[0], "x"]
 
 
 @pytest.mark.parametrize(
@@ -294,11 +361,11 @@ def test_recipes_explain_themselves(
 
 
 def test_catalog_is_listed_and_shown(run: Run) -> None:
-    code, listing, _ = run("datasets")
+    code, listing, _ = run("datasets", "list")
     assert code == 0
     assert "nasa-super1" in listing
     assert "10.1038/s41524-022-00878-5" in listing
-    code, entry, _ = run("datasets", "show", "nasa-super1")
+    code, entry, _ = run("datasets", "list", "nasa-super1")
     assert code == 0
     assert "MIT" in entry
     assert "not fetched" in entry
@@ -318,7 +385,7 @@ def test_the_shipped_model_segments_without_being_named(run: Run, tmp_path: Path
 
 
 def test_a_checkpoint_is_shipped_in_two_files(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    code, out, err = run("ship", checkpoint, "out", "--name", "mine")
+    code, out, err = run("export", checkpoint, "out/mine.onnx", "--half-weights")
     assert code == 0, err
     assert out.count("written: ") == 2
     for suffix in (".safetensors", ".onnx"):
@@ -327,7 +394,7 @@ def test_a_checkpoint_is_shipped_in_two_files(run: Run, checkpoint: Path, tmp_pa
 
 def test_reports_of_a_saved_result(run: Run, tmp_path: Path) -> None:
     (saved,) = (REPOSITORY / "benchmarks" / "results").glob("amd-epyc-*.json")
-    code, out, err = run("report", saved, "--output", "again", "--publish", "published")
+    code, out, err = run("benchmark", "report", saved, "--output", "again", "--publish", "published")
     assert code == 0, err
     assert "frame to labels" in out
     assert out.splitlines()[-1] == f"report: {Path('again') / 'report.html'}"
@@ -335,7 +402,7 @@ def test_reports_of_a_saved_result(run: Run, tmp_path: Path) -> None:
     assert load_result(tmp_path / "again" / "result.json") == load_result(saved)
     assert {path.suffix for path in (tmp_path / "published").iterdir()} == {".json", ".html"}
 
-    code, out, err = run("report", saved, "--output", "compared", "--compare", saved)
+    code, out, err = run("benchmark", "report", saved, "--output", "compared", "--compare", saved)
     assert code == 0, err
     changes = out.partition("\nsince ")[2]
     assert "no difference" in changes

@@ -1,66 +1,133 @@
-"""Commands about datasets: the catalog of public ones, checks, and simulated micrographs."""
+"""Commands from datasets to a trained and scored network."""
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpddrnet_trt.cli.program import app
+from hpddrnet_trt.cli.options import Data, Engine, Mode, ModelFile, Split
+from hpddrnet_trt.cli.program import app, command, new_app
+from hpddrnet_trt.core.errors import require
+from hpddrnet_trt.weights import locate
 
 if TYPE_CHECKING:
     from hpddrnet_trt.data.datasets import FolderDataset
 
-datasets_app = typer.Typer(
-    name="datasets", help="Public SEM segmentation sets: list, show, get, convert.", rich_markup_mode=None
-)
-app.add_typer(datasets_app)
+PANEL = "Train and score"
+
+
+@command(PANEL, "train --config train/configs/demo.yaml run.steps=2000")
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file, e.g. train/configs/demo.yaml.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = None,
+) -> None:
+    """Train a network; an interrupted run continues where it stopped when called again."""
+    for module in ("torch", "lightning", "tensorboard", "safetensors"):
+        require(module, "train", "train a network")
+    from hpddrnet_trt.training.config import load_config
+    from hpddrnet_trt.training.run import train as run_training
+
+    logging.getLogger("hpddrnet_trt.training").setLevel(logging.INFO)  # says what it continues from
+    result = run_training(load_config(config, settings or []))
+    typer.echo(f"best mIoU {result.metrics['val/miou']:.4f} at step {result.metrics['step']:.0f}: {result.checkpoint}")
+
+
+@command(PANEL, "evaluate model.onnx --data DATASET --report page.html")
+def evaluate(
+    model: ModelFile,
+    data: Data,
+    split: Split = "test",
+    mode: Mode = "single",
+    engine: Engine = "auto",
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a page (.html): confusion, area fractions, worst images, learning curves."),
+    ] = None,
+    robustness: Annotated[
+        bool,
+        typer.Option("--robustness", help="Also score the images under changed contrast, noise, magnification, ..."),
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Report mIoU, per-class IoU, pixel and mean accuracy of a checkpoint or any model file.
+
+    With --report also as a page with pictures, and beside it a table of all images (.csv). Learning
+    curves are in it when metrics.csv of the training run lies beside the model.
+    """
+    from hpddrnet_trt.accuracy import assess, measure_robustness
+    from hpddrnet_trt.core.files import write_text
+    from hpddrnet_trt.data.datasets import FolderDataset
+    from hpddrnet_trt.inference import load_segmenter
+    from hpddrnet_trt.report.accuracy import check_target, write_report
+    from hpddrnet_trt.report.learning_curves import curves_beside
+
+    if report is not None:
+        check_target(report)
+    file = locate(model, ".safetensors" if engine == "torch" else ".onnx")
+    dataset = FolderDataset.open(data)
+    with load_segmenter(file, engine=engine, mode=mode) as segmenter:
+        assessment = assess(segmenter, dataset, split, model_file=file)
+        robust = measure_robustness(segmenter, dataset, split) if robustness else None
+        typer.echo(f"{model} on {dataset.name}/{split}, mode {mode}, {segmenter.engine.runtime}")
+    typer.echo(assessment.scores.table(assessment.class_names))
+    if robust is not None:
+        typer.echo(f"\n{robust.table()}")
+    if report is not None:
+        for path in write_report(assessment, report, curves=curves_beside(file), robustness=robust):
+            if path is not None:
+                typer.echo(f"written: {path}")
+    if json_file is not None:
+        record = assessment.record() | ({} if robust is None else {"robustness": robust.record()})
+        write_text(json_file, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        typer.echo(f"written: {json_file}")
+
+
+# ---------------------------------------------------------------------------------------- datasets
+
+datasets = new_app(
+    name="datasets", no_args_is_help=True,
+    help="Datasets: public SEM segmentation sets to list, get and convert; checks; simulated micrographs.",
+)  # fmt: skip
+app.add_typer(datasets, rich_help_panel=PANEL)
 
 DatasetName = Annotated[str, typer.Argument(help="Name in the catalog, e.g. nasa-super1.")]
 NewFolder = Annotated[Path, typer.Argument(help="Dataset folder to write; new or empty.")]
 
 
-@datasets_app.callback(invoke_without_command=True)
-def datasets(context: typer.Context) -> None:
-    """List the catalog of public SEM segmentation sets; see also `show`, `get` and `convert`."""
-    from hpddrnet_trt.data.catalog.describe import overview
-    from hpddrnet_trt.data.catalog.entries import ENTRIES
+@command("Commands", "datasets list nasa-super1", name="list", group=datasets)
+def list_datasets(
+    name: Annotated[str | None, typer.Argument(help="Print all that is known of this one.")] = None,
+) -> None:
+    """List the catalog of public SEM segmentation sets; of one also addresses, checksums, licence, citation."""
+    from hpddrnet_trt.data.catalog.describe import details, overview
+    from hpddrnet_trt.data.catalog.entries import ENTRIES, find_entry
 
-    if context.invoked_subcommand is None:
-        typer.echo(overview(ENTRIES.values()))
-
-
-@datasets_app.command("show")
-def show_dataset(name: DatasetName) -> None:
-    """Print all that is known of one dataset: addresses, checksums, licence, citation, what was verified."""
-    from hpddrnet_trt.data.catalog.describe import details
-    from hpddrnet_trt.data.catalog.entries import find_entry
-
-    typer.echo(details(find_entry(name)))
+    typer.echo(overview(ENTRIES.values()) if name is None else details(find_entry(name)))
 
 
-@datasets_app.command("get")
+@command("Commands", "datasets get nasa-super1 data/nasa-super1", name="get", group=datasets)
 def get_dataset(
     name: DatasetName,
     folder: NewFolder,
     downloads: Annotated[
         Path | None, typer.Option(help="Where downloads are kept and continued; `downloads` beside FOLDER if left out.")
     ] = None,
-    accept_unclear_licence: Annotated[
-        bool, typer.Option("--accept-unclear-licence", help="Download although its licence is not clear.")
+    accept_unclear_license: Annotated[
+        bool, typer.Option("--accept-unclear-license", help="Download although its licence is not clear.")
     ] = False,
 ) -> None:
     """Download a dataset (continuing an interrupted download), verify it and convert it."""
     from hpddrnet_trt.data.catalog.entries import find_entry
     from hpddrnet_trt.data.catalog.get import get_dataset as get
 
-    _echo_dataset(
-        get(find_entry(name), folder, downloads=downloads, accept_unclear_licence=accept_unclear_licence)
-    )
+    _echo_dataset(get(find_entry(name), folder, downloads=downloads, accept_unclear_licence=accept_unclear_license))
 
 
-@datasets_app.command("convert")
+@command("Commands", "datasets convert nasa-super1 downloaded.zip data/nasa-super1", name="convert", group=datasets)
 def convert_dataset(
     name: DatasetName,
     source: Annotated[Path, typer.Argument(help="Folder or archive (ZIP, TAR) as the authors publish it.")],
@@ -75,10 +142,10 @@ def convert_dataset(
 
 def _echo_dataset(dataset: FolderDataset) -> None:
     counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in dataset.splits)
-    typer.echo(f"written: {dataset.root} ({counts}); look at it with: hpddrnet-trt check-dataset {dataset.root}")
+    typer.echo(f"written: {dataset.root} ({counts}); look at it with: hpddrnet-trt datasets check {dataset.root}")
 
 
-@app.command()
+@command("Commands", "datasets check DATASET --contact-sheet sheet.png", name="check", group=datasets)
 def check_dataset(
     folder: Annotated[Path, typer.Argument(help="Dataset folder.")],
     contact_sheet: Annotated[Path | None, typer.Option(help="Write a PNG of images with their masks.")] = None,
@@ -92,15 +159,15 @@ def check_dataset(
         raise typer.Exit(1)
 
 
-@app.command()
-def simulate(
+@command("Commands", "datasets simulate data/simulated --train 12 --size 256", name="simulate", group=datasets)
+def simulate_dataset(
     folder: Annotated[Path, typer.Argument(help="Folder to write the dataset to.")],
-    train_images: Annotated[int, typer.Option("--train", min=1)] = 48,
-    val_images: Annotated[int, typer.Option("--val", min=1)] = 4,
-    test_images: Annotated[int, typer.Option("--test", min=1)] = 4,
+    train_images: Annotated[int, typer.Option("--train", min=1, help="Images of the training split.")] = 48,
+    val_images: Annotated[int, typer.Option("--val", min=1, help="Images of the validation split.")] = 4,
+    test_images: Annotated[int, typer.Option("--test", min=1, help="Images of the test split.")] = 4,
     size: Annotated[int, typer.Option(min=64, help="Edge length in pixels.")] = 512,
     magnification: Annotated[float, typer.Option(min=0.1, max=10, help="1: 20 nm per pixel; 2: 10 nm.")] = 2.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the random numbers: the same seed gives the same images.")] = 0,
 ) -> None:
     """Write a dataset of simulated SEM images (grains, pores, clay) with exact masks."""
     from hpddrnet_trt.data.simulate import write_dataset

@@ -1,20 +1,23 @@
-"""Commands that measure: the comparison, reports of saved results, layer times, and what this machine can run."""
+"""Commands that measure: engines against PyTorch, label maps against label maps, and what this machine can run."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hpddrnet_trt.cli.options import Data, Split
-from hpddrnet_trt.cli.program import INTERRUPTED, app
+from hpddrnet_trt.cli.program import INTERRUPTED, command
 from hpddrnet_trt.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from hpddrnet_trt.benchmark.result import BenchmarkResult
+    from hpddrnet_trt.benchmark.result import BenchmarkResult, Settings
 
+PANEL = "Measure"
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")]
 Publish = Annotated[
     Path | None, typer.Option(help="Also copy the report there, named after the machine's GPU or CPU and the day.")
@@ -31,26 +34,48 @@ class Measure(StrEnum):
     ROOFLINE = "roofline"
 
 
-@app.command()
-def benchmark(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model files, or a folder that holds them.")],
-    data: Data,
-    split: Split = "test",
-    output: Output = Path("report"),
+@dataclass(frozen=True)
+class TimingOptions:
+    """What is timed, and how long."""
+
     size: Annotated[
         list[str] | None, typer.Option(help="Timed frame, e.g. 1024x1024; repeat for several; default: as the images.")
-    ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Frames per inference; repeat for several.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; each runs every engine once.")] = 30,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per engine.")] = None,
+    ] = None
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Frames per inference; repeat for several.")] = None
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; each runs every engine once.")] = 30
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per engine.")] = None
     measure: Annotated[
         list[Measure] | None,
         typer.Option(help="Beside the latency from frame to labels; repeat for several; default: all of these."),
-    ] = None,
-    latency_only: Annotated[bool, typer.Option("--latency-only", help="Nothing beside that latency.")] = False,
+    ] = None
+    latency_only: Annotated[bool, typer.Option("--latency-only", help="Nothing beside that latency.")] = False
     memory_size: Annotated[
         list[str] | None, typer.Option(help="Frame whose peak memory is measured; repeat; default: the timed ones.")
-    ] = None,
+    ] = None
+
+    def settings(self) -> Settings:
+        """The same for the benchmark; :class:`UsageError` for what makes no sense."""
+        from hpddrnet_trt.benchmark.images import parse_size
+        from hpddrnet_trt.benchmark.result import make_settings
+
+        if self.measure and self.latency_only:
+            raise UsageError("--measure asks for more than --latency-only; give one of them")
+        wanted = set() if self.latency_only else set(self.measure or Measure)
+        return make_settings(
+            sizes=tuple(map(parse_size, self.size or ())), batches=tuple(self.batch or (1,)), rounds=self.rounds,
+            threads=self.threads, memory_sizes=tuple(map(parse_size, self.memory_size or ())),
+            network_only=Measure.NETWORK in wanted, throughput=Measure.THROUGHPUT in wanted,
+            layers=Measure.LAYERS in wanted, roofline=Measure.ROOFLINE in wanted,
+        )  # fmt: skip
+
+
+@command(PANEL, "benchmark model.onnx nasa-super1 --data DATASET --size 1024x1024")
+def benchmark(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model files, or a folder that holds them.")],
+    data: Data,
+    timing: TimingOptions,
+    split: Split = "test",
+    output: Output = Path("report"),
     peers: Annotated[
         bool,
         typer.Option(
@@ -62,20 +87,13 @@ def benchmark(
 ) -> None:
     """Compare every engine and precision with the PyTorch reference in one interleaved run."""
     from hpddrnet_trt.benchmark.entries import entries_for
-    from hpddrnet_trt.benchmark.images import load_images, own_size, parse_size
-    from hpddrnet_trt.benchmark.result import load_result, make_settings
+    from hpddrnet_trt.benchmark.images import load_images, own_size
+    from hpddrnet_trt.benchmark.result import load_result
     from hpddrnet_trt.benchmark.run import run_benchmark
     from hpddrnet_trt.engines import CHECKPOINTS
     from hpddrnet_trt.report.folders import model_files
 
-    if measure and latency_only:
-        raise UsageError("--measure asks for more than --latency-only; give one of them")
-    wanted = set() if latency_only else set(measure or Measure)
-    settings = make_settings(
-        sizes=tuple(map(parse_size, size or ())), batches=tuple(batch or (1,)), rounds=rounds, threads=threads,
-        memory_sizes=tuple(map(parse_size, memory_size or ())), network_only=Measure.NETWORK in wanted,
-        throughput=Measure.THROUGHPUT in wanted, layers=Measure.LAYERS in wanted, roofline=Measure.ROOFLINE in wanted,
-    )  # fmt: skip
+    settings = timing.settings()
     old = None if compare is None else load_result(compare)
     files, images = model_files(models), load_images(data, split)
     entries = entries_for(files)
@@ -93,8 +111,8 @@ def benchmark(
         raise typer.Exit(INTERRUPTED)
 
 
-@app.command()
-def report(
+@command(PANEL, "benchmark report report/result.json --compare older.json", name="benchmark report")
+def benchmark_report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Files result.json of benchmarks.")],
     output: Output = Path("report"),
     compare: Compare = None,
@@ -128,7 +146,7 @@ def _report(result: BenchmarkResult, output: Path, old: BenchmarkResult | None, 
     typer.echo(f"report: {written.html}")
 
 
-@app.command()
+@command(PANEL, "profile model.int8.engine --output int8.json")
 def profile(
     engine: Annotated[Path, typer.Argument(help="Engine file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("layer-times.json"),
@@ -142,7 +160,47 @@ def profile(
     typer.echo(f"written: {write_layer_times(engine, output, parse_size(size), runs=runs)}")
 
 
-@app.command()
+@command(PANEL, "compare nasa-super1 model.int8.onnx --images DATASET")
+def compare(
+    a: Annotated[Path, typer.Argument(help="The reference: a model file, a shipped model's name, or label maps.")],
+    b: Annotated[Path, typer.Argument(help="What is compared with it: a model file, or a folder of label maps.")],
+    images: Annotated[
+        Path | None, typer.Option(help="For models: micrographs, a folder, or a dataset.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split, where the micrographs are a dataset.")] = "val",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Instead compare two files layer by layer: where is the error made?")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Compare the label maps of two models on the same micrographs, or those in two folders.
+
+    Of folders, the files of equal name are compared; A may be masks, where 255 does not count.
+    """
+    from hpddrnet_trt.accuracy.compare import compare as compare_layers
+    from hpddrnet_trt.core.files import write_text
+    from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.inference import load_segmenter
+    from hpddrnet_trt.inference.compare import compare_folders, compare_models
+
+    compared: Any
+    if a.is_dir() and b.is_dir() and images is None:
+        compared = compare_folders(a, b)
+    elif images is None:
+        raise UsageError("two models are compared on micrographs: give them with --images; or give two folders")
+    elif layers:
+        compared = compare_layers(a, b, find_images(images, split))
+    else:
+        paths = find_images(images, split)
+        with load_segmenter(a) as first, load_segmenter(b) as second:
+            compared = compare_models(first, second, paths)
+    typer.echo(compared.text())
+    if json_file is not None:
+        write_text(json_file, json.dumps(compared.record(), indent=1) + "\n")
+        typer.echo(f"written: {json_file}")
+
+
+@command(PANEL, "engines")
 def engines() -> None:
     """List the runtimes of this machine: version, or the reason why one is missing."""
     from hpddrnet_trt.engines import available_engines

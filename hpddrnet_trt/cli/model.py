@@ -1,23 +1,34 @@
-"""Commands from a checkpoint to an engine file."""
+"""Commands from a checkpoint to an engine file, and what a file says about itself."""
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hpddrnet_trt.cli.options import Checkpoint, ModelFile, OnnxFile, Split
-from hpddrnet_trt.cli.program import app
+from hpddrnet_trt.cli.options import Data, Method, ModelFile, OnnxFile, Split
+from hpddrnet_trt.cli.program import command
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.core.precisions import PRECISIONS, Half, LowPrecision, Precision
 from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.weights import locate
 
+if TYPE_CHECKING:
+    from hpddrnet_trt.accuracy.budget import Budget
+    from hpddrnet_trt.accuracy.gate import Gate
+    from hpddrnet_trt.accuracy.preparation import Study
 
-@app.command()
+PANEL = "Make model files"
+
+
+@command(PANEL, "convert-checkpoint their.pth ours.safetensors --classes grain,pore,clay")
 def convert_checkpoint(
     source: Annotated[Path, typer.Argument(help="Checkpoint of HPDDRNet or mmsegmentation (.pth).")],
     target: Annotated[Path, typer.Argument(help="Checkpoint to write (.safetensors).")],
@@ -25,64 +36,105 @@ def convert_checkpoint(
         str | None, typer.Option(help="Comma-separated class names; default: as stored in the checkpoint.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Licence of the training data.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the training data.")] = None,
 ) -> None:
     """Turn a checkpoint of the HPDDRNet / mmsegmentation world into ours; executes nothing from the file."""
     from hpddrnet_trt.models.checkpoints import convert_checkpoint as run_conversion
 
     names = [part.strip() for part in classes.split(",")] if classes else None
-    manifest = run_conversion(source, target, name=name, classes=names, license=licence)
+    manifest = run_conversion(source, target, name=name, classes=names, license=license)
     for remark in manifest.remarks:
         typer.echo(f"remark: {remark}")
     typer.echo(f"written: {target} ({manifest.network.name}, classes: {', '.join(manifest.class_names)})")
 
 
-@app.command()
-def export(
-    checkpoint: Checkpoint,
-    target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
-    batch: Annotated[int | None, typer.Option(help="Fixed batch size; dynamic when left out.")] = None,
-    height: Annotated[int | None, typer.Option(help="Fixed height in pixels; dynamic when left out.")] = None,
-    width: Annotated[int | None, typer.Option(help="Fixed width in pixels; dynamic when left out.")] = None,
+@dataclass(frozen=True)
+class GraphOptions:
+    """What the exported graph looks like."""
+
+    batch: Annotated[int | None, typer.Option(help="Fixed batch size; dynamic when left out.")] = None
+    height: Annotated[int | None, typer.Option(help="Fixed height in pixels; dynamic when left out.")] = None
+    width: Annotated[int | None, typer.Option(help="Fixed width in pixels; dynamic when left out.")] = None
     attention: Annotated[
         Literal["matmul", "attention-op", "function"],
         typer.Option(help="Form of position attention; matmul runs everywhere, function waits for a plugin."),
-    ] = "matmul",
+    ] = "matmul"
     output: Annotated[
         Literal["labels", "logits"], typer.Option(help="Class indices, or scores (for flip and multi-scale).")
-    ] = "labels",
-    confidence: Annotated[bool, typer.Option(help="Add a map of the winning class's probability.")] = False,
+    ] = "labels"
+    confidence: Annotated[bool, typer.Option(help="Add a map of the winning class's probability.")] = False
     grey_input: Annotated[
         bool, typer.Option(help="One-channel uint8 input; --no-grey-input takes three normalised float channels.")
-    ] = True,
+    ] = True
+
+
+@command(PANEL, "export nasa-super1 model.onnx --precision fp16 --data micrographs/")
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Checkpoint (.safetensors), or a shipped model's name. With --precision fp16 or bf16 also an FP32 "
+                 "ONNX file."
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    graph: GraphOptions,
     precision: Annotated[
-        Literal["fp32", Half], typer.Option(help="fp16, bf16: typed so, with attention scores in FP32.")
+        Literal["fp32", Half],
+        typer.Option(
+            help="fp16, bf16: typed so; attention scores and what would overflow or lose too much on the micrographs "
+                 "keep a wider type."
+        ),
     ] = "fp32",
+    half_weights: Annotated[
+        bool,
+        typer.Option(
+            "--half-weights",
+            help="The form models are shared in: weights stored in FP16, computed in FP32, and the checkpoint beside "
+                 "the ONNX file, both named as that.",
+        ),
+    ] = False,
     data: Annotated[
         Path | None, typer.Option(help="Micrographs or dataset (test split) to compare on; simulated when left out.")
     ] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Export a checkpoint to one self-describing ONNX file and compare it with PyTorch."""
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.export.convert import convert_precision
     from hpddrnet_trt.export.onnx import export_onnx
+    from hpddrnet_trt.export.shipping import ship
 
-    checkpoint = locate(checkpoint, ".safetensors")
+    from_onnx = checkpoint.suffix.lower() == ".onnx"
+    if from_onnx and (precision == "fp32" or graph != GraphOptions()):
+        raise UsageError(f"{checkpoint} is exported already; give its checkpoint, or only --precision fp16 or bf16")
+    if half_weights and (from_onnx or precision != "fp32" or graph != GraphOptions()):
+        raise UsageError("--half-weights is a form of its own, of a checkpoint; leave the other options out")
+    if from_onnx:
+        _check_target(checkpoint, target)
+    else:
+        checkpoint = locate(checkpoint, ".safetensors")
     images = find_images(data, "test") if data else []
+    if half_weights:
+        if target.suffix.lower() != ".onnx":
+            raise UsageError(f"the ONNX file {target} must end with .onnx; write {target.with_suffix('.onnx')}")
+        for path in ship(checkpoint, target.parent, name=target.stem, images=images):
+            typer.echo(f"written: {path} ({megabytes(path.stat().st_size)})")
+        return
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
-        exported = target if precision == "fp32" else Path(folder) / target.name
-        manifest = export_onnx(
-            checkpoint, exported, batch=batch, height=height, width=width, attention=attention, output=output,
-            confidence=confidence, grey_input=grey_input, images=images,
-        )  # fmt: skip
-        if precision != "fp32":
+        exported = checkpoint
+        if not from_onnx:
+            exported = target if precision == "fp32" else Path(folder) / target.name
+            manifest = export_onnx(checkpoint, exported, **asdict(graph), images=images)
             echo_evidence(manifest)
+        if precision != "fp32":
             manifest = convert_precision(exported, target, precision, images=images)
-    echo_evidence(manifest)
+            for remark in manifest.remarks:
+                typer.echo(f"remark: {remark}")
+            echo_evidence(manifest)
     typer.echo(f"written: {target}")
 
 
-@app.command()
+@command(PANEL, "calibrate model.onnx model.int8.onnx --data DATASET --method entropy")
 def calibrate(
     model: OnnxFile,
     target: Annotated[Path, typer.Argument(help="INT8 ONNX file to write.")],
@@ -119,9 +171,207 @@ def calibrate(
     typer.echo(f"written: {target}")
 
 
-@app.command()
+@dataclass(frozen=True)
+class StudyOptions:
+    """What candidates are calibrated and judged on."""
+
+    data: Data
+    split: Annotated[str, typer.Option(help="Split of the dataset that candidates are judged on.")] = "val"
+    precision: Annotated[LowPrecision, typer.Option(help="The low precision.")] = "int8"
+    calibration_data: Annotated[
+        Path | None, typer.Option("--calib", help="Micrographs to calibrate on; default: the dataset's training split.")
+    ] = None
+    method: Method = "max"
+    max_images: Annotated[int, typer.Option(min=1, help="Micrographs to calibrate on.")] = 64
+    size: Annotated[str | None, typer.Option(help="Calibration crops, e.g. 512x512; default: as the images.")] = None
+    reference: Annotated[
+        Path | None, typer.Option(help="Checkpoint or FP32 ONNX file to compare with; default: found beside MODEL.")
+    ] = None
+    resume: Annotated[bool, typer.Option(help="Go on from what an interrupted run has measured.")] = True
+
+    def open(self, model: Path, frame: tuple[int, int] | None) -> AbstractContextManager[Study]:
+        """The study; ``frame``: height and width that operations are counted for."""
+        from hpddrnet_trt.accuracy.preparation import open_study
+        from hpddrnet_trt.data.datasets import find_images
+
+        calibration = self.calibration_data
+        return open_study(
+            locate(model, ".onnx"), self.data, split=self.split, precision=self.precision, method=self.method,
+            max_images=self.max_images, size=_size(self.size), frame=frame, reference=self.reference,
+            resume=self.resume,
+            calibration_images=None if calibration is None else find_images(calibration, "train"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CostOptions:
+    """What the time of layers is estimated from."""
+
+    device: Annotated[
+        str, typer.Option(help="Whose data sheet layer times are estimated from: l4, agx-orin, h200.")
+    ] = "l4"
+    frame: Annotated[
+        str | None, typer.Option(help="Frame that times are estimated for, e.g. 1024x1024; default: as the crops.")
+    ] = None
+    layer_times: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Layer times measured on a GPU instead: of the INT8 and of the FP16 engine (`profile`)."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Limits on what a precision may cost."""
+
+    max_miou_drop: Annotated[
+        float | None, typer.Option(help="Budget: percentage points of masked mIoU that may be lost against FP32.")
+    ] = None
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Budget: smallest share of pixels labelled as FP32, 0..1.")
+    ] = None
+
+    def budget(self) -> Budget:
+        """Both limits; :class:`UsageError` where there is none."""
+        from hpddrnet_trt.accuracy.budget import Budget
+
+        return Budget(self.max_miou_drop, self.min_agreement)
+
+
+@command(PANEL, "choose-precision model.onnx mixed.onnx --data DATASET --max-miou-drop 0.1")
+def choose_precision(
+    model: Annotated[Path, typer.Argument(help="FP32 ONNX file written by export, or a shipped model's name.")],
+    options: StudyOptions,
+    budget: BudgetOptions,
+    cost: CostOptions,
+    target: Annotated[Path | None, typer.Argument(help="ONNX file to write; left out with --study.")] = None,
+    study: Annotated[
+        bool,
+        typer.Option(
+            "--study",
+            help="Write no file: print what every precision does to the accuracy, and which layers lose most.",
+        ),
+    ] = False,
+    by: Annotated[Literal["layer", "block"], typer.Option(help="With --study: what is quantised at a time.")] = "layer",
+    frontier: Annotated[bool, typer.Option(help="Measure the frontier even where quantising everything does.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the frontier or study to this file (.png).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Write the fastest INT8 (or FP8) file, with layers in FP16 where needed, that keeps an accuracy budget."""
+    _check_outputs(plot, json_file)
+    if study:
+        if target is not None:
+            raise UsageError(f"--study writes no file; leave {target} or --study out")
+        _study(model, options, by, plot, json_file)
+    elif target is None:
+        raise UsageError("nothing says where to write; name an ONNX file, or give --study to look only")
+    else:
+        _choose(model, target, options, budget.budget(), cost, frontier, plot, json_file)
+
+
+def _study(
+    model: Path, options: StudyOptions, by: Literal["layer", "block"], plot: Path | None, json_file: Path | None
+) -> None:
+    from hpddrnet_trt.accuracy.sensitivity import analyse
+    from hpddrnet_trt.accuracy.survey import survey
+    from hpddrnet_trt.report.precision import draw_sensitivity
+
+    with options.open(model, None) as opened:
+        table = survey(opened)
+        typer.echo(table.text())
+        sensitivities = analyse(opened.trials, by=by, operations=opened.shares)
+    typer.echo(f"\n{sensitivities.text()}")
+    if plot is not None:
+        typer.echo(f"written: {draw_sensitivity(sensitivities, plot)}")
+    _write_json(json_file, {"precisions": table.record(), "sensitivity": sensitivities.record()})
+
+
+def _choose(
+    model: Path, target: Path, options: StudyOptions, budget: Budget, cost: CostOptions, frontier: bool,
+    plot: Path | None, json_file: Path | None,
+) -> None:  # fmt: skip
+    from hpddrnet_trt.accuracy.choose import choose_precision
+    from hpddrnet_trt.accuracy.cost import check_device, cost_model
+    from hpddrnet_trt.report.precision import draw_frontier
+
+    check_device(cost.device, options.precision)
+    _check_target(model, target)
+    with options.open(model, _size(cost.frame)) as study:
+        costs = cost_model(study.trials.recipe, study.operations, device=cost.device, layer_times=cost.layer_times)
+        choice = choose_precision(
+            study.trials, target, budget, costs, calibration=study.calibration, always_search=frontier
+        )
+    typer.echo(choice.text())
+    if choice.frontier is not None:
+        if plot is not None:
+            typer.echo(f"written: {draw_frontier(choice.frontier, plot)}")
+        _write_json(json_file, choice.frontier.record())
+    elif plot is not None or json_file is not None:
+        typer.echo("no picture and no figures: everything in low precision keeps the budget; --frontier measures more")
+    typer.echo(f"written: {target}")
+
+
+@dataclass(frozen=True)
+class GateOptions(BudgetOptions):
+    """Whether the engine is written at all."""
+
+    verify: Annotated[
+        Path | None, typer.Option(help="Dataset: refuse the engine unless it keeps the budget on it.")
+    ] = None
+    verify_split: Annotated[str, typer.Option(help="Split that --verify judges on.")] = "test"
+    reference: Annotated[
+        Path | None, typer.Option(help="Checkpoint or FP32 ONNX file for --verify; default: found beside MODEL.")
+    ] = None
+
+    def gate(self) -> Gate | None:
+        """None without --verify; :class:`UsageError` for one without the other."""
+        from hpddrnet_trt.accuracy.gate import Gate
+
+        if self.verify is not None:
+            return Gate(self.verify, self.budget(), self.verify_split, self.reference)
+        if self.max_miou_drop is not None or self.min_agreement is not None:
+            raise UsageError(
+                "a budget is checked on a dataset: give --verify DATA with --max-miou-drop or --min-agreement"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class BuilderOptions:
+    """What TensorRT's builder is told; the names are those of :func:`~hpddrnet_trt.export.tensorrt.build_engine`."""
+
+    flavour: Annotated[
+        Literal["auto", "tensorrt", "tensorrt-rtx"],
+        typer.Option(help="auto: TensorRT where it and a GPU are, else TensorRT-RTX (builds without a GPU)."),
+    ] = "auto"
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="Optimisation profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
+    ] = None
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps tactic timings between builds.")
+    ] = None
+    compute_capabilities: Annotated[
+        list[str] | None,
+        typer.Option("--compute-capability", help="Target GPU, e.g. 8.9; repeat for several (TensorRT-RTX)."),
+    ] = None
+    workspace_mib: Annotated[int | None, typer.Option(min=1, help="Memory limit of tactics, in MiB.")] = None
+    optimisation_level: Annotated[
+        int | None, typer.Option("--optimization-level", min=0, max=5, help="Builder effort.")
+    ] = None
+    tiling: Annotated[
+        Literal["none", "fast", "moderate", "full"] | None, typer.Option(help="How hard to search for tiled kernels.")
+    ] = None
+    sparsity: Annotated[
+        bool, typer.Option("--sparsity", help="Use kernels for 2:4 sparse weights where the weights are.")
+    ] = False
+    version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False
+
+
+@command(PANEL, "build model.int8.onnx --precision int8 --verify DATASET --max-miou-drop 0.3")
 def build(
     model: OnnxFile,
+    gate: GateOptions,
+    builder: BuilderOptions,
     precision: Annotated[
         Literal[Precision, "auto"],
         typer.Option(help="Precision of the engine; auto: the fastest that keeps the budget, from an FP32 file."),
@@ -129,63 +379,24 @@ def build(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
     ] = None,
-    verify: Annotated[
-        Path | None, typer.Option(help="Dataset: refuse the engine unless it keeps the budget on it.")
-    ] = None,
-    max_miou_drop: Annotated[
-        float | None, typer.Option(help="Budget for --verify: points of mIoU that may be lost against FP32.")
-    ] = None,
-    min_agreement: Annotated[
-        float | None, typer.Option(help="Budget for --verify: smallest share of pixels labelled as FP32, 0..1.")
-    ] = None,
-    verify_split: Annotated[str, typer.Option(help="Split that --verify judges on.")] = "test",
-    reference: Annotated[
-        Path | None, typer.Option(help="Checkpoint or FP32 ONNX file for --verify; default: found beside MODEL.")
-    ] = None,
-    flavour: Annotated[
-        Literal["auto", "tensorrt", "tensorrt-rtx"],
-        typer.Option(help="auto: TensorRT where it and a GPU are, else TensorRT-RTX (builds without a GPU)."),
-    ] = "auto",
-    shapes: Annotated[
-        str | None,
-        typer.Option(help="Optimisation profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
-    ] = None,
     calibration_data: Annotated[
         Path | None, typer.Option("--calib", help="For int8, fp8 from an FP32 file: micrographs to calibrate on.")
     ] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="File that keeps tactic timings between builds.")] = None,
-    compute_capability: Annotated[
-        list[str] | None, typer.Option(help="Target GPU, e.g. 8.9; repeat for several (TensorRT-RTX).")
-    ] = None,
-    workspace_mib: Annotated[int | None, typer.Option(min=1, help="Memory limit of tactics, in MiB.")] = None,
-    optimisation_level: Annotated[int | None, typer.Option(min=0, max=5, help="Builder effort.")] = None,
-    tiling: Annotated[
-        Literal["none", "fast", "moderate", "full"] | None, typer.Option(help="How hard to search for tiled kernels.")
-    ] = None,
-    sparsity: Annotated[
-        bool, typer.Option("--sparsity", help="Use kernels for 2:4 sparse weights where the weights are.")
-    ] = False,
-    version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False,
 ) -> None:
     """Build a TensorRT engine, prove its precision and write it with its description.
 
     With --verify it is written only if it keeps the accuracy asked for; where no GPU runs it, the
     very ONNX file it was built from is judged on the CPU instead, and the description says so.
     """
-    from hpddrnet_trt.accuracy.budget import Budget
     from hpddrnet_trt.accuracy.engine import build_verified
-    from hpddrnet_trt.accuracy.gate import WHAT, Gate
+    from hpddrnet_trt.accuracy.gate import WHAT
     from hpddrnet_trt.export.proof import summary
 
-    if verify is None and (max_miou_drop is not None or min_agreement is not None):
-        raise UsageError("a budget is checked on a dataset: give --verify DATA with --max-miou-drop or --min-agreement")
-    gate = None if verify is None else Gate(verify, Budget(max_miou_drop, min_agreement), verify_split, reference)
+    opened = gate.gate()
     target = output or model.with_name(f"{_plain_stem(model)}.{precision}.engine")
     manifest = build_verified(
-        locate(model, ".onnx"), target, precision=precision, gate=gate, calibration_images=calibration_data,
-        flavour=flavour, shapes=shapes, timing_cache=timing_cache, compute_capabilities=compute_capability,
-        workspace_mib=workspace_mib, optimisation_level=optimisation_level, tiling=tiling, sparsity=sparsity,
-        version_compatible=version_compatible,
+        locate(model, ".onnx"), target, precision=precision, gate=opened, calibration_images=calibration_data,
+        **asdict(builder),
     )  # fmt: skip
     if manifest.engine is not None:
         typer.echo(summary(manifest.engine.precision_proof))
@@ -200,27 +411,7 @@ def _plain_stem(model: Path) -> str:
     return stem if stem and last in PRECISIONS else model.stem
 
 
-@app.command()
-def ship(
-    checkpoint: Checkpoint,
-    folder: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    name: Annotated[str | None, typer.Option(help="Name of the model; default: the checkpoint's.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Micrographs or dataset (test split) to compare on; simulated when left out.")
-    ] = None,
-) -> None:
-    """Write a checkpoint in the form models are shared in: FP16 weights, as .safetensors and as .onnx."""
-    from hpddrnet_trt.data.datasets import find_images
-    from hpddrnet_trt.export.shipping import ship as run_ship
-
-    written = run_ship(
-        locate(checkpoint, ".safetensors"), folder, name=name, images=find_images(data, "test") if data else []
-    )
-    for path in written:
-        typer.echo(f"written: {path} ({megabytes(path.stat().st_size)})")
-
-
-@app.command()
+@command(PANEL, "inspect model.int8.engine --layers")
 def inspect(
     model: ModelFile,
     layers: Annotated[bool, typer.Option("--layers", help="Also every convolution with its precision.")] = False,
@@ -242,3 +433,42 @@ def echo_evidence(manifest: Manifest) -> None:
         typer.echo(f"{last.what}, {last.images} images ({last.source}; {last.runtime}):")
         for name, value in last.values.items():
             typer.echo(f"  {name:<28} {value:.6g}")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    from hpddrnet_trt.benchmark.images import parse_size
+
+    return None if text is None else parse_size(text)
+
+
+def _check_outputs(plot: Path | None, json_file: Path | None) -> None:
+    """Before minutes are spent on what they shall hold."""
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UsageError(f"the picture {plot} must end with .png; write {plot.with_suffix('.png')}")
+    for path in (plot, json_file):
+        if path is not None:
+            _check_place(path)
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name the file to write in it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise UsageError(f"cannot write {path}: {above} is no folder that may be written to; choose another path")
+
+
+def _check_target(model: Path, target: Path) -> None:
+    """The same for the ONNX file; the FP32 file itself stays."""
+    from hpddrnet_trt.graph.model import check_target
+
+    _check_place(target)
+    check_target(locate(model, ".onnx"), target)
+
+
+def _write_json(target: Path | None, record: dict[str, Any]) -> None:
+    from hpddrnet_trt.core.files import write_text
+
+    if target is not None:
+        write_text(target, json.dumps(record, indent=1) + "\n")
+        typer.echo(f"written: {target}")

@@ -36,6 +36,9 @@ Mode = Annotated[
     Literal["single", "flip", "multiscale"],
     typer.Option(help="One view, its mirror image too, or both at six scales (TensorRT engines need logits for it)."),
 ]
+Method = Annotated[
+    Literal["max", "percentile", "entropy", "mse"], typer.Option(help="How ranges are taken from the values seen.")
+]
 Data = Annotated[Path, typer.Option(help="Dataset folder (images|masks/{train,val,test} or {split}/{imgs,labels}).")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 

@@ -22,6 +22,7 @@ from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import UsageError, UserError
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
+MOST_LETTERS = 200  # of a command's first sentence in the list
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Commands of earlier versions, and what has taken their place.
@@ -47,9 +48,12 @@ OLD_SPELLINGS = {
 
 
 class CommandList(TyperGroup):
-    """Commands in the groups that they were registered with; those that have gone say what has taken their place."""
+    """Commands, also of two words, in the panels they were registered with; those that have gone name what to use."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two_words = " ".join(args[:2])  # such as `benchmark report`
+        if two_words in self.commands:
+            return two_words, self.commands[two_words], args[2:]
         if args[0] in GONE and args[0] not in self.commands:
             raise UsageError(f"the command `{args[0]}` has gone; use {GONE[args[0]]}")
         return super().resolve_command(ctx, args)
@@ -61,7 +65,7 @@ class CommandList(TyperGroup):
                 # Typer keeps the panel, also where it is not drawn as one.
                 panel = getattr(command, "rich_help_panel", None)
                 title = panel if isinstance(panel, str) else "Commands"
-                panels.setdefault(title, []).append((name, command.get_short_help_str(formatter.width - 24)))
+                panels.setdefault(title, []).append((name, command.get_short_help_str(MOST_LETTERS)))
         for title, rows in panels.items():
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -93,7 +97,7 @@ def command(
 
     def register(function: Command) -> Command:
         registered = _with_fields(function)
-        group.command(name, rich_help_panel=panel, epilog=f"Example: hpddrnet-trt {example}")(registered)
+        group.command(name, rich_help_panel=panel, epilog=f"\b\nExample: hpddrnet-trt {example}")(registered)
         return registered
 
     return register

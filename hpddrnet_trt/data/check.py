@@ -1,4 +1,4 @@
-"""``check-dataset``: everything that is wrong or odd in a folder dataset, in one report."""
+"""``datasets check``: everything that is wrong or odd in a folder dataset, in one report."""
 
 from __future__ import annotations
 

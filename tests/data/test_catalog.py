@@ -141,7 +141,7 @@ def test_get_downloads_converts_and_records(metaldam_site: Entry, tmp_path: Path
 
 
 def test_an_unclear_licence_must_be_accepted(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--accept-unclear-licence"):
+    with pytest.raises(UsageError, match="--accept-unclear-license"):
         get_dataset(ENTRY, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -88,7 +88,7 @@ _ENTRIES = (
         verified=(
             "folders, names and the licence from the repository's listing and loader; that 1 is silt and 2 is pores "
             "follows from the loader's colour table (red, green) and the README's figure; look at the contact "
-            "sheet of check-dataset before training. No picture was seen"
+            "sheet of `datasets check` before training. No picture was seen"
         ),
     ),
     _nasa("nasa-super1", _SUPER_TITLE.format(1), _SUPER, "10 train, 4 val, at least 4 test; 512 x 512",
@@ -160,7 +160,7 @@ _ENTRIES = (
             "datasets convert uhcs SOURCE FOLDER'"
         ),
         notes="the instrument's banner (38 rows) is cut off; samples that occur in several splits are reported "
-        "by check-dataset",
+        "by `datasets check`",
         verified=(
             "names, values, banner and validation sets from the authors' loader and listing; the mirror's addresses "
             "and licences from another project's notes of 2026; no address was fetched"

@@ -36,7 +36,7 @@ def get_dataset(
     if entry.licence is None and not accept_unclear_licence:
         raise UsageError(
             f"the licence of {entry.name} is not clear ({entry.licence_note}); ask its authors, or give "
-            "--accept-unclear-licence if you may use it"
+            "--accept-unclear-license if you may use it"
         )
     store = Path(downloads) if downloads is not None else folder.parent / "downloads"
     fetched = [download(file, store) for file in entry.files]
