@@ -341,7 +341,7 @@ def _limited(text: bytes) -> bytes:
 
 
 def _from_onnx(path: Path) -> str | None:
-    # Read from the file's bytes: a microscope PC has a runtime for ONNX, but not the onnx package.
+    # Read from the file's bytes: importing the onnx package takes a tenth of a start.
     # ONNX is a protobuf; ModelProto's field 7 is the graph, field 14 a key (1) and value (2).
     key, text, graph = METADATA_KEY.encode(), None, False
     try:

@@ -33,7 +33,7 @@ from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino_attention import fuse_attention
 from hpddrnet_trt.engines.outputs import checked_prediction, expected_outputs
-from hpddrnet_trt.graph.check import check_onnx, check_operators, rewritten
+from hpddrnet_trt.graph.check import check_onnx, rewritten
 
 COMPILED_GRAPHS = 4  # kept per engine (a shape, for latency or for throughput); the least recently used goes first
 
@@ -65,8 +65,7 @@ class OpenVINOEngine(EngineBase):
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         input_contract(self.manifest)
-        check_onnx(self.path)
-        check_operators(self.path)
+        check_onnx(self.path, "operators")
         if self.manifest.quantised_for == "onnxruntime":
             raise UsageError(
                 f"{self.path} is quantised in ONNX Runtime's own form, which can crash OpenVINO; run it with the "

@@ -42,7 +42,7 @@ from hpddrnet_trt.engines.tensorrt_library import (
 )
 from hpddrnet_trt.export.proof import check_proof, proof_from_inspector, proof_from_network, summary
 from hpddrnet_trt.graph.attention import in_type, uses_bf16
-from hpddrnet_trt.graph.check import check_onnx, check_operators
+from hpddrnet_trt.graph.check import check_onnx
 from hpddrnet_trt.graph.lint import reformats_from_inspector
 from hpddrnet_trt.graph.model import load_model, save_model
 
@@ -190,8 +190,7 @@ def _check_request(source: Path, target: Path, precision: str) -> None:
 
 def _exported(source: Path) -> Manifest:
     manifest = read_manifest(source)
-    check_onnx(source)
-    check_operators(source, types=True)
+    check_onnx(source, "types")
     if manifest.input is None or manifest.output is None or manifest.precision is None:
         raise BadInputFile(f"{source} does not describe its input, output and precision; export it again")
     return manifest

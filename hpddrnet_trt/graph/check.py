@@ -1,24 +1,28 @@
-"""What an ONNX file must not hold, looked up before a runtime's own parser reads it.
+"""What an ONNX file must not hold, looked up once, where the file enters.
 
 A model file is data: it names no other files to read, calls nothing outside the ONNX operators, ends
 by itself, and holds the numbers that it says it holds. None of our exports needs more. Runtimes rely on
 some of this without a check: OpenVINO 2026.4 does not come back from a graph with a circle, counts down
 from any operator version, and crashes where a constant does not fit the memory or an operator lacks an
-input (:func:`check_operators`); TensorRT-RTX 1.7 divides by a block size of 0 or 2^62.
+input; TensorRT-RTX 1.7 divides by a block size of 0 or 2^62 and crashes where a shape is no whole numbers.
 
-The layout is that of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto); contents of
-tensors are passed over, so a file of 30 MB takes about 20 ms. How much memory and time a graph of
-permitted operators takes when it runs is not limited here.
+Whoever opens a file calls :func:`check_onnx`; a file that this process has checked, or written itself
+(:func:`trust`), is not looked at again.
+
+Why not the onnx package for all of it: its import and its parser cost a start on ONNX Runtime 0.08 s of
+0.7 s of processor time, this reader 0.04 s. The layout is that of onnx.proto
+(https://github.com/onnx/onnx/blob/main/onnx/onnx.proto); contents of tensors are passed over. How much
+memory and time a graph of permitted operators takes when it runs is not limited here.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
 
 from hpddrnet_trt.core.errors import BadInputFile, UserError, one_line, require
 from hpddrnet_trt.core.manifest import ProtobufField, protobuf_fields
@@ -45,36 +49,55 @@ _SHAPED_BY = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3}  # inpu
 _EXTERNAL = 1  # TensorProto.data_location
 _INT64 = 7  # TensorProto.data_type
 
+Depth = Literal["structure", "operators", "types"]
 Name = tuple[str, str]  # of an operator or function: its domain, and its name there
 Calls = Counter[Name]  # how often a graph, or the body of a function, calls each
+Numbers = list[int] | None  # those in a tensor, where they are constant whole ones, and few
+Scope = ChainMap[str, Numbers]  # tensors made so far, in a graph and in those around it
+
+_DEPTHS: tuple[str, ...] = get_args(Depth)
+_known: dict[tuple[int, ...], int] = {}  # identity of a file: how deep it was checked
 
 
-def check_onnx(path: Path) -> None:
-    """Raise :class:`BadInputFile` in one sentence for what this page's first paragraph excludes."""
+def check_onnx(path: Path, depth: Depth = "structure") -> None:
+    """Raise :class:`BadInputFile` in one sentence for what this page's first paragraph excludes.
+
+    ``operators``: also for operators without the inputs and attributes that ONNX asks for, by the onnx package's
+    own checker (20 ms to 130 ms); ``types``: also for inputs of types and shapes that do not go together.
+    """
+    wanted = _DEPTHS.index(depth)
     try:
-        with path.open("rb") as stream:
-            _Reader(stream).model(path.stat().st_size)
+        identity = _identity(path)
+        done = _known.get(identity, -1)
+        if done < 0:
+            with path.open("rb") as stream:
+                _Reader(stream).model(path.stat().st_size)
     except ValueError as exc:
         raise BadInputFile(f"{path} is refused: {exc}; export it again with this package") from exc
     except OSError as exc:
         raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions and the disk") from exc
+    if done < wanted and wanted > 0:
+        library = require("onnx", "export", "check ONNX files")
+        try:
+            library.checker.check_model(str(path), full_check=depth == "types")
+        except Exception as exc:  # its own error, or one of protobuf, whose classes differ between versions
+            raise BadInputFile(f"{path} is refused: {one_line(exc)}; export it again with this package") from exc
+    _known[identity] = max(done, wanted)
 
 
-def check_operators(path: Path, *, types: bool = False) -> None:
-    """Raise :class:`BadInputFile` for operators without the inputs and attributes that ONNX asks for.
-
-    By the onnx package's own checker, for files that :func:`check_onnx` has passed; 20 ms to 130 ms. ``types``: also
-    for inputs of types and shapes that do not go together; TensorRT-RTX 1.7 crashes where a shape is no whole numbers.
-    """
-    library = require("onnx", "export", "check ONNX files")
-    try:
-        library.checker.check_model(str(path), full_check=types)
-    except Exception as exc:  # its own error, or one of protobuf, whose classes differ between versions
-        raise BadInputFile(f"{path} is refused: {one_line(exc)}; export it again with this package") from exc
+def trust(path: Path) -> None:
+    """Note that this process has just written ``path``, from a graph that it has made or checked."""
+    _known[_identity(path)] = len(_DEPTHS)
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph of a file that :func:`check_onnx` has passed; raises :class:`BadInputFile` for a damaged one."""
+def _identity(path: Path) -> tuple[int, ...]:
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def load_checked(path: Path, depth: Depth = "structure") -> onnx.ModelProto:
+    """The graph of a file, after :func:`check_onnx`; raises :class:`BadInputFile`."""
+    check_onnx(path, depth)
     library = require("onnx", "export", "read ONNX files")
     try:
         model: onnx.ModelProto = library.load(str(path), load_external_data=False)
@@ -93,7 +116,7 @@ def rewritten(path: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto | 
     Raises :class:`BadInputFile` where the graph is not what ``change`` understands.
     """
     try:
-        model = load_graph(path)
+        model = load_checked(path)
         plain = expanded(model) if model.functions else model
         changed = change(plain)
         if changed is None:
@@ -105,34 +128,7 @@ def rewritten(path: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto | 
         raise _damaged(path, exc) from exc
 
 
-class _Scope:
-    """Tensors that the operators of a graph may read: its own so far, and those of the graphs around it."""
-
-    def __init__(self, outer: _Scope | None) -> None:
-        self._outer = outer
-        self._names = {""}  # an input that is left out
-        self._shapes: dict[str, list[int]] = {}
-
-    def add(self, name: str, shape: list[int] | None = None) -> None:
-        """``shape``: the numbers in the tensor, where they are constant whole ones, and few."""
-        self._names.add(name)
-        if shape is not None:
-            self._shapes[name] = shape
-
-    def make(self, name: str, shape: list[int] | None = None) -> None:
-        """:meth:`add` the result of an operator."""
-        if name and name in self._names:
-            raise ValueError(f"the tensor {name[:100]!r} is made twice")
-        self.add(name, shape)
-
-    def read(self, name: str) -> list[int] | None:
-        """The constant numbers in a tensor; raises :class:`ValueError` where no earlier operator has made it."""
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope._names:
-                return scope._shapes.get(name)
-            scope = scope._outer
-        raise ValueError(f"an operator reads {name[:100]!r}, which no operator before it makes")
+# ------------------------------------------------------------------------------- the reader
 
 
 class _Reader:
@@ -147,7 +143,7 @@ class _Reader:
         functions: dict[Name, Calls] = {}
         for part in self._fields(ProtobufField(0, 2, 0, size)):
             if part.number == 7:
-                self._graph(part, calls, MAX_GRAPH_DEPTH, None)
+                self._graph(part, calls, MAX_GRAPH_DEPTH, ChainMap({}))
             elif part.number == 25:
                 name, body = self._function(part)
                 if name in functions:
@@ -163,15 +159,16 @@ class _Reader:
         if nodes > MAX_NODES:
             raise ValueError(f"its functions, written out, have {nodes} operators, more than {MAX_NODES}")
 
-    def _graph(self, graph: ProtobufField, calls: Calls, depth: int, outer: _Scope | None) -> None:
+    def _graph(self, graph: ProtobufField, calls: Calls, depth: int, outer: Scope) -> None:
         if depth == 0:
             raise ValueError(f"its graphs lie more than {MAX_GRAPH_DEPTH} deep in each other")
-        scope = _Scope(outer)
+        scope = outer.new_child({"": None})  # an input that is left out
         for part in self._fields(graph):  # weights come after the operators that read them
             if part.number == 5:
-                scope.add(*self._tensor(part))
+                name, numbers = self._tensor(part)
+                scope[name] = numbers
             elif part.number == 11:
-                scope.add(self._texts(part, 1)[0])
+                scope[self._texts(part, 1)[0]] = None
             elif part.number == 12:
                 self._texts(part, 1)
             elif part.number == 15:
@@ -182,9 +179,7 @@ class _Reader:
 
     def _function(self, function: ProtobufField) -> tuple[Name, Calls]:
         calls: Calls = Counter()
-        scope = _Scope(None)
-        for name in self._texts(function, 4):
-            scope.add(name)
+        scope: Scope = ChainMap(dict.fromkeys(["", *self._texts(function, 4)]))
         for part in self._fields(function):
             if part.number == 7:
                 self._node(part, calls, MAX_GRAPH_DEPTH, scope)
@@ -199,9 +194,9 @@ class _Reader:
             if part.number == 2 and part.value > MAX_OPSET:
                 raise ValueError(f"it asks for version {part.value} of ONNX's operators")
 
-    def _node(self, node: ProtobufField, calls: Calls, depth: int, scope: _Scope) -> None:
+    def _node(self, node: ProtobufField, calls: Calls, depth: int, scope: Scope) -> None:
         texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: [], 7: []}
-        constant: list[int] | None = None
+        constant: Numbers = None
         for part in self._fields(node):
             if part.number in texts:
                 texts[part.number].append(self._text(part))
@@ -210,26 +205,27 @@ class _Reader:
         domain, operator = _name(texts[7], texts[4])
         if operator in REFUSED:
             raise ValueError(REFUSED[operator])
-        shapes = [scope.read(name) for name in texts[1]]
+        if unmade := next((name for name in texts[1] if name not in scope), None):
+            raise ValueError(f"an operator reads {unmade[:100]!r}, which no operator before it makes")
         place = _SHAPED_BY.get(operator)
-        if place is not None and place < len(shapes):
-            made = prod(max(abs(size), 1) for size in shapes[place] or [])
+        if place is not None and place < len(texts[1]):
+            made = prod(max(abs(size), 1) for size in scope[texts[1][place]] or [])
             if made > MAX_MADE:
                 raise ValueError(f"an operator {operator} makes {made:.1e} numbers of a shape in the file")
         for name in texts[2]:
-            scope.make(name, constant if operator == "Constant" else None)
+            if name and name in scope.maps[0]:
+                raise ValueError(f"the tensor {name[:100]!r} is made twice")
+            scope[name] = constant if operator == "Constant" else None
         calls[domain, operator] += 1
 
-    def _attribute(
-        self, attribute: ProtobufField, calls: Calls, depth: int, scope: _Scope
-    ) -> list[int] | None:
+    def _attribute(self, attribute: ProtobufField, calls: Calls, depth: int, scope: Scope) -> Numbers:
         """Whole numbers that it holds, where they are few."""
-        found: list[int] | None = None
+        held: Numbers = None
         setting = self._texts(attribute, 1)[-1]
         lowest, given = (1 if setting in POSITIVE else -MAX_SETTING), False
         for part in self._fields(attribute):
             if part.number in (5, 10):
-                _, found = self._tensor(part)
+                _, held = self._tensor(part)
             elif part.number in (6, 11):
                 self._graph(part, calls, depth - 1, scope)
             elif part.number in (3, 8):
@@ -237,19 +233,19 @@ class _Reader:
                 wrong = [value for value in numbers if not lowest <= value <= MAX_SETTING]
                 if wrong:
                     raise ValueError(f"{setting[:100]!r} of an operator is {wrong[0]}")
-                found = [*(found or []), *numbers] if part.number == 8 else found
+                held = [*(held or []), *numbers] if part.number == 8 else held
             elif part.number == 21:  # refers to one of the function that it is in
                 given = True
             elif part.number in (22, 23):
                 raise ValueError("it holds sparse tensors, which may become of any size")
         if lowest == 1 and not given:  # which counts as 0
             raise ValueError(f"{setting!r} of an operator has no value")
-        return found
+        return held
 
-    def _tensor(self, tensor: ProtobufField) -> tuple[str, list[int] | None]:
+    def _tensor(self, tensor: ProtobufField) -> tuple[str, Numbers]:
         """Its name, and its numbers where they are whole and few."""
         elements, kind, name = 1, 0, ""
-        numbers: list[int] | None = None
+        numbers: Numbers = None
         for part in self._fields(tensor):
             if part.number == 13 or (part.number == 14 and part.value == _EXTERNAL):
                 raise ValueError("some of its numbers are in another file")
@@ -275,18 +271,18 @@ class _Reader:
 
     def _numbers(self, part: ProtobufField) -> list[int]:
         """One number, or several in a row ("packed"), of 64 bits with sign."""
-        found = []
+        numbers = []
         if part.wire != 2:
-            found = [part.value]
+            numbers = [part.value]
         else:
             value, shift = 0, 0
             for byte in self._bytes(part):
                 value |= (byte & 0x7F) << shift
                 shift += 7
                 if byte < 0x80:
-                    found.append(value)
+                    numbers.append(value)
                     value, shift = 0, 0
-        return [value - (1 << 64) if value >= 1 << 63 else value for value in found]
+        return [value - (1 << 64) if value >= 1 << 63 else value for value in numbers]
 
     def _texts(self, message: ProtobufField, number: int) -> list[str]:
         """The texts in the fields of that number; at least one, which may be empty."""

@@ -1,4 +1,4 @@
-"""ONNX files of this package: reading, writing, and the small graph queries the passes share."""
+"""ONNX files of this package: reading and writing."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import METADATA_KEY, Manifest, read_manifest
 from hpddrnet_trt.graph.attention import as_function, expanded
-from hpddrnet_trt.graph.check import check_onnx, load_graph
+from hpddrnet_trt.graph.check import Depth, load_checked, trust
 
 if TYPE_CHECKING:
     import onnx
 
 
-def load_model(path: str | Path) -> tuple[onnx.ModelProto, Manifest]:
+def load_model(path: str | Path, depth: Depth = "structure") -> tuple[onnx.ModelProto, Manifest]:
     """Read an ONNX file of this package and its description; functions are written out as their operators.
 
-    Raises :class:`~hpddrnet_trt.core.errors.BadInputFile` for a damaged or foreign file.
+    A file that enters here is checked to ``depth`` (:mod:`hpddrnet_trt.graph.check`). Raises
+    :class:`~hpddrnet_trt.core.errors.BadInputFile` for a damaged or foreign one.
     """
     manifest = read_manifest(path)
-    check_onnx(Path(path))
-    model = load_graph(Path(path))
+    model = load_checked(Path(path), depth)
     return expanded(model) if model.functions else model, manifest
 
 
@@ -44,6 +44,7 @@ def save_model(model: onnx.ModelProto, target: str | Path, manifest: Manifest) -
         raise UserError(f"the graph meant for {target} is not valid ONNX ({exc}); please report this") from exc
     with atomic_path(target) as temporary:
         onnx.save(model, str(temporary))
+    trust(Path(target))
     return Path(target)
 
 

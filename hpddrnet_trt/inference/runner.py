@@ -21,6 +21,7 @@ from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.core.metrics import arg_max, softmax
 from hpddrnet_trt.data.preprocess import Mode, TtaTransform, network_input, plan_tta
 from hpddrnet_trt.engines.base import Engine, Prediction, input_contract
+from hpddrnet_trt.graph.check import load_checked, trust
 from hpddrnet_trt.graph.scores import with_scores
 
 Grey8 = npt.NDArray[np.uint8]
@@ -206,9 +207,10 @@ class ScoresModel:
                 # Engines read their file again for other input sizes: it stays as long as the engine.
                 self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 target = folder / self._path.name
-                model = with_scores(onnx.load(str(self._path)), self._manifest)
+                model = with_scores(load_checked(self._path), self._manifest)
                 if model is not None:
                     onnx.save(model, str(target))
+                    trust(target)
                     self._engine = self._open(target)
                 self._asked = True
             return self._engine

@@ -16,8 +16,10 @@ from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.manifest import protobuf_fields
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino import OpenVINOEngine
-from hpddrnet_trt.graph.check import MAX_GRAPH_DEPTH, MAX_OPSET, check_onnx, check_operators, rewritten
-from tests.tiny_export import write_fp16, write_fp32
+from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.tensorrt import build_engine
+from hpddrnet_trt.graph.check import MAX_GRAPH_DEPTH, MAX_OPSET, _Reader, check_onnx, rewritten
+from tests.tiny_export import pictures, write_fp16, write_fp32
 from tests.toy import manifest, write_toy_onnx
 
 Change = Callable[[onnx.ModelProto], None]
@@ -226,13 +228,13 @@ def test_a_function_that_is_defined_twice(tmp_path: Path) -> None:
 
 def test_operators_without_their_inputs(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
-    check_operators(path)
+    check_onnx(path, "operators")
     model = onnx.load(str(path))
     model.graph.node.append(helper.make_node("Pad", ["image"], ["padded"]))
     path.write_bytes(model.SerializeToString())
     check_onnx(path)
     with pytest.raises(BadInputFile, match=r"m\.onnx is refused: .*Pad:19\) has input size 1 not in range"):
-        check_operators(path)
+        check_onnx(path, "operators")
     pytest.importorskip("openvino", reason="OpenVINO is an optional extra and not installed")
     with pytest.raises(BadInputFile, match="has input size 1"):
         OpenVINOEngine(path)  # it would crash
@@ -241,14 +243,14 @@ def test_operators_without_their_inputs(tmp_path: Path) -> None:
 def test_a_shape_that_is_no_whole_numbers(tmp_path: Path) -> None:
     """The builder of an engine would crash."""
     path = write_fp16(tmp_path / "m.onnx")
-    check_operators(path, types=True)
+    check_onnx(path, "types")
     model = onnx.load(str(path))
     reshape = next(node for node in model.graph.node if node.op_type == "Reshape")
     reshape.input[1] = next(each.name for each in model.graph.initializer if each.data_type == TensorProto.FLOAT16)
     path.write_bytes(model.SerializeToString())
     check_onnx(path)
     with pytest.raises(BadInputFile, match=r"m\.onnx is refused: .*Expected:int64 Actual:float16"):
-        check_operators(path, types=True)
+        check_onnx(path, "types")
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
@@ -280,6 +282,66 @@ def test_our_own_files_pass(tmp_path: Path) -> None:
         check_onnx(path)
 
 
+class Counted:
+    """Files that were looked into: those of ours should not be, foreign ones once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.structure: list[str] = []
+        self.operators: list[str] = []
+        walk, checker = _Reader.model, onnx.checker.check_model
+
+        def model(reader: _Reader, size: int) -> None:
+            self.structure.append(Path(reader._stream.name).name)
+            walk(reader, size)
+
+        def check_model(source: Any, **options: Any) -> None:
+            if isinstance(source, str):
+                self.operators.append(Path(source).name)
+            checker(source, **options)
+
+        monkeypatch.setattr(_Reader, "model", model)
+        monkeypatch.setattr(onnx.checker, "check_model", check_model)
+
+
+def _foreign(path: Path) -> Path:
+    """As if another program had written it."""
+    copy = path.with_name("foreign.onnx")
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
+def test_calibration_checks_the_file_it_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, images = _foreign(write_fp32(tmp_path / "m.onnx")), pictures(tmp_path / "images", 2)
+    counted = Counted(monkeypatch)
+    calibrate(source, tmp_path / "int8.onnx", images, method="auto", min_agreement=0.1, cache=None)
+    assert counted.structure == ["foreign.onnx"]
+    assert counted.operators == []
+    check_onnx(tmp_path / "int8.onnx", "types")  # ours
+    assert counted.structure == ["foreign.onnx"]
+
+
+def test_a_build_checks_the_file_it_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, which builds without a GPU, is missing")
+    source = _foreign(write_fp32(tmp_path / "m.onnx"))
+    counted = Counted(monkeypatch)
+    options: dict[str, Any] = {"flavour": "tensorrt-rtx", "shapes": "1x1x64x64:1x1x64x64:1x1x64x64"}
+    build_engine(source, tmp_path / "m.engine", precision="fp16", progress=False, **options)
+    assert counted.structure == counted.operators == ["foreign.onnx"]
+
+
+def test_a_file_that_was_changed_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest())
+    counted = Counted(monkeypatch)
+    for depth in ("structure", "operators", "structure", "types", "operators"):
+        check_onnx(path, depth)  # type: ignore[arg-type]
+    assert (len(counted.structure), len(counted.operators)) == (1, 2)  # the types are another question
+    model = onnx.load(str(path))
+    _operator("Loop")(model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BadInputFile, match="it has a loop"):
+        check_onnx(path)
+
+
 def test_the_reader_sees_what_protobuf_sees(tmp_path: Path) -> None:
     path = write_fp32(tmp_path / "m.onnx")
     content = path.read_bytes()
@@ -305,5 +367,5 @@ def test_a_change_that_does_not_understand_the_graph_is_a_sentence(tmp_path: Pat
         rewritten(path, change)
     assert rewritten(path, lambda model: None) is None
     path.write_bytes(b"\x3a\x05")
-    with pytest.raises(BadInputFile, match="is damaged or no ONNX file"):
+    with pytest.raises(BadInputFile, match="is refused: it is cut off"):
         rewritten(path, lambda model: None)
