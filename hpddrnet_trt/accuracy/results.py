@@ -65,7 +65,7 @@ def origin_of(
         best_step=None if step is None else int(step),
         data=dataset.name,
         data_sha256=dataset.checksum(),
-        licence=dataset.licence,
+        licence=dataset.license,
         split=split,
         mode=segmenter.mode,
         runtime=segmenter.engine.runtime,

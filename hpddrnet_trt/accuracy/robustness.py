@@ -15,9 +15,9 @@ from hpddrnet_trt.accuracy.results import Grey8, plain
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.core.text import percent
+from hpddrnet_trt.data.augment import SHIFTS, Shift
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.preprocess import Mode
-from hpddrnet_trt.data.shifts import SHIFTS, Shift
 from hpddrnet_trt.inference import Segmenter
 
 TOLERANCE = 0.05  # of mIoU: what a working range may lose

@@ -85,7 +85,7 @@ def load_images(path: str | Path, split: str = "test", limit: int | None = None)
 
 
 def _is_dataset(path: str | Path) -> bool:
-    from hpddrnet_trt.data.layouts import detect_layout
+    from hpddrnet_trt.data.datasets import detect_layout
 
     try:
         detect_layout(path)

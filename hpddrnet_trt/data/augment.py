@@ -1,4 +1,7 @@
-"""Augmentation of micrographs: what another session at the same instrument could have shown.
+"""What another session at the same instrument could have shown: at random for training, one knob at a time as a test.
+
+:class:`Augmentation` makes random crops, :data:`SHIFTS` turn one knob to a given value, also beyond the range of
+training, so that one sees where a model ends.
 
 Geometry first: rotation by any angle, flips, scale and the crop are one affine map, so picture and
 mask are resampled once. Then the instrument, in its own order: defocus (the probe), shot noise (the
@@ -16,6 +19,8 @@ what exact resume rests on.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import cv2
@@ -23,10 +28,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
+from hpddrnet_trt.data.preprocess import scaled_size
 
-Grey = npt.NDArray[np.uint8]
+Grey8 = npt.NDArray[np.uint8]
+Pair = tuple[Grey8, Grey8]  # image and mask, both [H, W]
 Matrix = npt.NDArray[np.float64]
 Range = tuple[float, float]
 
@@ -89,7 +96,7 @@ class Augmentation:
     def __init__(self, config: AugmentConfig | None = None) -> None:
         self.config = config or AugmentConfig()
 
-    def __call__(self, image: Grey, mask: Grey, rng: np.random.Generator) -> tuple[Grey, Grey]:
+    def __call__(self, image: Grey8, mask: Grey8, rng: np.random.Generator) -> tuple[Grey8, Grey8]:
         if image.ndim != 2 or image.shape != mask.shape or not image.size:
             raise ContractError(f"image {image.shape} and mask {mask.shape} must be two-dimensional and of equal size")
         if image.dtype != np.uint8 or mask.dtype != np.uint8:
@@ -98,7 +105,7 @@ class Augmentation:
         crop = _warp_mirrored(image, matrix, self.config.crop)
         return self._photograph(crop, rng), _warp_labels(mask, matrix, self.config.crop)
 
-    def _affine(self, mask: Grey, rng: np.random.Generator) -> Matrix:
+    def _affine(self, mask: Grey8, rng: np.random.Generator) -> Matrix:
         """The map from crop pixels to picture pixels, float64 ``[2, 3]``."""
         linear = self._linear_part(rng)
         height, width = self.config.crop
@@ -127,7 +134,7 @@ class Augmentation:
         return linear / zoom if scaled < config.scale_probability else linear
 
     def _centre(
-        self, mask: Grey, reach: npt.NDArray[np.float64], rng: np.random.Generator
+        self, mask: Grey8, reach: npt.NDArray[np.float64], rng: np.random.Generator
     ) -> npt.NDArray[np.float64]:
         """Where in the picture (x, y) the crop's middle goes; within the picture where it fits."""
         size = np.array([mask.shape[1], mask.shape[0]], dtype=np.float64)
@@ -144,7 +151,7 @@ class Augmentation:
                 return np.clip(np.array([column, row]) + offset * reach, lowest, highest)
         return drawn
 
-    def _photograph(self, image: npt.NDArray[np.float32], rng: np.random.Generator) -> Grey:
+    def _photograph(self, image: npt.NDArray[np.float32], rng: np.random.Generator) -> Grey8:
         """Defocus, shot noise, display; float32 grey levels to uint8."""
         config = self.config
         blurred, sigma = rng.random(), rng.uniform(*config.defocus)
@@ -161,14 +168,11 @@ class Augmentation:
         if contrast != 1 or brightness != 0:
             mean = float(image.mean())
             image = (image - np.float32(mean)) * np.float32(contrast) + np.float32(mean + brightness)
-        pixels: Grey = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
-        if gamma == 1:
-            return pixels
-        curve = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
-        return curve[pixels]
+        pixels = _rounded(image)
+        return pixels if gamma == 1 else _gamma_curve(gamma)[pixels]
 
 
-def _warp_mirrored(image: Grey, matrix: Matrix, size: tuple[int, int]) -> npt.NDArray[np.float32]:
+def _warp_mirrored(image: Grey8, matrix: Matrix, size: tuple[int, int]) -> npt.NDArray[np.float32]:
     """Resample with cubic interpolation, mirrored outside the picture; grey levels as float32.
 
     The mirroring is done here, on the part that the crop can see: large pictures cost no more than
@@ -180,7 +184,7 @@ def _warp_mirrored(image: Grey, matrix: Matrix, size: tuple[int, int]) -> npt.ND
     return _warp(part, matrix, (left, top), size, cv2.INTER_CUBIC, cv2.BORDER_REPLICATE, 0).astype(np.float32)
 
 
-def _warp_labels(mask: Grey, matrix: Matrix, size: tuple[int, int]) -> Grey:
+def _warp_labels(mask: Grey8, matrix: Matrix, size: tuple[int, int]) -> Grey8:
     """Resample with the nearest label; 255 outside the picture."""
     (left, top), (right, bottom) = _footprint(matrix, size)
     left, right = (int(value) for value in np.clip([left, right], 0, mask.shape[1]))
@@ -193,7 +197,7 @@ def _warp_labels(mask: Grey, matrix: Matrix, size: tuple[int, int]) -> Grey:
 
 
 def _warp(
-    part: Grey,
+    part: Grey8,
     matrix: Matrix,
     origin: tuple[int, int],
     size: tuple[int, int],
@@ -234,3 +238,127 @@ def _log_uniform(rng: np.random.Generator, limits: Range) -> float:
     low, high = limits
     value = math.exp(rng.uniform(math.log(low), math.log(high)))
     return low if low == high else value
+
+Apply = Callable[[Grey8, Grey8, float, np.random.Generator], Pair]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One knob: ``apply`` turns it to a value of its sweep ``values``, which rise and hold ``neutral``.
+
+    ``axis``: what the value is, with its unit. ``note``: what is done to the picture, in a sentence.
+    ``logarithmic``: values are factors, to be drawn on a logarithmic axis (an infinite one, which
+    leaves the picture as it is, beside it). ``resizes``: the picture changes its size.
+    """
+
+    name: str
+    axis: str
+    note: str
+    neutral: float
+    values: tuple[float, ...]
+    apply: Apply
+    logarithmic: bool = False
+    resizes: bool = False
+
+    def __call__(self, image: Grey8, mask: Grey8, value: float, rng: np.random.Generator) -> Pair:
+        """Image and mask at ``value``; the same arrays at the neutral value."""
+        return (image, mask) if value == self.neutral else self.apply(image, mask, value, rng)
+
+
+def contrast(image: Grey8, mask: Grey8, factor: float, rng: np.random.Generator) -> Pair:
+    """Grey levels spread about the image's mean by ``factor`` (the detector's gain), cut off at 0 and 255."""
+    _positive("contrast", factor)
+    mean = float(image.mean())
+    return _rounded((np.arange(256) - mean) * factor + mean)[image], mask
+
+
+def brightness(image: Grey8, mask: Grey8, offset: float, rng: np.random.Generator) -> Pair:
+    """``offset`` grey levels added (the detector's offset), cut off at 0 and 255."""
+    return _rounded(np.arange(256) + offset)[image], mask
+
+
+def gamma(image: Grey8, mask: Grey8, exponent: float, rng: np.random.Generator) -> Pair:
+    """Grey as a share of white to the power ``exponent``: below 1 lightens, above 1 darkens the middle tones."""
+    _positive("gamma", exponent)
+    return _gamma_curve(exponent)[image], mask
+
+
+def noise(image: Grey8, mask: Grey8, dose: float, rng: np.random.Generator) -> Pair:
+    """Shot noise of counting ``dose`` electrons in a white pixel, and proportionally fewer in darker ones.
+
+    Counts are Poisson distributed, independently for each pixel; a count of ``dose`` is shown white.
+    """
+    _positive("dose", dose)
+    counts = rng.poisson(image.astype(np.float32) * np.float32(dose / 255))
+    return _rounded(counts * (255 / dose)), mask
+
+
+def defocus(image: Grey8, mask: Grey8, sigma: float, rng: np.random.Generator) -> Pair:
+    """Blurred by a round Gaussian probe of standard deviation ``sigma`` pixels; mirrored at the border."""
+    _positive("defocus", sigma)
+    reach = math.ceil(4 * sigma)  # what lies beyond holds less than 1e-4 of the probe
+    kernel = cv2.getGaussianKernel(2 * reach + 1, sigma, cv2.CV_32F)
+    blurred = cv2.sepFilter2D(image.astype(np.float32), cv2.CV_32F, kernel, kernel, borderType=cv2.BORDER_REFLECT)
+    return _rounded(np.asarray(blurred).reshape(image.shape)), mask
+
+
+def magnification(image: Grey8, mask: Grey8, factor: float, rng: np.random.Generator) -> Pair:
+    """The whole field with ``factor`` times as many pixels along each edge, as at another magnification.
+
+    The image is shrunk by averaging over the area of each new pixel and enlarged by cubic
+    interpolation; each mask pixel takes the nearest label, so no label is invented. Scores are
+    counted at the new size. This changes the scale of things alone: averaging also smooths noise,
+    as binning does, and enlarging adds no detail; a microscope would change noise and detail, too.
+    """
+    _positive("magnification", factor)
+    height, width = scaled_size(image.shape[0], image.shape[1], factor)
+    how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    shifted = np.asarray(cv2.resize(image, (width, height), interpolation=how), dtype=np.uint8)
+    labels = np.asarray(cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT), dtype=np.uint8)
+    return shifted.reshape(height, width), labels.reshape(height, width)
+
+
+SHIFTS = (
+    Shift(
+        "contrast", "contrast factor", "grey levels spread about the image's mean, cut off at black and white",
+        1.0, (0.25, 0.4, 0.6, 0.8, 1.0, 1.25, 1.6, 2.5, 4.0), contrast, logarithmic=True,
+    ),
+    Shift(
+        "brightness", "brightness, grey levels of 255 added", "grey levels added, cut off at black and white",
+        0.0, (-100, -75, -50, -25, 0, 25, 50, 75, 100), brightness,
+    ),
+    Shift(
+        "gamma", "gamma (below 1 lighter, above 1 darker)", "grey as a share of white, to the power gamma",
+        1.0, (0.4, 0.5, 0.63, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5), gamma, logarithmic=True,
+    ),
+    Shift(
+        "noise", "dose, electrons per white pixel (fewer: noisier)",
+        "shot noise of that many electrons, on top of the noise that the micrograph has",
+        math.inf, (5, 10, 20, 40, 80, 160, 320, 640, math.inf), noise, logarithmic=True,
+    ),
+    Shift(
+        "defocus", "defocus, standard deviation of the probe, pixels",
+        "a Gaussian blur, on top of that of the micrograph",
+        0.0, (0, 0.5, 1, 1.5, 2, 3, 4, 6), defocus,
+    ),
+    Shift(
+        "magnification", "magnification factor",
+        "image and mask rescaled: the image by area average (smaller) or cubic interpolation (larger), the mask by "
+        "nearest label; scored at the new size",
+        1.0, (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0), magnification, logarithmic=True, resizes=True,
+    ),
+)  # fmt: skip
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UsageError(f"{name} must be a positive number, got {value}")
+
+
+def _gamma_curve(exponent: float) -> Grey8:
+    """The 256 grey levels as a share of white to the power ``exponent``."""
+    return _rounded(255 * (np.arange(256) / 255) ** exponent)
+
+
+def _rounded(values: npt.NDArray[Any]) -> Grey8:
+    return np.rint(np.clip(values, 0, 255)).astype(np.uint8)

@@ -6,21 +6,39 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
-from hpddrnet_trt.data.contact_sheet import draw_contact_sheet
-from hpddrnet_trt.data.datasets import SplitStatistics, infer_classes, summarise, unknown_values, with_groups
-from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, default_palette, read_description
-from hpddrnet_trt.data.layouts import SPLITS, Layout, Sample, SplitFiles, detect_layout, scan_split
+from hpddrnet_trt.data.datasets import (
+    FILE_NAME,
+    SPLITS,
+    DatasetDescription,
+    Layout,
+    Sample,
+    SplitFiles,
+    SplitStatistics,
+    default_palette,
+    detect_layout,
+    infer_classes,
+    read_description,
+    read_pair,
+    scan_split,
+    summarise,
+    unknown_values,
+    with_groups,
+)
+from hpddrnet_trt.data.labels import overlay
 from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
 
 _LISTED = 5  # file names that the text shows of a longer list; the JSON has all
@@ -53,7 +71,7 @@ class DatasetReport:
     root: str
     name: str
     layout: str
-    licence: str | None
+    license: str | None
     classes: list[ClassInfo]
     splits: dict[str, SplitReport]
     leaks: list[list[str]]  # identical pictures in different splits
@@ -79,7 +97,7 @@ class DatasetReport:
         lines = [
             f"dataset {self.name} ({self.root}), layout {self.layout}",
             f"classes: {', '.join(entry.name for entry in self.classes) or 'unknown'}"
-            f"    licence: {self.licence or 'not stated'}",
+            f"    license: {self.license or 'not stated'}",
         ]
         for name, split in self.splits.items():
             lines += ["", *_split_lines(name, split, self.classes)]
@@ -107,16 +125,16 @@ def check_dataset(
     report; only a folder that is no dataset at all raises :class:`BadInputFile`.
     """
     root = Path(folder)
-    found = detect_layout(root, layout)
+    layout = detect_layout(root, layout)
     description = read_description(root / FILE_NAME) if (root / FILE_NAME).is_file() else DatasetDescription()
-    files = {split: _scan(root, found, split, description) for split in SPLITS}
+    files = {split: _scan(root, layout, split, description) for split in SPLITS}
     if not any(entry.samples or entry.images_without_mask or entry.masks_without_image for entry in files.values()):
         raise BadInputFile(f"dataset {root} is empty: no image in any of {', '.join(SPLITS)}")
     scan = _Scan(root, description)
     jobs = [(split, sample) for split in SPLITS for sample in files[split].samples]
     for split, sample in tqdm(jobs, desc="checking", unit="image", disable=not progress):
         scan.add(split, sample)
-    report = scan.report(found, files)
+    report = scan.report(layout, files)
     if contact_sheet is not None:
         groups = {split: [item for item in entry.samples if item in scan.good] for split, entry in files.items()}
         draw_contact_sheet(contact_sheet, report.name, report.classes, groups)
@@ -201,13 +219,13 @@ class _Scan:
             for group, where in sorted(shared.items())
         ]
         warnings += [f"there is no {name} split" for name in ("val", "test") if name not in splits]
-        if self.description.licence is None:
-            warnings.append(f"no licence is stated; write one into {FILE_NAME}")
+        if self.description.license is None:
+            warnings.append(f"no license is stated; write one into {FILE_NAME}")
         return DatasetReport(
             root=str(self.root),
             name=self.description.name or self.root.resolve().name,
             layout=layout,
-            licence=self.description.licence,
+            license=self.description.license,
             classes=classes,
             splits=splits,
             leaks=leaks,
@@ -293,8 +311,8 @@ def _training_problems(train: SplitReport | None, classes: list[ClassInfo]) -> I
         return
     present = [entry.name for entry, share in zip(classes, train.class_fractions, strict=True) if share > 0]
     if len(present) < 2:
-        found = f"only the class {present[0]!r}" if present else "no labelled pixel"
-        yield f"train: {found} occurs; training needs at least two classes"
+        content = f"only the class {present[0]!r}" if present else "no labelled pixel"
+        yield f"train: {content} occurs; training needs at least two classes"
 
 
 def _split_lines(name: str, report: SplitReport, classes: list[ClassInfo]) -> Iterator[str]:
@@ -317,3 +335,115 @@ def _join(entries: list[str]) -> str:
 
 def _count(counter: dict[str, int], key: str) -> None:
     counter[key] = Counter(counter)[key] + 1
+
+_TILE = 240  # edge of the square a picture is fitted into, pixels
+_GAP = 12
+_CAPTION = 20
+_PAIRS_PER_ROW = 3
+_INK, _PAPER, _FAINT = (20, 20, 20), (250, 250, 250), (110, 110, 110)
+_ALPHA = 0.45
+
+
+def draw_contact_sheet(
+    target: str | Path,
+    title: str,
+    classes: Sequence[ClassInfo],
+    splits: Mapping[str, Sequence[Sample]],
+    *,
+    per_split: int = 9,
+) -> Path:
+    """Write a PNG with up to ``per_split`` evenly chosen samples of each split: picture, overlay, name.
+
+    Label values outside ``classes`` are magenta, ignored pixels (255) stay grey. Samples must be
+    readable and of matching size.
+    """
+    chosen = {name: _evenly(samples, per_split) for name, samples in splits.items() if samples}
+    width = _GAP + _PAIRS_PER_ROW * (2 * _TILE + 2 * _GAP)
+    heading, text, small = (ImageFont.load_default(size) for size in (22, 16, 12))
+    legend_rows = _legend_layout(classes, text, width)
+    top = 44 + 26 * len(legend_rows)
+    rows = sum(-(-len(samples) // _PAIRS_PER_ROW) for samples in chosen.values())
+    height = top + len(chosen) * 34 + rows * (_TILE + _CAPTION + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_GAP, 10), title, fill=_INK, font=heading)
+    for row, entries in enumerate(legend_rows):
+        for x, entry in entries:
+            y = 44 + 26 * row
+            pen.rectangle((x, y, x + 18, y + 18), fill=entry.color, outline=_INK)
+            pen.text((x + 26, y - 1), entry.name, fill=_INK, font=text)
+    y = top
+    for name, samples in chosen.items():
+        total = len(splits[name])
+        shown = f"{total} images" if len(samples) == total else f"{len(samples)} of {total} images"
+        pen.text((_GAP, y + 6), f"{name}: {shown}", fill=_INK, font=text)
+        y += 34
+        for place, sample in enumerate(samples):
+            column = place % _PAIRS_PER_ROW
+            if place and column == 0:
+                y += _TILE + _CAPTION + _GAP
+            _draw_pair(sheet, pen, (_GAP + column * (2 * _TILE + 2 * _GAP), y), sample, classes, small)
+        y += _TILE + _CAPTION + _GAP
+    with atomic_path(target) as temporary:
+        sheet.save(temporary, format="PNG")
+    return Path(target)
+
+
+def _draw_pair(
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    sample: Sample,
+    classes: Sequence[ClassInfo],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    grey, mask = read_pair(sample)
+    drawn = overlay(grey, mask, [entry.color for entry in classes], alpha=_ALPHA)
+    x, y = corner
+    sheet.paste(Image.fromarray(_fit(np.stack([grey] * 3, axis=2))), (x, y))
+    sheet.paste(Image.fromarray(_fit(drawn)), (x + _TILE + 2, y))
+    size = f"  {grey.shape[1]} x {grey.shape[0]}"
+    space = 2 * _TILE + 2 - pen.textlength(size, font=font)
+    name = _shorten(sample.name, space, pen, font)
+    pen.text((x, y + _TILE + 3), name, fill=_INK, font=font)
+    pen.text((x + pen.textlength(name, font=font), y + _TILE + 3), size, fill=_FAINT, font=font)
+
+
+def _fit(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Scale to fit the tile; large pictures are averaged, so that thin features stay visible."""
+    height, width = picture.shape[:2]
+    scale = _TILE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    return np.asarray(cv2.resize(picture, size, interpolation=way), dtype=np.uint8)
+
+
+def _evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
+    if len(samples) <= count:
+        return list(samples)
+    return [samples[round(place * (len(samples) - 1) / (count - 1))] for place in range(count)]
+
+
+def _legend_layout(
+    classes: Sequence[ClassInfo], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[list[tuple[int, ClassInfo]]]:
+    rows: list[list[tuple[int, ClassInfo]]] = [[]]
+    x = _GAP
+    for entry in classes:
+        needed = 26 + round(font.getlength(entry.name)) + 24
+        if rows[-1] and x + needed > width:
+            rows.append([])
+            x = _GAP
+        rows[-1].append((x, entry))
+        x += needed
+    return rows
+
+
+def _shorten(
+    text: str, space: float, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> str:
+    if pen.textlength(text, font=font) <= space:
+        return text
+    while text and pen.textlength(text + "...", font=font) > space:
+        text = text[:-1]
+    return text + "..."

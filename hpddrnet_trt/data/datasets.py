@@ -1,29 +1,221 @@
-"""Folder datasets: micrographs with masks, in splits, with a class table."""
+"""Folder datasets: micrographs with masks, in splits, with the class table of their ``dataset.json``."""
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
 
-from hpddrnet_trt.core.errors import BadInputFile, UsageError
-from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
+from hpddrnet_trt.core.files import existing_file, sha256_of, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
-from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, default_palette, read_description
-from hpddrnet_trt.data.layouts import SPLITS, Layout, Sample, detect_layout, scan_split
 from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
-
-__all__ = ["FolderDataset", "Layout", "Sample", "SplitStatistics", "find_images", "image_files"]
 
 log = logging.getLogger(__name__)
 
+FILE_NAME = "dataset.json"
+Layout = Literal["folders", "cityscapes"]
+SPLITS = ("train", "val", "test")
+
+# Distinguishable also with colour-vision deficiency (after M. Okabe and K. Ito, 2008).
+_BASE_COLORS = (
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
+    (86, 180, 233), (213, 94, 0), (240, 228, 66), (90, 90, 90),
+)  # fmt: skip
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class DescribedClass(_Lenient):
+    """One class; its mask value is ``index``, or its place in the list when that is left out."""
+
+    name: str = Field(min_length=1)
+    index: int | None = None
+    color: tuple[int, int, int] | None = None
+
+
+class DescribedFile(_Lenient):
+    """One image; images of one ``group`` (specimen, article) belong into one split."""
+
+    split: str
+    name: str
+    group: str | None = None
+
+
+class DatasetDescription(_Lenient):
+    """The part of ``dataset.json`` that the package reads; other keys are left alone.
+
+    ``license`` (or ``licence``, as older versions wrote) is a text, or an object with ``spdx``. ``classes`` may be
+    plain names.
+    """
+
+    name: str | None = None
+    license: str | None = None
+    classes: list[DescribedClass] | None = None
+    ignore_index: int = IGNORE_INDEX
+    pixel_size_m: float | None = None
+    files: list[DescribedFile] = []
+    simulation: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("it must be a JSON object")
+        data = dict(data)
+        if "licence" in data:
+            data.setdefault("license", data["licence"])
+        if isinstance(data.get("license"), dict):
+            data["license"] = data["license"].get("spdx") or data["license"].get("name")
+        if isinstance(data.get("classes"), list):
+            data["classes"] = [{"name": entry} if isinstance(entry, str) else entry for entry in data["classes"]]
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetDescription:
+        if self.ignore_index != IGNORE_INDEX:
+            raise ValueError(f"only {IGNORE_INDEX} can be ignored, it says {self.ignore_index}: rewrite the masks")
+        if self.classes is not None:
+            if not 2 <= len(self.classes) <= IGNORE_INDEX:
+                raise ValueError(f"a dataset has 2 to {IGNORE_INDEX} classes, it lists {len(self.classes)}")
+            indices = _mask_values(self.classes)
+            if sorted(indices) != list(range(len(indices))):
+                raise ValueError(f"class indices must be 0 to {len(indices) - 1}, each once; it lists {indices}")
+            names = [entry.name for entry in self.classes]
+            if len(set(names)) != len(names):
+                raise ValueError(f"class names must differ; it lists {names}")
+        return self
+
+    def class_table(self) -> list[ClassInfo] | None:
+        """The classes in the order of their mask values, with colours filled in; None if not listed."""
+        if self.classes is None:
+            return None
+        by_value = dict(zip(_mask_values(self.classes), self.classes, strict=True))
+        entries = [by_value[value] for value in sorted(by_value)]
+        return [
+            ClassInfo(name=entry.name, color=entry.color or color)
+            for entry, color in zip(entries, default_palette(len(entries)), strict=True)
+        ]
+
+
+def _mask_values(classes: list[DescribedClass]) -> list[int]:
+    return [place if entry.index is None else entry.index for place, entry in enumerate(classes)]
+
+
+def default_palette(count: int) -> list[tuple[int, int, int]]:
+    """``count`` distinguishable RGB colours (0..255); the first are always the same."""
+    colors = list(_BASE_COLORS[:count])
+    for place in range(len(colors), count):
+        hue = (place * 0.618034) % 1.0  # golden ratio: neighbours in the list are far apart in hue
+        red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (place % 2), 0.6 + 0.15 * (place % 3))
+        colors.append((round(red * 255), round(green * 255), round(blue * 255)))
+    return colors
+
+
+def read_description(path: str | Path) -> DatasetDescription:
+    """Read a ``dataset.json``; :class:`BadInputFile` says what is wrong with it."""
+    path = existing_file(path, "dataset description")
+    try:
+        return DatasetDescription.model_validate_json(path.read_bytes())
+    except ValidationError as exc:
+        problem = first_problem(exc, "content")
+        raise BadInputFile(f"{path} is not a valid dataset description ({problem}); correct it") from exc
+    except OSError as exc:
+        raise BadInputFile(f"{path} cannot be read ({exc.strerror})") from exc
+
+
+def write_description(path: str | Path, description: DatasetDescription) -> Path:
+    """Write ``dataset.json`` atomically."""
+    return write_text(path, description.model_dump_json(exclude_none=True, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One micrograph with its mask. ``name`` is unique in its split and knows no file ending."""
+
+    image: Path
+    mask: Path
+    name: str
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """One split as found: pairs, and what could not be paired."""
+
+    samples: list[Sample]
+    images_without_mask: list[Path] = field(default_factory=list)
+    masks_without_image: list[Path] = field(default_factory=list)
+
+
+# Where each layout keeps images and masks, and what is appended to the name that pairs them.
+_LAYOUTS = {
+    "folders": (("images/{}", ""), ("masks/{}", "")),
+    "cityscapes": (("{}/imgs", "_leftImg8bit"), ("{}/labels", "_gtFine_labelTrainIds")),
+}
+
+
+def detect_layout(root: str | Path, layout: str | None = None) -> Layout:
+    """The layout of the dataset in ``root``, or ``layout`` itself when it is one of the two.
+
+    Raises :class:`BadInputFile` when the folder is missing or looks like neither.
+    """
+    root = Path(root)
+    if layout is not None and layout not in _LAYOUTS:
+        raise UsageError(f"unknown dataset layout {layout!r}; choose one of {', '.join(_LAYOUTS)}")
+    if not root.is_dir():
+        raise BadInputFile(f"dataset folder {root} does not exist or is not a folder; check the path")
+    for name in _LAYOUTS if layout is None else (layout,):
+        if any((root / place.format(split)).is_dir() for split in SPLITS for place, _ in _LAYOUTS[name]):
+            return "folders" if name == "folders" else "cityscapes"
+    expected = (
+        "images/SPLIT + masks/SPLIT, or SPLIT/imgs/*_leftImg8bit.* + SPLIT/labels/*_gtFine_labelTrainIds.png"
+        if layout is None
+        else " + ".join(place.format("SPLIT") for place, _ in _LAYOUTS[layout])
+    )
+    raise BadInputFile(f"{root} holds no dataset; expected {expected}, SPLIT being one of {', '.join(SPLITS)}")
+
+
+def scan_split(root: Path, layout: Layout, split: str) -> SplitFiles:
+    """Pair the files of one split by name, sorted; a split without folders is empty.
+
+    Raises :class:`BadInputFile` when two images or two masks share a name (``a.png``, ``a.tif``).
+    """
+    images, masks = (_keyed(root / place.format(split), mark) for place, mark in _LAYOUTS[layout])
+    return SplitFiles(
+        [Sample(images[key], masks[key], key) for key in sorted(images.keys() & masks.keys())],
+        [images[key] for key in sorted(images.keys() - masks.keys())],
+        [masks[key] for key in sorted(masks.keys() - images.keys())],
+    )
+
+
+def _keyed(folder: Path, mark: str) -> dict[str, Path]:
+    keyed: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.stem.endswith(mark) or not path.is_file():
+            continue
+        stem = path.stem.removesuffix(mark)
+        if not stem:
+            continue
+        key = relative.with_name(stem).as_posix()
+        if key in keyed:
+            raise BadInputFile(f"{keyed[key]} and {path} have the same name; keep one of them")
+        keyed[key] = path
+    return keyed
 
 @dataclass(frozen=True)
 class SplitStatistics:
@@ -49,7 +241,7 @@ class FolderDataset:
     layout: Layout
     name: str
     classes: list[ClassInfo]
-    licence: str | None
+    license: str | None
     samples: dict[str, list[Sample]]
     pixel_size_m: float | None = None
     remarks: tuple[str, ...] = ()
@@ -87,7 +279,7 @@ class FolderDataset:
             layout=layout,
             name=description.name or root.resolve().name,
             classes=table,
-            licence=description.licence,
+            license=description.license,
             samples=samples,
             pixel_size_m=description.pixel_size_m,
             remarks=tuple(remarks),
@@ -175,9 +367,9 @@ class FolderDataset:
         statistics = self.statistics(split, progress=progress)
         present = [name for name, share in zip(self.class_names, statistics.class_fractions, strict=True) if share > 0]
         if len(present) < 2:
-            found = f"only the class {present[0]!r}" if present else "no labelled pixel"
+            content = f"only the class {present[0]!r}" if present else "no labelled pixel"
             raise BadInputFile(
-                f"the split {split!r} of dataset {self.root} holds {found}; "
+                f"the split {split!r} of dataset {self.root} holds {content}; "
                 "training needs masks with at least two classes"
             )
         return statistics
@@ -257,7 +449,7 @@ def _given_classes(classes: Sequence[ClassInfo | str]) -> list[ClassInfo]:
 
 
 def _paired_samples(root: Path, layout: Layout, description: DatasetDescription) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {}
+    samples: dict[str, list[Sample]] = {}
     for split in SPLITS:
         files = scan_split(root, layout, split)
         lonely = [*files.images_without_mask, *files.masks_without_image]
@@ -269,10 +461,10 @@ def _paired_samples(root: Path, layout: Layout, description: DatasetDescription)
                 "add the missing file or remove this one"
             )
         if files.samples:
-            found[split] = with_groups(files.samples, split, description)
-    if not found:
+            samples[split] = with_groups(files.samples, split, description)
+    if not samples:
         raise BadInputFile(f"dataset {root} is empty: no image with a mask in any of {', '.join(SPLITS)}")
-    return found
+    return samples
 
 
 def with_groups(samples: list[Sample], split: str, description: DatasetDescription) -> list[Sample]:
@@ -307,14 +499,14 @@ def image_files(path: str | Path) -> list[Path]:
         candidates = list(path.parent.glob(path.name))
     else:
         raise BadInputFile(f"{path} does not exist; give a micrograph, a folder or a pattern such as 'folder/*.tif'")
-    found = sorted(
+    files = sorted(
         item
         for item in candidates
         if item.is_file() and item.suffix.lower() in IMAGE_SUFFIXES and not item.name.startswith(".")
     )
-    if not found:
+    if not files:
         raise BadInputFile(f"no micrograph found for {path}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    return found
+    return files
 
 
 def find_images(source: str | Path | Sequence[str | Path], split: str = "train") -> list[Path]:

@@ -14,18 +14,17 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
 from hpddrnet_trt.data import vendors
 from hpddrnet_trt.data.decode import MAX_PIXELS, Decoded, decode
 from hpddrnet_trt.data.info_bar import find_info_bar, has_drawn_rows
 from hpddrnet_trt.data.labels import overlay, read_mask, write_label_png, write_label_tiff, write_labels
-from hpddrnet_trt.data.window import Percentiles, Window, to_grey8
 
 __all__ = [
     "InfoBar",
+    "IntensityRange",
     "Micrograph",
     "Percentiles",
-    "Window",
     "overlay",
     "read_mask",
     "read_micrograph",
@@ -38,8 +37,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 InfoBar = Literal["auto", "metadata", "none"] | int
-_COLOUR_TOLERANCE = 2  # of 255: grey JPEGs come back with channels a step apart
+_COLOR_TOLERANCE = 2  # of 255: grey JPEGs come back with channels a step apart
 _BAR_ROUNDING = 2  # rows by which metadata and picture may differ about the same bar
+_BLOCK = 1 << 20  # pixels
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,18 @@ def _picture_rows(
         return height, [], False
     if info_bar == "metadata":
         return stated, [], False
-    found = find_info_bar(pixels)
-    if found is None:
+    first_row = find_info_bar(pixels)
+    if first_row is None:
         if stated == height or info.rows_follow or has_drawn_rows(pixels, stated):
             return stated, [], False
         claim = f"its metadata state an information bar of {height - stated} rows but there is none: nothing is cut off"
         return height, [claim], False
-    if info.picture_rows is None or abs(found - stated) <= _BAR_ROUNDING:
-        return (found if info.picture_rows is None else stated), [], False
-    remark = f"its metadata say that the information bar begins at row {stated}, the picture says {found}"
+    if info.picture_rows is None or abs(first_row - stated) <= _BAR_ROUNDING:
+        return (first_row if info.picture_rows is None else stated), [], False
+    remark = f"its metadata say that the information bar begins at row {stated}, the picture says {first_row}"
     if info.rows_follow or info.pixel_size_m is None:
-        return found, [remark], False
-    return found, [f"{remark}: resized after acquisition, its pixel size is unknown"], True
+        return first_row, [remark], False
+    return first_row, [f"{remark}: resized after acquisition, its pixel size is unknown"], True
 
 
 def _grey(decoded: Decoded, path: Path) -> tuple[npt.NDArray[Any], list[str]]:
@@ -185,7 +185,101 @@ def _luminance(values: npt.NDArray[Any], path: Path) -> tuple[npt.NDArray[Any], 
     values = np.ascontiguousarray(values)
     spread = values.max(axis=2) - values.min(axis=2)
     full = {"u1": 255.0, "u2": 65535.0}.get(values.dtype.str[1:], float(np.nanmax(np.abs(values))))
-    colour = bool(np.nanmax(spread) > _COLOUR_TOLERANCE * full / 255)
+    colour = bool(np.nanmax(spread) > _COLOR_TOLERANCE * full / 255)
     if not np.any(spread):
         return values[..., 0], False  # exact for floats too
     return cv2.cvtColor(values, cv2.COLOR_RGB2GRAY), colour
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """An intensity range by the share of pixels, in percent, that lie below ``black`` and below ``white``."""
+
+    black: float
+    white: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.black < self.white <= 100:
+            raise ContractError(
+                f"percentiles of grey are 0 <= black < white <= 100, not {self.black:g} and {self.white:g}"
+            )
+
+
+IntensityRange = tuple[float, float] | Percentiles | None
+
+
+def to_grey8(
+    pixels: npt.NDArray[Any], intensity_range: IntensityRange = None
+) -> tuple[npt.NDArray[np.uint8], tuple[float, float]]:
+    """Map grey values linearly to 0..255; returns the uint8 ``[H, W]`` picture and the intensity range used.
+
+    ``intensity_range = (black, white)`` in the picture's own units; values outside are clipped, NaN is
+    black. ``Percentiles(1, 99)`` takes the range from this picture, also from an 8-bit one. Without a
+    range 8-bit pictures pass unchanged (the same array), with ``(0, 255)``, and others get their
+    0.1 and 99.9 percentiles. Give the same range to every picture of a series or mosaic.
+
+    Raises :class:`ContractError` for arrays that are not grey pictures and for an empty range.
+    """
+    if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16, np.float32) or not pixels.size:
+        raise ContractError(
+            f"a micrograph is a two-dimensional uint8, uint16 or float32 array, got {pixels.dtype} {pixels.shape}"
+        )
+    if intensity_range is None:
+        if pixels.dtype == np.uint8:
+            return pixels, (0.0, 255.0)
+        intensity_range = Percentiles(0.1, 99.9)  # hot pixels and dead corners stay outside
+    if isinstance(intensity_range, Percentiles):
+        black, white = _from_percentiles(pixels, intensity_range)
+    else:
+        black, white = map(float, intensity_range)
+    if not (np.isfinite(black) and np.isfinite(white) and black < white):
+        raise ContractError(f"the intensity range ({black}, {white}) is empty; give black < white, both finite")
+    if pixels.dtype == np.float32:
+        return _stretch(pixels, black, white), (black, white)
+    levels = np.arange(np.iinfo(pixels.dtype).max + 1, dtype=np.float32)
+    return _stretch(levels, black, white)[pixels], (black, white)
+
+
+def _stretch(values: npt.NDArray[np.float32], black: float, white: float) -> npt.NDArray[np.uint8]:
+    grey = np.empty(values.shape, np.uint8)
+    step = max(1, _BLOCK * len(values) // values.size)  # rows at a time: the copies in 64 bits stay small
+    for start in range(0, len(values), step):
+        scaled = (values[start : start + step].astype(np.float64) - black) * (255.0 / (white - black))
+        np.nan_to_num(scaled, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
+        grey[start : start + step] = np.rint(np.clip(scaled, 0, 255))
+    return grey
+
+
+def _from_percentiles(pixels: npt.NDArray[Any], percentiles: Percentiles) -> tuple[float, float]:
+    if pixels.dtype == np.float32:
+        # float64, so that the interpolation between extreme values cannot overflow
+        finite = pixels[np.isfinite(pixels)].astype(np.float64)
+        if not finite.size:
+            raise ContractError("the micrograph holds no finite value; it cannot be shown or segmented")
+        black, white = (float(value) for value in np.percentile(finite, (percentiles.black, percentiles.white)))
+        lowest, highest = float(finite.min()), float(finite.max())
+    else:
+        below = np.cumsum(_counts(pixels))
+        black, white = _of_counts(below, percentiles.black), _of_counts(below, percentiles.white)
+        lowest, highest = _of_counts(below, 0), _of_counts(below, 100)
+    if black == white:  # flat but for rare pixels, or constant
+        black, white = lowest, highest
+    return (black, white) if black < white else (black, black + max(1.0, 1e-6 * abs(black)))
+
+
+def _counts(pixels: npt.NDArray[Any]) -> npt.NDArray[np.integer]:
+    """Pixels of each level, block by block: bincount makes 8 bytes of each value."""
+    levels = np.iinfo(pixels.dtype).max + 1
+    counts = np.zeros(levels, np.int64)
+    rows = max(1, _BLOCK // pixels.shape[1])
+    for start in range(0, pixels.shape[0], rows):
+        counts += np.bincount(pixels[start : start + rows].ravel(), minlength=levels)
+    return counts
+
+
+def _of_counts(below: npt.NDArray[np.integer], percent: float) -> float:
+    """numpy's percentile (linear between ranks) from the counts of values up to each level: no sorting."""
+    rank = percent / 100 * (int(below[-1]) - 1)
+    first = int(rank)
+    low, high = np.searchsorted(below, (first + 1, min(first + 2, int(below[-1]))))
+    return float(low + (high - low) * (rank - first))

@@ -44,17 +44,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.data.description import (
+from hpddrnet_trt.data.datasets import (
     FILE_NAME,
+    SPLITS,
     DatasetDescription,
     DescribedClass,
     DescribedFile,
+    FolderDataset,
     read_description,
     write_description,
 )
 from hpddrnet_trt.data.labels import write_label_png
-from hpddrnet_trt.data.layouts import SPLITS
 
 SIMULATOR_VERSION = 1  # raise it when the same seed no longer gives the same pictures
 Kind = Literal["se", "bse"]
@@ -436,7 +436,7 @@ def write_dataset(
             _write_pair(target, split, name, image, mask)
         description = DatasetDescription(
             name="simulated-mudrock",
-            licence="CC0-1.0 (simulated)",
+            license="CC0-1.0 (simulated)",
             classes=list(CLASSES),
             pixel_size_m=PIXEL_SIZE_M / magnification,
             files=[DescribedFile(split=split, name=_file_name(split, place)) for split, place in jobs],

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, one_line
-from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.data.window import Window, to_grey8
+from hpddrnet_trt.data.micrograph import IntensityRange, Micrograph, to_grey8
 from hpddrnet_trt.engines.cuda import on_device
 
 PIXEL_KINDS = {1: "u", 2: "uf", 4: "f", 8: "f"}  # bytes per pixel: admitted kinds (unsigned, float)
@@ -51,11 +50,11 @@ def on_gpu(image: Any) -> bool:
         raise ContractError(f"the {type(image).__name__} does not say where its memory is ({exc!r})") from exc
 
 
-def to_frame(image: Any, channels: int, window: Window) -> Frame:
+def to_frame(image: Any, channels: int, window: IntensityRange) -> Frame:
     """``image`` in 8 bits: a contiguous uint8 array as it is, all else copied only as far as needed.
 
     ``channels`` of the model: one with 3 also takes RGB. ``window`` as of
-    :func:`~hpddrnet_trt.data.window.to_grey8`. Raises :class:`ContractError` for what is no image.
+    :func:`~hpddrnet_trt.data.micrograph.to_grey8`. Raises :class:`ContractError` for what is no image.
     """
     pixels = image if isinstance(image, np.ndarray) else _host_array(image)
     if pixels.ndim != 2 and not (pixels.ndim == channels == 3 == pixels.shape[2] and pixels.dtype == np.uint8):

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.files import sha256_of
-from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.data.micrograph import IntensityRange, Micrograph
 from hpddrnet_trt.data.preprocess import MODES, Mode
-from hpddrnet_trt.data.window import Window
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, check_shape
 from hpddrnet_trt.inference.frames import Frame, Image, check_out, device_batch, on_gpu, to_frame
@@ -45,7 +44,7 @@ class Segmenter:
     - ``confidence``: also give the probability of the chosen class.
     - ``window``: grey values that become black and white, the same for all images, or ``Percentiles`` of each
       image; default: 8-bit images as they are, others by their own percentiles (see
-      :func:`~hpddrnet_trt.data.window.to_grey8`).
+      :func:`~hpddrnet_trt.data.micrograph.to_grey8`).
     - ``batch_size``: images per inference in :meth:`segment_batch`.
     - ``tile``: ``whole``: an image runs in one piece, or not at all. ``auto``: so it does where the model admits
       its size and its largest view has at most 2048 x 2048 pixels; larger ones are cut into overlapping tiles of
@@ -66,7 +65,7 @@ class Segmenter:
         mode: Mode = "single",
         resize: tuple[int, int] | None = None,
         confidence: bool = False,
-        window: Window = None,
+        window: IntensityRange = None,
         batch_size: int = 4,
         tile: Tile = "auto",
         model_sha256: str | None = None,
@@ -282,7 +281,7 @@ def load_segmenter(
     mode: Mode = "single",
     resize: tuple[int, int] | None = None,
     confidence: bool = False,
-    window: Window = None,
+    window: IntensityRange = None,
     batch_size: int = 4,
     tile: Tile = "auto",
     **options: Any,

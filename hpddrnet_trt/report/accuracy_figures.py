@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hpddrnet_trt.accuracy.results import Assessment, ImageResult, fractions
 from hpddrnet_trt.accuracy.robustness import Robustness, Sweep, tested
 from hpddrnet_trt.core.text import scaled
-from hpddrnet_trt.data.shifts import Shift
+from hpddrnet_trt.data.augment import Shift
 from hpddrnet_trt.report.learning_curves import Curves
 from hpddrnet_trt.report.style import logarithmic, new_figure, style
 

@@ -14,7 +14,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, NetworkConfig
 from hpddrnet_trt.data.augment import AugmentConfig
-from hpddrnet_trt.data.layouts import Layout
+from hpddrnet_trt.data.datasets import Layout
 from hpddrnet_trt.models.network import VARIANTS, network_config
 
 SIMULATED = "simulated"

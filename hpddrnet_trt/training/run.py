@@ -238,7 +238,7 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manife
         data=DataRecord(
             name=data.dataset.name,
             sha256=data.sha256,
-            licence=data.dataset.licence,
+            licence=data.dataset.license,
             train_images=data.training_images,
             grey_mean=data.statistics.grey_mean,
             grey_std=data.statistics.grey_std,

@@ -13,8 +13,8 @@ from hpddrnet_trt.accuracy import assess, measure_robustness
 from hpddrnet_trt.accuracy.robustness import Point, Robustness, Sweep
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.metrics import LabelComparison
+from hpddrnet_trt.data.augment import SHIFTS, Shift, brightness, magnification
 from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.data.shifts import SHIFTS, Shift, brightness, magnification
 from hpddrnet_trt.inference import Segmenter
 from tests.toy import ToyEngine, manifest
 

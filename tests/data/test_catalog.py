@@ -28,7 +28,7 @@ from hpddrnet_trt.data.catalog.get import convert_dataset, get_dataset
 from hpddrnet_trt.data.catalog.labelled import Labelled
 from hpddrnet_trt.data.catalog.writer import new_folder, write_converted
 from hpddrnet_trt.data.check import check_dataset
-from hpddrnet_trt.data.description import DatasetDescription
+from hpddrnet_trt.data.datasets import DatasetDescription
 
 RNG = np.random.default_rng(5)
 ENTRY = ENTRIES["metaldam"]

@@ -71,7 +71,7 @@ def converted(name: str, source: Path, folder: Path) -> Converted:
     report = check_dataset(folder, progress=False)
     assert report.ok, report.text()
     assert dataset.class_names == [known.name for known in ENTRIES[name].classes]
-    assert dataset.licence == ENTRIES[name].licence
+    assert dataset.license == ENTRIES[name].licence
     reopened = FolderDataset.open(folder)
     return {
         (split, sample.name): (*reopened.load(sample), sample.group)

@@ -16,15 +16,14 @@ from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.manifest import ClassInfo
-from hpddrnet_trt.data.datasets import FolderDataset, image_files
-from hpddrnet_trt.data.description import default_palette
+from hpddrnet_trt.data.datasets import DatasetDescription, FolderDataset, default_palette, image_files
 from hpddrnet_trt.data.labels import write_label_png
 
 PALETTE = [(1, 2, 3), (40, 50, 60), (200, 0, 0)]
 DESCRIPTION: dict[str, Any] = {
     "name": "tiny",
     "classes": [{"index": place, "name": name, "color": PALETTE[place]} for place, name in enumerate("abc")],
-    "licence": {"spdx": "CC0-1.0", "note": "made up"},
+    "license": {"spdx": "CC0-1.0", "note": "made up"},
     "files": [{"split": "train", "name": "a", "group": "g1"}, {"split": "val", "name": "c", "group": "g2"}],
     "unknown key": 1,
 }
@@ -69,9 +68,15 @@ def folders(tmp_path: Path) -> Path:
     return make_folders(tmp_path / "data")
 
 
+@pytest.mark.parametrize("key", ["license", "licence"])
+@pytest.mark.parametrize("value", ["MIT", {"spdx": "MIT", "note": "made up"}, {"name": "MIT"}])
+def test_a_license_is_read_from_either_key(key: str, value: Any) -> None:
+    assert DatasetDescription.model_validate({key: value}).license == "MIT"
+
+
 def test_folders_layout(folders: Path) -> None:
     dataset = FolderDataset.open(folders)
-    assert (dataset.layout, dataset.name, dataset.licence) == ("folders", "tiny", "CC0-1.0")
+    assert (dataset.layout, dataset.name, dataset.license) == ("folders", "tiny", "CC0-1.0")
     assert dataset.splits == ["train", "val", "test"]
     assert dataset.classes == [ClassInfo(name=name, color=PALETTE[place]) for place, name in enumerate("abc")]
     assert dataset.palette == PALETTE
@@ -145,7 +150,7 @@ def test_real_dataset_matches_its_own_description(sem_data: Path) -> None:
     for name in ("nasa-super1", "shale-duvernay"):
         stated = json.loads((sem_data / name / "dataset.json").read_text())
         dataset = FolderDataset.open(sem_data / name)
-        assert dataset.licence == "MIT"
+        assert dataset.license == "MIT"
         assert {split: len(dataset.split(split)) for split in dataset.splits} == stated["splits"]
         statistics = dataset.training_statistics()
         expected = stated["class_pixel_fraction_per_split"]["train"]

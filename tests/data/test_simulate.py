@@ -119,7 +119,7 @@ def test_threshold_does_not_solve_it() -> None:
 def test_write_dataset(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "data"
     dataset = write_dataset(folder, train=2, val=1, test=1, size=(32, 40), seed=3, progress=False)
-    assert (dataset.name, dataset.licence, dataset.class_names) == (
+    assert (dataset.name, dataset.license, dataset.class_names) == (
         "simulated-mudrock", "CC0-1.0 (simulated)", ["grain", "pore", "clay"],
     )  # fmt: skip
     assert dataset.pixel_size_m == 20e-9

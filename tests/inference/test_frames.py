@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hpddrnet_trt.core.errors import ContractError
-from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.data.window import Percentiles
+from hpddrnet_trt.data.micrograph import Micrograph, Percentiles
 from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.inference import Segmenter, load_segmenter
 from tests.toy import ToyEngine, grey_image, manifest, toy_logits, write_toy_onnx

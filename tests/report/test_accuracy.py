@@ -16,8 +16,8 @@ from PIL import Image
 
 from hpddrnet_trt.accuracy import Assessment, Robustness, assess, measure_robustness
 from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.data.augment import SHIFTS
 from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.data.shifts import SHIFTS
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.report.accuracy import (
     check_target,

@@ -95,7 +95,7 @@ def test_run_leaves_model_records_and_checkpoint(tiny: Tiny) -> None:
     dataset = FolderDataset.open(folder / "data")
     assert manifest.data is not None
     assert manifest.data.sha256 == dataset.checksum()
-    assert (manifest.data.licence, manifest.data.train_images) == (dataset.licence, 5)
+    assert (manifest.data.licence, manifest.data.train_images) == (dataset.license, 5)
     assert manifest.data.crop == (64, 64)
     assert manifest.class_names == dataset.class_names
     assert manifest.palette == dataset.palette

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpddrnet_trt.data.description import DescribedClass
+from hpddrnet_trt.data.datasets import DescribedClass
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import atomic_folder, atomic_path, write_text
 from hpddrnet_trt.data.catalog.entry import Entry
 from hpddrnet_trt.data.catalog.labelled import Labelled
-from hpddrnet_trt.data.datasets import unknown_values
-from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, DescribedFile
+from hpddrnet_trt.data.datasets import FILE_NAME, DatasetDescription, DescribedFile, unknown_values
 from hpddrnet_trt.data.labels import write_label_png
 
 
@@ -85,7 +84,7 @@ def _write_grey(path: Path, pixels: npt.NDArray[Any]) -> None:
 
 def _description(entry: Entry, files: list[dict[str, Any]], downloads: list[dict[str, Any]]) -> dict[str, Any]:
     """What the package reads back, and around it what people want to know; their keys are left alone."""
-    read_back = DatasetDescription(name=entry.name, licence=entry.licence, classes=list(entry.classes))
+    read_back = DatasetDescription(name=entry.name, license=entry.licence, classes=list(entry.classes))
     return {
         **read_back.model_dump(exclude_none=True, exclude={"files"}),
         "title": entry.title,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpddrnet_trt.data.catalog.labelled import Labelled, find_folder, images_in, pair, plain_name, read_image
 from hpddrnet_trt.data.catalog.masks import classes_of_colours, classes_of_values, read_colours, read_values
-from hpddrnet_trt.data.layouts import SPLITS
+from hpddrnet_trt.data.datasets import SPLITS
 
 # The annotated files are the micrographs themselves with the precipitates painted over: what is
 # still grey is matrix. The authors' notebook names the colours in OpenCV's order, blue first.

@@ -20,7 +20,7 @@ from hpddrnet_trt.data.catalog.labelled import (
     split_by_group,
 )
 from hpddrnet_trt.data.catalog.masks import classes_of_values, read_values
-from hpddrnet_trt.data.layouts import SPLITS
+from hpddrnet_trt.data.datasets import SPLITS
 
 log = logging.getLogger(__name__)
 
