@@ -84,7 +84,8 @@ class ValidationImages(Dataset[tuple[Tensor, Tensor]]):
         if number >= len(self.images):
             mask = np.full_like(mask, IGNORE_INDEX)
         height, width = (size + -size % SIZE_MULTIPLE for size in image.shape)
-        image, mask = pad(image, height, width), pad(mask, height, width, fill=IGNORE_INDEX)
+        image = np.array(pad(image, height, width))  # a copy: kept images are read-only, which PyTorch does not take
+        mask = np.array(pad(mask, height, width, fill=IGNORE_INDEX))
         return torch.from_numpy(image)[None], torch.from_numpy(mask)
 
 
