@@ -170,7 +170,7 @@ def _simulated_gpu(onnx_file: Path) -> Iterator[None]:
     library.api.module.Runtime = lambda log: runtime
     with ExitStack() as stack:
         for target, value in (
-            ("hpddrnet_trt.engines.cuda.cudart", cuda), ("hpddrnet_trt.engines.cuda_graph.cudart", cuda),
+            ("hpddrnet_trt.engines.cuda.cudart", cuda),
             ("hpddrnet_trt.engines.cuda.cuda_driver", cuda),
         ):  # fmt: skip
             stack.enter_context(mock.patch(target, lambda value=value: value))

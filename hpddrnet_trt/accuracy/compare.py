@@ -38,7 +38,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Manifest, read_manifest
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.engines import load_engine
-from hpddrnet_trt.engines.outputs import to_prediction
+from hpddrnet_trt.engines.base import to_prediction
 from hpddrnet_trt.export import images as micrographs
 from hpddrnet_trt.graph.layers import block_of
 from hpddrnet_trt.graph.model import load_model

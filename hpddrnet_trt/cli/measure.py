@@ -155,7 +155,7 @@ def profile(
 ) -> None:
     """Time each layer of an engine on this GPU; choose-precision takes the result with --layer-times."""
     from hpddrnet_trt.benchmark.images import parse_size
-    from hpddrnet_trt.engines.layer_times import write_layer_times
+    from hpddrnet_trt.engines.tensorrt import write_layer_times
 
     typer.echo(f"written: {write_layer_times(engine, output, parse_size(size), runs=runs)}")
 

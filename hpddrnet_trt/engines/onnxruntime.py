@@ -8,12 +8,12 @@ import re
 import tempfile
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +23,27 @@ from hpddrnet_trt.core.errors import BadInputFile, NoGpu, UsageError, UserError,
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.precisions import PRECISIONS, is_calibrated
 from hpddrnet_trt.core.runtimes import CPU_PROVIDER as CPU
-from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, input_contract
-from hpddrnet_trt.engines.onnxruntime_graph import needs_blocks, source_for_cpu
-from hpddrnet_trt.engines.outputs import checked_prediction, expected_outputs
-from hpddrnet_trt.graph.check import check_onnx
+from hpddrnet_trt.engines.base import (
+    EngineBase,
+    Prediction,
+    check_input,
+    checked_prediction,
+    expected_outputs,
+    input_contract,
+)
+from hpddrnet_trt.graph.attention import in_blocks, in_type, position_attentions, uses_bf16
+from hpddrnet_trt.graph.check import check_onnx, rewritten
+
+if TYPE_CHECKING:
+    import onnx
 
 CUDA = "CUDAExecutionProvider"
 LANES = 2  # batches in flight on a GPU: one computes while another is copied
 WARM_UP = 3  # profiled runs that are not counted
 _PROFILED = "_kernel_time"
+TOKEN_STRIDE = 16  # pixels of the image per token and direction, at the finest of the attentions
+# Scores of all pairs of tokens, FP32, above which attention works in blocks: reached at about 1450x1450.
+LARGEST_SCORES_MIB = 256
 
 
 class OnnxRuntimeEngine(EngineBase):
@@ -39,8 +51,8 @@ class OnnxRuntimeEngine(EngineBase):
 
     On a CPU, FP16 and FP8 files are computed in FP32: FP16 shows no rounding at all, FP8 that of its
     pairs, slowly (:mod:`hpddrnet_trt.graph.rounding` shows the rest). BF16 files run on CUDA at most.
-    Position attention is computed in FP32, for large images in blocks
-    (:mod:`hpddrnet_trt.engines.onnxruntime_graph`): memory then grows linearly with the image.
+    Position attention is computed in FP32, for large images in blocks (:func:`source_for_cpu`): memory then grows
+    linearly with the image.
 
     Several threads may use one engine at once: ONNX Runtime then runs their inferences side by side.
 
@@ -346,3 +358,32 @@ def _providers(ort: Any, device: str) -> list[str]:
             "replace onnxruntime by onnxruntime-gpu, or use device='cpu'"
         )
     return [CUDA, CPU]
+
+
+def needs_blocks(shape: Sequence[int]) -> bool:
+    """Whether the scores of an image batch ``[N, C, H, W]`` are more than :data:`LARGEST_SCORES_MIB`."""
+    batch, _, height, width = shape
+    tokens = -(-height // TOKEN_STRIDE) * -(-width // TOKEN_STRIDE)
+    return batch * tokens**2 * 4 > LARGEST_SCORES_MIB << 20
+
+
+def source_for_cpu(path: Path, manifest: Manifest, blocks: bool) -> Path | bytes:
+    """The file's path, or what to load in place of a file whose position attention does not run well as it is.
+
+    Two cases, both exact but for rounding: attention in BF16, for which CPU kernels are missing, gets FP32
+    scores; and where the scores of all tokens would fill the memory (``blocks``), attention works in blocks.
+    """
+    typed = manifest.precision not in (None, "fp32", "bf16")
+    if not (blocks or typed):
+        return path
+
+    def change(model: onnx.ModelProto) -> onnx.ModelProto | None:
+        changed = None
+        if typed and uses_bf16(model):
+            model = changed = in_type(model, "fp32")
+        if blocks and position_attentions(model):
+            changed = in_blocks(model)
+        return changed
+
+    graph = rewritten(path, change)
+    return path if graph is None else graph

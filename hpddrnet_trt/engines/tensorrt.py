@@ -7,6 +7,7 @@ versions crash the process.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 from collections import defaultdict, deque
@@ -20,9 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
-from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.files import existing_file, write_text
 from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, read_manifest
-from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, check_shape, input_contract
+from hpddrnet_trt.engines.base import (
+    EngineBase,
+    Prediction,
+    check_input,
+    check_shape,
+    expected_outputs,
+    input_contract,
+)
 from hpddrnet_trt.engines.cuda import (
     DeviceArray,
     Gpu,
@@ -33,9 +41,8 @@ from hpddrnet_trt.engines.cuda import (
     view_device_array,
     writable_device_array,
 )
-from hpddrnet_trt.engines.outputs import expected_outputs
 from hpddrnet_trt.engines.profiles import Profile
-from hpddrnet_trt.engines.tensorrt_context import Execution, Network, Slot
+from hpddrnet_trt.engines.tensorrt_context import ExecutionContext, InferenceStream, Network
 from hpddrnet_trt.engines.tensorrt_library import INPUT, PORTABLE, TensorRT, layer_profiler, load_flavour
 
 logger = logging.getLogger(__name__)
@@ -95,9 +102,9 @@ class TensorRTEngine(EngineBase):
         self._on_gpu = current_device(device)
         with self._on_gpu:
             self._load(path, record, content)
-            self._slot = Slot(self._network, graphs=graphs)
+            self._slot = InferenceStream(self._network, graphs=graphs)
         self._slots = [self._slot]  # all there are
-        self._idle: list[Slot] = []  # those of infer_many that no call uses now
+        self._idle: list[InferenceStream] = []  # those of infer_many that no call uses now
         self._open = True
 
     def _load(self, path: Path, record: EngineRecord, content: bytes) -> None:
@@ -174,7 +181,7 @@ class TensorRTEngine(EngineBase):
             self._submit(self._slot, images, out)
             return self._slot.collect(out)
 
-    def _submit(self, slot: Slot, images: Any, out: npt.NDArray[np.uint8] | None = None) -> None:
+    def _submit(self, slot: InferenceStream, images: Any, out: npt.NDArray[np.uint8] | None = None) -> None:
         """Queue one batch from wherever it is."""
         if not on_device(images):
             self._check(images)
@@ -191,7 +198,8 @@ class TensorRTEngine(EngineBase):
         *,
         out: Any | Mapping[str, Any] | None = None,
         stream: Any = None,
-        synchronise: bool = True,
+        synchronize: bool = True,
+        synchronise: bool | None = None,
     ) -> dict[str, DeviceArray]:
         """Run one batch; the results stay on the GPU, by output name.
 
@@ -205,10 +213,10 @@ class TensorRTEngine(EngineBase):
         is needed on either side, the call returns while the GPU still works, and the next call with the
         same stream may overwrite the results.
 
-        Without ``stream``, ``synchronise=False`` also returns while the GPU still works; each result names
+        Without ``stream``, ``synchronize=False`` also returns while the GPU still works; each result names
         the engine's stream in its ``__cuda_array_interface__``. CuPy and Numba heed that, PyTorch does
         not: with PyTorch keep the default, or give its stream. The input must not be changed before the
-        results are complete.
+        results are complete. ``synchronise`` is the former name of that option.
 
         Raises :class:`ContractError` or :class:`UserError`. ``out`` and ``stream`` have been run on a
         simulated GPU only.
@@ -228,12 +236,12 @@ class TensorRTEngine(EngineBase):
             if theirs is not None:
                 slot.stream.precede(theirs)
                 return {name: replace(view, stream=theirs) for name, view in views.items()}
-            if synchronise:
+            if synchronize if synchronise is None else synchronise:
                 slot.finish()
                 return {name: replace(view, stream=None) for name, view in views.items()}
             return dict(views)
 
-    def _targets(self, slot: Slot, out: Any | Mapping[str, Any] | None) -> dict[str, DeviceArray] | None:
+    def _targets(self, slot: InferenceStream, out: Any | Mapping[str, Any] | None) -> dict[str, DeviceArray] | None:
         if out is None:
             return None
         assert self.manifest.output is not None  # input_contract has asked
@@ -248,7 +256,7 @@ class TensorRTEngine(EngineBase):
         has a stream, a context and buffers; the calling thread does all the work.
         """
         slots = self._borrow()
-        free, waiting = deque(slots), deque[Slot]()
+        free, waiting = deque(slots), deque[InferenceStream]()
         problem: UserError | None = None
         try:
             for images in batches:
@@ -271,19 +279,19 @@ class TensorRTEngine(EngineBase):
         finally:
             self._give_back(slots)
 
-    def _collect(self, slot: Slot) -> Prediction:
+    def _collect(self, slot: InferenceStream) -> Prediction:
         with slot.lock, self._on_gpu:
             self._check_open()
             return slot.collect()
 
-    def _borrow(self) -> list[Slot]:
+    def _borrow(self) -> list[InferenceStream]:
         """Slots for one :meth:`infer_many`: idle ones, and new ones where these are too few."""
         with self._lock, self._on_gpu:
             self._check_open()
             taken = [self._idle.pop() for _ in range(min(self._parallel, len(self._idle)))]
             try:
                 while len(taken) < self._parallel:
-                    slot = Slot(self._network, graphs=self._graphs)
+                    slot = InferenceStream(self._network, graphs=self._graphs)
                     self._slots.append(slot)
                     taken.append(slot)
             except UserError:
@@ -291,7 +299,7 @@ class TensorRTEngine(EngineBase):
                 raise
             return taken
 
-    def _give_back(self, slots: list[Slot]) -> None:
+    def _give_back(self, slots: list[InferenceStream]) -> None:
         with self._lock, self._on_gpu:
             if self._open:
                 for slot in slots:
@@ -312,11 +320,11 @@ class TensorRTEngine(EngineBase):
             with self._lock, self._on_gpu:
                 self._check_open()
                 queue()
-                stream.synchronise()
+                stream.synchronize()
 
         return run
 
-    def _bind(self, images: Any, *, graph: bool) -> Execution:
+    def _bind(self, images: Any, *, graph: bool) -> ExecutionContext:
         self._check_open()
         if on_device(images):
             images = self._viewed(self._slot, images)
@@ -363,7 +371,7 @@ class TensorRTEngine(EngineBase):
         if len(self._admitted) < SHAPES_REMEMBERED:
             self._admitted.add(images.shape)
 
-    def _viewed(self, slot: Slot, images: Any) -> DeviceArray:
+    def _viewed(self, slot: InferenceStream, images: Any) -> DeviceArray:
         """A batch on this GPU that follows the contract."""
         view = view_device_array(images, slot.stream, self._gpu.index)
         check_device_array(view, self._contract)
@@ -468,3 +476,20 @@ def check_device_array(view: DeviceArray, contract: InputContract) -> None:
     if view.dtype != np.dtype(contract.dtype):
         raise ContractError(f"expected dtype {contract.dtype}, got {view.dtype} on the GPU; convert the image first")
     check_shape(view.shape, contract)
+
+
+def write_layer_times(path: str | Path, target: str | Path, size: tuple[int, int], *, runs: int = 50) -> Path:
+    """Measure the layers of an engine on this GPU, on a frame of noise of ``size`` (height, width).
+
+    Writes JSON: ``gpu``, ``shape``, ``milliseconds``.
+
+    Raises what :class:`TensorRTEngine` raises.
+    """
+    with TensorRTEngine(path) as engine:
+        contract = input_contract(engine.manifest)
+        shape = (contract.batch.minimum, contract.channels, *size)
+        noise = np.random.default_rng(0).integers(0, 256, shape)
+        images = noise.astype(np.uint8) if contract.dtype == "uint8" else (noise / 255).astype(np.float32)
+        times = engine.layer_times(images, runs)
+        record = {"gpu": engine.runtime, "shape": list(shape), "milliseconds": times}
+    return write_text(target, json.dumps(record, indent=1) + "\n")

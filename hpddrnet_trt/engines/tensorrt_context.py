@@ -1,6 +1,6 @@
-"""Execution contexts of a TensorRT engine, their buffers and CUDA graphs, and the streams they run on.
+"""ExecutionContext contexts of a TensorRT engine, their buffers and CUDA graphs, and the streams they run on.
 
-An :class:`Execution` is one context with its buffers. A :class:`Slot` is one stream on which several
+An :class:`ExecutionContext` is one context with its buffers. A :class:`InferenceStream` is one stream on which several
 executions take turns; they share scratch memory. Two slots run at the same time.
 """
 
@@ -19,10 +19,8 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, UserError
 from hpddrnet_trt.core.manifest import Manifest
-from hpddrnet_trt.engines.base import Prediction
-from hpddrnet_trt.engines.cuda import DeviceArray, DeviceBuffer, PinnedBuffer, Stream
-from hpddrnet_trt.engines.cuda_graph import CaptureError, CudaGraph
-from hpddrnet_trt.engines.outputs import checked_prediction
+from hpddrnet_trt.engines.base import Prediction, checked_prediction
+from hpddrnet_trt.engines.cuda import CaptureError, CudaGraph, DeviceArray, DeviceBuffer, PinnedBuffer, Stream
 from hpddrnet_trt.engines.profiles import Profile, choose_profile
 from hpddrnet_trt.engines.tensorrt_library import INPUT, TensorRT
 
@@ -58,7 +56,7 @@ class Network:
         return f"{self.api.label} {what} an input of {written}: {self.api.log.explain('no reason given')}"
 
 
-class Execution:
+class ExecutionContext:
     """One context with device and page-locked buffers, for one input shape at a time.
 
     Runs on ``stream`` in the memory ``scratch``, which other executions on that stream may share.
@@ -102,7 +100,7 @@ class Execution:
         accepted = context.active_optimization_profile == index or context.set_optimization_profile_async(
             index, self._stream.handle
         )
-        self._stream.synchronise()
+        self._stream.synchronize()
         if not (accepted and context.set_input_shape(INPUT, shape)) or context.infer_shapes():
             raise ContractError(f"{network.refusal('refuses', shape)}; build the engine with other --shapes")
         self.views = {name: self._bind_output(name, dtype) for name, dtype in network.outputs.items()}
@@ -208,7 +206,7 @@ def _grown(buffers: dict[str, Any], kind: type[Any], name: str, nbytes: int) -> 
     return buffer
 
 
-def _fitting(execution: Execution, targets: Mapping[str, DeviceArray] | None) -> dict[str, DeviceArray]:
+def _fitting(execution: ExecutionContext, targets: Mapping[str, DeviceArray] | None) -> dict[str, DeviceArray]:
     """``targets``, or :class:`ContractError` when one is not made for the output of its name."""
     for name, target in (targets or {}).items():
         view = execution.views.get(name)
@@ -221,7 +219,7 @@ def _fitting(execution: Execution, targets: Mapping[str, DeviceArray] | None) ->
     return dict(targets or {})
 
 
-class Slot:
+class InferenceStream:
     """One stream with its executions: one batch in flight. For one thread at a time, the one that holds ``lock``.
 
     Shapes that come often get a context of their own and a CUDA graph of upload, network and download;
@@ -234,18 +232,18 @@ class Slot:
         self.lock = threading.RLock()
         self.stream = Stream()
         self._scratch = DeviceBuffer(network.scratch_bytes)
-        self._shared: Execution | None = self.new_execution()
-        self._own: OrderedDict[tuple[int, ...], Execution] = OrderedDict()
+        self._shared: ExecutionContext | None = self.new_execution()
+        self._own: OrderedDict[tuple[int, ...], ExecutionContext] = OrderedDict()
         self._runs: dict[tuple[int, ...], int] = {}
-        self._bound: list[Execution] = []
-        self._running: Execution | None = None
+        self._bound: list[ExecutionContext] = []
+        self._running: ExecutionContext | None = None
         self._shape: tuple[int, ...] = ()  # of the batch that runs
         self._borrowed: list[DeviceArray] = []  # live while the GPU may read them
         self._busy = False
 
-    def new_execution(self) -> Execution:
+    def new_execution(self) -> ExecutionContext:
         """Another context on this stream and scratch memory."""
-        return Execution(self._network, self.stream, self._scratch)
+        return ExecutionContext(self._network, self.stream, self._scratch)
 
     # --- one batch: submit, or run in place; then collect
 
@@ -301,7 +299,7 @@ class Slot:
         return self._run(execution, None, taken, False)
 
     def _run(
-        self, execution: Execution, source: int | None, targets: dict[str, DeviceArray], download: bool
+        self, execution: ExecutionContext, source: int | None, targets: dict[str, DeviceArray], download: bool
     ) -> dict[str, DeviceArray]:
         """Queue the network with outputs to ``targets``, in place if aligned."""
         in_place = {name: view.pointer for name, view in targets.items() if view.pointer % ALIGNMENT == 0}
@@ -338,13 +336,13 @@ class Slot:
 
     def finish(self) -> None:
         """Wait for all work of this slot."""
-        self.stream.synchronise()
+        self.stream.synchronize()
         self._busy = False
         self._borrowed.clear()
 
     # --- contexts and graphs
 
-    def _ready(self, shape: tuple[int, ...]) -> Execution:
+    def _ready(self, shape: tuple[int, ...]) -> ExecutionContext:
         """The shared context, ready for ``shape``."""
         if self._shared is None:
             self._shared = self.new_execution()
@@ -361,7 +359,7 @@ class Slot:
         self._runs[shape] = self._runs.get(shape, 0) + 1
         return self._runs[shape] >= (WARM_UP if len(self._own) < GRAPHS else REPLACE)
 
-    def _record(self, execution: Execution) -> None:
+    def _record(self, execution: ExecutionContext) -> None:
         """Make a graph of what the shared context has just run; it then belongs to this shape."""
         self.finish()
         execution.graph = self._graph(execution, execution.whole)
@@ -375,7 +373,7 @@ class Slot:
         self._own[execution.shape] = execution
         self._shared = None
 
-    def _graph(self, execution: Execution, record: Callable[[], None]) -> CudaGraph | None:
+    def _graph(self, execution: ExecutionContext, record: Callable[[], None]) -> CudaGraph | None:
         """A graph of an execution that has just run so, or None, from now on, where none can be made."""
         try:
             if reason := self._network.api.capture_refusal(execution.context, self.stream.handle):
@@ -386,7 +384,7 @@ class Slot:
             self._graphs = False
             return None
 
-    def bind(self, images: npt.NDArray[Any] | DeviceArray, *, graph: bool) -> Execution:
+    def bind(self, images: npt.NDArray[Any] | DeviceArray, *, graph: bool) -> ExecutionContext:
         """A context of its own that has run this batch once, with the batch in its device memory.
 
         With ``graph`` it has one of the network alone, where one can be made. Lives until :meth:`release`.
@@ -411,14 +409,14 @@ class Slot:
             raise
         return execution
 
-    def release(self, execution: Execution) -> None:
+    def release(self, execution: ExecutionContext) -> None:
         """Free a bound execution."""
         self.finish()
         self._bound.remove(execution)
         execution.close()
 
     @property
-    def _executions(self) -> list[Execution]:
+    def _executions(self) -> list[ExecutionContext]:
         shared = [] if self._shared is None else [self._shared]
         return [*shared, *self._own.values(), *self._bound]
 

@@ -8,21 +8,23 @@ memory layout exist to be measured against, not to be the reference.
 from __future__ import annotations
 
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError, one_line
 from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input
-from hpddrnet_trt.engines.torch_modules import module_times
-from hpddrnet_trt.engines.torch_overlap import Overlap, as_source
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
 
@@ -31,6 +33,7 @@ COMPILE = ("off", "default", "max-autotune")
 # PyTorch keeps cuDNN's switches and the number of threads, and Python its warnings' filters, once per process:
 # whoever changes them and puts them back does so alone.
 _SETTINGS = threading.RLock()
+WARM_UP = 3  # profiled runs that are not counted
 COMPILED_SHAPES = 64  # torch.compile gives up after 8 by default; each input shape is compiled once
 
 
@@ -133,8 +136,6 @@ class TorchEngine(EngineBase):
         self._compile = compile
         self._compiled_shapes: set[tuple[int, ...]] = set()
         self._graph = self._label if compile == "off" else _compiled(self._label, compile, self.device)
-        self._has_modules = compile == "off"  # what runs are the network's modules, one after the other
-        self._reuses_outputs = compile == "max-autotune"  # CUDA graphs write to the same memory in every run
 
     @property
     def runtime(self) -> str:
@@ -155,12 +156,6 @@ class TorchEngine(EngineBase):
             labels, logits = self._compute(self._on_device(images))
             return Prediction(labels.cpu().numpy(), logits=None if logits is None else logits.cpu().numpy())
 
-    def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
-        """Run batches; on a GPU copies overlap with computing (:mod:`hpddrnet_trt.engines.torch_overlap`)."""
-        if self.device.type == "cpu":
-            return super().infer_many(batches)
-        return self._overlapped(batches)
-
     def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
         """One batch on the device; a call runs from that tensor to the label tensor on the device."""
         self._check(images)
@@ -169,22 +164,21 @@ class TorchEngine(EngineBase):
         def run() -> None:
             with self._running(x.shape):
                 self._compute(x)
-                self._synchronise()
+                self._synchronize()
 
         return run
 
     def layer_times(self, images: npt.NDArray[Any], runs: int = 20) -> dict[str, float]:
-        """Milliseconds by module path, see :func:`~hpddrnet_trt.engines.torch_modules.module_times`.
+        """Milliseconds by module path, see :func:`module_times`.
 
         Empty for a compiled network, whose kernels span modules.
         """
         self._check(images)
-        network = self._network
-        if not self._has_modules:
+        if self._compile != "off":
             return {}
         x = self._on_device(images)
         with self._running(images.shape):
-            return module_times(network, lambda: self._compute(x), self._synchronise, runs)
+            return module_times(self._network, lambda: self._compute(x), self._synchronize, runs)
 
     def close(self) -> None:
         self._network = None
@@ -196,19 +190,6 @@ class TorchEngine(EngineBase):
         if self._network is None:
             raise UsageError("this engine is closed; load it again")
         check_input(images, self._contract)
-
-    def _overlapped(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
-        overlap = Overlap(self._enqueue, self.device, clone=self._reuses_outputs)
-        return overlap.run(self._sources(batches))
-
-    def _sources(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
-        for images in batches:
-            self._check(images)
-            yield as_source(images)
-
-    def _enqueue(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        with self._running(x.shape):
-            return self._compute(x)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Device images to device labels uint8 ``[N, H, W]`` and, where asked for, logits float32."""
@@ -232,9 +213,9 @@ class TorchEngine(EngineBase):
         return x.contiguous(memory_format=self._format)
 
     def _on_device(self, images: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(as_source(images)).to(self.device)
+        return torch.from_numpy(_as_source(images)).to(self.device)
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -347,3 +328,72 @@ def _cudnn_settings(benchmark: bool) -> Iterator[None]:
         deterministic=torch.backends.cudnn.deterministic, allow_tf32=False,
     ):  # fmt: skip
         yield
+
+
+def module_times(
+    network: nn.Module, run: Callable[[], object], synchronize: Callable[[], object], runs: int
+) -> dict[str, float]:
+    """Median milliseconds of each module in one call of ``run``, by its path (``backbone.stem.0.conv``).
+
+    A module with children counts what happens between them: sums, resizes, and in position attention
+    (``backbone.sps.0.pa``) the products and the softmax. What ``run`` does outside of ``network``
+    (normalisation, resize to full size, arg-max) is ``output``. ``synchronize`` waits for the device,
+    before and after each module, so the sum is more than an undisturbed run.
+    """
+    clock = _Clock(synchronize)
+    samples: dict[str, list[float]] = defaultdict(list)
+    handles: list[Any] = []
+    for path, module in network.named_modules():
+        handles.append(module.register_forward_pre_hook(clock.enter))
+        handles.append(module.register_forward_hook(clock.leave(path or "network")))
+    try:
+        for number in range(WARM_UP + runs):
+            for path, seconds in clock.measure(run).items():
+                if number >= WARM_UP:
+                    samples[path].append(seconds * 1000)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: median(values) for path, values in samples.items()}
+
+
+class _Clock:
+    """Nested stop-watches: each measures its own time, its children's taken off."""
+
+    def __init__(self, synchronize: Callable[[], object]) -> None:
+        self._synchronize = synchronize
+        self._open: list[tuple[float, float]] = []  # begin, time spent in children so far
+        self._own: dict[str, float] = {}
+
+    def measure(self, run: Callable[[], object]) -> dict[str, float]:
+        self._own = {}
+        self.enter()
+        run()
+        self._close("output")
+        return self._own
+
+    def enter(self, *_: Any) -> None:
+        self._synchronize()
+        self._open.append((time.perf_counter(), 0.0))
+
+    def leave(self, path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self._close(path)
+
+        return hook
+
+    def _close(self, path: str) -> None:
+        self._synchronize()
+        begin, inside = self._open.pop()
+        total = time.perf_counter() - begin
+        # A module that runs twice in one inference counts twice.
+        self._own[path] = self._own.get(path, 0.0) + total - inside
+        if self._open:
+            outer, other = self._open.pop()
+            self._open.append((outer, other + total))
+
+
+def _as_source(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A contiguous array that PyTorch takes without a copy of its own (it warns of read-only memory)."""
+    array = np.ascontiguousarray(images)
+    return array if array.flags.writeable else array.copy()

@@ -72,7 +72,6 @@ def bench(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cuda = SimulatedCuda(real)
         monkeypatch.setattr(cuda_memory, "cudart", lambda: cuda)
         monkeypatch.setattr(cuda_memory, "cuda_driver", lambda: cuda)
-        monkeypatch.setattr("hpddrnet_trt.engines.cuda_graph.cudart", lambda: cuda)
         profiles = [Profile.from_record(entry) for entry in record["profiles"]]
         library = SimulatedTensorRT(cuda, onnx_file, profiles, record["flavour"], record["version"])
         monkeypatch.setattr(engine_module, "load_flavour", lambda flavour: library.api)

@@ -190,7 +190,7 @@ class SimulatedCuda:
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:
         assert stream not in self.recording, "waiting is not allowed while a graph is recorded"
-        self.log.append(("synchronise", stream))
+        self.log.append(("synchronize", stream))
         self.finish(stream)
         return (self.ok,)
 

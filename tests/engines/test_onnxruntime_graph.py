@@ -11,10 +11,8 @@ import pytest
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.manifest import read_manifest
-from hpddrnet_trt.engines import onnxruntime as engine_module
-from hpddrnet_trt.engines import onnxruntime_graph as module
-from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from hpddrnet_trt.engines.onnxruntime_graph import needs_blocks, source_for_cpu
+from hpddrnet_trt.engines import onnxruntime as module
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine, needs_blocks, source_for_cpu
 from hpddrnet_trt.export.convert import convert_precision
 from hpddrnet_trt.graph.attention import FUNCTION_NAME, in_blocks, position_attentions, uses_bf16
 from hpddrnet_trt.graph.model import load_model
@@ -139,7 +137,7 @@ def test_defaults_never_use_blocks(folder: Path, always_in_blocks: list[int], mo
     def unexpected(*_: Any) -> str:
         raise AssertionError("the file itself is loaded")
 
-    monkeypatch.setattr(engine_module, "source_for_cpu", unexpected)
+    monkeypatch.setattr(module, "source_for_cpu", unexpected)
     images = frames(1, 64, 96)
     with OnnxRuntimeEngine(folder / "fp32.onnx", threads=1, defaults=True) as engine:
         assert engine.infer(images).labels.shape == (1, 64, 96)

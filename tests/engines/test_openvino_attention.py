@@ -11,8 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from hpddrnet_trt.engines.openvino import OpenVINOEngine
-from hpddrnet_trt.engines.openvino_attention import fuse_attention
+from hpddrnet_trt.engines.openvino import OpenVINOEngine, fuse_attention
 from tests.tiny_export import frames, write_fp16, write_fp32, write_int8
 from tests.tiny_onnx import tiny_model
 

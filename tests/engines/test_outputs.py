@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.engines import load_engine
-from hpddrnet_trt.engines.outputs import checked_prediction
+from hpddrnet_trt.engines.base import checked_prediction
 from tests.toy import CLASSES, grey_image, manifest, write_toy_onnx
 
 IMAGES = grey_image(16, 24)[None, None]

@@ -30,13 +30,13 @@ from hpddrnet_trt.engines.cuda import (
     gpu_or_none,
     on_device,
 )
-from hpddrnet_trt.engines.layer_times import write_layer_times
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import (
     TensorRTEngine,
     check_device_array,
     check_gpu,
     check_version,
+    write_layer_times,
 )
 from tests.engines.conftest import Bench
 from tests.engines.simulated_cuda import ForeignArray, read
@@ -345,7 +345,7 @@ def test_streams_are_ordered(bench: Callable[..., Bench]) -> None:
     borrowed.__cuda_array_interface__["stream"] = 77
     job.engine.infer_device(borrowed)
     job.cuda.log.clear()
-    results = job.engine.infer_device(borrowed, synchronise=False)
+    results = job.engine.infer_device(borrowed, synchronize=False)
     assert job.cuda.log == [("record", 77), ("wait", job.engine.stream)]
     assert results["labels"].__cuda_array_interface__["stream"] == job.engine.stream
 

@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
-from hpddrnet_trt.engines.cuda import Stream
-from hpddrnet_trt.engines.cuda_graph import CaptureError, CudaGraph
+from hpddrnet_trt.engines.cuda import CaptureError, CudaGraph, Stream
 from hpddrnet_trt.engines.tensorrt_context import GRAPHS, REPLACE, WARM_UP
 from tests.engines.conftest import Bench
 
@@ -49,7 +48,7 @@ def test_a_steady_frame_is_one_launch_one_wait_and_no_allocation(bench: Start, v
     for images in frames[WARM_UP:]:
         job.cuda.log.clear()
         np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
-        assert [name for name, *_ in job.cuda.log if name != "copy"] == ["launch", "synchronise"]
+        assert [name for name, *_ in job.cuda.log if name != "copy"] == ["launch", "synchronize"]
     assert job.cuda.allocations == allocations
     assert len(job.library.contexts) == 1
     assert job.library.contexts[0].runs == WARM_UP + 1  # and once recorded
@@ -148,7 +147,7 @@ def test_labels_are_written_where_the_caller_wants_them(bench: Start) -> None:
 def test_a_result_on_the_gpu_that_nobody_waited_for_delays_the_next_frame(bench: Start) -> None:
     job = bench()
     first, second = _frames(2)
-    view = job.engine.infer_device(first, synchronise=False)["labels"]
+    view = job.engine.infer_device(first, synchronize=False)["labels"]
     assert job.cuda.queues[job.engine.stream]
     np.testing.assert_array_equal(job.engine.infer(second).labels, job.truth(second))
     assert view.shape == (1, 64, 64)
@@ -302,7 +301,7 @@ def test_a_bound_batch_moves_no_data(bench: Start, version: str | None, graphs: 
         run()
     small()
     names = [name for name, *_ in job.cuda.log]
-    assert names == ["launch", "synchronise"] * 4 if graphs else ["synchronise"] * 4
+    assert names == ["launch", "synchronize"] * 4 if graphs else ["synchronize"] * 4
     np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
     run()
     job.engine.close()
@@ -367,7 +366,7 @@ def test_a_graph_that_cannot_be_recorded_leaves_the_stream_usable(bench: Start) 
     assert done == []
     graph.launch()
     graph.launch()
-    stream.synchronise()
+    stream.synchronize()
     assert done == [1, 1]
     graph.close()
     assert not job.cuda.graphs

@@ -76,7 +76,7 @@ def test_work_is_ordered_with_the_callers_stream(bench: Start) -> None:
         labels = job.engine.infer_device(source, stream=THEIRS)["labels"]
         assert labels.__cuda_array_interface__["stream"] == THEIRS
         job.cuda.queue(THEIRS, lambda: found.append(read(labels).copy()))  # noqa: B023  # always the same buffer
-    assert job.count("synchronise") == 0
+    assert job.count("synchronize") == 0
     assert found == []
     job.cuda.finish(THEIRS)
     for images, labels_found in zip(frames, found, strict=True):

@@ -19,7 +19,7 @@ import pytest
 
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.engines import onnxruntime_graph
+from hpddrnet_trt.engines import onnxruntime as onnxruntime_engine
 from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino import COMPILED_GRAPHS, OpenVINOEngine
@@ -94,14 +94,14 @@ def test_first_large_images_at_the_same_time(
     files: dict[str, Path], blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime's second session, for attention in blocks, is opened once, by whoever comes first."""
-    monkeypatch.setattr(onnxruntime_graph, "LARGEST_SCORES_MIB", 0 if blocks else 256)
+    monkeypatch.setattr(onnxruntime_engine, "LARGEST_SCORES_MIB", 0 if blocks else 256)
     images = frames(1, 64, 96)
     opened: list[bool] = []
     open_ = OnnxRuntimeEngine._open
 
-    def counted(engine: Any, options: Any, blocks: bool = False) -> Any:
+    def counted(engine: Any, *, blocks: bool = False) -> Any:
         opened.append(blocks)
-        return open_(engine, options, blocks)
+        return open_(engine, blocks=blocks)
 
     monkeypatch.setattr(OnnxRuntimeEngine, "_open", counted)
     with OnnxRuntimeEngine(files["onnxruntime"], threads=1) as engine:

@@ -14,8 +14,7 @@ from hpddrnet_trt.core.errors import BadInputFile, ContractError, NoGpu, UsageEr
 from hpddrnet_trt.core.manifest import Manifest, NetworkConfig
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine
-from hpddrnet_trt.engines.torch import TorchEngine
-from hpddrnet_trt.engines.torch_modules import module_times
+from hpddrnet_trt.engines.torch import TorchEngine, module_times
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
 from tests.toy import CLASSES, grey_image

@@ -60,7 +60,7 @@ def test_frames_and_labels_stay_on_the_callers_stream(engine_file: Path, require
             stream.copy(result.pointer, labels.pointer, labels.nbytes)
             frames.append(frame)
             results.append(result)
-        stream.synchronise()
+        stream.synchronize()
         for result, wanted in zip(results, expected, strict=True):
             np.testing.assert_array_equal(result.view((1, 256, 256), np.uint8), wanted)
 

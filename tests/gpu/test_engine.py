@@ -158,7 +158,7 @@ def test_plain_cuda_memory(tmp_path: Path, flavour: str, require_gpu: Gpu) -> No
         labels = engine.infer_device(batch)["labels"]
         result = PinnedBuffer(labels.nbytes)
         stream.copy(result.pointer, labels.pointer, labels.nbytes)
-        stream.synchronise()
+        stream.synchronize()
         found = result.view(labels.shape, np.uint8)
         assert _agreement(found, _truth(source, images)) >= AGREEMENT["fp32"]
 
