@@ -60,7 +60,7 @@ def write_seeds(folder: Path) -> dict[str, list[Path]]:
         write_toy_onnx(folder / "static.onnx", manifest(size=64)),
         write_fp32(folder / "network.onnx"), write_fp16(folder / "half.onnx"), function,
     ]  # fmt: skip
-    int8 = manifest(precision="int8", quantised_for="tensorrt")
+    int8 = manifest(precision="int8", quantized_for="tensorrt")
     return {
         "onnx": [
             *anywhere, labels, write_toy_onnx(folder / "logits.onnx", manifest("logits")),
@@ -80,8 +80,8 @@ def write_engine(path: Path, source: Path) -> Path:
     path.write_bytes(content)
     profiles = [{"min": [1, 1, 8, 8], "opt": [1, 1, 64, 64], "max": [2, 1, 128, 128]}]
     record = EngineRecord(
-        flavour="tensorrt", version="10.9.0.34", compute_capabilities=["8.9"], gpu="Simulated 0", profiles=profiles,
-        sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), precision_proof={}, build_seconds=1.0,
+        runtime="tensorrt", version="10.9.0.34", compute_capabilities=["8.9"], gpu="Simulated 0", profiles=profiles,
+        sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), layer_precision={}, build_seconds=1.0,
     )  # fmt: skip
     sidecar_path(path).write_text(read_manifest(source).replace(engine=record).to_json(), encoding="utf-8")
     return path

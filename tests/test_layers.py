@@ -30,6 +30,7 @@ WITH_TORCH = (
 # From the ground up. A module imports its own floor and lower ones; longest matching name counts.
 FLOORS = (
     ("core", "weights"),
+    ("errors",),  # the address by which core.errors is documented
     ("models",),
     ("graph",),
     ("data",),

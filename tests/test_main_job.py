@@ -93,7 +93,7 @@ def test_every_stage_leaves_its_file_with_its_description(job: Path, data: Path)
         assert manifest.data.sha256 == dataset.checksum()
     engine = read_manifest(job / "model.int8.engine").engine
     assert engine is not None
-    assert engine.precision_proof["convolutions"]["int8"] > 40
+    assert engine.layer_precision["convolutions"]["int8"] > 40
     assert not [path.name for path in job.iterdir() if ".tmp" in path.name]
 
 

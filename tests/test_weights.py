@@ -35,7 +35,7 @@ def test_complete_small_and_described(name: str) -> None:
         assert (FOLDER / f"{name}{suffix}").stat().st_size <= 14e6
         assert manifest.name == name
         assert manifest.data is not None
-        assert manifest.data.licence == "MIT"
+        assert manifest.data.license == "MIT"
     assert manifests[0].classes == manifests[1].classes
     for part in ("## Data", "## Figures", "## Limits", "## Licence", "## Command"):
         assert part in card(name)

@@ -128,7 +128,7 @@ def _description(
         "input": contract,
         "output": OutputContract(kind=output),
         "precision": typing,
-        "quantised_for": "tensorrt" if typing == "int8" else None,
+        "quantized_for": "tensorrt" if typing == "int8" else None,
         "attention": "matmul",
     }
     return Manifest(**{**fields, **overrides})

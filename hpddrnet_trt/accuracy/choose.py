@@ -19,7 +19,7 @@ from hpddrnet_trt.accuracy.sensitivity import Sensitivity, analyse
 from hpddrnet_trt.accuracy.trials import Trials
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, Manifest, MixedPrecisionRecord
-from hpddrnet_trt.graph.lint import analyse as analyse_placement
+from hpddrnet_trt.graph.lint import analyse as analyse_qdq
 from hpddrnet_trt.graph.model import save_model
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ def _described(
 ) -> Manifest:
     manifest = trials.recipe.described(layers, half=True)
     evidence = accuracy.evidence(f"choice of precision for {trials.judge.source}", trials.judge.source)
-    manifest = manifest.replace(evidence=[*manifest.evidence, evidence])
+    manifest = manifest.replace(validation=[*manifest.validation, evidence])
     if not layers:
         return manifest
     mixed = None if frontier is None or frontier.chosen is None else _mixed(frontier, frontier.chosen.floating)
     floating = () if mixed is None else tuple(mixed.floating)
-    placement = analyse_placement(graph, kept=floating).record()
-    return manifest.replace(calibration=calibration, mixed=mixed, placement=placement)
+    report = analyse_qdq(graph, kept=floating).record()
+    return manifest.replace(calibration=calibration, mixed=mixed, qdq_report=report)
 
 
 def _mixed(frontier: Frontier, floating: tuple[str, ...]) -> MixedPrecisionRecord:
@@ -102,11 +102,11 @@ def _mixed(frontier: Frontier, floating: tuple[str, ...]) -> MixedPrecisionRecor
         floating=list(floating),
         layers=frontier.layers,
         searched_on=frontier.source,
-        points=[
+        candidates=[
             {
                 "floating": float(len(point.floating)),
                 "milliseconds": point.milliseconds,
-                "masked_miou_drop_points": point.accuracy.drop,
+                "masked_miou_drop_percentage_points": point.accuracy.drop,
                 "agreement": point.accuracy.agreement,
             }
             for point in frontier.points

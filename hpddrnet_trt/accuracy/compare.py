@@ -120,7 +120,7 @@ def compare(
 
 
 def _precision(manifest: Manifest) -> str:
-    form = f" for {manifest.quantised_for}" if manifest.quantised_for else ""
+    form = f" for {manifest.quantized_for}" if manifest.quantized_for else ""
     return f"{manifest.precision or 'fp32'}{form}"
 
 
@@ -155,7 +155,7 @@ def _exported(
         grey_input=contract.dtype == "uint8",
         images=images,
     )
-    parity = made.evidence[-1].values["agreement"]
+    parity = made.validation[-1].values["agreement"]
     remarks.append(
         f"{checkpoint} was exported to ONNX for this; the export's labels equal PyTorch's on {parity:.4%} of the pixels"
     )
@@ -216,7 +216,7 @@ class _Data:
     def batches(self) -> Iterator[tuple[Array, Array]]:
         """Pairs of inputs of the same crops."""
         feeds = [
-            micrographs.batches(self.crops, self.height, self.width, contract, manifest.normalisation)
+            micrographs.batches(self.crops, self.height, self.width, contract, manifest.normalization)
             for contract, manifest in zip(self.contracts, self.manifests, strict=True)
         ]
         total = -(-len(self.crops) // self.batch)

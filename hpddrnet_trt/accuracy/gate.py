@@ -16,7 +16,7 @@ from hpddrnet_trt.accuracy.evaluate import fitting
 from hpddrnet_trt.accuracy.judge import Accuracy, Judge
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
-from hpddrnet_trt.core.manifest import Evidence, Manifest, read_manifest
+from hpddrnet_trt.core.manifest import Manifest, ValidationRecord, read_manifest
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.inference import load_segmenter
@@ -50,7 +50,7 @@ class Gate:
         with load_segmenter(reference_for(self.reference, source, read_manifest(source))) as fp32:
             fitting(fp32, dataset)
 
-    def verify(self, candidate: Path, source: Path, target: Path) -> Evidence:
+    def verify(self, candidate: Path, source: Path, target: Path) -> ValidationRecord:
         """Run ``candidate`` (an ONNX file or an engine made from ``source``) and return the evidence.
 
         Raises :class:`UserError` when it misses the budget: ``target`` is what is then not written.
@@ -67,7 +67,7 @@ class Gate:
         logger.info("%s keeps its budget (%s): %s", target, self.budget, found.text())
         evidence = found.evidence(WHAT, source_text)
         limits = {
-            "allowed_masked_miou_drop_points": self.budget.max_miou_drop,
+            "allowed_masked_miou_drop_percentage_points": self.budget.max_miou_drop,
             "required_agreement": self.budget.min_agreement,
         }
         kept = {name: value for name, value in limits.items() if value is not None}
@@ -90,7 +90,7 @@ def reference_for(given: Path | None, source: Path, manifest: Manifest) -> Path:
         return find_reference(source, manifest)
     path = locate(given)
     described = read_manifest(path)
-    if described.precision not in (None, "fp32") or described.quantised_for is not None:
+    if described.precision not in (None, "fp32") or described.quantized_for is not None:
         raise UsageError(
             f"the reference {path} is {str(described.precision).upper()}, so it would hide what lower precision costs; "
             "give the checkpoint or the FP32 ONNX file"

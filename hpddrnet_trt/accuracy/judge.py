@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.accuracy.evaluate import fitting, samples_of
 from hpddrnet_trt.core.errors import ContractError, UsageError
-from hpddrnet_trt.core.manifest import Evidence, Manifest
+from hpddrnet_trt.core.manifest import Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
@@ -73,18 +73,18 @@ class Accuracy:
         """Change of masked mIoU in percentage points, equal labels and IoU to FP32, as three columns of a table."""
         return f"{-self.drop:>+7.2f}  {100 * self.agreement:>11.3f}%  {100 * self.fidelity:>10.2f}%"
 
-    def evidence(self, what: str, source: str) -> Evidence:
+    def evidence(self, what: str, source: str) -> ValidationRecord:
         """The same for a model file's description."""
         values = {
             "miou": self.miou,
             "masked_miou": self.masked_miou,
             "reference_miou": self.reference_miou,
             "reference_masked_miou": self.reference_masked_miou,
-            "masked_miou_drop_points": self.drop,
+            "masked_miou_drop_percentage_points": self.drop,
             "agreement": self.agreement,
             **{f"{_AGAINST_REFERENCE}{name}": value for name, value in self.class_ious.items()},
         }
-        return Evidence(what=what, runtime=self.runtime, values=values, images=self.images, source=source)
+        return ValidationRecord(what=what, runtime=self.runtime, values=values, images=self.images, source=source)
 
 
 class Judge:
@@ -162,7 +162,7 @@ class Judge:
 
         rounded = uses_half(model)
         with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
-            run = manifest.replace(precision="int8" if manifest.quantised_for else "fp32") if rounded else manifest
+            run = manifest.replace(precision="int8" if manifest.quantized_for else "fp32") if rounded else manifest
             path = save_model(simulate_rounding(model) if rounded else _copy(model), Path(folder) / "it.onnx", run)
             with Segmenter(OnnxRuntimeEngine(path, threads=self._threads)) as candidate:
                 found = self.score(candidate, title)

@@ -66,7 +66,7 @@ class Recipe:
     def described(self, layers: Collection[str], *, half: bool) -> Manifest:
         """The description that goes with :meth:`graph`."""
         if layers:
-            return self.manifest.replace(precision=self.precision, quantised_for="tensorrt")
+            return self.manifest.replace(precision=self.precision, quantized_for="tensorrt")
         return self.manifest.replace(precision="fp16" if half else "fp32")
 
     def digest(self) -> str:

@@ -82,7 +82,7 @@ def precision_of(entry: Entry, manifest: Manifest | None) -> str | None:
 def _engines_of(path: Path, manifest: Manifest | None) -> list[tuple[str, dict[str, Any]]]:
     """Engines with their options; ``auto``, which will say what is wrong, for a file that none runs."""
     if manifest is not None and manifest.engine is not None:
-        names: list[str] = [manifest.engine.flavour]
+        names: list[str] = [manifest.engine.runtime]
     else:
         first, *others = engines_for(path) or ["auto"]
         names = [first, *(name for name in others if not ENGINES[name].gpu and engine_status(name).usable)]
@@ -96,4 +96,4 @@ def _variants(name: str, manifest: Manifest | None) -> list[dict[str, Any]]:
 def _form(engine: str, manifest: Manifest | None) -> str | None:
     """Tells TensorRT's explicit quantisation, run by a CPU engine, from ONNX Runtime's own."""
     foreign = engine != "auto" and not ENGINES[engine].gpu
-    return "Q/DQ" if foreign and manifest is not None and manifest.quantised_for == "tensorrt" else None
+    return "Q/DQ" if foreign and manifest is not None and manifest.quantized_for == "tensorrt" else None

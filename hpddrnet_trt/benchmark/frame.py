@@ -15,7 +15,7 @@ from hpddrnet_trt.engines.base import Engine, input_contract
 
 def prepared(engine: Engine, frames: Frames) -> npt.NDArray[Any]:
     """Grey frames ``[N, H, W]`` as the batch that ``engine`` takes: padded and, for float models, normalised."""
-    return network_input(list(frames), input_contract(engine.manifest), engine.manifest.normalisation)
+    return network_input(list(frames), input_contract(engine.manifest), engine.manifest.normalization)
 
 
 def frame_to_labels(engine: Engine) -> Callable[[Frames], Frames]:

@@ -23,7 +23,7 @@ from hpddrnet_trt.graph.work import TypedWork, typed_work
 
 _CHECKPOINT = ".safetensors"
 # What makes two files of one checkpoint the same graph.
-_SAME = ("checkpoint_sha256", "network", "output", "attention", "precision", "quantised_for", "calibration", "mixed")
+_SAME = ("checkpoint_sha256", "network", "output", "attention", "precision", "quantized_for", "calibration", "mixed")
 
 
 def roofs(

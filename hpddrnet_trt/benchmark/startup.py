@@ -98,6 +98,6 @@ def _verify_openvino(entry: Entry, frame: Grey8) -> str:
     from hpddrnet_trt.engines.openvino import verify_in_child
 
     manifest = read_manifest(entry.path)
-    batch = network_input(list(frame), input_contract(manifest), manifest.normalisation)
+    batch = network_input(list(frame), input_contract(manifest), manifest.normalization)
     share = verify_in_child(entry.path, batch, precision=entry.options.get("precision", "auto"))
     return f"checked in a child process: {share:.2%} of labels as ONNX Runtime's"

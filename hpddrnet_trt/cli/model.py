@@ -399,8 +399,8 @@ def build(
         **asdict(builder),
     )  # fmt: skip
     if manifest.engine is not None:
-        typer.echo(summary(manifest.engine.precision_proof))
-        if manifest.evidence and manifest.evidence[-1].what == WHAT:
+        typer.echo(summary(manifest.engine.layer_precision))
+        if manifest.validation and manifest.validation[-1].what == WHAT:
             echo_evidence(manifest)
         typer.echo(f"written: {target} ({megabytes(manifest.engine.bytes)}, {manifest.engine.build_seconds:.1f} s)")
 
@@ -428,8 +428,8 @@ def inspect(
 
 def echo_evidence(manifest: Manifest) -> None:
     """Print the last comparison with the reference."""
-    if manifest.evidence:
-        last = manifest.evidence[-1]
+    if manifest.validation:
+        last = manifest.validation[-1]
         typer.echo(f"{last.what}, {last.images} images ({last.source}; {last.runtime}):")
         for name, value in last.values.items():
             typer.echo(f"  {name:<28} {value:.6g}")

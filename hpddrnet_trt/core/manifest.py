@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from hpddrnet_trt.core.errors import BadInputFile, first_problem
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.precisions import Precision
+from hpddrnet_trt.core.protobuf import protobuf_fields
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had other names for some entries, see the records' OLD_NAMES; it is read as well
 METADATA_KEY = "hpddrnet_trt"
 IGNORE_INDEX = 255
 SIZE_MULTIPLE = 8  # the network's spatial branch works at one eighth of the input size
@@ -36,27 +36,39 @@ MAX_LEAST_VALUES = 1 << 28  # of the smallest input, which smaller images are pa
 class _Record(BaseModel):
     # Metrics of absent classes are NaN, which JSON cannot write as a number: "NaN" is read back.
     model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="strings")
+    OLD_NAMES: ClassVar[dict[str, str]] = {}  # of entries in files of format version 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_present_names(cls, content: Any) -> Any:
+        return _renamed(content, cls.OLD_NAMES)
+
+
+def _renamed(content: Any, names: dict[str, str]) -> Any:
+    if not isinstance(content, dict):
+        return content
+    return {names.get(name, name): value for name, value in content.items()}
 
 
 ShortText = Annotated[str, Field(max_length=100)]
-ColourValue = Annotated[int, Field(ge=0, le=255)]
+ColorValue = Annotated[int, Field(ge=0, le=255)]
 
 
 class ClassInfo(_Record):
     """One class: its name and the RGB colour (0..255) it is drawn in."""
 
     name: str = Field(min_length=1, max_length=1000)
-    color: tuple[ColourValue, ColourValue, ColourValue]
+    color: tuple[ColorValue, ColorValue, ColorValue]
 
 
-class Normalisation(_Record):
+class Normalization(_Record):
     """Grey levels (0..255, RGB order) are mapped to ``(value - mean) / std`` per channel."""
 
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (123.675, 116.28, 103.53)  # ImageNet, as the authors train
     std: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (58.395, 57.12, 57.375)
 
     @model_validator(mode="after")
-    def _positive_std(self) -> Normalisation:
+    def _positive_std(self) -> Normalization:
         if min(self.std) < 1e-6:
             raise ValueError(f"std must be positive (at least 1e-6 grey levels), got {self.std}")
         return self
@@ -108,9 +120,11 @@ CropEdge = Annotated[int, Field(ge=1, le=1 << 14)]
 class DataRecord(_Record):
     """The data a model was trained on."""
 
+    OLD_NAMES = {"licence": "license"}
+
     name: str
     sha256: str | None = None  # of all images and masks, see FolderDataset.checksum
-    licence: str | None = None
+    license: str | None = None
     train_images: int | None = None
     grey_mean: float | None = None
     grey_std: float | None = None
@@ -191,15 +205,17 @@ class CalibrationRecord(_Record):
 class MixedPrecisionRecord(_Record):
     """Which layers a search for the fastest file within an accuracy budget left in FP16."""
 
+    OLD_NAMES = {"points": "candidates"}
+
     budget: str
     floating: list[str]  # node names, of the layers that could have been quantised
     layers: int  # how many could have been
     searched_on: str  # dataset and split
-    points: list[dict[str, float]]  # measured choices: floating layers, milliseconds, masked mIoU lost, agreement
+    candidates: list[dict[str, float]]  # measured: floating layers, milliseconds, masked mIoU lost, agreement
     cost_source: str  # where the milliseconds come from
 
 
-class Evidence(_Record):
+class ValidationRecord(_Record):
     """One measured comparison of this file with the PyTorch FP32 reference."""
 
     what: str  # e.g. "export parity", "accuracy"
@@ -212,14 +228,16 @@ class Evidence(_Record):
 class EngineRecord(_Record):
     """What only a built TensorRT engine knows."""
 
-    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    OLD_NAMES = {"flavour": "runtime", "precision_proof": "layer_precision"}
+
+    runtime: Literal["tensorrt", "tensorrt-rtx"]
     version: ShortText
     compute_capabilities: list[ShortText] = Field(max_length=100)  # ["8.9"], or ["portable"] for an RTX default build
     gpu: ShortText | None = None  # name of the GPU it was built on, None when built without one
     profiles: list[dict[str, list[int]]] = Field(max_length=100)  # {"min": [...], "opt": [...], "max": [...]}
     sha256: str
     bytes: int
-    precision_proof: dict[str, Any]  # where it comes from and the share of layers per type
+    layer_precision: dict[str, Any]  # where it comes from and the share of layers per type
     build_seconds: float
     version_compatible: bool = False  # built to run on later TensorRT versions as well
     # Memory for activations while it runs, by the builder's log; for one fixed shape only: with a range of shapes
@@ -230,11 +248,18 @@ class EngineRecord(_Record):
 class Manifest(_Record):
     """Description of a model file; see the module docstring."""
 
+    OLD_NAMES = {
+        "normalisation": "normalization",
+        "quantised_for": "quantized_for",
+        "placement": "qdq_report",
+        "evidence": "validation",
+    }
+
     format_version: int = FORMAT_VERSION
     name: str = Field(default="model", max_length=1000)
     network: NetworkConfig
     classes: list[ClassInfo]
-    normalisation: Normalisation = Normalisation()
+    normalization: Normalization = Normalization()
     data: DataRecord | None = None
     metrics: dict[str, float] = {}  # of the checkpoint, fractions: {"val/miou": 0.81}
     remarks: list[str] = []
@@ -245,13 +270,26 @@ class Manifest(_Record):
     output: OutputContract | None = None
     attention: Literal["matmul", "attention-op", "function", "plain"] | None = None
     precision: Precision | None = None
-    quantised_for: Literal["tensorrt", "onnxruntime"] | None = None
+    quantized_for: Literal["tensorrt", "onnxruntime"] | None = None
     calibration: CalibrationRecord | None = None
     mixed: MixedPrecisionRecord | None = None
-    placement: dict[str, Any] | None = None  # of Q/DQ pairs: residual stages, float islands, expected reformats
-    evidence: list[Evidence] = []
+    qdq_report: dict[str, Any] | None = None  # of Q/DQ pairs: residual stages, float regions, expected reformats
+    validation: list[ValidationRecord] = []
     # from the engine build on
     engine: EngineRecord | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_present_format(cls, content: Any) -> Any:
+        """Files of version 1 are taken over into the present one, which is what is written again."""
+        if not isinstance(content, dict) or content.get("format_version") != 1:
+            return content
+        content = {**content, "format_version": FORMAT_VERSION}
+        if isinstance(report := content.get("placement"), dict):
+            report = _renamed(report, {"islands": "float_regions"})
+            report["counts"] = _renamed(report.get("counts"), {"float_islands": "float_regions"})
+            content["placement"] = report
+        return content
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -358,59 +396,6 @@ def _from_onnx(path: Path) -> str | None:
     except ValueError as exc:
         raise BadInputFile(f"{path} is not a readable ONNX file ({exc}); export it again") from exc
     return text
-
-
-class ProtobufField(NamedTuple):
-    """One field of a protobuf message: its content lies at ``start`` to ``end`` of the stream; ``value`` of a varint.
-
-    ``wire``: 0 a varint, 1 eight bytes, 2 bytes or another message, 5 four bytes.
-    """
-
-    number: int
-    wire: int
-    start: int
-    end: int
-    value: int = 0
-
-    def read(self, stream: BinaryIO, limit: int) -> bytes:
-        """The first ``limit`` bytes of the content."""
-        stream.seek(self.start)
-        return stream.read(min(self.end - self.start, limit))
-
-
-def protobuf_fields(stream: BinaryIO, start: int, end: int) -> Iterator[ProtobufField]:
-    """Fields of the protobuf message from ``start`` to ``end``, in order; contents are passed over.
-
-    Raises :class:`ValueError` for bytes that are no such message.
-    """
-    while start < end:
-        stream.seek(start)  # whoever takes the fields may read elsewhere in between
-        key = _varint(stream)
-        number, wire = key >> 3, key & 7
-        if number == 0 or wire not in _WIRE_BYTES:
-            raise ValueError("it is damaged or another kind of file")
-        length = _varint(stream) if wire == 2 else _WIRE_BYTES[wire]
-        value = _varint(stream) if wire == 0 else 0
-        content = stream.tell()
-        start = content + length
-        if start > end:
-            raise ValueError("it is cut off in the middle")
-        yield ProtobufField(number, wire, content, start, value)
-
-
-_WIRE_BYTES = {0: 0, 1: 8, 2: 0, 5: 4}  # of a content; that of kind 2 says its length first
-
-
-def _varint(stream: BinaryIO) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = stream.read(1)
-        if not byte:
-            raise ValueError("it is cut off in the middle")
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    raise ValueError("it is damaged or another kind of file")
 
 
 def _from_safetensors(path: Path) -> str | None:

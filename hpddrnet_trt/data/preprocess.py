@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
-from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalisation
+from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 
 Mode = Literal["single", "flip", "multiscale"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -113,7 +113,7 @@ def pad(image: npt.NDArray[np.uint8], height: int, width: int, fill: int | None 
 
 
 def network_input(
-    images: Sequence[npt.NDArray[np.uint8]], contract: InputContract, normalisation: Normalisation
+    images: Sequence[npt.NDArray[np.uint8]], contract: InputContract, normalization: Normalization
 ) -> npt.NDArray[Any]:
     """Stack equally shaped uint8 images ``[H, W]`` (or RGB ``[H, W, 3]``) to what ``contract`` asks for.
 
@@ -125,7 +125,7 @@ def network_input(
     if contract.dtype == "uint8" and contract.channels == 1 and len(images) == 1:
         return np.ascontiguousarray(pad(images[0], height, width))[None, None]  # no copy for a fitting image
     batch = np.empty((len(images), contract.channels, height, width), dtype=contract.dtype)
-    tables = _normalisation_tables(normalisation) if contract.dtype == "float32" else None
+    tables = _normalization_tables(normalization) if contract.dtype == "float32" else None
     for entry, image in zip(batch, images, strict=True):
         padded = pad(image, height, width)
         for channel, plane in enumerate(entry):
@@ -141,8 +141,8 @@ def _resize(image: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any
     return np.asarray(cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_LINEAR))
 
 
-def _normalisation_tables(normalisation: Normalisation) -> npt.NDArray[np.float32]:
+def _normalization_tables(normalization: Normalization) -> npt.NDArray[np.float32]:
     """Normalised value of each of the 256 grey levels, ``[3, 256]``: exact, and a look-up per pixel."""
     levels = np.arange(256, dtype=np.float32)
-    mean, std = (np.asarray(values, dtype=np.float32)[:, None] for values in (normalisation.mean, normalisation.std))
+    mean, std = (np.asarray(values, dtype=np.float32)[:, None] for values in (normalization.mean, normalization.std))
     return (levels - mean) / std

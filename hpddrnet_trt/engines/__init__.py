@@ -36,7 +36,7 @@ def _labels_only(manifest: Manifest | None) -> list[dict[str, Any]]:
 
 
 def _openvino_variants(manifest: Manifest | None) -> list[dict[str, Any]]:
-    if manifest is not None and manifest.quantised_for == "onnxruntime":
+    if manifest is not None and manifest.quantized_for == "onnxruntime":
         return []  # OpenVINO can crash on this form
     if manifest is None or manifest.precision != "fp32":
         return [{}]

@@ -342,7 +342,7 @@ def _disabled_optimizers(manifest: Manifest) -> list[str]:
     # TensorRT's symmetric Q/DQ form leaves biases in floating point; this optimiser would quantise
     # them and lose 7 % of the labels in INT8, 27 % in FP8 with FP16, without a word (onnxruntime 1.31).
     # ONNX Runtime's own form already has integer biases.
-    own = manifest.quantised_for == "onnxruntime"
+    own = manifest.quantized_for == "onnxruntime"
     return ["WeightBiasQuantization"] if is_calibrated(manifest.precision) and not own else []
 
 

@@ -71,7 +71,7 @@ class OpenVINOEngine(EngineBase):
         self.manifest = read_manifest(self.path)
         input_contract(self.manifest)
         check_onnx(self.path, "operators")
-        if self.manifest.quantised_for == "onnxruntime":
+        if self.manifest.quantized_for == "onnxruntime":
             raise UsageError(
                 f"{self.path} is quantised in ONNX Runtime's own form, which can crash OpenVINO; run it with the "
                 "onnxruntime engine, or calibrate with form 'tensorrt', which OpenVINO runs well"

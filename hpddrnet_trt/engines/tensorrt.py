@@ -88,7 +88,7 @@ class TensorRTEngine(EngineBase):
         self._contract: InputContract = input_contract(self.manifest)
         record = engine_record(path, self.manifest)
         content = verified_content(path, record)
-        self._api = load_flavour(record.flavour)
+        self._api = load_flavour(record.runtime)
         check_version(path, record, self._api)
         self._gpu = find_gpu(device)
         check_gpu(path, record, self._gpu)
@@ -436,9 +436,9 @@ def check_version(path: Path, record: EngineRecord, api: TensorRT) -> None:
         return
     if record.version_compatible and _numbers(api.version) >= _numbers(record.version):
         return
-    package = "tensorrt-rtx" if record.flavour == "tensorrt-rtx" else "tensorrt"
+    package = "tensorrt-rtx" if record.runtime == "tensorrt-rtx" else "tensorrt"
     raise BadInputFile(
-        f"{path} was built with {record.flavour} {record.version}, installed is {api.version}: build the engine again "
+        f"{path} was built with {record.runtime} {record.version}, installed is {api.version}: build the engine again "
         f"from its ONNX file, or install {package}=={record.version}"
     )
 
@@ -459,7 +459,7 @@ def check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
             f"{path} was built for GPUs of compute capability {', '.join(targets)}, {here}; "
             "build the engine again for this GPU"
         )
-    if record.flavour == "tensorrt" and record.gpu not in (None, gpu.name):
+    if record.runtime == "tensorrt" and record.gpu not in (None, gpu.name):
         logger.warning("%s was built on %s and may be slower on %s; build it here", path, record.gpu, gpu.name)
 
 

@@ -129,7 +129,7 @@ class TorchEngine(EngineBase):
         module: Any = network.eval().to(self.device)
         self._network: Any = module.to(memory_format=self._format)
         self._score: Callable[[Tensor], Tensor] = self._network.predict_logits
-        mean, std = manifest.normalisation.mean, manifest.normalisation.std
+        mean, std = manifest.normalization.mean, manifest.normalization.std
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self.device).view(1, 3, 1, 1) for values in (mean, std)
         )

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import UsageError, UserError
-from hpddrnet_trt.core.manifest import CalibrationRecord, Evidence, InputContract, Manifest
+from hpddrnet_trt.core.manifest import CalibrationRecord, InputContract, Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.precisions import PRECISIONS, LowPrecision
 from hpddrnet_trt.core.runtimes import load_onnxruntime
@@ -127,16 +127,16 @@ def calibrate(
         told = f"{name} (auto)" if method == "auto" else name
         finished = manifest.replace(
             precision=precision,
-            quantised_for=form,
+            quantized_for=form,
             calibration=calibration_record(data.images, data.crops, (data.height, data.width), told),
-            placement=analyse(quantised).record() if form == "tensorrt" else None,
+            qdq_report=analyse(quantised).record() if form == "tensorrt" else None,
             versions={**manifest.versions, "onnxruntime": _runtime_version()},
         )
         candidates.append((name, quantised, finished, reference.compare(quantised, finished)))
     _, quantised, finished, evidence = max(candidates, key=lambda entry: entry[3].values["miou_against_fp32"])
     _judge(evidence, request, min_agreement, min_class_iou, target_onnx)
     tried = [_methods_tried({name: other for name, _, _, other in candidates})] if method == "auto" else []
-    finished = finished.replace(evidence=[*manifest.evidence, *tried, evidence])
+    finished = finished.replace(validation=[*manifest.validation, *tried, evidence])
     save_model(quantised, target_onnx, finished)
     return finished
 
@@ -235,7 +235,7 @@ def float_model(source: str | Path) -> tuple[Any, Manifest]:
         raise UsageError(f"{path} is not an ONNX file; calibration starts from the .onnx file of the export")
     model, manifest = load_model(path)
     again = "give the FP32 file that the export wrote"
-    if manifest.quantised_for is not None or any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+    if manifest.quantized_for is not None or any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         raise UsageError(f"{path} is quantised already; {again}")
     fold_constants(model.graph)
     half = any(entry.data_type in _half_types() for entry in model.graph.initializer)
@@ -319,7 +319,7 @@ class _Reference:
             self._manifest = engine.manifest
             self._labels = [engine.infer(batch).labels for batch in self._batches("labels of the FP32 file")]
 
-    def compare(self, quantised: Any, manifest: Manifest) -> Evidence:
+    def compare(self, quantised: Any, manifest: Manifest) -> ValidationRecord:
         """Run a graph, as a file and through the engine that users run, on the same crops."""
         with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
             candidate = save_model(quantised, Path(folder) / "quantised.onnx", manifest)
@@ -331,20 +331,20 @@ class _Reference:
     def _batches(self, purpose: str) -> Iterator[npt.NDArray[Any]]:
         data, contract = self._data, input_contract(self._manifest)
         feed = micrographs.batches(
-            data.held_out_crops, data.height, data.width, contract, self._manifest.normalisation
+            data.held_out_crops, data.height, data.width, contract, self._manifest.normalization
         )
         total = -(-len(data.held_out_crops) // contract.batch.minimum)
         yield from tqdm(feed, total=total, desc=purpose, unit="batch")
 
     def _evidence(
         self, labels: list[npt.NDArray[np.uint8]], runtime: str, precision: str, counts: tuple[int, int]
-    ) -> Evidence:
+    ) -> ValidationRecord:
         data = self._data
         comparison = LabelComparison(self._manifest.network.num_classes)
         for batches in zip(labels, self._labels, strict=True):
             for got, expected in zip(*batches, strict=True):
                 comparison.update(got, expected)
-        return Evidence(
+        return ValidationRecord(
             what=f"{precision.upper()} labels against the FP32 ONNX file",
             runtime=runtime,
             values={
@@ -368,7 +368,7 @@ def _judged_on(data: _Data) -> str:
     return f"{whose}: {len(data.held_out_crops)} crops of {data.height}x{data.width}"
 
 
-def _methods_tried(evidence: Mapping[str, Evidence]) -> Evidence:
+def _methods_tried(evidence: Mapping[str, ValidationRecord]) -> ValidationRecord:
     """What "auto" chose from: IoU against FP32 averaged over classes, by method."""
     scores = {method: entry.values["miou_against_fp32"] for method, entry in evidence.items()}
     logger.info("IoU against FP32 by method: %s", ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
@@ -376,7 +376,7 @@ def _methods_tried(evidence: Mapping[str, Evidence]) -> Evidence:
 
 
 def _judge(
-    evidence: Evidence, request: _Request, min_agreement: float, min_class_iou: float, target: str | Path
+    evidence: ValidationRecord, request: _Request, min_agreement: float, min_class_iou: float, target: str | Path
 ) -> None:
     """Report the comparison; raise :class:`UserError` when it falls short."""
     values = evidence.values

@@ -80,8 +80,8 @@ def convert_precision(
         half, compared, kept = _keep_blocks(model, keep, precision, comparison, compared, least_iou)
         remarks += kept
     check_labels(compared)
-    evidence = [*manifest.evidence, compared.evidence]
-    manifest = manifest.replace(precision=precision, remarks=remarks, evidence=evidence)
+    evidence = [*manifest.validation, compared.evidence]
+    manifest = manifest.replace(precision=precision, remarks=remarks, validation=evidence)
     save_model(half, target, manifest)
     return manifest
 
@@ -154,5 +154,5 @@ def fp16_range_report(model: onnx.ModelProto, manifest: Manifest, images: Sequen
     tensors = [name for name in producers(model.graph) if types.get(name) == TensorProto.FLOAT]
     height, width = crop_size(contract, None, images)
     crops = plan_crops(images, height, width)
-    ranges = extremes(model, tensors, batches(crops, height, width, contract, manifest.normalisation))
+    ranges = extremes(model, tensors, batches(crops, height, width, contract, manifest.normalization))
     return {name: max(abs(low), abs(high)) for name, (low, high) in ranges.items()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpddrnet_trt.core.manifest import EngineRecord, Evidence, InputContract, Manifest, OutputContract
+from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, OutputContract, ValidationRecord
 from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.export.proof import summary
 
@@ -26,14 +26,14 @@ def _kind(manifest: Manifest) -> str:
     if manifest.engine is not None:
         record = manifest.engine
         return (
-            f"engine of {record.flavour} {record.version} for {', '.join(record.compute_capabilities)}"
+            f"engine of {record.runtime} {record.version} for {', '.join(record.compute_capabilities)}"
             f"{f' ({record.gpu})' if record.gpu else ''}, {megabytes(record.bytes)}, built in "
             f"{record.build_seconds:.1f} s"
         )
     if manifest.input is None:
         return "checkpoint"
     made_for = {"tensorrt": ", quantised for TensorRT", "onnxruntime": ", quantised for ONNX Runtime's CPU kernels"}
-    return f"ONNX file{made_for.get(manifest.quantised_for or '', '')}"
+    return f"ONNX file{made_for.get(manifest.quantized_for or '', '')}"
 
 
 def _sections(manifest: Manifest, *, layers: bool) -> Iterator[tuple[str, list[str]]]:
@@ -41,7 +41,7 @@ def _sections(manifest: Manifest, *, layers: bool) -> Iterator[tuple[str, list[s
     yield "classes", [", ".join(manifest.class_names)]
     if manifest.data is not None:
         images = f", {manifest.data.train_images} images" if manifest.data.train_images else ""
-        yield "trained on", [f"{manifest.data.name}{images} (licence: {manifest.data.licence or 'not stated'})"]
+        yield "trained on", [f"{manifest.data.name}{images} (licence: {manifest.data.license or 'not stated'})"]
     if manifest.checkpoint_sha256:
         yield "checkpoint", [f"SHA-256 {manifest.checkpoint_sha256}"]
     if manifest.metrics:
@@ -64,7 +64,7 @@ def _sections(manifest: Manifest, *, layers: bool) -> Iterator[tuple[str, list[s
         yield "profiles", [_profile(entry) for entry in manifest.engine.profiles]
         if (activations := manifest.engine.activation_bytes) is not None:
             yield "memory", [f"{activations / 2**20:,.0f} MiB for activations, by the builder's log"]
-    for index, entry in enumerate(manifest.evidence):
+    for index, entry in enumerate(manifest.validation):
         yield "" if index else "evidence", _evidence(entry)
     if manifest.remarks:
         yield "remarks", manifest.remarks
@@ -90,8 +90,8 @@ def _precision(manifest: Manifest, *, layers: bool) -> list[str]:
     rows = [str(manifest.precision).upper()]
     if manifest.engine is not None:
         rows += _proof(manifest.engine, layers=layers)
-    if manifest.placement is not None:
-        rows += _placement(manifest.placement)
+    if manifest.qdq_report is not None:
+        rows += _placement(manifest.qdq_report)
     return rows
 
 
@@ -105,9 +105,9 @@ def _placement(record: dict[str, Any]) -> list[str]:
         *(f"  {entry['name']}: {entry['precision']}, {entry['reason']}" for entry in _with_reason(record)),
         f"residual stages: {sound} of {len(stages)} without a broken fusion rule or a conversion inside",
         f"conversions expected elsewhere: {counts['reformats_elsewhere']}",
-        f"floating-point islands: {counts['float_islands']}",
+        f"floating-point islands: {counts['float_regions']}",
     ]
-    return rows + [f"  {island['name']}: {island['reason']}" for island in record["islands"]]
+    return rows + [f"  {island['name']}: {island['reason']}" for island in record["float_regions"]]
 
 
 def _with_reason(record: dict[str, Any]) -> list[dict[str, str]]:
@@ -115,7 +115,7 @@ def _with_reason(record: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _proof(record: EngineRecord, *, layers: bool) -> list[str]:
-    proof = record.precision_proof
+    proof = record.layer_precision
     rows = summary(proof).split("; ")
     if "remark" in proof:
         rows.append(f"remark: {proof['remark']}")
@@ -135,6 +135,6 @@ def _profile(entry: dict[str, list[int]]) -> str:
     return "  ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in entry.items())
 
 
-def _evidence(entry: Evidence) -> list[str]:
+def _evidence(entry: ValidationRecord) -> list[str]:
     rows = [f"{entry.what}: {entry.images} images, {entry.source}; {entry.runtime}"]
     return rows + [f"  {name:<34} {value:.6g}" for name, value in entry.values.items()]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import sha256_of
-from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalisation
+from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
 from hpddrnet_trt.data.preprocess import network_input, pad
 
@@ -172,7 +172,7 @@ def cut(grey: Grey, crop: Crop, height: int, width: int) -> Grey:
 
 
 def batches(
-    crops: Sequence[Crop], height: int, width: int, contract: InputContract, normalisation: Normalisation
+    crops: Sequence[Crop], height: int, width: int, contract: InputContract, normalization: Normalization
 ) -> Iterator[npt.NDArray[Any]]:
     """Model inputs of the smallest admitted batch size; the last batch is filled up from the first crops."""
     size = contract.batch.minimum
@@ -181,16 +181,16 @@ def batches(
     for _, grey in _windows(filled, height, width):
         window.append(grey)
         if len(window) == size:
-            yield network_input(window, contract, normalisation)
+            yield network_input(window, contract, normalization)
             window = []
 
 
 def inputs(
-    crops: Sequence[Crop], height: int, width: int, contract: InputContract, normalisation: Normalisation
+    crops: Sequence[Crop], height: int, width: int, contract: InputContract, normalization: Normalization
 ) -> Iterator[tuple[Crop, npt.NDArray[Any]]]:
     """Every crop by itself as a model input; a larger fixed batch is filled up with copies of it."""
     for crop, grey in _windows(crops, height, width):
-        yield crop, network_input([grey] * contract.batch.minimum, contract, normalisation)
+        yield crop, network_input([grey] * contract.batch.minimum, contract, normalization)
 
 
 def _windows(crops: Sequence[Crop], height: int, width: int) -> Iterator[tuple[Crop, Grey]]:

@@ -153,7 +153,7 @@ def export_network(
     )
     if verify:
         evidence = compare_with_pytorch(model, network, manifest, images)
-        manifest = manifest.replace(evidence=[*manifest.evidence, evidence])
+        manifest = manifest.replace(validation=[*manifest.validation, evidence])
     save_model(model, target, manifest)
     return manifest
 

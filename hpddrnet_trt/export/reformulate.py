@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.manifest import Manifest, NetworkConfig, Normalisation
+from hpddrnet_trt.core.manifest import Manifest, NetworkConfig, Normalization
 from hpddrnet_trt.models.network import ECA, ConvNormAct, HPDDRNet, NormActConv, PositionAttention
 
 AttentionForm = Literal["matmul", "attention-op"]
@@ -83,7 +83,7 @@ class DeployNetwork(nn.Module):
         if grey_input:
             first = self.backbone.get_submodule("stem.0.conv")
             assert isinstance(first, nn.Conv2d)
-            self.backbone.set_submodule("stem.0.conv", GreyStem(first, manifest.normalisation))
+            self.backbone.set_submodule("stem.0.conv", GreyStem(first, manifest.normalization))
         _rewrite(self, network.config, attention, rewrites)
         self.output: nn.Module
         if output == "labels":
@@ -130,10 +130,10 @@ class GreyStem(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, conv: nn.Conv2d, normalisation: Normalisation) -> None:
+    def __init__(self, conv: nn.Conv2d, normalization: Normalization) -> None:
         super().__init__()
-        mean = torch.tensor(normalisation.mean, dtype=torch.float64)
-        std = torch.tensor(normalisation.std, dtype=torch.float64)
+        mean = torch.tensor(normalization.mean, dtype=torch.float64)
+        std = torch.tensor(normalization.std, dtype=torch.float64)
         one_mean = bool((mean == mean[0]).all())
         m = float(mean[0]) if one_mean else float(mean.mean().round())
         s = 2.0 ** round(math.log2(float(std.mean())))

@@ -55,7 +55,7 @@ def measure(
     contract = input_contract(manifest)
     kept = StatisticsCache(cache, _graph_digest(model, tensors), tensors)
     probe: _Probe | None = None
-    feed = inputs(crops, *size, contract, manifest.normalisation)
+    feed = inputs(crops, *size, contract, manifest.normalization)
     with tqdm(feed, total=len(crops), desc="calibrating", unit="crop") as progress:
         for image, group in groupby(progress, key=lambda entry: entry[0].image):
             parts: list[Statistics] = []

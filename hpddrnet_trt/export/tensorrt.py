@@ -19,9 +19,9 @@ from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.files import atomic_path, existing_file, write_bytes
 from hpddrnet_trt.core.manifest import (
     EngineRecord,
-    Evidence,
     InputContract,
     Manifest,
+    ValidationRecord,
     read_manifest,
     sidecar_path,
 )
@@ -53,7 +53,7 @@ TILINGS: tuple[Tiling, ...] = get_args(Tiling)
 
 # Runs a candidate (an engine, or the ONNX file it was built from) and returns what it found, or raises
 # UserError: then nothing is written.
-Accept = Callable[[Path], Evidence]
+Accept = Callable[[Path], ValidationRecord]
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _check_precision(
     source: Path, manifest: Manifest, precision: Precision, images: str | Path | Sequence[Path] | None
 ) -> None:
     has = manifest.precision
-    if manifest.quantised_for == "onnxruntime":
+    if manifest.quantized_for == "onnxruntime":
         raise UsageError(
             f"{source} was quantised for ONNX Runtime on a CPU, which TensorRT does not run; calibrate the FP32 file "
             "for TensorRT: hpddrnet-trt calibrate MODEL.onnx MODEL.int8.onnx --data FOLDER --form tensorrt"
@@ -465,9 +465,9 @@ class _Job:
                 candidate.write_bytes(plan)
                 sidecar_path(candidate).write_text(manifest.to_json(), encoding="utf-8")
                 evidence = self.accept(candidate)
-        return manifest.replace(evidence=[*manifest.evidence, evidence])
+        return manifest.replace(validation=[*manifest.validation, evidence])
 
-    def _accepted_as_onnx(self, accept: Accept, manifest: Manifest) -> Evidence:
+    def _accepted_as_onnx(self, accept: Accept, manifest: Manifest) -> ValidationRecord:
         """Whoever accepts sees the ONNX file with the engine's contract: what the engine cannot take, it cannot."""
         model, described = load_model(self.path)
         with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
@@ -489,14 +489,14 @@ class _Job:
         else:
             targets = [self.gpu.compute_capability] if self.gpu is not None else []
         record = EngineRecord(
-            flavour=api.flavour,
+            runtime=api.flavour,
             version=api.version,
             compute_capabilities=targets,
             gpu=self.gpu.name if self.gpu is not None else None,
             profiles=[profile.as_record() for profile in self.profiles],
             sha256=hashlib.sha256(plan).hexdigest(),
             bytes=plan.nbytes,
-            precision_proof=proof,
+            layer_precision=proof,
             build_seconds=round(seconds, 3),
             version_compatible=self.settings.version_compatible,
             activation_bytes=activations,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core import runtimes
 from hpddrnet_trt.core.errors import UserError, require
-from hpddrnet_trt.core.manifest import Evidence, InputContract, Manifest
+from hpddrnet_trt.core.manifest import InputContract, Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
@@ -66,7 +66,7 @@ class _Worst:
 
 def compare_with_pytorch(
     model: onnx.ModelProto, network: HPDDRNet, manifest: Manifest, images: Sequence[Path] = ()
-) -> Evidence:
+) -> ValidationRecord:
     """Run ``model`` on ONNX Runtime and ``network`` on PyTorch and compare.
 
     ``manifest`` describes the model (input and output contract, normalisation). ``images`` are
@@ -83,8 +83,8 @@ def compare_with_pytorch(
     for batch in _batches(manifest, images):
         count += len(batch)
         got = dict(zip(names, session.run(names, _feed(batch, manifest)), strict=True))
-        _compare(got, tap, network, network_input(list(batch), _NORMALISED, manifest.normalisation), worst)
-    evidence = Evidence(
+        _compare(got, tap, network, network_input(list(batch), _NORMALISED, manifest.normalization), worst)
+    evidence = ValidationRecord(
         what="export parity",
         runtime=_runtime(),
         values={
@@ -115,7 +115,7 @@ def compare_with_pytorch(
 class ComparedLabels(NamedTuple):
     """One comparison of labels; ``finite``: no floating-point output held infinity or NaN."""
 
-    evidence: Evidence
+    evidence: ValidationRecord
     finite: bool
 
     @property
@@ -152,7 +152,7 @@ class LabelReference:
             finite = finite and sound
             for got, wanted in zip(labels, expected, strict=True):
                 comparison.update(got, wanted)
-        evidence = Evidence(
+        evidence = ValidationRecord(
             what=what,
             runtime=f"{_runtime()}, {RUNTIME_REMARK}" if rounded else _runtime(),
             values={"agreement": comparison.agreement, "miou_against_fp32": comparison.scores().miou},
@@ -254,7 +254,7 @@ def _frame(images: Sequence[Path], index: int, height: int, width: int) -> Grey:
 
 def _feed(batch: Grey, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
     assert manifest.input is not None
-    return {"image": network_input(list(batch), manifest.input, manifest.normalisation)}
+    return {"image": network_input(list(batch), manifest.input, manifest.normalization)}
 
 
 def _runtime() -> str:

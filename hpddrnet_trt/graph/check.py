@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
 
 from hpddrnet_trt.core.errors import BadInputFile, UserError, one_line, require
-from hpddrnet_trt.core.manifest import ProtobufField, protobuf_fields
+from hpddrnet_trt.core.protobuf import ProtobufField, protobuf_fields
 from hpddrnet_trt.graph.attention import expanded
 
 if TYPE_CHECKING:

@@ -103,7 +103,7 @@ class Placement:
 
     convolutions: tuple[Convolution, ...]
     stages: tuple[Stage, ...]
-    islands: tuple[Island, ...]
+    float_regions: tuple[Island, ...]
     violations: tuple[Violation, ...]
     reformats: tuple[Reformat, ...]
     int8_operators: dict[str, int] = field(default_factory=dict)  # without weights, 8 bits on both sides
@@ -125,7 +125,7 @@ class Placement:
             "convolutions": dict(Counter(entry.precision for entry in self.convolutions)),
             "residual_stages": len(self.stages),
             "violations": len(self.all_violations),
-            "float_islands": len(self.islands),
+            "float_regions": len(self.float_regions),
             "reformats_in_stages": self.stage_reformats,
             "reformats_elsewhere": len(self.reformats),
         }
@@ -145,8 +145,8 @@ class Placement:
         ]
         lines.append(f"violations: {len(self.all_violations)}")
         lines += [f"  {entry.rule}: {entry.where}: {entry.detail}" for entry in self.all_violations]
-        lines.append(f"floating-point islands: {len(self.islands)}")
-        lines += [f"  {entry.name}: {entry.operator_count} operators; {entry.reason}" for entry in self.islands]
+        lines.append(f"floating-point islands: {len(self.float_regions)}")
+        lines += [f"  {entry.name}: {entry.operator_count} operators; {entry.reason}" for entry in self.float_regions]
         lines.append(f"conversions expected outside residual stages: {len(self.reformats)}")
         lines += [f"  {entry.kind} {entry.tensor}, {entry.where}" for entry in self.reformats]
         return "\n".join(lines)
@@ -180,7 +180,7 @@ def analyse(model: onnx.ModelProto, kept: Collection[str] = ()) -> Placement:
             Convolution(node.name, graph.precision(node), _reason(graph, node, kept)) for node in graph.convolutions
         ),
         stages=stages,
-        islands=tuple(
+        float_regions=tuple(
             Island(names[id(group[0])], _island_reason(graph, group), dict(Counter(node.op_type for node in group)))
             for group in islands
         ),

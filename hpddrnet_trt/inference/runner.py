@@ -171,7 +171,7 @@ class Inference:
         """The network's input. A model with a fixed batch gets its batch filled; what the filling gives is dropped."""
         rendered = [transform.apply(image) for image in images]
         filling = max(self.contract.batch.minimum - len(rendered), 0)
-        return network_input(rendered + rendered[-1:] * filling, self.contract, self.manifest.normalisation)
+        return network_input(rendered + rendered[-1:] * filling, self.contract, self.manifest.normalization)
 
 
 def _restored(planes: npt.NDArray[Any], transform: TtaTransform, height: int, width: int) -> list[npt.NDArray[Any]]:

@@ -26,7 +26,7 @@ from hpddrnet_trt.core.manifest import (
     DataRecord,
     Manifest,
     NetworkConfig,
-    Normalisation,
+    Normalization,
     parse_manifest,
 )
 from hpddrnet_trt.models.foreign import (
@@ -130,7 +130,7 @@ def convert_checkpoint(
     checkpoint = read_foreign(source)
     network, manifest = _from_foreign(checkpoint, name or checkpoint.path.stem, classes, palette)
     if license is not None:
-        manifest = manifest.replace(data=DataRecord(name="unknown", licence=license))
+        manifest = manifest.replace(data=DataRecord(name="unknown", license=license))
     written = save_checkpoint(target, network, manifest)
     for remark in manifest.remarks:
         log.info("%s: %s", source, remark)
@@ -184,13 +184,13 @@ def _from_foreign(
     remarks = list(checkpoint.remarks)
     normalization = described_normalization(checkpoint.meta)
     if normalization is None:
-        normalization = Normalisation()
+        normalization = Normalization()
         remarks.append("the file names no normalisation; ImageNet's mean and standard deviation are assumed")
     manifest = Manifest(
         name=name,
         network=config,
         classes=_class_table(checkpoint, config.num_classes, classes, palette, remarks),
-        normalisation=normalization,
+        normalization=normalization,
         remarks=remarks,
         versions={"hpddrnet_trt": __version__, "torch": str(torch.__version__)},
     )

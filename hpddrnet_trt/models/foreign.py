@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hpddrnet_trt.core.errors import BadInputFile, one_line
 from hpddrnet_trt.core.files import existing_file
-from hpddrnet_trt.core.manifest import ClassInfo, NetworkConfig, Normalisation
+from hpddrnet_trt.core.manifest import ClassInfo, NetworkConfig, Normalization
 
 MAX_FILE_BYTES = 4 << 30
 MAX_OPCODES = 5_000_000
@@ -287,7 +287,7 @@ def distinct_colors(count: int) -> list[tuple[int, int, int]]:
     return colors
 
 
-def described_normalization(meta: dict[Any, Any]) -> Normalisation | None:
+def described_normalization(meta: dict[Any, Any]) -> Normalization | None:
     """Mean and standard deviation from the configuration text in ``meta['cfg']``, or None.
 
     The text is Python source; it is parsed, never run, and only literals are read.
@@ -310,9 +310,9 @@ def described_normalization(meta: dict[Any, Any]) -> Normalisation | None:
     return None
 
 
-def _normalization(mean: Any, std: Any) -> Normalisation | None:
+def _normalization(mean: Any, std: Any) -> Normalization | None:
     try:
-        normalization = Normalisation(mean=mean, std=std)
+        normalization = Normalization(mean=mean, std=std)
     except ValidationError:
         return None
     values = (*normalization.mean, *normalization.std)

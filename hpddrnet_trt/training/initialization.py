@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.manifest import Manifest, Normalisation
+from hpddrnet_trt.core.manifest import Manifest, Normalization
 from hpddrnet_trt.data.datasets import FolderDataset, SplitStatistics
 from hpddrnet_trt.models.checkpoints import load_backbone_weights, load_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
@@ -23,7 +23,7 @@ class Start:
     """A network before its first step."""
 
     network: HPDDRNet
-    normalisation: Normalisation
+    normalization: Normalization
     remarks: list[str]  # for the description of the model
 
 
@@ -44,7 +44,7 @@ def starting_point(config: TrainConfig, dataset: FolderDataset, statistics: Spli
             "network.initial=runs/x/x.safetensors"
         )
     network = HPDDRNet(config.network.resolve(len(dataset.classes)))
-    return Start(network, _normalisation(config, statistics), _pretrain(network, config.network.pretrained))
+    return Start(network, _normalization(config, statistics), _pretrain(network, config.network.pretrained))
 
 
 def _whole(config: TrainConfig, path: Path, dataset: FolderDataset, data_sha256: str) -> Start:
@@ -63,7 +63,7 @@ def _whole(config: TrainConfig, path: Path, dataset: FolderDataset, data_sha256:
             path, manifest.data.name,
         )  # fmt: skip
     remark = f"training started from {path.name} (SHA-256 {str(manifest.checkpoint_sha256)[:12]})"
-    return Start(network.train(), manifest.normalisation, [*manifest.remarks, remark])
+    return Start(network.train(), manifest.normalization, [*manifest.remarks, remark])
 
 
 def _check_settings(config: TrainConfig, path: Path, manifest: Manifest) -> None:
@@ -79,7 +79,7 @@ def _check_settings(config: TrainConfig, path: Path, manifest: Manifest) -> None
             "the file brings along"
         )
     if "normalisation" in config.data.model_fields_set:
-        imagenet = manifest.normalisation == Normalisation()
+        imagenet = manifest.normalization == Normalization()
         if imagenet != (config.data.normalisation == "imagenet"):
             raise UsageError(
                 f"{path} was trained with {'ImageNet' if imagenet else 'its data set'}'s normalisation, not "
@@ -96,8 +96,8 @@ def _pretrain(network: HPDDRNet, path: Path | None) -> list[str]:
     return [f"training started from the backbone in {path.name}"]
 
 
-def _normalisation(config: TrainConfig, statistics: SplitStatistics) -> Normalisation:
+def _normalization(config: TrainConfig, statistics: SplitStatistics) -> Normalization:
     if config.data.normalisation == "imagenet":
-        return Normalisation()
+        return Normalization()
     mean, std = statistics.grey_mean, max(statistics.grey_std, 1.0)
-    return Normalisation(mean=(mean, mean, mean), std=(std, std, std))
+    return Normalization(mean=(mean, mean, mean), std=(std, std, std))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import UserError
-from hpddrnet_trt.core.manifest import IGNORE_INDEX, Normalisation
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, Normalization
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.models.network import HPDDRNet, resize
 from hpddrnet_trt.training.config import OptimisationConfig
@@ -39,7 +39,7 @@ class SegmentationModule(pl.LightningModule):
         self,
         network: HPDDRNet,
         loss: SegmentationLoss,
-        normalisation: Normalisation,
+        normalization: Normalization,
         optimisation: OptimisationConfig,
         seed: int,
         quantisation: FakeQuantisation | None = None,
@@ -57,7 +57,7 @@ class SegmentationModule(pl.LightningModule):
         self._plain_loss = CrossEntropy()
         self._confusion = LabelComparison(network.config.num_classes)
         self._val_sums = [0.0, 0.0]  # summed loss, labelled pixels
-        for name, values in (("mean", normalisation.mean), ("std", normalisation.std)):
+        for name, values in (("mean", normalization.mean), ("std", normalization.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.train()
 

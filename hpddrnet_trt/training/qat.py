@@ -35,7 +35,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from hpddrnet_trt.core.errors import UserError
-from hpddrnet_trt.core.manifest import Normalisation
+from hpddrnet_trt.core.manifest import Normalization
 from hpddrnet_trt.models.network import BasicBlock, Bottleneck, HPDDRNet
 
 WEIGHT_LEVELS = 127  # to either side of zero
@@ -148,13 +148,13 @@ class FakeQuantisation(nn.Module):
     channel_gain: Tensor
     channel_shift: Tensor
 
-    def __init__(self, network: HPDDRNet, normalisation: Normalisation, percentile: float = 100.0) -> None:
+    def __init__(self, network: HPDDRNet, normalization: Normalization, percentile: float = 100.0) -> None:
         super().__init__()
         self.placement = placement(network)
         self.percentile = percentile
         self._mode: Literal["off", "observe", "round"] = "off"
         self.register_buffer("ranges", torch.zeros(len(self.placement.sites)))
-        self._prepare_grey(normalisation)
+        self._prepare_grey(normalization)
         self._resized: dict[int, int] = {}  # number of a resize to its site's index
         for index, site in enumerate(self.placement.sites):
             module = network.get_submodule(site.module)
@@ -245,9 +245,9 @@ class FakeQuantisation(nn.Module):
 
     # ------------------------------------------------------------ the first convolution
 
-    def _prepare_grey(self, normalisation: Normalisation) -> None:
+    def _prepare_grey(self, normalization: Normalization) -> None:
         """``x = (g - m) / s`` and, where the channels' means differ, ones: see ``GreyStem``."""
-        means, stds = normalisation.mean, normalisation.std
+        means, stds = normalization.mean, normalization.std
         self._one_mean = len(set(means)) == 1
         centre = means[0] if self._one_mean else float(round(sum(means) / 3))
         width = 2.0 ** round(math.log2(sum(stds) / 3))

@@ -234,11 +234,11 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manife
         name=config.run.name,
         network=network.config,
         classes=list(data.dataset.classes),
-        normalisation=start.normalisation,
+        normalization=start.normalization,
         data=DataRecord(
             name=data.dataset.name,
             sha256=data.sha256,
-            licence=data.dataset.license,
+            license=data.dataset.license,
             train_images=data.training_images,
             grey_mean=data.statistics.grey_mean,
             grey_std=data.statistics.grey_std,
@@ -249,12 +249,12 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manife
     )
     loss = SegmentationLoss(_criterion(config.loss, data), config.loss.auxiliary_weight)
     quantisation = (
-        FakeQuantisation(network, start.normalisation, config.quantisation.percentile)
+        FakeQuantisation(network, start.normalization, config.quantisation.percentile)
         if config.quantisation.enabled
         else None
     )
     module = SegmentationModule(
-        network, loss, start.normalisation, config.optimisation, config.run.seed, quantisation
+        network, loss, start.normalization, config.optimisation, config.run.seed, quantisation
     )
     module.stored = {"config": config.model_dump(mode="json"), "data_sha256": data.sha256, "versions": _versions()}
     return module, manifest

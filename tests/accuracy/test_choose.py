@@ -52,11 +52,11 @@ def test_int8_throughout_where_that_holds(study: Study, tmp_path: Path) -> None:
     )  # fmt: skip
     assert choice.frontier is None
     manifest = read_manifest(tmp_path / "m.onnx")
-    assert (manifest.precision, manifest.quantised_for, manifest.mixed) == ("int8", "tensorrt", None)
+    assert (manifest.precision, manifest.quantized_for, manifest.mixed) == ("int8", "tensorrt", None)
     assert manifest.calibration is not None
     assert manifest.calibration.images == 6
-    assert manifest.placement is not None
-    assert manifest.placement["counts"]["reformats_in_stages"] == 0
+    assert manifest.qdq_report is not None
+    assert manifest.qdq_report["counts"]["reformats_in_stages"] == 0
     assert count_convolutions(onnx.load(str(tmp_path / "m.onnx"))) == (len(QUANTISABLE), 6)
 
 
@@ -73,8 +73,8 @@ def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: 
     assert {"first", "shortcut"} <= set(manifest.mixed.floating)
     assert len(manifest.mixed.floating) < len(QUANTISABLE)
     assert choice.accuracy.drop <= 2.0
-    assert manifest.evidence[-1].values["masked_miou_drop_points"] == choice.accuracy.drop
-    kept = [entry for entry in manifest.placement["convolutions"] if entry["name"] == "first"]  # type: ignore[index]
+    assert manifest.validation[-1].values["masked_miou_drop_percentage_points"] == choice.accuracy.drop
+    kept = [entry for entry in manifest.qdq_report["convolutions"] if entry["name"] == "first"]  # type: ignore[index]
     assert "search" in kept[0]["reason"]
 
 
@@ -113,7 +113,7 @@ def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> N
         shapes="1x1x96x96:1x1x96x96:1x1x96x96", progress=False,
     )  # fmt: skip
     assert manifest.precision == "int8"
-    assert [entry.what for entry in manifest.evidence[-2:]] == [
+    assert [entry.what for entry in manifest.validation[-2:]] == [
         "choice of precision for simulated/val", "accuracy against FP32",
     ]  # fmt: skip
     assert read_manifest(target) == manifest

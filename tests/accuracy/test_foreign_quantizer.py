@@ -73,7 +73,7 @@ def theirs(tmp_path: Path, fp32: Path) -> Callable[[float], Path]:
 
     def write(largest: float) -> Path:
         onnx.save(quantized_elsewhere(source, largest), str(tmp_path / "theirs.onnx"))
-        description = read_manifest(source).replace(precision="int8", quantised_for="tensorrt")
+        description = read_manifest(source).replace(precision="int8", quantized_for="tensorrt")
         return save_model(onnx.load(str(tmp_path / "theirs.onnx")), tmp_path / "model.theirs.onnx", description)
 
     return write
@@ -85,9 +85,9 @@ def test_it_is_built_and_verified(theirs: Callable[[float], Path], data: Path, t
         theirs(8.0), tmp_path / "m.engine", precision="int8", gate=Gate(data, Budget(max_miou_drop=3.0)),
         flavour="tensorrt-rtx", shapes="1x1x96x96", progress=False,
     )  # fmt: skip
-    assert manifest.evidence[-1].what == WHAT
+    assert manifest.validation[-1].what == WHAT
     assert manifest.engine is not None
-    proof = manifest.engine.precision_proof
+    proof = manifest.engine.layer_precision
     assert proof.get("parsed_network", proof)["convolutions"]["int8"] == 6  # all, the channel gate's too
 
 

@@ -40,7 +40,7 @@ def write(tmp_path: Path, fp32: Path) -> Write:
         name_nodes(model)
         plan = qdq.plan(model, "tensorrt")
         graph = to_half(qdq.quantise(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-clip, clip))))
-        described = manifest.replace(precision="int8", quantised_for="tensorrt", calibration=RECORD)
+        described = manifest.replace(precision="int8", quantized_for="tensorrt", calibration=RECORD)
         return save_model(graph, tmp_path / name, described)
 
     return call
@@ -51,9 +51,9 @@ def test_a_sound_file_passes_with_evidence(write: Write, data: Path, tmp_path: P
     evidence = gate.verify(write("model.int8.onnx", 8.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
     assert evidence.what == WHAT
     assert evidence.images == 2
-    assert evidence.values["allowed_masked_miou_drop_points"] == 3.0
+    assert evidence.values["allowed_masked_miou_drop_percentage_points"] == 3.0
     assert evidence.values["required_agreement"] == 0.9
-    assert evidence.values["masked_miou_drop_points"] <= 3.0
+    assert evidence.values["masked_miou_drop_percentage_points"] <= 3.0
     assert "simulated/test, FP32: model.onnx on onnxruntime" in evidence.source
     assert "simulated rounding" in evidence.runtime
 
@@ -80,8 +80,8 @@ def test_an_engine_without_gpu_is_judged_by_its_onnx_file(
         shapes="1x1x96x96:1x1x96x96:1x1x96x96", gate=Gate(data, Budget(max_miou_drop=3.0)),
     )  # fmt: skip
     stored = read_manifest(target)
-    assert stored.evidence[-1] == manifest.evidence[-1]
-    assert stored.evidence[-1].what == WHAT
+    assert stored.validation[-1] == manifest.validation[-1]
+    assert stored.validation[-1].what == WHAT
     assert "was verified on the ONNX file it was built from" in caplog.text
 
 
@@ -184,7 +184,7 @@ def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_pa
     path = write("model.int8.onnx", 1.0)
     model, manifest = load_model(path)
     mixed = MixedPrecisionRecord(
-        budget="none", floating=["stem"], layers=5, searched_on="simulated/val", points=[], cost_source="a test"
+        budget="none", floating=["stem"], layers=5, searched_on="simulated/val", candidates=[], cost_source="a test"
     )
     save_model(model, path, manifest.replace(mixed=mixed))
     with pytest.raises(UserError, match=r"1 of 5 layers are FP16.*choose on more micrographs") as refused:

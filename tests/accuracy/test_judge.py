@@ -76,7 +76,7 @@ def test_figures_are_those_of_the_labels(judge: Judge, recipe: Recipe, data: Pat
     assert list(found.class_ious.values()) == labels.scores().iou
     assert found.drop == pytest.approx(100 * (judge.reference.masked_miou - found.masked_miou))
     evidence = found.evidence("a test", judge.source)
-    assert evidence.values["masked_miou_drop_points"] == found.drop
+    assert evidence.values["masked_miou_drop_percentage_points"] == found.drop
     assert set(evidence.values) >= {"iou_against_reference/dark", "agreement", "miou", "reference_masked_miou"}
 
 
@@ -179,7 +179,7 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, recipe: Reci
     row = benchmark.accuracy("it")
     assert row is not None
     evidence = Gate(dataset.root, budget, "val", fp32).verify(target, fp32, tmp_path / "it.engine").values
-    chosen = choice.manifest.evidence[-1].values
+    chosen = choice.manifest.validation[-1].values
     assert scores.miou < scores.masked_miou - 0.1
     assert {scores.miou, row.miou, evidence["miou"], chosen["miou"]} == {scores.miou}
     assert {scores.masked_miou, row.masked_miou, evidence["masked_miou"], chosen["masked_miou"]} == {scores.masked_miou}

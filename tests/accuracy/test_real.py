@@ -64,8 +64,8 @@ def test_a_strict_budget_keeps_layers_in_fp16(study: Study, tmp_path: Path) -> N
     manifest = read_manifest(target)
     assert manifest.mixed is not None
     assert 0 < len(manifest.mixed.floating) < len(stem) == manifest.mixed.layers
-    assert manifest.placement is not None
-    assert manifest.placement["counts"]["violations"] == 0
+    assert manifest.qdq_report is not None
+    assert manifest.qdq_report["counts"]["violations"] == 0
 
 
 @needs_rtx
@@ -76,9 +76,9 @@ def test_an_engine_with_its_evidence(sem_data: Path, tmp_path: Path) -> None:
         source, target, precision="int8", calibration_images=data, flavour="tensorrt-rtx", shapes=SHAPES,
         gate=Gate(data, Budget(max_miou_drop=0.5), reference=source), progress=False,
     )  # fmt: skip
-    evidence = read_manifest(target).evidence[-1]
+    evidence = read_manifest(target).validation[-1]
     assert evidence.what == WHAT
-    assert evidence.values["masked_miou_drop_points"] < 0.5
+    assert evidence.values["masked_miou_drop_percentage_points"] < 0.5
     assert evidence.images == 2
 
 
@@ -88,7 +88,7 @@ def test_a_calibration_on_one_micrograph_is_refused(sem_data: Path, tmp_path: Pa
     source, broken = locate(MODEL, ".onnx"), tmp_path / "broken.int8.onnx"
     one = sem_data / MODEL / "images" / "train" / "spot4_180d_2.png"
     manifest = calibrate(source, broken, [one], method="max")
-    assert manifest.evidence[-1].values["agreement"] > 0.9
+    assert manifest.validation[-1].values["agreement"] > 0.9
     with pytest.raises(UserError, match=r"INT8 misses the budget on .*calibrated on 1 image \(method max\)"):
         build_verified(
             broken, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx", shapes=SHAPES,

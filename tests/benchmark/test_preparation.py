@@ -90,7 +90,7 @@ def test_everything_from_one_checkpoint(
             assert manifest.precision == (parts[1].partition("-")[0] if len(parts) > 2 else "fp32")
     scores = {path.name: uses_bf16(load_model(path)[0]) for path in prepared.files if path.suffix == ".onnx"}
     assert (scores["model.fp16.onnx"], scores["model.fp16-fp32-scores.onnx"]) == (True, False)
-    assert read_manifest(folder / OWN).quantised_for == "onnxruntime"
+    assert read_manifest(folder / OWN).quantized_for == "onnxruntime"
 
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = prepare(checkpoint, data, folder, shapes="1x1x64x96")

@@ -271,7 +271,7 @@ def test_entries_name_runtime_precision_and_form(tmp_path: Path, monkeypatch: py
     files = [
         tiny_model(tmp_path / "model.onnx"),
         tiny_model(tmp_path / "int8.onnx", typing="int8"),
-        tiny_model(tmp_path / "cpu.onnx", typing="int8", quantised_for="onnxruntime"),
+        tiny_model(tmp_path / "cpu.onnx", typing="int8", quantized_for="onnxruntime"),
         tiny_model(tmp_path / "again.onnx"),
         tmp_path / "lonely.engine",
     ]

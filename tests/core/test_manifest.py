@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -25,23 +27,24 @@ from hpddrnet_trt.core.manifest import (
     ClassInfo,
     DataRecord,
     EngineRecord,
-    Evidence,
     InputContract,
     Manifest,
     NetworkConfig,
-    Normalisation,
+    Normalization,
     OutputContract,
+    ValidationRecord,
     parse_manifest,
     read_manifest,
     sidecar_path,
 )
 from hpddrnet_trt.models.network import VARIANTS
 
+DATA = Path(__file__).parent / "data"
 CLASSES = [ClassInfo(name="grain", color=(0, 0, 0)), ClassInfo(name="pöre", color=(255, 1, 2))]
 SMALL = Manifest(network=NetworkConfig(num_classes=2), classes=CLASSES)
 FULL = SMALL.replace(
     name="full",
-    data=DataRecord(name="d", sha256="a", licence="MIT", train_images=3, grey_mean=1.5, grey_std=0.5),
+    data=DataRecord(name="d", sha256="a", license="MIT", train_images=3, grey_mean=1.5, grey_std=0.5),
     metrics={"val/miou": 0.25},
     remarks=["one"],
     checkpoint_sha256="b",
@@ -50,13 +53,13 @@ FULL = SMALL.replace(
     output=OutputContract(kind="logits"),
     attention="matmul",
     precision="int8",
-    quantised_for="tensorrt",
+    quantized_for="tensorrt",
     calibration=CalibrationRecord(method="minmax", images=3, images_sha256="c", source="x", tool="y"),
-    evidence=[Evidence(what="accuracy", runtime="r", values={"miou": 0.5}, images=2, source="s")],
+    validation=[ValidationRecord(what="accuracy", runtime="r", values={"miou": 0.5}, images=2, source="s")],
     engine=EngineRecord(
-        flavour="tensorrt-rtx", version="1.7", compute_capabilities=["portable"], gpu=None,
+        runtime="tensorrt-rtx", version="1.7", compute_capabilities=["portable"], gpu=None,
         profiles=[{"min": [1, 1, 8, 8], "opt": [1, 1, 8, 8], "max": [1, 1, 8, 8]}],
-        sha256="d", bytes=5, precision_proof={"from": "network", "share": {"int8": 0.5}}, build_seconds=1.5,
+        sha256="d", bytes=5, layer_precision={"from": "network", "share": {"int8": 0.5}}, build_seconds=1.5,
     ),
 )  # fmt: skip
 
@@ -169,10 +172,10 @@ def test_foreign_endings(tmp_path: Path) -> None:
         ({"network": {"num_classes": 2, "eca": "everywhere"}}, "eca"),
         ({"classes": [{"name": "", "color": [0, 0, 0]}, {"name": "b", "color": [0, 0, 0]}]}, "name"),
         ({"classes": [{"name": "a", "color": [0, 0, 256]}, {"name": "b", "color": [0, 0, 0]}]}, "color"),
-        ({"normalisation": {"std": [1, 0, 1]}}, "std must be positive"),
-        ({"normalisation": {"std": [1, 1e-300, 1]}}, "std must be positive"),
-        ({"normalisation": {"std": [1, math.nan, 1]}}, "finite number"),
-        ({"normalisation": {"mean": [math.inf, 0, 0]}}, "finite number"),
+        ({"normalization": {"std": [1, 0, 1]}}, "std must be positive"),
+        ({"normalization": {"std": [1, 1e-300, 1]}}, "std must be positive"),
+        ({"normalization": {"std": [1, math.nan, 1]}}, "finite number"),
+        ({"normalization": {"mean": [math.inf, 0, 0]}}, "finite number"),
         ({"network": {"num_classes": 2, "channels": 10**12}}, "channels"),
         ({"input": {"multiple": 0}}, "multiple"),
         ({"input": {"height": {"minimum": 16, "maximum": 8}}}, "the range 16..8 admits nothing"),
@@ -234,15 +237,51 @@ def test_unknown_entries_are_ignored() -> None:
     assert parse_manifest(json.dumps({**json.loads(SMALL.to_json()), "later": 1}), "x") == SMALL
 
 
+@pytest.mark.parametrize("name", ["version1.onnx", "version1.engine"])
+def test_files_of_format_version_1(tmp_path: Path, name: str) -> None:
+    """Written by the version before entries were renamed: everything is there, and is written anew in version 2."""
+    for path in DATA.glob("version1.*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "version1.engine").write_bytes(b"engine")
+    manifest = read_manifest(tmp_path / name)
+    assert manifest.format_version == FORMAT_VERSION
+    assert (manifest.name, manifest.class_names, manifest.precision) == ("version 1", ["grain", "pöre"], "int8")
+    assert manifest.normalization == Normalization(mean=(100, 101, 102), std=(50, 51, 52))
+    assert manifest.quantized_for == "tensorrt"
+    assert manifest.data == DataRecord(
+        name="d", sha256="a", license="MIT", train_images=3, grey_mean=1.5, grey_std=0.5, crop=(512, 256)
+    )
+    assert manifest.calibration == CalibrationRecord(method="max", images=3, images_sha256="c", source="x", tool="y")
+    assert manifest.mixed is not None
+    assert manifest.mixed.candidates == [
+        {"floating": 1.0, "milliseconds": 2.5, "miou_drop_points": 0.25, "agreement": 0.99}
+    ]
+    (record,) = manifest.validation
+    assert (record.what, record.images, record.values["reference_miou"]) == ("accuracy against FP32", 2, 0.75)
+    assert math.isnan(record.values["iou_against_reference/pöre"])
+    assert manifest.qdq_report is not None
+    assert [region["name"] for region in manifest.qdq_report["float_regions"]][1] == "position attention"
+    assert manifest.qdq_report["counts"]["float_regions"] == 3
+    if name.endswith(".engine"):
+        assert manifest.engine is not None
+        assert manifest.engine.runtime == "tensorrt-rtx"
+        assert manifest.engine.layer_precision == {"from": "network", "share": {"int8": 0.5}}
+    written = manifest.to_json()
+    assert not {"licence", "evidence", "placement", "quantised_for", "normalisation", "flavour"} & set(
+        re.findall(r'"(\w+)":', written)
+    )
+    assert parse_manifest(written, "x").to_json() == written
+
+
 def test_metrics_of_absent_classes() -> None:
     """NaN is a figure like any other, and the JSON stays valid for other programs."""
-    evidence = Evidence(what="w", runtime="r", values={"iou/pore": math.nan}, images=1, source="s")
-    text = SMALL.replace(metrics={"val/iou/pore": math.nan, "x": math.inf}, evidence=[evidence]).to_json()
+    evidence = ValidationRecord(what="w", runtime="r", values={"iou/pore": math.nan}, images=1, source="s")
+    text = SMALL.replace(metrics={"val/iou/pore": math.nan, "x": math.inf}, validation=[evidence]).to_json()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     back = parse_manifest(text, "x")
     assert math.isnan(back.metrics["val/iou/pore"])
     assert back.metrics["x"] == math.inf
-    assert math.isnan(back.evidence[0].values["iou/pore"])
+    assert math.isnan(back.validation[0].values["iou/pore"])
 
 
 def test_descriptions_do_not_change() -> None:
@@ -287,7 +326,7 @@ def test_any_description_survives_json(names: list[str], mean: Any, std: Any, me
     manifest = Manifest(
         network=NetworkConfig(num_classes=len(names)),
         classes=[ClassInfo(name=name, color=(index, 2, 3)) for index, name in enumerate(names)],
-        normalisation=Normalisation(mean=mean, std=std),
+        normalization=Normalization(mean=mean, std=std),
         metrics=metrics,
     )
     assert parse_manifest(manifest.to_json(), "x") == manifest

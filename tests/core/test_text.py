@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpddrnet_trt.core import errors
 from hpddrnet_trt.core.errors import UserError, describe, one_line
 from hpddrnet_trt.core.text import (
     METRES,
@@ -95,3 +96,16 @@ def test_exceptions_are_described() -> None:
     assert describe(RuntimeError("boom\n at 0x0")) == "RuntimeError: boom at 0x0"
     assert describe(KeyError()) == "KeyError: no message"
     assert describe(Unreadable()) == "Unreadable: no readable message"
+
+
+def test_the_documented_address_of_the_errors_stays() -> None:
+    with pytest.warns(DeprecationWarning, match=r"hpddrnet_trt\.core\.errors\.UserError now"):
+        from hpddrnet_trt.errors import UserError as documented
+    assert documented is UserError
+    import hpddrnet_trt.errors as shim
+
+    for name in shim.__all__:
+        with pytest.warns(DeprecationWarning, match=name):
+            assert getattr(shim, name) is getattr(errors, name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = shim.nonsense

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
-from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalisation
+from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 from hpddrnet_trt.data.preprocess import (
     TtaTransform,
     keep_ratio_size,
@@ -78,7 +78,7 @@ def test_padded_size_beyond_the_model() -> None:
 @given(height=SIZES, width=SIZES, flip=st.booleans())
 def test_way_back_is_exact_without_resize(height: int, width: int, flip: bool) -> None:
     image, transform = grey_image(height, width), TtaTransform(height, width, flip)
-    padded = network_input([transform.apply(image)], InputContract(), Normalisation())
+    padded = network_input([transform.apply(image)], InputContract(), Normalization())
     assert padded.shape[2] % 8 == padded.shape[3] % 8 == 0
     restored = transform.restore_scores(padded[0].astype(np.float32), height, width)
     assert np.array_equal(restored[0], image)
@@ -105,15 +105,15 @@ def test_labels_return_by_nearest_neighbour() -> None:
 @pytest.mark.parametrize("colour", [False, True])
 def test_float_input_is_normalised_as_torch_does(colour: bool) -> None:
     image = np.random.default_rng(1).integers(0, 256, (12, 10, 3) if colour else (12, 10)).astype(np.uint8)
-    found = network_input([image], InputContract(dtype="float32", channels=3), Normalisation())
+    found = network_input([image], InputContract(dtype="float32", channels=3), Normalization())
     assert found.dtype == np.float32
     assert found.shape == (1, 3, 16, 16)
     channels = image.transpose(2, 0, 1) if colour else np.stack([image] * 3)
-    for channel, (mean, std) in enumerate(zip(Normalisation().mean, Normalisation().std, strict=True)):
+    for channel, (mean, std) in enumerate(zip(Normalization().mean, Normalization().std, strict=True)):
         expected = (channels[channel].astype(np.float32) - np.float32(mean)) / np.float32(std)
         assert np.array_equal(found[0, channel, :12, :10], expected)
 
 
 def test_fitting_image_is_not_copied() -> None:
     image = grey_image(16, 24)
-    assert np.shares_memory(network_input([image], InputContract(), Normalisation()), image)
+    assert np.shares_memory(network_input([image], InputContract(), Normalization()), image)

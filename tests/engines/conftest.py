@@ -67,13 +67,13 @@ def bench(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         description = json.loads(sidecar_path(models[kind]).read_text())
         record = description["engine"]
         if version is not None:
-            record.update(flavour="tensorrt", version=version, compute_capabilities=["8.9"])
+            record.update(runtime="tensorrt", version=version, compute_capabilities=["8.9"])
         sidecar_path(path).write_text(json.dumps(description))
         cuda = SimulatedCuda(real)
         monkeypatch.setattr(cuda_memory, "cudart", lambda: cuda)
         monkeypatch.setattr(cuda_memory, "cuda_driver", lambda: cuda)
         profiles = [Profile.from_record(entry) for entry in record["profiles"]]
-        library = SimulatedTensorRT(cuda, onnx_file, profiles, record["flavour"], record["version"])
+        library = SimulatedTensorRT(cuda, onnx_file, profiles, record["runtime"], record["version"])
         monkeypatch.setattr(engine_module, "load_flavour", lambda flavour: library.api)
         return Bench(cuda, library, TensorRTEngine(path, **options), path)
 

@@ -50,7 +50,7 @@ def test_logits_confidence_and_their_labels(tmp_path: Path, half: bool) -> None:
 def test_symmetric_int8_graph_stays_close(tmp_path: Path) -> None:
     exact = write_toy_onnx(tmp_path / "f.onnx", manifest("logits"))
     quantised = write_toy_onnx(
-        tmp_path / "q.onnx", manifest("logits", precision="int8", quantised_for="tensorrt"), symmetric_int8=True
+        tmp_path / "q.onnx", manifest("logits", precision="int8", quantized_for="tensorrt"), symmetric_int8=True
     )
     images = _batch(4)
     with OnnxRuntimeEngine(exact) as first, OnnxRuntimeEngine(quantised) as second:

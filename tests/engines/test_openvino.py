@@ -67,7 +67,7 @@ def test_compiled_shapes_are_bounded(tmp_path: Path) -> None:
 
 
 def test_refuses_onnxruntime_form(tmp_path: Path) -> None:
-    path = write_toy_onnx(tmp_path / "m.onnx", manifest(precision="int8", quantised_for="onnxruntime"))
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest(precision="int8", quantized_for="onnxruntime"))
     with pytest.raises(UsageError, match="quantised in ONNX Runtime's own form"):
         OpenVINOEngine(path)
 
@@ -106,7 +106,7 @@ def test_child_confirms_a_good_file(tmp_path: Path) -> None:
 
 
 def test_child_reports_failure_and_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_toy_onnx(tmp_path / "m.onnx", manifest(precision="int8", quantised_for="onnxruntime"))
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest(precision="int8", quantized_for="onnxruntime"))
     with pytest.raises(UserError, match=r"failed .*ONNX Runtime's own form"):
         verify_in_child(path, _images(24))
     crashing = tmp_path / "python"

@@ -112,8 +112,8 @@ def test_other_library_version(copied: Path) -> None:
 
 def _record(**changes: Any) -> EngineRecord:
     fields: dict[str, Any] = {
-        "flavour": "tensorrt", "version": "10.9.0.34", "compute_capabilities": ["8.9"], "gpu": "RTX 4000",
-        "profiles": [], "sha256": "", "bytes": 0, "precision_proof": {}, "build_seconds": 1.0,
+        "runtime": "tensorrt", "version": "10.9.0.34", "compute_capabilities": ["8.9"], "gpu": "RTX 4000",
+        "profiles": [], "sha256": "", "bytes": 0, "layer_precision": {}, "build_seconds": 1.0,
     }  # fmt: skip
     return EngineRecord(**{**fields, **changes})
 

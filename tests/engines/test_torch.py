@@ -35,8 +35,8 @@ def description() -> Manifest:
 
 def test_grey_input_equals_the_network_on_normalised_rgb(network: HPDDRNet, description: Manifest) -> None:
     images = np.stack([grey_image(40, 64, seed) for seed in range(2)])[:, None]
-    mean = torch.tensor(description.normalisation.mean).view(1, 3, 1, 1)
-    std = torch.tensor(description.normalisation.std).view(1, 3, 1, 1)
+    mean = torch.tensor(description.normalization.mean).view(1, 3, 1, 1)
+    std = torch.tensor(description.normalization.std).view(1, 3, 1, 1)
     rgb = (torch.from_numpy(images).float().expand(-1, 3, -1, -1) - mean) / std
     with torch.inference_mode():
         expected = network.predict_logits(rgb).numpy()

@@ -202,13 +202,13 @@ def test_the_file_describes_its_calibration(
     quantised: dict[str, Path], source: Path, images: list[Path], form: str
 ) -> None:
     manifest = read_manifest(quantised[form])
-    assert (manifest.precision, manifest.quantised_for) == ("int8", form)
+    assert (manifest.precision, manifest.quantized_for) == ("int8", form)
     assert manifest.classes == read_manifest(source).classes
     assert manifest.calibration is not None
     assert manifest.calibration.images == 9  # every fourth of twelve is held out
     kept = [path for path in images if path not in images[3::4]]
     assert manifest.calibration.images_sha256 == micrographs.checksum(kept)
-    evidence = manifest.evidence[-1]
+    evidence = manifest.validation[-1]
     assert evidence.images == 3
     assert "not calibrated on" in evidence.source
     assert 0.97 < evidence.values["agreement"] <= 1
@@ -244,8 +244,8 @@ def test_both_forms_on_real_micrographs(tmp_path: Path, source: Path, sem_data: 
     for form in FORMS:
         target = tmp_path / f"{form}.onnx"
         manifest = calibrate(source, target, train, form=form, held_out=test, size=(128, 128))  # type: ignore[arg-type]
-        assert manifest.evidence[-1].images == len(test)
-        assert manifest.evidence[-1].values["agreement"] > 0.97
+        assert manifest.validation[-1].images == len(test)
+        assert manifest.validation[-1].values["agreement"] > 0.97
 
 
 @needs_rtx
@@ -290,13 +290,13 @@ def test_a_lost_class_is_refused_on_request_and_warned_about(
     assert not target.exists()
     manifest = calibrate(source, target, [black], **options)
     assert any("INT8 changes class" in message for message in caplog.messages)
-    per_class = [value for key, value in manifest.evidence[-1].values.items() if key.startswith("iou_against_fp32/")]
-    assert np.mean(per_class) == pytest.approx(manifest.evidence[-1].values["miou_against_fp32"])
+    per_class = [value for key, value in manifest.validation[-1].values.items() if key.startswith("iou_against_fp32/")]
+    assert np.mean(per_class) == pytest.approx(manifest.validation[-1].values["miou_against_fp32"])
 
 
 def test_images_judged_on_themselves_are_called_so(tmp_path: Path, source: Path, images: list[Path]) -> None:
     manifest = calibrate(source, tmp_path / "int8.onnx", images[:2], form="onnxruntime", size=(SIZE, SIZE))
-    assert manifest.evidence[-1].source.startswith("the calibration images themselves")
+    assert manifest.validation[-1].source.startswith("the calibration images themselves")
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_an_interrupted_calibration_leaves_no_file_and_continues(
 @pytest.mark.parametrize("form", FORMS)
 def test_auto_keeps_the_best_method(tmp_path: Path, source: Path, images: list[Path], form: Any) -> None:
     manifest = calibrate(source, tmp_path / "auto.onnx", images, form=form, method="auto", size=(SIZE, SIZE))
-    tried, chosen = manifest.evidence[-2:]
+    tried, chosen = manifest.validation[-2:]
     assert tried.what == METHODS_TRIED
     assert set(tried.values) == set(METHODS)
     best = max(tried.values, key=lambda name: tried.values[name])
@@ -427,8 +427,8 @@ def test_fp8_on_request(
         calibrate(source, target, images, precision="fp8", size=(SIZE, SIZE))
     monkeypatch.setattr(fp8, "FEWEST_CHANNELS", 8)
     manifest = calibrate(source, target, images, precision="fp8", size=(SIZE, SIZE))
-    assert (manifest.precision, manifest.quantised_for) == ("fp8", "tensorrt")
-    evidence = manifest.evidence[-1]
+    assert (manifest.precision, manifest.quantized_for) == ("fp8", "tensorrt")
+    evidence = manifest.validation[-1]
     assert evidence.what.startswith("FP8 labels")
     assert evidence.values["fp8_convolutions"] == 3  # all but the stem (1 channel) and the classifier (3)
     assert evidence.values["agreement"] > 0.95
@@ -441,5 +441,5 @@ def test_every_method_on_a_trained_network(sem_data: Path, tmp_path: Path) -> No
     train, test = (find_images(sem_data / "nasa-super1", split) for split in ("train", "test"))
     options: dict[str, Any] = {"held_out": test[:1], "max_images": 4, "size": (256, 256), "cache": tmp_path / "cache"}
     manifest = calibrate(locate("nasa-super1"), tmp_path / "int8.onnx", train, method="auto", **options)
-    assert min(manifest.evidence[-2].values.values()) > 0.97
-    assert manifest.evidence[-1].values["agreement"] > 0.995
+    assert min(manifest.validation[-2].values.values()) > 0.97
+    assert manifest.validation[-1].values["agreement"] > 0.995

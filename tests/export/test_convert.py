@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from hpddrnet_trt.core.errors import UsageError, UserError
-from hpddrnet_trt.core.manifest import Evidence, read_manifest
+from hpddrnet_trt.core.manifest import ValidationRecord, read_manifest
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export.convert import _keep_blocks, convert_precision, fp16_range_report
@@ -59,7 +59,7 @@ def run(model: onnx.ModelProto, image: npt.NDArray[Any]) -> list[npt.NDArray[Any
 def test_description_and_contract(source: Path, half: Path) -> None:
     manifest = read_manifest(half)
     assert manifest.precision == "fp16"
-    evidence = manifest.evidence[-1]
+    evidence = manifest.validation[-1]
     assert evidence.what == "conversion to FP16"
     assert evidence.runtime.endswith("(CPU), simulated rounding, FP32 accumulation")
     assert evidence.values["agreement"] > 0.98
@@ -116,8 +116,8 @@ def test_fp32_is_a_copy(source: Path, tmp_path: Path) -> None:
 def test_bf16_file_is_described(brain: Path) -> None:
     manifest = read_manifest(brain)
     assert manifest.precision == "bf16"
-    assert manifest.evidence[-1].what == "conversion to BF16"
-    assert manifest.evidence[-1].values["agreement"] > 0.95
+    assert manifest.validation[-1].what == "conversion to BF16"
+    assert manifest.validation[-1].values["agreement"] > 0.95
 
 
 def test_onnxruntime_says_that_it_has_no_bf16(brain: Path) -> None:
@@ -155,7 +155,7 @@ def test_harmed_blocks_stay_in_fp32(source: Path, tmp_path: Path) -> None:
     assert remark.startswith("fragile.part stays in FP32")
     types = tensor_types(onnx.load(str(target)))
     assert types["away"] == types["back"] == FP32
-    evidence = written.evidence[-1]
+    evidence = written.validation[-1]
     assert evidence.values["miou_against_fp32"] >= 0.97
     assert evidence.source == "a.png"
     # Without micrographs nothing is chosen.
@@ -172,7 +172,8 @@ class Scripted:
         types = tensor_types(model)
         finite, iou = self.answers["".join(name for name in "ab" if types[name] == FP32)]
         values = {"agreement": iou, "miou_against_fp32": iou}
-        return ComparedLabels(Evidence(what=what, runtime="none", values=values, images=1, source="none"), finite)
+        record = ValidationRecord(what=what, runtime="none", values=values, images=1, source="none")
+        return ComparedLabels(record, finite)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -198,7 +199,7 @@ def test_the_evidence_names_the_micrographs_that_were_used(tmp_path: Path) -> No
     for image in images:
         Image.fromarray(picture()).save(image)
     source = residual_model(tmp_path / "m.onnx", batch=1, size=64)
-    evidence = convert_precision(source, tmp_path / "half.onnx", images=images, least_iou=0).evidence[-1]
+    evidence = convert_precision(source, tmp_path / "half.onnx", images=images, least_iou=0).validation[-1]
     assert (evidence.images, evidence.source) == (2, "a.png, b.png")
 
 

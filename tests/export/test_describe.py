@@ -10,9 +10,9 @@ from hpddrnet_trt.core.manifest import (
     CalibrationRecord,
     DataRecord,
     EngineRecord,
-    Evidence,
     Manifest,
     MixedPrecisionRecord,
+    ValidationRecord,
     read_manifest,
 )
 from hpddrnet_trt.export.describe import describe
@@ -20,7 +20,7 @@ from hpddrnet_trt.graph.lint import analyse, reformats_from_inspector
 from tests.graph.residual_onnx import residual_model
 from tests.tiny_onnx import tiny_model
 
-EVIDENCE = Evidence(
+EVIDENCE = ValidationRecord(
     what="accuracy against FP32", runtime="a runtime", images=2, source="steel/test", values={"miou_drop_points": 0.125}
 )
 
@@ -33,14 +33,14 @@ def quantised(tmp_path: Path) -> Manifest:
     placement = analyse(onnx.load(str(tiny_model(tmp_path / "int8.onnx", typing="int8"))), kept=["scores"])
     return manifest.replace(
         precision="int8",
-        quantised_for="tensorrt",
-        data=DataRecord(name="steel", licence="MIT", train_images=10),
+        quantized_for="tensorrt",
+        data=DataRecord(name="steel", license="MIT", train_images=10),
         calibration=CalibrationRecord(method="mse", images=7, images_sha256="0", source="here", tool="ours"),
         mixed=MixedPrecisionRecord(
             budget="a tenth", floating=["conv_seg/Conv"], layers=58, searched_on="steel/val", points=[], cost_source="x"
         ),
-        placement=placement.record(),
-        evidence=[EVIDENCE],
+        qdq_report=placement.record(),
+        validation=[EVIDENCE],
     )
 
 
@@ -72,8 +72,8 @@ def test_an_engine_with_its_layers(quantised: Manifest) -> None:
         "reformats": reformats_from_inspector('{"Layers": ["stem", "Reformatting CopyNode for Input Tensor 0"]}'),
     }
     record = EngineRecord(
-        flavour="tensorrt", version="11.1", compute_capabilities=["9.0"], gpu="a GPU", sha256="0", bytes=2_500_000,
-        profiles=[{"min": [1, 1, 8, 8], "opt": [1, 1, 16, 16], "max": [2, 1, 16, 16]}], precision_proof=proof,
+        runtime="tensorrt", version="11.1", compute_capabilities=["9.0"], gpu="a GPU", sha256="0", bytes=2_500_000,
+        profiles=[{"min": [1, 1, 8, 8], "opt": [1, 1, 16, 16], "max": [2, 1, 16, 16]}], layer_precision=proof,
         build_seconds=3.0,
     )  # fmt: skip
     manifest = quantised.replace(engine=record)

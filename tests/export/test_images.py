@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
-from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalisation
+from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export import images as micrographs
@@ -112,7 +112,7 @@ def test_crops_of_an_image_do_not_depend_on_how_many_images_there_are(tmp_path: 
 def test_every_crop_is_an_input_of_its_own(images: list[Path]) -> None:
     contract = InputContract(batch=AxisRange(minimum=3, maximum=3))
     crops = micrographs.plan_crops(images[:2], 16, 24, each=2)
-    found = list(micrographs.inputs(crops, 16, 24, contract, Normalisation()))
+    found = list(micrographs.inputs(crops, 16, 24, contract, Normalization()))
     assert [crop for crop, _ in found] == crops
     for crop, batch in found:
         grey = np.asarray(Image.open(crop.image))[crop.top : crop.top + 16, crop.left : crop.left + 24]

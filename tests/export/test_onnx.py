@@ -64,8 +64,8 @@ def grey(batch: int, height: int, width: int) -> npt.NDArray[np.uint8]:
 
 def reference(checkpoint: Path, image: npt.NDArray[np.uint8]) -> torch.Tensor:
     network, manifest = load_checkpoint(checkpoint)
-    mean = torch.tensor(manifest.normalisation.mean).view(1, 3, 1, 1)
-    std = torch.tensor(manifest.normalisation.std).view(1, 3, 1, 1)
+    mean = torch.tensor(manifest.normalization.mean).view(1, 3, 1, 1)
+    std = torch.tensor(manifest.normalization.std).view(1, 3, 1, 1)
     with torch.inference_mode():
         return network.predict_logits((torch.from_numpy(image).float() - mean) / std)
 
@@ -93,7 +93,7 @@ def test_file_describes_itself(checkpoint: Path, dynamic: Path) -> None:
     assert manifest.input is not None
     assert (manifest.input.dtype, manifest.input.channels) == ("uint8", 1)
     assert manifest.input.height.fixed is None
-    evidence = manifest.evidence[-1]
+    evidence = manifest.validation[-1]
     assert evidence.what == "export parity"
     assert evidence.values["agreement"] > 0.9999
     assert evidence.values["max_abs_difference"] < 1e-3 * max(1, evidence.values["reference_std"])
@@ -175,7 +175,7 @@ def test_static_with_confidence(checkpoint: Path, static: Path) -> None:
     assert_same_labels(labels, logits)
     assert confidence.dtype == np.float32
     np.testing.assert_allclose(confidence, torch.softmax(logits, 1).amax(1).numpy(), atol=1e-3)
-    assert read_manifest(static).evidence[-1].values["max_confidence_difference"] < 1e-3
+    assert read_manifest(static).validation[-1].values["max_confidence_difference"] < 1e-3
 
 
 def test_two_classes(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_logits_from_normalised_input_with_attention_operator(checkpoint: Path, 
     image = grey(2, 64, 96)
     mean, std = (
         np.array(values, np.float32).reshape(1, 3, 1, 1)
-        for values in (manifest.normalisation.mean, manifest.normalisation.std)
+        for values in (manifest.normalization.mean, manifest.normalization.std)
     )
     (logits,) = session(target).run(["logits"], {"image": (image - mean) / std})
     want = reference(checkpoint, image).numpy()
@@ -281,5 +281,5 @@ def test_reference_weights(golden: Path, tmp_path: Path) -> None:
     network, manifest = reference_network(golden)
     options = ExportOptions(batch=1, height=136, width=200)
     written = export_network(network, manifest, tmp_path / "golden.onnx", options)
-    assert written.evidence[-1].values["agreement"] > 0.9999
-    assert written.evidence[-1].values["max_abs_difference"] < 1e-4
+    assert written.validation[-1].values["agreement"] > 0.9999
+    assert written.validation[-1].values["max_abs_difference"] < 1e-4

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.manifest import ClassInfo, Manifest, Normalisation
+from hpddrnet_trt.core.manifest import ClassInfo, Manifest, Normalization
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.reformulate import (
     MAX_PHASE_CLASSES,
@@ -49,9 +49,9 @@ def picture(height: int, width: int, batch: int = 1) -> Tensor:
     return torch.from_numpy(np.stack(frames)[:, None])
 
 
-def normalised(image: Tensor, normalisation: Normalisation) -> Tensor:
-    mean = torch.tensor(normalisation.mean).view(1, 3, 1, 1)
-    std = torch.tensor(normalisation.std).view(1, 3, 1, 1)
+def normalised(image: Tensor, normalization: Normalization) -> Tensor:
+    mean = torch.tensor(normalization.mean).view(1, 3, 1, 1)
+    std = torch.tensor(normalization.std).view(1, 3, 1, 1)
     return (image.float() - mean) / std
 
 
@@ -62,16 +62,16 @@ def difference(
         network, manifest, rewrites=rewrites, grey_input=grey, output="logits", attention=attention
     )
     with torch.inference_mode():
-        got = deployed(image if grey else normalised(image, manifest.normalisation))
-    want = unmodified(network, manifest.normalisation, image)
+        got = deployed(image if grey else normalised(image, manifest.normalization))
+    want = unmodified(network, manifest.normalization, image)
     assert want.std() > 1e-2  # otherwise nothing is compared
     return float((got - want).abs().max())
 
 
 @functools.lru_cache(maxsize=2)
-def unmodified(network: HPDDRNet, normalisation: Normalisation, image: Tensor) -> Tensor:
+def unmodified(network: HPDDRNet, normalization: Normalization, image: Tensor) -> Tensor:
     with torch.inference_mode():
-        return network.predict_logits(normalised(image, normalisation))
+        return network.predict_logits(normalised(image, normalization))
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -156,11 +156,11 @@ def test_grey_stem_is_exact_to_the_last_row(
 ) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3, stride, padding=1, bias=False)
-    normalisation = Normalisation(mean=mean, std=std)
+    normalization = Normalization(mean=mean, std=std)
     image = torch.randint(0, 256, (2, 1, *size), dtype=torch.uint8)
     with torch.inference_mode():
-        got = GreyStem(conv, normalisation)(image)
-        want = conv(normalised(image, normalisation))
+        got = GreyStem(conv, normalization)(image)
+        want = conv(normalised(image, normalization))
     for edge in (np.s_[..., 0, :], np.s_[..., -1, :], np.s_[..., :, 0], np.s_[..., :, -1], np.s_[...]):
         torch.testing.assert_close(got[edge], want[edge], atol=TOLERANCE, rtol=0)
 
@@ -169,7 +169,7 @@ def test_border_term_is_needed() -> None:
     """Without the channel of ones the borders (only they) would be wrong by far more than rounding."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-    stem = GreyStem(conv, Normalisation())
+    stem = GreyStem(conv, Normalization())
     assert stem.conv.in_channels == 2
     image = torch.randint(0, 256, (1, 1, 16, 16), dtype=torch.uint8)
     with torch.inference_mode():
@@ -185,12 +185,12 @@ def test_border_term_is_needed() -> None:
 
 def test_equal_means_need_one_channel() -> None:
     conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-    stem = GreyStem(conv, Normalisation(mean=(100.5, 100.5, 100.5), std=(50, 60, 70)))
+    stem = GreyStem(conv, Normalization(mean=(100.5, 100.5, 100.5), std=(50, 60, 70)))
     assert stem.conv.in_channels == 1
 
 
 def test_grey_levels_survive_fp16_exactly() -> None:
-    stem = GreyStem(nn.Conv2d(3, 8, 3, padding=1), Normalisation())
+    stem = GreyStem(nn.Conv2d(3, 8, 3, padding=1), Normalization())
     grey = np.arange(256)
     scale, shift = (part.flatten().numpy() for part in (stem.scale, stem.shift))
     half = grey.astype(np.float16) * np.float16(scale[0]) + np.float16(shift[0])
@@ -253,7 +253,7 @@ def test_labels_and_confidence(classes: int) -> None:
     image = picture(64, 104, batch=2)
     with torch.inference_mode():
         labels, confidence = DeployNetwork(network, manifest, confidence=True)(image)
-        logits = network.predict_logits(normalised(image, manifest.normalisation))
+        logits = network.predict_logits(normalised(image, manifest.normalization))
     want = logits.argmax(1)
     top = logits.topk(2, dim=1).values
     clear = top[:, 0] - top[:, 1] > 1e-4

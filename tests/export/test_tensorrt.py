@@ -143,7 +143,7 @@ def test_engine_and_description(tmp_path: Path, precision: Any) -> None:
     assert manifest.engine is not None
     assert manifest.engine.sha256 == hashlib.sha256(target.read_bytes()).hexdigest()
     assert manifest.engine.bytes == target.stat().st_size > 1000
-    assert manifest.engine.flavour == "tensorrt-rtx"
+    assert manifest.engine.runtime == "tensorrt-rtx"
     assert manifest.engine.compute_capabilities == ["portable"]
     assert manifest.engine.profiles == [{"min": [1, 1, 64, 64], "opt": [1, 1, 128, 128], "max": [2, 1, 256, 256]}]
     assert manifest.precision == precision
@@ -161,7 +161,7 @@ def test_proof_counts_convolutions_and_multiply_accumulates(tmp_path: Path) -> N
             progress=False,
         )  # fmt: skip
         assert manifest.engine is not None
-        proof = manifest.engine.precision_proof
+        proof = manifest.engine.layer_precision
         parsed = proof.get("parsed_network", proof)  # nested where a GPU let the inspector speak
         assert parsed["source"] == "parsed network"
         assert parsed["convolutions"] == {precision: 2}
@@ -213,10 +213,10 @@ def test_micrographs_calibrate_an_fp32_file(tmp_path: Path) -> None:
         progress=False,
     )  # fmt: skip
     assert manifest.precision == "int8"
-    assert manifest.quantised_for == "tensorrt"
+    assert manifest.quantized_for == "tensorrt"
     assert manifest.calibration is not None
     assert manifest.engine is not None
-    assert manifest.engine.precision_proof["convolutions"].get("int8", 0) > 0
+    assert manifest.engine.layer_precision["convolutions"].get("int8", 0) > 0
 
 
 @needs_rtx
@@ -292,7 +292,7 @@ def test_fp32_file_is_converted_to_fp16(tmp_path: Path) -> None:
     manifest = build_engine(source, tmp_path / "m.engine", precision="fp16", flavour="tensorrt-rtx", progress=False)
     assert manifest.precision == "fp16"
     assert manifest.engine is not None
-    assert manifest.engine.precision_proof["convolutions"].get("fp16", 0) > 0
+    assert manifest.engine.layer_precision["convolutions"].get("fp16", 0) > 0
     assert read_manifest(source).precision == "fp32"
 
 
@@ -312,13 +312,13 @@ def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("fields", "precision", "images", "says"),
     [
         ({}, "int8", None, "hpddrnet-trt calibrate m.onnx m.int8.onnx --data"),
-        ({"precision": "int8", "quantised_for": "onnxruntime"}, "int8", None, "quantised for ONNX Runtime"),
-        ({"precision": "int8", "quantised_for": "tensorrt"}, "fp32", None, "INT8, FP32 was asked for"),
+        ({"precision": "int8", "quantized_for": "onnxruntime"}, "int8", None, "quantised for ONNX Runtime"),
+        ({"precision": "int8", "quantized_for": "tensorrt"}, "fp32", None, "INT8, FP32 was asked for"),
         ({"precision": "fp16"}, "int8", None, "FP16, INT8 was asked for"),
         ({"precision": "fp16"}, "fp32", None, "choose --precision fp16"),
         ({}, "fp32", "images", "leave the images out"),
         ({"precision": "fp16"}, "fp16", "images", "leave the images out"),
-        ({"precision": "int8", "quantised_for": "tensorrt"}, "int8", "images", "leave the images out"),
+        ({"precision": "int8", "quantized_for": "tensorrt"}, "int8", "images", "leave the images out"),
         ({}, "fp8", None, "hpddrnet-trt calibrate m.onnx m.fp8.onnx --data"),
         ({}, "int4", None, "precision 'int4' is unknown; choose fp32, fp16, bf16, int8, fp8"),
     ],

@@ -66,7 +66,7 @@ def test_labels_agree_with_onnx_runtime(tmp_path: Path, flavour: str, precision:
 def test_precision_is_proven_on_the_gpu(tmp_path: Path, flavour: str, precision: str) -> None:
     _, target = _built(tmp_path, flavour, precision)
     record = json.loads(sidecar_path(target).read_text())["engine"]
-    proof = record["precision_proof"]
+    proof = record["layer_precision"]
     assert record["gpu"]
     assert proof["convolutions"][precision] > 0
     # Either the inspector spoke, or the proof says why it did not.

@@ -39,11 +39,11 @@ def engine(int8: Path, flavour: str, sem_data: Path) -> Path:
         int8, target, precision="int8", flavour=flavour, shapes=SHAPES, progress=False,
         gate=Gate(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=locate(MODEL, ".onnx")),
     )  # fmt: skip
-    evidence = manifest.evidence[-1]
+    evidence = manifest.validation[-1]
     assert evidence.what == WHAT
     assert "onnxruntime" not in evidence.runtime  # the engine itself was judged
     assert manifest.engine is not None
-    assert manifest.engine.precision_proof["reformats"]["layers"] > 0
+    assert manifest.engine.layer_precision["reformats"]["layers"] > 0
     return target
 
 

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hpddrnet_trt.core.errors import BadInputFile
-from hpddrnet_trt.core.manifest import protobuf_fields
+from hpddrnet_trt.core.protobuf import protobuf_fields
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino import OpenVINOEngine
 from hpddrnet_trt.export.calibrate import calibrate

@@ -44,7 +44,7 @@ class Made:
 
     @property
     def description(self) -> Manifest:
-        return self.manifest.replace(precision="fp8", quantised_for="tensorrt")
+        return self.manifest.replace(precision="fp8", quantized_for="tensorrt")
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def quantised(shipped: Any) -> Any:
 def test_every_residual_stage_fuses(quantised: Any) -> None:
     found = analyse(quantised)
     _assert_sound(found)
-    assert [island.name for island in found.islands] == [
+    assert [island.name for island in found.float_regions] == [
         "backbone.stem.0.conv (input normalisation)",
         "backbone.sps.0 (position attention) + backbone.ecas.0 (channel attention)",
         "backbone.sps.1 (position attention) + backbone.ecas.1 (channel attention)",
@@ -97,7 +97,7 @@ def test_every_residual_stage_fuses(quantised: Any) -> None:
     assert found.int8_operators == {"Relu": 10, "Resize": 4, "Add": 3, "BatchNormalization": 6, "AveragePool": 3}
     # At the borders of the islands and nowhere else; the output's reads floating point.
     borders = {entry.where.removeprefix("into ").removeprefix("out of ") for entry in found.reformats}
-    assert borders == {island.name for island in found.islands[:-1]}
+    assert borders == {island.name for island in found.float_regions[:-1]}
     assert len(found.reformats) == 13
 
 
@@ -116,7 +116,7 @@ def test_types_do_not_matter(shipped: Any, quantised: Any) -> None:
     """FP16 or BF16 beside INT8 or FP8: the same pairs, the same verdict."""
     full, half = analyse(quantised), analyse(to_half(quantised))
     assert half.stages == full.stages
-    assert [entry.name for entry in half.islands] == [entry.name for entry in full.islands]
+    assert [entry.name for entry in half.float_regions] == [entry.name for entry in full.float_regions]
     assert len(half.reformats) == len(full.reformats)
     assert {entry.precision for entry in half.convolutions} == {"int8", "fp16"}
     eight = analyse(to_half(to_fp8(quantised, shipped)))
@@ -173,7 +173,7 @@ def test_the_trained_network_on_real_micrographs(tmp_path: Path, sem_data: Path)
     train, val = (find_images(sem_data / "nasa-super1", split) for split in ("train", "val"))
     target = tmp_path / "int8.onnx"
     manifest = calibrate(SHIPPED, target, train[:4], held_out=val, size=(128, 128))
-    assert manifest.evidence[-1].values["agreement"] > 0.98
+    assert manifest.validation[-1].values["agreement"] > 0.98
     _assert_sound(analyse(onnx.load(str(target))))
 
 
@@ -200,7 +200,7 @@ def test_reports(quantised: Any) -> None:
         "convolutions": {"int8": 58, "fp32": 3},
         "residual_stages": 14,
         "violations": 0,
-        "float_islands": 5,
+        "float_regions": 5,
         "reformats_in_stages": 0,
         "reformats_elsewhere": 13,
     }
@@ -216,7 +216,7 @@ def test_a_float_graph_has_no_pairs_to_judge(shipped: Any) -> None:
     assert {stage.precision for stage in found.stages} == {"fp32"}
     assert not found.all_violations
     assert not found.reformats
-    assert len(found.islands) == 1
+    assert len(found.float_regions) == 1
 
 
 # --- each rule can be broken

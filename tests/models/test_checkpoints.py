@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.core.manifest import METADATA_KEY, DataRecord, Normalisation, read_manifest
+from hpddrnet_trt.core.manifest import METADATA_KEY, DataRecord, Normalization, read_manifest
 from hpddrnet_trt.models.checkpoints import (
     convert_checkpoint,
     load_any_checkpoint,
@@ -71,8 +71,8 @@ def test_save_and_load(tmp_path: Path, network: HPDDRNet) -> None:
         network,
         name="müdrock",
         metrics={"val/miou": 0.5},
-        data=DataRecord(name="d", sha256="0", licence="MIT"),
-        normalisation=Normalisation(mean=(1, 2, 3), std=(4, 5, 6)),
+        data=DataRecord(name="d", sha256="0", license="MIT"),
+        normalization=Normalization(mean=(1, 2, 3), std=(4, 5, 6)),
     )
     path = save_checkpoint(tmp_path / "new folder" / "a.safetensors", network.train(), manifest)
     loaded, description = load_checkpoint(path)
@@ -98,9 +98,9 @@ def test_a_file_of_the_first_version_loads() -> None:
     assert manifest.name == "small"
     assert manifest.network == loaded.config
     assert manifest.class_names == ["phase 0", "phase 1", "phase 2"]
-    assert manifest.normalisation == Normalisation(mean=(10.5, 20, 30), std=(40, 50, 60))
+    assert manifest.normalization == Normalization(mean=(10.5, 20, 30), std=(40, 50, 60))
     assert manifest.data is not None
-    assert (manifest.data.licence, manifest.data.crop, manifest.data.grey_std) == ("MIT", (64, 64), 0.2)
+    assert (manifest.data.license, manifest.data.crop, manifest.data.grey_std) == ("MIT", (64, 64), 0.2)
     assert manifest.metrics == {"val/miou": 0.5}
 
 
@@ -248,9 +248,9 @@ def test_conversion(tmp_path: Path, network: HPDDRNet, caplog: pytest.LogCapture
     assert manifest.name == "theirs"
     assert manifest.class_names == ["grain", "pore", "clay"]
     assert manifest.palette == [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
-    assert manifest.normalisation == Normalisation(mean=(10.5, 20, 30), std=(40, 50, 60))
+    assert manifest.normalization == Normalization(mean=(10.5, 20, 30), std=(40, 50, 60))
     assert manifest.data is not None
-    assert manifest.data.licence == "CC-BY-4.0"
+    assert manifest.data.license == "CC-BY-4.0"
     assert manifest.remarks == ["dropped weights that the network never uses: backbone.ecas.2, backbone.sps.2"]
     assert manifest.remarks[0] in caplog.text
     loaded, description = load_checkpoint(tmp_path / "ours.safetensors")
@@ -281,7 +281,7 @@ def test_nothing_described(tmp_path: Path, network: HPDDRNet) -> None:
     )
     assert manifest.class_names == ["class 0", "class 1", "class 2"]
     assert len(set(manifest.palette)) == 3
-    assert manifest.normalisation == Normalisation()
+    assert manifest.normalization == Normalization()
     assert [remark.split(";")[0] for remark in manifest.remarks] == [
         "the file names no normalisation",
         "the file names no classes",
@@ -490,7 +490,7 @@ def test_runner_checkpoint(golden: Path, tmp_path: Path) -> None:
     """A full mmengine checkpoint, which neither PyTorch's safe loader alone nor mmengine opens any more."""
     manifest = convert_checkpoint(golden / "runner_ckpt" / "iter_3.pth", tmp_path / "a.safetensors")
     assert manifest.class_names == ["grains", "pores", "clay"]
-    assert manifest.normalisation == Normalisation()
+    assert manifest.normalization == Normalization()
     assert manifest.remarks == ["dropped weights that the network never uses: backbone.ecas.2, backbone.sps.2"]
     network, _ = load_checkpoint(tmp_path / "a.safetensors")
     image = torch.from_numpy(np.load(golden / "inputs.npz")["x_1x136x200"]).float()

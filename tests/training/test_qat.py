@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.core.manifest import Normalisation
+from hpddrnet_trt.core.manifest import Normalization
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import simulate
@@ -48,7 +48,7 @@ from tests.training.test_run import assert_same_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Tiny = Callable[..., TrainConfig]
-GREY = Normalisation(mean=(118.3,) * 3, std=(41.7,) * 3)
+GREY = Normalization(mean=(118.3,) * 3, std=(41.7,) * 3)
 TUNING = [
     "quantisation.enabled=true",
     "quantisation.images=6",
@@ -68,7 +68,7 @@ class Exported:
     network: HPDDRNet
     fake: FakeQuantisation
     images: Tensor  # uint8 [N, 1, H, W]
-    normalisation: Normalisation
+    normalization: Normalization
     model: Any
     plan: qdq.Plan
     labels: bool
@@ -77,7 +77,7 @@ class Exported:
         return next(node for node in self.model.graph.node if node.name == name)
 
     def input(self) -> Tensor:
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.normalisation.mean, self.normalisation.std))
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.normalization.mean, self.normalization.std))
         return (self.images.float() - mean) / std
 
 
@@ -98,14 +98,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def exported(request: pytest.FixtureRequest) -> Exported:
     network = lively(tiny_network(**VARIANTS[request.param]))
     labels = network.config.num_classes == 2  # then the classifier becomes one channel
-    normalisation = Normalisation() if "ImageNet" in request.param else GREY
+    normalization = Normalization() if "ImageNet" in request.param else GREY
     images = torch.stack([torch.from_numpy(simulate(96, 128, seed)[0])[None] for seed in range(4)])
-    fake = FakeQuantisation(network, normalisation)
+    fake = FakeQuantisation(network, normalization)
     options = ExportOptions(output="labels" if labels else "logits")
-    model = simplified(trace(network, tiny_manifest(network, normalisation=normalisation), options))
+    model = simplified(trace(network, tiny_manifest(network, normalization=normalization), options))
     name_nodes(model)
     plan = qdq.plan(model, "tensorrt")
-    result = Exported(network, fake, images, normalisation, model, plan, labels)
+    result = Exported(network, fake, images, normalization, model, plan, labels)
     fake.observe(network, result.input().split(2))
     return result
 
@@ -188,13 +188,13 @@ def test_the_rounded_forward_pass_is_that_of_the_exported_graph(exported: Export
     assert np.sqrt((disagreement**2).mean()) < 0.5 * np.sqrt((rounding**2).mean())
 
 
-@pytest.mark.parametrize("normalisation", [GREY, Normalisation()], ids=["one mean", "three means"])
-def test_the_first_and_the_last_convolution_are_rounded_in_their_deployed_form(normalisation: Normalisation) -> None:
+@pytest.mark.parametrize("normalisation", [GREY, Normalization()], ids=["one mean", "three means"])
+def test_the_first_and_the_last_convolution_are_rounded_in_their_deployed_form(normalization: Normalization) -> None:
     network = tiny_network(num_classes=2)
-    rounded = FakeQuantisation(network, normalisation).weights(network)
-    deployed = GreyStem(network.backbone.stem[0].conv, normalisation).conv.weight  # grey and, with three means, ones
+    rounded = FakeQuantisation(network, normalization).weights(network)
+    deployed = GreyStem(network.backbone.stem[0].conv, normalization).conv.weight  # grey and, with three means, ones
     channels = deployed.shape[1]
-    assert channels == (1 if normalisation is GREY else 2)
+    assert channels == (1 if normalization is GREY else 2)
     first = rounded[f"{FIRST}.weight"]
     assert torch.allclose(first[:, :channels], round_weight(deployed), rtol=1e-5, atol=1e-7)
     assert not first[:, channels:].any()
@@ -346,7 +346,7 @@ def test_fine_tuning_keeps_statistics_ranges_and_format(tiny: Tiny, source: Path
     result = train(config)
     (before, old), (after, new) = load_checkpoint(source), load_checkpoint(result.checkpoint)
     assert new.network == old.network
-    assert new.normalisation == old.normalisation
+    assert new.normalization == old.normalization
     assert any("float.safetensors" in remark for remark in new.remarks)
     for name, value in before.state_dict().items():
         same = torch.equal(value, after.state_dict()[name])
@@ -354,13 +354,13 @@ def test_fine_tuning_keeps_statistics_ranges_and_format(tiny: Tiny, source: Path
 
     # What was validated is the rounded network, with the averaged weights and the ranges of the checkpoint.
     state = torch.load(result.last, weights_only=True)
-    fake = FakeQuantisation(after, new.normalisation)
+    fake = FakeQuantisation(after, new.normalization)
     fake.ranges.copy_(state["state_dict"]["quantisation.ranges"])
     assert torch.equal(state["current_model_state"]["quantisation.ranges"], fake.ranges)
     dataset, confusion = FolderDataset.open(config.data.path), LabelComparison(3)
     for sample in dataset.split("val"):
         grey, mask = dataset.load(sample)
-        image = (torch.tensor(grey).float() - new.normalisation.mean[0]) / new.normalisation.std[0]
+        image = (torch.tensor(grey).float() - new.normalization.mean[0]) / new.normalization.std[0]
         with torch.no_grad():
             coarse = fake(after, image.expand(1, 3, *grey.shape))
         assert isinstance(coarse, Tensor)

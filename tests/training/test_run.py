@@ -70,7 +70,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 def val_miou(checkpoint: Path, dataset: FolderDataset) -> float:
     network, manifest = load_checkpoint(checkpoint)
     confusion = LabelComparison(len(dataset.classes))
-    mean, std = manifest.normalisation.mean[0], manifest.normalisation.std[0]
+    mean, std = manifest.normalization.mean[0], manifest.normalization.std[0]
     for sample in dataset.split("val"):
         grey, mask = dataset.load(sample)
         image = ((torch.tensor(grey).float() - mean) / std).expand(1, 3, *grey.shape)
@@ -95,13 +95,13 @@ def test_run_leaves_model_records_and_checkpoint(tiny: Tiny) -> None:
     dataset = FolderDataset.open(folder / "data")
     assert manifest.data is not None
     assert manifest.data.sha256 == dataset.checksum()
-    assert (manifest.data.licence, manifest.data.train_images) == (dataset.license, 5)
+    assert (manifest.data.license, manifest.data.train_images) == (dataset.license, 5)
     assert manifest.data.crop == (64, 64)
     assert manifest.class_names == dataset.class_names
     assert manifest.palette == dataset.palette
     grey = dataset.statistics("train")
-    assert manifest.normalisation.mean == pytest.approx([grey.grey_mean] * 3)
-    assert manifest.normalisation.std == pytest.approx([grey.grey_std] * 3)
+    assert manifest.normalization.mean == pytest.approx([grey.grey_mean] * 3)
+    assert manifest.normalization.std == pytest.approx([grey.grey_std] * 3)
     assert {"hpddrnet-trt", "torch", "lightning"} <= manifest.versions.keys()
     best = max(float(row["val/miou"]) for row in rows if row["val/miou"])
     assert manifest.metrics["val/miou"] == pytest.approx(best)
