@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpddrnet_trt.inference.frames import Image
+from hpddrnet_trt.inference.runner import Progress, Tile
 from hpddrnet_trt.inference.segmenter import Segmenter, load_segmenter
-from hpddrnet_trt.inference.tiled import Progress, Tile
 
 __all__ = ["Image", "Progress", "Segmenter", "Tile", "load_segmenter"]

@@ -1,4 +1,7 @@
-"""Equally sized 8-bit images through an engine: transforms, padding, filled batches, and the exact way back."""
+"""8-bit images through an engine: transforms, padding, filled batches, and the exact way back; large ones in tiles.
+
+When an image is tiled and with which tiles is decided here; how tiles become one picture: :mod:`.tiling`.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,44 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import ContractError, UserError, require
-from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.errors import ContractError, UsageError, UserError, require
+from hpddrnet_trt.core.manifest import AxisRange, InputContract, Manifest
 from hpddrnet_trt.core.metrics import arg_max, softmax
 from hpddrnet_trt.data.preprocess import Mode, TtaTransform, network_input, plan_tta
 from hpddrnet_trt.engines.base import Engine, Prediction, input_contract
 from hpddrnet_trt.graph.check import load_checked, trust
 from hpddrnet_trt.graph.scores import with_scores
+from hpddrnet_trt.inference.tiling import Seams, TilePlan, TilingReport, blend, own_parts, plan_tiles
 
 Grey8 = npt.NDArray[np.uint8]
 Real = npt.NDArray[np.float32]
+Tile = Literal["auto", "whole"] | int
+Progress = Callable[[int, int], None]
+
+# "auto" runs an image whole up to this size of its largest view: about 0.7 GiB with the CPU engines, and more than
+# the usual live frame. Larger ones need memory and see far more at once than a training crop.
+WHOLE_PIXELS = 2048 * 2048
+DEFAULT_TILE = 1024  # where the description does not say what crops the model was trained on
 
 
-class Found(NamedTuple):
-    """What was found in each image, at the image's own size.
+class InferenceOutput(NamedTuple):
+    """What the network says of one image, at the image's own size.
 
-    ``labels`` uint8 ``[H, W]``; ``scores`` float32 ``[C, H, W]`` or None: logits of a single view,
-    else mean probabilities; ``confidence`` float32 ``[H, W]`` or None: the probability of the label.
+    ``labels`` uint8 ``[H, W]``; ``scores`` float32 ``[C, H, W]`` or None: logits of a single transform, else mean
+    probabilities; ``confidence`` float32 ``[H, W]`` or None: the probability of the label.
     """
 
-    labels: Sequence[Grey8]
-    scores: Sequence[Real] | None = None
-    confidence: Sequence[Real] | None = None
+    labels: Grey8
+    scores: Real | None = None
+    confidence: Real | None = None
 
 
 class Inference:
@@ -54,8 +66,10 @@ class Inference:
     def transforms(self, height: int, width: int) -> list[TtaTransform]:
         return plan_tta(self.mode, height, width, self.resize)
 
-    def labels(self, images: Sequence[Grey8], confidence: bool, out: Grey8 | None = None) -> Found:
-        """Labels of ``images``, with ``confidence`` also the probability of the chosen class; no scores.
+    def labels(
+        self, images: Sequence[Grey8], confidence: bool, out: Grey8 | None = None
+    ) -> list[InferenceOutput]:
+        """Labels of equally sized ``images``, with ``confidence`` also the probability of the chosen class; no scores.
 
         ``out`` takes the labels of a single image.
         """
@@ -64,28 +78,25 @@ class Inference:
         resized = (transform.height, transform.width) != (height, width)
         if others or (self.gives_logits and (resized or confidence)):
             scores = self.probabilities(images)
-            found = Found(list(arg_max(scores)), confidence=list(scores.max(axis=1)) if confidence else None)
-        else:
-            batch = self._input(images, transform)
-            prediction = self._run(batch, len(images), out if batch.shape[2:] == (height, width) else None)
-            found = Found(
-                _restored(prediction.labels, transform, height, width),
-                confidence=_restored(prediction.confidence, transform, height, width)
-                if confidence and prediction.confidence is not None
-                else None,
-            )
-        return found if out is None else _into(out, found)
+            return _outputs(arg_max(scores), scores.max(axis=1) if confidence else None, out)
 
-    def as_it_is(self, batch: Any, confidence: bool, out: Grey8 | None, stream: Any) -> Found:
-        """:meth:`labels` of a single view of one image ``[1, 1, H, W]`` on the engine's GPU."""
+        def restored(planes: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+            return [np.ascontiguousarray(transform.restore_plane(plane, height, width)) for plane in planes]
+
+        batch = self._input(images, transform)
+        prediction = self._run(batch, len(images), out if batch.shape[2:] == (height, width) else None)
+        certain = restored(prediction.confidence) if confidence and prediction.confidence is not None else None
+        return _outputs(restored(prediction.labels), certain, out)
+
+    def labels_on_device(self, batch: Any, confidence: bool, out: Grey8 | None, stream: Any) -> InferenceOutput:
+        """:meth:`labels` of one image ``[1, 1, H, W]`` on the engine's GPU, which runs as it is."""
         engine: Any = self.engine  # one that takes such arrays
         into = out[None] if out is not None and out.flags.c_contiguous else None
         prediction: Prediction = engine.infer(batch, out=into, stream=stream)
         certain = prediction.confidence
         if confidence and certain is None and prediction.logits is not None:
             certain = self.checked(softmax(prediction.logits)).max(axis=1)
-        found = Found(list(prediction.labels), confidence=list(certain) if confidence and certain is not None else None)
-        return found if out is None else _into(out, found)
+        return _outputs(prediction.labels, certain if confidence else None, out)[0]
 
     def probabilities(self, images: Sequence[Grey8]) -> Real:
         """Class probabilities ``[N, C, H, W]``, averaged over the transforms.
@@ -105,7 +116,7 @@ class Inference:
         total /= np.float32(len(planned))
         return self.checked(total)
 
-    def each(self, images: Iterable[Grey8]) -> Generator[Found]:
+    def each(self, images: Iterable[Grey8]) -> Generator[InferenceOutput]:
         """Equally shaped ``images`` one by one, in order, with scores where the model has them. Without ``resize``.
 
         A single view goes through :meth:`Engine.infer_many`, which keeps as many in flight as suits the engine;
@@ -119,9 +130,9 @@ class Inference:
         for batch in batches:
             scores = self.probabilities(batch)
             for labels, entry in zip(arg_max(scores), scores, strict=True):
-                yield Found([labels], [entry])
+                yield InferenceOutput(labels, entry)
 
-    def _each_once(self, batches: Iterator[list[Grey8]]) -> Generator[Found]:
+    def _each_once(self, batches: Iterator[list[Grey8]]) -> Generator[InferenceOutput]:
         sizes: deque[tuple[int, int, int]] = deque()  # images, height and width of each batch in flight
 
         def inputs() -> Iterator[npt.NDArray[Any]]:
@@ -136,10 +147,10 @@ class Inference:
                 count, height, width = sizes.popleft()
                 for index in range(count):
                     here = (index, ..., slice(height), slice(width))
-                    yield Found(
-                        [prediction.labels[here]],
-                        None if prediction.logits is None else [prediction.logits[here]],
-                        None if prediction.confidence is None else [prediction.confidence[here]],
+                    yield InferenceOutput(
+                        prediction.labels[here],
+                        None if prediction.logits is None else prediction.logits[here],
+                        None if prediction.confidence is None else prediction.confidence[here],
                     )
         finally:
             if isinstance(predictions, Generator):
@@ -158,13 +169,13 @@ class Inference:
         """The first ``count`` results; ``out``: may take the labels of the first, of the batch's own size."""
         if out is not None and self._takes_out and out.flags.c_contiguous and self.contract.batch.minimum == 1:
             return self.engine.infer(batch, out=out[None])  # type: ignore[call-arg]
-        found = self.engine.infer(batch)
-        if len(found.labels) == count:
-            return found
+        filled = self.engine.infer(batch)
+        if len(filled.labels) == count:
+            return filled
         return Prediction(
-            found.labels[:count],
-            None if found.confidence is None else found.confidence[:count],
-            None if found.logits is None else found.logits[:count],
+            filled.labels[:count],
+            None if filled.confidence is None else filled.confidence[:count],
+            None if filled.logits is None else filled.logits[:count],
         )
 
     def _input(self, images: Sequence[Grey8], transform: TtaTransform) -> npt.NDArray[Any]:
@@ -174,15 +185,138 @@ class Inference:
         return network_input(rendered + rendered[-1:] * filling, self.contract, self.manifest.normalization)
 
 
-def _restored(planes: npt.NDArray[Any], transform: TtaTransform, height: int, width: int) -> list[npt.NDArray[Any]]:
-    return [np.ascontiguousarray(transform.restore_plane(plane, height, width)) for plane in planes]
+def _outputs(
+    labels: Sequence[Grey8] | Grey8, confidence: Sequence[Real] | Real | None, out: Grey8 | None
+) -> list[InferenceOutput]:
+    """One output an image; that of a single one has its labels in ``out``, where an engine may have put them."""
+    if out is not None:
+        if not np.may_share_memory(labels[0], out):
+            out[...] = labels[0]
+        labels = [out]
+    return [
+        InferenceOutput(plane, confidence=None if confidence is None else confidence[index])
+        for index, plane in enumerate(labels)
+    ]
 
 
-def _into(out: Grey8, found: Found) -> Found:
-    """``found`` of one image with its labels in ``out``, where an engine may have put them."""
-    if not np.may_share_memory(found.labels[0], out):
-        out[...] = found.labels[0]
-    return found._replace(labels=[out])
+def check_tile(tile: Tile, contract: InputContract, resize: tuple[int, int] | None) -> None:
+    """Raise :class:`UsageError` or :class:`ContractError` for a ``tile`` that cannot be used."""
+    if tile in ("auto", "whole"):
+        return
+    if isinstance(tile, (str, bool)) or tile < 1 or tile % contract.multiple:
+        raise UsageError(
+            f"tile is 'auto', 'whole' or a tile's edge in pixels, a multiple of {contract.multiple}; got {tile!r}"
+        )
+    if resize is not None:
+        raise UsageError("resize brings the whole image to another size; use it with tile='auto' or 'whole'")
+    for name, axis in (("height", contract.height), ("width", contract.width)):
+        if not axis.admits(tile):
+            raise ContractError(f"a tile of {tile} pixels does not fit this model's {name}, {axis}; use tile='auto'")
+
+
+def plan_for(inference: Inference, tile: Tile, height: int, width: int) -> TilePlan | None:
+    """The tiles of an image of ``height`` x ``width``, None when it runs whole.
+
+    Raises :class:`ContractError` when the model admits no tile that all views of the mode fit.
+    """
+    if tile == "whole" or (tile == "auto" and _runs_whole(inference, height, width)):
+        return None
+    contract = inference.contract
+    size = tile_size(inference.manifest, inference.mode, contract) if tile == "auto" else (int(tile), int(tile))
+    plan = plan_tiles(height, width, size)
+    return plan if plan.tiles > 1 else None
+
+
+def _runs_whole(inference: Inference, height: int, width: int) -> bool:
+    if inference.resize is not None:
+        return True
+    contract = inference.contract
+    return all(
+        _fits(transform.height, contract.height, contract.multiple)
+        and _fits(transform.width, contract.width, contract.multiple)
+        and transform.height * transform.width <= WHOLE_PIXELS
+        for transform in inference.transforms(height, width)
+    )
+
+
+def tile_size(manifest: Manifest, mode: Mode, contract: InputContract) -> tuple[int, int]:
+    """Height and width of tiles: those of the training crops where known, as near as the model admits."""
+    crop = None if manifest.data is None else manifest.data.crop
+    height, width = crop or (DEFAULT_TILE, DEFAULT_TILE)
+    multiple = contract.multiple
+    return _edge(height, contract.height, multiple, mode), _edge(width, contract.width, multiple, mode)
+
+
+def _edge(wanted: int, axis: AxisRange, multiple: int, mode: Mode) -> int:
+    largest = max(wanted, axis.minimum)
+    largest = largest if axis.maximum is None else min(largest, axis.maximum)
+    for edge in range(largest - largest % multiple, 0, -multiple):
+        if all(_fits(transform.height, axis, multiple) for transform in plan_tta(mode, edge, edge)):
+            return edge
+    raise ContractError(f"mode {mode!r} needs several sizes of each tile, and this model takes {axis} only")
+
+
+def _fits(size: int, axis: AxisRange, multiple: int) -> bool:
+    return axis.admits(-(-max(size, axis.minimum) // multiple) * multiple)
+
+
+def segment_tiled(
+    inference: Inference,
+    pixels: npt.NDArray[np.uint8],
+    plan: TilePlan,
+    labels: npt.NDArray[np.uint8],
+    confidence: npt.NDArray[np.float32] | None,
+    progress: Progress | None,
+) -> TilingReport:
+    """Fill ``labels`` uint8 ``[H, W]`` and, where given, ``confidence`` float32 ``[H, W]``, band by band."""
+    seams = Seams(plan)
+    with closing(_tiles(inference, pixels, plan, seams, progress)) as tiles:
+        if inference.gives_logits:
+            for rows, scores in blend(plan, (_scores(tile) for tile in tiles)):
+                inference.checked(scores)
+                labels[rows] = arg_max(scores[None])[0]
+                if confidence is not None:
+                    np.max(_probabilities(inference, scores), axis=0, out=confidence[rows])
+            return plan.report("blended scores", seams)
+        for (here, inside), tile in zip(own_parts(plan), tiles, strict=True):
+            labels[here] = tile.labels[inside]
+            if confidence is not None and tile.confidence is not None:
+                confidence[here] = tile.confidence[inside]
+        return plan.report("cut labels", seams)
+
+
+def scores_tiled(
+    inference: Inference, pixels: npt.NDArray[np.uint8], plan: TilePlan, progress: Progress | None
+) -> npt.NDArray[np.float32]:
+    """Class probabilities ``[C, H, W]``, all in memory."""
+    probabilities = np.empty((inference.manifest.network.num_classes, plan.height, plan.width), dtype=np.float32)
+    with closing(_tiles(inference, pixels, plan, Seams(plan), progress)) as tiles:
+        for rows, scores in blend(plan, (_scores(tile) for tile in tiles)):
+            probabilities[:, rows] = _probabilities(inference, inference.checked(scores))
+    return probabilities
+
+
+def _tiles(
+    inference: Inference, pixels: npt.NDArray[np.uint8], plan: TilePlan, seams: Seams, progress: Progress | None
+) -> Generator[InferenceOutput]:
+    done = 0
+    with closing(inference.each(pixels[place] for place in plan)) as outputs:
+        for tile in outputs:
+            seams.add(tile.labels)
+            done += 1
+            if progress is not None:
+                progress(done, plan.tiles)
+            yield tile
+
+
+def _scores(tile: InferenceOutput) -> npt.NDArray[np.float32]:
+    assert tile.scores is not None  # of a model with logits
+    return tile.scores
+
+
+def _probabilities(inference: Inference, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """What was blended, as probabilities: a single view gives logits."""
+    return softmax(scores[None])[0] if inference.mode == "single" else scores
 
 
 class ScoresModel:

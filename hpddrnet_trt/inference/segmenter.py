@@ -21,8 +21,17 @@ from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, check_shape
 from hpddrnet_trt.inference.frames import Frame, Image, check_out, device_batch, on_gpu, to_frame
 from hpddrnet_trt.inference.result import Provenance, Segmentation
-from hpddrnet_trt.inference.runner import Found, Inference, ScoresModel
-from hpddrnet_trt.inference.tiled import Progress, Tile, check_tile, plan_for, scores_tiled, segment_tiled
+from hpddrnet_trt.inference.runner import (
+    Inference,
+    InferenceOutput,
+    Progress,
+    ScoresModel,
+    Tile,
+    check_tile,
+    plan_for,
+    scores_tiled,
+    segment_tiled,
+)
 from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.weights import locate
 
@@ -157,9 +166,9 @@ class Segmenter:
                 for index in indices:
                     results[index] = self._segment_frame(waiting[index], images[index], None, None)
             else:
-                found = self._inference.labels([frame.pixels for frame in frames], self.confidence)
-                for position, index in enumerate(indices):
-                    results[index] = self._whole(found, position, frames[position].window, images[index])
+                outputs = self._inference.labels([frame.pixels for frame in frames], self.confidence)
+                for index, output in zip(indices, outputs, strict=True):
+                    results[index] = self._result(output, waiting[index].window, images[index])
         return [results[index] for index in range(len(images))]
 
     def class_scores(self, image: Image, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
@@ -204,11 +213,12 @@ class Segmenter:
         shape = frame.pixels.shape[:2]
         plan = plan_for(self._inference, self.tile, *shape)
         if plan is None:
-            return self._whole(self._inference.labels([frame.pixels], self.confidence, out), 0, frame.window, image)
+            (output,) = self._inference.labels([frame.pixels], self.confidence, out)
+            return self._result(output, frame.window, image)
         labels = np.empty(shape, dtype=np.uint8) if out is None else out
         confidence = np.empty(shape, dtype=np.float32) if self.confidence else None
         report = segment_tiled(self._with_scores(), frame.pixels, plan, labels, confidence, progress)
-        return self._result(labels, confidence, frame.window, image, report)
+        return self._result(InferenceOutput(labels, confidence=confidence), frame.window, image, report)
 
     def _with_scores(self) -> Inference:
         """The model with class scores, where it has them."""
@@ -235,20 +245,12 @@ class Segmenter:
         check_shape((1, 1, *shape), self._contract)
         if out is not None:
             check_out(out, shape, None)
-        found = self._inference.as_it_is(batch, self.confidence, out, stream)
-        return self._whole(found, 0, (0.0, 255.0), image)
-
-    def _whole(self, found: Found, position: int, window: tuple[float, float], image: Image) -> Segmentation:
-        confidence = None if found.confidence is None else found.confidence[position]
-        return self._result(found.labels[position], confidence, window, image, None)
+        return self._result(
+            self._inference.labels_on_device(batch, self.confidence, out, stream), (0.0, 255.0), image
+        )
 
     def _result(
-        self,
-        labels: npt.NDArray[np.uint8],
-        confidence: npt.NDArray[np.float32] | None,
-        window: tuple[float, float],
-        image: Image,
-        tiling: TilingReport | None,
+        self, output: InferenceOutput, window: tuple[float, float], image: Image, tiling: TilingReport | None = None
     ) -> Segmentation:
         origin = image if isinstance(image, Micrograph) else None
         provenance = Provenance(
@@ -263,9 +265,9 @@ class Segmenter:
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
         return Segmentation(
-            labels=labels,
+            labels=output.labels,
             manifest=self.manifest,
-            confidence=confidence,
+            confidence=output.confidence,
             window=window,
             pixel_size_m=None if origin is None else origin.pixel_size_m,
             source=None if origin is None else origin.source,

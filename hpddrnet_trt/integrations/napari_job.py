@@ -17,7 +17,7 @@ from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.data.preprocess import Mode
 from hpddrnet_trt.inference import Segmenter, load_segmenter
 from hpddrnet_trt.inference.result import Segmentation
-from hpddrnet_trt.inference.tiled import Tile
+from hpddrnet_trt.inference.runner import Tile
 from hpddrnet_trt.integrations.napari_layers import LayerPlanes
 from hpddrnet_trt.weights import locate
 

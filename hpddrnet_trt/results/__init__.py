@@ -47,7 +47,7 @@ class Contents:
     regions: Regions | None = None
     image: npt.NDArray[Any] | None = None
 
-    def found_regions(self) -> Regions:
+    def all_regions(self) -> Regions:
         return self.result.regions() if self.regions is None else self.regions
 
     def origin(self) -> dict[str, Any]:
@@ -78,13 +78,13 @@ def _ome_zarr(path: Path, contents: Contents) -> Path:
 def _rois(path: Path, contents: Contents) -> Path:
     from hpddrnet_trt.results.imagej import write_rois
 
-    return write_rois(path, contents.found_regions())
+    return write_rois(path, contents.all_regions())
 
 
 def _regions(path: Path, contents: Contents) -> Path:
     from hpddrnet_trt.results.tables import write_regions
 
-    return write_regions(path, contents.found_regions())
+    return write_regions(path, contents.all_regions())
 
 
 def _confidence(path: Path, contents: Contents) -> Path:

@@ -64,8 +64,8 @@ def outlines(regions: Regions) -> Iterator[list[npt.NDArray[np.int32]]]:
         # OpenCV traces the centres of border pixels. In a picture twice as large these lie beside the edges of the
         # original's pixels, and halving brings them onto the corners: exact, also at diagonal neighbours.
         double = cv2.resize(mask, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
-        found, _ = cv2.findContours(double, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        rings = [_corners((ring[:, 0, :] + 1) // 2) + np.array([left, top], np.int32) for ring in found]
+        traced, _ = cv2.findContours(double, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        rings = [_corners((ring[:, 0, :] + 1) // 2) + np.array([left, top], np.int32) for ring in traced]
         # OpenCV does not promise an order: the outline is the ring that encloses most.
         yield sorted(rings, key=lambda ring: -abs(_area(ring)))
 

@@ -123,22 +123,22 @@ def regions(
     numbers, count = _without_small(numbers, count, smallest)
     class_index = np.zeros(count + 1, np.uint8)
     class_index[numbers] = kept  # all pixels of a region say the same
-    found = skimage.regionprops_table(
+    table = skimage.regionprops_table(
         numbers,
         properties=("area", "bbox", "centroid", "orientation", "axis_major_length", "axis_minor_length",
                     "equivalent_diameter_area"),
     )  # fmt: skip
-    top, left, bottom, right = (found[f"bbox-{side}"].astype(np.int64) for side in range(4))
+    top, left, bottom, right = (table[f"bbox-{side}"].astype(np.int64) for side in range(4))
     height, width = labels.shape
-    major, minor = found["axis_major_length"], found["axis_minor_length"]
+    major, minor = table["axis_major_length"], table["axis_minor_length"]
     # scikit-image measures from the rows' axis, counter-clockwise as seen; we do as ImageJ does, from the x axis.
-    degrees = np.mod(np.degrees(found["orientation"].astype(np.float64)) + 90, 180)
+    degrees = np.mod(np.degrees(table["orientation"].astype(np.float64)) + 90, 180)
     return Regions(
         numbers=numbers,
         class_index=class_index[1:],
-        area_px=found["area"].astype(np.int64),
-        equivalent_diameter_px=found["equivalent_diameter_area"].astype(np.float64),
-        centroid_px=np.stack([found["centroid-1"], found["centroid-0"]], axis=1).astype(np.float64),
+        area_px=table["area"].astype(np.int64),
+        equivalent_diameter_px=table["equivalent_diameter_area"].astype(np.float64),
+        centroid_px=np.stack([table["centroid-1"], table["centroid-0"]], axis=1).astype(np.float64),
         axes_px=np.stack([major, minor], axis=1).astype(np.float64),
         orientation_deg=np.where(major - minor > _ROUND * major, degrees, np.nan),
         box_px=np.stack([left, top, right - left, bottom - top], axis=1),

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpddrnet_trt.inference import arrivals as module
-from hpddrnet_trt.inference.arrivals import Arrival, Arrivals
+from hpddrnet_trt.inference import watch as module
+from hpddrnet_trt.inference.watch import Arrival, Arrivals
 
 
 class Clock:
