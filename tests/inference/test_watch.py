@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -25,7 +26,7 @@ import tifffile
 from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference import Segmenter, watch
 from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings, Task, segment_paths
 from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSettings, WatchSummary, stop_on_signal, watch_folder
 from tests.interrupts import deliver
@@ -62,6 +63,24 @@ def watching(segmenter: Segmenter, folder: Path, output: Path, **options: Any) -
         for name, kind in kinds.items()
     }
     return watch_folder(segmenter, folder, output, **settings, **options)
+
+
+class Clock:
+    """Seconds that pass by looking at them, so that a busy machine changes nothing; with ``tick`` 0 they stand."""
+
+    def __init__(self) -> None:
+        self.now, self.tick = 1000.0, 0.01
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=clock))
+    return clock
 
 
 class Watched:
@@ -110,8 +129,9 @@ def once(folder: Path, output: Path, segmenter: Segmenter | None = None, **optio
     return watching(segmenter or toy(), folder, output, **{**QUICK, "settle_s": 0, "stop_after_s": 0, **options})
 
 
-def test_files_that_grow_in_pieces_are_taken_when_they_are_whole(folder: Path, tmp_path: Path) -> None:
-    """Four writers at once; two of them set the size aside first, as some acquisition programs do."""
+def test_files_that_grow_in_pieces_are_taken_when_they_are_whole(folder: Path, tmp_path: Path, clock: Clock) -> None:
+    """Four writers at once; two of them set the size aside first, as some acquisition programs do. One more file is
+    renamed into place, and one saved again under its name."""
 
     def write(seed: int) -> None:
         content = tiff(seed)
@@ -121,31 +141,26 @@ def test_files_that_grow_in_pieces_are_taken_when_they_are_whole(folder: Path, t
             for start in range(0, len(content), 400):
                 stream.write(content[start : start + 400])
                 stream.flush()
-                time.sleep(0.05)
+                time.sleep(0.02)
 
-    with Watched(folder, tmp_path / "out", settle_s=2.0) as watched:  # more than a writer may be held up
+    clock.tick = 0
+    with Watched(folder, tmp_path / "out") as watched:
         writers = [threading.Thread(target=write, args=(seed,)) for seed in range(4)]
         for writer in writers:
             writer.start()
+        (folder / "4.tif.part").write_bytes(tiff(4))
         for writer in writers:
             writer.join()
-        watched.wait_for(*((f"{seed}.tif", Happened.SEGMENTED) for seed in range(4)))
-    assert sorted(watched.told()) == [(f"{seed}.tif", "segmented") for seed in range(4)]
-    for seed in range(4):
-        assert np.array_equal(labels_of(tmp_path / "out" / f"{seed}.png"), expected(seed))
-
-
-def test_a_file_renamed_into_place_needs_no_settling(folder: Path, tmp_path: Path) -> None:
-    with Watched(folder, tmp_path / "out", settle_s=0.0) as watched:
-        part = folder / "a.tif.part"
-        content = tiff(5)
-        part.write_bytes(content[:100])
-        time.sleep(0.1)
-        part.write_bytes(content)
-        part.rename(folder / "a.tif")
-        watched.wait_for(("a.tif", Happened.SEGMENTED))
-    assert watched.told() == [("a.tif", "segmented")]
-    assert np.array_equal(labels_of(tmp_path / "out" / "a.png"), expected(5))
+        assert watched.told() == []
+        (folder / "4.tif.part").rename(folder / "4.tif")
+        clock.tick = 0.01
+        watched.wait_for(*((f"{seed}.tif", Happened.SEGMENTED) for seed in range(5)))
+        assert sorted(watched.told()) == [(f"{seed}.tif", "segmented") for seed in range(5)]
+        watched.events.clear()
+        (folder / "2.tif").write_bytes(tiff(7))
+        watched.wait_for(("2.tif", Happened.SEGMENTED))
+    for seed in range(5):
+        assert np.array_equal(labels_of(tmp_path / "out" / f"{seed}.png"), expected(7 if seed == 2 else seed))
 
 
 def test_results_are_those_of_segment(folder: Path, tmp_path: Path) -> None:
@@ -166,7 +181,7 @@ def test_results_are_those_of_segment(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_reported_after_patience_and_done_when_it_is_completed(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, clock: Clock
 ) -> None:
     content = tiff(1)
     (folder / "cut.tif").write_bytes(content[: len(content) // 2])
@@ -175,7 +190,8 @@ def test_a_truncated_file_is_reported_after_patience_and_done_when_it_is_complet
         watched.wait_for(("cut.tif", Happened.FAILED), ("good.tif", Happened.SEGMENTED))
         assert ("cut.tif", "waiting") in watched.told()
         told = len(watched.events)
-        time.sleep(0.3)
+        clock.now += 1000
+        time.sleep(0.2)
         assert len(watched.events) == told  # not tried for ever
         (folder / "cut.tif").write_bytes(content)
         watched.wait_for(("cut.tif", Happened.SEGMENTED))
@@ -185,13 +201,17 @@ def test_a_truncated_file_is_reported_after_patience_and_done_when_it_is_complet
     assert np.array_equal(labels_of(tmp_path / "out" / "cut.png"), expected(1))
 
 
-def test_what_no_patience_mends_fails_at_once(folder: Path, tmp_path: Path) -> None:
+def test_what_no_patience_mends_fails_at_once(folder: Path, tmp_path: Path, clock: Clock) -> None:
     values = np.full((20, 20), np.nan, np.float32)
     tifffile.imwrite(folder / "nan.tif", values)
     (folder / "text.png").write_text("not a picture")
-    start = time.monotonic()
-    summary = once(folder, tmp_path / "out", patience_s=0.5)
-    assert 0.5 <= time.monotonic() - start < 5  # for text.png, which might have become one
+    events: list[WatchEvent] = []
+    start = clock.now
+    summary = once(folder, tmp_path / "out", patience_s=0.5, on_event=events.append)
+    assert clock.now - start >= 0.5  # for text.png, which might have become one
+    told = [(event.path.name, event.happened.value) for event in events]
+    assert [entry for entry in told if entry[0] == "nan.tif"] == [("nan.tif", "failed")]
+    assert [entry for entry in told if entry[0] == "text.png"] == [("text.png", "waiting"), ("text.png", "failed")]
     assert {path.name for path in summary.failed} == {"nan.tif", "text.png"}
     assert summary.exit_code == 1
     assert "NaN" in str(summary)
@@ -213,16 +233,6 @@ def test_a_restart_leaves_what_is_done_and_does_the_rest(folder: Path, tmp_path:
     assert once(folder, out, resume=False).segmented == 4
 
 
-def test_a_micrograph_saved_again_under_its_name_is_segmented_again(folder: Path, tmp_path: Path) -> None:
-    (folder / "a.tif").write_bytes(tiff(1))
-    with Watched(folder, tmp_path / "out") as watched:
-        watched.wait_for(("a.tif", Happened.SEGMENTED))
-        watched.events.clear()
-        (folder / "a.tif").write_bytes(tiff(2))
-        watched.wait_for(("a.tif", Happened.SEGMENTED))
-    assert np.array_equal(labels_of(tmp_path / "out" / "a.png"), expected(2))
-
-
 def test_a_file_that_changes_while_it_is_segmented_is_segmented_again(folder: Path, tmp_path: Path) -> None:
     """The journal alone would take it for done: it notes the file's time after reading."""
 
@@ -241,18 +251,19 @@ def test_a_file_that_changes_while_it_is_segmented_is_segmented_again(folder: Pa
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_sidecar_that_comes_after_its_image(folder: Path, tmp_path: Path, late: bool) -> None:
+def test_a_sidecar_that_comes_after_its_image(folder: Path, tmp_path: Path, clock: Clock, late: bool) -> None:
     """Within the settling time it is waited for; later, the micrograph is segmented once more."""
     image = folder / "S1.tif"
     sidecar = "[SemImageFile]\nInstructName=SU8000\nPixelSize=4.96\nDataSize=60x40\n"
 
     def pixel_size() -> float | None:
         lines = (tmp_path / "out" / "segmentations.jsonl").read_text().splitlines()
-        found = json.loads(lines[-1])["pixel_size_m"]
-        assert found is None or isinstance(found, float)
-        return found
+        size = json.loads(lines[-1])["pixel_size_m"]
+        assert size is None or isinstance(size, float)
+        return size
 
-    with Watched(folder, tmp_path / "out", settle_s=0.3 if late else 2.0) as watched:
+    clock.tick = 0.01 if late else 0
+    with Watched(folder, tmp_path / "out") as watched:
         image.write_bytes(tiff(1))
         if late:
             watched.wait_for(("S1.tif", Happened.SEGMENTED))
@@ -261,6 +272,7 @@ def test_a_sidecar_that_comes_after_its_image(folder: Path, tmp_path: Path, late
         else:
             time.sleep(0.1)
         (folder / "S1.txt").write_text(sidecar)
+        clock.tick = 0.01
         watched.wait_for(("S1.tif", Happened.SEGMENTED))
     assert pixel_size() == pytest.approx(4.96e-9)
     assert watched.told() == [("S1.tif", "segmented")]
@@ -275,8 +287,7 @@ def test_names_that_collide_stay_apart_also_after_a_restart(folder: Path, tmp_pa
     out = folder / "labels"  # inside the watched folder, and not watched
     assert once(folder, out, recursive=True).segmented == 3
     assert once(folder, out, recursive=True).already_done == 3
-    found = {path.read_bytes() for path in out.glob("*.png")}
-    assert len(found) == 3
+    assert len({path.read_bytes() for path in out.glob("*.png")}) == 3
     written = [labels_of(path) for path in out.glob("*.png")]
     for seed in (1, 2, 3):
         assert any(np.array_equal(labels, expected(seed)) for labels in written), seed
@@ -339,7 +350,7 @@ def test_results_that_cannot_be_written_for_a_while(
         return real(work, task)
 
     monkeypatch.setattr(FileSegmenter, "segment", segment)
-    with Watched(folder, tmp_path / "out", settle_s=0.0, patience_s=10.0) as watched:
+    with Watched(folder, tmp_path / "out", settle_s=0.0, patience_s=1e6) as watched:
         watched.wait_for(("a.tif", Happened.WAITING))
         full[0] = False
         watched.wait_for(("a.tif", Happened.SEGMENTED))
@@ -382,16 +393,16 @@ def test_settings_that_make_no_sense(folder: Path, tmp_path: Path) -> None:
 
 def test_signals_outside_the_main_thread_are_left_alone() -> None:
     before = signal.getsignal(signal.SIGINT)
-    found: list[Any] = []
+    inside: list[Any] = []
 
     def enter() -> None:
         with stop_on_signal() as stop:
-            found.append((signal.getsignal(signal.SIGINT), stop.is_set()))
+            inside.append((signal.getsignal(signal.SIGINT), stop.is_set()))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [(before, False)]
+    assert inside == [(before, False)]
     with stop_on_signal() as stop:
         deliver(signal.SIGTERM)
         assert stop.wait(5)
