@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hpddrnet_trt.engines import load_engine
-from hpddrnet_trt.inference import Segmenter, tiled
+from hpddrnet_trt.inference import Segmenter, runner
 from tests.toy import grey_image, manifest, write_toy_onnx
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def _example(*arguments: Path | str) -> None:
 
 
 def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(tiled, "WHOLE_PIXELS", 256 * 256)
+    monkeypatch.setattr(runner, "WHOLE_PIXELS", 256 * 256)
     model = write_toy_onnx(tmp_path / "toy.onnx", manifest("logits", size=128))
     any_size = Segmenter(load_engine(write_toy_onnx(tmp_path / "any.onnx", manifest("logits")), threads=1))
     for height, width, last in ((128, 128, "in one piece"), (200, 300, "6 tiles of 128 x 128 pixels, blended scores")):

@@ -18,7 +18,7 @@ import hpddrnet_trt
 from tests.test_layers import HEAVY
 from tests.toy import grey_image, manifest, write_toy_onnx
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENT = REPOSITORY / "docs" / "embedding.md"
 EXAMPLE = REPOSITORY / "examples" / "embed_in_your_program.py"
 # (mark, code) of each block; the mark is the comment on the line before it.

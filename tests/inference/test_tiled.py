@@ -18,7 +18,7 @@ from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
 from hpddrnet_trt.core.manifest import AxisRange, DataRecord, InputContract, Manifest
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.engines.base import Prediction
-from hpddrnet_trt.inference import Segmenter, load_segmenter, tiled
+from hpddrnet_trt.inference import Segmenter, load_segmenter, runner
 from hpddrnet_trt.inference.tiling import TilingReport
 from tests.toy import ToyEngine, grey_image, manifest, toy_logits, write_toy_onnx
 
@@ -71,8 +71,8 @@ def test_tiles_are_averaged_over_views_one_by_one(mode: Any) -> None:
 
 
 def test_what_auto_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "WHOLE_PIXELS", 100 * 100)
-    monkeypatch.setattr(tiled, "DEFAULT_TILE", 64)
+    monkeypatch.setattr(runner, "WHOLE_PIXELS", 100 * 100)
+    monkeypatch.setattr(runner, "DEFAULT_TILE", 64)
 
     def tiles(description: Manifest, height: int, width: int, **options: Any) -> list[tuple[int, ...]]:
         engine = ToyEngine(description)
@@ -136,7 +136,7 @@ def test_tiles_that_the_model_does_not_take() -> None:
     with pytest.raises(ContractError, match="a tile of 32 pixels does not fit this model's height, 48; use"):
         Segmenter(ToyEngine(manifest(size=48)), tile=32)
     with pytest.raises(ContractError, match="needs several sizes of each tile, and this model takes 8 only"):
-        tiled.tile_size(manifest(), "multiscale", InputContract(height=AxisRange(minimum=8, maximum=8)))
+        runner.tile_size(manifest(), "multiscale", InputContract(height=AxisRange(minimum=8, maximum=8)))
 
 
 def test_batches_of_small_and_large_images() -> None:
