@@ -19,7 +19,7 @@ from hpddrnet_trt.accuracy.sensitivity import Sensitivity, analyse
 from hpddrnet_trt.accuracy.trials import Trials
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, Manifest, MixedPrecisionRecord
-from hpddrnet_trt.graph.lint import analyse as analyse_qdq
+from hpddrnet_trt.graph.lint import analyze as analyze_pairs
 from hpddrnet_trt.graph.model import save_model
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _described(
         return manifest
     mixed = None if frontier is None or frontier.chosen is None else _mixed(frontier, frontier.chosen.floating)
     floating = () if mixed is None else tuple(mixed.floating)
-    report = analyse_qdq(graph, kept=floating).record()
+    report = analyze_pairs(graph, kept=floating).record()
     return manifest.replace(calibration=calibration, mixed=mixed, qdq_report=report)
 
 

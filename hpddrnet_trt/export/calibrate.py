@@ -37,7 +37,7 @@ from hpddrnet_trt.export.statistics import measure
 from hpddrnet_trt.export.statistics_cache import Cache
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import fp8_plan, to_fp8
-from hpddrnet_trt.graph.lint import analyse
+from hpddrnet_trt.graph.lint import analyze
 from hpddrnet_trt.graph.model import check_target, load_model, save_model
 from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.graph.precision import to_half
@@ -129,7 +129,7 @@ def calibrate(
             precision=precision,
             quantized_for=form,
             calibration=calibration_record(data.images, data.crops, (data.height, data.width), told),
-            qdq_report=analyse(quantised).record() if form == "tensorrt" else None,
+            qdq_report=analyze(quantised).record() if form == "tensorrt" else None,
             versions={**manifest.versions, "onnxruntime": _runtime_version()},
         )
         candidates.append((name, quantised, finished, reference.compare(quantised, finished)))

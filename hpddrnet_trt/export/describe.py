@@ -9,6 +9,7 @@ from typing import Any
 from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, OutputContract, ValidationRecord
 from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.export.proof import summary
+from hpddrnet_trt.graph.lint import report_lines
 
 _INDENT = 13
 
@@ -91,27 +92,8 @@ def _precision(manifest: Manifest, *, layers: bool) -> list[str]:
     if manifest.engine is not None:
         rows += _proof(manifest.engine, layers=layers)
     if manifest.qdq_report is not None:
-        rows += _placement(manifest.qdq_report)
+        rows += report_lines(manifest.qdq_report)
     return rows
-
-
-def _placement(record: dict[str, Any]) -> list[str]:
-    """What :meth:`hpddrnet_trt.graph.lint.Placement.record` holds, in short."""
-    counts, stages = record["counts"], record["stages"]
-    sound = sum(not stage["violations"] and not stage["reformats"] for stage in stages)
-    kinds = ", ".join(f"{number} {kind}" for kind, number in counts["convolutions"].items())
-    rows = [
-        f"convolutions as quantised: {kinds}",
-        *(f"  {entry['name']}: {entry['precision']}, {entry['reason']}" for entry in _with_reason(record)),
-        f"residual stages: {sound} of {len(stages)} without a broken fusion rule or a conversion inside",
-        f"conversions expected elsewhere: {counts['reformats_elsewhere']}",
-        f"floating-point islands: {counts['float_regions']}",
-    ]
-    return rows + [f"  {island['name']}: {island['reason']}" for island in record["float_regions"]]
-
-
-def _with_reason(record: dict[str, Any]) -> list[dict[str, str]]:
-    return [entry for entry in record["convolutions"] if entry["reason"]]
 
 
 def _proof(record: EngineRecord, *, layers: bool) -> list[str]:

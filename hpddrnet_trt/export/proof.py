@@ -215,3 +215,31 @@ def summary(proof: dict[str, Any]) -> str:
     products = {kind: share for kind, share in proof["macs_share"].items() if kind not in convolutions and share > 0}
     parts += [f"{kind} {share:.0%} of all multiply-accumulates, in matrix products" for kind, share in products.items()]
     return f"{'; '.join(parts)} ({proof['source']})"
+
+
+def reformats_from_inspector(information: str) -> dict[str, Any]:
+    """Conversion layers in a built engine: ``{layers, reformats, share, names}``.
+
+    ``information``: the engine inspector's JSON. Its layers are objects (detailed verbosity; type
+    ``Reformat``) or bare names (``Reformatting CopyNode for Input Tensor 0 to ...``). ``share`` is of
+    the layers, not of time. A text that lists no layers gives zeros and a ``remark``.
+    """
+    try:
+        listed = list(json.loads(information)["Layers"])
+    except (ValueError, KeyError, TypeError):
+        return {
+            "layers": 0, "reformats": 0, "share": 0.0, "names": [],
+            "remark": "the engine inspector gave no readable list of layers",
+        }  # fmt: skip
+    names = [name for name in map(_reformat_name, listed) if name is not None]
+    share = round(len(names) / len(listed), 6) if listed else 0.0
+    return {"layers": len(listed), "reformats": len(names), "share": share, "names": names}
+
+
+def _reformat_name(layer: Any) -> str | None:
+    """Name of an inspector entry that converts a tensor, else None."""
+    if isinstance(layer, dict):
+        name = str(layer.get("Name", ""))
+        kinds: Iterable[str] = (str(layer.get(key, "")) for key in ("LayerType", "ParameterType"))
+        return name if "Reformat" in kinds or name.startswith("Reformatting CopyNode") else None
+    return str(layer) if str(layer).startswith("Reformatting CopyNode") else None

@@ -40,10 +40,15 @@ from hpddrnet_trt.engines.tensorrt_library import (
     readable,
     run_cancellable,
 )
-from hpddrnet_trt.export.proof import check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.export.proof import (
+    check_proof,
+    proof_from_inspector,
+    proof_from_network,
+    reformats_from_inspector,
+    summary,
+)
 from hpddrnet_trt.graph.attention import in_type, uses_bf16
 from hpddrnet_trt.graph.check import check_onnx
-from hpddrnet_trt.graph.lint import reformats_from_inspector
 from hpddrnet_trt.graph.model import load_model, save_model
 
 logger = logging.getLogger(__name__)

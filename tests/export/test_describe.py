@@ -16,7 +16,8 @@ from hpddrnet_trt.core.manifest import (
     read_manifest,
 )
 from hpddrnet_trt.export.describe import describe
-from hpddrnet_trt.graph.lint import analyse, reformats_from_inspector
+from hpddrnet_trt.export.proof import reformats_from_inspector
+from hpddrnet_trt.graph.lint import analyze
 from tests.graph.residual_onnx import residual_model
 from tests.tiny_onnx import tiny_model
 
@@ -30,7 +31,7 @@ def quantised(tmp_path: Path) -> Manifest:
     import onnx
 
     manifest = read_manifest(residual_model(tmp_path / "m.onnx"))
-    placement = analyse(onnx.load(str(tiny_model(tmp_path / "int8.onnx", typing="int8"))), kept=["scores"])
+    placement = analyze(onnx.load(str(tiny_model(tmp_path / "int8.onnx", typing="int8"))), kept=["scores"])
     return manifest.replace(
         precision="int8",
         quantized_for="tensorrt",

@@ -18,9 +18,10 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.export.calibrate import calibrate
 from hpddrnet_trt.export.onnx import ExportOptions, export_network
+from hpddrnet_trt.export.proof import reformats_from_inspector
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import fp8_layers, to_fp8
-from hpddrnet_trt.graph.lint import Placement, analyse, reformats_from_inspector
+from hpddrnet_trt.graph.lint import QdqReport, analyze, report_lines
 from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.work import macs_and_bytes
@@ -48,7 +49,7 @@ def _quantised(model: Any, plan: qdq.Plan | None = None) -> Any:
     return qdq.quantise(model, "tensorrt", plan, {name: (-1.0, 2.0 + i / 10) for i, name in enumerate(plan.tensors)})
 
 
-def _assert_sound(found: Placement, stages: set[str] = STAGES) -> None:
+def _assert_sound(found: QdqReport, stages: set[str] = STAGES) -> None:
     assert {stage.name for stage in found.stages} == stages
     for stage in found.stages:  # every one, so that a failure names it
         assert not stage.violations, stage.name
@@ -82,9 +83,9 @@ def quantised(shipped: Any) -> Any:
 
 
 def test_every_residual_stage_fuses(quantised: Any) -> None:
-    found = analyse(quantised)
+    found = analyze(quantised)
     _assert_sound(found)
-    assert [island.name for island in found.float_regions] == [
+    assert [region.name for region in found.float_regions] == [
         "backbone.stem.0.conv (input normalisation)",
         "backbone.sps.0 (position attention) + backbone.ecas.0 (channel attention)",
         "backbone.sps.1 (position attention) + backbone.ecas.1 (channel attention)",
@@ -95,9 +96,9 @@ def test_every_residual_stage_fuses(quantised: Any) -> None:
     assert reasons == {"channel attention", "1x1 map"}
     assert sum(entry.precision == "int8" for entry in found.convolutions) == 58
     assert found.int8_operators == {"Relu": 10, "Resize": 4, "Add": 3, "BatchNormalization": 6, "AveragePool": 3}
-    # At the borders of the islands and nowhere else; the output's reads floating point.
+    # At the borders of the regions and nowhere else; the output's reads floating point.
     borders = {entry.where.removeprefix("into ").removeprefix("out of ") for entry in found.reformats}
-    assert borders == {island.name for island in found.float_regions[:-1]}
+    assert borders == {region.name for region in found.float_regions[:-1]}
     assert len(found.reformats) == 13
 
 
@@ -109,21 +110,21 @@ def test_variants_of_the_network(tmp_path: Path, changes: dict[str, Any]) -> Non
     export_network(network, tiny_manifest(network), tmp_path / "model.onnx", ExportOptions(), verify=False)
     model = onnx.load(str(tmp_path / "model.onnx"))
     name_nodes(model)
-    _assert_sound(analyse(_quantised(model)))
+    _assert_sound(analyze(_quantised(model)))
 
 
 def test_types_do_not_matter(shipped: Any, quantised: Any) -> None:
     """FP16 or BF16 beside INT8 or FP8: the same pairs, the same verdict."""
-    full, half = analyse(quantised), analyse(to_half(quantised))
+    full, half = analyze(quantised), analyze(to_half(quantised))
     assert half.stages == full.stages
     assert [entry.name for entry in half.float_regions] == [entry.name for entry in full.float_regions]
     assert len(half.reformats) == len(full.reformats)
     assert {entry.precision for entry in half.convolutions} == {"int8", "fp16"}
-    eight = analyse(to_half(to_fp8(quantised, shipped)))
+    eight = analyze(to_half(to_fp8(quantised, shipped)))
     _assert_sound(eight)
     assert {entry.precision for entry in eight.convolutions} == {"fp8", "fp16"}
     for graph, kind in ((quantised, "int8"), (to_fp8(quantised, shipped), "fp8")):
-        brain = analyse(to_half(graph, kind="bf16"))
+        brain = analyze(to_half(graph, kind="bf16"))
         _assert_sound(brain)
         assert {entry.precision for entry in brain.convolutions} == {kind, "bf16"}
         assert len(brain.reformats) == len(full.reformats)
@@ -131,7 +132,7 @@ def test_types_do_not_matter(shipped: Any, quantised: Any) -> None:
 
 def test_fp8_of_what_suits_it(shipped: Any) -> None:
     plan = qdq.subset(shipped, "tensorrt", fp8_layers(shipped))
-    found = analyse(to_fp8(_quantised(shipped, plan), shipped))
+    found = analyze(to_fp8(_quantised(shipped, plan), shipped))
     reasons = {entry.name: entry.reason for entry in found.convolutions if entry.precision != "fp8"}
     assert reasons["backbone.stem.0.conv.conv/Conv"] == "first layer"
     assert reasons["conv_seg/Conv"] == "last layer"
@@ -141,7 +142,7 @@ def test_fp8_of_what_suits_it(shipped: Any) -> None:
 def test_convolutions_without_an_fp8_kernel_say_so() -> None:
     source = fusion_model()  # of 8 channels
     names = set(qdq.plan(source, "tensorrt").nodes) - {"three"}
-    found = analyse(to_fp8(_quantised(source, qdq.subset(source, "tensorrt", names)), source))
+    found = analyze(to_fp8(_quantised(source, qdq.subset(source, "tensorrt", names)), source))
     assert {entry.name: entry.reason for entry in found.convolutions if entry.reason} == {
         "three": "no fast FP8 kernel for its shape"
     }
@@ -151,7 +152,7 @@ def test_convolutions_without_an_fp8_kernel_say_so() -> None:
 def test_mixed_precision_keeps_the_rules(shipped: Any, left_out: int) -> None:
     full = qdq.plan(shipped, "tensorrt")
     kept = set(random.Random(left_out).sample(full.nodes, left_out))
-    found = analyse(_quantised(shipped, qdq.subset(shipped, "tensorrt", set(full.nodes) - kept)), kept=kept)
+    found = analyze(_quantised(shipped, qdq.subset(shipped, "tensorrt", set(full.nodes) - kept)), kept=kept)
     assert {entry.name for entry in found.convolutions if entry.reason.startswith("kept by")} == kept
     assert not found.all_violations
     for stage in found.stages:
@@ -163,10 +164,10 @@ def test_mixed_precision_keeps_the_rules(shipped: Any, left_out: int) -> None:
 def test_a_convolution_kept_by_the_search_is_named(shipped: Any) -> None:
     name = "backbone.stem.2.0.conv2.conv/Conv"
     names = set(qdq.plan(shipped, "tensorrt").nodes) - {name}
-    found = analyse(_quantised(shipped, qdq.subset(shipped, "tensorrt", names)), kept=[name])
+    found = analyze(_quantised(shipped, qdq.subset(shipped, "tensorrt", names)), kept=[name])
     stage = next(stage for stage in found.stages if stage.name == "backbone.stem.2.0")
     assert stage.precision == "mixed"
-    assert f"{name}: fp32, kept by the mixed-precision search" in found.text()
+    assert f"{name}: fp32, kept by the mixed-precision search" in "\n".join(report_lines(found.record()))
 
 
 def test_the_trained_network_on_real_micrographs(tmp_path: Path, sem_data: Path) -> None:
@@ -174,7 +175,7 @@ def test_the_trained_network_on_real_micrographs(tmp_path: Path, sem_data: Path)
     target = tmp_path / "int8.onnx"
     manifest = calibrate(SHIPPED, target, train[:4], held_out=val, size=(128, 128))
     assert manifest.validation[-1].values["agreement"] > 0.98
-    _assert_sound(analyse(onnx.load(str(target))))
+    _assert_sound(analyze(onnx.load(str(target))))
 
 
 @needs_rtx
@@ -194,7 +195,7 @@ def test_tensorrt_builds_the_full_structure(quantised: Any) -> None:
 
 
 def test_reports(quantised: Any) -> None:
-    found = analyse(quantised)
+    found = analyze(quantised)
     record = json.loads(json.dumps(found.record()))
     assert record["counts"] == {
         "convolutions": {"int8": 58, "fp32": 3},
@@ -205,13 +206,14 @@ def test_reports(quantised: Any) -> None:
         "reformats_elsewhere": 13,
     }
     assert {"name", "precision", "reason"} == record["convolutions"][0].keys()
-    text = found.text()
-    assert "residual stages: 14 of 14 without violations and conversions" in text
+    text = "\n".join(report_lines(record))
+    assert "residual stages: 14 of 14 without a broken fusion rule or a conversion inside" in text
+    assert "unquantized (high-precision) regions: 5" in text
     assert "backbone.spp (pyramid pooling)" in text
 
 
 def test_a_float_graph_has_no_pairs_to_judge(shipped: Any) -> None:
-    found = analyse(shipped)
+    found = analyze(shipped)
     assert {stage.name for stage in found.stages} == STAGES
     assert {stage.precision for stage in found.stages} == {"fp32"}
     assert not found.all_violations
@@ -327,7 +329,7 @@ def _scale_per_channel(cut: Surgery) -> None:
 
 
 def test_untouched_model_is_sound() -> None:
-    found = analyse(Surgery().model)
+    found = analyze(Surgery().model)
     assert not found.all_violations
     assert found.stage_reformats == 0
 
@@ -354,10 +356,11 @@ def test_untouched_model_is_sound() -> None:
 def test_a_broken_rule_is_found(change: Callable[[Surgery], None], rule: str, where: str) -> None:
     cut = Surgery()
     change(cut)
-    found = analyse(cut.model)
+    found = analyze(cut.model)
     broken = [entry for entry in found.all_violations if entry.rule == rule and where in entry.where]
-    assert broken, found.text()
-    assert f"{rule}: {broken[0].where}" in found.text()
+    text = "\n".join(report_lines(found.record()))
+    assert broken, text
+    assert f"{rule}: {broken[0].where}" in text
     assert found.record()["counts"]["violations"] == len(found.all_violations) >= 1
 
 
@@ -365,7 +368,7 @@ def test_a_broken_rule_is_found(change: Callable[[Surgery], None], rule: str, wh
 def test_a_broken_stage_has_a_conversion_inside(change: Callable[[Surgery], None]) -> None:
     cut = Surgery()
     change(cut)
-    stage = next(stage for stage in analyse(cut.model).stages if stage.name == STAGE)
+    stage = next(stage for stage in analyze(cut.model).stages if stage.name == STAGE)
     assert stage.violations
     assert len(stage.reformats) == 1
 

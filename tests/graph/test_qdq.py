@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from hpddrnet_trt.graph import qdq
-from hpddrnet_trt.graph.lint import analyse
+from hpddrnet_trt.graph.lint import analyze
 from hpddrnet_trt.graph.nodes import name_nodes
 from tests.graph.residual_onnx import QUANTISABLE, STAGE, fusion_model, residual_model
 
@@ -64,7 +64,7 @@ def test_fusion_of_two_branches(fusion: Any) -> None:
     scales = _scales(quantised)
     assert scales["stage"] == scales["stage_relu"]
     assert len(set(scales.values())) == len(scales) - 1
-    found = analyse(quantised)
+    found = analyze(quantised)
     assert not found.all_violations
     assert found.stage_reformats == 0
     assert [stage.name for stage in found.stages] == [STAGE, "deeper"]
@@ -106,7 +106,7 @@ def test_any_subset_is_sound(model: Any, fusion: Any, data: st.DataObject) -> No
     assert set(plan.nodes) == names
     assert set(plan.tensors) <= set(full.tensors)
     assert {name for group in plan.shared for name in group} <= set(plan.tensors)
-    found = analyse(_quantised(source, plan), kept=set(full.nodes) - names)
+    found = analyze(_quantised(source, plan), kept=set(full.nodes) - names)
     assert {entry.name for entry in found.convolutions if entry.precision == "int8"} == names
     assert not found.all_violations
 
