@@ -1,8 +1,13 @@
 """CUDA without a framework: the GPU, streams, buffers, and arrays that others hold on the GPU.
 
-Uses ``cuda-python`` only, imported where used. Everything lives in the device's primary context, the
-one PyTorch, CuPy and (through ``pycuda.autoprimaryctx``) PyCUDA share, so their arrays can be used
-in place. Each call leaves the thread's current context as it found it, whichever that is, or none.
+Streams, memory and graphs go through ``cuda.bindings``, arrays of others through ``cuda.core``; both are imported
+where used. ``cuda.core`` has the former too, but selects a GPU for good instead of giving a thread its context
+back, frees page-locked memory in whatever context a garbage collection finds, keeps freed memory of the GPU
+for itself, and makes a class and an event for each wait for a stream of the caller.
+
+Everything lives in the device's primary context, the one PyTorch, CuPy and (through ``pycuda.autoprimaryctx``)
+PyCUDA share, so their arrays can be used in place. Each call leaves the thread's current context as it found
+it, whichever that is, or none.
 """
 
 from __future__ import annotations
@@ -18,15 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import ContractError, MissingDependency, NoGpu, UserError, require
+from hpddrnet_trt.core.errors import ContractError, MissingDependency, NoGpu, UserError, one_line, require
 
 # Stream handles 1 and 2 are CUDA's legacy and per-thread default streams (CUDA array interface, version 3).
 LEGACY_STREAM = 1
 
 _DLPACK_CUDA = 2
 _DLPACK_CUDA_MANAGED = 13
-# DLPack type codes (dlpack.h): signed, unsigned, float, and bool.
-_DLPACK_KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}
 
 
 def cudart() -> Any:
@@ -297,41 +300,61 @@ def on_device(images: Any) -> bool:
     return _interface(images) is not None
 
 
-def view_device_array(images: Any, stream: Stream, device: int) -> DeviceArray:
+def view_device_array(images: Any, stream: Stream, device: int, *, writable: bool = False) -> DeviceArray:
     """Use an array on the GPU in place, ordered after the work that is still producing it.
 
-    DLPack is preferred, because it says exactly on which stream the array is produced (the producer
-    makes ``stream`` wait). With the CUDA array interface ``stream`` waits for the stream named there;
-    one that names none (``None``) is taken as complete, as version 3 defines; version 2 (for example
-    older PyCUDA) cannot say, so ``stream`` waits for the legacy default stream. Raises
-    :class:`ContractError` for another device, a strided array, or a masked one.
+    Read by ``cuda.core``. DLPack is preferred, because it says exactly on which stream the array is produced (the
+    producer makes ``stream`` wait). With the CUDA array interface ``stream`` waits for the stream named there;
+    one that names none (``None``) is taken as complete, as version 3 defines; version 2 (for example PyCUDA)
+    cannot say, so ``stream`` waits for the legacy default stream. ``writable``: also refuse a read-only array.
+    Raises :class:`ContractError` for another device, a strided array, or a masked one.
     """
-    if hasattr(images, "__dlpack__") and hasattr(images, "__dlpack_device__"):
-        kind, index = (int(part) for part in images.__dlpack_device__())
-        if kind not in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED) or index != device:
+    reader = strided_memory_view()
+    try:
+        if hasattr(images, "__dlpack__") and hasattr(images, "__dlpack_device__"):
+            kind, index = (int(part) for part in images.__dlpack_device__())
+            if kind not in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED) or index != device:
+                raise ContractError(
+                    f"the array is on DLPack device {kind}:{index}, the engine on GPU {device}; move it there"
+                )
+            view = reader.from_dlpack(images, stream.handle)
+        else:
+            view = reader.from_cuda_array_interface(_Version3(images), stream.handle)
+        array = as_device_array(view)
+    except UserError:
+        raise
+    except Exception as exc:  # the exporter's, and cuda.core's own, which has no public name
+        raise ContractError(f"the array on the GPU cannot be used in place ({one_line(exc)})") from exc
+    if view.device_id != device:
+        raise ContractError(f"the array is on GPU {view.device_id}, the engine on GPU {device}; move it there")
+    if writable and view.readonly:
+        raise ContractError("the output array on the GPU is read-only; give another")
+    return array
+
+
+def strided_memory_view() -> Any:
+    """The class ``cuda.core.utils.StridedMemoryView``, or :class:`MissingDependency`."""
+    return require("cuda.core.utils", "tensorrt", "use arrays that are on a GPU").StridedMemoryView
+
+
+class _Version3:
+    """An array's CUDA array interface as version 3, the only one that ``cuda.core`` reads."""
+
+    def __init__(self, images: Any) -> None:
+        interface = _interface(images)
+        if interface is None:
             raise ContractError(
-                f"the array is on DLPack device {kind}:{index}, the engine on GPU {device}; move it there"
+                f"a {type(images).__name__} is no array on a GPU; give a numpy array, or one with "
+                "__cuda_array_interface__ or __dlpack__ (PyTorch, CuPy, PyCUDA, Numba)"
             )
-        return from_dlpack_capsule(images.__dlpack__(stream=stream.handle))
-    interface = _interface(images)
-    if interface is None:
-        raise ContractError(
-            f"a {type(images).__name__} is no array on a GPU; give a numpy array, or one with "
-            "__cuda_array_interface__ or __dlpack__ (PyTorch, CuPy, PyCUDA, Numba)"
-        )
-    view = from_cuda_array_interface(interface, images)
-    _check_device(view.pointer, device)
-    if view.stream is not None:
-        stream.wait_for(view.stream)
-    return view
-
-
-def _check_device(pointer: int, device: int) -> None:
-    attributes = check(cudart().cudaPointerGetAttributes(pointer), "looking up the GPU of an array")
-    if attributes.device != device:
-        raise ContractError(
-            f"the array is on GPU {attributes.device}, the engine on GPU {device}; move it there"
-        )
+        version = interface.get("version", 0)
+        if version < 2:
+            raise ContractError(f"the input's __cuda_array_interface__ has version {version}; 2 or newer is needed")
+        stream = interface.get("stream") if version >= 3 else LEGACY_STREAM
+        if stream == 0:
+            raise ContractError("the input's __cuda_array_interface__ names stream 0, which the interface forbids")
+        self.__cuda_array_interface__ = {**interface, "version": 3, "stream": stream}
+        self.images = images  # the owner of the memory
 
 
 def _interface(images: Any) -> Mapping[str, Any] | None:
@@ -344,81 +367,15 @@ def _interface(images: Any) -> Mapping[str, Any] | None:
     return interface if isinstance(interface, Mapping) else None
 
 
-def writable_device_array(images: Any, stream: Stream, device: int) -> DeviceArray:
-    """:func:`view_device_array` of an array that is to be written; also refuses a read-only one."""
-    view = view_device_array(images, stream, device)
-    interface = _interface(images)
-    if interface is not None and tuple(interface["data"])[1:] == (True,):
-        raise ContractError("the output array on the GPU is read-only; give another")
-    return view
-
-
-def from_cuda_array_interface(interface: Mapping[str, Any], owner: Any) -> DeviceArray:
-    """Read the CUDA array interface, versions 2 and 3; raises :class:`ContractError` on what we cannot use."""
-    try:
-        version = int(interface["version"])
-        shape = tuple(int(size) for size in interface["shape"])
-        dtype = np.dtype(interface["typestr"])
-        pointer = int(interface["data"][0])
-    except (KeyError, IndexError, TypeError, ValueError) as exc:
-        raise ContractError(f"the input's __cuda_array_interface__ is not valid ({exc!r})") from exc
-    if version < 2:
-        raise ContractError(f"the input's __cuda_array_interface__ has version {version}; 2 or newer is needed")
-    if interface.get("mask") is not None:
-        raise ContractError("masked GPU arrays are not supported; fill the masked pixels first")
-    _check_contiguous(shape, interface.get("strides"), dtype.itemsize)
-    stream = interface.get("stream") if version >= 3 else LEGACY_STREAM
-    if stream == 0:
-        raise ContractError("the input's __cuda_array_interface__ names stream 0, which the interface forbids")
-    return DeviceArray(pointer, shape, dtype, owner, None if stream is None else int(stream))
-
-
-def _check_contiguous(shape: tuple[int, ...], strides: Any, itemsize: int) -> None:
-    """``strides`` in bytes, or None for C order."""
-    if strides is None or 0 in shape:
-        return
-    expected = itemsize
-    for size, stride in zip(reversed(shape), reversed(tuple(strides)), strict=True):
-        if size != 1 and stride != expected:
-            raise ContractError("the input array on the GPU is not C-contiguous; make a contiguous copy first")
+def as_device_array(view: Any) -> DeviceArray:
+    """What a ``StridedMemoryView`` holds, which it keeps alive; :class:`ContractError` where it is not in C order."""
+    shape, strides = tuple(view.shape), view.strides  # counted in elements
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides or ()), strict=strides is not None):
+        if size > 1 and stride != expected and 0 not in shape:
+            raise ContractError("the array on the GPU is not C-contiguous; make a contiguous copy first")
         expected *= size
-
-
-class _DLTensor(ctypes.Structure):
-    """DLTensor of dlpack.h, the unversioned ABI."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-def from_dlpack_capsule(capsule: Any) -> DeviceArray:
-    """Borrow the array in a DLPack capsule.
-
-    The capsule is kept, not consumed: its own destructor releases the array when the view goes.
-    """
-    api = ctypes.pythonapi.PyCapsule_GetPointer
-    api.restype, api.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    tensor = _DLTensor.from_address(api(capsule, b"dltensor"))
-    kind = _DLPACK_KINDS.get(tensor.code)
-    if kind is None or tensor.lanes != 1:
-        raise ContractError(f"arrays of DLPack type {tensor.code}:{tensor.bits}x{tensor.lanes} are not supported")
-    dtype = np.dtype(f"{kind}{tensor.bits // 8}")
-    shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
-    strides = None
-    if tensor.strides:  # counted in elements
-        strides = tuple(tensor.strides[axis] * dtype.itemsize for axis in range(tensor.ndim))
-    _check_contiguous(shape, strides, dtype.itemsize)
-    return DeviceArray((tensor.data or 0) + tensor.byte_offset, shape, dtype, capsule)
+    return DeviceArray(int(view.ptr), shape, np.dtype(view.dtype), view)
 
 
 class CaptureError(Exception):

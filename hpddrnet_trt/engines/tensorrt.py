@@ -39,7 +39,6 @@ from hpddrnet_trt.engines.cuda import (
     on_device,
     stream_handle,
     view_device_array,
-    writable_device_array,
 )
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt_context import ExecutionContext, InferenceStream, Network
@@ -246,7 +245,8 @@ class TensorRTEngine(EngineBase):
             return None
         assert self.manifest.output is not None  # input_contract has asked
         named = out if isinstance(out, Mapping) else {self.manifest.output.kind: out}
-        return {name: writable_device_array(array, slot.stream, self._gpu.index) for name, array in named.items()}
+        gpu = self._gpu.index
+        return {name: view_device_array(array, slot.stream, gpu, writable=True) for name, array in named.items()}
 
     def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
         """Run batches with ``slots`` of them in flight: one is copied while another is computed.

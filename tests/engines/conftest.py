@@ -18,7 +18,7 @@ from hpddrnet_trt.engines import tensorrt as engine_module
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 from hpddrnet_trt.export.tensorrt import build_engine
-from tests.engines.simulated_cuda import SimulatedCuda, SimulatedTensorRT
+from tests.engines.simulated_cuda import SimulatedCuda, SimulatedTensorRT, array_reader
 from tests.tiny_onnx import tiny_model
 
 SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256,4x1x512x512"
@@ -27,7 +27,7 @@ SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256,4x1x512x512"
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """ONNX and engine files by output kind, built by the real TensorRT-RTX."""
-    for name in ("tensorrt_rtx", "cuda.bindings"):
+    for name in ("tensorrt_rtx", "cuda.bindings", "cuda.core"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name}, which this test uses without a GPU, is missing")
     folder = tmp_path_factory.mktemp("engines")
@@ -72,6 +72,7 @@ def bench(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cuda = SimulatedCuda(real)
         monkeypatch.setattr(cuda_memory, "cudart", lambda: cuda)
         monkeypatch.setattr(cuda_memory, "cuda_driver", lambda: cuda)
+        monkeypatch.setattr(cuda_memory, "strided_memory_view", lambda: array_reader(cuda))
         profiles = [Profile.from_record(entry) for entry in record["profiles"]]
         library = SimulatedTensorRT(cuda, onnx_file, profiles, record["runtime"], record["version"])
         monkeypatch.setattr(engine_module, "load_flavour", lambda flavour: library.api)

@@ -172,9 +172,6 @@ class SimulatedCuda:
 
     cudaFreeHost = cudaFree
 
-    def cudaPointerGetAttributes(self, pointer: int) -> tuple[Any, Any]:
-        return self.ok, SimpleNamespace(device=0)
-
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, int]:
         self._current()
         return self.ok, self._handle()
@@ -281,6 +278,35 @@ class ForeignArray:
             "stream": None,
             **changes,
         }
+
+
+def array_reader(cuda: SimulatedCuda) -> Any:
+    """A stand-in for ``cuda.core``'s class: DLPack is read by the real one, the interface that asks the driver here."""
+    from cuda.core.utils import StridedMemoryView
+
+    class SimulatedStridedMemoryView:
+        from_dlpack = StridedMemoryView.from_dlpack
+
+        @classmethod
+        def from_cuda_array_interface(cls, obj: Any, stream_ptr: int | None = None) -> Any:
+            interface = obj.__cuda_array_interface__
+            assert interface["version"] == 3
+            if interface.get("mask") is not None:
+                raise BufferError("mask is not supported")
+            pointer, readonly = interface["data"]
+            dtype, strides, producer = np.dtype(interface["typestr"]), interface["strides"], interface["stream"]
+            if producer not in (None, stream_ptr):
+                assert stream_ptr is not None
+                event = cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming)[1]
+                cuda.cudaEventRecord(event, producer)
+                cuda.cudaStreamWaitEvent(stream_ptr, event, 0)
+            return SimpleNamespace(
+                ptr=pointer, readonly=readonly, device_id=0, shape=tuple(map(int, interface["shape"])), dtype=dtype,
+                strides=None if strides is None else tuple(step // dtype.itemsize for step in strides),
+                exporting_obj=obj,
+            )  # fmt: skip
+
+    return SimulatedStridedMemoryView
 
 
 def read(array: Any) -> npt.NDArray[Any]:

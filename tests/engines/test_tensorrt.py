@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -23,12 +26,12 @@ from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.cuda import (
     LEGACY_STREAM,
     DeviceArray,
+    as_device_array,
     check,
     find_gpu,
-    from_cuda_array_interface,
-    from_dlpack_capsule,
     gpu_or_none,
     on_device,
+    view_device_array,
 )
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import (
@@ -39,8 +42,9 @@ from hpddrnet_trt.engines.tensorrt import (
     write_layer_times,
 )
 from tests.engines.conftest import Bench
-from tests.engines.simulated_cuda import ForeignArray, read
+from tests.engines.simulated_cuda import ForeignArray, SimulatedCuda, array_reader, read
 
+StridedMemoryView = pytest.importorskip("cuda.core.utils", reason="cuda-core is not installed").StridedMemoryView
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec(name) is None, reason=f"{name}, which this test uses without a GPU, is missing"
@@ -169,62 +173,115 @@ def test_other_gpu_of_the_same_kind_is_only_a_warning(caplog: pytest.LogCaptureF
 # --- arrays of other libraries
 
 
+class Exporter:
+    """A numpy array that says it is on GPU 0, and takes part in DLPack as PyTorch and CuPy do."""
+
+    def __init__(self, values: npt.NDArray[Any]) -> None:
+        self.values, self.stream = values, 0
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, *, stream: int, max_version: tuple[int, int] | None = None) -> Any:
+        self.stream = stream
+        return self.values.__dlpack__(max_version=max_version)
+
+
+OURS: Any = SimpleNamespace(handle=5)  # a stream
+
+
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=4),
     st.sampled_from([np.uint8, np.float32, np.float16, np.int64, np.bool_]),
 )
-def test_dlpack_capsules_are_read(shape: list[int], dtype: Any) -> None:
-    values = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
-    view = from_dlpack_capsule(values.__dlpack__())
-    assert (view.pointer, view.shape, view.dtype) == (values.ctypes.data, values.shape, values.dtype)
+def test_dlpack_is_read(shape: list[int], dtype: Any) -> None:
+    exporter = Exporter(np.arange(np.prod(shape)).astype(dtype).reshape(shape))
+    view = view_device_array(exporter, OURS, 0)
+    assert (view.pointer, view.shape, view.dtype) == (exporter.values.ctypes.data, tuple(shape), exporter.values.dtype)
+    assert exporter.stream == OURS.handle  # the producer makes it wait
+    assert view.stream is None
 
 
-def test_dlpack_offset_and_strides() -> None:
+def test_dlpack_offset_strides_and_what_may_not_be_written() -> None:
     values = np.zeros((4, 6), np.float32)
-    assert from_dlpack_capsule(values[2:].__dlpack__()).pointer == values.ctypes.data + 48
-    with pytest.raises(ContractError, match="not C-contiguous; make a contiguous copy"):
-        from_dlpack_capsule(values[:, ::2].__dlpack__())
-    with pytest.raises(ContractError, match="DLPack type 5"):
-        from_dlpack_capsule(np.zeros(2, np.complex64).__dlpack__())
+    assert view_device_array(Exporter(values[2:]), OURS, 0).pointer == values.ctypes.data + 48
+    assert view_device_array(Exporter(values[:0, ::2]), OURS, 0).shape == (0, 3)
+    for strided in (values[:, ::2], values.T):
+        with pytest.raises(ContractError, match="not C-contiguous; make a contiguous copy"):
+            view_device_array(Exporter(strided), OURS, 0)
+    values.flags.writeable = False
+    view_device_array(Exporter(values), OURS, 0)
+    with pytest.raises(ContractError, match="read-only"):
+        view_device_array(Exporter(values), OURS, 0, writable=True)
+
+
+def test_what_an_exporter_says_is_in_the_sentence() -> None:
+    class Refusing(Exporter):
+        def __dlpack__(self, **_: Any) -> Any:
+            raise BufferError("requires grad, use detach()")
+
+    with pytest.raises(ContractError, match=r"cannot be used in place \(requires grad, use detach\(\)\)"):
+        view_device_array(Refusing(np.zeros(3)), OURS, 0)
 
 
 def test_dlpack_of_pytorch_keeps_the_memory_alive() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    view = from_dlpack_capsule(torch.full((2, 3), 7, dtype=torch.uint8).__dlpack__())
-    import ctypes
-
+    view = as_device_array(StridedMemoryView.from_dlpack(torch.full((2, 3), 7, dtype=torch.uint8), stream_ptr=-1))
+    gc.collect()
     assert ctypes.string_at(view.pointer, view.nbytes) == bytes([7] * 6)
 
 
-def _interface(**changes: Any) -> dict[str, Any]:
-    return ForeignArray(4096, np.zeros((2, 1, 8, 8), np.uint8), **changes).__cuda_array_interface__
+def test_the_stand_in_for_cuda_core_has_its_names_and_signatures() -> None:
+    stand_in = array_reader(SimulatedCuda(cuda_memory.cudart()))
+    for name in ("from_dlpack", "from_cuda_array_interface"):
+        real = inspect.signature(getattr(StridedMemoryView, name)).parameters
+        ours = inspect.signature(getattr(stand_in, name)).parameters
+        assert [(one.name, one.kind, one.default) for one in ours.values()] == [
+            (one.name, one.kind, one.default) for one in real.values()
+        ]
+    view = stand_in.from_cuda_array_interface(ForeignArray(4096, np.zeros(3)), stream_ptr=5)
+    assert all(hasattr(StridedMemoryView, name) for name in vars(view))
 
 
-def test_cuda_array_interface_is_read() -> None:
-    view = from_cuda_array_interface(_interface(stream=7), None)
-    assert (view.pointer, view.shape, view.dtype, view.stream) == (4096, (2, 1, 8, 8), np.dtype(np.uint8), 7)
-    assert from_cuda_array_interface(view.__cuda_array_interface__, None) == view
-    assert from_cuda_array_interface(_interface(), None).stream is None
-    # Version 2 cannot say whether work is pending: the default stream is waited for.
-    assert from_cuda_array_interface(_interface(version=2), None).stream == LEGACY_STREAM
-    assert from_cuda_array_interface(_interface(strides=(64, 999, 8, 1)), None).shape == (2, 1, 8, 8)
+def _viewed(bench: Callable[..., Bench], **changes: Any) -> tuple[DeviceArray, Bench]:
+    job = bench()
+    job.cuda.contexts.append(0)
+    job.cuda.log.clear()
+    array = ForeignArray(4096, np.zeros((2, 1, 8, 8), np.uint8), **changes)
+    return view_device_array(array, job.engine._slot.stream, 0), job
+
+
+@pytest.mark.parametrize(
+    ("changes", "waits_for"),
+    [
+        ({}, None),
+        ({"stream": 7}, 7),
+        ({"version": 2}, LEGACY_STREAM),  # cannot say whether work is pending (PyCUDA)
+        ({"strides": (64, 999, 8, 1)}, None),
+    ],
+)
+def test_cuda_array_interface_is_read(bench: Callable[..., Bench], changes: Any, waits_for: int | None) -> None:
+    view, job = _viewed(bench, **changes)
+    assert (view.pointer, view.shape, view.dtype, view.stream) == (4096, (2, 1, 8, 8), np.dtype(np.uint8), None)
+    assert job.cuda.log == ([] if waits_for is None else [("record", waits_for), ("wait", job.engine.stream)])
+    assert view.__cuda_array_interface__["version"] == 3
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"strides": (64, 64, 1, 8)}, "not C-contiguous"),
-        ({"mask": object()}, "masked"),
+        ({"mask": object()}, "mask"),
         ({"version": 1}, "version 1; 2 or newer"),
         ({"stream": 0}, "stream 0"),
-        ({"typestr": "nonsense"}, "not valid"),
-        ({"data": None}, "not valid"),
-        ({"shape": ("a",)}, "not valid"),
+        ({"typestr": "nonsense"}, "cannot be used in place"),
+        ({"data": None}, "cannot be used in place"),
+        ({"shape": ("a",)}, "cannot be used in place"),
     ],
 )
-def test_unusable_interfaces(changes: dict[str, Any], says: str) -> None:
+def test_unusable_interfaces(bench: Callable[..., Bench], changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ContractError, match=says):
-        from_cuda_array_interface(_interface(**changes), None)
+        _viewed(bench, **changes)
 
 
 def test_which_arrays_are_on_a_gpu() -> None:
