@@ -71,7 +71,7 @@ BAD = [
     (["train", "--config", "none.yaml"], "none.yaml"),
     (["train", "--config", "bad.yaml"], "run.name"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=empty"], "empty"),
-    (["train", "--config", "{repo}/train/configs/demo.yaml", "optimisation.lr=-1"], "optimisation.lr"),
+    (["train", "--config", "{repo}/train/configs/demo.yaml", "optimization.lr=-1"], "optimization.lr"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=outside"], "outside"),
     (["evaluate", "none.onnx", "--data", "outside"], "none.onnx"),
     (["evaluate", "{checkpoint}", "--data", "empty"], "empty"),
@@ -348,7 +348,7 @@ def _given(parameter: Any) -> list[str]:
     "recipe",
     ["train/train.py", "train/evaluate.py", "export/export_onnx.py", "export/calibrate.py", "export/build_engine.py",
      "export/choose_precision.py", "benchmarks/benchmark.py", "benchmarks/full_suite.py",
-     "benchmarks/live.py", "benchmarks/soak.py"],
+     "benchmarks/live.py"],
 )  # fmt: skip
 def test_recipes_explain_themselves(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.integrations.napari_results import OPACITY, class_colormap
 from hpddrnet_trt.stream import State, Stream, StreamResult, StreamStatistics
-from hpddrnet_trt.stream.frames import take_in
+from hpddrnet_trt.stream.stream import accept_frame
 
 POLL_MS = 40
 OLD_S = 2.0  # a picture older than this is said to be old
@@ -40,7 +40,7 @@ class LiveLayer:
         Never raises, as :meth:`~hpddrnet_trt.stream.Stream.submit`.
         """
         # One copy serves the engine and the screen: the camera may write into its buffer again.
-        taken, error = take_in(frame, copy=True)
+        taken, error = accept_frame(frame, copy=True)
         if error is not None:
             return self.stream.submit(frame)  # says so in its result
         picture = taken if isinstance(taken, Micrograph) else Micrograph(taken)

@@ -18,8 +18,7 @@ import numpy as np
 
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.inference.result import Segmentation
-from hpddrnet_trt.stream.accounting import Accounts
-from hpddrnet_trt.stream.records import Policy, State, StreamResult, StreamStatistics
+from hpddrnet_trt.stream.records import Accounts, Policy, State, StreamResult, StreamStatistics
 
 LONGEST_WAIT_S = 1e6  # waiting for longer overflows the system's clock, and an error would end the thread
 
@@ -72,15 +71,15 @@ class _Held:
     result: StreamResult = field(compare=False)
 
 
-class Board:
+class FrameQueue:
     """The shared state of one stream.
 
-    ``pushed``: results go to a callback; otherwise somebody pulls them. ``told``: there is a thread that
+    ``pushed``: results go to a callback; otherwise somebody pulls them. ``callbacks``: there is a thread that
     calls callbacks. ``spacing_s``: seconds from the start of one inference to that of the next, at least.
     """
 
     def __init__(
-        self, policy: Policy, capacity: int, workers: int, stall_after_s: float, *, pushed: bool, told: bool,
+        self, policy: Policy, capacity: int, workers: int, stall_after_s: float, *, pushed: bool, callbacks: bool,
         spacing_s: float = 0.0,
     ) -> None:  # fmt: skip
         self._policy, self._capacity, self._stall_after_s = policy, capacity, stall_after_s
@@ -101,14 +100,14 @@ class Board:
         # As many results may wait as frames, and each worker may add the one it has begun.
         self._result_limit = capacity + workers
         self._callback_since: float | None = None
-        self._delivery_ended = not told
+        self._delivery_ended = not callbacks
         self._failure: str | None = None
         self._closing: _Closing | None = None
         self._announced = State.STARTING
 
     # -- producers -------------------------------------------------------------------------------
 
-    def turned_away(self, may_wait: bool) -> bool:
+    def rejects(self, may_wait: bool) -> bool:
         """Count and refuse a frame that there is no place for; asked before anything is spent on copying it."""
         with self._lock:
             reason = self._refusal(may_wait)
@@ -123,7 +122,7 @@ class Board:
         with self._lock:
             while self._policy == "block" and may_wait and self._is_open() and self._is_full():
                 self._room.wait()
-            if self.turned_away(may_wait):
+            if self.rejects(may_wait):
                 return None
             if self._is_full():
                 self._waiting.popleft()
@@ -284,7 +283,7 @@ class Board:
             self._accounts.undelivered[reason] += count
 
     def next_push(self) -> StreamResult | StateChange | None:
-        """What the delivery thread shall tell next; waits for it. None: the stream has ended."""
+        """What the delivery thread shall report next; waits for it. None: the stream has ended."""
         with self._lock:
             self._callback_since = None
             while True:
@@ -304,7 +303,7 @@ class Board:
                 self._changed.wait(bounded(self._next_deadline(now)))
 
     def _news(self, now: float, over: bool) -> StateChange | None:
-        """The state that is to be told, if it is another than the last one told."""
+        """The state that is to be reported, if it is another than the last one reported."""
         state, reason = self._state(now)
         if self._failure is not None and self._announced not in (State.FAILED, State.CLOSED):
             return StateChange(State.FAILED, self._failure)  # never left out, also when it is closed at once
@@ -366,7 +365,7 @@ class Board:
             state, reason = self._state(now)
             accounts = self._accounts
             stages = {name: stage.copy() for name, stage in accounts.stages.items()}
-            found = partial(
+            at_this_instant = partial(
                 StreamStatistics,
                 state=state,
                 reason=reason,
@@ -383,7 +382,7 @@ class Board:
                 last_error=accounts.last_error,
             )
         # Percentiles take longer than everything else here: without the lock.
-        return found(stages={name: stage.times() for name, stage in stages.items()})
+        return at_this_instant(stages={name: stage.times() for name, stage in stages.items()})
 
     def state(self) -> State:
         with self._lock:

@@ -1,15 +1,22 @@
-"""What a stream hands out: its states, its results and its figures."""
+"""What a stream hands out: its states, its results, its figures and how they are counted; sentences and log lines."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+import numpy as np
+
+from hpddrnet_trt.core import errors
+from hpddrnet_trt.core.errors import UserError, one_line
 from hpddrnet_trt.inference.result import Segmentation
 
+WINDOW = 1024  # recent frames behind the percentiles
 Policy = Literal["latest", "block", "reject"]
 
 
@@ -64,7 +71,7 @@ class StageTimes:
     """Milliseconds of one stage.
 
     ``count``: frames since the stream was opened. ``p50_ms``, ``p95_ms``, ``p99_ms`` and ``max_ms``
-    are of the most recent frames (:data:`~hpddrnet_trt.stream.accounting.WINDOW`), ``worst_ms`` of
+    are of the most recent frames (:data:`WINDOW`), ``worst_ms`` of
     all. All 0.0 while ``count`` is 0.
     """
 
@@ -117,3 +124,92 @@ class StreamStatistics:
         stages = {name: dict(vars(times)) for name, times in self.stages.items()}
         counts = {"dropped_because": dict(self.dropped_because), "undelivered_because": dict(self.undelivered_because)}
         return {**vars(self), "state": self.state.value, **counts, "stages": stages}
+
+
+class Stage:
+    """Seconds of one stage: the most recent ones, how many there were, and the longest ever."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._count, self._worst = 0, 0.0
+
+    def add(self, seconds: float) -> None:
+        self._recent.append(seconds)
+        self._count += 1
+        self._worst = max(self._worst, seconds)
+
+    def copy(self) -> Stage:
+        other = Stage()
+        other._recent, other._count, other._worst = self._recent.copy(), self._count, self._worst
+        return other
+
+    def times(self) -> StageTimes:
+        values = np.asarray(self._recent) * 1000
+        if not values.size:
+            return StageTimes(0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        p50, p95, p99 = (float(value) for value in np.percentile(values, [50, 95, 99]))
+        return StageTimes(self._count, p50, p95, p99, float(values.max()), self._worst * 1000)
+
+
+@dataclass
+class Accounts:
+    """The counts behind :class:`StreamStatistics`; the caller holds the stream's lock."""
+
+    submitted: int = 0
+    processed: int = 0
+    failed: int = 0
+    delivered: int = 0
+    restarts: int = 0
+    callback_errors: int = 0
+    last_error: str | None = None
+    dropped: Counter[str] = field(default_factory=Counter)
+    undelivered: Counter[str] = field(default_factory=Counter)
+    stages: dict[str, Stage] = field(
+        default_factory=lambda: {name: Stage() for name in ("queue", "inference", "total", "delivery")}
+    )
+
+    def finished(self, result: StreamResult) -> None:
+        """A frame that was in inference has a result; the times of failed ones would say nothing."""
+        if result.error is not None:
+            self.failed += 1
+            self.last_error = f"frame {result.frame_id}: {result.error}"
+            return
+        self.processed += 1
+        self.stages["queue"].add(result.started_s - result.submitted_s)
+        self.stages["inference"].add(result.finished_s - result.started_s)
+        self.stages["total"].add(result.latency_s)
+
+    def handed_over(self, result: StreamResult, now: float) -> None:
+        self.delivered += 1
+        if result.error is None:
+            self.stages["delivery"].add(now - result.finished_s)
+
+
+def describe(exc: BaseException) -> str:
+    """One line about an exception; see :func:`hpddrnet_trt.core.errors.describe`."""
+    if isinstance(exc, MemoryError):
+        return f"not enough memory ({one_line(exc)}); use smaller frames, fewer workers, or smaller tiles"
+    return errors.describe(exc)
+
+
+def traceback_of(exc: BaseException) -> BaseException | None:
+    """What a log line shows beneath it: nothing for our own sentences, which say all."""
+    return None if isinstance(exc, UserError) else exc
+
+
+class SparseLog:
+    """Warnings of one kind: the first at once, then one per ``interval_s`` with the number left out."""
+
+    def __init__(self, log: logging.Logger, interval_s: float = 60.0) -> None:
+        self._log, self._interval_s = log, interval_s
+        self._next_s, self._left_out = 0.0, 0
+
+    def warning(self, message: str, *arguments: object, exc_info: BaseException | None = None) -> None:
+        now = time.monotonic()
+        if now < self._next_s:
+            self._left_out += 1
+            return
+        if self._left_out:
+            message, arguments = message + " (and %d more like it)", (*arguments, self._left_out)
+        self._log.warning(message, *arguments, exc_info=exc_info)
+        self._next_s, self._left_out = now + self._interval_s, 0

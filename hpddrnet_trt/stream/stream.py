@@ -1,8 +1,9 @@
-"""The stream itself."""
+"""The stream itself, and taking a frame from somebody else's buffer."""
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import threading
 import time
 import weakref
@@ -10,15 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, get_args
 
-from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.stream.delivery import Delivery
-from hpddrnet_trt.stream.frames import take_in
-from hpddrnet_trt.stream.queue import Board, Job, bounded
-from hpddrnet_trt.stream.records import Policy, State, StreamResult, StreamStatistics
-from hpddrnet_trt.stream.worker import LiveSegmenter, Plan, Worker
+import numpy as np
+
+from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.data.decode import MAX_PIXELS
+from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.stream.queue import FrameQueue, Job, bounded
+from hpddrnet_trt.stream.records import Policy, State, StreamResult, StreamStatistics, describe
+from hpddrnet_trt.stream.worker import Delivery, LiveSegmenter, Plan, Worker
 
 GRACE_S = 0.1  # for threads that only waited for the time to be over
 AT_EXIT_S = 2.0  # that the interpreter waits at its end for an inference of a stream nobody closed
+_MAX_BYTES = 8 * MAX_PIXELS  # float64
 
 
 class Stream:
@@ -97,17 +101,17 @@ class Stream:
             raise UsageError(f"max_restarts must not be negative and nice be 0 to 19, got {max_restarts} and {nice}")
         sizes = _sizes(warm_up)
         self.policy: Policy = policy
-        told = on_result is not None or on_state is not None
-        self._board = Board(policy, capacity, workers, stall_after_s, pushed=on_result is not None, told=told,
-                            spacing_s=1 / max_rate if max_rate else 0.0)  # fmt: skip
+        callbacks = on_result is not None or on_state is not None
+        self._queue = FrameQueue(policy, capacity, workers, stall_after_s, pushed=on_result is not None,
+                                 callbacks=callbacks, spacing_s=1 / max_rate if max_rate else 0.0)  # fmt: skip
         plan = Plan(open_segmenter, sizes, errors_before_restart, max_restarts, nice)
         self._threads: list[threading.Thread] = [
-            Worker(self._board, number, plan, f"hpddrnet-worker-{number}") for number in range(workers)
+            Worker(self._queue, number, plan, f"hpddrnet-worker-{number}") for number in range(workers)
         ]
-        if told:
-            self._threads.append(Delivery(self._board, on_result, on_state, "hpddrnet-delivery"))
-        # The threads know the board, not the stream: one that is forgotten closes itself.
-        weakref.finalize(self, self._board.request_close, True, AT_EXIT_S).atexit = False
+        if callbacks:
+            self._threads.append(Delivery(self._queue, on_result, on_state, "hpddrnet-delivery"))
+        # The threads know the queue, not the stream: one that is forgotten closes itself.
+        weakref.finalize(self, self._queue.request_close, True, AT_EXIT_S).atexit = False
         self._at_exit = _CloseAtExit(self)
         atexit.register(self._at_exit)
         try:
@@ -133,26 +137,26 @@ class Stream:
         """
         submitted_s = time.monotonic()
         may_wait = not self._is_own_thread()
-        if self._board.turned_away(may_wait):
+        if self._queue.rejects(may_wait):
             return None
-        image, error = take_in(frame, copy)
-        return self._board.enter(Job(image, error, tag, submitted_s), may_wait)
+        image, error = accept_frame(frame, copy)
+        return self._queue.enter(Job(image, error, tag, submitted_s), may_wait)
 
     def wait_ready(self, timeout_s: float | None = None) -> State:
         """Wait until the stream is no longer STARTING, at most ``timeout_s``; the state then."""
-        return self._board.wait_started(0.0 if self._is_own_thread() else timeout_s)
+        return self._queue.wait_started(0.0 if self._is_own_thread() else timeout_s)
 
     @property
     def state(self) -> State:
         """The state now; :meth:`statistics` also gives the reason."""
-        return self._board.state()
+        return self._queue.state()
 
     def latest(self) -> StreamResult | None:
         """The newest result that this method or :meth:`results` has not handed out yet, else None.
 
         Never gives the same result twice. Does not wait.
         """
-        return self._board.pull_newest()
+        return self._queue.pull_newest()
 
     def results(self, timeout_s: float | None = None) -> Iterator[StreamResult]:
         """Results as they come, until the stream is closed or failed and the last one is out.
@@ -160,12 +164,12 @@ class Stream:
         Ends earlier when none comes for ``timeout_s``. Beside an ``on_result``, which gets them all,
         this gives the newest one each time. Each result goes to one of several iterators.
         """
-        while (result := self._board.pull_next(timeout_s)) is not None:
+        while (result := self._queue.pull_next(timeout_s)) is not None:
             yield result
 
     def statistics(self) -> StreamStatistics:
         """Counts, times, state and its reason, all of one instant."""
-        return self._board.statistics()
+        return self._queue.statistics()
 
     def close(self, *, drain: bool = True, timeout_s: float = 10.0) -> bool:
         """Take no more frames, finish, and end all threads; True when they have ended in time.
@@ -181,12 +185,12 @@ class Stream:
         """
         timeout_s = max(timeout_s, 0.0)
         until = time.monotonic() + timeout_s
-        self._board.request_close(drain, timeout_s)
+        self._queue.request_close(drain, timeout_s)
         if self._is_own_thread():
             return False
         in_time = self._join(until)
         if not in_time:
-            self._board.give_up()
+            self._queue.give_up()
             self._join(time.monotonic() + GRACE_S)
         if not any(thread.is_alive() for thread in self._threads):
             atexit.unregister(self._at_exit)
@@ -219,6 +223,37 @@ def _sizes(warm_up: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     if any(min(size) < 1 for size in sizes):
         raise UsageError(f"warm_up must be a list of (height, width), at least 1 pixel each, got {warm_up!r}")
     return sizes
+
+
+def accept_frame(frame: Any, copy: bool) -> tuple[Any, str | None]:
+    """What the worker shall segment, and None; or None, and why the frame cannot be taken. Never raises.
+
+    Only what makes copying impossible or dangerous is looked at here, on the caller's thread: the
+    segmenter says on the worker what is wrong with shape, type or values.
+    """
+    try:
+        if not isinstance(frame, Micrograph):
+            return _pixels(frame, copy), None
+        return dataclasses.replace(frame, pixels=_pixels(frame.pixels, copy)), None
+    except Exception as exc:
+        # Whatever a foreign object raises belongs to that frame, never to the acquisition thread.
+        return None, describe(exc)
+
+
+def _pixels(pixels: Any, copy: bool) -> Any:
+    if isinstance(pixels, np.ndarray):
+        # np.broadcast_to makes arrays whose declared size costs no memory until they are copied.
+        if pixels.nbytes > _MAX_BYTES or pixels.size > MAX_PIXELS:
+            raise ContractError(f"a frame of shape {pixels.shape} is too large ({MAX_PIXELS} pixels at most); cut it")
+        return np.array(pixels, order="C", subok=True) if copy else pixels  # a mask stays a mask
+    on_device = hasattr(pixels, "__dlpack__") or hasattr(pixels, "__cuda_array_interface__")
+    if not copy or not on_device:
+        return pixels
+    for name in ("clone", "copy"):  # torch; cupy and others
+        method = getattr(pixels, name, None)
+        if callable(method):
+            return method()
+    raise ContractError(f"a frame of type {type(pixels).__name__} cannot copy itself; submit it with copy=False")
 
 
 class _CloseAtExit:

@@ -249,7 +249,7 @@ def test_a_hanging_callback_does_not_hang_close() -> None:
     stream = Stream(Immediate, policy="block", on_result=lambda _: go_on.wait())
     for number in (1, 2, 3):
         stream.submit(frame(number))
-    until(lambda: stream.statistics().processed == 3)
+    until(lambda: stream.statistics().processed == 3 and stream.statistics().delivered == 1)
     assert not stream.close(timeout_s=0.05)
     now = stream.statistics()
     assert now.reason is not None
@@ -262,10 +262,10 @@ def test_a_hanging_callback_does_not_hang_close() -> None:
 
 def test_the_time_of_a_close_from_a_callback_runs_out_by_itself() -> None:
     """Nobody waits for it, and the only worker hangs: what waits is dropped all the same."""
-    bench = Bench()
+    bench, second_hangs = Bench(), threading.Event()
 
     def consume(result: StreamResult) -> None:
-        until(lambda: not bench.begun.empty())
+        second_hangs.wait(PATIENCE_S)
         stream.close(timeout_s=0.05)
 
     told = list[State]()
@@ -273,7 +273,8 @@ def test_the_time_of_a_close_from_a_callback_runs_out_by_itself() -> None:
     bench.end(1)
     for number in (1, 2, 3):
         stream.submit(frame(number))
-    bench.wait_begun()
+    assert [bench.wait_begun(), bench.wait_begun()] == [1, 2]
+    second_hangs.set()
     until(lambda: State.CLOSED in told)
     end = stream.statistics()
     assert (end.dropped_because, end.pending) == ({"closed": 1}, 1)
@@ -351,7 +352,8 @@ def test_an_exception_in_the_block_drops_what_waits() -> None:
     assert stream.statistics().dropped_because == {"closed": 1}
 
 
-def test_a_forgotten_stream_finishes_and_ends_its_threads() -> None:
+def test_a_forgotten_stream_finishes_and_ends_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpddrnet_trt.stream.stream.AT_EXIT_S", PATIENCE_S)
     bench, seen = Bench(), list[int]()
     stream = Stream(bench.open, policy="block", on_result=lambda result: seen.append(result.frame_id))
     stream.wait_ready()
@@ -362,8 +364,8 @@ def test_a_forgotten_stream_finishes_and_ends_its_threads() -> None:
     gc.collect()
     assert gone() is None
     bench.release()
+    until(lambda: seen == [1, 2])  # on a thread of its own, which may be later than the worker's end
     until(lambda: bench.closed == 1)
-    assert seen == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpddrnet_trt.stream import Policy, Stream, StreamResult
-from hpddrnet_trt.stream.accounting import WINDOW, Stage
+from hpddrnet_trt.stream.records import WINDOW, Stage
 from tests.stream.fakes import Bench, Immediate, check_ended, frame, number_of, until
 
 
@@ -147,6 +147,7 @@ def test_results_that_were_ready_can_be_pulled_after_closing() -> None:
 def test_results_give_up_after_the_time_out() -> None:
     with Stream(Immediate, policy="block") as stream:
         stream.submit(frame(1))
+        until(lambda: stream.statistics().processed == 1)
         started = time.monotonic()
         assert len(list(stream.results(timeout_s=0.05))) == 1
         assert 0.05 <= time.monotonic() - started < 20

@@ -91,22 +91,28 @@ def test_one_of_two_workers_that_cannot_open_fails_the_stream() -> None:
 
 
 def test_a_frame_that_hangs_stalls_the_stream_until_it_ends() -> None:
-    bench, told = Bench(), list[tuple[State, str | None]]()
-    with Stream(bench.open, stall_after_s=0.05, on_state=lambda *change: told.append(change)) as stream:
-        stream.wait_ready()
+    bench, told, times = Bench(), list[tuple[State, str | None]](), list[float]()
+
+    def note(state: State, reason: str | None) -> None:
+        times.append(time.monotonic())
+        told.append((state, reason))
+
+    with Stream(bench.open, stall_after_s=0.05, on_state=note) as stream:
+        until(lambda: len(told) == 1)
+        submitted_s = time.monotonic()
         stream.submit(frame(1))
         bench.wait_begun()
-        assert stream.state is State.READY
         until(lambda: len(told) == 2)  # told by itself, though no other thread does anything
+        assert times[1] >= submitted_s + 0.05
         now = stream.statistics()
         assert now.state is State.STALLED
         assert now.reason is not None
         assert now.reason.startswith("frame 1 has been in inference for ")
         assert stream.submit(frame(2)) == 2  # waits, as ever
         assert stream.latest() is None  # nothing old is shown meanwhile
+        bench.end(2)
         bench.end(1)
         until(lambda: len(told) == 3)
-        bench.release()
     assert [state for state, _ in told] == [State.READY, State.STALLED, State.READY, State.CLOSED]
     assert stream.statistics().reason is None
 
@@ -204,7 +210,7 @@ def test_restarting_is_a_stall_with_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     now = stream.statistics()
     assert now.reason == "a worker is being restarted: the worker died in inference: SystemExit: no message"
     assert (now.restarts, now.failed) == (1, 1)
-    assert stream.close(timeout_s=5)  # nothing waits: no reason to sit the pause out
+    assert stream.close(timeout_s=20)  # nothing waits: no reason to sit the pause out
     check_ended(stream)
 
 

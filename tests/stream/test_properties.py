@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.stream import Policy, Stream, StreamResult, worker
-from hpddrnet_trt.stream.queue import Board, Job
+from hpddrnet_trt.stream.queue import FrameQueue, Job
 from tests.stream.fakes import MANIFEST, Bench, Immediate, check_balance, check_ended, frame, number_of, until
 
 POLICIES = st.sampled_from(["latest", "block", "reject"])
@@ -149,12 +149,12 @@ class OneWorker(RuleBasedStateMachine):
 
 
 class SeveralWorkers(RuleBasedStateMachine):
-    """The board alone, with three workers that end in any order: what goes out, and how much is kept."""
+    """The queue alone, with three workers that end in any order: what goes out, and how much is kept."""
 
     @initialize(policy=POLICIES, capacity=st.integers(1, 4))
     def open(self, policy: Policy, capacity: int) -> None:
         self.policy, self.capacity = policy, capacity
-        self.board = Board(policy, capacity, 3, 10.0, pushed=False, told=False)
+        self.queue = FrameQueue(policy, capacity, 3, 10.0, pushed=False, callbacks=False)
         self.busy: dict[int, int] = {}
         self.waiting = 0
         self.finished: list[int] = []
@@ -162,9 +162,9 @@ class SeveralWorkers(RuleBasedStateMachine):
 
     @rule()
     def enter(self) -> None:
-        before = self.board.statistics().dropped
-        taken = self.board.enter(Job(None, None, None, time.monotonic()), may_wait=False)
-        lost = self.board.statistics().dropped - before
+        before = self.queue.statistics().dropped
+        taken = self.queue.enter(Job(None, None, None, time.monotonic()), may_wait=False)
+        lost = self.queue.statistics().dropped - before
         self.waiting += (taken is not None) - (lost if taken is not None else 0)
         assert (taken is None) == (lost == 1 and self.policy != "latest")
         assert 0 <= self.waiting <= self.capacity
@@ -176,7 +176,7 @@ class SeveralWorkers(RuleBasedStateMachine):
         if self.policy != "latest" and kept >= self.capacity + 3:
             return  # it would wait
         free = min({0, 1, 2} - set(self.busy))
-        job = self.board.take(free)
+        job = self.queue.take(free)
         assert job is not None
         self.busy[free] = job.frame_id
         self.waiting -= 1
@@ -186,13 +186,13 @@ class SeveralWorkers(RuleBasedStateMachine):
     def finish(self, which: int, error: str | None) -> None:
         number = sorted(self.busy)[which % len(self.busy)]
         labels = None if error else Segmentation(frame(self.busy[number] & 0xFFFF), MANIFEST)
-        self.board.finish(number, labels, error)
+        self.queue.finish(number, labels, error)
         self.finished.append(self.busy.pop(number))
 
     @rule(newest=st.booleans())
     def pull(self, newest: bool) -> None:
         newest = newest and self.policy == "latest"
-        result = self.board.pull_newest() if newest else self.board.pull_next(0)
+        result = self.queue.pull_newest() if newest else self.queue.pull_next(0)
         if result is None:
             return
         assert not self.out or result.frame_id > self.out[-1]
@@ -203,20 +203,20 @@ class SeveralWorkers(RuleBasedStateMachine):
 
     @invariant()
     def accounts_balance(self) -> None:
-        if hasattr(self, "board"):
-            now = self.board.statistics()
+        if hasattr(self, "queue"):
+            now = self.queue.statistics()
             assert now.submitted == now.processed + now.dropped + now.failed + now.pending
             assert now.pending == self.waiting + len(self.busy)
             assert now.processed + now.failed == len(self.finished)
 
     def teardown(self) -> None:
-        if not hasattr(self, "board"):
+        if not hasattr(self, "queue"):
             return
         while self.busy:
             self.finish(2, None)
-        while (result := self.board.pull_next(0)) is not None:
+        while (result := self.queue.pull_next(0)) is not None:
             self.out.append(result.frame_id)
-        now = self.board.statistics()
+        now = self.queue.statistics()
         assert now.delivered == len(self.out)
         assert now.delivered + sum(now.undelivered_because.values()) == len(self.finished)
         assert self.out == sorted(self.out)
@@ -279,6 +279,7 @@ def test_many_threads_at_once(policy: Policy, workers: int) -> None:
             thread.start()
         for thread in producers:
             thread.join()
+        until(lambda: len(checks) > 10, "a look at the accounts")
         assert stream.close()
         stop.set()
         for thread in watchers:
@@ -291,7 +292,6 @@ def test_many_threads_at_once(policy: Policy, workers: int) -> None:
     for result in seen:
         assert result.error is not None or number_of(result.segmentation) == result.tag
     assert end.callback_errors == sum(result.frame_id % 31 == 0 for result in seen)
-    assert len(checks) > 10
     if policy == "block":
         assert end.dropped_because.keys() <= {"rejected", "closed"}
         assert end.failed > 20
