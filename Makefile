@@ -5,6 +5,7 @@
 #   make demo DATA=folder          your own (images|masks/{train,val,test}, see README)
 #   make demo TRAIN="..."          further key=value settings of the training
 #   make demo MEASURE="..."        further options of the benchmark
+#   make soak                      the tests that take minutes: the live stream under faults
 #   make gpu                       GPU tests and the full benchmark on an NVIDIA machine (PY=python3: as installed)
 
 SUITABLE = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
@@ -27,9 +28,9 @@ RUN := runs/$(NAME)
 SHAPES ?= 1x1x256x256:1x1x512x512:4x1x1024x1024
 DATASET := $(or $(DATA),$(RUN)/data)
 
-.PHONY: help demo test gpu environment clean
+.PHONY: help demo test soak gpu environment clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
 
 environment: $(READY)
 
@@ -56,14 +57,14 @@ demo: $(READY)
 	$(CLI) segment $(DATASET) --output $(RUN)/labels --model $(RUN)/model.onnx
 	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report $(MEASURE)
 
-# Training apart, in a process of its own: it forks data loaders, and a test worker that had run much else died there
-# without a word in two of two runs.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart=0 \
-	  --ignore tests/training
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --max-worker-restart=0
+
+# The live stream under faults for 20,000 frames, and whatever else is marked slow.
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests
 
 # PY=python3 takes an installed Python as it is, for a machine that reaches no package index.
 gpu: $(if $(PY),,$(READY))

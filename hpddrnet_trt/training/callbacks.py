@@ -1,39 +1,135 @@
-"""What happens around the steps: weight averaging, records, checkpoints, progress.
+"""What happens around the steps: stopping on request, weight averaging, records, checkpoints, progress.
 
 All of it is exact across a resume. A training checkpoint is only ever taken when everything that
 belongs to its step is done (weights updated, average updated, rows written, validation run), so a
-continued run repeats nothing and skips nothing.
+continued run repeats nothing and skips nothing. Lightning's own CSVLogger and ModelCheckpoint do not serve
+that: the one deletes the rows of the run it continues, the other saves before a validation of the same step.
 """
 
 from __future__ import annotations
 
 import csv
+import io
+import logging
 import math
+import os
+import pickle
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from tqdm import tqdm
 
+from hpddrnet_trt.core.errors import BadInputFile, UserError, one_line
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
-from hpddrnet_trt.training.checkpoint_io import remove_leftovers
-from hpddrnet_trt.training.interruption import StopRequest, TrainingInterrupted
-from hpddrnet_trt.training.module import SegmentationModule
-from hpddrnet_trt.training.schedule import learning_rate
+from hpddrnet_trt.training.module import SegmentationModule, learning_rate
 
 LAST = "last.ckpt"
+log = logging.getLogger(__name__)
+
+
+class TrainingInterrupted(UserError):
+    """Training was stopped on request; the message says where it stands and how to continue."""
+
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        super().__init__(
+            f"stopped after step {step}; everything is saved in {checkpoint}: "
+            "give the same command again to continue from there"
+        )
+        self.step = step
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; a second one ends the program at once.
+
+    Stopping between steps keeps the saved weights, optimizer state and averages consistent, which
+    an exception in the middle of a weight update would not.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        log.warning("finishing this step and saving (%s); again to stop at once", signal.Signals(signum).name)
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Catch the two signals within the block (only possible in the main thread)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, flushes to disk, renames.
+
+    Lightning's own writer goes through the system's temporary folder; when that is another file
+    system the final move is a copy, which a kill can cut in half.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()  # torch.save straight to a file reports a full disk as a RuntimeError
+        torch.save(checkpoint, buffer)
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            stream.write(buffer.getbuffer())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_training_checkpoint(Path(path), mmap=False)
+
+
+def read_training_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
+    """Load a training checkpoint to the CPU; only tensors and plain values are admitted.
+
+    ``mmap``: leave the tensors in the file, for who looks at the rest. Names of the first version are
+    replaced by today's. Raises :class:`BadInputFile` when it is truncated, foreign, or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as exc:
+        raise BadInputFile(
+            f"{path} is not a readable training checkpoint ({one_line(exc, 'first')}); "
+            "delete it to start the run again"
+        ) from exc
+    if not isinstance(content, dict) or "loops" not in content:
+        raise BadInputFile(f"{path} is not a training checkpoint; delete it to start the run again")
+    for key in {"state_dict", "current_model_state"} & content.keys():
+        content[key] = {name.replace("quantisation.", "quantization."): value for name, value in content[key].items()}
+    return content
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files a killed run left in ``folder``."""
+    for leftover in folder.glob(".*.tmp*"):
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
 
 
 def step_done(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether this forward pass completed an optimiser step."""
+    """Whether this forward pass completed an optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
@@ -108,7 +204,7 @@ class Records(pl.Callback):
             return
         main, auxiliary, passes = _summed_over_ranks(trainer, self._sums)
         self._sums = [0.0, 0.0, 0.0]
-        row = {"lr": learning_rate(pl_module.optimisation, step - 1), "train/loss": (main + auxiliary) / passes}
+        row = {"lr": learning_rate(pl_module.optimization, step - 1), "train/loss": (main + auxiliary) / passes}
         row |= {"train/loss_main": main / passes, "train/loss_auxiliary": auxiliary / passes}
         self._write(trainer, row)
 

@@ -18,6 +18,13 @@ from hpddrnet_trt.data.datasets import Layout
 from hpddrnet_trt.models.network import VARIANTS, network_config
 
 SIMULATED = "simulated"
+# Keys of the first version, in files and training checkpoints of that time, and what they are called today.
+_RENAMED = {
+    "optimisation": "optimization",
+    "optimiser": "optimizer",
+    "quantisation": "quantization",
+    "normalisation": "normalization",
+}
 
 
 class _Section(BaseModel):
@@ -36,7 +43,7 @@ class NetworkSection(_Section):
     detail: bool | None = None  # logits at 1/4, see models.network.Detail
     pool_border: Literal["zeros", "ignored"] | None = None  # see models.network.DAPPM
     pretrained: Path | None = None  # checkpoint whose backbone training starts from, ours or mmsegmentation's
-    # Checkpoint of ours that training starts from as a whole; the other keys and data.normalisation are then its own.
+    # Checkpoint of ours that training starts from as a whole; the other keys and data.normalization are then its own.
     initial: Path | None = None
 
     @model_validator(mode="after")
@@ -70,15 +77,15 @@ class DataSection(_Section):
     train_split: str = "train"
     val_split: str = "val"
     separate_groups: bool = False  # leave out training images of specimens that other splits hold as well
-    normalisation: Literal["dataset", "imagenet"] = "dataset"
+    normalization: Literal["dataset", "imagenet"] = "dataset"
     cache_megabytes: int = Field(default=1024, ge=0)  # decoded images kept in memory, per worker process
     simulated: SimulationSection = SimulationSection()
 
 
-class OptimisationConfig(_Section):
-    """Optimiser, learning rate and length of the training. One step updates the weights once."""
+class OptimizationSection(_Section):
+    """Optimizer, learning rate and length of the training. One step updates the weights once."""
 
-    optimiser: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     final_lr: float = Field(default=0.0, ge=0)
     schedule: Literal["poly", "cosine"] = "cosine"
@@ -94,7 +101,7 @@ class OptimisationConfig(_Section):
     freeze_norm: bool = False  # batch-norm uses the mean and variance it has, and leaves them as they are
 
     @model_validator(mode="after")
-    def _consistent(self) -> OptimisationConfig:
+    def _consistent(self) -> OptimizationSection:
         if self.final_lr > self.lr:
             raise ValueError(f"final_lr ({self.final_lr}) must not exceed lr ({self.lr})")
         if self.warmup_steps >= self.max_steps:
@@ -116,7 +123,7 @@ class LossSection(_Section):
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(gt=0)]] = "none"
 
 
-class QuantisationSection(_Section):
+class QuantizationSection(_Section):
     """Train with the rounding of the INT8 form, see :mod:`hpddrnet_trt.training.qat`."""
 
     enabled: bool = False
@@ -156,9 +163,9 @@ class TrainConfig(_Section):
     network: NetworkSection = NetworkSection()
     data: DataSection = DataSection()
     augmentation: AugmentConfig = AugmentConfig()
-    optimisation: OptimisationConfig = OptimisationConfig()
+    optimization: OptimizationSection = OptimizationSection()
     loss: LossSection = LossSection()
-    quantisation: QuantisationSection = QuantisationSection()
+    quantization: QuantizationSection = QuantizationSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -167,14 +174,14 @@ class TrainConfig(_Section):
             raise ValueError(
                 f"augmentation.crop {list(self.augmentation.crop)} must be multiples of {SIZE_MULTIPLE} (height, width)"
             )
-        if self.quantisation.enabled and not self.optimisation.freeze_norm:
+        if self.quantization.enabled and not self.optimization.freeze_norm:
             raise ValueError(
-                "quantisation.enabled needs optimisation.freeze_norm=true: INT8 folds batch-norm's statistics into the "
+                "quantization.enabled needs optimization.freeze_norm=true: INT8 folds batch-norm's statistics into the "
                 "weights, and those of a batch would hide the shift that rounding causes"
             )
-        if self.quantisation.enabled and self.run.precision != "32":
+        if self.quantization.enabled and self.run.precision != "32":
             raise ValueError(
-                f"quantisation.enabled needs run.precision=32, not {self.run.precision}, which rounds once more"
+                f"quantization.enabled needs run.precision=32, not {self.run.precision}, which rounds once more"
             )
         return self
 
@@ -187,7 +194,7 @@ class TrainConfig(_Section):
         the last bit.
         """
         now = _flatten(self.model_dump(mode="json"))
-        before = {**_flatten(TrainConfig().model_dump(mode="json")), **_flatten(stored)}
+        before = {**_flatten(TrainConfig().model_dump(mode="json")), **_flatten(renamed(stored))}
         return [
             f"{key}: {before.get(key)} -> {now.get(key)}"
             for key in sorted({*now, *before})
@@ -204,13 +211,28 @@ _MAY_CHANGE = {
 } | {"data.cache_megabytes", "data.path"}  # fmt: skip
 
 
+def renamed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` with the keys of the first version replaced by today's, at every level.
+
+    Raises :class:`UsageError` when both stand in one section.
+    """
+    now: dict[str, Any] = {}
+    for key, value in content.items():
+        today = _RENAMED.get(key, key)
+        if today in now:
+            raise UsageError(f"{today} is given under its present and its former name; give one of them")
+        now[today] = renamed(value) if isinstance(value, Mapping) else value
+    return now
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and apply ``section.key=value`` overrides; every key is checked.
 
-    Parameters: ``path`` the file, or None for the defaults; ``overrides`` values are read as YAML.
+    Parameters: ``path`` the file, or None for the defaults; ``overrides`` values are read as YAML. Keys of the
+    first version (``optimisation``) are still read.
     Raises :class:`UsageError` naming the key, the value and what is allowed.
     """
-    content = {} if path is None else _read_yaml(existing_file(path, "configuration file"))
+    content = {} if path is None else renamed(_read_yaml(existing_file(path, "configuration file")))
     for override in overrides:
         _apply(content, override)
     source = "the configuration" if path is None else str(path)
@@ -234,9 +256,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts = [_RENAMED.get(part, part) for part in key.strip().split(".")]
     if not equals or not all(parts):
-        raise UsageError(f"override {override!r} is not of the form section.key=value, e.g. optimisation.lr=0.01")
+        raise UsageError(f"override {override!r} is not of the form section.key=value, e.g. optimization.lr=0.01")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as exc:

@@ -1,33 +1,81 @@
-"""The network under training: one step, one validation."""
+"""The network under training: learning rate and optimizer, one step, one validation, and its loaders."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, Normalization
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.models.network import HPDDRNet, resize
-from hpddrnet_trt.training.config import OptimisationConfig
+from hpddrnet_trt.training.config import OptimizationSection
+from hpddrnet_trt.training.data import (
+    BatchNumbers,
+    ImageStore,
+    Loader,
+    TrainingSamples,
+    ValidationImages,
+    network_seed,
+)
 from hpddrnet_trt.training.losses import CrossEntropy, SegmentationLoss
-from hpddrnet_trt.training.order import network_seed
-from hpddrnet_trt.training.qat import FakeQuantisation
-from hpddrnet_trt.training.schedule import build_optimiser, build_scheduler, learning_rate
+from hpddrnet_trt.training.qat import FakeQuantization
 
 Batch = tuple[Tensor, Tensor]  # grey images uint8 [N, 1, H, W], masks uint8 [N, H, W]
 
 
+def learning_rate(config: OptimizationSection, step: int) -> float:
+    """Learning rate of optimizer step ``step`` (0-based).
+
+    Linear warm-up over ``warmup_steps``, then ``poly`` ``(1 - t)^power`` or ``cosine``
+    ``(1 + cos(pi t)) / 2`` from ``lr`` down to ``final_lr``, with t the share of the remaining
+    steps that is done. Without warm-up, ``poly`` is mmengine's ``PolyLR``.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    span = max(1, config.max_steps - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    fall = (1 - done) ** config.power if config.schedule == "poly" else (1 + math.cos(math.pi * done)) / 2
+    return config.final_lr + (config.lr - config.final_lr) * fall
+
+
+def build_optimizer(config: OptimizationSection, network: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum (weight decay on everything, as the authors train) or AdamW (no decay of
+    biases and of batch-norm's scales, which have one axis only)."""
+    named = list(network.named_parameters())
+    if config.optimizer == "sgd":
+        parameters = [parameter for _, parameter in named]
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    groups = [
+        {"params": _by_axes(named, many=True), "weight_decay": config.weight_decay},
+        {"params": _by_axes(named, many=False), "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def build_scheduler(config: OptimizationSection, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """Per-step scheduler following :func:`learning_rate`; its only state is the step."""
+    return LambdaLR(optimizer, lambda step: learning_rate(config, step) / config.lr)
+
+
+def _by_axes(named: Iterable[tuple[str, nn.Parameter]], many: bool) -> list[nn.Parameter]:
+    return [parameter for _, parameter in named if (parameter.ndim > 1) == many]
+
+
 class SegmentationModule(pl.LightningModule):
-    """HPDDRNet with its losses, optimiser and validation.
+    """HPDDRNet with its losses, optimizer and validation.
 
     After each validation ``scores`` holds the metrics over all images and ranks, ``val_loss`` the
     mean cross-entropy per labelled pixel; ``losses`` the main and auxiliary loss of the last pass.
-    With ``quantisation``, validation and every second step see the network as its INT8 form. The steps
+    With ``quantization``, validation and every second step see the network as its INT8 form. The steps
     between keep it a network that works in floating point, too: otherwise its weights come to rely on the
     rounding, and FP16, mixed precision and the comparison with FP32 have nothing to stand on.
     """
@@ -40,15 +88,15 @@ class SegmentationModule(pl.LightningModule):
         network: HPDDRNet,
         loss: SegmentationLoss,
         normalization: Normalization,
-        optimisation: OptimisationConfig,
+        optimization: OptimizationSection,
         seed: int,
-        quantisation: FakeQuantisation | None = None,
+        quantization: FakeQuantization | None = None,
     ) -> None:
         super().__init__()
         self.network = network
-        self.quantisation = quantisation
+        self.quantization = quantization
         self.loss = loss
-        self.optimisation = optimisation
+        self.optimization = optimization
         self.seed = seed
         self.stored: dict[str, Any] = {}  # goes into every training checkpoint
         self.losses: tuple[float, float] = (math.nan, math.nan)
@@ -63,29 +111,27 @@ class SegmentationModule(pl.LightningModule):
 
     def train(self, mode: bool = True) -> SegmentationModule:
         super().train(mode)
-        if self.optimisation.freeze_norm:
+        if self.optimization.freeze_norm:
             for module in self.network.modules():
                 if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                     module.eval()
         return self
 
     def logits(self, images: Tensor, *, rounded: bool) -> Tensor | tuple[Tensor, Tensor]:
-        """The network's output for its normalised input ``[N, 3, H, W]``; ``rounded`` with ``quantisation``."""
+        """The network's output for its normalised input ``[N, 3, H, W]``; ``rounded`` with ``quantization``."""
         logits: Tensor | tuple[Tensor, Tensor]
-        if self.quantisation is None or not rounded:
-            logits = self.network(images)
-        else:
-            logits = self.quantisation(self.network, images)
+        fake = self.quantization if rounded else None
+        logits = self.network(images) if fake is None else fake(self.network, images)
         return logits
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Grey uint8 ``[N, 1, H, W]`` to the network's input ``[N, 3, H, W]``."""
         return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def configure_optimizers(self) -> Any:
-        optimiser = build_optimiser(self.optimisation, self.network)
-        scheduler = build_scheduler(self.optimisation, optimiser)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        optimizer = build_optimizer(self.optimization, self.network)
+        scheduler = build_scheduler(self.optimization, optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hpddrnet_trt"] = self.stored
@@ -97,15 +143,15 @@ class SegmentationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = batch
-        logits = self.logits(self.normalise(images), rounded=self.global_step % 2 == 0)
+        logits = self.logits(self.normalize(images), rounded=self.global_step % 2 == 0)
         with torch.autocast(images.device.type, enabled=False):
             main, auxiliary = self.loss(logits, masks)
         self.losses = (main.item(), auxiliary.item())
         if not all(map(math.isfinite, self.losses)):
-            lr = learning_rate(self.optimisation, self.global_step)
+            lr = learning_rate(self.optimization, self.global_step)
             raise UserError(
                 f"the loss became {sum(self.losses)} at step {self.global_step} (learning rate {lr:.3g}); "
-                "lower optimisation.lr, set optimisation.clip_norm, or train in another run.precision"
+                "lower optimization.lr, set optimization.clip_norm, or train in another run.precision"
             )
         return main + auxiliary
 
@@ -117,7 +163,7 @@ class SegmentationModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, masks = batch
-        coarse = self.logits(self.normalise(images), rounded=True)
+        coarse = self.logits(self.normalize(images), rounded=True)
         assert isinstance(coarse, Tensor)
         logits = resize(coarse.float(), images.shape[-2], images.shape[-1])
         labelled = float((masks != IGNORE_INDEX).sum())
@@ -140,3 +186,34 @@ class SegmentationModule(pl.LightningModule):
         total = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
         assert isinstance(total, Tensor)
         return total.cpu()
+
+
+class SegmentationData(pl.LightningDataModule):
+    """Training and validation loaders."""
+
+    def __init__(
+        self,
+        training: TrainingSamples,
+        validation: ImageStore,
+        *,
+        images_per_pass: int,
+        first_pass: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.training = training
+        self.validation = validation
+        self.images_per_pass = images_per_pass
+        self.first_pass = first_pass
+        self.workers = workers
+
+    def train_dataloader(self) -> Loader:
+        rank, ranks = self._place()
+        numbers = BatchNumbers(self.images_per_pass, first=self.first_pass, rank=rank, ranks=ranks)
+        return Loader(self.training, self.workers, batch_sampler=numbers)
+
+    def val_dataloader(self) -> Loader:
+        return Loader(ValidationImages(self.validation, *self._place()), self.workers, batch_size=1)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

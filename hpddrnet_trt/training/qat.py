@@ -1,6 +1,6 @@
-"""Fake quantisation: a float network in training that computes what its INT8 form will compute.
+"""Fake quantization: a float network in training that computes what its INT8 form will compute.
 
-Weights and activations are rounded to the levels of TensorRT's explicit quantisation (NVIDIA's guide,
+Weights and activations are rounded to the levels of TensorRT's explicit quantization (NVIDIA's guide,
 "Working with quantized types"): symmetric INT8, one scale per output channel for weights, one per
 tensor for activations. They are placed as :mod:`hpddrnet_trt.graph.qdq` places the pairs of the
 exported graph, whose rules are explained there; a test holds the two to each other. The rounding is
@@ -11,8 +11,8 @@ Three convolutions are rounded in the form they are deployed in:
 
 * Those before a normalisation layer carry its factor afterwards. With one scale per output channel
   that changes nothing: rounding the unfolded weight and multiplying is rounding the product.
-* The first one reads one grey channel, see ``deploy.reformulate.GreyStem``.
-* The last one of a network of two classes gives one margin, see ``deploy.reformulate.two_class_margin``.
+* The first one reads one grey channel, see ``export.reformulate.GreyStem``.
+* The last one of a network of two classes gives one margin, see ``export.reformulate.two_class_margin``.
 
 The network's class, its weights and its state dict stay as they are. The ranges of the activations are
 found once, before training, and fixed: after a few hundred small steps they still fit, what falls outside
@@ -59,7 +59,7 @@ class Site(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Placement:
+class FakeQuantSites:
     """What is rounded in a network."""
 
     inputs: dict[str, Site]  # convolution to the site that its input comes from
@@ -67,11 +67,11 @@ class Placement:
     shared: tuple[tuple[Site, Site], ...]  # sites on one scale
 
     @property
-    def sites(self) -> tuple[Site, ...]:
+    def all(self) -> tuple[Site, ...]:
         return tuple(dict.fromkeys([*self.inputs.values(), *self.others]))
 
 
-def placement(network: HPDDRNet) -> Placement:
+def fake_quant_sites(network: HPDDRNet) -> FakeQuantSites:
     """The convolutions and activations of ``network`` that are INT8 once it is deployed.
 
     In floating point stay channel attention, the products of position attention, the inside of the
@@ -116,7 +116,7 @@ def placement(network: HPDDRNet) -> Placement:
     shared.append((pyramid, enlarged))
     if config.detail:
         others.append(Site("decode_head.detail", "resized", enlarged.number + 1))
-    return Placement(inputs, tuple(others), tuple(shared))
+    return FakeQuantSites(inputs, tuple(others), tuple(shared))
 
 
 def round_weight(weight: Tensor) -> Tensor:
@@ -134,14 +134,14 @@ def round_activation(values: Tensor, largest: Tensor) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(values, scale, zero, LOWEST, HIGHEST)
 
 
-class FakeQuantisation(nn.Module):
+class FakeQuantization(nn.Module):
     """``fake(network, image)``: the logits of ``network`` as its INT8 form would give them.
 
     ``network`` is the one it was made for (or its copy, copied together with this module); it gets hooks,
-    which do nothing unless it is called through here. ``normalisation`` is what its input went
+    which do nothing unless it is called through here. ``normalization`` is what its input went
     through; ``percentile`` is the share of each activation's values, in percent and for each batch,
     that :meth:`observe` leaves inside the range. The only state is ``ranges``, float32 ``[sites]``: the
-    largest magnitude at each site of ``placement``.
+    largest magnitude at each site of ``sites``.
     """
 
     ranges: Tensor
@@ -150,13 +150,13 @@ class FakeQuantisation(nn.Module):
 
     def __init__(self, network: HPDDRNet, normalization: Normalization, percentile: float = 100.0) -> None:
         super().__init__()
-        self.placement = placement(network)
+        self.sites = fake_quant_sites(network)
         self.percentile = percentile
         self._mode: Literal["off", "observe", "round"] = "off"
-        self.register_buffer("ranges", torch.zeros(len(self.placement.sites)))
+        self.register_buffer("ranges", torch.zeros(len(self.sites.all)))
         self._prepare_grey(normalization)
         self._resized: dict[int, int] = {}  # number of a resize to its site's index
-        for index, site in enumerate(self.placement.sites):
+        for index, site in enumerate(self.sites.all):
             module = network.get_submodule(site.module)
             if site.end == "resized":
                 self._resized[site.number] = index
@@ -185,12 +185,12 @@ class FakeQuantisation(nn.Module):
             with self._as("observe"):
                 network(image)
         network.train(was_training)
-        index = {site: number for number, site in enumerate(self.placement.sites)}
-        for pair in self.placement.shared:
+        index = {site: number for number, site in enumerate(self.sites.all)}
+        for pair in self.sites.shared:
             both = [index[site] for site in pair]
             self.ranges[both] = self.ranges[both].max()
         if not bool(self.ranges.isfinite().all()):
-            site = self.placement.sites[int((~self.ranges.isfinite()).nonzero()[0])]
+            site = self.sites.all[int((~self.ranges.isfinite()).nonzero()[0])]
             raise UserError(
                 f"an activation is not finite ({site.end} of {site.module}); check the weights training starts from"
             )
@@ -198,7 +198,7 @@ class FakeQuantisation(nn.Module):
     def weights(self, network: HPDDRNet) -> dict[str, Tensor]:
         """The rounded weights of the network's convolutions, by their names in its state dict."""
         rounded = {}
-        for name in self.placement.inputs:
+        for name in self.sites.inputs:
             weight = network.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             if name == FIRST:

@@ -21,23 +21,27 @@ from torch import nn
 
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
-from hpddrnet_trt.core.manifest import DataRecord, Manifest, read_manifest
+from hpddrnet_trt.core.manifest import DataRecord, Manifest, Normalization, read_manifest
 from hpddrnet_trt.data.augment import Augmentation
-from hpddrnet_trt.data.datasets import FolderDataset, SplitStatistics
-from hpddrnet_trt.data.simulate import write_dataset
-from hpddrnet_trt.training.callbacks import LAST, Checkpoints, MovingAverage, Progress, Records
-from hpddrnet_trt.training.checkpoint_io import AtomicCheckpointIO, read_training_checkpoint
+from hpddrnet_trt.data.datasets import SplitStatistics
+from hpddrnet_trt.models.checkpoints import load_backbone_weights, load_checkpoint
+from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.training.callbacks import (
+    LAST,
+    AtomicCheckpointIO,
+    Checkpoints,
+    MovingAverage,
+    Progress,
+    Records,
+    StopRequest,
+    read_training_checkpoint,
+)
 from hpddrnet_trt.training.config import (
-    SIMULATED,
-    DataSection,
     LossSection,
-    OptimisationConfig,
     RunSection,
     TrainConfig,
 )
-from hpddrnet_trt.training.datamodule import ImageStore, SegmentationData, TrainingSamples
-from hpddrnet_trt.training.initialization import starting_point
-from hpddrnet_trt.training.interruption import StopRequest
+from hpddrnet_trt.training.data import ImageStore, TrainingData, TrainingSamples, open_data
 from hpddrnet_trt.training.losses import (
     CrossEntropy,
     LovaszSoftmax,
@@ -47,8 +51,8 @@ from hpddrnet_trt.training.losses import (
     WithOverlap,
     balanced_class_weights,
 )
-from hpddrnet_trt.training.module import SegmentationModule
-from hpddrnet_trt.training.qat import FakeQuantisation
+from hpddrnet_trt.training.module import SegmentationData, SegmentationModule
+from hpddrnet_trt.training.qat import FakeQuantization
 
 log = logging.getLogger(__name__)
 
@@ -62,27 +66,22 @@ class TrainResult:
     metrics: dict[str, float]  # validation metrics of the best model, fractions, and its "step"
 
 
-@dataclass(frozen=True)
-class _Data:
-    dataset: FolderDataset
-    statistics: SplitStatistics  # of the training split
-    sha256: str
-    training_images: int
-
-
 def train(config: TrainConfig) -> TrainResult:
     """Train, or continue a run that was stopped, and return the best model.
 
     Everything is written to ``<run.folder>/<run.name>``: ``last.ckpt`` (resume), ``metrics.csv``,
     ``tensorboard/``, the simulated data if asked for, and ``<run.name>.safetensors``, the model of
     the best validation mIoU. Raises :class:`UserError` with one sentence for everything a user can
-    mend; :class:`~hpddrnet_trt.training.interruption.TrainingInterrupted` after Ctrl-C.
+    mend; :class:`~hpddrnet_trt.training.callbacks.TrainingInterrupted` after Ctrl-C.
+
+    With ``run.workers`` processes are spawned, which import the calling script: it needs the usual
+    ``if __name__ == "__main__":``.
     """
     device = _Device.of(config)
     folder = config.run.path
-    data = _open_data(config, folder)
+    data = open_data(config.data, folder)
     first_step, stored = _find_start(config, folder, data)
-    if first_step >= config.optimisation.max_steps:
+    if first_step >= config.optimization.max_steps:
         return _result(config, stored)
 
     if config.run.threads is not None:
@@ -99,25 +98,6 @@ def train(config: TrainConfig) -> TrainResult:
     return _result(config, read_training_checkpoint(folder / LAST))
 
 
-def rehearse(config: TrainConfig, steps: int, callback: pl.Callback) -> None:
-    """Run the first steps of the training of ``config`` and keep nothing; ``callback`` looks on.
-
-    No validation, no checkpoint. Simulated data are made in ``run.folder`` as for a real run.
-    """
-    optimisation = {**dict(config.optimisation), "max_steps": steps, "warmup_steps": 0}
-    config = config.model_copy(update={"optimisation": OptimisationConfig(**optimisation)})
-    device = _Device.of(config)
-    data = _open_data(config, config.run.path)
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    module, _ = _build(config, data)
-    trainer = _trainer(config, device, [callback], validate=False)
-    datamodule = _datamodule(config, data, device, 0)
-    _observe(config, module, datamodule)
-    with _quiet_lightning():
-        trainer.fit(module, datamodule=datamodule)
-
-
 # ------------------------------------------------------------------------- devices
 
 
@@ -131,7 +111,7 @@ class _Device:
 
     @classmethod
     def of(cls, config: TrainConfig) -> _Device:
-        run, optimisation = config.run, config.optimisation
+        run, optimization = config.run, config.optimization
         gpus = torch.cuda.device_count()
         accelerator = run.accelerator if run.accelerator != "auto" else "gpu" if gpus else "cpu"
         if accelerator == "gpu" and not gpus:
@@ -140,17 +120,17 @@ class _Device:
         if devices < 1 or (accelerator == "gpu" and devices > gpus):
             raise UsageError(f"run.devices={run.devices} but this machine has {gpus or 'no'} GPUs; choose 1..{gpus}")
         ranks = devices * run.num_nodes
-        images, rest = divmod(optimisation.batch_size, ranks * optimisation.accumulate)
+        images, rest = divmod(optimization.batch_size, ranks * optimization.accumulate)
         if rest or not images:
             raise UsageError(
-                f"optimisation.batch_size={optimisation.batch_size} cannot be shared evenly by {ranks} device(s) "
-                f"and optimisation.accumulate={optimisation.accumulate} passes; choose a multiple of "
-                f"{ranks * optimisation.accumulate}"
+                f"optimization.batch_size={optimization.batch_size} cannot be shared evenly by {ranks} device(s) "
+                f"and optimization.accumulate={optimization.accumulate} passes; choose a multiple of "
+                f"{ranks * optimization.accumulate}"
             )
         if images * ranks < 2:
             raise UsageError(
                 "one image per forward pass cannot be trained, since batch normalisation after global pooling needs "
-                "at least two values; raise optimisation.batch_size or lower optimisation.accumulate"
+                "at least two values; raise optimization.batch_size or lower optimization.accumulate"
             )
         return cls(accelerator, devices, ranks, images, _precision(run, accelerator))
 
@@ -161,44 +141,10 @@ def _precision(run: RunSection, accelerator: str) -> str:
     return "32-true" if run.precision == "32" else run.precision
 
 
-# ---------------------------------------------------------------------------- data
-
-
-def _open_data(config: TrainConfig, folder: Path) -> _Data:
-    section = config.data
-    simulated = section.path == SIMULATED
-    dataset = _simulated(section, folder) if simulated else FolderDataset.open(section.path, section.layout)
-    for key in ("train_split", "val_split"):
-        split = getattr(section, key)
-        if split not in dataset.splits:
-            raise UserError(
-                f"the dataset {dataset.root} has no images in its split {split!r} (it has: "
-                f"{', '.join(dataset.splits) or 'none'}); add images with masks or set data.{key}"
-            )
-    shared = dataset.shared_groups(section.train_split)
-    if section.separate_groups:
-        dataset = dataset.without_shared_groups(section.train_split)
-    elif shared:
-        log.warning(
-            "groups in split %r and in others: %s; scores will flatter, see data.separate_groups",
-            section.train_split, ", ".join(shared),
-        )  # fmt: skip
-    statistics = dataset.training_statistics(section.train_split)
-    absent = [name for name, part in zip(dataset.class_names, statistics.class_fractions, strict=True) if not part]
-    if absent:
-        log.warning("no pixel of split %r is labelled %s: it is not learned", section.train_split, ", ".join(absent))
-    return _Data(dataset, statistics, dataset.checksum(), len(dataset.split(section.train_split)))
-
-
-def _simulated(section: DataSection, folder: Path) -> FolderDataset:
-    """The simulated dataset of this run, written once."""
-    return write_dataset(folder / "data", **section.simulated.model_dump())
-
-
 # --------------------------------------------------------------------------- start
 
 
-def _find_start(config: TrainConfig, folder: Path, data: _Data) -> tuple[int, dict[str, Any]]:
+def _find_start(config: TrainConfig, folder: Path, data: TrainingData) -> tuple[int, dict[str, Any]]:
     """The step to start with and, when that is not 0, the training checkpoint."""
     last = folder / LAST
     if not last.exists():
@@ -222,11 +168,95 @@ def _find_start(config: TrainConfig, folder: Path, data: _Data) -> tuple[int, di
     return step, checkpoint
 
 
+@dataclass(frozen=True)
+class _Start:
+    """A network before its first step."""
+
+    network: HPDDRNet
+    normalization: Normalization
+    remarks: list[str]  # for the description of the model
+
+
+def _starting_point(config: TrainConfig, data: TrainingData) -> _Start:
+    """Random weights, a pretrained backbone, or a whole trained network, for the classes of ``data``.
+
+    The training split gives the normalisation, unless ``network.initial`` does. Seeds PyTorch with
+    ``run.seed``. Raises :class:`UsageError` when the checkpoint does not fit the settings or the data,
+    :class:`~hpddrnet_trt.core.errors.BadInputFile` when it cannot be read.
+    """
+    torch.manual_seed(config.run.seed)
+    if config.network.initial is not None:
+        return _whole(config, config.network.initial, data)
+    if config.quantization.enabled:
+        raise UsageError(
+            "quantization.enabled fine-tunes a trained network; give its checkpoint with "
+            "network.initial=runs/x/x.safetensors"
+        )
+    network = HPDDRNet(config.network.resolve(len(data.dataset.classes)))
+    return _Start(network, _normalization(config, data.statistics), _pretrain(network, config.network.pretrained))
+
+
+def _whole(config: TrainConfig, path: Path, data: TrainingData) -> _Start:
+    network, manifest = load_checkpoint(path)
+    names = [entry.name for entry in data.dataset.classes]
+    if manifest.class_names != names:
+        raise UsageError(
+            f"{path} tells apart {', '.join(manifest.class_names)}, but the classes of {data.dataset.root} are "
+            f"{', '.join(names)}; give a network with the same classes in this order, or start from its "
+            "backbone with network.pretrained"
+        )
+    _check_settings(config, path, manifest)
+    if manifest.data is not None and manifest.data.sha256 not in (None, data.sha256):
+        log.warning(
+            "%s was trained on other images or masks (%s); what it has seen may be in the validation split",
+            path, manifest.data.name,
+        )  # fmt: skip
+    remark = f"training started from {path.name} (SHA-256 {str(manifest.checkpoint_sha256)[:12]})"
+    return _Start(network.train(), manifest.normalization, [*manifest.remarks, remark])
+
+
+def _check_settings(config: TrainConfig, path: Path, manifest: Manifest) -> None:
+    """Settings that were given must not contradict the file; those left out are the file's."""
+    section, stored = config.network, dict(manifest.network)
+    given = {key for key in section.model_fields_set if getattr(section, key) is not None}
+    asked = dict(section.resolve(manifest.network.num_classes))
+    compared = set(asked) & (set(asked) if "variant" in given else given)
+    wrong = [f"{key} is {stored[key]}, not {asked[key]}" for key in sorted(compared) if asked[key] != stored[key]]
+    if wrong:
+        raise UsageError(
+            f"{path} holds {manifest.network.name} ({'; '.join(wrong)}); leave out the network.* settings, which "
+            "the file brings along"
+        )
+    if "normalization" in config.data.model_fields_set:
+        imagenet = manifest.normalization == Normalization()
+        if imagenet != (config.data.normalization == "imagenet"):
+            raise UsageError(
+                f"{path} was trained with {'ImageNet' if imagenet else 'its data set'}'s normalisation, not "
+                f"data.normalization={config.data.normalization}; leave the setting out"
+            )
+
+
+def _pretrain(network: HPDDRNet, path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    remarks = load_backbone_weights(network, path)
+    for remark in remarks:
+        log.info("%s: %s", path, remark)
+    return [f"training started from the backbone in {path.name}"]
+
+
+def _normalization(config: TrainConfig, statistics: SplitStatistics) -> Normalization:
+    if config.data.normalization == "imagenet":
+        return Normalization()
+    mean, std = statistics.grey_mean, max(statistics.grey_std, 1.0)
+    return Normalization(mean=(mean, mean, mean), std=(std, std, std))
+
+
 # ------------------------------------------------------------------------ building
 
 
-def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manifest]:
-    start = starting_point(config, data.dataset, data.statistics, data.sha256)
+def _build(config: TrainConfig, data: TrainingData) -> tuple[SegmentationModule, Manifest]:
+    start = _starting_point(config, data)
     network = start.network
     # A quarter faster on a CPU, and what tensor cores want; weights and checkpoints stay the same.
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -248,39 +278,39 @@ def _build(config: TrainConfig, data: _Data) -> tuple[SegmentationModule, Manife
         versions=_versions(),
     )
     loss = SegmentationLoss(_criterion(config.loss, data), config.loss.auxiliary_weight)
-    quantisation = (
-        FakeQuantisation(network, start.normalization, config.quantisation.percentile)
-        if config.quantisation.enabled
+    quantization = (
+        FakeQuantization(network, start.normalization, config.quantization.percentile)
+        if config.quantization.enabled
         else None
     )
     module = SegmentationModule(
-        network, loss, start.normalization, config.optimisation, config.run.seed, quantisation
+        network, loss, start.normalization, config.optimization, config.run.seed, quantization
     )
     module.stored = {"config": config.model_dump(mode="json"), "data_sha256": data.sha256, "versions": _versions()}
     return module, manifest
 
 
 def _observe(config: TrainConfig, module: SegmentationModule, data: SegmentationData) -> None:
-    """Ranges for fake quantisation, from the first training samples: the same on every rank."""
-    if module.quantisation is None:
+    """Ranges for fake quantization, from the first training samples: the same on every rank."""
+    if module.quantization is None:
         return
-    count, size = config.quantisation.images, data.images_per_pass
+    count, size = config.quantization.images, data.images_per_pass
     batches = (
         torch.stack([data.training[number][0] for number in range(first, min(first + size, count))])
         for first in range(0, count, size)
     )
-    module.quantisation.observe(module.network, map(module.normalise, batches))
+    module.quantization.observe(module.network, map(module.normalize, batches))
     module.train()
 
 
-def _criterion(section: LossSection, data: _Data) -> nn.Module:
+def _criterion(section: LossSection, data: TrainingData) -> nn.Module:
     pixels = _pixel_criterion(section, data)
     if section.overlap == "none":
         return pixels
     return WithOverlap(pixels, SoftDice() if section.overlap == "dice" else LovaszSoftmax(), section.overlap_weight)
 
 
-def _pixel_criterion(section: LossSection, data: _Data) -> CrossEntropy:
+def _pixel_criterion(section: LossSection, data: TrainingData) -> CrossEntropy:
     weights: list[float] | None
     if isinstance(section.class_weights, list):
         weights = section.class_weights
@@ -308,29 +338,29 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _callbacks(config: TrainConfig, data: _Data, manifest: Manifest, stop: StopRequest) -> list[pl.Callback]:
-    optimisation, run = config.optimisation, config.run
+def _callbacks(config: TrainConfig, data: TrainingData, manifest: Manifest, stop: StopRequest) -> list[pl.Callback]:
+    optimization, run = config.optimization, config.run
     # In this order: the average is up to date before rows are written, rows before the checkpoint.
     callbacks: list[pl.Callback] = []
-    if optimisation.ema_decay is not None:
-        callbacks.append(MovingAverage(optimisation.ema_decay))
+    if optimization.ema_decay is not None:
+        callbacks.append(MovingAverage(optimization.ema_decay))
     callbacks.append(
         Records(
             run.path,
             manifest.class_names,
             every=run.log_every,
             images=data.training_images,
-            batch_size=optimisation.batch_size,
+            batch_size=optimization.batch_size,
         )
     )
     if run.progress:
-        callbacks.append(Progress(run.name, optimisation.max_steps))
+        callbacks.append(Progress(run.name, optimization.max_steps))
     callbacks.append(
         Checkpoints(
             run.path,
             manifest,
             stop,
-            max_steps=optimisation.max_steps,
+            max_steps=optimization.max_steps,
             val_every=run.val_every,
             every=run.checkpoint_every,
         )
@@ -339,9 +369,9 @@ def _callbacks(config: TrainConfig, data: _Data, manifest: Manifest, stop: StopR
 
 
 def _trainer(
-    config: TrainConfig, device: _Device, callbacks: list[pl.Callback], validate: bool = True
+    config: TrainConfig, device: _Device, callbacks: list[pl.Callback]
 ) -> pl.Trainer:
-    run, optimisation = config.run, config.optimisation
+    run, optimization = config.run, config.optimization
     with _quiet_lightning():
         return pl.Trainer(
             accelerator=device.accelerator,
@@ -351,11 +381,10 @@ def _trainer(
             precision=device.precision,  # type: ignore[arg-type]
             sync_batchnorm=device.accelerator == "gpu" and device.ranks > 1,
             deterministic="warn" if run.deterministic else None,
-            max_steps=optimisation.max_steps,
-            accumulate_grad_batches=optimisation.accumulate,
-            gradient_clip_val=optimisation.clip_norm,
-            val_check_interval=run.val_every * optimisation.accumulate,
-            limit_val_batches=None if validate else 0,
+            max_steps=optimization.max_steps,
+            accumulate_grad_batches=optimization.accumulate,
+            gradient_clip_val=optimization.clip_norm,
+            val_check_interval=run.val_every * optimization.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -369,7 +398,7 @@ def _trainer(
         )
 
 
-def _datamodule(config: TrainConfig, data: _Data, device: _Device, first_step: int) -> SegmentationData:
+def _datamodule(config: TrainConfig, data: TrainingData, device: _Device, first_step: int) -> SegmentationData:
     section = config.data
     budget = section.cache_megabytes * 2**20
     training, validation = (
@@ -380,7 +409,7 @@ def _datamodule(config: TrainConfig, data: _Data, device: _Device, first_step: i
         TrainingSamples(training, Augmentation(config.augmentation), config.run.seed),
         validation,
         images_per_pass=device.images_per_pass,
-        first_pass=first_step * config.optimisation.accumulate,
+        first_pass=first_step * config.optimization.accumulate,
         workers=config.run.workers,
     )
 
@@ -410,7 +439,7 @@ def _readable_failures(folder: Path) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as exc:
         raise UserError(
             f"the GPU's memory is exhausted ({_saved(folder)}); lower augmentation.crop, or raise "
-            "optimisation.accumulate to spread a batch over more passes"
+            "optimization.accumulate to spread a batch over more passes"
         ) from exc
     except RuntimeError as exc:
         if "DataLoader worker" not in str(exc):

@@ -12,8 +12,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from hpddrnet_trt.core.errors import BadInputFile
-from hpddrnet_trt.training.callbacks import MovingAverage, _keep_rows_until
-from hpddrnet_trt.training.checkpoint_io import AtomicCheckpointIO, read_training_checkpoint, remove_leftovers
+from hpddrnet_trt.training.callbacks import (
+    AtomicCheckpointIO,
+    MovingAverage,
+    _keep_rows_until,
+    read_training_checkpoint,
+    remove_leftovers,
+)
 
 
 def test_average_follows_its_formula_and_leaves_constants_alone() -> None:
@@ -51,7 +56,7 @@ def test_checkpoint_survives_a_failing_write(tmp_path: Path, monkeypatch: pytest
     def cut(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpddrnet_trt.training.checkpoint_io.os.fsync", cut)
+    monkeypatch.setattr("hpddrnet_trt.training.callbacks.os.fsync", cut)
     with pytest.raises(KeyboardInterrupt):
         writer.save_checkpoint({"loops": {}, "value": torch.zeros(3)}, path)
     assert read_training_checkpoint(path)["value"].tolist() == [1, 1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.training.config import TrainConfig, load_config
@@ -19,45 +20,65 @@ def test_every_recipe_is_valid(path: Path) -> None:
     assert config.network.resolve(3).num_classes == 3
 
 
-def test_there_is_a_recipe_for_each_dataset() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} >= {"demo", "mudrock", "nasa_super1", "nasa_ebc", "shale"}
-
-
 def test_mudrock_is_the_authors_schedule() -> None:
     config = load_config(CONFIGS / "mudrock.yaml")
-    optimisation, loss = config.optimisation, config.loss
-    assert (optimisation.optimiser, optimisation.lr, optimisation.momentum) == ("sgd", 0.01, 0.9)
-    assert (optimisation.weight_decay, optimisation.schedule, optimisation.power) == (5e-4, "poly", 0.9)
-    assert (optimisation.max_steps, optimisation.final_lr) == (120_000, 0)
+    optimization, loss = config.optimization, config.loss
+    assert (optimization.optimizer, optimization.lr, optimization.momentum) == ("sgd", 0.01, 0.9)
+    assert (optimization.weight_decay, optimization.schedule, optimization.power) == (5e-4, "poly", 0.9)
+    assert (optimization.max_steps, optimization.final_lr) == (120_000, 0)
     assert (loss.kind, loss.ohem_threshold, loss.ohem_min_kept, loss.auxiliary_weight) == ("ohem", 0.9, 131072, 0.6)
     assert config.augmentation.crop == (1024, 1024)
 
 
+FIRST_VERSION = """
+data:
+  normalisation: imagenet
+optimisation:
+  optimiser: sgd
+  freeze_norm: true
+quantisation:
+  enabled: true
+"""
+
+
+def test_keys_of_the_first_version_are_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(FIRST_VERSION)
+    config = load_config(path, ["optimisation.lr=0.5", "quantisation.images=3"])
+    optimization, quantization = config.optimization, config.quantization
+    assert (optimization.optimizer, optimization.lr, optimization.freeze_norm) == ("sgd", 0.5, True)
+    assert (quantization.enabled, quantization.images, config.data.normalization) == (True, 3, "imagenet")
+    assert load_config(path).differences(yaml.safe_load(FIRST_VERSION)) == []
+    path.write_text("optimisation: {lr: 1}\noptimization: {lr: 2}")
+    with pytest.raises(UsageError, match="optimization is given under its present and its former name"):
+        load_config(path)
+
+
 def test_overrides_replace_and_create_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text("optimisation:\n  lr: 0.1\nrun:\n")
-    config = load_config(path, ["optimisation.lr=1e-3", "run.name=b", "loss.class_weights=[1, 2.5]"])
-    assert (config.optimisation.lr, config.run.name, config.loss.class_weights) == (1e-3, "b", [1.0, 2.5])
+    path.write_text("optimization:\n  lr: 0.1\nrun:\n")
+    config = load_config(path, ["optimization.lr=1e-3", "run.name=b", "loss.class_weights=[1, 2.5]"])
+    assert (config.optimization.lr, config.run.name, config.loss.class_weights) == (1e-3, "b", [1.0, 2.5])
 
 
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("optimisation.lr=-1", ["optimisation.lr = -1", "greater than 0"]),
-        ("optimisation.lr=fast", ["optimisation.lr = 'fast'", "number"]),
-        ("optimisation.max_stepz=3", ["unknown key optimisation.max_stepz", "did you mean optimisation.max_steps?"]),
-        ("optimizer.lr=3", ["unknown key optimizer", "did you mean optimisation?"]),
+        ("optimization.lr=-1", ["optimization.lr = -1", "greater than 0"]),
+        ("optimization.lr=fast", ["optimization.lr = 'fast'", "number"]),
+        ("optimization.max_stepz=3", ["unknown key optimization.max_stepz", "did you mean optimization.max_steps?"]),
+        ("optimizer.lr=3", ["unknown key optimizer", "did you mean optimization?"]),
         ("data.simulated.trian=3", ["did you mean data.simulated.train?"]),
         ("zzz=3", ["unknown key zzz", "known keys: network, data"]),
         ("network.variant=unet", ["network.variant = 'unet'", "'hpddrnet-23-slim'"]),
         ("loss.class_weights=heavy", ["loss.class_weights = 'heavy'", "'balanced'", "list"]),
         ("augmentation.crop=[100, 100]", ["augmentation.crop [100, 100]", "multiples of 8"]),
         ("augmentation.gamma=[2, 1]", ["gamma must be a range"]),
-        ("optimisation.warmup_steps=99999", ["warmup_steps (99999)", "max_steps"]),
-        ("optimisation.accumulate=3", ["batch_size (8)", "accumulate (3)"]),
-        ("optimisation.lr=.inf", ["optimisation.lr = inf", "finite"]),
+        ("optimization.warmup_steps=99999", ["warmup_steps (99999)", "max_steps"]),
+        ("optimization.accumulate=3", ["batch_size (8)", "accumulate (3)"]),
+        ("optimization.lr=.inf", ["optimization.lr = inf", "finite"]),
         ("run.name=../x", ["run.name = '../x'"]),
-        ("optimisation.lr", ["'optimisation.lr'", "section.key=value"]),
+        ("optimization.lr", ["'optimization.lr'", "section.key=value"]),
         ("run.name=[", ["not valid YAML"]),
     ],
 )
@@ -90,21 +111,21 @@ def test_differences_name_what_changes_the_weights_only() -> None:
     assert before.differences(stored) == []
     harmless = load_config(None, ["run.workers=3", "run.val_every=7", "run.folder=elsewhere", "run.devices=2"])
     assert harmless.differences(stored) == []
-    other = load_config(None, ["optimisation.lr=0.5", "augmentation.crop=[64, 64]"])
+    other = load_config(None, ["optimization.lr=0.5", "augmentation.crop=[64, 64]"])
     assert other.differences(stored) == [
         "augmentation.crop: [512, 512] -> [64, 64]",
-        "optimisation.lr: 0.001 -> 0.5",
+        "optimization.lr: 0.001 -> 0.5",
     ]
 
 
 def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
     stored = TrainConfig().model_dump(mode="json")
-    del stored["quantisation"], stored["optimisation"]["freeze_norm"]
+    del stored["quantization"], stored["optimization"]["freeze_norm"]
     assert TrainConfig().differences(stored) == []
-    tuned = load_config(None, ["quantisation.enabled=true", "optimisation.freeze_norm=true"])
+    tuned = load_config(None, ["quantization.enabled=true", "optimization.freeze_norm=true"])
     assert tuned.differences(stored) == [
-        "optimisation.freeze_norm: False -> True",
-        "quantisation.enabled: False -> True",
+        "optimization.freeze_norm: False -> True",
+        "quantization.enabled: False -> True",
     ]
 
 

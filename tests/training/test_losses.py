@@ -66,14 +66,14 @@ def test_training_losses_and_first_sgd_steps_equal_the_authors(golden: Path, nam
     criterion = OhemCrossEntropy(main["thres"], main["min_kept"], main["class_weight"])
     loss = SegmentationLoss(criterion, auxiliary["loss_weight"])
     network = _golden_network(golden / name, info)
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     trajectory = train["sgd_f64"]
     for step, tolerance in ((0, 1e-5), (1, 1e-3)):
         losses = loss(network(images), labels)
         assert [one.item() for one in losses] == pytest.approx(trajectory[step], rel=tolerance)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(losses, torch.zeros(())).backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def _reference_ohem(logits: Tensor, labels: Tensor, threshold: float, min_kept: int) -> float:
@@ -172,11 +172,11 @@ def test_overlap_losses_learn_a_rare_class(criterion: nn.Module) -> None:
     labels = torch.zeros(1, 10, 10, dtype=torch.uint8)
     labels[0, 4, 4:6] = 1
     logits = torch.zeros(1, 2, 10, 10, requires_grad=True)
-    optimiser = torch.optim.Adam([logits], lr=0.5)
+    optimizer = torch.optim.Adam([logits], lr=0.5)
     for _ in range(40):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         criterion(logits, labels).backward()
-        optimiser.step()
+        optimizer.step()
     assert torch.equal(logits.argmax(1), labels.long())
 
 

@@ -1,4 +1,4 @@
-"""Fake quantisation: that training rounds what deployment rounds, and that it trains, resumes and helps."""
+"""Fake quantization: that training rounds what deployment rounds, and that it trains, resumes and helps."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.models.checkpoints import load_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet, resize
+from hpddrnet_trt.training.callbacks import TrainingInterrupted
 from hpddrnet_trt.training.config import TrainConfig, load_config
-from hpddrnet_trt.training.interruption import TrainingInterrupted
 from hpddrnet_trt.training.module import SegmentationModule
 from hpddrnet_trt.training.qat import (
     FIRST,
-    FakeQuantisation,
-    Placement,
+    FakeQuantization,
+    FakeQuantSites,
     Site,
-    placement,
+    fake_quant_sites,
     round_activation,
     round_weight,
 )
@@ -50,11 +50,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Tiny = Callable[..., TrainConfig]
 GREY = Normalization(mean=(118.3,) * 3, std=(41.7,) * 3)
 TUNING = [
-    "quantisation.enabled=true",
-    "quantisation.images=6",
-    "optimisation.freeze_norm=true",
-    "optimisation.lr=1e-4",
-    "optimisation.max_steps=8",
+    "quantization.enabled=true",
+    "quantization.images=6",
+    "optimization.freeze_norm=true",
+    "optimization.lr=1e-4",
+    "optimization.max_steps=8",
 ]
 
 
@@ -63,10 +63,10 @@ TUNING = [
 
 @dataclass(frozen=True)
 class Exported:
-    """A network, its fake quantisation with the ranges of some images, and the graph it is deployed as."""
+    """A network, its fake quantization with the ranges of some images, and the graph it is deployed as."""
 
     network: HPDDRNet
-    fake: FakeQuantisation
+    fake: FakeQuantization
     images: Tensor  # uint8 [N, 1, H, W]
     normalization: Normalization
     model: Any
@@ -100,7 +100,7 @@ def exported(request: pytest.FixtureRequest) -> Exported:
     labels = network.config.num_classes == 2  # then the classifier becomes one channel
     normalization = Normalization() if "ImageNet" in request.param else GREY
     images = torch.stack([torch.from_numpy(simulate(96, 128, seed)[0])[None] for seed in range(4)])
-    fake = FakeQuantisation(network, normalization)
+    fake = FakeQuantization(network, normalization)
     options = ExportOptions(output="labels" if labels else "logits")
     model = simplified(trace(network, tiny_manifest(network, normalization=normalization), options))
     name_nodes(model)
@@ -123,7 +123,7 @@ def tensor_at(exported: Exported, site: Site) -> str:
     graph = exported.model.graph
     if site.end == "input":
         inside = f"{site.module}.conv1.conv"  # of a block
-        convolution = inside if inside in placement(exported.network).inputs else site.module
+        convolution = inside if inside in fake_quant_sites(exported.network).inputs else site.module
         return str(exported.node(node_of(convolution)).input[0])
     if site.end == "resized":
         # In the pyramid pooling, between these, resized maps stay in floating point.
@@ -137,9 +137,9 @@ def tensor_at(exported: Exported, site: Site) -> str:
 
 
 def test_the_same_convolutions_activations_and_scales(exported: Exported) -> None:
-    chosen = placement(exported.network)
+    chosen = fake_quant_sites(exported.network)
     assert {node_of(name) for name in chosen.inputs} == set(exported.plan.nodes)
-    assert {tensor_at(exported, site) for site in chosen.sites} == set(exported.plan.tensors)
+    assert {tensor_at(exported, site) for site in chosen.all} == set(exported.plan.tensors)
     for convolution, site in chosen.inputs.items():
         assert tensor_at(exported, site) == exported.node(node_of(convolution)).input[0]
     shared = {frozenset(tensor_at(exported, site) for site in pair) for pair in chosen.shared}
@@ -149,7 +149,7 @@ def test_the_same_convolutions_activations_and_scales(exported: Exported) -> Non
 def tensor_ranges(exported: Exported) -> dict[str, float]:
     """The range of training for each tensor that deployment rounds."""
     found: dict[str, float] = {}
-    for site, largest in zip(placement(exported.network).sites, exported.fake.ranges.tolist(), strict=True):
+    for site, largest in zip(fake_quant_sites(exported.network).all, exported.fake.ranges.tolist(), strict=True):
         # One tensor, one range, whoever reads it.
         assert found.setdefault(tensor_at(exported, site), largest) == largest
     return found
@@ -188,10 +188,10 @@ def test_the_rounded_forward_pass_is_that_of_the_exported_graph(exported: Export
     assert np.sqrt((disagreement**2).mean()) < 0.5 * np.sqrt((rounding**2).mean())
 
 
-@pytest.mark.parametrize("normalisation", [GREY, Normalization()], ids=["one mean", "three means"])
+@pytest.mark.parametrize("normalization", [GREY, Normalization()], ids=["one mean", "three means"])
 def test_the_first_and_the_last_convolution_are_rounded_in_their_deployed_form(normalization: Normalization) -> None:
     network = tiny_network(num_classes=2)
-    rounded = FakeQuantisation(network, normalization).weights(network)
+    rounded = FakeQuantization(network, normalization).weights(network)
     deployed = GreyStem(network.backbone.stem[0].conv, normalization).conv.weight  # grey and, with three means, ones
     channels = deployed.shape[1]
     assert channels == (1 if normalization is GREY else 2)
@@ -236,7 +236,7 @@ def test_percentile_leaves_the_largest_values_out() -> None:
     image = image[:, :1].expand(-1, 3, -1, -1)
     found = {}
     for percentile in (100.0, 99.0):
-        fake = FakeQuantisation(network, GREY, percentile)
+        fake = FakeQuantization(network, GREY, percentile)
         fake.observe(network, [image])
         found[percentile] = fake.ranges.clone()
     assert (found[99.0] <= found[100.0]).all()
@@ -250,7 +250,7 @@ def test_an_activation_that_is_not_finite_is_told() -> None:
     network = tiny_network()
     with torch.no_grad():
         network.backbone.down_1.bn.bias.fill_(torch.inf)
-    fake = FakeQuantisation(network, GREY)
+    fake = FakeQuantization(network, GREY)
     with pytest.raises(UserError, match=r"not finite \(\w+ of backbone\.context_branch_layers\.1\.0\)"):
         fake.observe(network, [torch.zeros(1, 3, 64, 64)])
 
@@ -260,7 +260,7 @@ def test_the_network_itself_stays_a_float_network() -> None:
     names, image = list(network.state_dict()), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = network(image)
-        fake = FakeQuantisation(network, GREY)
+        fake = FakeQuantization(network, GREY)
         fake.observe(network, [image])
         rounded = fake(network, image)
         assert not torch.equal(rounded, before)
@@ -272,7 +272,7 @@ def test_the_network_itself_stays_a_float_network() -> None:
 def test_a_copy_is_independent() -> None:
     network = tiny_network()
     image = torch.randn(1, 3, 64, 64)
-    pair = nn.ModuleList([network, FakeQuantisation(network, GREY)])
+    pair = nn.ModuleList([network, FakeQuantization(network, GREY)])
     pair[1].observe(network, [image])  # type: ignore[operator]
     twin = copy.deepcopy(pair)
     with torch.no_grad():
@@ -289,21 +289,21 @@ def test_gradients_reach_every_weight_and_the_loss_falls() -> None:
     grey, mask = zip(*(simulate(64, 64, seed) for seed in range(4)), strict=True)
     image = ((torch.tensor(np.stack(grey))[:, None].float() - 118.3) / 41.7).expand(-1, 3, -1, -1)
     target = torch.tensor(np.stack(mask)).long()
-    fake = FakeQuantisation(network, GREY)
+    fake = FakeQuantization(network, GREY)
     fake.observe(network, [image])
     parameters = [value for name, value in network.named_parameters() if "decode_head.aux" not in name]
-    optimiser = torch.optim.Adam(parameters, lr=3e-3)
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
     losses = []
     for _ in range(25):
         coarse = fake(network, image)
         assert isinstance(coarse, Tensor)
         loss = nn.functional.cross_entropy(resize(coarse, 64, 64), target)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         if not losses:
             unmoved = [value for value in parameters if value.grad is None or not value.grad.any()]
             assert not [value.shape for value in unmoved if value.ndim > 1]
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
 
@@ -354,9 +354,9 @@ def test_fine_tuning_keeps_statistics_ranges_and_format(tiny: Tiny, source: Path
 
     # What was validated is the rounded network, with the averaged weights and the ranges of the checkpoint.
     state = torch.load(result.last, weights_only=True)
-    fake = FakeQuantisation(after, new.normalization)
-    fake.ranges.copy_(state["state_dict"]["quantisation.ranges"])
-    assert torch.equal(state["current_model_state"]["quantisation.ranges"], fake.ranges)
+    fake = FakeQuantization(after, new.normalization)
+    fake.ranges.copy_(state["state_dict"]["quantization.ranges"])
+    assert torch.equal(state["current_model_state"]["quantization.ranges"], fake.ranges)
     dataset, confusion = FolderDataset.open(config.data.path), LabelComparison(3)
     for sample in dataset.split("val"):
         grey, mask = dataset.load(sample)
@@ -366,6 +366,24 @@ def test_fine_tuning_keeps_statistics_ranges_and_format(tiny: Tiny, source: Path
         assert isinstance(coarse, Tensor)
         confusion.update(resize(coarse, *grey.shape).argmax(1)[0].numpy(), mask)
     assert confusion.scores().miou == pytest.approx(result.metrics["val/miou"])
+
+
+def written_by_the_first_version(last: Path) -> None:
+    """Give everything in a training checkpoint the name that it had then."""
+
+    def former(content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        return {
+            str(key).replace("quantization", "quantisation").replace("optimization", "optimisation"): former(value)
+            for key, value in content.items()
+        }
+
+    content = torch.load(last, weights_only=True)
+    changed = {key: former(content[key]) for key in ("state_dict", "current_model_state", "hpddrnet_trt")}
+    assert "quantisation.ranges" in changed["state_dict"]
+    assert "optimisation" in changed["hpddrnet_trt"]["config"]
+    torch.save({**content, **changed}, last)
 
 
 def test_interrupted_fine_tuning_continues_to_the_same_bits(
@@ -384,19 +402,20 @@ def test_interrupted_fine_tuning_continues_to_the_same_bits(
         patch.setattr(SegmentationModule, "training_step", interrupted)
         with pytest.raises(TrainingInterrupted, match="stopped after step 4"):
             train(stopped)
+    written_by_the_first_version(stopped.run.path / "last.ckpt")
     with monkeypatch.context() as patch:
-        patch.setattr(FakeQuantisation, "observe", None)  # the ranges come from the checkpoint
+        patch.setattr(FakeQuantization, "observe", None)  # the ranges come from the checkpoint
         train(stopped)
     assert_same_run(uninterrupted.run.path, stopped.run.path)
 
 
-def test_without_quantisation_a_whole_network_is_continued_in_float(tiny: Tiny, source: Path) -> None:
-    barely = ["optimisation.max_steps=1", "optimisation.lr=1e-12", "optimisation.ema_decay=null"]
-    config = tuning(tiny, source, *barely, "quantisation.enabled=false")
+def test_without_quantization_a_whole_network_is_continued_in_float(tiny: Tiny, source: Path) -> None:
+    barely = ["optimization.max_steps=1", "optimization.lr=1e-12", "optimization.ema_decay=null"]
+    config = tuning(tiny, source, *barely, "quantization.enabled=false")
     after, _ = load_checkpoint(train(config).checkpoint)
     before, _ = load_checkpoint(source)
     assert torch.allclose(after.decode_head.conv_seg.weight, before.decode_head.conv_seg.weight, atol=1e-6)
-    assert "quantisation.ranges" not in torch.load(config.run.path / "last.ckpt", weights_only=True)["state_dict"]
+    assert "quantization.ranges" not in torch.load(config.run.path / "last.ckpt", weights_only=True)["state_dict"]
 
 
 # --- mistakes
@@ -407,9 +426,9 @@ def test_without_quantisation_a_whole_network_is_continued_in_float(tiny: Tiny, 
     [
         (["network.channels=8"], r"holds hpddrnet-4ch-detail \(channels is 4, not 8\); leave out the network"),
         (["network.variant=ddrnet-23-slim"], r"channels is 4, not 32; .*eca is context, not none"),
-        (["data.normalisation=imagenet"], r"its data set's normalisation, not data\.normalisation=imagenet"),
+        (["data.normalization=imagenet"], r"its data set's normalisation, not data\.normalization=imagenet"),
         (["network.initial=nowhere.safetensors"], r"nowhere\.safetensors"),
-        (["network.initial=null"], r"quantisation\.enabled fine-tunes a trained network.*network\.initial"),
+        (["network.initial=null"], r"quantization\.enabled fine-tunes a trained network.*network\.initial"),
     ],
 )
 def test_a_start_that_does_not_fit_is_told(tiny: Tiny, source: Path, overrides: list[str], message: str) -> None:
@@ -433,10 +452,10 @@ def test_other_classes_are_told(tiny: Tiny, source: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimisation.freeze_norm=false", r"needs optimisation\.freeze_norm=true"),
+        ("optimization.freeze_norm=false", r"needs optimization\.freeze_norm=true"),
         ("run.precision=bf16-mixed", r"needs run\.precision=32, not bf16-mixed"),
         ("network.pretrained=a.pth", "exclude each other"),
-        ("quantisation.percentile=101", r"quantisation\.percentile = 101 is not allowed"),
+        ("quantization.percentile=101", r"quantization\.percentile = 101 is not allowed"),
     ],
 )
 def test_settings_that_do_not_go_together_are_told(tiny: Tiny, source: Path, override: str, message: str) -> None:
@@ -445,8 +464,8 @@ def test_settings_that_do_not_go_together_are_told(tiny: Tiny, source: Path, ove
 
 
 def test_a_site_is_named_once() -> None:
-    chosen = placement(tiny_network())
-    assert len(chosen.sites) == len(set(chosen.sites))
-    assert chosen == placement(tiny_network(seed=1))
-    assert isinstance(chosen, Placement)
-    assert Site("backbone.stem.2.1", "input") in chosen.sites
+    chosen = fake_quant_sites(tiny_network())
+    assert len(chosen.all) == len(set(chosen.all))
+    assert chosen == fake_quant_sites(tiny_network(seed=1))
+    assert isinstance(chosen, FakeQuantSites)
+    assert Site("backbone.stem.2.1", "input") in chosen.all

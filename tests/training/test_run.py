@@ -21,10 +21,10 @@ from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.models.checkpoints import load_checkpoint
-from hpddrnet_trt.training import checkpoint_io
+from hpddrnet_trt.training import callbacks
+from hpddrnet_trt.training.callbacks import TrainingInterrupted
 from hpddrnet_trt.training.config import TrainConfig
-from hpddrnet_trt.training.datamodule import TrainingSamples
-from hpddrnet_trt.training.interruption import TrainingInterrupted
+from hpddrnet_trt.training.data import TrainingSamples
 from hpddrnet_trt.training.module import SegmentationModule
 from hpddrnet_trt.training.run import train
 from tests.interrupts import deliver
@@ -57,7 +57,7 @@ def differences(first: Any, second: Any, place: str = "") -> list[str]:
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, averages, buffers, optimiser, schedule, loop counters, rows and best model are equal."""
+    """Weights, averages, buffers, optimizer, schedule, loop counters, rows and best model are equal."""
     one, other = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (first, second))
     assert {"state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "loops"} <= one.keys()
     assert differences(one, other) == []
@@ -115,16 +115,20 @@ def test_run_leaves_model_records_and_checkpoint(tiny: Tiny) -> None:
 
 KILLER = """
 import os, signal, sys
-from hpddrnet_trt.training.module import SegmentationModule
 from hpddrnet_trt.training.config import load_config
+from hpddrnet_trt.training.data import Loader
+from hpddrnet_trt.training.module import SegmentationModule
 from hpddrnet_trt.training.run import train
 
 where, at, number, *overrides = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
 def die():
-    os.kill(os.getpid(), int(number))
+    os.killpg(0, int(number))  # all of them, as a terminal does
 if where == "save":
     os.fsync = lambda _: die()
+elif where == "start of workers":
+    start = Loader.__iter__
+    Loader.__iter__ = lambda self: (start(self), die())[0]
 else:
     method = getattr(SegmentationModule, where)
     def deadly(self, *args):
@@ -141,7 +145,9 @@ def _run_and_signal(where: str, at: int, number: signal.Signals, config: TrainCo
     flat = [f"{key}={value}" for key, value in _flat(config.model_dump(mode="json"))]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLER, where, str(at), str(int(number)), *flat]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False, start_new_session=True
+    )
     return done.returncode, done.stderr
 
 
@@ -180,12 +186,15 @@ def test_killed_run_continues_to_the_same_bits(tiny: Tiny) -> None:
     assert not list(folder.glob(".*"))
 
 
-def test_a_real_ctrl_c_ends_the_process_with_everything_saved(tiny: Tiny) -> None:
-    stopped = tiny("run.name=a")
-    code, err = _run_and_signal("training_step", 4, signal.SIGINT, stopped)
+@pytest.mark.parametrize(("workers", "where", "step"), [(0, "training_step", 5), (1, "start of workers", 1)])
+def test_a_real_ctrl_c_ends_the_process_with_everything_saved(tiny: Tiny, workers: int, where: str, step: int) -> None:
+    """It reaches the whole group of processes, also those that load images and are still starting."""
+    stopped = tiny("run.name=a", f"run.workers={workers}")
+    code, err = _run_and_signal(where, step - 1, signal.SIGINT, stopped)
     assert code == 1, err
-    assert "stopped after step 5; " in err
-    assert torch.load(stopped.run.path / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert f"stopped after step {step}; " in err
+    assert "DataLoader worker" not in err
+    assert torch.load(stopped.run.path / "last.ckpt", weights_only=True)["global_step"] == step
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -193,7 +202,7 @@ def test_a_real_ctrl_c_ends_the_process_with_everything_saved(tiny: Tiny) -> Non
 def test_ctrl_c_finishes_the_step_and_resumes_exactly(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
 ) -> None:
-    options = [f"optimisation.accumulate={accumulate}", "optimisation.max_steps=8"]
+    options = [f"optimization.accumulate={accumulate}", "optimization.max_steps=8"]
     uninterrupted, stopped = tiny("run.name=a", *options), tiny("run.name=b", *options)
     train(uninterrupted)
     original = SegmentationModule.training_step
@@ -227,12 +236,16 @@ def test_second_ctrl_c_stops_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_death_of_a_worker_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deadly(self: TrainingSamples, number: int) -> None:
+class Deadly(TrainingSamples):
+    """Ends the process that loads it."""
+
+    def __getitem__(self, number: int) -> Any:
         assert torch.utils.data.get_worker_info() is not None  # or the tests' own process would die
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(TrainingSamples, "__getitem__", deadly)
+
+def test_death_of_a_worker_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpddrnet_trt.training.run.TrainingSamples", Deadly)
     with pytest.raises(UserError, match=r"process that loads images died.*lower run\.workers"):
         train(tiny("run.workers=1"))
 
@@ -265,14 +278,14 @@ def test_two_processes_train_together(tiny: Tiny) -> None:
 
 def test_bfloat16_and_clipping_and_no_average(tiny: Tiny) -> None:
     result = train(
-        tiny("run.precision=bf16-mixed", "optimisation.clip_norm=1", "optimisation.ema_decay=null", "run.name=x")
+        tiny("run.precision=bf16-mixed", "optimization.clip_norm=1", "optimization.ema_decay=null", "run.name=x")
     )
     assert np.isfinite(result.metrics["val/loss"])
 
 
 def test_training_starts_from_a_pretrained_backbone(tiny: Tiny) -> None:
     source = train(tiny("run.name=source")).checkpoint
-    frozen = ["optimisation.lr=1e-12", "optimisation.ema_decay=null", "optimisation.max_steps=1"]
+    frozen = ["optimization.lr=1e-12", "optimization.ema_decay=null", "optimization.max_steps=1"]
     tuned = train(tiny("run.name=tuned", f"network.pretrained={source}", *frozen)).checkpoint
     (before, _), (after, manifest) = load_checkpoint(source), load_checkpoint(tuned)
     assert torch.allclose(after.backbone.stem[0].conv.weight, before.backbone.stem[0].conv.weight, atol=1e-6)
@@ -283,12 +296,12 @@ def test_training_starts_from_a_pretrained_backbone(tiny: Tiny) -> None:
 
 
 def test_other_settings_and_other_data_are_refused(tiny: Tiny) -> None:
-    config = tiny("optimisation.max_steps=3")
+    config = tiny("optimization.max_steps=3")
     train(config)
-    with pytest.raises(UsageError, match=r"optimisation\.lr: 0\.001 -> 0\.5.*choose another run\.name"):
-        train(tiny("optimisation.max_steps=3", "optimisation.lr=0.5"))
+    with pytest.raises(UsageError, match=r"optimization\.lr: 0\.001 -> 0\.5.*choose another run\.name"):
+        train(tiny("optimization.max_steps=3", "optimization.lr=0.5"))
     with pytest.raises(UsageError, match=r"holds a run already.*run\.resume=auto"):
-        train(tiny("optimisation.max_steps=3", "run.resume=never"))
+        train(tiny("optimization.max_steps=3", "run.resume=never"))
     mask = next((config.run.path / "data" / "masks" / "train").iterdir())
     Image.fromarray(np.zeros((96, 96), dtype=np.uint8)).save(mask)
     with pytest.raises(UsageError, match=r"images or masks in .* changed"):
@@ -296,7 +309,7 @@ def test_other_settings_and_other_data_are_refused(tiny: Tiny) -> None:
 
 
 def test_damaged_checkpoint_is_told(tiny: Tiny) -> None:
-    config = tiny("optimisation.max_steps=3")
+    config = tiny("optimization.max_steps=3")
     last = train(config).last
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"last\.ckpt is not a readable training checkpoint.*delete it"):
@@ -308,14 +321,14 @@ def test_damaged_checkpoint_is_told(tiny: Tiny) -> None:
 
 def test_diverging_loss_stops_with_step_and_rate(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d+ \(learning rate \S+\).*clip_norm"):
-        train(tiny("optimisation.optimiser=sgd", "optimisation.lr=1e30", "optimisation.schedule=poly"))
+        train(tiny("optimization.optimizer=sgd", "optimization.lr=1e30", "optimization.schedule=poly"))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optimisation.batch_size=1"], "one image per forward pass"),
-        (["optimisation.accumulate=4"], "one image per forward pass"),
+        (["optimization.batch_size=1"], "one image per forward pass"),
+        (["optimization.accumulate=4"], "one image per forward pass"),
         (["run.devices=3"], r"batch_size=4 cannot be shared evenly by 3 device.*multiple of 3"),
         (["run.precision=16-mixed"], "16-mixed needs a GPU"),
         (["loss.class_weights=[1, 2]"], r"2 values but the data has 3 classes \(grain"),
@@ -335,7 +348,7 @@ def test_missing_gpu_is_told(tiny: Tiny) -> None:
 
 
 def test_masks_of_one_class_are_told(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny("optimisation.max_steps=3")
+    config = tiny("optimization.max_steps=3")
     train(config)
     data = config.run.path / "data"
     for mask in (data / "masks" / "train").iterdir():
@@ -355,7 +368,7 @@ def test_full_disk_keeps_the_last_checkpoint(tiny: Tiny, monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, "No space left on device")
         flush(handle)
 
-    monkeypatch.setattr(checkpoint_io.os, "fsync", full)
+    monkeypatch.setattr(callbacks.os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: No space left.*free some space"):
         train(config)
     assert torch.load(config.run.path / "last.ckpt", weights_only=True)["global_step"] == 3
@@ -367,9 +380,9 @@ def test_command_tells_mistakes_without_traceback(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--config", str(REPOSITORY / "train" / "configs" / "demo.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [*command, "optimisation.lr=-1"], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*command, "optimization.lr=-1"], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert "optimisation.lr = -1" in done.stderr
+    assert "optimization.lr = -1" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The learning rate against PyTorch's own schedulers, the optimisers' parameter groups."""
+"""The learning rate against PyTorch's own schedulers, the optimizers' parameter groups."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, PolynomialLR, SequentialLR
 
-from hpddrnet_trt.training.config import OptimisationConfig
-from hpddrnet_trt.training.schedule import build_optimiser, build_scheduler, learning_rate
+from hpddrnet_trt.training.config import OptimizationSection
+from hpddrnet_trt.training.module import build_optimizer, build_scheduler, learning_rate
 
 
 def _rates(scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int) -> list[float]:
@@ -30,19 +30,19 @@ def _sgd() -> torch.optim.SGD:
 
 
 def test_poly_equals_pytorch_and_the_authors_formula() -> None:
-    config = OptimisationConfig(optimiser="sgd", lr=0.01, schedule="poly", power=0.9, max_steps=50)
+    config = OptimizationSection(optimizer="sgd", lr=0.01, schedule="poly", power=0.9, max_steps=50)
     ours = [learning_rate(config, step) for step in range(50)]
     assert ours == pytest.approx(_rates(PolynomialLR(_sgd(), 50, 0.9), 50), rel=1e-9)
     assert learning_rate(config.model_copy(update={"max_steps": 120_000}), 60_000) == pytest.approx(0.01 * 0.5**0.9)
 
 
 def test_cosine_with_warm_up_equals_pytorch() -> None:
-    config = OptimisationConfig(lr=0.01, final_lr=1e-4, schedule="cosine", warmup_steps=9, max_steps=60)
-    optimiser = _sgd()
-    warm_up = LinearLR(optimiser, start_factor=0.1, total_iters=9)
+    config = OptimizationSection(lr=0.01, final_lr=1e-4, schedule="cosine", warmup_steps=9, max_steps=60)
+    optimizer = _sgd()
+    warm_up = LinearLR(optimizer, start_factor=0.1, total_iters=9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SequentialLR's own use of a deprecated argument
-        reference = SequentialLR(optimiser, [warm_up, CosineAnnealingLR(optimiser, 51, 1e-4)], [9])
+        reference = SequentialLR(optimizer, [warm_up, CosineAnnealingLR(optimizer, 51, 1e-4)], [9])
         expected = _rates(reference, 60)
     assert [learning_rate(config, step) for step in range(60)] == pytest.approx(expected, rel=1e-6)
 
@@ -56,7 +56,7 @@ def test_cosine_with_warm_up_equals_pytorch() -> None:
     st.integers(0, 300),
 )
 def test_rate_stays_within_its_bounds(kind: str, warmup: int, steps: int, final: float, step: int) -> None:
-    config = OptimisationConfig.model_validate(
+    config = OptimizationSection.model_validate(
         {"lr": 1e-3, "final_lr": final, "schedule": kind, "warmup_steps": warmup, "max_steps": steps}
     )
     rate = learning_rate(config, step)
@@ -67,19 +67,19 @@ def test_rate_stays_within_its_bounds(kind: str, warmup: int, steps: int, final:
         assert math.isclose(rate, final, abs_tol=1e-12)
 
 
-def test_scheduler_steps_the_optimiser() -> None:
-    config = OptimisationConfig(optimiser="sgd", lr=0.01, schedule="poly", max_steps=10)
-    optimiser = build_optimiser(config, nn.Linear(2, 2))
+def test_scheduler_steps_the_optimizer() -> None:
+    config = OptimizationSection(optimizer="sgd", lr=0.01, schedule="poly", max_steps=10)
+    optimizer = build_optimizer(config, nn.Linear(2, 2))
     expected = [learning_rate(config, step) for step in range(10)]
-    assert _rates(build_scheduler(config, optimiser), 10) == pytest.approx(expected)
+    assert _rates(build_scheduler(config, optimizer), 10) == pytest.approx(expected)
 
 
 def test_adamw_spares_biases_and_norms_and_sgd_decays_everything() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
-    decayed, spared = build_optimiser(OptimisationConfig(optimiser="adamw"), network).param_groups
+    decayed, spared = build_optimizer(OptimizationSection(optimizer="adamw"), network).param_groups
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(2, 1, 3, 3)]
     assert len(spared["params"]) == 3
     assert spared["weight_decay"] == 0
-    (group,) = build_optimiser(OptimisationConfig(optimiser="sgd"), network).param_groups
+    (group,) = build_optimizer(OptimizationSection(optimizer="sgd"), network).param_groups
     assert len(group["params"]) == 4
     assert group["weight_decay"] == 5e-4

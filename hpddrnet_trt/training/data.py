@@ -1,0 +1,235 @@
+"""Feeds the trainer: augmented crops in a fixed order, and whole validation images.
+
+Which image, and which augmentation, goes into training sample number ``k`` are pure functions of (seed, k).
+There is no sampler state and no generator to save: a run that resumes at step s simply continues with sample
+number ``s * batch_size``, and neither the number of worker processes nor the number of devices changes what a
+step sees. Processes that load images import this module: Lightning, which takes seconds, is not in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE
+from hpddrnet_trt.data.augment import Augmentation
+from hpddrnet_trt.data.datasets import FolderDataset, Sample, SplitStatistics
+from hpddrnet_trt.data.preprocess import pad
+from hpddrnet_trt.data.simulate import write_dataset
+from hpddrnet_trt.training.config import SIMULATED, DataSection
+
+_SHUFFLE, _AUGMENT, _NETWORK = range(3)  # independent random streams of one seed
+log = logging.getLogger(__name__)
+Pair = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]  # grey image and mask, both [H, W]
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def augmentation_rng(seed: int, number: int) -> np.random.Generator:
+    """Random generator for the augmentation of training sample ``number``."""
+    return _generator(seed, _AUGMENT, number)
+
+
+def network_seed(seed: int, batch: int, rank: int) -> int:
+    """63-bit seed of the network's own randomness (dropout) in one forward pass."""
+    return int(_generator(seed, _NETWORK, batch, rank).integers(2**63))
+
+
+class SampleOrder:
+    """Shuffles ``size`` images without replacement, anew in each pass over them."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self._pass = -1
+        self._permutation: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> int:
+        """Index of the image behind training sample ``number`` (any non-negative integer)."""
+        turn, position = divmod(number, self.size)
+        if turn != self._pass:
+            self._permutation = _generator(self.seed, _SHUFFLE, turn).permutation(self.size)
+            self._pass = turn
+        return int(self._permutation[position])
+
+
+class BatchNumbers(Sampler[list[int]]):
+    """Endless lists of sample numbers, one list per forward pass of this rank.
+
+    Forward pass ``j`` of all ranks together takes the next ``size * ranks`` sample numbers;
+    rank r takes every ``ranks``-th of them. ``first`` is the forward pass to start with.
+    """
+
+    def __init__(self, size: int, *, first: int = 0, rank: int = 0, ranks: int = 1) -> None:
+        self.size = size
+        self.first = first
+        self.rank = rank
+        self.ranks = ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in count(self.first):
+            start = batch * self.size * self.ranks + self.rank
+            yield [start + self.ranks * i for i in range(self.size)]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The dataset of a run, as it was opened."""
+
+    dataset: FolderDataset
+    statistics: SplitStatistics  # of the training split
+    sha256: str
+    training_images: int
+
+
+def open_data(section: DataSection, folder: Path) -> TrainingData:
+    """The dataset that ``section`` names; simulated data are written to ``folder``.
+
+    Raises :class:`UserError` when a split is missing, and what opening and counting it raises.
+    """
+    if section.path == SIMULATED:  # written once
+        dataset = write_dataset(folder / "data", **section.simulated.model_dump())
+    else:
+        dataset = FolderDataset.open(section.path, section.layout)
+    for key in ("train_split", "val_split"):
+        split = getattr(section, key)
+        if split not in dataset.splits:
+            raise UserError(
+                f"the dataset {dataset.root} has no images in its split {split!r} (it has: "
+                f"{', '.join(dataset.splits) or 'none'}); add images with masks or set data.{key}"
+            )
+    shared = dataset.shared_groups(section.train_split)
+    if section.separate_groups:
+        dataset = dataset.without_shared_groups(section.train_split)
+    elif shared:
+        log.warning(
+            "groups in split %r and in others: %s; scores will flatter, see data.separate_groups",
+            section.train_split, ", ".join(shared),
+        )  # fmt: skip
+    statistics = dataset.training_statistics(section.train_split)
+    absent = [name for name, part in zip(dataset.class_names, statistics.class_fractions, strict=True) if not part]
+    if absent:
+        log.warning("no pixel of split %r is labelled %s: it is not learned", section.train_split, ", ".join(absent))
+    return TrainingData(dataset, statistics, dataset.checksum(), len(dataset.split(section.train_split)))
+
+
+class ImageStore:
+    """Loads image and mask pairs and keeps them in memory up to a budget."""
+
+    def __init__(self, dataset: FolderDataset, samples: Sequence[Sample], budget_bytes: int) -> None:
+        self.dataset = dataset
+        self.samples = samples
+        self.budget = self.free = budget_bytes
+        self._kept: dict[int, Pair] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "free": self.budget, "_kept": {}}  # each worker process fills its own
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Pair:
+        if index in self._kept:
+            return self._kept[index]
+        pair = self.dataset.load(self.samples[index])
+        size = pair[0].nbytes + pair[1].nbytes
+        if size <= self.free:
+            self._kept[index] = pair
+            self.free -= size
+        return pair
+
+
+class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
+    """Training sample ``number`` (any non-negative integer): image uint8 ``[1, h, w]``, mask uint8 ``[h, w]``."""
+
+    def __init__(self, images: ImageStore, augmentation: Augmentation, seed: int) -> None:
+        self.images = images
+        self.augmentation = augmentation
+        self.seed = seed
+        self.order = SampleOrder(len(images), seed)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.images[self.order[number]]
+        image, mask = self.augmentation(image, mask, augmentation_rng(self.seed, number))
+        return torch.from_numpy(np.ascontiguousarray(image))[None], torch.from_numpy(np.ascontiguousarray(mask))
+
+
+class ValidationImages(Dataset[tuple[Tensor, Tensor]]):
+    """Whole images of one rank, padded at the bottom and right to a multiple of 8.
+
+    Images are padded by reflection, masks by the ignore label. Every rank gets equally many
+    items, because the ranks meet in each forward pass; surplus ones are wholly ignored.
+    """
+
+    def __init__(self, images: ImageStore, rank: int = 0, ranks: int = 1) -> None:
+        self.images = images
+        self.rank = rank
+        self.ranks = ranks
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.ranks)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = index * self.ranks + self.rank
+        image, mask = self.images[min(number, len(self.images) - 1)]
+        if number >= len(self.images):
+            mask = np.full_like(mask, IGNORE_INDEX)
+        height, width = (size + -size % SIZE_MULTIPLE for size in image.shape)
+        image = np.array(pad(image, height, width))  # a copy: kept images are read-only, which PyTorch does not take
+        mask = np.array(pad(mask, height, width, fill=IGNORE_INDEX))
+        return torch.from_numpy(image)[None], torch.from_numpy(mask)
+
+
+class Loader(DataLoader[Any]):
+    """Batches of a dataset, made by ``workers`` processes beside this one, or in it when there are none.
+
+    The processes are spawned, not forked: a copy of this process inherits the locks of threads that it does not have
+    (of OpenMP, OpenCV, Lightning, a test worker), and waits for them for ever, or dies. They start deaf to Ctrl-C,
+    which reaches the whole process group: the main process decides when to stop.
+    """
+
+    def __init__(self, dataset: Dataset[Any], workers: int, **options: Any) -> None:
+        super().__init__(
+            dataset,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_prepare_worker,
+            **options,
+        )
+
+    def __iter__(self) -> Any:
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        resource_tracker.ensure_running()  # when started by the first worker it would unblock the signal
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; kept waiting for this process
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _prepare_worker(_: int) -> None:
+    # For Windows, where signals are not blocked. One thread each, since there are as many workers as the user wants to
+    # spend cores.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)
