@@ -146,7 +146,7 @@ BAD = [
     (["datasets", "check", "none"], "none"),
     (["datasets", "list", "nosuch"], "nosuch"),
     (["datasets", "get", "mudrocknet", "new"], "digitalrocksportal"),
-    (["datasets", "get", "metaldam", "new"], "--accept-unclear-license"),
+    (["datasets", "get", "metaldam", "new"], "there is no dataset"),
     (["datasets", "get", "nasa-super1", "outside"], "outside"),
     (["datasets", "convert", "nasa-super1", "none.zip", "new"], "none.zip"),
     (["datasets", "convert", "nasa-super1", "empty", "new"], "empty"),

@@ -103,10 +103,9 @@ def list_datasets(
     name: Annotated[str | None, typer.Argument(help="Print all that is known of this one.")] = None,
 ) -> None:
     """List the catalog of public SEM segmentation sets; of one also addresses, checksums, licence, citation."""
-    from hpddrnet_trt.data.catalog.describe import details, overview
-    from hpddrnet_trt.data.catalog.entries import ENTRIES, find_entry
+    from hpddrnet_trt.data.catalog import details, find_entry, overview
 
-    typer.echo(overview(ENTRIES.values()) if name is None else details(find_entry(name)))
+    typer.echo(overview() if name is None else details(find_entry(name)))
 
 
 @command("Commands", "datasets get nasa-super1 data/nasa-super1", name="get", group=datasets)
@@ -114,17 +113,14 @@ def get_dataset(
     name: DatasetName,
     folder: NewFolder,
     downloads: Annotated[
-        Path | None, typer.Option(help="Where downloads are kept and continued; `downloads` beside FOLDER if left out.")
+        Path | None, typer.Option(help="Where downloads are kept; `downloads` beside FOLDER if left out.")
     ] = None,
-    accept_unclear_license: Annotated[
-        bool, typer.Option("--accept-unclear-license", help="Download although its licence is not clear.")
-    ] = False,
 ) -> None:
-    """Download a dataset (continuing an interrupted download), verify it and convert it."""
-    from hpddrnet_trt.data.catalog.entries import find_entry
-    from hpddrnet_trt.data.catalog.get import get_dataset as get
+    """Download a dataset, verify it and convert it."""
+    from hpddrnet_trt.data.catalog import find_entry
+    from hpddrnet_trt.data.convert import get_dataset as get
 
-    _echo_dataset(get(find_entry(name), folder, downloads=downloads, accept_unclear_licence=accept_unclear_license))
+    _echo_dataset(get(find_entry(name), folder, downloads=downloads))
 
 
 @command("Commands", "datasets convert nasa-super1 downloaded.zip data/nasa-super1", name="convert", group=datasets)
@@ -134,8 +130,8 @@ def convert_dataset(
     folder: NewFolder,
 ) -> None:
     """Convert files that are already here to this package's dataset layout."""
-    from hpddrnet_trt.data.catalog.entries import find_entry
-    from hpddrnet_trt.data.catalog.get import convert_dataset as convert
+    from hpddrnet_trt.data.catalog import find_entry
+    from hpddrnet_trt.data.convert import convert_dataset as convert
 
     _echo_dataset(convert(find_entry(name), source, folder))
 

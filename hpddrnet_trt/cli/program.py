@@ -40,7 +40,6 @@ GONE = {
 }
 # Options of earlier versions: taken, but not shown.
 OLD_SPELLINGS = {
-    "accept-unclear-licence": "accept-unclear-license",
     "licence": "license",
     "optimisation-level": "optimization-level",
     "window": "intensity-range",

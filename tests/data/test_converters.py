@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sqlite3
 import zipfile
 from pathlib import Path
 
@@ -17,13 +16,21 @@ from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
-from hpddrnet_trt.data.catalog.converters import CONVERTERS
-from hpddrnet_trt.data.catalog.converters.nasa import SUPER_COLOURS
-from hpddrnet_trt.data.catalog.entries import ENTRIES
-from hpddrnet_trt.data.catalog.get import convert_dataset
-from hpddrnet_trt.data.catalog.labelled import find_folder, plain_name, read_image, split_by_group
-from hpddrnet_trt.data.catalog.masks import classes_of_colours, classes_of_values, read_colours, read_values
+from hpddrnet_trt.data.catalog import ENTRIES
 from hpddrnet_trt.data.check import check_dataset
+from hpddrnet_trt.data.convert import convert_dataset
+from hpddrnet_trt.data.converters import (
+    CONVERTERS,
+    SUPER_COLORS,
+    classes_of_colors,
+    classes_of_values,
+    find_folder,
+    plain_name,
+    read_colors,
+    read_image,
+    read_values,
+    split_by_group,
+)
 from hpddrnet_trt.data.datasets import FolderDataset
 
 RNG = np.random.default_rng(3)
@@ -52,7 +59,7 @@ def painted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Super-alloy annotation: the micrograph as RGBA with precipitates painted over."""
     colours = np.repeat(image[..., None], 4, axis=2)
     colours[..., 3] = 255
-    for colour, label in SUPER_COLOURS.items():
+    for colour, label in SUPER_COLORS.items():
         colours[mask == label, :3] = colour
     return colours
 
@@ -71,7 +78,7 @@ def converted(name: str, source: Path, folder: Path) -> Converted:
     report = check_dataset(folder, progress=False)
     assert report.ok, report.text()
     assert dataset.class_names == [known.name for known in ENTRIES[name].classes]
-    assert dataset.license == ENTRIES[name].licence
+    assert dataset.license == ENTRIES[name].license
     reopened = FolderDataset.open(folder)
     return {
         (split, sample.name): (*reopened.load(sample), sample.group)
@@ -248,57 +255,7 @@ def test_pointers_of_git_lfs_are_recognised(tmp_path: Path) -> None:
         convert_dataset(ENTRIES["mudrocknet"], tmp_path / "source", tmp_path / "out")
 
 
-# Steels and axons
-
-
-def test_uhcs_without_banner_in_the_published_sets(tmp_path: Path) -> None:
-    """int64 labels with -1 over the banner, names that differ, samples from the database."""
-    root = tmp_path / "source"
-    masks = {}
-    for number in (6, 357, 1528):  # in none, the first and the second of the published sets
-        mask = labels(4, 522, 40).astype(np.int64)
-        mask[-38:] = -1
-        mask[100, 7] = -1
-        masks[number] = mask
-        save(root / f"repo/data/uhcs-tif/labels/uhcs{number:04d}.tif", mask)
-        save(root / f"micrograph{number}.tif", grey(522, 40))
-    save(root / "micrograph2.tif", grey(522, 40))
-    save(root / "repo/data/spheroidite-tif/labels/800C-24H-Q-1.tif", labels(2))
-    with sqlite3.connect(root / "repo/data/microstructures.sqlite") as connection:
-        connection.execute("CREATE TABLE micrograph (micrograph_id INTEGER, sample_key INTEGER)")
-        connection.executemany("INSERT INTO micrograph VALUES (?, ?)", [(6, 4), (357, 5), (2, None)])
-    connection.close()
-    result = converted("uhcs", root, tmp_path / "out")
-    assert {key: entry[2] for key, entry in result.items()} == {
-        ("train", "uhcs0006"): "sample 4", ("val", "uhcs1528"): None, ("test", "uhcs0357"): "sample 5"
-    }  # fmt: skip
-    for (_, name), (image, mask, _) in result.items():
-        expected = masks[int(name[4:])][:484]
-        np.testing.assert_array_equal(mask, np.where(expected == -1, IGNORE_INDEX, expected))
-        assert image.shape == (484, 40)
-
-
-def test_uhcs_with_a_broken_database(tmp_path: Path) -> None:
-    save(tmp_path / "source/labels/uhcs0006.tif", labels(4, 522, 40))
-    save(tmp_path / "source/micrograph6.tif", grey(522, 40))
-    (tmp_path / "source/microstructures.sqlite").write_bytes(b"no database" * 200)
-    with pytest.raises(BadInputFile, match=r"microstructures\.sqlite"):
-        convert_dataset(ENTRIES["uhcs"], tmp_path / "source", tmp_path / "out")
-
-
-def test_metaldam_loses_the_information_bar(tmp_path: Path) -> None:
-    root = tmp_path / "source/MetalDAM"
-    for number in range(10):
-        mask = labels(5)
-        save(root / f"images/micrograph{number}.jpg", grey(32))
-        # One file is RGB with equal channels.
-        save(root / f"labels/micrograph{number}.png", np.dstack([mask] * 3) if number == 4 else mask)
-        save(root / f"coloured_labels/micrograph{number}.png", np.dstack([mask * 50, mask, mask]))
-    result = converted("metaldam", tmp_path / "source", tmp_path / "out")
-    assert {entry[0].shape for entry in result.values()} == {(24, 32)}
-    assert {split: sum(key[0] == split for key in result) for split in ("train", "val", "test")} == {
-        "train": 6, "val": 2, "test": 2
-    }  # fmt: skip
+# Axons
 
 
 def test_axons_are_split_by_animal_and_noise_is_ignored(tmp_path: Path) -> None:
@@ -334,14 +291,14 @@ def test_colours_are_decoded_exactly(data: st.DataObject) -> None:
     wanted = np.array(data.draw(st.lists(st.integers(0, len(palette) - 1), min_size=6, max_size=6))).reshape(2, 3)
     picture = np.array(palette, dtype=np.uint8)[wanted]
     table = {one: index for index, one in enumerate(palette)}
-    np.testing.assert_array_equal(classes_of_colours(picture, table, Path("m")), wanted)
+    np.testing.assert_array_equal(classes_of_colors(picture, table, Path("m")), wanted)
     used = palette[int(wanted[0, 0])]
     rest = {one: index for one, index in table.items() if one != used}
     with pytest.raises(BadInputFile, match="m holds the colour"):
-        classes_of_colours(picture, rest, Path("m"))
+        classes_of_colors(picture, rest, Path("m"))
     greys = len({*used}) == 1
     if greys:  # a grey that is no colour of the table belongs to the class of greys
-        assert classes_of_colours(picture, rest, Path("m"), grey=99)[0, 0] == 99
+        assert classes_of_colors(picture, rest, Path("m"), grey=99)[0, 0] == 99
 
 
 @given(st.dictionaries(st.integers(-1, 300), st.integers(0, 254), min_size=2, max_size=6), st.randoms())
@@ -373,9 +330,9 @@ def test_masks_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     with pytest.raises(BadInputFile, match="JPEG"):
         read_values(save(tmp_path / "a.jpg", grey()))
     with pytest.raises(BadInputFile, match="8-bit colours"):
-        read_colours(save(tmp_path / "a.tif", grey().astype(np.uint16)))
+        read_colors(save(tmp_path / "a.tif", grey().astype(np.uint16)))
     plain = grey()
-    np.testing.assert_array_equal(read_colours(save(tmp_path / "b.png", plain)), np.dstack([plain] * 3))
+    np.testing.assert_array_equal(read_colors(save(tmp_path / "b.png", plain)), np.dstack([plain] * 3))
 
 
 def test_deep_images_stay_deep(tmp_path: Path) -> None:
