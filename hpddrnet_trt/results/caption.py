@@ -18,6 +18,7 @@ from hpddrnet_trt.results.regions import AreaFraction
 
 NARROWEST = 128  # pixels: below, no text would fit
 MOST_CLASSES = 12  # named in one bar
+_SIGNS = str.maketrans("μ′’ʹ″”“–—−‐", "µ'''\"\"\"----")
 _BACKGROUND, _INK, _FRAME = (22, 22, 24), (240, 240, 240), (130, 130, 130)
 
 
@@ -93,42 +94,28 @@ def with_caption(
     size = max(12, round(width / 50))
     pen = _Pen(size)
     margin, row_height, gap = max(4, size // 2), round(1.7 * size), round(1.2 * size)
-    items = [_legend_entry(pen, entry, colour, width - 2 * margin) for entry, colour in _shown(fractions, classes)]
+    largest = sorted(range(len(fractions)), key=lambda index: -fractions[index].fraction)[:MOST_CLASSES]
+    colors = {entry.name: entry.color for entry in classes}
+    items = [
+        _legend_entry(pen, fractions[index], colors[fractions[index].name], width - 2 * margin)
+        for index in sorted(largest)
+    ]
     if len(fractions) > MOST_CLASSES:
-        items.append(_text_item(pen, f"and {len(fractions) - MOST_CLASSES} more"))
+        text = f"and {len(fractions) - MOST_CLASSES} more"
+        items.append(_Item(pen.length(text), lambda on, x, middle: pen.write(on, x, middle, text)))
     if pixel_size_m is not None:
         items.insert(0, _bar_item(pen, scale_bar(width, pixel_size_m)))
-    rows = _rows(items, width - 2 * margin, gap)
-    strip = Image.new("RGB", (width, len(rows) * row_height + margin), _BACKGROUND)
-    draw = ImageDraw.Draw(strip)
-    for number, row in enumerate(rows):
-        x = margin
-        for item in row:
-            item.draw(draw, x, margin // 2 + number * row_height + row_height // 2)
-            x += item.width + gap
-    return np.concatenate([picture, np.asarray(strip)])
-
-
-def _shown(
-    fractions: Sequence[AreaFraction], classes: Sequence[ClassInfo]
-) -> list[tuple[AreaFraction, tuple[int, int, int]]]:
-    """The entries of the largest classes, in the classes' order, each with its colour."""
-    colours = {entry.name: entry.color for entry in classes}
-    largest = sorted(range(len(fractions)), key=lambda index: -fractions[index].fraction)[:MOST_CLASSES]
-    return [(fractions[index], colours[fractions[index].name]) for index in sorted(largest)]
-
-
-def _rows(items: Sequence[_Item], width: int, gap: int) -> list[list[_Item]]:
-    """Items in reading order, as many in a row as fit."""
-    rows: list[list[_Item]] = []
-    free = 0
+    x, row, places = margin, 0, []  # in reading order, as many in a row as fit
     for item in items:
-        if not rows or item.width > free:
-            rows.append([])
-            free = width
-        rows[-1].append(item)
-        free -= item.width + gap
-    return rows
+        if x > margin and x + item.width > width - margin:
+            x, row = margin, row + 1
+        places.append((x, row))
+        x += item.width + gap
+    strip = Image.new("RGB", (width, (row + 1) * row_height + margin), _BACKGROUND)
+    draw = ImageDraw.Draw(strip)
+    for item, (x, row) in zip(items, places, strict=True):
+        item.draw(draw, x, margin // 2 + row * row_height + row_height // 2)
+    return np.concatenate([picture, np.asarray(strip)])
 
 
 def _bar_item(pen: _Pen, bar: ScaleBar) -> _Item:
@@ -144,21 +131,17 @@ def _bar_item(pen: _Pen, bar: ScaleBar) -> _Item:
     return _Item(bar.pixels + gap + pen.length(bar.label), draw)
 
 
-def _legend_entry(pen: _Pen, entry: AreaFraction, colour: tuple[int, int, int], widest: int) -> _Item:
+def _legend_entry(pen: _Pen, entry: AreaFraction, color: tuple[int, int, int], widest: int) -> _Item:
     side, gap = round(0.85 * pen.size), max(3, pen.size // 3)
     text = _fitted(pen, entry.name, f"  {_percent(entry.fraction)}", widest - side - gap)
 
     def draw(on: ImageDraw.ImageDraw, x: int, middle: int) -> None:
         top = middle - side // 2
         frame = max(1, pen.size // 16)
-        on.rectangle((x, top, x + side - 1, top + side - 1), fill=colour, outline=_FRAME, width=frame)
+        on.rectangle((x, top, x + side - 1, top + side - 1), fill=color, outline=_FRAME, width=frame)
         pen.write(on, x + side + gap, middle, text)
 
     return _Item(side + gap + pen.length(text), draw)
-
-
-def _text_item(pen: _Pen, text: str) -> _Item:
-    return _Item(pen.length(text), lambda on, x, middle: pen.write(on, x, middle, text))
 
 
 def _percent(fraction: float) -> str:
@@ -176,23 +159,14 @@ def _fitted(pen: _Pen, name: str, ending: str, width: int) -> str:
 
 def _drawable(text: str) -> str:
     """``text`` in ASCII and µ: accents dropped, Greek letters by name (phases: gamma'), a question mark for others."""
-    return "".join(_letter(sign) for sign in text)
+    return "".join(_letter(sign) for sign in text.translate(_SIGNS))
 
 
 def _letter(sign: str) -> str:
-    if sign in "µμ":
-        return "µ"
-    if sign.isascii():
-        return sign if sign.isprintable() else " "
+    if sign == "µ" or (sign.isascii() and sign.isprintable()):
+        return sign
     name = unicodedata.name(sign, "")
     if name.startswith("GREEK") and "LETTER" in name:
         word = name.split("LETTER ")[1].split(" WITH ")[0].split()[-1]
         return word.capitalize() if "CAPITAL" in name else word.lower()
-    if sign in "′’ʹ":
-        return "'"
-    if sign in "″”“":
-        return '"'
-    if sign in "–—−‐":
-        return "-"
-    base = unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode()
-    return base or "?"
+    return " " if sign.isascii() else unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode() or "?"
