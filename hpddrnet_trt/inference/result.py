@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,6 +121,11 @@ class Segmentation:
         if image is not None and not form.image:
             raise UsageError(f"only .ome.zarr holds the micrograph beside its labels, not {path.name}; leave image out")
         return form.write(path, Contents(self, image=image))
+
+    def save_labels(self, path: str | Path) -> Path:
+        """Deprecated: :meth:`save` goes by ``path``'s ending as well."""
+        warnings.warn("Segmentation.save_labels is Segmentation.save now; call that", DeprecationWarning, stacklevel=2)
+        return self.save(path)
 
     def save_overlay(
         self, path: str | Path, grey8: npt.NDArray[np.uint8], alpha: float = 0.4, *, caption: bool = True

@@ -11,6 +11,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.inference.result import Provenance, Segmentation
 from hpddrnet_trt.inference.tiling import TilingReport
 from tests.toy import manifest
@@ -53,6 +54,13 @@ def test_files_say_where_the_labels_come_from(tmp_path: Path) -> None:
     assert root.attrs["hpddrnet-trt"]["provenance"]["engine"] == "numpy"
 
 
+def test_the_old_name_of_saving_labels_warns(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=r"is Segmentation\.save now"):
+        path = _result().save_labels(tmp_path / "a.png")
+    with Image.open(path) as picture:
+        assert np.array_equal(np.asarray(picture), LABELS)
+
+
 def test_record_is_json_and_tells_where_labels_come_from() -> None:
     record = json.loads(json.dumps(_result().record()))
     assert record["source"] == "a.tif"
@@ -82,3 +90,5 @@ def test_overlay_with_and_without_caption(tmp_path: Path) -> None:
         assert b.size[0] == 160
         assert b.size[1] > 96
         assert np.array_equal(np.asarray(a), np.asarray(b)[:96])
+    with pytest.raises(UsageError, match=r"written as \.png"):
+        _result().save_overlay(tmp_path / "overlay.jpg", GREY)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpddrnet_trt import __version__
-from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, InputContract
 from hpddrnet_trt.core.metrics import arg_max, softmax
@@ -258,38 +258,6 @@ def test_one_segmenter_in_many_threads(tmp_path: Path, tile: Tile) -> None:
             assert np.array_equal(one.labels, other.labels)
             assert one.tiling == other.tiling
             assert one.confidence is other.confidence is None or np.array_equal(one.confidence, other.confidence)
-
-
-def test_fractions_and_files(tmp_path: Path) -> None:
-    image = grey_image(20, 30)
-    result = Segmenter(ToyEngine()).segment(image)
-    fractions = result.fractions()
-    assert list(fractions) == ["grain", "pore", "clay"]
-    assert sum(fractions.values()) == pytest.approx(1)
-    assert fractions["clay"] == np.count_nonzero(result.labels == 2) / 600
-    for name in ("labels.png", "labels.tif"):
-        with Image.open(result.save(tmp_path / name)) as picture:
-            assert np.array_equal(np.asarray(picture), result.labels)
-    with Image.open(result.save_overlay(tmp_path / "overlay.png", image)) as picture:
-        assert picture.size == (30, 20)
-        assert picture.mode == "RGB"
-    with pytest.raises(UsageError, match="written as"):
-        result.save(tmp_path / "labels.jpg")
-    with pytest.raises(UsageError, match=r"written as \.png"):
-        result.save_overlay(tmp_path / "overlay.jpg", image)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.png", "labels.tif", "overlay.png"]
-
-
-def test_overflowed_scores_are_reported() -> None:
-    class Overflowing(ToyEngine):
-        def infer(self, images: np.ndarray) -> Prediction:
-            found = super().infer(images)
-            assert found.logits is not None
-            found.logits[0, 1, 2, 3] = np.nan
-            return found
-
-    with pytest.raises(UserError, match="scores that are not numbers"):
-        Segmenter(Overflowing(), mode="flip").segment(grey_image(16, 16))
 
 
 def test_close_closes_the_engine_also_when_refused(tmp_path: Path) -> None:

@@ -232,17 +232,18 @@ def test_an_early_end_closes_what_the_engine_has_in_flight() -> None:
         assert failing.running == 0
 
 
-def test_overflowed_scores_are_reported() -> None:
+@pytest.mark.parametrize("options", [{"tile": 40}, {"mode": "flip", "tile": "whole"}], ids=["tiles", "transforms"])
+def test_overflowed_scores_are_reported(options: Any) -> None:
     class Overflowing(ToyEngine):
         def infer(self, images: Any) -> Prediction:
-            found = super().infer(images)
-            assert found.logits is not None
-            if len(self.shapes) == 4:
-                found.logits[0, 1, 20, 20] = np.nan
-            return found
+            prediction = super().infer(images)
+            assert prediction.logits is not None
+            if len(self.shapes) == 2:
+                prediction.logits[0, 1, 20, 20] = np.nan
+            return prediction
 
     with pytest.raises(UserError, match="scores that are not numbers"):
-        Segmenter(Overflowing(), tile=40).segment(grey_image(100, 100))
+        Segmenter(Overflowing(), **options).segment(grey_image(100, 100))
 
 
 @pytest.mark.parametrize("kind", ["logits", "labels"])

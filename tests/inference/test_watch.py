@@ -468,12 +468,3 @@ def _wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
-
-
-def test_real_micrographs(sem_data: Path, folder: Path, tmp_path: Path) -> None:
-    """Vendor files keep their pixel size on the way through."""
-    for path in sorted((sem_data / "vendor-tiff").rglob("*.tif"))[:2]:
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert once(folder, tmp_path / "out").segmented == 2
-    lines = [json.loads(line) for line in (tmp_path / "out" / "segmentations.jsonl").read_text().splitlines()]
-    assert all(line["pixel_size_m"] for line in lines)
