@@ -169,7 +169,10 @@ def compare(
     ] = None,
     split: Annotated[str, typer.Option(help="Split, where the micrographs are a dataset.")] = "val",
     layers: Annotated[
-        bool, typer.Option("--layers", help="Instead compare two files layer by layer: where is the error made?")
+        bool, typer.Option("--layers", help="Instead compare two ONNX files tensor by tensor: where does B go wrong?")
+    ] = False,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="With --layers: run B on this machine's GPU with TensorRT.")
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
@@ -177,7 +180,7 @@ def compare(
 
     Of folders, the files of equal name are compared; A may be masks, where 255 does not count.
     """
-    from hpddrnet_trt.accuracy.compare import compare as compare_layers
+    from hpddrnet_trt.accuracy.layers import compare_layers
     from hpddrnet_trt.core.files import write_text
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.inference import load_segmenter
@@ -189,7 +192,7 @@ def compare(
     elif images is None:
         raise UsageError("two models are compared on micrographs: give them with --images; or give two folders")
     elif layers:
-        compared = compare_layers(a, b, find_images(images, split))
+        compared = compare_layers(a, b, find_images(images, split), tensorrt=tensorrt)
     else:
         paths = find_images(images, split)
         with load_segmenter(a) as first, load_segmenter(b) as second:

@@ -1,0 +1,117 @@
+"""Two ONNX files compared tensor by tensor with Polygraphy: the first layer that goes wrong is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from hpddrnet_trt.accuracy.layers import compare_layers
+from hpddrnet_trt.core.errors import MissingDependency, UsageError, UserError
+from hpddrnet_trt.core.manifest import AxisRange
+from hpddrnet_trt.data.datasets import find_images
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.nodes import name_nodes
+from hpddrnet_trt.graph.precision import to_half
+
+pytest.importorskip("polygraphy")
+
+
+def quantized(fp32: Path, target: Path, wrong: str | None = None) -> Path:
+    """The file in INT8 with FP16 around it; the tensor ``wrong`` is clipped to a hundredth of its range."""
+    model, manifest = load_model(fp32)
+    name_nodes(model)
+    plan = qdq.plan(model, "tensorrt")
+    ranges = {name: (-0.05, 0.05) if name == wrong else (-8.0, 8.0) for name in plan.tensors}
+    graph = to_half(qdq.quantise(model, "tensorrt", plan, ranges))
+    return save_model(graph, target, manifest.replace(precision="int8", quantized_for="tensorrt"))
+
+
+def test_the_same_file_has_no_error(fp32: Path, data: Path) -> None:
+    compared = compare_layers(fp32, fp32, find_images(data, "test"))
+    assert compared.first is None
+    assert len(compared.layers) > 10
+    assert {layer.error for layer in compared.layers} == {0.0}
+    assert "no layer goes wrong" in compared.text()
+
+
+def test_a_sound_int8_file(fp32: Path, data: Path, tmp_path: Path) -> None:
+    compared = compare_layers(fp32, quantized(fp32, tmp_path / "int8.onnx"), find_images(data, "test"), limit=0.5)
+    assert compared.first is None
+    assert max(layer.error for layer in compared.layers) > 1e-3
+    assert "2 crops of 96x96" in compared.text()
+    assert "rounding" in compared.runtime  # of FP16, by arithmetic
+
+
+def test_the_first_layer_that_goes_wrong_is_named(fp32: Path, data: Path, tmp_path: Path) -> None:
+    model, _ = load_model(fp32)
+    second = next(node for node in model.graph.node if node.name == "second")
+    target = quantized(fp32, tmp_path / "int8.onnx", wrong=second.input[0])
+    compared = compare_layers(fp32, target, find_images(data, "test"))
+    assert compared.first is not None
+    assert compared.first.name == "second"
+    assert compared.first.error > 0.5
+    before = compared.layers[: compared.layers.index(compared.first)]
+    assert all(layer.error < 0.1 for layer in before)
+    assert "first layer that goes wrong: second (Conv" in compared.text()
+    record = json.loads(json.dumps(compared.record()))
+    assert record["first"] == "second"
+    assert len(record["layers"]) == len(compared.layers)
+
+
+def test_values_that_are_not_finite_are_wrong(fp32: Path, data: Path, tmp_path: Path) -> None:
+    model, manifest = load_model(fp32)
+    bias = next(entry for entry in model.graph.initializer if entry.name == "classifier.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(bias.dims, np.nan, np.float32), bias.name))
+    compared = compare_layers(fp32, save_model(model, tmp_path / "nan.onnx", manifest), find_images(data, "test"))
+    assert compared.first is not None
+    assert compared.first.name == "classifier"
+    assert json.loads(json.dumps(compared.record(), allow_nan=False))["layers"]
+
+
+def test_refusals(fp32: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = find_images(data, "test")
+    (tmp_path / "m.engine").write_bytes(b"engine")
+    with pytest.raises(UsageError, match=r"layers of ONNX files are compared, and .*m\.engine is none"):
+        compare_layers(fp32, tmp_path / "m.engine", images)
+    with pytest.raises(UsageError, match="no micrograph was given"):
+        compare_layers(fp32, fp32, [])
+    with pytest.raises(UsageError, match="the limit must be positive"):
+        compare_layers(fp32, fp32, images, limit=0)
+    model, manifest = load_model(fp32)
+    assert manifest.input is not None
+    small = manifest.input.model_copy(update={"height": AxisRange(minimum=64, maximum=64)})
+    fixed = save_model(model, tmp_path / "fixed.onnx", manifest.replace(input=small))
+    with pytest.raises(UsageError, match="do not take the same input"):
+        compare_layers(fixed, fp32, images)
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name and name not in {entry.name for entry in model.graph.initializer} | {"image"}:
+                    names[index] = f"other/{name}"
+    for entry in model.graph.output:
+        entry.name = f"other/{entry.name}"
+    other = save_model(model, tmp_path / "other.onnx", manifest)
+    with pytest.raises(UsageError, match="no tensor in common"):
+        compare_layers(fp32, other, images)
+
+
+def test_what_a_runtime_refuses_is_one_sentence(fp32: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpddrnet_trt.accuracy import layers
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("file.cc:12\nno room for this")
+
+    monkeypatch.setattr(layers, "session", fails)
+    with pytest.raises(UserError, match=r"could not be compared \(no room for this\); compare labels"):
+        compare_layers(fp32, fp32, find_images(data, "test"))
+
+
+def test_without_polygraphy(fp32: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "polygraphy.comparator", None)
+    with pytest.raises(MissingDependency, match=r"hpddrnet-trt\[polygraphy\]"):
+        compare_layers(fp32, fp32, find_images(data, "test"))
