@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hpddrnet_trt.accuracy.collect import assess
-from hpddrnet_trt.accuracy.results import Assessment
+from hpddrnet_trt.accuracy.evaluate import Assessment, assess
 from hpddrnet_trt.accuracy.robustness import Robustness, measure_robustness
 
 __all__ = [

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpddrnet_trt.accuracy.trials import Recipe
+from hpddrnet_trt.accuracy.candidates import QuantizationConfig
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.precisions import PRECISIONS
@@ -188,21 +188,21 @@ def check_device(device: str, precision: str) -> None:
 
 
 def cost_model(
-    recipe: Recipe,
+    config: QuantizationConfig,
     operations: Mapping[str, Work],
     *,
     device: str = DEFAULT_DEVICE,
     layer_times: tuple[Path, Path] | None = None,
 ) -> Cost:
-    """The cost of a recipe's layers: estimated for a device of :data:`DEVICES`, or from two files of layer times.
+    """The cost of a configuration's layers: estimated for a device of :data:`DEVICES`, or from files of layer times.
 
     Raises :class:`UsageError` for an unknown device, :class:`BadInputFile` for files that hold no layer times.
     """
     if layer_times is not None:
-        (low, name), (high, _) = (_read_times(path, recipe.layers) for path in layer_times)
-        return Measured(low, high, recipe.layers, name)
-    check_device(device, recipe.precision)
-    return Estimate(recipe.model, operations, DEVICES[device], recipe.precision)
+        (low, name), (high, _) = (_read_times(path, config.layers) for path in layer_times)
+        return Measured(low, high, config.layers, name)
+    check_device(device, config.precision)
+    return Estimate(config.model, operations, DEVICES[device], config.precision)
 
 
 def _read_times(path: Path, layers: Collection[str]) -> tuple[dict[str, float], str]:

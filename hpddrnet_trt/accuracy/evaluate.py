@@ -1,20 +1,196 @@
-"""Accuracy of a segmenter on a dataset with masks."""
+"""Accuracy of a segmenter on a dataset with masks: of the split, of every image, and where the figures come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
+from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
 from hpddrnet_trt.data.preprocess import Mode
+from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
 
 Grey8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Model, data and program behind the figures: what is needed to get them again."""
+
+    created: str  # ISO 8601, UTC
+    command: str
+    model: str
+    file: str | None
+    sha256: str | None  # of the model file
+    network: str
+    precision: str | None
+    trained_on: str | None  # name of the dataset
+    best_step: int | None  # of training, where the checkpoint says so
+    data: str
+    data_sha256: str  # of all images and masks, see FolderDataset.checksum
+    licence: str | None
+    split: str
+    mode: str
+    runtime: str
+    versions: dict[str, str]
+
+
+def origin_of(segmenter: Segmenter, dataset: FolderDataset, split: str, model_file: str | Path | None = None) -> Origin:
+    """Look at what is about to be measured; reads all files of the dataset for its checksum."""
+    manifest = segmenter.manifest
+    step = manifest.metrics.get("step")
+    return Origin(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command_line(),
+        model=manifest.name,
+        file=None if model_file is None else str(model_file),
+        sha256=None if model_file is None else sha256_of(model_file),
+        network=manifest.network.name,
+        precision=manifest.precision,
+        trained_on=None if manifest.data is None else manifest.data.name,
+        best_step=None if step is None else int(step),
+        data=dataset.name,
+        data_sha256=dataset.checksum(),
+        licence=dataset.license,
+        split=split,
+        mode=segmenter.mode,
+        runtime=segmenter.engine.runtime,
+        versions=library_versions(),
+    )
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One image: ``counts`` int64 ``[classes, classes + 1]`` of (true, predicted) pixels, see ``LabelComparison``."""
+
+    name: str
+    group: str | None
+    height: int
+    width: int
+    counts: npt.NDArray[np.int64]
+    scores: Scores
+
+    @property
+    def ignored(self) -> int:
+        """Pixels that are not labelled."""
+        return self.height * self.width - int(self.counts.sum())
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image to look at: micrograph, truth and prediction, uint8 ``[h, w]``, every ``step``-th pixel."""
+
+    result: ImageResult
+    grey: Grey8
+    truth: Grey8
+    predicted: Grey8
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """One pass over a split. ``pictures``: the worst images, worst first, and at the end the best one."""
+
+    origin: Origin
+    classes: list[ClassInfo]
+    images: list[ImageResult]
+    counts: npt.NDArray[np.int64]
+    scores: Scores
+    pictures: list[Picture]
+
+    @property
+    def class_names(self) -> list[str]:
+        return [entry.name for entry in self.classes]
+
+    @property
+    def ignored_fraction(self) -> float:
+        """Share of all pixels that are not labelled."""
+        return sum(image.ignored for image in self.images) / sum(image.height * image.width for image in self.images)
+
+    def record(self) -> dict[str, Any]:
+        """All figures for JSON; None where a figure does not exist (a class that does not occur)."""
+        return {
+            "model": self.origin.file or self.origin.model,
+            "data": self.origin.data,
+            "split": self.origin.split,
+            "mode": self.origin.mode,
+            "classes": self.class_names,
+            **plain(asdict(self.scores)),
+            "confusion": self.counts.tolist(),
+            "ignored_fraction": self.ignored_fraction,
+            "per_image": [_image_record(image) for image in self.images],
+            "origin": asdict(self.origin),
+        }
+
+    def to_csv(self) -> str:
+        """One row per image; fractions 0..1, empty where a figure does not exist."""
+        per_class = [f"{kind}_{name}" for kind in ("iou", "truth", "predicted") for name in self.class_names]
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*_CSV_COLUMNS, *per_class])
+        for image in self.images:
+            record = _image_record(image)
+            values = [record[column] for column in _CSV_COLUMNS]
+            writer.writerow([*values, *record["iou"], *record["truth_fractions"], *record["predicted_fractions"]])
+        return stream.getvalue()
+
+
+_CSV_COLUMNS = ["name", "group", "height", "width", "ignored_pixels", "miou", "pixel_accuracy", "micro_iou"]
+
+
+def fractions(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
+    """Area fractions of each class in truth and in prediction, both of the labelled pixels; NaN without any."""
+    total = counts.sum()
+    if not total:
+        return [math.nan] * len(counts), [math.nan] * len(counts)
+    predicted = counts[:, : len(counts)].sum(axis=0)
+    return (counts.sum(axis=1) / total).tolist(), (predicted / total).tolist()
+
+
+def plain(value: Any) -> Any:
+    """``value`` with None for every NaN and infinity in it, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _image_record(image: ImageResult) -> dict[str, Any]:
+    truth, predicted = fractions(image.counts)
+    scores = image.scores
+    found: dict[str, Any] = plain(
+        {
+            "name": image.name,
+            "group": image.group,
+            "height": image.height,
+            "width": image.width,
+            "ignored_pixels": image.ignored,
+            "miou": scores.miou,
+            "pixel_accuracy": scores.pixel_accuracy,
+            "micro_iou": scores.micro_iou,
+            "iou": scores.iou,
+            "truth_fractions": truth,
+            "predicted_fractions": predicted,
+        }
+    )
+    return found
 
 
 def evaluate(
@@ -66,3 +242,81 @@ def samples_of(
     """Every sample of a split with its 8-bit image and its mask, one at a time, under a progress bar."""
     for sample in tqdm(dataset.split(split), desc=title, unit="image", disable=not progress):
         yield sample, *dataset.load(sample)
+
+
+WORST = 6  # images shown
+EDGE = 1024  # pixels: larger images are shown reduced
+
+
+def assess(
+    segmenter: Segmenter,
+    dataset: FolderDataset,
+    split: str,
+    mode: Mode | None = None,
+    *,
+    worst: int = WORST,
+    model_file: str | Path | None = None,
+    progress: bool = True,
+) -> Assessment:
+    """Scores as :func:`~hpddrnet_trt.accuracy.evaluate.evaluate` gives them, and those of every image.
+
+    Images are ranked by their own mIoU (over the classes in their truth or prediction; equal ones by
+    name). Pictures of the ``worst`` and of the best are kept, reduced to :data:`EDGE` pixels at most:
+    memory does not grow with the split. ``model_file`` is named in the result, with its checksum.
+
+    Raises as :func:`~hpddrnet_trt.accuracy.evaluate.evaluate` does.
+    """
+    segmenter = fitting(segmenter, dataset, mode)
+    dataset.split(split)  # an unknown split is told before all files are read
+    origin = origin_of(segmenter, dataset, split, model_file)
+    total = LabelComparison(len(dataset.classes))
+    images: list[ImageResult] = []
+    ranking = _Ranking(worst)
+    for sample, grey, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
+        labels = segmenter.segment(grey).labels
+        matrix = LabelComparison(len(dataset.classes))
+        matrix.update(labels, mask)
+        total.add(matrix)
+        images.append(_result(sample, mask, matrix))
+        ranking.offer(images[-1], grey, mask, labels)
+    return Assessment(origin, dataset.classes, images, total.counts, total.scores(), ranking.pictures)
+
+
+def _result(sample: Sample, mask: Grey8, matrix: LabelComparison) -> ImageResult:
+    height, width = mask.shape
+    return ImageResult(sample.name, sample.group, height, width, matrix.counts, matrix.scores())
+
+
+class _Ranking:
+    """Keeps the pictures of the worst images, and of the best after them."""
+
+    def __init__(self, worst: int) -> None:
+        self.worst = worst
+        self.pictures: list[Picture] = []
+
+    def offer(self, result: ImageResult, grey: Grey8, truth: Grey8, predicted: Grey8) -> None:
+        """Take an image if it belongs to them; one without labelled pixels has no rank."""
+        if not self.worst or math.isnan(result.scores.miou):
+            return
+        ranks = [_rank(entry.result) for entry in self.pictures]
+        if len(ranks) > self.worst and ranks[-2] < _rank(result) < ranks[-1]:
+            return
+        self.pictures.append(picture(result, grey, truth, predicted))
+        self.pictures.sort(key=lambda entry: _rank(entry.result))
+        if len(self.pictures) > self.worst + 1:
+            del self.pictures[self.worst]
+
+
+def _rank(result: ImageResult) -> tuple[float, str]:
+    return result.scores.miou, result.name
+
+
+def picture(result: ImageResult, grey: Grey8, truth: Grey8, predicted: Grey8, edge: int = EDGE) -> Picture:
+    """The image within ``edge`` pixels: grey levels averaged, of the labels every step-th pixel."""
+    step = -(-max(grey.shape) // edge)
+    if step == 1:
+        return Picture(result, grey, truth, predicted)
+    middle = slice(step // 2, None, step)
+    truth, predicted = (np.ascontiguousarray(labels[middle, middle]) for labels in (truth, predicted))
+    reduced = np.asarray(cv2.resize(grey, truth.shape[::-1], interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    return Picture(result, reduced.reshape(truth.shape), truth, predicted, step)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hpddrnet_trt.accuracy.evaluate import fitting, samples_of
-from hpddrnet_trt.accuracy.results import Grey8, plain
+from hpddrnet_trt.accuracy.evaluate import Grey8, fitting, plain, samples_of
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.core.text import percent

@@ -21,9 +21,8 @@ from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.weights import locate
 
 if TYPE_CHECKING:
-    from hpddrnet_trt.accuracy.budget import Budget
-    from hpddrnet_trt.accuracy.gate import Gate
-    from hpddrnet_trt.accuracy.preparation import Study
+    from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
+    from hpddrnet_trt.accuracy.candidates import Study
 
 PANEL = "Make model files"
 
@@ -191,7 +190,7 @@ class StudyOptions:
 
     def open(self, model: Path, frame: tuple[int, int] | None) -> AbstractContextManager[Study]:
         """The study; ``frame``: height and width that operations are counted for."""
-        from hpddrnet_trt.accuracy.preparation import open_study
+        from hpddrnet_trt.accuracy.candidates import open_study
         from hpddrnet_trt.data.datasets import find_images
 
         calibration = self.calibration_data
@@ -232,7 +231,7 @@ class BudgetOptions:
 
     def budget(self) -> Budget:
         """Both limits; :class:`UsageError` where there is none."""
-        from hpddrnet_trt.accuracy.budget import Budget
+        from hpddrnet_trt.accuracy.acceptance import Budget
 
         return Budget(self.max_miou_drop, self.min_agreement)
 
@@ -271,14 +270,14 @@ def choose_precision(
 def _study(
     model: Path, options: StudyOptions, by: Literal["layer", "block"], plot: Path | None, json_file: Path | None
 ) -> None:
-    from hpddrnet_trt.accuracy.sensitivity import analyse
-    from hpddrnet_trt.accuracy.survey import survey
+    from hpddrnet_trt.accuracy.candidates import precision_table
+    from hpddrnet_trt.accuracy.search import analyse
     from hpddrnet_trt.report.precision import draw_sensitivity
 
     with options.open(model, None) as opened:
-        table = survey(opened)
+        table = precision_table(opened)
         typer.echo(table.text())
-        sensitivities = analyse(opened.trials, by=by, operations=opened.shares)
+        sensitivities = analyse(opened.cache, by=by, operations=opened.shares)
     typer.echo(f"\n{sensitivities.text()}")
     if plot is not None:
         typer.echo(f"written: {draw_sensitivity(sensitivities, plot)}")
@@ -289,16 +288,16 @@ def _choose(
     model: Path, target: Path, options: StudyOptions, budget: Budget, cost: CostOptions, frontier: bool,
     plot: Path | None, json_file: Path | None,
 ) -> None:  # fmt: skip
-    from hpddrnet_trt.accuracy.choose import choose_precision
     from hpddrnet_trt.accuracy.cost import check_device, cost_model
+    from hpddrnet_trt.accuracy.search import choose_precision
     from hpddrnet_trt.report.precision import draw_frontier
 
     check_device(cost.device, options.precision)
     _check_target(model, target)
     with options.open(model, _size(cost.frame)) as study:
-        costs = cost_model(study.trials.recipe, study.operations, device=cost.device, layer_times=cost.layer_times)
+        costs = cost_model(study.cache.config, study.operations, device=cost.device, layer_times=cost.layer_times)
         choice = choose_precision(
-            study.trials, target, budget, costs, calibration=study.calibration, always_search=frontier
+            study.cache, target, budget, costs, calibration=study.calibration, always_search=frontier
         )
     typer.echo(choice.text())
     if choice.frontier is not None:
@@ -322,12 +321,12 @@ class GateOptions(BudgetOptions):
         Path | None, typer.Option(help="Checkpoint or FP32 ONNX file for --verify; default: found beside MODEL.")
     ] = None
 
-    def gate(self) -> Gate | None:
+    def gate(self) -> AcceptanceCheck | None:
         """None without --verify; :class:`UsageError` for one without the other."""
-        from hpddrnet_trt.accuracy.gate import Gate
+        from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck
 
         if self.verify is not None:
-            return Gate(self.verify, self.budget(), self.verify_split, self.reference)
+            return AcceptanceCheck(self.verify, self.budget(), self.verify_split, self.reference)
         if self.max_miou_drop is not None or self.min_agreement is not None:
             raise UsageError(
                 "a budget is checked on a dataset: give --verify DATA with --max-miou-drop or --min-agreement"
@@ -388,8 +387,8 @@ def build(
     With --verify it is written only if it keeps the accuracy asked for; where no GPU runs it, the
     very ONNX file it was built from is judged on the CPU instead, and the description says so.
     """
-    from hpddrnet_trt.accuracy.engine import build_verified
-    from hpddrnet_trt.accuracy.gate import WHAT
+    from hpddrnet_trt.accuracy.acceptance import WHAT
+    from hpddrnet_trt.accuracy.build import build_verified
     from hpddrnet_trt.export.proof import summary
 
     opened = gate.gate()

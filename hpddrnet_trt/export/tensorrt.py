@@ -139,7 +139,7 @@ def build_engine(
     ``precision`` lives in the ONNX file: ``fp32`` takes an FP32 file; ``fp16`` and ``bf16`` a file typed
     so, or an FP32 file, which is converted first; ``int8`` and ``fp8`` a file calibrated for TensorRT,
     or an FP32 file with ``calibration_images`` (dataset, folder or files; with ``fp16`` its ranges are
-    checked on them). ``accept`` judges the result (:mod:`hpddrnet_trt.accuracy.gate`): the engine
+    checked on them). ``accept`` judges the result (:mod:`hpddrnet_trt.accuracy.acceptance`): the engine
     where this machine's GPU runs it, else the very ONNX file it was built from.
     ``flavour``: ``auto``, ``tensorrt`` (needs the GPU it builds for) or ``tensorrt-rtx`` (builds
     without one). ``shapes``: see :mod:`hpddrnet_trt.engines.profiles`; needless for a static ONNX file.

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpddrnet_trt.accuracy.collect import EDGE
-from hpddrnet_trt.accuracy.results import Assessment, fractions
+from hpddrnet_trt.accuracy.evaluate import EDGE, Assessment, fractions
 from hpddrnet_trt.accuracy.robustness import TOLERANCE, Robustness, tested
 from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import write_bytes, write_text

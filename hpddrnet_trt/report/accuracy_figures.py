@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.accuracy.results import Assessment, ImageResult, fractions
+from hpddrnet_trt.accuracy.evaluate import Assessment, ImageResult, fractions
 from hpddrnet_trt.accuracy.robustness import Robustness, Sweep, tested
 from hpddrnet_trt.core.text import scaled
 from hpddrnet_trt.data.augment import Shift

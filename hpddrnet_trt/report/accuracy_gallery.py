@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.accuracy.results import Grey8, ImageResult, Picture
+from hpddrnet_trt.accuracy.evaluate import Grey8, ImageResult, Picture
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.core.text import percent
 from hpddrnet_trt.report.pictures import jpeg, palette_png

@@ -1,4 +1,4 @@
-"""Pictures of a sensitivity analysis, a mixed-precision search and a calibration curve."""
+"""Pictures of a sensitivity analysis and of a mixed-precision search."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
-from hpddrnet_trt.accuracy.curve import CalibrationCurve
-from hpddrnet_trt.accuracy.judge import Accuracy
-from hpddrnet_trt.accuracy.search import Frontier
-from hpddrnet_trt.accuracy.sensitivity import Part, Sensitivity
+from hpddrnet_trt.accuracy.evaluator import Accuracy
+from hpddrnet_trt.accuracy.search import Frontier, Part, Sensitivity
 from hpddrnet_trt.core.files import write_bytes
 from hpddrnet_trt.graph.layers import short
 from hpddrnet_trt.report.style import new_figure, png, style
@@ -113,25 +111,3 @@ def _choices(axes: Any, found: Frontier, value: Callable[[Accuracy], float]) -> 
             [found.chosen.milliseconds], [value(found.chosen.accuracy)], s=150, facecolors="none",
             edgecolors=_ORANGE, linewidths=2, label="chosen",
         )  # fmt: skip
-
-
-def draw_curve(found: CalibrationCurve, target: str | Path) -> Path:
-    """Accuracy against the number of calibration micrographs."""
-    counts = [point.images for point in found.points]
-    with style():
-        figure = new_figure(10.4, 4.2)
-        left, right = figure.subplots(1, 2)
-        for axes, values, label in (
-            (left, [100 * point.accuracy.miou for point in found.points], "mIoU, %"),
-            (right, [100 * point.accuracy.fidelity for point in found.points], "labels' IoU against FP32, %"),
-        ):
-            axes.plot(counts, values, "o-", color=_BLUE)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(counts, [str(count) for count in counts])
-            axes.minorticks_off()
-            axes.set_xlabel("calibration micrographs")
-            axes.set_ylabel(label)
-        left.axhline(100 * found.points[0].accuracy.reference_miou, color=_GREY, linestyle="--", label="FP32")
-        left.legend()
-        figure.suptitle(f"{found.precision.upper()}, method {found.method}, on {found.source}", fontsize=10.5)
-    return write_bytes(target, png(figure))

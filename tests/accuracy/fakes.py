@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from hpddrnet_trt.accuracy.judge import Accuracy
+from hpddrnet_trt.accuracy.evaluator import Accuracy
 
 REFERENCE = 0.9
 
@@ -22,13 +22,13 @@ def accuracy(lost: float, **changes: Any) -> Accuracy:
     return Accuracy(**{**fields, **changes})
 
 
-class FakeTrials:
-    """Stands in for :class:`~hpddrnet_trt.accuracy.trials.Trials`; counts what is measured."""
+class FakeCache:
+    """Stands in for :class:`~hpddrnet_trt.accuracy.candidates.CandidateCache`; counts what is measured."""
 
     def __init__(self, harms: Mapping[str, float], rounding: float = 0.0) -> None:
         self.harms, self.rounding = harms, rounding
-        self.recipe = SimpleNamespace(layers=tuple(harms), precision="int8")
-        self.judge = SimpleNamespace(source="formula/val")
+        self.config = SimpleNamespace(layers=tuple(harms), precision="int8")
+        self.evaluator = SimpleNamespace(source="formula/val")
         self.measured: list[frozenset[str]] = []
 
     def measure(self, layers: Collection[str], *, half: bool = False) -> Accuracy:

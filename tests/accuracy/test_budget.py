@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpddrnet_trt.accuracy.budget import Budget
+from hpddrnet_trt.accuracy.acceptance import Budget
 from hpddrnet_trt.core.errors import UsageError
 from tests.accuracy.fakes import accuracy
 

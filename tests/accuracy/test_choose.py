@@ -1,4 +1,4 @@
-"""From a budget to a file, end to end on a small network, and the calibration curve."""
+"""From a budget to a file, end to end on a small network."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from typing import Any
 import onnx
 import pytest
 
-from hpddrnet_trt.accuracy.budget import Budget
-from hpddrnet_trt.accuracy.choose import _none_holds, choose_precision
+from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
+from hpddrnet_trt.accuracy.build import build_verified
+from hpddrnet_trt.accuracy.candidates import CandidateCache, Study, open_study
 from hpddrnet_trt.accuracy.cost import cost_model
-from hpddrnet_trt.accuracy.curve import counts_up_to, measure_curve
-from hpddrnet_trt.accuracy.engine import build_verified
-from hpddrnet_trt.accuracy.gate import Gate
-from hpddrnet_trt.accuracy.preparation import Study, open_study
-from hpddrnet_trt.accuracy.search import Frontier, Point
-from hpddrnet_trt.accuracy.trials import Trials
+from hpddrnet_trt.accuracy.search import Frontier, Point, _none_holds, choose_precision
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.graph.qdq import count_convolutions
@@ -38,16 +34,16 @@ def study(fp32: Path, data: Path) -> Iterator[Study]:
         yield found
 
 
-def spoilt(study: Study, tensor: str) -> Trials:
+def spoilt(study: Study, tensor: str) -> CandidateCache:
     """The same study with one activation's range far too small."""
-    ranges = {**study.trials.recipe.ranges, tensor: (-0.01, 0.01)}
-    return Trials(replace(study.trials.recipe, ranges=ranges), study.judge)
+    ranges = {**study.cache.config.ranges, tensor: (-0.01, 0.01)}
+    return CandidateCache(replace(study.cache.config, ranges=ranges), study.evaluator)
 
 
 def test_int8_throughout_where_that_holds(study: Study, tmp_path: Path) -> None:
-    cost = cost_model(study.trials.recipe, study.operations)
+    cost = cost_model(study.cache.config, study.operations)
     choice = choose_precision(
-        study.trials, tmp_path / "m.onnx", Budget(max_miou_drop=5.0), cost, calibration=study.calibration,
+        study.cache, tmp_path / "m.onnx", Budget(max_miou_drop=5.0), cost, calibration=study.calibration,
         progress=False,
     )  # fmt: skip
     assert choice.frontier is None
@@ -61,11 +57,11 @@ def test_int8_throughout_where_that_holds(study: Study, tmp_path: Path) -> None:
 
 
 def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: Path) -> None:
-    trials = spoilt(study, "stem_out")  # read by `first` and `shortcut`
-    cost = FakeCost(dict.fromkeys(trials.recipe.layers, 0.1))
+    cache = spoilt(study, "stem_out")  # read by `first` and `shortcut`
+    cost = FakeCost(dict.fromkeys(cache.config.layers, 0.1))
     budget = Budget(max_miou_drop=2.0)
     choice = choose_precision(
-        trials, tmp_path / "m.onnx", budget, cost, calibration=study.calibration, progress=False
+        cache, tmp_path / "m.onnx", budget, cost, calibration=study.calibration, progress=False
     )  # fmt: skip
     assert choice.frontier is not None
     manifest = read_manifest(tmp_path / "m.onnx")
@@ -79,37 +75,21 @@ def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: 
 
 
 def test_nothing_is_written_when_no_choice_holds(study: Study, tmp_path: Path) -> None:
-    cost = cost_model(study.trials.recipe, study.operations)
+    cost = cost_model(study.cache.config, study.operations)
     with pytest.raises(UserError, match=r"no choice of layers keeps the budget .* was not written"):
         choose_precision(
-            study.trials, tmp_path / "m.onnx", Budget(min_agreement=1.0), cost, calibration=study.calibration,
+            study.cache, tmp_path / "m.onnx", Budget(min_agreement=1.0), cost, calibration=study.calibration,
             progress=False,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
-
-
-def test_curve(study: Study) -> None:
-    found = measure_curve(
-        study.trials.recipe, study.judge, study.statistics, "max", progress=False
-    )
-    assert [point.images for point in found.points] == [1, 2, 4, 6]
-    assert found.enough in (1, 2, 4, 6)
-    everything = study.trials.measure(study.trials.recipe.layers)
-    assert found.points[-1].accuracy == everything  # all micrographs: the study's own ranges
-    assert f"enough: {found.enough}" in found.text()
-
-
-def test_counts() -> None:
-    assert counts_up_to(1) == [1]
-    assert counts_up_to(10) == [1, 2, 4, 8, 10]
-    assert counts_up_to(64) == [1, 2, 4, 8, 16, 32, 64]
 
 
 @needs_rtx
 def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.engine"
     manifest = build_verified(
-        fp32, target, precision="auto", gate=Gate(data, Budget(max_miou_drop=8.0)), flavour="tensorrt-rtx",
+        fp32, target, precision="auto", flavour="tensorrt-rtx",
+        acceptance=AcceptanceCheck(data, Budget(max_miou_drop=8.0)),
         shapes="1x1x96x96:1x1x96x96:1x1x96x96", progress=False,
     )  # fmt: skip
     assert manifest.precision == "int8"
@@ -134,9 +114,7 @@ def test_a_study_refuses_before_it_measures(fp32: Path, data: Path, tmp_path: Pa
         opened(data, frame=(100, 90))
 
 
-def test_judging_what_was_calibrated_on_is_said(
-    fp32: Path, data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_judging_what_was_calibrated_on_is_said(fp32: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = sorted((data / "images" / "val").iterdir())
     with open_study(fp32, data, size=(96, 96), calibration_images=images[:2]):
         assert "2 of the 3 micrographs of simulated/val" in caplog.text

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 
 from hpddrnet_trt.accuracy import assess
-from hpddrnet_trt.accuracy.collect import _Ranking, picture
-from hpddrnet_trt.accuracy.evaluate import evaluate
-from hpddrnet_trt.accuracy.results import ImageResult, fractions, plain
+from hpddrnet_trt.accuracy.evaluate import ImageResult, _Ranking, evaluate, fractions, picture, plain
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset

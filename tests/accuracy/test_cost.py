@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hpddrnet_trt.accuracy.candidates import QuantizationConfig
 from hpddrnet_trt.accuracy.cost import DEVICES, Device, Estimate, Measured, by_convolution, cost_model
-from hpddrnet_trt.accuracy.trials import Recipe
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model
@@ -19,57 +19,57 @@ SHAPE = (1, 1, 2048, 2048)
 
 
 @pytest.fixture(scope="module")
-def recipe(fp32: Path) -> Recipe:
+def config(fp32: Path) -> QuantizationConfig:
     model, manifest = load_model(fp32)
     name_nodes(model)
     plan = qdq.plan(model, "tensorrt")
-    return Recipe(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
+    return QuantizationConfig(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
 
 
-def estimate(recipe: Recipe, device: Device) -> Estimate:
-    return Estimate(recipe.model, macs_and_bytes(recipe.model, SHAPE), device)
+def estimate(config: QuantizationConfig, device: Device) -> Estimate:
+    return Estimate(config.model, macs_and_bytes(config.model, SHAPE), device)
 
 
-def test_quantising_everything_is_faster_than_nothing(recipe: Recipe) -> None:
+def test_quantising_everything_is_faster_than_nothing(config: QuantizationConfig) -> None:
     for name in ("l4", "agx-orin"):  # on an H200 this network is nothing but kernel launches
         device = DEVICES[name]
-        cost = estimate(recipe, device)
-        assert 0 < cost(recipe.layers) < cost([])
+        cost = estimate(config, device)
+        assert 0 < cost(config.layers) < cost([])
         assert device.name in cost.source
 
 
-def test_one_layer_in_floating_point_costs_time(recipe: Recipe) -> None:
-    cost = estimate(recipe, DEVICES["l4"])
-    everything = set(recipe.layers)
+def test_one_layer_in_floating_point_costs_time(config: QuantizationConfig) -> None:
+    cost = estimate(config, DEVICES["l4"])
+    everything = set(config.layers)
     for layer in everything:
         assert cost(everything - {layer}) > cost(everything)
 
 
-def test_a_quantised_layer_between_floating_point_ones_needs_a_conversion(recipe: Recipe) -> None:
+def test_a_quantised_layer_between_floating_point_ones_needs_a_conversion(config: QuantizationConfig) -> None:
     """`second` alone in INT8: a kernel must quantise what `first` writes."""
-    cost = estimate(recipe, Device("launches only", {"fp32": 1e9, "fp16": 1e9, "int8": 1e9}, 1e9, launch_us=1000))
+    cost = estimate(config, Device("launches only", {"fp32": 1e9, "fp16": 1e9, "int8": 1e9}, 1e9, launch_us=1000))
     assert cost({"second"}) - cost([]) == pytest.approx(1.0, abs=1e-6)
     assert cost({"first", "second"}) - cost({"first"}) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_compute_and_bandwidth_bind_where_they_should(recipe: Recipe) -> None:
+def test_compute_and_bandwidth_bind_where_they_should(config: QuantizationConfig) -> None:
     """Without launches: twice the rate halves a compute-bound time, twice the bandwidth a memory-bound one."""
     rates = {"fp32": 0.1, "fp16": 0.1, "int8": 0.2}
     compute = Device("slow arithmetic", rates, 1e9, launch_us=0)
-    macs = {name: work.macs for name, work in macs_and_bytes(recipe.model, SHAPE).items()}
-    others = sum(count for name, count in macs.items() if name not in recipe.layers)
-    quantised = sum(macs[name] for name in recipe.layers)
+    macs = {name: work.macs for name, work in macs_and_bytes(config.model, SHAPE).items()}
+    others = sum(count for name, count in macs.items() if name not in config.layers)
+    quantised = sum(macs[name] for name in config.layers)
     expected = 1e3 * 2 * (others / 0.1e12 + quantised / 0.2e12)
-    assert estimate(recipe, compute)(recipe.layers) == pytest.approx(expected, rel=1e-3)
+    assert estimate(config, compute)(config.layers) == pytest.approx(expected, rel=1e-3)
     memory = [Device("slow memory", dict.fromkeys(rates, 1e9), rate, launch_us=0) for rate in (100, 200)]
-    slow, fast = (estimate(recipe, device)(recipe.layers) for device in memory)
+    slow, fast = (estimate(config, device)(config.layers) for device in memory)
     assert slow == pytest.approx(2 * fast, rel=1e-6)
 
 
-def test_a_tensor_between_two_int8_layers_is_moved_in_bytes(recipe: Recipe) -> None:
+def test_a_tensor_between_two_int8_layers_is_moved_in_bytes(config: QuantizationConfig) -> None:
     """``first_out`` (first -> second) is written and read at one byte; alone, `first` writes it in two."""
     memory = Device("slow memory", {"fp32": 1e9, "fp16": 1e9, "int8": 1e9}, 1, launch_us=0)
-    cost = estimate(recipe, memory)
+    cost = estimate(config, memory)
     elements = 16 * 512 * 512
     both, alone = cost({"first", "second"}), cost({"first"})
     weights = 16 * 16 * 9 + 16  # and biases
@@ -91,18 +91,18 @@ def test_names_within_names_are_not_confused() -> None:
     }  # fmt: skip
 
 
-def test_cost_models_by_name(recipe: Recipe, tmp_path: Path) -> None:
-    work = macs_and_bytes(recipe.model, SHAPE)
+def test_cost_models_by_name(config: QuantizationConfig, tmp_path: Path) -> None:
+    work = macs_and_bytes(config.model, SHAPE)
     with pytest.raises(UsageError, match=r"'gtx' is known; choose one of: l4, agx-orin, h200"):
-        cost_model(recipe, work, device="gtx")
+        cost_model(config, work, device="gtx")
     with pytest.raises(UsageError, match="has no FP8"):
-        Estimate(recipe.model, work, DEVICES["agx-orin"], "fp8")
+        Estimate(config.model, work, DEVICES["agx-orin"], "fp8")
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     good.write_text(json.dumps({"gpu": "a GPU", "milliseconds": {"stem": 1.0}}))
     bad.write_text("[1]")
-    assert cost_model(recipe, work, layer_times=(good, good)).source == "layer times measured on a GPU"
+    assert cost_model(config, work, layer_times=(good, good)).source == "layer times measured on a GPU"
     with pytest.raises(BadInputFile, match=r"bad\.json holds no layer times"):
-        cost_model(recipe, work, layer_times=(good, bad))
+        cost_model(config, work, layer_times=(good, bad))
     bad.write_text(json.dumps({"gpu": "a GPU", "milliseconds": {"a layer of another network": 1.0}}))
     with pytest.raises(BadInputFile, match=r"bad\.json names no layer of this network"):
-        cost_model(recipe, work, layer_times=(good, bad))
+        cost_model(config, work, layer_times=(good, bad))

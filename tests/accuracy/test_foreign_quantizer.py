@@ -13,9 +13,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from hpddrnet_trt.accuracy.budget import Budget
-from hpddrnet_trt.accuracy.engine import build_verified
-from hpddrnet_trt.accuracy.gate import WHAT, Gate
+from hpddrnet_trt.accuracy.acceptance import WHAT, AcceptanceCheck, Budget
+from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.core.manifest import METADATA_KEY, read_manifest
 from hpddrnet_trt.graph.model import load_model, save_model
@@ -82,7 +81,8 @@ def theirs(tmp_path: Path, fp32: Path) -> Callable[[float], Path]:
 @needs_rtx
 def test_it_is_built_and_verified(theirs: Callable[[float], Path], data: Path, tmp_path: Path) -> None:
     manifest = build_verified(
-        theirs(8.0), tmp_path / "m.engine", precision="int8", gate=Gate(data, Budget(max_miou_drop=3.0)),
+        theirs(8.0), tmp_path / "m.engine", precision="int8",
+        acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
         flavour="tensorrt-rtx", shapes="1x1x96x96", progress=False,
     )  # fmt: skip
     assert manifest.validation[-1].what == WHAT
@@ -95,7 +95,8 @@ def test_it_is_built_and_verified(theirs: Callable[[float], Path], data: Path, t
 def test_the_gate_refuses_a_bad_one(theirs: Callable[[float], Path], data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="INT8 misses the budget"):
         build_verified(
-            theirs(0.8), tmp_path / "m.engine", precision="int8", gate=Gate(data, Budget(max_miou_drop=0.5)),
+            theirs(0.8), tmp_path / "m.engine", precision="int8",
+            acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5)),
             flavour="tensorrt-rtx", shapes="1x1x96x96", progress=False,
         )  # fmt: skip
     assert not (tmp_path / "m.engine").exists()
@@ -104,4 +105,4 @@ def test_the_gate_refuses_a_bad_one(theirs: Callable[[float], Path], data: Path,
 def test_without_a_description_it_is_refused(theirs: Callable[[float], Path], tmp_path: Path) -> None:
     theirs(8.0)
     with pytest.raises(BadInputFile, match="carries no description"):
-        build_verified(tmp_path / "theirs.onnx", tmp_path / "m.engine", precision="int8", gate=None)
+        build_verified(tmp_path / "theirs.onnx", tmp_path / "m.engine", precision="int8", acceptance=None)

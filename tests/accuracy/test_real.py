@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hpddrnet_trt.accuracy.budget import Budget
-from hpddrnet_trt.accuracy.choose import choose_precision
+from hpddrnet_trt.accuracy.acceptance import WHAT, AcceptanceCheck, Budget
+from hpddrnet_trt.accuracy.build import build_verified
+from hpddrnet_trt.accuracy.candidates import CandidateCache, Study, open_study, precision_table
 from hpddrnet_trt.accuracy.cost import cost_model
-from hpddrnet_trt.accuracy.engine import build_verified
-from hpddrnet_trt.accuracy.gate import WHAT, Gate
-from hpddrnet_trt.accuracy.preparation import Study, open_study
-from hpddrnet_trt.accuracy.survey import survey
-from hpddrnet_trt.accuracy.trials import Trials
+from hpddrnet_trt.accuracy.search import choose_precision
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.export.calibrate import calibrate
@@ -38,7 +35,7 @@ def study(sem_data: Path) -> Iterator[Study]:
 
 
 def test_every_precision_keeps_its_budget(study: Study) -> None:
-    found = {row.name: row for row in survey(study, progress=False).rows}
+    found = {row.name: row for row in precision_table(study, progress=False).rows}
     assert list(found) == [
         "FP16", "BF16", "INT8 max", "INT8 percentile", "INT8 entropy", "INT8 mse", "FP8 max",
     ]  # fmt: skip
@@ -52,14 +49,14 @@ def test_every_precision_keeps_its_budget(study: Study) -> None:
 
 def test_a_strict_budget_keeps_layers_in_fp16(study: Study, tmp_path: Path) -> None:
     """Of the stem's convolutions, which are the most sensitive ones; the others stay FP16 throughout."""
-    whole = study.trials.recipe
+    whole = study.cache.config
     stem = [name for name in whole.layers if name.startswith("backbone.stem")]
-    recipe = replace(whole, plan=qdq.subset(whole.model, "tensorrt", stem))
-    trials = Trials(recipe, study.judge)
+    config = replace(whole, plan=qdq.subset(whole.model, "tensorrt", stem))
+    cache = CandidateCache(config, study.evaluator)
     budget = Budget(max_miou_drop=0.3, min_agreement=0.9992)
-    assert not budget.kept_by(trials.measure(recipe.layers, half=True))
-    cost, target = cost_model(recipe, study.operations), tmp_path / "mixed.onnx"
-    choice = choose_precision(trials, target, budget, cost, calibration=study.calibration, progress=False)
+    assert not budget.kept_by(cache.measure(config.layers, half=True))
+    cost, target = cost_model(config, study.operations), tmp_path / "mixed.onnx"
+    choice = choose_precision(cache, target, budget, cost, calibration=study.calibration, progress=False)
     assert budget.kept_by(choice.accuracy)
     manifest = read_manifest(target)
     assert manifest.mixed is not None
@@ -74,7 +71,7 @@ def test_an_engine_with_its_evidence(sem_data: Path, tmp_path: Path) -> None:
     data = sem_data / MODEL
     build_verified(
         source, target, precision="int8", calibration_images=data, flavour="tensorrt-rtx", shapes=SHAPES,
-        gate=Gate(data, Budget(max_miou_drop=0.5), reference=source), progress=False,
+        acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5), reference=source), progress=False,
     )  # fmt: skip
     evidence = read_manifest(target).validation[-1]
     assert evidence.what == WHAT
@@ -92,6 +89,6 @@ def test_a_calibration_on_one_micrograph_is_refused(sem_data: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"INT8 misses the budget on .*calibrated on 1 image \(method max\)"):
         build_verified(
             broken, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx", shapes=SHAPES,
-            gate=Gate(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=source), progress=False,
+            acceptance=AcceptanceCheck(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=source), progress=False,
         )  # fmt: skip
     assert not (tmp_path / "m.engine").exists()

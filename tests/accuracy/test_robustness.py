@@ -27,9 +27,7 @@ def found(segmenter: Segmenter, dataset: FolderDataset) -> Robustness:
     return measure_robustness(segmenter, dataset, "test", progress=False)
 
 
-def test_every_shift_passes_the_plain_score(
-    found: Robustness, segmenter: Segmenter, dataset: FolderDataset
-) -> None:
+def test_every_shift_passes_the_plain_score(found: Robustness, segmenter: Segmenter, dataset: FolderDataset) -> None:
     plain = assess(segmenter, dataset, "test", progress=False).scores
     assert [sweep.shift.name for sweep in found.sweeps] == [shift.name for shift in SHIFTS]
     for sweep in found.sweeps:
@@ -57,9 +55,7 @@ def test_the_same_seed_gives_the_same_figures(segmenter: Segmenter, dataset: Fol
 
 def test_the_unchanged_image_is_segmented_once(dataset: FolderDataset) -> None:
     engine = ToyEngine()
-    measure_robustness(
-        Segmenter(engine), dataset, "test", shifts=[BRIGHTNESS, MAGNIFICATION], progress=False
-    )
+    measure_robustness(Segmenter(engine), dataset, "test", shifts=[BRIGHTNESS, MAGNIFICATION], progress=False)
     assert len(engine.shapes) == 5 * (1 + 4 + 2)
 
 

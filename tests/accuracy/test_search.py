@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpddrnet_trt.accuracy.budget import Budget
-from hpddrnet_trt.accuracy.search import Frontier, search
-from hpddrnet_trt.accuracy.sensitivity import analyse
+from hpddrnet_trt.accuracy.acceptance import Budget
+from hpddrnet_trt.accuracy.search import Frontier, analyse, search
 from hpddrnet_trt.report.precision import draw_frontier, draw_sensitivity
-from tests.accuracy.fakes import FakeCost, FakeTrials
+from tests.accuracy.fakes import FakeCache, FakeCost
 
 Layers = dict[str, tuple[float, float]]  # harm, milliseconds more in floating point
 layers = st.dictionaries(
@@ -24,11 +23,11 @@ layers = st.dictionaries(
 )
 
 
-def find(found: Layers, budget: Budget, rounding: float = 0.0) -> tuple[Frontier, FakeTrials]:
-    trials = FakeTrials({name: harm for name, (harm, _) in found.items()}, rounding)
+def find(found: Layers, budget: Budget, rounding: float = 0.0) -> tuple[Frontier, FakeCache]:
+    cache = FakeCache({name: harm for name, (harm, _) in found.items()}, rounding)
     cost = FakeCost({name: slower for name, (_, slower) in found.items()})
-    ranking = analyse(trials, progress=False)  # type: ignore[arg-type]
-    return search(trials, ranking, budget, cost, progress=False), trials  # type: ignore[arg-type]
+    ranking = analyse(cache, progress=False)  # type: ignore[arg-type]
+    return search(cache, ranking, budget, cost, progress=False), cache  # type: ignore[arg-type]
 
 
 @given(layers, st.floats(0, 30))
@@ -47,12 +46,12 @@ def test_the_budget_holds_and_nothing_measured_is_faster(found: Layers, drop: fl
 def test_no_single_layer_more_can_be_quantised(found: Layers, drop: float) -> None:
     """Local optimum: of the last dozen layers left in floating point each is needed for the budget."""
     budget = Budget(max_miou_drop=drop)
-    frontier, trials = find(found, budget)
+    frontier, cache = find(found, budget)
     assert frontier.chosen is not None
     if len(frontier.chosen.floating) <= 12:
         for name in frontier.chosen.floating:
             low = [layer for layer in found if layer not in frontier.chosen.floating or layer == name]
-            assert not budget.kept_by(trials.measure(low, half=True))
+            assert not budget.kept_by(cache.measure(low, half=True))
 
 
 def test_harm_is_weighed_against_time() -> None:
@@ -65,10 +64,10 @@ def test_harm_is_weighed_against_time() -> None:
 
 def test_one_bad_layer_of_many_is_found_with_few_measurements() -> None:
     found = {f"layer{index}/Conv": (0.0001, 0.1) for index in range(60)} | {"bad/Conv": (0.05, 0.1)}
-    frontier, trials = find(found, Budget(max_miou_drop=1.0))
+    frontier, cache = find(found, Budget(max_miou_drop=1.0))
     assert frontier.chosen is not None
     assert frontier.chosen.floating == ("bad/Conv",)
-    assert len(trials.measured) < 61 + 1 + 20  # the ranking, everything, the search
+    assert len(cache.measured) < 61 + 1 + 20  # the ranking, everything, the search
 
 
 def test_no_choice_when_rounding_alone_is_too_much() -> None:
@@ -85,29 +84,29 @@ def test_agreement_is_a_budget_too() -> None:
 
 
 @pytest.fixture(scope="module")
-def example() -> tuple[Frontier, FakeTrials]:
+def example() -> tuple[Frontier, FakeCache]:
     found = {f"backbone.stem.{index}.conv1.conv/Conv": (0.0004 * index**2, 0.1 + 0.02 * index) for index in range(12)}
     return find(found, Budget(max_miou_drop=3.0))
 
 
-def test_texts_and_records(example: tuple[Frontier, FakeTrials]) -> None:
-    frontier, trials = example
+def test_texts_and_records(example: tuple[Frontier, FakeCache]) -> None:
+    frontier, cache = example
     text = frontier.text()
     assert text.count("<- chosen") == 1
     assert "at most 3 points of masked mIoU lost" in text
     assert frontier.chosen is not None
     assert f"in FP16: {', '.join(f'stem.{n.split(chr(46))[2]}.conv1' for n in frontier.chosen.floating)}" in text
     assert json.loads(json.dumps(frontier.record()))["layers"] == 12
-    ranking = analyse(trials, progress=False)  # type: ignore[arg-type]
+    ranking = analyse(cache, progress=False)  # type: ignore[arg-type]
     rows = ranking.text(most=3).splitlines()
     assert [row.split()[1] for row in rows[2:5]] == ["stem.11.conv1", "stem.10.conv1", "stem.9.conv1"]
     assert "and 9 less sensitive ones" in rows[5]
     assert json.loads(json.dumps(ranking.record()))["parts"][0]["layers"] == ["backbone.stem.11.conv1.conv/Conv"]
 
 
-def test_pictures(example: tuple[Frontier, FakeTrials], tmp_path: Path) -> None:
-    frontier, trials = example
-    ranking = analyse(trials, operations=dict.fromkeys(trials.harms, 1 / 12), progress=False)  # type: ignore[arg-type]
+def test_pictures(example: tuple[Frontier, FakeCache], tmp_path: Path) -> None:
+    frontier, cache = example
+    ranking = analyse(cache, operations=dict.fromkeys(cache.harms, 1 / 12), progress=False)  # type: ignore[arg-type]
     for path in (draw_frontier(frontier, tmp_path / "f.png"), draw_sensitivity(ranking, tmp_path / "s.png")):
         with Image.open(path) as picture:
             assert picture.width > 800
@@ -116,7 +115,7 @@ def test_pictures(example: tuple[Frontier, FakeTrials], tmp_path: Path) -> None:
 
 def test_blocks_are_ranked_as_one() -> None:
     harms = {f"backbone.stem.2.{block}.conv{conv}.conv/Conv": 0.001 * block for block in (0, 1) for conv in (1, 2)}
-    trials = FakeTrials(harms)
-    ranking = analyse(trials, by="block", progress=False)  # type: ignore[arg-type]
+    cache = FakeCache(harms)
+    ranking = analyse(cache, by="block", progress=False)  # type: ignore[arg-type]
     assert [part.name for part in ranking.parts] == ["backbone.stem.2.1", "backbone.stem.2.0"]
-    assert len(trials.measured) == 2 + 1
+    assert len(cache.measured) == 2 + 1

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpddrnet_trt.accuracy.budget import Budget
+from hpddrnet_trt.accuracy.acceptance import WHAT, AcceptanceCheck, Budget
+from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.accuracy.cost import by_convolution
-from hpddrnet_trt.accuracy.engine import build_verified
-from hpddrnet_trt.accuracy.gate import WHAT, Gate
-from hpddrnet_trt.accuracy.judge import Judge
+from hpddrnet_trt.accuracy.evaluator import AccuracyEvaluator
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 from hpddrnet_trt.export.calibrate import calibrate
@@ -37,7 +36,7 @@ def engine(int8: Path, flavour: str, sem_data: Path) -> Path:
     target = int8.with_name(f"{flavour}.engine")
     manifest = build_verified(
         int8, target, precision="int8", flavour=flavour, shapes=SHAPES, progress=False,
-        gate=Gate(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=locate(MODEL, ".onnx")),
+        gate=AcceptanceCheck(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=locate(MODEL, ".onnx")),
     )  # fmt: skip
     evidence = manifest.validation[-1]
     assert evidence.what == WHAT
@@ -49,7 +48,7 @@ def engine(int8: Path, flavour: str, sem_data: Path) -> Path:
 
 def test_the_simulation_is_close_to_the_engine(engine: Path, int8: Path, sem_data: Path) -> None:
     dataset = FolderDataset.open(sem_data / MODEL)
-    with load_segmenter(engine) as run, Judge(dataset, "test", run, progress=False) as judge:
+    with load_segmenter(engine) as run, AccuracyEvaluator(dataset, "test", run, progress=False) as judge:
         found = judge.score_graph(*load_model(int8))
     assert found.agreement > 0.998
     assert abs(found.drop) < 0.3

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from hpddrnet_trt.accuracy.choose import Choice, choose_precision
+from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck
+from hpddrnet_trt.accuracy.candidates import open_study, warn_of_overlap
 from hpddrnet_trt.accuracy.cost import DEFAULT_DEVICE, cost_model
-from hpddrnet_trt.accuracy.gate import Gate
-from hpddrnet_trt.accuracy.preparation import open_study, warn_of_overlap
+from hpddrnet_trt.accuracy.search import Choice, choose_precision
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.precisions import Precision
@@ -23,47 +23,51 @@ def build_verified(
     target: str | Path,
     *,
     precision: Precision | Literal["auto"],
-    gate: Gate | None,
+    acceptance: AcceptanceCheck | None,
     calibration_images: str | Path | None = None,
     split: str = "val",
     device: str = DEFAULT_DEVICE,
     **options: Any,
 ) -> Manifest:
-    """Build ``target`` and let ``gate`` accept or refuse it; nothing is written that it refuses.
+    """Build ``target`` and let ``acceptance`` accept or refuse it; nothing is written that it refuses.
 
     ``precision="auto"`` takes an FP32 file and finds the fastest precision within the gate's budget: it
     chooses on ``split`` of the gate's dataset, calibrated on ``calibration_images`` (default: the
-    dataset's training split), and the gate judges the result on its own split. ``device``: see
+    dataset's training split), and the acceptance check judges the result on its own split. ``device``: see
     :data:`hpddrnet_trt.accuracy.cost.DEVICES`. ``options`` go to
     :func:`~hpddrnet_trt.export.tensorrt.build_engine`, whose errors are raised as well.
     """
     source, target = Path(source), Path(target)
-    accept = None if gate is None else partial(gate.verify, source=source, target=target)
+    accept = None if acceptance is None else partial(acceptance.verify, source=source, target=target)
     if precision != "auto":
         check_build(source, target, precision, calibration_images)
-    if gate is not None:
-        gate.check(source)
+    if acceptance is not None:
+        acceptance.check(source)
         if calibration_images is not None:
-            warn_of_overlap(find_images(calibration_images), find_images(gate.data, gate.split), gate.split)
+            warn_of_overlap(
+                find_images(calibration_images), find_images(acceptance.data, acceptance.split), acceptance.split
+            )
     if precision != "auto":
         return build_engine(
             source, target, precision=precision, calibration_images=calibration_images, accept=accept, **options
         )
-    if gate is None:
+    if acceptance is None:
         raise UsageError("--precision auto needs a budget: give --verify DATA with --max-miou-drop or --min-agreement")
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         chosen = Path(folder) / f"{source.stem}.onnx"
-        found = _choose(source, chosen, gate, calibration_images, split, device).manifest.precision
+        found = _choose(source, chosen, acceptance, calibration_images, split, device).manifest.precision
         assert found is not None  # the choice has just described it
         return build_engine(chosen, target, precision=found, accept=accept, **options)
 
 
 def _choose(
-    source: Path, chosen: Path, gate: Gate, calibration: str | Path | None, split: str, device: str
+    source: Path, chosen: Path, acceptance: AcceptanceCheck, calibration: str | Path | None, split: str, device: str
 ) -> Choice:
     if read_manifest(source).precision != "fp32":
         raise UsageError(f"{source} is not FP32; --precision auto starts from the FP32 file that export wrote")
     images = None if calibration is None else find_images(calibration, "train")
-    with open_study(source, gate.data, split=split, calibration_images=images, reference=gate.reference) as study:
-        cost = cost_model(study.trials.recipe, study.operations, device=device)
-        return choose_precision(study.trials, chosen, gate.budget, cost, calibration=study.calibration)
+    with open_study(
+        source, acceptance.data, split=split, calibration_images=images, reference=acceptance.reference
+    ) as study:
+        cost = cost_model(study.cache.config, study.operations, device=device)
+        return choose_precision(study.cache, chosen, acceptance.budget, cost, calibration=study.calibration)

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpddrnet_trt.accuracy.budget import Budget
-from hpddrnet_trt.accuracy.engine import build_verified
-from hpddrnet_trt.accuracy.gate import WHAT, Gate, find_reference, reference_for
+from hpddrnet_trt.accuracy.acceptance import WHAT, AcceptanceCheck, Budget, find_reference, reference_for
+from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, MixedPrecisionRecord, read_manifest, sidecar_path
 from hpddrnet_trt.engines.cuda import gpu_or_none
@@ -47,8 +46,8 @@ def write(tmp_path: Path, fp32: Path) -> Write:
 
 
 def test_a_sound_file_passes_with_evidence(write: Write, data: Path, tmp_path: Path) -> None:
-    gate = Gate(data, Budget(max_miou_drop=3.0, min_agreement=0.9))
-    evidence = gate.verify(write("model.int8.onnx", 8.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
+    acceptance = AcceptanceCheck(data, Budget(max_miou_drop=3.0, min_agreement=0.9))
+    evidence = acceptance.verify(write("model.int8.onnx", 8.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
     assert evidence.what == WHAT
     assert evidence.images == 2
     assert evidence.values["allowed_masked_miou_drop_percentage_points"] == 3.0
@@ -59,9 +58,9 @@ def test_a_sound_file_passes_with_evidence(write: Write, data: Path, tmp_path: P
 
 
 def test_a_broken_calibration_is_refused(write: Write, data: Path, tmp_path: Path) -> None:
-    gate = Gate(data, Budget(max_miou_drop=0.5))
+    acceptance = AcceptanceCheck(data, Budget(max_miou_drop=0.5))
     with pytest.raises(UserError) as refused:
-        gate.verify(write("model.int8.onnx", 1.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
+        acceptance.verify(write("model.int8.onnx", 1.0), tmp_path / "model.int8.onnx", tmp_path / "m.engine")
     words = str(refused.value)
     assert words.startswith("INT8 misses the budget on simulated/test: masked mIoU falls by ")
     assert "0.5 are allowed" in words
@@ -77,7 +76,7 @@ def test_an_engine_without_gpu_is_judged_by_its_onnx_file(
     target = tmp_path / "m.engine"
     manifest = build_verified(
         write("model.int8.onnx", 8.0), target, precision="int8", flavour="tensorrt-rtx", progress=False,
-        shapes="1x1x96x96:1x1x96x96:1x1x96x96", gate=Gate(data, Budget(max_miou_drop=3.0)),
+        shapes="1x1x96x96:1x1x96x96:1x1x96x96", acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
     )  # fmt: skip
     stored = read_manifest(target)
     assert stored.validation[-1] == manifest.validation[-1]
@@ -92,7 +91,7 @@ def test_a_refused_engine_leaves_nothing_behind(write: Write, data: Path, tmp_pa
     with pytest.raises(UserError, match="misses the budget"):
         build_verified(
             source, target, precision="int8", flavour="tensorrt-rtx", progress=False,
-            shapes="1x1x96x96:1x1x96x96:1x1x96x96", gate=Gate(data, Budget(max_miou_drop=0.5)),
+            shapes="1x1x96x96:1x1x96x96:1x1x96x96", acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5)),
         )  # fmt: skip
     assert sorted(tmp_path.iterdir()) == before
 
@@ -138,23 +137,23 @@ def test_a_missing_reference_is_asked_for(write: Write, tmp_path: Path) -> None:
 
 def test_auto_needs_a_budget(fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--precision auto needs a budget"):
-        build_verified(fp32, tmp_path / "m.engine", precision="auto", gate=None)
+        build_verified(fp32, tmp_path / "m.engine", precision="auto", acceptance=None)
 
 
 def test_what_the_gate_needs_is_checked_before_building(
     fp32: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpddrnet_trt.accuracy import engine
+    from hpddrnet_trt.accuracy import build
 
-    monkeypatch.setattr(engine, "build_engine", lambda *_, **__: pytest.fail("built first"))
+    monkeypatch.setattr(build, "build_engine", lambda *_, **__: pytest.fail("built first"))
     budget, target = Budget(max_miou_drop=1.0), tmp_path / "m.engine"
-    for gate, says in (
-        (Gate(data, budget, split="tset"), "no split 'tset'"),
-        (Gate(tmp_path / "none", budget), "does not exist"),
-        (Gate(data, budget, reference=tmp_path / "none.onnx"), "does not exist"),
+    for acceptance, says in (
+        (AcceptanceCheck(data, budget, split="tset"), "no split 'tset'"),
+        (AcceptanceCheck(tmp_path / "none", budget), "does not exist"),
+        (AcceptanceCheck(data, budget, reference=tmp_path / "none.onnx"), "does not exist"),
     ):
         with pytest.raises(UserError, match=says):
-            build_verified(fp32, target, precision="fp16", gate=gate)
+            build_verified(fp32, target, precision="fp16", acceptance=acceptance)
 
 
 def test_the_reference_is_fp32(write: Write, fp32: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,7 +174,8 @@ def test_an_engine_too_small_for_the_micrographs_is_not_accepted(write: Write, d
     with pytest.raises(ContractError, match="in tiles of 64 x 64 in this model and whole in the FP32 reference"):
         build_verified(
             write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
-            shapes="1x1x64x64:1x1x64x64:1x1x64x64", gate=Gate(data, Budget(max_miou_drop=3.0)), progress=False,
+            shapes="1x1x64x64:1x1x64x64:1x1x64x64", progress=False,
+            acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
         )  # fmt: skip
     assert not (tmp_path / "m.engine").exists()
 
@@ -188,5 +188,5 @@ def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_pa
     )
     save_model(model, path, manifest.replace(mixed=mixed))
     with pytest.raises(UserError, match=r"1 of 5 layers are FP16.*choose on more micrographs") as refused:
-        Gate(data, Budget(max_miou_drop=0.5)).verify(path, path, tmp_path / "m.engine")
+        AcceptanceCheck(data, Budget(max_miou_drop=0.5)).verify(path, path, tmp_path / "m.engine")
     assert "choose-precision" not in str(refused.value)

@@ -1,7 +1,7 @@
-"""The gate: a file is written only if it keeps its accuracy budget on real micrographs.
+"""The acceptance check: a file is written only if it keeps its accuracy budget on real micrographs.
 
 What can be run is run: a TensorRT engine on its GPU, an ONNX file on ONNX Runtime's CPU kernels, with
-the rounding of FP16, BF16 and FP8 simulated. The evidence names which.
+the rounding of FP16, BF16 and FP8 simulated. The validation record names which.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpddrnet_trt.accuracy.budget import Budget
 from hpddrnet_trt.accuracy.evaluate import fitting
-from hpddrnet_trt.accuracy.judge import Accuracy, Judge
+from hpddrnet_trt.accuracy.evaluator import Accuracy, AccuracyEvaluator
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import Manifest, ValidationRecord, read_manifest
@@ -22,13 +21,61 @@ from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.inference import load_segmenter
 from hpddrnet_trt.weights import locate
 
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits on a candidate beside the FP32 reference; None is no limit.
+
+    ``max_miou_drop``: percentage points of masked mIoU, the mIoU of the classes in the masks.
+    ``min_agreement``: share of pixels with the reference's label, 0..1.
+
+    Raises :class:`UsageError` for limits that make no sense or none at all.
+    """
+
+    max_miou_drop: float | None = None
+    min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_miou_drop is None and self.min_agreement is None:
+            raise UsageError("a budget needs a limit: the mIoU that may be lost, the smallest agreement, or both")
+        if self.max_miou_drop is not None and not 0 <= self.max_miou_drop <= 100:
+            raise UsageError(
+                f"the mIoU that may be lost is in percentage points between 0 and 100, got {self.max_miou_drop}"
+            )
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise UsageError(f"the smallest agreement is a fraction between 0 and 1, got {self.min_agreement}")
+
+    def kept_by(self, found: Accuracy) -> bool:
+        return not self.breaches(found)
+
+    def breaches(self, found: Accuracy) -> list[str]:
+        """What is over the limits, for people; empty where the budget holds. A NaN never holds."""
+        wrong = []
+        if self.max_miou_drop is not None and not found.drop <= self.max_miou_drop:
+            wrong.append(f"masked mIoU falls by {found.drop:.2f} points, {self.max_miou_drop:g} are allowed")
+        if self.min_agreement is not None and not found.agreement >= self.min_agreement:
+            wrong.append(
+                f"labels are equal on {100 * found.agreement:.2f} % of the pixels, "
+                f"{100 * self.min_agreement:g} % are needed"
+            )
+        return wrong
+
+    def __str__(self) -> str:
+        limits = []
+        if self.max_miou_drop is not None:
+            limits.append(f"at most {self.max_miou_drop:g} points of masked mIoU lost")
+        if self.min_agreement is not None:
+            limits.append(f"labels equal on at least {100 * self.min_agreement:g} % of the pixels")
+        return " and ".join(limits)
+
+
 logger = logging.getLogger(__name__)
 
 WHAT = "accuracy against FP32"  # of the evidence
 
 
 @dataclass(frozen=True)
-class Gate:
+class AcceptanceCheck:
     """Verifies candidates on one split of a dataset.
 
     ``reference``: the checkpoint or FP32 ONNX file to compare with; None looks for it beside the
@@ -59,11 +106,11 @@ class Gate:
         manifest = read_manifest(candidate)
         reference = reference_for(self.reference, source, manifest)
         dataset = FolderDataset.open(self.data)
-        with load_segmenter(reference) as fp32, Judge(dataset, self.split, fp32) as judge:
-            found = _run(judge, candidate, manifest)
-            source_text = f"{judge.source}, FP32: {reference.name} on {judge.reference_runtime}"
+        with load_segmenter(reference) as fp32, AccuracyEvaluator(dataset, self.split, fp32) as evaluator:
+            found = _run(evaluator, candidate, manifest)
+            source_text = f"{evaluator.source}, FP32: {reference.name} on {evaluator.reference_runtime}"
         if breaches := self.budget.breaches(found):
-            raise UserError(_refusal(breaches, found, judge.source, manifest, target))
+            raise UserError(_refusal(breaches, found, evaluator.source, manifest, target))
         logger.info("%s keeps its budget (%s): %s", target, self.budget, found.text())
         evidence = found.evidence(WHAT, source_text)
         limits = {
@@ -74,11 +121,11 @@ class Gate:
         return evidence.model_copy(update={"values": {**evidence.values, **kept}})
 
 
-def _run(judge: Judge, candidate: Path, manifest: Manifest) -> Accuracy:
+def _run(evaluator: AccuracyEvaluator, candidate: Path, manifest: Manifest) -> Accuracy:
     if candidate.suffix.lower() == ".onnx":
-        return judge.score_graph(*load_model(candidate), title=f"{manifest.precision} on {judge.source}")
+        return evaluator.score_graph(*load_model(candidate), title=f"{manifest.precision} on {evaluator.source}")
     with load_segmenter(candidate) as segmenter:
-        return judge.score(segmenter, title=f"engine on {judge.source}")
+        return evaluator.score(segmenter, title=f"engine on {evaluator.source}")
 
 
 def reference_for(given: Path | None, source: Path, manifest: Manifest) -> Path:
@@ -151,4 +198,3 @@ def _refusal(breaches: list[str], found: Accuracy, source: str, manifest: Manife
         f"changed most, IoU against FP32 {found.class_ious[worst]:.3f}; {found.runtime}).{how} "
         f"{target} was not written: {advice}"
     )
-

@@ -1,4 +1,4 @@
-"""How much accuracy a lower precision costs: one judge that scores many candidates on the same micrographs.
+"""How much accuracy a lower precision costs: one evaluator scores many candidates on the same micrographs.
 
 The reference's labels are computed once and kept compressed on disk; micrographs are read one at a
 time, so memory does not grow with their number.
@@ -87,7 +87,7 @@ class Accuracy:
         return ValidationRecord(what=what, runtime=self.runtime, values=values, images=self.images, source=source)
 
 
-class Judge:
+class AccuracyEvaluator:
     """Scores candidates on one split of a dataset against a reference model; use it as a context manager.
 
     ``reference``: the FP32 model, an open segmenter that the caller closes. Raises as
@@ -171,7 +171,7 @@ class Judge:
     def close(self) -> None:
         self._folder.cleanup()
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> AccuracyEvaluator:
         return self
 
     def __exit__(

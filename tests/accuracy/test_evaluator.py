@@ -14,12 +14,11 @@ import onnx
 import pytest
 from PIL import Image
 
-from hpddrnet_trt.accuracy.budget import Budget
-from hpddrnet_trt.accuracy.choose import choose_precision
+from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
+from hpddrnet_trt.accuracy.candidates import CandidateCache, QuantizationConfig
 from hpddrnet_trt.accuracy.evaluate import evaluate, samples_of
-from hpddrnet_trt.accuracy.gate import Gate
-from hpddrnet_trt.accuracy.judge import Judge
-from hpddrnet_trt.accuracy.trials import Recipe, Trials
+from hpddrnet_trt.accuracy.evaluator import AccuracyEvaluator
+from hpddrnet_trt.accuracy.search import choose_precision
 from hpddrnet_trt.benchmark import accuracy as benchmark_accuracy
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import CalibrationRecord
@@ -37,32 +36,37 @@ Mask = npt.NDArray[np.uint8]
 
 
 @pytest.fixture
-def judge(fp32: Path, data: Path) -> Iterator[Judge]:
-    with load_segmenter(fp32) as reference, Judge(FolderDataset.open(data), "val", reference, progress=False) as open_:
+def evaluator(fp32: Path, data: Path) -> Iterator[AccuracyEvaluator]:
+    with (
+        load_segmenter(fp32) as reference,
+        AccuracyEvaluator(FolderDataset.open(data), "val", reference, progress=False) as open_,
+    ):
         yield open_
 
 
 @pytest.fixture
-def recipe(fp32: Path) -> Recipe:
+def config(fp32: Path) -> QuantizationConfig:
     model, manifest = load_model(fp32)
     name_nodes(model)
     plan = qdq.plan(model, "tensorrt")
-    return Recipe(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
+    return QuantizationConfig(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
 
 
-def test_the_reference_itself_loses_nothing(judge: Judge, fp32: Path) -> None:
+def test_the_reference_itself_loses_nothing(evaluator: AccuracyEvaluator, fp32: Path) -> None:
     model, manifest = load_model(fp32)
-    found = judge.score_graph(model, manifest)
+    found = evaluator.score_graph(model, manifest)
     assert (found.drop, found.agreement, found.fidelity, found.images) == (0, 1, 1, 3)
     assert 0.8 < found.miou < 0.95  # masks carry 5 % noise
     assert found.runtime.startswith("onnxruntime")
 
 
-def test_figures_are_those_of_the_labels(judge: Judge, recipe: Recipe, data: Path, fp32: Path, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_labels(
+    evaluator: AccuracyEvaluator, config: QuantizationConfig, data: Path, fp32: Path, tmp_path: Path
+) -> None:
     """Against a straightforward computation from whole label maps."""
-    graph = recipe.graph(recipe.layers[:2], half=False)
-    found = judge.score_graph(graph, recipe.described(recipe.layers[:2], half=False))
-    path = save_model(graph, tmp_path / "it.onnx", recipe.described(recipe.layers[:2], half=False))
+    graph = config.graph(config.layers[:2], half=False)
+    found = evaluator.score_graph(graph, config.described(config.layers[:2], half=False))
+    path = save_model(graph, tmp_path / "it.onnx", config.described(config.layers[:2], half=False))
     masks, labels = LabelComparison(3), LabelComparison(3)
     dataset = FolderDataset.open(data)
     with load_segmenter(path) as candidate, load_segmenter(fp32) as reference:
@@ -74,16 +78,16 @@ def test_figures_are_those_of_the_labels(judge: Judge, recipe: Recipe, data: Pat
     assert (found.miou, found.masked_miou) == (masks.scores().miou, masks.scores().masked_miou)
     assert found.agreement == labels.agreement < 1
     assert list(found.class_ious.values()) == labels.scores().iou
-    assert found.drop == pytest.approx(100 * (judge.reference.masked_miou - found.masked_miou))
-    evidence = found.evidence("a test", judge.source)
+    assert found.drop == pytest.approx(100 * (evaluator.reference.masked_miou - found.masked_miou))
+    evidence = found.evidence("a test", evaluator.source)
     assert evidence.values["masked_miou_drop_percentage_points"] == found.drop
     assert set(evidence.values) >= {"iou_against_reference/dark", "agreement", "miou", "reference_masked_miou"}
 
 
-def test_half_precision_is_rounded_and_says_so(judge: Judge, fp32: Path) -> None:
+def test_half_precision_is_rounded_and_says_so(evaluator: AccuracyEvaluator, fp32: Path) -> None:
     model, manifest = load_model(fp32)
     before = model.SerializeToString(deterministic=True)
-    found = judge.score_graph(to_half(model), manifest.replace(precision="fp16"))
+    found = evaluator.score_graph(to_half(model), manifest.replace(precision="fp16"))
     assert "simulated rounding" in found.runtime
     assert 0.99 < found.agreement <= 1
     assert model.SerializeToString(deterministic=True) == before
@@ -93,26 +97,26 @@ def test_a_split_without_images(fp32: Path, data: Path) -> None:
     dataset = FolderDataset.open(data)
     dataset.samples["empty"] = []
     with load_segmenter(fp32) as reference, pytest.raises(UsageError, match=r"'empty'.*holds no images"):
-        Judge(dataset, "empty", reference, progress=False)
+        AccuracyEvaluator(dataset, "empty", reference, progress=False)
 
 
 def test_answers_are_kept_and_reused(
-    judge: Judge, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluator: AccuracyEvaluator, config: QuantizationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = tmp_path / "journal.json"
-    first = Trials(recipe, judge, journal=journal).measure(recipe.layers)
-    again = Trials(recipe, judge, journal=journal)
-    monkeypatch.setattr(judge, "score_graph", lambda *_, **__: pytest.fail("measured again"))
-    assert again.measure(recipe.layers) == first
-    assert again.measure(list(reversed(recipe.layers))) == first  # a set, not an order
+    first = CandidateCache(config, evaluator, journal=journal).measure(config.layers)
+    again = CandidateCache(config, evaluator, journal=journal)
+    monkeypatch.setattr(evaluator, "score_graph", lambda *_, **__: pytest.fail("measured again"))
+    assert again.measure(config.layers) == first
+    assert again.measure(list(reversed(config.layers))) == first  # a set, not an order
 
 
 @pytest.mark.parametrize("damage", ["cut", "other network", "not json", "a list"])
 def test_a_journal_that_does_not_fit_is_started_anew(
-    judge: Judge, recipe: Recipe, tmp_path: Path, damage: str
+    evaluator: AccuracyEvaluator, config: QuantizationConfig, tmp_path: Path, damage: str
 ) -> None:
     journal = tmp_path / "journal.json"
-    first = Trials(recipe, judge, journal=journal).measure(recipe.layers)
+    first = CandidateCache(config, evaluator, journal=journal).measure(config.layers)
     content = json.loads(journal.read_text())
     for entry in content["answers"].values():
         entry["miou"] = 0.123
@@ -123,19 +127,19 @@ def test_a_journal_that_does_not_fit_is_started_anew(
     if damage == "a list":
         content["answers"] = list(content["answers"].values())
     journal.write_text("{" if damage == "not json" else json.dumps(content))
-    assert Trials(recipe, judge, journal=journal).measure(recipe.layers) == first
+    assert CandidateCache(config, evaluator, journal=journal).measure(config.layers) == first
 
 
-def test_unknown_layers_are_refused(recipe: Recipe) -> None:
+def test_unknown_layers_are_refused(config: QuantizationConfig) -> None:
     with pytest.raises(UsageError, match="no convolution to quantise called nonsense"):
-        recipe.graph(["nonsense"], half=False)
+        config.graph(["nonsense"], half=False)
 
 
-def test_nothing_quantised_is_the_network_itself(judge: Judge, recipe: Recipe) -> None:
-    found = Trials(recipe, judge).measure([])
+def test_nothing_quantised_is_the_network_itself(evaluator: AccuracyEvaluator, config: QuantizationConfig) -> None:
+    found = CandidateCache(config, evaluator).measure([])
     assert (found.agreement, found.drop) == (1, 0)
-    assert recipe.described([], half=True).precision == "fp16"
-    assert np.isclose(found.masked_miou, judge.reference.masked_miou)
+    assert config.described([], half=True).precision == "fp16"
+    assert np.isclose(found.masked_miou, evaluator.reference.masked_miou)
 
 
 def with_masks(data: Path, target: Path, change: Callable[[Mask], Mask]) -> FolderDataset:
@@ -146,7 +150,9 @@ def with_masks(data: Path, target: Path, change: Callable[[Mask], Mask]) -> Fold
     return FolderDataset.open(target)
 
 
-def test_a_class_that_no_mask_holds_does_not_decide(fp32: Path, data: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_class_that_no_mask_holds_does_not_decide(
+    fp32: Path, data: Path, config: QuantizationConfig, tmp_path: Path
+) -> None:
     """The reference predicts class 2, the masks have none: a candidate that never predicts it gains no third."""
     dataset = with_masks(data, tmp_path / "absent", lambda mask: np.where(mask == 2, np.uint8(255), mask))
     model, manifest = load_model(fp32)
@@ -154,22 +160,24 @@ def test_a_class_that_no_mask_holds_does_not_decide(fp32: Path, data: Path, reci
     values = onnx.numpy_helper.to_array(bias).copy()
     values[2] = -1e6
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
-    with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as judge:
-        found = judge.score_graph(model, manifest)
-    assert judge.reference.masked_miou > 0.8 > judge.reference.miou
+    with load_segmenter(fp32) as reference, AccuracyEvaluator(dataset, "val", reference, progress=False) as evaluator:
+        found = evaluator.score_graph(model, manifest)
+    assert evaluator.reference.masked_miou > 0.8 > evaluator.reference.miou
     assert abs(found.drop) < 5
     assert found.agreement < 1  # of all pixels, those that the masks leave out too
 
 
-def test_all_places_give_the_same_two_means(fp32: Path, data: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_all_places_give_the_same_two_means(fp32: Path, data: Path, config: QuantizationConfig, tmp_path: Path) -> None:
     """One file's labels, and masks without one of its classes: what `evaluate`, `benchmark`, the gate and
     `choose-precision` say of them."""
     dataset = with_masks(data, tmp_path / "absent", lambda mask: np.where(mask == 2, np.uint8(255), mask))
     budget, target = Budget(min_agreement=0), tmp_path / "chosen.onnx"
     record = CalibrationRecord(method="max", images=1, images_sha256="0", source="one image", tool="a test")
-    cost = FakeCost(dict.fromkeys(recipe.layers, 1.0))
-    with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as judge:
-        choice = choose_precision(Trials(recipe, judge), target, budget, cost, calibration=record, progress=False)
+    cost = FakeCost(dict.fromkeys(config.layers, 1.0))
+    with load_segmenter(fp32) as reference, AccuracyEvaluator(dataset, "val", reference, progress=False) as evaluator:
+        choice = choose_precision(
+            CandidateCache(config, evaluator), target, budget, cost, calibration=record, progress=False
+        )
     model, manifest = load_model(target)
     with load_segmenter(save_model(simulate_rounding(model), tmp_path / "rounded.onnx", manifest)) as segmenter:
         scores = evaluate(segmenter, dataset, "val", progress=False)
@@ -178,7 +186,7 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, recipe: Reci
             benchmark.add({"it": segmenter.segment(image).labels}, mask)
     row = benchmark.accuracy("it")
     assert row is not None
-    evidence = Gate(dataset.root, budget, "val", fp32).verify(target, fp32, tmp_path / "it.engine").values
+    evidence = AcceptanceCheck(dataset.root, budget, "val", fp32).verify(target, fp32, tmp_path / "it.engine").values
     chosen = choice.manifest.validation[-1].values
     assert scores.miou < scores.masked_miou - 0.1
     assert {scores.miou, row.miou, evidence["miou"], chosen["miou"]} == {scores.miou}
@@ -188,28 +196,30 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, recipe: Reci
 def test_masks_without_a_label_are_no_ground(fp32: Path, data: Path, tmp_path: Path) -> None:
     dataset = with_masks(data, tmp_path / "ignored", lambda mask: np.full_like(mask, 255))
     with load_segmenter(fp32) as reference, pytest.raises(UsageError, match="label no pixel"):
-        Judge(dataset, "val", reference, progress=False)
+        AccuracyEvaluator(dataset, "val", reference, progress=False)
 
 
-def test_answers_are_of_one_reference(judge: Judge, data: Path, fp32: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_answers_are_of_one_reference(
+    evaluator: AccuracyEvaluator, data: Path, fp32: Path, config: QuantizationConfig, tmp_path: Path
+) -> None:
     """Another reference of the same checkpoint, here a quantised one, is another judge with other answers."""
-    ranges = dict.fromkeys(recipe.plan.tensors, (-3.0, 3.0))
-    graph = replace(recipe, ranges=ranges).graph(recipe.layers, half=False)
-    other = save_model(graph, tmp_path / "int8.onnx", recipe.described(recipe.layers, half=False))
+    ranges = dict.fromkeys(config.plan.tensors, (-3.0, 3.0))
+    graph = replace(config, ranges=ranges).graph(config.layers, half=False)
+    other = save_model(graph, tmp_path / "int8.onnx", config.described(config.layers, half=False))
     dataset = FolderDataset.open(data)
-    with load_segmenter(other) as reference, Judge(dataset, "val", reference, progress=False) as second:
-        assert second.digest != judge.digest
-    with load_segmenter(fp32) as reference, Judge(dataset, "val", reference, progress=False) as same:
-        assert same.digest == judge.digest
+    with load_segmenter(other) as reference, AccuracyEvaluator(dataset, "val", reference, progress=False) as second:
+        assert second.digest != evaluator.digest
+    with load_segmenter(fp32) as reference, AccuracyEvaluator(dataset, "val", reference, progress=False) as same:
+        assert same.digest == evaluator.digest
 
 
 def test_a_journal_that_cannot_be_written_is_a_warning(
-    judge: Judge, recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    evaluator: AccuracyEvaluator, config: QuantizationConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    trials = Trials(recipe, judge, journal=tmp_path / "file" / "journal.json")
-    first = trials.measure(recipe.layers)
+    cache = CandidateCache(config, evaluator, journal=tmp_path / "file" / "journal.json")
+    first = cache.measure(config.layers)
     assert caplog.text.count("not kept for the next run") == 1
-    assert trials.measure(recipe.layers) == first
-    trials.measure([])
+    assert cache.measure(config.layers) == first
+    cache.measure([])
     assert caplog.text.count("not kept for the next run") == 1

@@ -1,0 +1,327 @@
+"""Candidates of one network in lower precision, measured once each.
+
+Sensitivity analysis and the mixed-precision search both ask for the same thing: with these
+convolutions quantised and those not, how accurate is the network? Answers are kept in a journal on
+disk, so that either can be interrupted and continued, and the search reuses what the analysis found.
+:func:`open_study` makes everything that this needs from an FP32 export and micrographs;
+:func:`precision_table` tells what every precision does throughout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from hpddrnet_trt.accuracy.acceptance import reference_for
+from hpddrnet_trt.accuracy.evaluator import Accuracy, AccuracyEvaluator
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.files import write_text
+from hpddrnet_trt.core.manifest import CalibrationRecord, InputContract, Manifest
+from hpddrnet_trt.core.precisions import LowPrecision
+from hpddrnet_trt.core.runtimes import load_onnxruntime
+from hpddrnet_trt.data.datasets import FolderDataset, find_images
+from hpddrnet_trt.engines.base import input_contract
+from hpddrnet_trt.export import images as micrographs
+from hpddrnet_trt.export.calibrate import MAX_IMAGES, calibration_record, float_model
+from hpddrnet_trt.export.histograms import Statistics, merge
+from hpddrnet_trt.export.ranges import METHODS, Method, ranges_of
+from hpddrnet_trt.export.statistics import measure
+from hpddrnet_trt.export.statistics_cache import Cache, cache_folder
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.fp8 import fp8_plan
+from hpddrnet_trt.graph.nodes import name_nodes
+from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.graph.qdq import count_convolutions
+from hpddrnet_trt.graph.work import Work, macs_and_bytes
+from hpddrnet_trt.inference import load_segmenter
+
+if TYPE_CHECKING:
+    import onnx
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Everything but the choice of layers: the FP32 graph, what could be quantised, and its ranges.
+
+    ``model`` has named nodes; ``plan`` is the full placement, ``ranges`` hold every tensor of it.
+    """
+
+    model: onnx.ModelProto
+    manifest: Manifest  # of the FP32 file
+    plan: qdq.Plan
+    ranges: Mapping[str, qdq.Range]
+    precision: LowPrecision = "int8"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the convolutions that can be quantised, in the graph's order."""
+        return self.plan.nodes
+
+    def graph(self, layers: Collection[str], *, half: bool) -> onnx.ModelProto:
+        """The graph with ``layers`` quantised for TensorRT; ``half``: the rest typed FP16, else FP32."""
+        from hpddrnet_trt.graph.fp8 import to_fp8
+        from hpddrnet_trt.graph.precision import to_half
+
+        if unknown := set(layers) - set(self.layers):
+            raise UsageError(f"the network has no convolution to quantise called {', '.join(sorted(unknown))}")
+        model = self.model
+        if layers:
+            chosen = qdq.subset(self.model, "tensorrt", layers)
+            model = qdq.quantise(self.model, "tensorrt", chosen, self.ranges)
+            if self.precision == "fp8":
+                model = to_fp8(model, self.model)
+        return to_half(model) if half else model
+
+    def described(self, layers: Collection[str], *, half: bool) -> Manifest:
+        """The description that goes with :meth:`graph`."""
+        if layers:
+            return self.manifest.replace(precision=self.precision, quantized_for="tensorrt")
+        return self.manifest.replace(precision="fp16" if half else "fp32")
+
+    def digest(self) -> str:
+        """Checksum of graph, weights, placement, ranges and precision."""
+        found = hashlib.sha256(self.model.SerializeToString(deterministic=True))
+        ranges = sorted((name, list(pair)) for name, pair in self.ranges.items())
+        found.update(json.dumps([self.precision, asdict(self.plan), ranges]).encode())
+        return found.hexdigest()
+
+
+class CandidateCache:
+    """Accuracy by choice of layers; each choice is measured once.
+
+    ``journal``: a JSON file that holds the answers between runs; one of another network, of other
+    data or versions is started anew, and one that cannot be written gives a warning. None keeps them in memory.
+    """
+
+    def __init__(
+        self, config: QuantizationConfig, evaluator: AccuracyEvaluator, *, journal: Path | None = None
+    ) -> None:
+        self.config, self.evaluator = config, evaluator
+        self._journal = journal
+        self._identity = "" if journal is None else _identity(config, evaluator)
+        self._answers = _read(journal, self._identity)
+
+    def measure(self, layers: Collection[str], *, half: bool = False) -> Accuracy:
+        """Accuracy with ``layers`` quantised and the rest FP32, or FP16 where ``half``."""
+        order = [name for name in self.config.layers if name in set(layers)]
+        key = hashlib.sha256(json.dumps([order, half]).encode()).hexdigest()
+        if key not in self._answers:
+            graph = self.config.graph(layers, half=half)
+            found = self.evaluator.score_graph(graph, self.config.described(layers, half=half))
+            self._answers[key] = asdict(found)
+            self._write()
+        return Accuracy(**self._answers[key])
+
+    def _write(self) -> None:
+        if self._journal is None:
+            return
+        content = {"identity": self._identity, "answers": self._answers}
+        try:
+            write_text(self._journal, json.dumps(content, indent=1) + "\n")
+        except (OSError, UserError) as exc:
+            logger.warning("what was measured is not kept for the next run: %s", exc)
+            self._journal = None
+
+
+def _identity(config: QuantizationConfig, evaluator: AccuracyEvaluator) -> str:
+    """Of all that an answer follows from, the passes that make and round the graphs included."""
+    from hpddrnet_trt.graph.rounding import simulate_rounding
+
+    onnxruntime = load_onnxruntime("search for the fastest precision")
+
+    run = simulate_rounding(config.graph(config.layers, half=True)).SerializeToString(deterministic=True)
+    graph = hashlib.sha256(run).hexdigest()
+    return f"{config.digest()} {graph} {evaluator.digest} onnxruntime {onnxruntime.__version__}"
+
+
+def _read(journal: Path | None, identity: str) -> dict[str, dict[str, Any]]:
+    if journal is None:
+        return {}
+    try:
+        content = json.loads(journal.read_text(encoding="utf-8"))
+        if content["identity"] != identity:
+            return {}
+        answers: dict[str, dict[str, Any]] = content["answers"]
+        for entry in answers.values():
+            Accuracy(**entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # not there, cut off or foreign: measure again
+    return answers
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Study:
+    """An open evaluator, the configuration whose candidates it scores, and what the calibration saw."""
+
+    evaluator: AccuracyEvaluator
+    cache: CandidateCache
+    method: Method
+    calibration: CalibrationRecord
+    statistics: tuple[Statistics, ...]  # by micrograph, in the order that covers the grey levels early
+    operations: dict[str, Work]  # of one frame
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the multiply-accumulates by node."""
+        total = sum(work.macs for work in self.operations.values())
+        return {name: work.macs / total for name, work in self.operations.items()}
+
+
+@contextmanager
+def open_study(
+    source: Path,
+    data: Path,
+    *,
+    split: str = "val",
+    calibration_images: Sequence[Path] | None = None,
+    method: Method = "max",
+    max_images: int = MAX_IMAGES,
+    size: tuple[int, int] | None = None,
+    frame: tuple[int, int] | None = None,
+    precision: LowPrecision = "int8",
+    reference: Path | None = None,
+    cache: Cache = "user",
+    resume: bool = True,
+) -> Iterator[Study]:
+    """Calibrate the FP32 export ``source`` and open an evaluator on ``split`` of the dataset ``data``.
+
+    ``calibration_images``: default is the dataset's training split. ``reference``: what candidates are
+    compared with, default as :func:`~hpddrnet_trt.accuracy.acceptance.reference_for`. ``size``: of the
+    calibration crops; ``frame``: the height and width that operations are counted for, default ``size``.
+    ``cache``: see :mod:`hpddrnet_trt.export.statistics_cache`; with ``resume`` what an earlier run has
+    measured is used. Raises :class:`UsageError` before anything is measured for a split, a frame or a
+    reference that does not do.
+    """
+    model, manifest = float_model(source)
+    name_nodes(model)
+    plan = fp8_plan(model) if precision == "fp8" else qdq.plan(model, "tensorrt")
+    contract = input_contract(manifest)
+    dataset = FolderDataset.open(data)
+    judged = [sample.image for sample in dataset.split(split)]
+    if calibration_images is None and "train" not in dataset.splits:
+        raise UsageError(f"dataset {data} has no training split to calibrate on; name micrographs with --calib")
+    compared_with = reference_for(reference, source, manifest)
+    images = find_images(data, "train") if calibration_images is None else list(calibration_images)
+    height, width = micrographs.crop_size(contract, size, images)
+    chosen = micrographs.choose_images(images, max_images)
+    warn_of_overlap(chosen, judged, f"{dataset.name}/{split}")
+    crops = micrographs.plan_crops(chosen, height, width)
+    shown = (height, width) if frame is None else _checked_frame(frame, contract)
+    operations = macs_and_bytes(model, (contract.batch.minimum, contract.channels, *shown))
+    measured = measure(model, manifest, plan.tensors, crops, (height, width), cache=cache)
+    statistics = tuple(found for _, found in measured)
+    ranges = ranges_of(reduce(merge, statistics), method, symmetric=True)
+    config = QuantizationConfig(model, manifest, plan, ranges, precision)
+    with (
+        load_segmenter(compared_with) as fp32,
+        AccuracyEvaluator(dataset, split, fp32) as evaluator,
+    ):
+        yield Study(
+            evaluator=evaluator,
+            cache=CandidateCache(config, evaluator, journal=_journal(config, evaluator, cache) if resume else None),
+            method=method,
+            calibration=calibration_record(chosen, crops, (height, width), method),
+            statistics=statistics,
+            operations=operations,
+        )
+
+
+def warn_of_overlap(calibrated: Sequence[Path], judged: Sequence[Path], where: str) -> None:
+    """Warn where micrographs that give the figures gave the ranges too."""
+    both = {path.resolve() for path in calibrated} & {path.resolve() for path in judged}
+    if both:
+        logger.warning(
+            "%d of the %d micrographs of %s that accuracy is measured on gave the ranges as well: it flatters",
+            len(both), len(judged), where,
+        )  # fmt: skip
+
+
+def _checked_frame(frame: tuple[int, int], contract: InputContract) -> tuple[int, int]:
+    for name, value, axis in zip(("height", "width"), frame, (contract.height, contract.width), strict=True):
+        if value < 1 or value % contract.multiple or not axis.admits(value):
+            raise UsageError(
+                f"times cannot be estimated for a frame of {frame[0]}x{frame[1]}: the model's {name} is a multiple of "
+                f"{contract.multiple} within {axis}"
+            )
+    return frame
+
+
+def _journal(config: QuantizationConfig, evaluator: AccuracyEvaluator, cache: Cache) -> Path | None:
+    if cache is None:
+        return None
+    folder = cache_folder() if cache == "user" else cache
+    return folder / "trials" / f"{config.digest()[:24]}.{evaluator.digest[:24]}.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One precision; ``layers``: convolutions in 8 bits."""
+
+    name: str
+    layers: int
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True)
+class PrecisionTable:
+    source: str  # dataset and split judged on
+    convolutions: int
+    rows: tuple[Row, ...]
+
+    def text(self) -> str:
+        """A table for people."""
+        first = self.rows[0].accuracy
+        width = max(len(row.name) for row in self.rows)
+        lines = [
+            f"{self.source}, {first.images} images, FP32 masked mIoU {100 * first.reference_masked_miou:.2f} %",
+            f"{'precision':<{width}}  {'8-bit convolutions':>18}  {'masked':>7}  {'change':>7}  {'labels equal':>12}  "
+            f"{'IoU to FP32':>11}",
+        ]
+        for row in self.rows:
+            found = row.accuracy
+            lines.append(
+                f"{row.name:<{width}}  {row.layers:>12} of {self.convolutions:<2}  {100 * found.masked_miou:>6.2f}%  "
+                f"{found.cells()}"
+            )
+        lines.append("rounding of FP16, BF16 and FP8 is simulated, sums are accumulated in FP32")
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return asdict(self)
+
+
+def precision_table(study: Study, *, progress: bool = True) -> PrecisionTable:
+    """Score every precision on the study's split, the quantised ones with FP16 around them."""
+    _, convolutions = count_convolutions(study.cache.config.model)
+    rows = tuple(tqdm(_rows(study), desc="precisions", total=3 + len(METHODS), unit="", disable=not progress))
+    return PrecisionTable(study.evaluator.source, convolutions, rows)
+
+
+def _rows(study: Study) -> Iterator[Row]:
+    config, evaluator = study.cache.config, study.evaluator
+    model, manifest = config.model, config.manifest
+    yield Row("FP16", 0, evaluator.score_graph(to_half(model), manifest.replace(precision="fp16")))
+    yield Row("BF16", 0, evaluator.score_graph(to_half(model, kind="bf16"), manifest.replace(precision="bf16")))
+    statistics = reduce(merge, study.statistics)
+    int8 = replace(config, plan=qdq.plan(model, "tensorrt"), precision="int8")
+    for method in METHODS:
+        cache = CandidateCache(replace(int8, ranges=ranges_of(statistics, method, symmetric=True)), evaluator)
+        yield Row(f"INT8 {method}", len(int8.layers), cache.measure(int8.layers, half=True))
+    ranges = ranges_of(statistics, "max", symmetric=True)
+    fp8 = replace(config, plan=fp8_plan(model), ranges=ranges, precision="fp8")
+    yield Row("FP8 max", len(fp8.layers), CandidateCache(fp8, evaluator).measure(fp8.layers, half=True))
