@@ -84,13 +84,16 @@ def plan_tta(mode: str, height: int, width: int, resize: tuple[int, int] | None 
     return [TtaTransform(*size, flip) for size in sizes for flip in flips]
 
 
-def padded_size(size: int, axis: AxisRange, multiple: int, name: str) -> int:
-    """The smallest admitted size that is a multiple of ``multiple`` and not below ``size``.
-
-    Raises :class:`ContractError` when the model admits none (the image is too large for it).
-    """
+def admitted_size(size: int, axis: AxisRange, multiple: int) -> int | None:
+    """The smallest admitted size that is a multiple of ``multiple`` and not below ``size``; None for none."""
     target = -(-max(size, axis.minimum) // multiple) * multiple
-    if not axis.admits(target):
+    return target if axis.admits(target) else None
+
+
+def padded_size(size: int, axis: AxisRange, multiple: int, name: str) -> int:
+    """The same; :class:`ContractError` when the model admits none (the image is too large for it)."""
+    target = admitted_size(size, axis, multiple)
+    if target is None:
         raise ContractError(
             f"an image {name} of {size} pixels does not fit this model, which takes {axis}; "
             "cut the image into tiles, reduce it with resize, or export the model with dynamic sizes"

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError, require
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Manifest
 from hpddrnet_trt.core.metrics import arg_max, softmax
-from hpddrnet_trt.data.preprocess import Mode, TtaTransform, network_input, plan_tta
+from hpddrnet_trt.data.preprocess import Mode, TtaTransform, admitted_size, network_input, plan_tta
 from hpddrnet_trt.engines.base import Engine, Prediction, input_contract
 from hpddrnet_trt.graph.check import load_checked, trust
 from hpddrnet_trt.graph.scores import with_scores
@@ -232,8 +232,8 @@ def _runs_whole(inference: Inference, height: int, width: int) -> bool:
         return True
     contract = inference.contract
     return all(
-        _fits(transform.height, contract.height, contract.multiple)
-        and _fits(transform.width, contract.width, contract.multiple)
+        admitted_size(transform.height, contract.height, contract.multiple)
+        and admitted_size(transform.width, contract.width, contract.multiple)
         and transform.height * transform.width <= WHOLE_PIXELS
         for transform in inference.transforms(height, width)
     )
@@ -251,13 +251,9 @@ def _edge(wanted: int, axis: AxisRange, multiple: int, mode: Mode) -> int:
     largest = max(wanted, axis.minimum)
     largest = largest if axis.maximum is None else min(largest, axis.maximum)
     for edge in range(largest - largest % multiple, 0, -multiple):
-        if all(_fits(transform.height, axis, multiple) for transform in plan_tta(mode, edge, edge)):
+        if all(admitted_size(transform.height, axis, multiple) for transform in plan_tta(mode, edge, edge)):
             return edge
     raise ContractError(f"mode {mode!r} needs several sizes of each tile, and this model takes {axis} only")
-
-
-def _fits(size: int, axis: AxisRange, multiple: int) -> bool:
-    return axis.admits(-(-max(size, axis.minimum) // multiple) * multiple)
 
 
 def segment_tiled(

@@ -397,8 +397,8 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "in.png"
 
 
-def _journal(tmp_path: Path, job: dict[str, object] = JOB) -> Journal:
-    return Journal(tmp_path / "j.jsonl", job)
+def _journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "j.jsonl", JOB)
 
 
 def _add(tmp_path: Path, source: Path) -> None:
@@ -409,27 +409,6 @@ def _add(tmp_path: Path, source: Path) -> None:
     _journal(tmp_path).add(task, {"outputs": outputs, "settings": {"regions": {"smallest": 1}}})
 
 
-def _made(tmp_path: Path, source: Path, name: str = "a", job: dict[str, object] = JOB) -> dict[str, tuple[str, Any]]:
-    return _journal(tmp_path, job).made(name, source, modified(source))
-
-
-def test_what_is_done_is_done_for_the_same_job(tmp_path: Path, source: Path) -> None:
-    _add(tmp_path, source)
-    assert _made(tmp_path, source) == {"png": ("a.png", None), "regions": ("a.csv", {"smallest": 1})}
-    assert _made(tmp_path, source, job={**JOB, "model": "other"}) == {}
-    assert _made(tmp_path, source, "b") == {}
-    assert _made(tmp_path, tmp_path / "other.png") == {}
-    (tmp_path / "a.csv").unlink()
-    assert _made(tmp_path, source) == {"png": ("a.png", None)}
-    source.write_text("changed")
-    assert _made(tmp_path, source) == {}
-    assert [entry["name"] for entry in _journal(tmp_path)] == ["a"]
-    assert _journal(tmp_path).name_of(source) == "a"
-    (tmp_path / "a.png").unlink()
-    assert (list(_journal(tmp_path)), _journal(tmp_path).source_of("a")) == ([], None)
-    assert _journal(tmp_path).name_of(source) is None
-
-
 def test_foreign_and_torn_lines_are_passed_over(tmp_path: Path, source: Path) -> None:
     (tmp_path / "j.jsonl").write_text('[]\n{"name": 5, "outputs": {}}\n{"labels": "a.png"}\n\xff\n{"name": "a", "out')
     _add(tmp_path, source)
@@ -437,6 +416,10 @@ def test_foreign_and_torn_lines_are_passed_over(tmp_path: Path, source: Path) ->
     assert len(lines) == 6
     assert json.loads(lines[-1])["job"] == {"model": "toy", "given_window": [0.0, 9.0]}
     assert [entry["name"] for entry in _journal(tmp_path)] == ["a"]
+    assert _journal(tmp_path).name_of(source) == "a"
+    for file in ("a.png", "a.csv"):
+        (tmp_path / file).unlink()
+    assert (list(_journal(tmp_path)), _journal(tmp_path).name_of(source)) == ([], None)
 
 
 def test_a_journal_that_cannot_be_written_is_an_error(tmp_path: Path, source: Path) -> None:
