@@ -143,7 +143,7 @@ def load_backbone_weights(network: HPDDRNet, path: str | Path) -> list[str]:
     Reads backbone-only files (``stem.0.conv.weight`` ...), such as mmsegmentation's ImageNet models,
     full foreign checkpoints, and ours; the classifiers are left alone. Pyramid pooling and attention
     may be absent as a whole, since ImageNet models have none; they keep their values. Unknown weights
-    are ignored. Both are told in the returned remarks. Raises :class:`BadInputFile`, listing them
+    are ignored. Both are in the returned remarks. Raises :class:`BadInputFile`, listing them
     all, when other weights are missing or any has another shape; ``network`` is then unchanged.
     """
     path = existing_file(path, "checkpoint")
@@ -156,10 +156,10 @@ def load_backbone_weights(network: HPDDRNet, path: str | Path) -> list[str]:
     if any(key.startswith("backbone.") for key in given):
         given = {key[len("backbone.") :]: value for key, value in given.items() if key.startswith("backbone.")}
     expected = network.backbone.state_dict()
-    kept = tuple(part for part in _SEGMENTATION_ONLY if _has(expected, part) and not _has(given, part))
-    if kept:
-        expected = {key: value for key, value in expected.items() if not key.startswith(kept)}
-        remarks.append(f"not in the file, trained from their initial values: {', '.join(part[:-1] for part in kept)}")
+    absent = tuple(part for part in _SEGMENTATION_ONLY if _has(expected, part) and not _has(given, part))
+    if absent:
+        expected = {key: value for key, value in expected.items() if not key.startswith(absent)}
+        remarks.append(f"not in the file, trained from their initial values: {', '.join(part[:-1] for part in absent)}")
     unknown = sorted(key for key in given if key not in expected)
     if unknown:
         remarks.append(f"ignored {len(unknown)} weights that the backbone does not have: {', '.join(unknown)}")

@@ -136,21 +136,21 @@ class ImageStore:
         self.dataset = dataset
         self.samples = samples
         self.budget = self.free = budget_bytes
-        self._kept: dict[int, Pair] = {}
+        self._cache: dict[int, Pair] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "free": self.budget, "_kept": {}}  # each worker process fills its own
+        return {**self.__dict__, "free": self.budget, "_cache": {}}  # each worker process fills its own
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Pair:
-        if index in self._kept:
-            return self._kept[index]
+        if index in self._cache:
+            return self._cache[index]
         pair = self.dataset.load(self.samples[index])
         size = pair[0].nbytes + pair[1].nbytes
         if size <= self.free:
-            self._kept[index] = pair
+            self._cache[index] = pair
             self.free -= size
         return pair
 
@@ -193,7 +193,7 @@ class ValidationImages(Dataset[tuple[Tensor, Tensor]]):
         if number >= len(self.images):
             mask = np.full_like(mask, IGNORE_INDEX)
         height, width = (size + -size % SIZE_MULTIPLE for size in image.shape)
-        image = np.array(pad(image, height, width))  # a copy: kept images are read-only, which PyTorch does not take
+        image = np.array(pad(image, height, width))  # a copy: images may be read-only, which PyTorch does not take
         mask = np.array(pad(mask, height, width, fill=IGNORE_INDEX))
         return torch.from_numpy(image)[None], torch.from_numpy(mask)
 
