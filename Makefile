@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CLI := $(BIN)/hpddrnet-trt
 # A machine with an NVIDIA GPU gets the full TensorRT too; TensorRT-RTX builds engines without one.
-EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,results,datasets,dm,fibsem,micromanager,napari,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
+EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,results,datasets,dm,fibsem,micromanager,napari,polygraphy,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
 comma := ,
 
 DATA ?=

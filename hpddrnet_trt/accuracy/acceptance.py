@@ -45,17 +45,17 @@ class Budget:
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
             raise UsageError(f"the smallest agreement is a fraction between 0 and 1, got {self.min_agreement}")
 
-    def kept_by(self, found: Accuracy) -> bool:
-        return not self.breaches(found)
+    def kept_by(self, accuracy: Accuracy) -> bool:
+        return not self.breaches(accuracy)
 
-    def breaches(self, found: Accuracy) -> list[str]:
+    def breaches(self, accuracy: Accuracy) -> list[str]:
         """What is over the limits, for people; empty where the budget holds. A NaN never holds."""
         wrong = []
-        if self.max_miou_drop is not None and not found.drop <= self.max_miou_drop:
-            wrong.append(f"masked mIoU falls by {found.drop:.2f} points, {self.max_miou_drop:g} are allowed")
-        if self.min_agreement is not None and not found.agreement >= self.min_agreement:
+        if self.max_miou_drop is not None and not accuracy.drop <= self.max_miou_drop:
+            wrong.append(f"masked mIoU falls by {accuracy.drop:.2f} points, {self.max_miou_drop:g} are allowed")
+        if self.min_agreement is not None and not accuracy.agreement >= self.min_agreement:
             wrong.append(
-                f"labels are equal on {100 * found.agreement:.2f} % of the pixels, "
+                f"labels are equal on {100 * accuracy.agreement:.2f} % of the pixels, "
                 f"{100 * self.min_agreement:g} % are needed"
             )
         return wrong
@@ -107,12 +107,12 @@ class AcceptanceCheck:
         reference = reference_for(self.reference, source, manifest)
         dataset = FolderDataset.open(self.data)
         with load_segmenter(reference) as fp32, AccuracyEvaluator(dataset, self.split, fp32) as evaluator:
-            found = _run(evaluator, candidate, manifest)
+            accuracy = _run(evaluator, candidate, manifest)
             source_text = f"{evaluator.source}, FP32: {reference.name} on {evaluator.reference_runtime}"
-        if breaches := self.budget.breaches(found):
-            raise UserError(_refusal(breaches, found, evaluator.source, manifest, target))
-        logger.info("%s keeps its budget (%s): %s", target, self.budget, found.text())
-        evidence = found.evidence(WHAT, source_text)
+        if breaches := self.budget.breaches(accuracy):
+            raise UserError(_refusal(breaches, accuracy, evaluator.source, manifest, target))
+        logger.info("%s keeps its budget (%s): %s", target, self.budget, accuracy.text())
+        evidence = accuracy.evidence(WHAT, source_text)
         limits = {
             "allowed_masked_miou_drop_percentage_points": self.budget.max_miou_drop,
             "required_agreement": self.budget.min_agreement,
@@ -178,8 +178,8 @@ def _is_reference(path: Path, checkpoint: str | None) -> bool:
     return manifest.precision == "fp32" and manifest.input is not None and manifest.checkpoint_sha256 == checkpoint
 
 
-def _refusal(breaches: list[str], found: Accuracy, source: str, manifest: Manifest, target: Path) -> str:
-    worst = min(found.class_ious, key=lambda name: found.class_ious[name])
+def _refusal(breaches: list[str], accuracy: Accuracy, source: str, manifest: Manifest, target: Path) -> str:
+    worst = min(accuracy.class_ious, key=lambda name: accuracy.class_ious[name])
     how = ""
     advice = "convert again with more layers in FP32, or use the FP32 file"
     if manifest.calibration is not None:
@@ -194,7 +194,7 @@ def _refusal(breaches: list[str], found: Accuracy, source: str, manifest: Manife
         advice = "allow more, choose on more micrographs or for a smaller loss than is allowed here, or use FP16"
     return (
         f"{str(manifest.precision).upper()} misses the budget on {source}: {'; '.join(breaches)} (masked mIoU "
-        f"{100 * found.masked_miou:.2f} % instead of {100 * found.reference_masked_miou:.2f} %; class {worst!r} "
-        f"changed most, IoU against FP32 {found.class_ious[worst]:.3f}; {found.runtime}).{how} "
+        f"{100 * accuracy.masked_miou:.2f} % instead of {100 * accuracy.reference_masked_miou:.2f} %; class {worst!r} "
+        f"changed most, IoU against FP32 {accuracy.class_ious[worst]:.3f}; {accuracy.runtime}).{how} "
         f"{target} was not written: {advice}"
     )

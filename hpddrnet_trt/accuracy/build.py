@@ -55,9 +55,9 @@ def build_verified(
         raise UsageError("--precision auto needs a budget: give --verify DATA with --max-miou-drop or --min-agreement")
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         chosen = Path(folder) / f"{source.stem}.onnx"
-        found = _choose(source, chosen, acceptance, calibration_images, split, device).manifest.precision
-        assert found is not None  # the choice has just described it
-        return build_engine(chosen, target, precision=found, accept=accept, **options)
+        fastest = _choose(source, chosen, acceptance, calibration_images, split, device).manifest.precision
+        assert fastest is not None  # the choice has just described it
+        return build_engine(chosen, target, precision=fastest, accept=accept, **options)
 
 
 def _choose(

@@ -91,10 +91,10 @@ class QuantizationConfig:
 
     def digest(self) -> str:
         """Checksum of graph, weights, placement, ranges and precision."""
-        found = hashlib.sha256(self.model.SerializeToString(deterministic=True))
+        digest = hashlib.sha256(self.model.SerializeToString(deterministic=True))
         ranges = sorted((name, list(pair)) for name, pair in self.ranges.items())
-        found.update(json.dumps([self.precision, asdict(self.plan), ranges]).encode())
-        return found.hexdigest()
+        digest.update(json.dumps([self.precision, asdict(self.plan), ranges]).encode())
+        return digest.hexdigest()
 
 
 class CandidateCache:
@@ -118,8 +118,8 @@ class CandidateCache:
         key = hashlib.sha256(json.dumps([order, half]).encode()).hexdigest()
         if key not in self._answers:
             graph = self.config.graph(layers, half=half)
-            found = self.evaluator.score_graph(graph, self.config.described(layers, half=half))
-            self._answers[key] = asdict(found)
+            accuracy = self.evaluator.score_graph(graph, self.config.described(layers, half=half))
+            self._answers[key] = asdict(accuracy)
             self._write()
         return Accuracy(**self._answers[key])
 
@@ -223,7 +223,7 @@ def open_study(
     shown = (height, width) if frame is None else _checked_frame(frame, contract)
     operations = macs_and_bytes(model, (contract.batch.minimum, contract.channels, *shown))
     measured = measure(model, manifest, plan.tensors, crops, (height, width), cache=cache)
-    statistics = tuple(found for _, found in measured)
+    statistics = tuple(of_image for _, of_image in measured)
     ranges = ranges_of(reduce(merge, statistics), method, symmetric=True)
     config = QuantizationConfig(model, manifest, plan, ranges, precision)
     with (
@@ -292,10 +292,10 @@ class PrecisionTable:
             f"{'IoU to FP32':>11}",
         ]
         for row in self.rows:
-            found = row.accuracy
+            accuracy = row.accuracy
             lines.append(
-                f"{row.name:<{width}}  {row.layers:>12} of {self.convolutions:<2}  {100 * found.masked_miou:>6.2f}%  "
-                f"{found.cells()}"
+                f"{row.name:<{width}}  {row.layers:>12} of {self.convolutions:<2}  "
+                f"{100 * accuracy.masked_miou:>6.2f}%  {accuracy.cells()}"
             )
         lines.append("rounding of FP16, BF16 and FP8 is simulated, sums are accumulated in FP32")
         return "\n".join(lines)

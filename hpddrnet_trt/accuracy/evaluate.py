@@ -44,7 +44,7 @@ class Origin:
     best_step: int | None  # of training, where the checkpoint says so
     data: str
     data_sha256: str  # of all images and masks, see FolderDataset.checksum
-    licence: str | None
+    license: str | None
     split: str
     mode: str
     runtime: str
@@ -67,7 +67,7 @@ def origin_of(segmenter: Segmenter, dataset: FolderDataset, split: str, model_fi
         best_step=None if step is None else int(step),
         data=dataset.name,
         data_sha256=dataset.checksum(),
-        licence=dataset.license,
+        license=dataset.license,
         split=split,
         mode=segmenter.mode,
         runtime=segmenter.engine.runtime,
@@ -175,7 +175,7 @@ def plain(value: Any) -> Any:
 def _image_record(image: ImageResult) -> dict[str, Any]:
     truth, predicted = fractions(image.counts)
     scores = image.scores
-    found: dict[str, Any] = plain(
+    record: dict[str, Any] = plain(
         {
             "name": image.name,
             "group": image.group,
@@ -190,7 +190,7 @@ def _image_record(image: ImageResult) -> dict[str, Any]:
             "predicted_fractions": predicted,
         }
     )
-    return found
+    return record
 
 
 def evaluate(

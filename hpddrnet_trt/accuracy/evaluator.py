@@ -165,8 +165,8 @@ class AccuracyEvaluator:
             run = manifest.replace(precision="int8" if manifest.quantized_for else "fp32") if rounded else manifest
             path = save_model(simulate_rounding(model) if rounded else _copy(model), Path(folder) / "it.onnx", run)
             with Segmenter(OnnxRuntimeEngine(path, threads=self._threads)) as candidate:
-                found = self.score(candidate, title)
-        return replace(found, runtime=f"{found.runtime}, {RUNTIME_REMARK}") if rounded else found
+                accuracy = self.score(candidate, title)
+        return replace(accuracy, runtime=f"{accuracy.runtime}, {RUNTIME_REMARK}") if rounded else accuracy
 
     def close(self) -> None:
         self._folder.cleanup()

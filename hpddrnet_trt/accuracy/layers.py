@@ -182,7 +182,7 @@ def _errors(
     comparator = require("polygraphy.comparator", "polygraphy", purpose)
     logger = require("polygraphy.logger", "polygraphy", purpose).G_LOGGER
     failures = (*onnxruntime_errors(), require("polygraphy.exception", "polygraphy", purpose).PolygraphyException)
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
 
     def measure(first: Any, second: Any) -> dict[str, bool]:
         """Signal-to-noise ratios of one input, by Polygraphy's own function, as errors; NaN counts as infinite."""
@@ -192,7 +192,7 @@ def _errors(
                 continue
             snr = float(getattr(result, "snr", np.nan))  # a plain False where shapes differ
             error = 0.0 if snr == math.inf else 10 ** (-snr / 20) if not math.isnan(snr) else math.inf
-            found[name] = max(found.get(name, 0.0), error)
+            errors[name] = max(errors.get(name, 0.0), error)
         return dict.fromkeys(compared, True)
 
     with logger.verbosity(logger.CRITICAL):
@@ -205,7 +205,7 @@ def _errors(
             comparator.Comparator.compare_accuracy(run, compare_func=measure)
         except failures as exc:
             raise UserError(f"the layers could not be compared ({one_line(exc, 'last')}); compare labels") from exc
-    return found
+    return errors
 
 
 def _onnxruntime(model: onnx.ModelProto, names: list[str], name: str) -> Any:

@@ -180,7 +180,7 @@ def tested(value: float) -> str:
 
 def _sweep_record(sweep: Sweep) -> dict[str, Any]:
     points = [{**asdict(point), "miou": point.miou} for point in sweep.points]
-    found: dict[str, Any] = plain(
+    record: dict[str, Any] = plain(
         {
             "shift": sweep.shift.name,
             "axis": sweep.shift.axis,
@@ -189,4 +189,4 @@ def _sweep_record(sweep: Sweep) -> dict[str, Any]:
             "points": points,
         }
     )
-    return found
+    return record

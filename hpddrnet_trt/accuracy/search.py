@@ -84,11 +84,11 @@ class Sensitivity:
         return asdict(self)
 
 
-def _row(name: str, width: int, found: Accuracy, operations: float) -> str:
-    return f"{name:<{width}}  {operations:>6.1%}  {found.cells()}"
+def _row(name: str, width: int, accuracy: Accuracy, operations: float) -> str:
+    return f"{name:<{width}}  {operations:>6.1%}  {accuracy.cells()}"
 
 
-def analyse(
+def analyze(
     cache: CandidateCache, *, by: By = "layer", operations: Mapping[str, float] | None = None, progress: bool = True
 ) -> Sensitivity:
     """Measure every layer, or every block, quantised alone.
@@ -98,15 +98,15 @@ def analyse(
     """
     parts = parts_of(cache.config.layers, by)
     shares = operations or {}
-    found = []
+    measured = []
     for name, layers in tqdm(parts.items(), desc=f"sensitivity by {by}", unit=by, disable=not progress):
         share = sum(shares.get(layer, 0.0) for layer in layers)
-        found.append(Part(name, layers, cache.measure(layers), share))
+        measured.append(Part(name, layers, cache.measure(layers), share))
     return Sensitivity(
         precision=cache.config.precision,
         by=by,
         source=cache.evaluator.source,
-        parts=tuple(sorted(found, key=lambda part: -part.harm)),
+        parts=tuple(sorted(measured, key=lambda part: -part.harm)),
         together=cache.measure(cache.config.layers),
     )
 
@@ -156,11 +156,11 @@ class Frontier:
             f"{'float layers':>12}  {'time':>9}  {'masked':>7}  {'labels equal':>12}  budget",
         ]
         for point in self.points:
-            found = point.accuracy
+            accuracy = point.accuracy
             mark = "  <- chosen" if point is self.chosen else ""
             lines.append(
-                f"{len(point.floating):>12}  {point.milliseconds:>6.3f} ms  {-found.drop:>+7.2f}  "
-                f"{100 * found.agreement:>11.3f}%  {'kept' if self.budget.kept_by(found) else 'missed'}{mark}"
+                f"{len(point.floating):>12}  {point.milliseconds:>6.3f} ms  {-accuracy.drop:>+7.2f}  "
+                f"{100 * accuracy.agreement:>11.3f}%  {'kept' if self.budget.kept_by(accuracy) else 'missed'}{mark}"
             )
         if self.chosen is not None and self.chosen.floating:
             lines.append(f"in FP16: {', '.join(short(name) for name in self.chosen.floating)}")
@@ -298,7 +298,7 @@ def choose_precision(
     floating: tuple[str, ...] = ()
     accuracy = everything
     if always_search or not budget.kept_by(everything):
-        ranking = analyse(cache, by="layer", progress=progress)
+        ranking = analyze(cache, by="layer", progress=progress)
         frontier = search(cache, ranking, budget, cost, progress=progress)
         if frontier.chosen is None:
             raise UserError(_none_holds(frontier, target))
@@ -350,8 +350,8 @@ def _mixed(frontier: Frontier, floating: tuple[str, ...]) -> MixedPrecisionRecor
 
 def _none_holds(frontier: Frontier, target: str | Path) -> str:
     def badness(point: Point) -> tuple[int, float]:
-        found, limited = point.accuracy, frontier.budget.max_miou_drop is not None
-        return len(frontier.budget.breaches(found)), found.drop if limited else -found.agreement
+        accuracy, limited = point.accuracy, frontier.budget.max_miou_drop is not None
+        return len(frontier.budget.breaches(accuracy)), accuracy.drop if limited else -accuracy.agreement
 
     best = min(frontier.points, key=badness)
     return (

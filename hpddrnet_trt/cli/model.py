@@ -271,13 +271,13 @@ def _study(
     model: Path, options: StudyOptions, by: Literal["layer", "block"], plot: Path | None, json_file: Path | None
 ) -> None:
     from hpddrnet_trt.accuracy.candidates import precision_table
-    from hpddrnet_trt.accuracy.search import analyse
+    from hpddrnet_trt.accuracy.search import analyze
     from hpddrnet_trt.report.precision import draw_sensitivity
 
     with options.open(model, None) as opened:
         table = precision_table(opened)
         typer.echo(table.text())
-        sensitivities = analyse(opened.cache, by=by, operations=opened.shares)
+        sensitivities = analyze(opened.cache, by=by, operations=opened.shares)
     typer.echo(f"\n{sensitivities.text()}")
     if plot is not None:
         typer.echo(f"written: {draw_sensitivity(sensitivities, plot)}")
@@ -394,7 +394,7 @@ def build(
     opened = gate.gate()
     target = output or model.with_name(f"{_plain_stem(model)}.{precision}.engine")
     manifest = build_verified(
-        locate(model, ".onnx"), target, precision=precision, gate=opened, calibration_images=calibration_data,
+        locate(model, ".onnx"), target, precision=precision, acceptance=opened, calibration_images=calibration_data,
         **asdict(builder),
     )  # fmt: skip
     if manifest.engine is not None:

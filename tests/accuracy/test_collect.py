@@ -119,7 +119,7 @@ def test_the_origin_names_model_and_data(segmenter: Segmenter, dataset: FolderDa
     assert origin.file == str(file)
     assert origin.sha256 == hashlib.sha256(b"weights").hexdigest()
     assert origin.data_sha256 == dataset.checksum()
-    assert (origin.data, origin.licence, origin.runtime) == ("small", "MIT", "numpy")
+    assert (origin.data, origin.license, origin.runtime) == ("small", "MIT", "numpy")
     assert origin.versions["numpy"] == np.__version__
 
 

@@ -18,8 +18,6 @@ from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 
-pytest.importorskip("polygraphy")
-
 
 def quantized(fp32: Path, target: Path, wrong: str | None = None) -> Path:
     """The file in INT8 with FP16 around it; the tensor ``wrong`` is clipped to a hundredth of its range."""

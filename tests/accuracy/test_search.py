@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpddrnet_trt.accuracy.acceptance import Budget
-from hpddrnet_trt.accuracy.search import Frontier, analyse, search
+from hpddrnet_trt.accuracy.search import Frontier, analyze, search
 from hpddrnet_trt.report.precision import draw_frontier, draw_sensitivity
 from tests.accuracy.fakes import FakeCache, FakeCost
 
@@ -26,7 +26,7 @@ layers = st.dictionaries(
 def find(found: Layers, budget: Budget, rounding: float = 0.0) -> tuple[Frontier, FakeCache]:
     cache = FakeCache({name: harm for name, (harm, _) in found.items()}, rounding)
     cost = FakeCost({name: slower for name, (_, slower) in found.items()})
-    ranking = analyse(cache, progress=False)  # type: ignore[arg-type]
+    ranking = analyze(cache, progress=False)  # type: ignore[arg-type]
     return search(cache, ranking, budget, cost, progress=False), cache  # type: ignore[arg-type]
 
 
@@ -97,7 +97,7 @@ def test_texts_and_records(example: tuple[Frontier, FakeCache]) -> None:
     assert frontier.chosen is not None
     assert f"in FP16: {', '.join(f'stem.{n.split(chr(46))[2]}.conv1' for n in frontier.chosen.floating)}" in text
     assert json.loads(json.dumps(frontier.record()))["layers"] == 12
-    ranking = analyse(cache, progress=False)  # type: ignore[arg-type]
+    ranking = analyze(cache, progress=False)  # type: ignore[arg-type]
     rows = ranking.text(most=3).splitlines()
     assert [row.split()[1] for row in rows[2:5]] == ["stem.11.conv1", "stem.10.conv1", "stem.9.conv1"]
     assert "and 9 less sensitive ones" in rows[5]
@@ -106,7 +106,7 @@ def test_texts_and_records(example: tuple[Frontier, FakeCache]) -> None:
 
 def test_pictures(example: tuple[Frontier, FakeCache], tmp_path: Path) -> None:
     frontier, cache = example
-    ranking = analyse(cache, operations=dict.fromkeys(cache.harms, 1 / 12), progress=False)  # type: ignore[arg-type]
+    ranking = analyze(cache, operations=dict.fromkeys(cache.harms, 1 / 12), progress=False)  # type: ignore[arg-type]
     for path in (draw_frontier(frontier, tmp_path / "f.png"), draw_sensitivity(ranking, tmp_path / "s.png")):
         with Image.open(path) as picture:
             assert picture.width > 800
@@ -116,6 +116,6 @@ def test_pictures(example: tuple[Frontier, FakeCache], tmp_path: Path) -> None:
 def test_blocks_are_ranked_as_one() -> None:
     harms = {f"backbone.stem.2.{block}.conv{conv}.conv/Conv": 0.001 * block for block in (0, 1) for conv in (1, 2)}
     cache = FakeCache(harms)
-    ranking = analyse(cache, by="block", progress=False)  # type: ignore[arg-type]
+    ranking = analyze(cache, by="block", progress=False)  # type: ignore[arg-type]
     assert [part.name for part in ranking.parts] == ["backbone.stem.2.1", "backbone.stem.2.0"]
     assert len(cache.measured) == 2 + 1

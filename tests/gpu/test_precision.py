@@ -36,7 +36,7 @@ def engine(int8: Path, flavour: str, sem_data: Path) -> Path:
     target = int8.with_name(f"{flavour}.engine")
     manifest = build_verified(
         int8, target, precision="int8", flavour=flavour, shapes=SHAPES, progress=False,
-        gate=AcceptanceCheck(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=locate(MODEL, ".onnx")),
+        acceptance=AcceptanceCheck(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=locate(MODEL, ".onnx")),
     )  # fmt: skip
     evidence = manifest.validation[-1]
     assert evidence.what == WHAT
