@@ -98,10 +98,10 @@ def _describe(runtime: Any, index: int) -> Gpu:
 
 def find_gpu(index: int = 0) -> Gpu:
     """The GPU with this CUDA index, or :class:`NoGpu`."""
-    found = gpus()
-    if not 0 <= index < len(found):
-        raise NoGpu(f"GPU {index} does not exist, this machine has {len(found)}; choose 0 to {len(found) - 1}")
-    return found[index]
+    present = gpus()
+    if not 0 <= index < len(present):
+        raise NoGpu(f"GPU {index} does not exist, this machine has {len(present)}; choose 0 to {len(present) - 1}")
+    return present[index]
 
 
 def gpu_or_none(index: int = 0) -> Gpu | None:

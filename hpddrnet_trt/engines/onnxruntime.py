@@ -309,8 +309,8 @@ class _Bound:
         session.run_with_iobinding(finding, first)
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(name, value)
-        for output, found in zip(outputs, finding.get_outputs(), strict=True):
-            self._binding.bind_ortvalue_output(output, found)
+        for output, value_of_output in zip(outputs, finding.get_outputs(), strict=True):
+            self._binding.bind_ortvalue_output(output, value_of_output)
 
     def load(self, images: npt.NDArray[Any]) -> None:
         """Another batch of the same shape."""

@@ -205,10 +205,10 @@ class OpenVINOEngine(EngineBase):
                 )
         del counted[0]  # prepares weights
         names = _names_in_file(compiled)
-        found: dict[str, float] = defaultdict(float)
+        times: dict[str, float] = defaultdict(float)
         for name in dict.fromkeys(name for run in counted for name in run):
-            found[names.get(name) or name] += median(run.get(name, 0.0) for run in counted)
-        return dict(found)
+            times[names.get(name) or name] += median(run.get(name, 0.0) for run in counted)
+        return dict(times)
 
     def close(self) -> None:
         """Free the graphs, once the inferences that other threads are in have ended."""
@@ -252,13 +252,13 @@ class OpenVINOEngine(EngineBase):
     def _graph(self, shape: tuple[int, ...], hint: Hint) -> _Graph:
         """The graph compiled for ``shape``, now if need be."""
         key = (shape, hint)
-        found = self._known(key)
-        if found is not None:
-            return found
+        graph = self._known(key)
+        if graph is not None:
+            return graph
         with self._compiling:
-            found = self._known(key)  # another thread may have been faster
-            if found is not None:
-                return found
+            graph = self._known(key)  # another thread may have been faster
+            if graph is not None:
+                return graph
             made = _Graph(self._compile(shape, hint), hint)
             with self._lock:
                 self._live()

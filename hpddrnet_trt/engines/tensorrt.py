@@ -342,13 +342,13 @@ class TensorRTEngine(EngineBase):
             try:
                 profiler = layer_profiler(self._api.module)
                 execution.context.profiler = profiler
-                found = []
+                times = []
                 for _ in range(runs):
                     profiler.layers.clear()
                     execution.enqueue()
                     self._slot.finish()
-                    found.append(list(profiler.layers))
-                return found
+                    times.append(list(profiler.layers))
+                return times
             finally:
                 self._slot.release(execution)
 

@@ -328,11 +328,11 @@ class InferenceStream:
             np.copyto(labels, results["labels"])
             results["labels"] = labels
         results = {name: result if result is labels else result.copy() for name, result in results.items()}
-        found = checked_prediction(results, self._network.manifest, self._shape)
-        if labels is None or found.labels is labels:
-            return found
-        np.copyto(labels, found.labels)
-        return Prediction(labels, found.confidence, found.logits)
+        prediction = checked_prediction(results, self._network.manifest, self._shape)
+        if labels is None or prediction.labels is labels:
+            return prediction
+        np.copyto(labels, prediction.labels)
+        return Prediction(labels, prediction.confidence, prediction.logits)
 
     def finish(self) -> None:
         """Wait for all work of this slot."""

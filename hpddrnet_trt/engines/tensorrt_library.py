@@ -164,9 +164,9 @@ def _collector(module_name: str) -> Any:
                     self._errors.append(message)
                 logger.debug("%s: %s", module_name, message)
             elif level is not None:
-                found = _ACTIVATIONS.search(message)
-                if found is not None:
-                    self.activation_bytes = int(found[1])
+                stated = _ACTIVATIONS.search(message)
+                if stated is not None:
+                    self.activation_bytes = int(stated[1])
                 logger.log(level, "%s: %s", module_name, message.strip())
 
         def clear(self) -> None:

@@ -9,34 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpddrnet_trt.core.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, NoGpu, UsageError
 from hpddrnet_trt.core.manifest import read_manifest
-from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from tests.toy import grey_image, manifest, toy_logits, write_toy_onnx
+from tests.toy import grey_image, manifest, write_toy_onnx
 
 
 def _batch(*seeds: int, size: int = 24) -> np.ndarray:
     return np.stack([grey_image(size, size, seed) for seed in seeds])[:, None]
 
 
-def test_labels_follow_the_graph(tmp_path: Path) -> None:
-    images = _batch(1, 2)
-    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), threads=1) as engine:
-        assert isinstance(engine, Engine)
-        found = engine.infer(images)
-        assert "CPU, 1 thread" in engine.runtime
-    assert found.labels.dtype == np.uint8
-    assert found.logits is None
-    assert found.confidence is None
-    expected = np.stack([toy_logits(image[0]).argmax(0) for image in images])
-    assert (found.labels == expected)[:, 1:-1, 1:-1].mean() > 0.98  # the ONNX mean does not round
-    assert set(np.unique(found.labels)) == {0, 1, 2}
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_logits_confidence_and_their_labels(tmp_path: Path, half: bool) -> None:
-    path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True), half=half)
+def test_half_files_give_single_precision(tmp_path: Path) -> None:
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True), half=True)
     with OnnxRuntimeEngine(path) as engine:
         found = engine.infer(_batch(3))
     assert found.logits is not None
@@ -56,30 +40,6 @@ def test_symmetric_int8_graph_stays_close(tmp_path: Path) -> None:
     with OnnxRuntimeEngine(exact) as first, OnnxRuntimeEngine(quantised) as second:
         difference = np.abs(first.infer(images).logits - second.infer(images).logits).max()
     assert 0 < difference <= 0.05 * 255 / 127 / 2 + 1e-3  # half a step of the grey scale, times the slope
-
-
-def test_arrays_of_any_layout(tmp_path: Path) -> None:
-    images = _batch(5, 6)
-    scrambled = np.asfortranarray(images)[:, :, ::-1][:, :, ::-1]
-    scrambled.flags.writeable = False
-    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest())) as engine:
-        assert np.array_equal(engine.infer(scrambled).labels, engine.infer(images).labels)
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "words"),
-    [
-        ((24, 24), np.uint8, "expected an array"),
-        ((1, 1, 24, 24), np.float32, "dtype uint8"),
-        ((1, 3, 24, 24), np.uint8, "channel"),
-        ((1, 1, 20, 24), np.uint8, "multiples of 8"),
-        ((0, 1, 24, 24), np.uint8, "batch 0"),
-    ],
-)
-def test_contract(tmp_path: Path, shape: tuple[int, ...], dtype: type, words: str) -> None:
-    engine = OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()))
-    with pytest.raises(ContractError, match=words):
-        engine.infer(np.zeros(shape, dtype))
 
 
 def test_fixed_size(tmp_path: Path) -> None:
@@ -128,18 +88,13 @@ def test_description_that_promises_more_than_the_graph(tmp_path: Path) -> None:
         OnnxRuntimeEngine(path)
 
 
-def test_options_and_close(tmp_path: Path) -> None:
+def test_devices(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
-    with pytest.raises(UsageError, match="threads must be at least 1"):
-        OnnxRuntimeEngine(path, threads=0)
     for device in ("tpu", "cuda:", "cuda:x", "cpu:1"):
         with pytest.raises(UsageError, match=f"unknown device '{device}'.*cuda:1"):
             OnnxRuntimeEngine(path, device=device)
-    engine = OnnxRuntimeEngine(path, device="auto")
-    engine.close()
-    engine.close()
-    with pytest.raises(UserError, match="closed"):
-        engine.infer(np.zeros((1, 1, 8, 8), np.uint8))
+    with OnnxRuntimeEngine(path, device="auto", threads=1) as engine:
+        assert "1 thread" in engine.runtime
 
 
 def test_cuda_is_refused_where_missing(tmp_path: Path) -> None:
@@ -149,14 +104,6 @@ def test_cuda_is_refused_where_missing(tmp_path: Path) -> None:
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(NoGpu, match="no CUDA support"):
         OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), device="cuda")
-
-
-def test_many_batches_keep_their_order(tmp_path: Path) -> None:
-    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), threads=1) as engine:
-        batches = [_batch(seed, size=24 + 8 * (seed % 2)) for seed in range(5)]
-        found = [prediction.labels for prediction in engine.infer_many(iter(batches))]
-        for labels, images in zip(found, batches, strict=True):
-            np.testing.assert_array_equal(labels, engine.infer(images).labels)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3])
