@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpddrnet_trt.accuracy.candidates import QuantizationConfig
 from hpddrnet_trt.data.simulate import simulate
+from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.model import load_model
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.inference import load_segmenter
 from tests.accuracy.small_dataset import dataset, segmenter
 from tests.graph.residual_onnx import residual_model
@@ -48,3 +52,12 @@ def data(tmp_path_factory: pytest.TempPathFactory, fp32: Path) -> Path:
     table = [{"index": i, "name": entry.name, "color": [50 * i, 0, 0]} for i, entry in enumerate(classes)]
     (root / "dataset.json").write_text(json.dumps({"name": "simulated", "classes": table}))
     return root
+
+
+@pytest.fixture(scope="session")
+def config(fp32: Path) -> QuantizationConfig:
+    """The network with every layer that can be quantised, all ranges alike."""
+    model, manifest = load_model(fp32)
+    name_nodes(model)
+    plan = qdq.plan(model, "tensorrt")
+    return QuantizationConfig(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))

@@ -1,4 +1,4 @@
-"""The gate: what keeps its budget is written with the evidence, what does not is refused in one sentence."""
+"""Budgets, and the check: what keeps its budget is written with the record of it, what does not is refused."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
+from tests.accuracy.fakes import accuracy
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
@@ -190,3 +191,33 @@ def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_pa
     with pytest.raises(UserError, match=r"1 of 5 layers are FP16.*choose on more micrographs") as refused:
         AcceptanceCheck(data, Budget(max_miou_drop=0.5)).verify(path, path, tmp_path / "m.engine")
     assert "choose-precision" not in str(refused.value)
+
+
+def test_a_budget_says_what_is_over_it() -> None:
+    budget = Budget(max_miou_drop=0.3, min_agreement=0.995)
+    assert budget.kept_by(accuracy(0.002))
+    over = budget.breaches(accuracy(0.01))
+    assert over == [
+        "masked mIoU falls by 1.00 points, 0.3 are allowed",
+        "labels are equal on 99.00 % of the pixels, 99.5 % are needed",
+    ]
+    assert str(budget) == "at most 0.3 points of masked mIoU lost and labels equal on at least 99.5 % of the pixels"
+
+
+def test_a_better_candidate_keeps_any_budget_and_nan_none() -> None:
+    assert Budget(max_miou_drop=0).kept_by(accuracy(-0.01))
+    assert not Budget(max_miou_drop=100).kept_by(accuracy(float("nan")))
+    assert not Budget(min_agreement=0).kept_by(accuracy(float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({}, "needs a limit"),
+        ({"max_miou_drop": -1.0}, "between 0 and 100, got -1"),
+        ({"min_agreement": 99.0}, "between 0 and 1, got 99"),
+    ],
+)
+def test_senseless_budgets(limits: dict[str, float], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Budget(**limits)

@@ -10,20 +10,9 @@ import pytest
 from hpddrnet_trt.accuracy.candidates import QuantizationConfig
 from hpddrnet_trt.accuracy.cost import DEVICES, Device, Estimate, Measured, by_convolution, cost_model
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
-from hpddrnet_trt.graph import qdq
-from hpddrnet_trt.graph.model import load_model
-from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.work import macs_and_bytes
 
 SHAPE = (1, 1, 2048, 2048)
-
-
-@pytest.fixture(scope="module")
-def config(fp32: Path) -> QuantizationConfig:
-    model, manifest = load_model(fp32)
-    name_nodes(model)
-    plan = qdq.plan(model, "tensorrt")
-    return QuantizationConfig(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
 
 
 def estimate(config: QuantizationConfig, device: Device) -> Estimate:

@@ -24,9 +24,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import CalibrationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model, save_model
-from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.rounding import simulate_rounding
 from hpddrnet_trt.inference import load_segmenter
@@ -42,14 +40,6 @@ def evaluator(fp32: Path, data: Path) -> Iterator[AccuracyEvaluator]:
         AccuracyEvaluator(FolderDataset.open(data), "val", reference, progress=False) as open_,
     ):
         yield open_
-
-
-@pytest.fixture
-def config(fp32: Path) -> QuantizationConfig:
-    model, manifest = load_model(fp32)
-    name_nodes(model)
-    plan = qdq.plan(model, "tensorrt")
-    return QuantizationConfig(model, manifest, plan, dict.fromkeys(plan.tensors, (-6.0, 6.0)))
 
 
 def test_the_reference_itself_loses_nothing(evaluator: AccuracyEvaluator, fp32: Path) -> None:
