@@ -12,7 +12,6 @@ import typer
 from hpddrnet_trt.cli.options import Data, Engine, Mode, ModelFile, Split
 from hpddrnet_trt.cli.program import app, command, new_app
 from hpddrnet_trt.core.errors import require
-from hpddrnet_trt.weights import locate
 
 if TYPE_CHECKING:
     from hpddrnet_trt.data.datasets import FolderDataset
@@ -61,13 +60,14 @@ def evaluate(
     from hpddrnet_trt.accuracy import assess, measure_robustness
     from hpddrnet_trt.core.files import write_text
     from hpddrnet_trt.data.datasets import FolderDataset
+    from hpddrnet_trt.engines import model_file
     from hpddrnet_trt.inference import load_segmenter
     from hpddrnet_trt.report.accuracy import check_target, write_report
     from hpddrnet_trt.report.learning_curves import curves_beside
 
     if report is not None:
         check_target(report)
-    file = locate(model, ".safetensors" if engine == "torch" else ".onnx")
+    file = model_file(model, engine)
     dataset = FolderDataset.open(data)
     with load_segmenter(file, engine=engine, mode=mode) as segmenter:
         assessment = assess(segmenter, dataset, split, model_file=file)

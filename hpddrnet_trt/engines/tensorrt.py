@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import threading
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -220,6 +221,9 @@ class TensorRTEngine(EngineBase):
         Raises :class:`ContractError` or :class:`UserError`. ``out`` and ``stream`` have been run on a
         simulated GPU only.
         """
+        if synchronise is not None:
+            warnings.warn("infer_device(synchronise=...) is called synchronize", DeprecationWarning, stacklevel=2)
+            synchronize = synchronise
         with self._lock, self._on_gpu:
             self._check_open()
             slot = self._slot
@@ -235,7 +239,7 @@ class TensorRTEngine(EngineBase):
             if theirs is not None:
                 slot.stream.precede(theirs)
                 return {name: replace(view, stream=theirs) for name, view in views.items()}
-            if synchronize if synchronise is None else synchronise:
+            if synchronize:
                 slot.finish()
                 return {name: replace(view, stream=None) for name, view in views.items()}
             return dict(views)

@@ -401,6 +401,14 @@ def test_streams_are_ordered(bench: Callable[..., Bench]) -> None:
     assert results["labels"].__cuda_array_interface__["stream"] == job.engine.stream
 
 
+def test_the_former_spelling_of_synchronize(bench: Callable[..., Bench]) -> None:
+    job = bench()
+    borrowed = job.cuda.array(_images(1, 1, 64, 64))
+    with pytest.warns(DeprecationWarning, match="is called synchronize"):
+        job.engine.infer_device(borrowed, synchronise=False)
+    assert job.cuda.queues[job.engine.stream]  # nobody has waited
+
+
 def test_arrays_of_another_gpu_are_refused(bench: Callable[..., Bench]) -> None:
     job = bench(device=1)
     borrowed = job.cuda.array(_images(1, 1, 64, 64))
