@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         sizes, batches = ["512x512", "2048x2048", "1024x1024"], ["1", "8"]
     command = [
         sys.executable, "-m", "hpddrnet_trt", "benchmark", *map(str, made.files), "--data", str(measured),
-        "--peers", "--output", str(arguments.output / "report"),
+        "--baselines", "--output", str(arguments.output / "report"),
     ]  # fmt: skip
     command += [part for size in sizes for part in ("--size", size)]
     command += [part for batch in batches for part in ("--batch", batch)]

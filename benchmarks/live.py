@@ -28,7 +28,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from statistics import median
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -59,7 +58,7 @@ OPENING_S = 300.0  # within which the model must be ready
 
 
 class Source(Protocol):
-    """Something that acquires. May also have ``thread_ms``, see :func:`thread_milliseconds`, of its last window."""
+    """Something that acquires."""
 
     name: str
 
@@ -94,7 +93,6 @@ class OpenFibsemSource:
         self._frames, self._first, self._copy = 0, threading.Event(), copy
         height, width = pictures[0].shape
         self.name = f"OpenFIBSEM DemoMicroscope, {width}x{height}, {len(pictures)} micrographs"
-        self.thread_ms: dict[str, float] | None = None
 
     def _count(self, image: Any) -> None:
         self._frames += 1
@@ -109,11 +107,9 @@ class OpenFibsemSource:
         try:
             if not self._first.wait(FIRST_FRAME_S):
                 raise UserError(f"{self.name} gave no frame within {FIRST_FRAME_S:.0f} s; see its log")
-            thread = self._microscope._acquisition_thread.native_id
-            began, before, at_start = time.monotonic(), self._frames, thread_milliseconds(thread)
+            began, before = time.monotonic(), self._frames
             time.sleep(seconds)
-            frames, lasted, at_end = self._frames - before, time.monotonic() - began, thread_milliseconds(thread)
-            self.thread_ms = _per_frame(at_start, at_end, lasted * 1000, frames)
+            frames, lasted = self._frames - before, time.monotonic() - began
         finally:
             self._microscope.stop_acquisition()
             if live is not None:
@@ -177,26 +173,6 @@ def _events() -> Iterator[Any]:
     return (event(index={"t": step}) for step in itertools.count())
 
 
-def thread_milliseconds(thread: int | None) -> tuple[float, float] | None:
-    """Time that a thread of this process has run and has waited for a core, by Linux; None elsewhere."""
-    try:
-        ran, waited, _ = Path(f"/proc/self/task/{thread}/schedstat").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return None
-    return int(ran) / 1e6, int(waited) / 1e6
-
-
-def _per_frame(
-    start: tuple[float, float] | None, end: tuple[float, float] | None, lasted_ms: float, frames: int
-) -> dict[str, float] | None:
-    """Where the acquiring thread's time went, per frame. ``blocked``: locks (the interpreter's too) and files."""
-    if start is None or end is None or not frames:
-        return None
-    ran, waited = end[0] - start[0], end[1] - start[1]
-    parts = {"running": ran, "waiting_for_a_core": waited, "blocked": max(0.0, lasted_ms - ran - waited)}
-    return {name: round(value / frames, 4) for name, value in parts.items()}
-
-
 class Display:
     """Polls a stream's newest result like a viewer and notes how old what it shows is, while in its block."""
 
@@ -231,12 +207,11 @@ class Display:
 
 
 class Window(BaseModel):
-    """One stretch of acquisition. ``thread_ms``: per frame, see :func:`_per_frame`."""
+    """One stretch of acquisition."""
 
     attached: bool
     seconds: float
     frames: int
-    thread_ms: dict[str, float] | None
 
     @property
     def rate(self) -> float:
@@ -263,7 +238,7 @@ class Shown(BaseModel):
 
 
 class LiveResult(BaseModel):
-    """What a run found."""
+    """What a run gave."""
 
     command: str
     source: str
@@ -276,7 +251,6 @@ class LiveResult(BaseModel):
     machine: Machine
     warnings: list[str]
     acquisition: RateRatio
-    thread_ms: dict[str, dict[str, float]]  # medians of windows, with and without
     display: Shown
     balanced: bool
     stream: dict[str, Any]  # the stream's own statistics at its end; percentiles are of its most recent frames
@@ -320,8 +294,7 @@ def measure(
                 settle(stream)  # or its last inference would run into the window without
             else:
                 frames, lasted = source.acquire(seconds, None)
-            parts = getattr(source, "thread_ms", None)
-            windows.append(Window(attached=attached, seconds=lasted, frames=frames, thread_ms=parts))
+            windows.append(Window(attached=attached, seconds=lasted, frames=frames))
     ages = [age for display in displays for age in display.ages_s]
     shown = sum(display.shown for display in displays)
     return windows, Shown(results=shown, age_ms=milliseconds(ages), runtime=displays[-1].runtime)
@@ -369,30 +342,21 @@ def run(options: argparse.Namespace) -> LiveResult:
         windows, display = measure(source, stream, pairs=pairs, seconds=options.window, warm_up_s=options.warm_up)
         _require_ready(stream)
         stream.close()
-        found, name = stream.statistics(), source.name
+        counts, name = stream.statistics(), source.name
     return LiveResult(
         command=command_line(), source=name, model=options.model, policy=options.policy, nice=options.nice,
         max_rate=options.max_rate, copied=options.copy, opencv_threads=cv2.getNumThreads(), machine=machine,
         warnings=[*machine.warnings, *busy_warnings(meter.others(), "during the run")],
-        acquisition=rate_ratio(windows), thread_ms=_medians(windows), display=display,
-        balanced=found.submitted == found.processed + found.dropped + found.failed + found.pending,
-        stream=found.as_dict(), windows=windows,
+        acquisition=rate_ratio(windows), display=display,
+        balanced=counts.submitted == counts.processed + counts.dropped + counts.failed + counts.pending,
+        stream=counts.as_dict(), windows=windows,
     )  # fmt: skip
 
 
 def _require_ready(stream: Stream) -> None:
-    found = stream.statistics()
-    if found.state is not State.READY:
-        raise UserError(f"the stream is {found.state.value}: {found.reason}")
-
-
-def _medians(windows: Sequence[Window]) -> dict[str, dict[str, float]]:
-    medians = {}
-    for name, attached in (("with", True), ("without", False)):
-        chosen = [window.thread_ms for window in windows if window.attached == attached and window.thread_ms]
-        if chosen:
-            medians[name] = {part: median(each[part] for each in chosen) for part in chosen[0]}
-    return medians
+    statistics = stream.statistics()
+    if statistics.state is not State.READY:
+        raise UserError(f"the stream is {statistics.state.value}: {statistics.reason}")
 
 
 def summary(result: LiveResult) -> str:
@@ -411,7 +375,6 @@ def summary(result: LiveResult) -> str:
         ),
         f"acquisition: {rates.with_stream:.1f} frames/s with, {rates.without_stream:.1f} without; "
         f"ratio {rates.ratio:.4f} [{low:.4f}, {high:.4f}], {'held' if rates.held else 'MISSED'} ({rates.allowed:.2f})",
-        *(f"acquiring thread {name}, ms per frame: {parts}" for name, parts in result.thread_ms.items()),
         *(f"warning: {warning}" for warning in result.warnings),
     ]
     return "\n".join(lines)

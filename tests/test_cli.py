@@ -139,8 +139,9 @@ BAD = [
     (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--measure", "layers", "--latency-only"], "--latency-only"),
-    (["benchmark", "bad.onnx", "--data", "outside/images/test", "--peers"], "--peers needs a checkpoint"),
-    (["benchmark", "{checkpoint}", "--data", "outside", "--compare", "none.json"], "none.json"),
+    (["benchmark", "bad.onnx", "--data", "outside/images/test", "--baselines"], "--baselines needs a checkpoint"),
+    (["benchmark", "bad.onnx", "--data", "outside/images/test", "--peers"], "--baselines needs a checkpoint"),
+    (["benchmark", "{checkpoint}", "--data", "outside", "--against", "none.json"], "none.json"),
     (["benchmark", "report", "none.json"], "none.json"),
     (["benchmark", "report", "bad.yaml"], "bad.yaml"),
     (["datasets", "check", "none"], "none"),
@@ -396,13 +397,13 @@ def test_reports_of_a_saved_result(run: Run, tmp_path: Path) -> None:
     (saved,) = (REPOSITORY / "benchmarks" / "results").glob("amd-epyc-*.json")
     code, out, err = run("benchmark", "report", saved, "--output", "again", "--publish", "published")
     assert code == 0, err
-    assert "frame to labels" in out
+    assert "end-to-end latency" in out
     assert out.splitlines()[-1] == f"report: {Path('again') / 'report.html'}"
     assert (tmp_path / "again" / "report.html").read_text().startswith("<!")
     assert load_result(tmp_path / "again" / "result.json") == load_result(saved)
     assert {path.suffix for path in (tmp_path / "published").iterdir()} == {".json", ".html"}
 
-    code, out, err = run("benchmark", "report", saved, "--output", "compared", "--compare", saved)
+    code, out, err = run("benchmark", "report", saved, "--output", "compared", "--against", saved)
     assert code == 0, err
     changes = out.partition("\nsince ")[2]
     assert "no difference" in changes

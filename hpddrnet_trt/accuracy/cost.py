@@ -54,6 +54,10 @@ class Device:
     gigabytes_per_second: float
     launch_us: float = 3.0  # of one kernel, order of magnitude
 
+    def seconds(self, macs: float, moved: float, precision: str) -> float:
+        """The roofline: what takes longer, computing so many multiply-accumulates or moving so many bytes."""
+        return max(2 * macs / (self.tera_operations[precision] * 1e12), moved / (self.gigabytes_per_second * 1e9))
+
 
 DEVICES: dict[str, Device] = {
     "l4": Device("NVIDIA L4", {"fp32": 30.3, "fp16": 121, "bf16": 121, "int8": 242.5, "fp8": 242.5}, 300),
@@ -118,9 +122,7 @@ class Estimate:
         return 0 if operation is None else operation.outputs
 
     def _milliseconds(self, macs: int, moved: float, kind: str) -> float:
-        compute = 2 * macs / (self.device.tera_operations[kind] * 1e12)
-        memory = moved / (self.device.gigabytes_per_second * 1e9)
-        return 1e3 * max(compute, memory) + 1e-3 * self.device.launch_us
+        return 1e3 * self.device.seconds(macs, moved, kind) + 1e-3 * self.device.launch_us
 
 
 def _follows_convolution(node: Any, made: Mapping[str, Any]) -> bool:

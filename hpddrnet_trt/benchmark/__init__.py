@@ -6,7 +6,7 @@ from hpddrnet_trt.benchmark.entries import Entry, entries_for
 from hpddrnet_trt.benchmark.images import Image, ImageSet, load_images, parse_size
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Settings, load_result, make_settings
 from hpddrnet_trt.benchmark.run import run_benchmark
-from hpddrnet_trt.benchmark.text import format_table
+from hpddrnet_trt.benchmark.table import format_table
 
 __all__ = [
     "BenchmarkResult",

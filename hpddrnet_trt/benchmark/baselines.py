@@ -1,6 +1,6 @@
 """What else people would run: PyTorch's own ways to be faster, and the authors' network exported as it is.
 
-Each peer is set up as its own users would have it, with nothing of this package's rewriting, so that a
+Each baseline is set up as its own users would have it, with nothing of this package's rewriting, so that a
 comparison with them says something. They run one size.
 """
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from hpddrnet_trt.models.network import HPDDRNet
 
-# FP16 autocast is no peer: the trained position attention overflows it and every logit becomes NaN.
+# FP16 autocast is no baseline: the trained position attention overflows it and every logit becomes NaN.
 AMP = {"autocast": "bf16", "channels_last": True, "cudnn_benchmark": True}
 COMPILED = {"compile": "max-autotune", "cudnn_benchmark": True}
 
 
-def peer_entries(checkpoint: Path, folder: Path, *, size: tuple[int, int], batch: int = 1) -> list[Entry]:
-    """Entries of the peers of ``checkpoint`` that are installed, for ``batch`` images of ``size`` (height, width).
+def baseline_entries(checkpoint: Path, folder: Path, *, size: tuple[int, int], batch: int = 1) -> list[Entry]:
+    """Entries of the baselines of ``checkpoint`` that are installed, for ``batch`` images of ``size`` (height, width).
 
     * PyTorch: autocast in BF16 with channels-last layout; ``torch.compile`` in its mode ``max-autotune``
       (CUDA graphs on a GPU), in FP32 and with that autocast;
@@ -59,7 +59,7 @@ def export_plain(checkpoint: Path, target: Path, *, size: tuple[int, int], batch
     float32 ``[N, 3, H, W]`` in and float32 logits ``[N, classes, H, W]`` out, as mmsegmentation's
     deployment has it. The file describes itself like every other; nodes are named after modules.
 
-    Raises what :func:`peer_entries` raises, and :class:`UserError` when PyTorch cannot export.
+    Raises what :func:`baseline_entries` raises, and :class:`UserError` when PyTorch cannot export.
     """
     from hpddrnet_trt.export.onnx import ExportOptions, name_after_modules, quiet
     from hpddrnet_trt.graph.model import save_model

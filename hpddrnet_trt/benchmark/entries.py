@@ -12,9 +12,11 @@ from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.engines import CHECKPOINTS, ENGINES, engine_status, engines_for
+from hpddrnet_trt.weights import locate
 
 logger = logging.getLogger(__name__)
 
+MODEL_SUFFIXES = (".safetensors", ".onnx", ".engine")
 _PLAIN_OPTIONS = {"output", "device", "threads"}  # of the torch engine: none changes how it computes
 
 
@@ -56,6 +58,25 @@ def entries_for(files: Sequence[str | Path]) -> list[Entry]:
                 label = f"{label} ({path.name})"
             entries.append(replace(entry, label=label))
     return entries
+
+
+def model_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Model files meant by ``paths``: files as given, those lying directly in given folders, and both of a
+    model that comes with the package.
+
+    Checkpoints come first, so that the reference is the first row, then by name. Raises
+    :class:`BadInputFile` for a folder without any.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files += dict.fromkeys(locate(path, suffix) for suffix in (".safetensors", ".onnx"))
+            continue
+        inside = [item for item in path.iterdir() if item.suffix in MODEL_SUFFIXES and not item.name.startswith(".")]
+        if not inside:
+            raise BadInputFile(f"{path} holds no model file ({', '.join(MODEL_SUFFIXES)}); train or export one first")
+        files += sorted(inside, key=lambda item: (MODEL_SUFFIXES.index(item.suffix), item.name))
+    return files
 
 
 def manifest_or_none(path: Path) -> Manifest | None:

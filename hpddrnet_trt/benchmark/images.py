@@ -1,21 +1,26 @@
-"""The images of a benchmark: whole ones for accuracy, frames of a given size for timing."""
+"""The images of a benchmark: whole ones for accuracy, frames of a given size for timing, parts for the gallery."""
 
 from __future__ import annotations
 
+import base64
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image as PillowImage
 
+from hpddrnet_trt.benchmark.result import Picture
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, ClassInfo
 from hpddrnet_trt.data.preprocess import pad
 
 Grey8 = npt.NDArray[np.uint8]
 MAX_FRAMES = 16  # distinct timed frames kept in memory
+GALLERY_EDGE = 512  # pixels of an image shown in the report
 
 
 @dataclass(frozen=True)
@@ -134,3 +139,25 @@ def timing_frames(images: Sequence[Image], height: int, width: int, batch: int) 
     done = {how: sum(entry[1] == how for entry in fitted) for how in sorted({entry[1] for entry in fitted})}
     text = "; ".join(f"{number} {how or 'used as they are'}" for how, number in done.items())
     return frames, f"frames of {height}x{width} for timing, from {len(fitted)} images: {text}"
+
+
+def picture(image: Image, labels: Mapping[str, Grey8]) -> Picture:
+    """The centre of an image, at most :data:`GALLERY_EDGE` pixels wide and high, with all labels."""
+    height, width = image.grey.shape
+    top, left = max(0, (height - GALLERY_EDGE) // 2), max(0, (width - GALLERY_EDGE) // 2)
+    part = (slice(top, top + GALLERY_EDGE), slice(left, left + GALLERY_EDGE))
+    shown = image.grey[part].shape
+    whole = shown == (height, width)
+    return Picture(
+        name=image.name,
+        part=f"whole image, {height}x{width}" if whole else f"centre {shown[0]}x{shown[1]} of {height}x{width}",
+        image=_png(image.grey[part]),
+        mask=None if image.mask is None else _png(image.mask[part]),
+        labels={label: _png(plane[part]) for label, plane in labels.items()},
+    )
+
+
+def _png(plane: Grey8) -> str:
+    stream = io.BytesIO()
+    PillowImage.fromarray(np.ascontiguousarray(plane)).save(stream, format="PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode("ascii")

@@ -1,7 +1,7 @@
-"""The three measures of every engine at one size and batch, each taken in interleaved rounds.
+"""What is measured of every engine at one size and batch; times are taken in interleaved rounds.
 
-Frame-to-labels latency is what a microscope waits for; the network alone is what others quote
-(trtexec's GPU time, say); throughput is what a folder of images gets. They are never mixed.
+End-to-end latency is what a microscope waits for; inference latency is what others quote (trtexec's
+GPU time, say); throughput is what a folder of images gets. They are never mixed.
 """
 
 from __future__ import annotations
@@ -9,27 +9,34 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy.typing as npt
 from tqdm import tqdm
 
-from hpddrnet_trt.benchmark.frame import frame_to_labels, frames_to_labels, network_only
+from hpddrnet_trt.accuracy.cost import DEVICES, Device
 from hpddrnet_trt.benchmark.images import Grey8
-from hpddrnet_trt.benchmark.result import MEASURES, Measure, Ratio, Settings, Timing, size_text
-from hpddrnet_trt.benchmark.telemetry import EnergyUse, Gpu, GpuWatch
-from hpddrnet_trt.benchmark.timing import (
-    FAILURES,
-    Frames,
-    Laps,
-    latency_of,
-    ratio_of_medians,
-    time_interleaved,
+from hpddrnet_trt.benchmark.machine import EnergyUse, GpuSensor, GpuWatch
+from hpddrnet_trt.benchmark.result import (
+    MEASURES,
+    LayerGroups,
+    Measure,
+    Ratio,
+    RooflineBound,
+    Settings,
+    Shape,
+    Timing,
 )
-from hpddrnet_trt.core.errors import describe
-from hpddrnet_trt.engines.base import Engine
+from hpddrnet_trt.benchmark.timing import FAILURES, Frames, Samples, latency_of, time_interleaved
+from hpddrnet_trt.core.errors import describe, require
+from hpddrnet_trt.core.precisions import PRECISIONS
+from hpddrnet_trt.data.preprocess import network_input
+from hpddrnet_trt.engines.base import Engine, input_contract
 
 _Made = TypeVar("_Made")
 
@@ -38,124 +45,172 @@ LEAST_BATCHES = 4  # of a round
 SLOW_S = 1.0  # per batch: engines slower than this get half as many
 MOST_BATCHES = 5000
 MOST_ROUNDS = 10  # of throughput: a sample is already the mean of many batches
+PROFILE_S = 5.0  # about how long layers are profiled, per entry, size and batch
+PROFILE_RUNS = (3, 20)  # fewest and most
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """One size and batch, with the frames ``[batch, height, width]`` that are timed."""
 
-    height: int
-    width: int
-    batch: int
+    shape: Shape
     frames: Sequence[Grey8]
 
-    @property
-    def size(self) -> str:
-        return size_text(self.height, self.width, self.batch)
+
+# -- what is timed ---------------------------------------------------------------------------------
+
+
+def prepared(engine: Engine, frames: Frames) -> npt.NDArray[Any]:
+    """Grey frames ``[N, H, W]`` as the batch that ``engine`` takes: padded and, for float models, normalised."""
+    return network_input(list(frames), input_contract(engine.manifest), engine.manifest.normalization)
+
+
+def end_to_end(engine: Engine) -> Callable[[Frames], Frames]:
+    """A function from host uint8 grey frames ``[N, H, W]`` to host uint8 labels ``[N, H, W]``.
+
+    Everything between is included: padding and, for three-channel float models, normalisation on
+    the host; copies to and from a device; inference; resizing and arg-max.
+    """
+
+    def run(frames: Frames) -> Frames:
+        height, width = frames.shape[1:]
+        return engine.infer(prepared(engine, frames)).labels[:, :height, :width]
+
+    return run
+
+
+def end_to_end_stream(engine: Engine) -> Callable[[Iterable[Frames]], Iterator[Frames]]:
+    """:func:`end_to_end` for a stream of batches, as many in flight as suits the engine; order is kept."""
+
+    def run(stream: Iterable[Frames]) -> Iterator[Frames]:
+        sizes: deque[tuple[int, int]] = deque()
+
+        def batches() -> Iterator[npt.NDArray[Any]]:
+            for frames in stream:
+                sizes.append((frames.shape[1], frames.shape[2]))
+                yield prepared(engine, frames)
+
+        for prediction in engine.infer_many(batches()):
+            height, width = sizes.popleft()
+            yield prediction.labels[:, :height, :width]
+
+    return run
+
+
+def inference_only(engine: Engine, frames: Frames) -> Callable[[object], None]:
+    """The network alone on ``frames``, which are placed where it computes once, here.
+
+    The result ignores its argument. Raises :class:`NotImplementedError` when the engine has no such measure.
+    """
+    bind = getattr(engine, "bind", None)
+    if bind is None:
+        raise NotImplementedError("this engine cannot run the network alone")
+    run: Callable[[], None] = bind(prepared(engine, frames))
+    return lambda _: run()
+
+
+# -- the three times -------------------------------------------------------------------------------
 
 
 @dataclass
 class Measured:
-    """What one measure found at one case: laps, and joules of one image where they were counted."""
+    """What one measure gave for one case: samples, and joules of one image where they were counted."""
 
     measure: Measure
-    case: Case
-    laps: Laps
+    case: BenchmarkCase
+    samples: Samples
     joules: dict[str, float] = field(default_factory=dict)
 
     @property
     def unsteady(self) -> list[str]:
         """Labels whose times still changed when warm-up had to end."""
-        return [label for label, found in self.laps.warmups.items() if found.steady is False]
+        return [label for label, warmup in self.samples.warmups.items() if warmup.steady is False]
 
     def timing(self, label: str, reference: str | None, seed: int) -> Timing:
         """Samples, quantiles and the ratio to the reference's own same measure."""
-        samples, case = self.laps.samples[label], self.case
-        latency, warmup = latency_of(samples), self.laps.warmups.get(label)
-        ratio = None
-        if reference in self.laps.samples:
-            found = ratio_of_medians(self.laps.samples[reference], samples, seed=seed)
-            ratio = Ratio(value=found.value, low=found.low, high=found.high)
+        seconds, shape = self.samples.seconds[label], self.case.shape
+        latency, warmup = latency_of(seconds), self.samples.warmups.get(label)
+        of_reference = None if reference is None else self.samples.seconds.get(reference)
         return Timing(
-            height=case.height, width=case.width, batch=case.batch,
-            samples_ms=[round(1000 * value, 4) for value in samples],
+            **shape._asdict(), samples_ms=[round(1000 * value, 4) for value in seconds],
             p50_ms=1000 * latency.p50, p95_ms=1000 * latency.p95, p99_ms=1000 * latency.p99,
-            max_ms=1000 * latency.maximum, images_per_s=case.batch / latency.p50, ratio=ratio,
+            max_ms=1000 * latency.maximum, images_per_s=shape.batch / latency.p50,
+            ratio=None if of_reference is None else Ratio.of(of_reference, seconds, paired=True, seed=seed),
             warmup=warmup.runs if warmup else None, steady=warmup.steady if warmup else None,
             joules_per_image=self.joules.get(label),
         )  # fmt: skip
 
 
-class Stopwatch:
+class Timer:
     """Takes the measures as ``settings`` say, watching the GPU during timed rounds."""
 
     def __init__(self, settings: Settings, watch: GpuWatch, quiet: bool = False) -> None:
         self._settings, self._watch, self._quiet = settings, watch, quiet
 
-    def latency(self, engines: Mapping[str, Engine], case: Case) -> Measured:
+    def end_to_end(self, engines: Mapping[str, Engine], case: BenchmarkCase) -> Measured:
         """From host frame to host labels, one batch at a time."""
-        runners = {label: frame_to_labels(engine) for label, engine in engines.items()}
-        return Measured("timings", case, self._rounds("timings", case, runners, case.frames))
+        runners = {label: end_to_end(engine) for label, engine in engines.items()}
+        return Measured("end_to_end", case, self._rounds("end_to_end", case, runners, case.frames))
 
-    def network(self, engines: Mapping[str, Engine], case: Case) -> Measured:
+    def inference(self, engines: Mapping[str, Engine], case: BenchmarkCase) -> Measured:
         """The network alone, on data that lie where it computes. Engines without it are failures."""
         runners: dict[str, Callable[[object], None]] = {}
         reasons: dict[str, str] = {}
         for label, engine in engines.items():
-            found = _or_reason(network_only, engine, case.frames[0])
-            if isinstance(found, str):
-                reasons[label] = found
+            made = _or_reason(inference_only, engine, case.frames[0])
+            if isinstance(made, str):
+                reasons[label] = made
             else:
-                runners[label] = found
-        laps = self._rounds("network", case, runners, [None])
-        laps.failures |= reasons
-        return Measured("network", case, laps)
+                runners[label] = made
+        samples = self._rounds("inference", case, runners, [None])
+        samples.failures |= reasons
+        return Measured("inference", case, samples)
 
     def throughput(
-        self, engines: Mapping[str, Engine], case: Case, counters: Mapping[str, Gpu | None]
+        self, engines: Mapping[str, Engine], case: BenchmarkCase, gpus: Mapping[str, GpuSensor | None]
     ) -> Measured:
         """From host frames to host labels with many batches in flight, a round of them per sample.
 
         Each engine's round lasts at least :data:`ROUND_S`; there are at most :data:`MOST_ROUNDS`.
-        ``counters``: by label the GPU that an engine computes on, where its energy can be read.
+        ``gpus``: by label the GPU that an engine computes on, where its energy can be read.
         """
         runners: dict[str, Callable[[object], object]] = {}
         counts: dict[str, int] = {}
         reasons: dict[str, str] = {}
         for label, engine in engines.items():
             many = _round_runner(engine, case.frames)
-            found = _or_reason(batches_per_round, many)
-            if isinstance(found, str):
-                reasons[label] = found
+            count = _or_reason(batches_per_round, many)
+            if isinstance(count, str):
+                reasons[label] = count
             else:
-                counts[label], runners[label] = found, _with_count(many, found)
-        use = {label: EnergyUse(counters.get(label)) for label in runners}
-        laps = self._rounds("throughput", case, runners, [None], around=use.__getitem__)
-        for label, samples in laps.samples.items():
-            laps.samples[label] = [value / counts[label] for value in samples]
-        laps.failures |= reasons
+                counts[label], runners[label] = count, _with_count(many, count)
+        use = {label: EnergyUse(gpus.get(label)) for label in runners}
+        samples = self._rounds("throughput", case, runners, [None], around=use.__getitem__)
+        for label, seconds in samples.seconds.items():
+            samples.seconds[label] = [value / counts[label] for value in seconds]
+        samples.failures |= reasons
         joules = {}
         for label, used in use.items():
-            if label in laps.samples and used.joules and not laps.interrupted:
-                joules[label] = used.joules / (laps.rounds * counts[label] * case.batch)
-        return Measured("throughput", case, laps, joules)
+            if label in samples.seconds and used.joules and not samples.interrupted:
+                joules[label] = used.joules / (samples.rounds * counts[label] * case.shape.batch)
+        return Measured("throughput", case, samples, joules)
 
     def _rounds(
-        self, measure: Measure, case: Case, runners: Mapping[str, Callable[[Any], object]], inputs: Sequence[Any],
-        around: Callable[[str], AbstractContextManager[object]] | None = None,
-    ) -> Laps:  # fmt: skip
+        self, measure: Measure, case: BenchmarkCase, runners: Mapping[str, Callable[[Any], object]],
+        inputs: Sequence[Any], around: Callable[[str], AbstractContextManager[object]] | None = None,
+    ) -> Samples:  # fmt: skip
         plan = self._settings
         settle = measure != "throughput"  # choosing the number of batches has warmed up already
         warmup, rounds = (plan.warmup, plan.rounds) if settle else (0, min(plan.rounds, MOST_ROUNDS))
-        title = f"{MEASURES[measure]} {case.size}"
+        title = f"{MEASURES[measure]} {case.shape}"
         with tqdm(total=(rounds + warmup) * len(runners), desc=title, unit="run", disable=self._quiet) as bar:
-            laps = time_interleaved(
+            samples = time_interleaved(
                 runners, inputs, rounds=rounds, warmup=warmup, settle=settle, seed=plan.seed,
                 pause_s=plan.pause_ms / 1000, on_step=bar.update, around=around, watch=self._watch,
             )  # fmt: skip
         if not settle:
-            laps.warmups.clear()
-        return laps
+            samples.warmups.clear()
+        return samples
 
 
 def runs_on_cpu(engine: Engine) -> bool:
@@ -182,7 +237,7 @@ def batches_per_round(run: Callable[[int], object], clock: Callable[[], float] =
 
 
 def _round_runner(engine: Engine, frames: Sequence[Frames]) -> Callable[[int], object]:
-    many = frames_to_labels(engine)
+    many = end_to_end_stream(engine)
 
     def run(count: int) -> None:
         for _ in many(itertools.islice(itertools.cycle(frames), count)):
@@ -203,3 +258,50 @@ def _or_reason(make: Callable[..., _Made], *given: Any) -> _Made | str:
         return str(exc) or "this engine does not offer it"
     except FAILURES as exc:
         return describe(exc)
+
+
+# -- where the time goes ---------------------------------------------------------------------------
+
+
+def layer_groups(engine: Engine, path: Path, case: BenchmarkCase, latency_s: float) -> LayerGroups | None:
+    """Time by part of the network, None for a runtime without a profiler.
+
+    ``latency_s``: about how long one inference takes. Raises what the engine raises.
+    """
+    from hpddrnet_trt.graph.layers import group_times, tensor_owners
+
+    runs = min(PROFILE_RUNS[1], max(PROFILE_RUNS[0], math.ceil(PROFILE_S / latency_s)))
+    times = engine.layer_times(prepared(engine, case.frames[0]), runs)
+    if not times:
+        return None
+    return LayerGroups(**case.shape._asdict(), groups=group_times(times, tensor_owners(path)))
+
+
+def known_device(gpu: str) -> Device | None:
+    """The data sheet of a GPU by the name that its driver gives, e.g. ``NVIDIA H200``; None where none is known."""
+    return next((device for device in DEVICES.values() if f"{gpu} ".startswith(f"{device.name} ")), None)
+
+
+def roofline_bounds(graph: Path, precision: str, shapes: Sequence[Shape], device: Device) -> list[RooflineBound]:
+    """The least time of a network on ``device`` for each of ``shapes``; empty where it has no such precision.
+
+    ``graph``: an ONNX file of the network in any precision; ``precision``: of the file that runs, e.g. ``fp16``. A
+    product takes as long as its operations at that precision's peak rate or, one with weights, as long as reading
+    and writing each tensor once. What lies between products counts nothing, as if all of it were fused.
+    Raises :class:`UserError` for a size that the graph does not take.
+    """
+    from hpddrnet_trt.graph.work import macs_and_bytes
+
+    if precision not in device.tera_operations:
+        return []
+    onnx = require("onnx", "export", "count a network's operations")
+    model, size = onnx.load(str(graph)), PRECISIONS[precision].bytes
+    channels = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    bounds = []
+    for shape in shapes:
+        seconds = 0.0
+        for work in macs_and_bytes(model, (shape.batch, channels, shape.height, shape.width)).values():
+            moved = work.bytes(size, size, size) if work.macs and work.weights else 0.0
+            seconds += device.seconds(work.macs, moved, precision)
+        bounds.append(RooflineBound(**shape._asdict(), milliseconds=1000 * seconds))
+    return bounds

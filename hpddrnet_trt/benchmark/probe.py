@@ -1,4 +1,5 @@
-"""Start one engine in a process of its own: does it run here, how long does it take, what does it hold?
+"""Start each entry in processes of its own before anything is timed: does it run here, how long does loading take,
+what memory does it hold at each size?
 
 Only a fresh process gives an honest memory figure, and only another process survives a library
 that crashes or a machine that runs out of memory. Run as
@@ -8,6 +9,7 @@ that crashes or a machine that runs out of memory. Run as
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,21 +18,115 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import hpddrnet_trt
-from hpddrnet_trt.benchmark.frame import frame_to_labels
-from hpddrnet_trt.benchmark.machine import device_memory_mib, peak_memory_mib, resident_memory_mib
-from hpddrnet_trt.benchmark.result import Start
-from hpddrnet_trt.benchmark.telemetry import Gpu
+from hpddrnet_trt.benchmark.entries import Entry
+from hpddrnet_trt.benchmark.images import Grey8, Image, timing_frames
+from hpddrnet_trt.benchmark.machine import GpuSensor, device_memory_mib, peak_memory_mib, resident_memory_mib
+from hpddrnet_trt.benchmark.measures import BenchmarkCase, end_to_end
+from hpddrnet_trt.benchmark.result import Memory, MemoryFailure, Settings, Shape, Start
 from hpddrnet_trt.benchmark.timing import Frames
 from hpddrnet_trt.core.errors import UserError, describe, one_line
+from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.engines import Engine, load_engine
+from hpddrnet_trt.engines.base import input_contract
 
 TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One size: a frame of each batch, smallest first, and whether it is one of those that are timed."""
+
+    frames: Sequence[Grey8]
+    timed: bool
+
+
+@dataclass
+class Startup:
+    """What the child processes of one entry found. ``start`` is that of the largest timed frame."""
+
+    start: Start | None = None
+    memory: list[Memory] = field(default_factory=list)
+    failures: list[MemoryFailure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    reason: str | None = None  # why it does not run at all
+
+    def ran(self, case: BenchmarkCase) -> bool:
+        """Whether the entry got through this size and batch."""
+        return any(one.shape == case.shape for one in self.memory)
+
+
+def probed_sizes(cases: Sequence[BenchmarkCase], images: Sequence[Image], settings: Settings) -> list[Probed]:
+    """The timed sizes with all batches, then those of which only memory is asked, with the smallest batch."""
+    timed: dict[tuple[int, int], list[Grey8]] = {}
+    for case in cases:
+        timed.setdefault(case.shape[:2], []).append(case.frames[0])
+    batch = min(settings.batches)
+    others = [size for size in dict.fromkeys(settings.memory_sizes) if size not in timed]
+    return [
+        *(Probed(frames, True) for frames in timed.values()),
+        *(Probed(timing_frames(images[:batch], *size, batch)[0][:1], False) for size in others),
+    ]
+
+
+def start_entry(entry: Entry, options: Mapping[str, Any], sizes: Sequence[Probed]) -> Startup:
+    """Start ``entry`` in a process of its own for each size, and run all its batches there."""
+    startup = Startup()
+    try:
+        if entry.engine == "openvino":
+            startup.notes.append(_verify_openvino(entry, sizes[0].frames[0]))
+        for size in sizes:
+            for frame, answer in zip(size.frames, _answers(entry, options, size.frames, startup), strict=True):
+                _add(startup, frame, answer, size.timed)
+    except UserError as exc:
+        startup.reason = str(exc)
+    if startup.reason is None and startup.start is None:
+        startup.reason = "; ".join(startup.notes)
+    return startup
+
+
+def _answers(
+    entry: Entry, options: Mapping[str, Any], frames: Sequence[Grey8], startup: Startup
+) -> list[Start | str]:
+    try:
+        return probe(entry.path, entry.engine, options, frames)
+    except UserError as exc:
+        if not startup.memory and not startup.failures:
+            raise  # not even the first size: it does not run here
+        return [str(exc)] * len(frames)
+
+
+def _add(startup: Startup, frame: Grey8, answer: Start | str, timed: bool) -> None:
+    batch, height, width = frame.shape
+    shape = Shape(height, width, batch)
+    if isinstance(answer, str):
+        startup.failures.append(MemoryFailure(**shape._asdict(), reason=answer))
+        if timed:
+            startup.notes.append(f"does not run at {shape}: {answer}")
+        return
+    startup.memory.append(
+        Memory(**shape._asdict(), host_peak_mib=answer.host_peak_mib, device_mib=answer.device_mib)
+    )
+    largest = 0 if startup.start is None else math.prod(map(int, startup.start.frame.split("x")))
+    if timed and frame.size >= largest:
+        startup.start = answer
+
+
+def _verify_openvino(entry: Entry, frame: Grey8) -> str:
+    # OpenVINO has been seen to crash, and to give wrong labels: compare before it is trusted.
+    from hpddrnet_trt.engines.openvino import verify_in_child
+
+    manifest = read_manifest(entry.path)
+    batch = network_input(list(frame), input_contract(manifest), manifest.normalization)
+    share = verify_in_child(entry.path, batch, precision=entry.options.get("precision", "auto"))
+    return f"checked in a child process: {share:.2%} of labels as ONNX Runtime's"
 
 
 def probe(
@@ -52,11 +148,11 @@ def probe(
         end = _run_child(job, timeout_s)
         lines = answers.read_text(encoding="utf-8").splitlines() if answers.exists() else []
     silent = {"error": end or "the process that ran it gave no answer"}
-    loaded, *found = [json.loads(line) for line in lines] or [silent]
+    loaded, *records = [json.loads(line) for line in lines] or [silent]
     if "error" in loaded:
         raise UserError(loaded["error"])
-    found += [silent] * (len(frames) - len(found))
-    return [entry["error"] if "error" in entry else Start(**entry) for entry in found]
+    records += [silent] * (len(frames) - len(records))
+    return [record["error"] if "error" in record else Start(**record) for record in records]
 
 
 def _run_child(job: Path, timeout_s: float) -> str | None:
@@ -91,7 +187,7 @@ class _Meter:
 
     def __init__(self) -> None:
         self._host, self._device = resident_memory_mib(), device_memory_mib()
-        self._gpu = Gpu.open() if self._device is not None else None
+        self._gpu = GpuSensor.open() if self._device is not None else None
 
     def host(self) -> float:
         return max(0.0, peak_memory_mib() - self._host)
@@ -127,7 +223,7 @@ def _child(job_file: str) -> None:
 
 
 def _answer(engine: Engine, frame: Frames, load_s: float, meter: _Meter) -> str:
-    run = frame_to_labels(engine)
+    run = end_to_end(engine)
     try:
         begin = time.perf_counter()
         run(frame)

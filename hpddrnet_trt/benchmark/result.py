@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hpddrnet_trt.benchmark.machine import Machine
+from hpddrnet_trt.benchmark.machine import GpuState, Machine
+from hpddrnet_trt.benchmark.timing import ratio_of_medians
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, ClassInfo
 
-SCHEMA_VERSION = 2
-Measure = Literal["timings", "network", "throughput"]  # as the fields of a row
+SCHEMA_VERSION = 3
+Measure = Literal["end_to_end", "inference", "throughput"]  # as the fields of a row
 MEASURES: dict[Measure, str] = {  # what people call them
-    "timings": "frame to labels",
-    "network": "network only",
+    "end_to_end": "end-to-end latency",
+    "inference": "inference latency",
     "throughput": "throughput",
 }
 WIDE = 0.2  # an interval wider than this share of its ratio is called wide wherever it is shown
+QUOTED = (1024, 1024)  # the size at which publications on this network quote their speed
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def size_text(height: int, width: int, batch: int) -> str:
-    """E.g. ``1024x1024``, with the batch in front when it is not 1."""
-    return f"{height}x{width}" if batch == 1 else f"{batch} x {height}x{width}"
+class Shape(NamedTuple):
+    """Frames of one inference."""
+
+    height: int
+    width: int
+    batch: int
+
+    @property
+    def pixels(self) -> int:
+        """Of one frame."""
+        return self.height * self.width
+
+    @property
+    def size(self) -> str:
+        return f"{self.height}×{self.width}"
+
+    def __str__(self) -> str:
+        return self.size if self.batch == 1 else f"batch {self.batch} of {self.size}"
+
+
+class _Shaped(_Record):
+    """What was found at one size and batch."""
+
+    height: int
+    width: int
+    batch: int
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.height, self.width, self.batch)
 
 
 class Settings(_Record):
@@ -41,8 +69,8 @@ class Settings(_Record):
     ``sizes``: (height, width) of the timed frames, multiples of 8; empty: the first image's own size.
     ``batches``: frames per inference; every size is timed with every batch. ``rounds``: timed rounds.
     ``warmup``: least number of untimed runs of each engine; more follow until its times are steady.
-    ``network_only``, ``throughput``, ``layers``: which measures are taken beside the latency from frame
-    to labels; ``roofline``: whether the machine's ceilings are measured. ``memory_sizes``: frames whose
+    ``inference``, ``throughput``, ``layers``: which measures are taken beside the end-to-end latency;
+    ``roofline``: whether the least time by a GPU's data sheet is counted. ``memory_sizes``: frames whose
     peak memory is measured beside that of the timed ones, e.g. too large to be timed. ``threads``: CPU
     threads of one inference, None for each engine's own choice.
     ``reference``: label of the entry to compare with, None for the first PyTorch entry that runs.
@@ -53,7 +81,7 @@ class Settings(_Record):
     batches: tuple[int, ...] = Field(default=(1,), min_length=1)
     rounds: int = Field(default=30, ge=1)
     warmup: int = Field(default=3, ge=1)
-    network_only: bool = True
+    inference: bool = True
     throughput: bool = True
     layers: bool = True
     roofline: bool = True
@@ -77,12 +105,18 @@ class Settings(_Record):
 class Ratio(_Record):
     """Median latency of the reference over this entry's: above 1 is faster. 95 % bootstrap interval.
 
-    ``paired``: both were timed in the same interleaved rounds; False for rows merged from another run."""
+    ``paired``: both were timed in the same interleaved rounds; False for rows of another run."""
 
     value: float
     low: float | None = None
     high: float | None = None
     paired: bool = True
+
+    @classmethod
+    def of(cls, reference: Sequence[float], samples: Sequence[float], *, paired: bool, seed: int) -> Ratio:
+        """See :func:`~hpddrnet_trt.benchmark.timing.ratio_of_medians`."""
+        ratio = ratio_of_medians(reference, samples, paired=paired, seed=seed)
+        return cls(value=ratio.value, low=ratio.low, high=ratio.high, paired=paired)
 
     @property
     def wide(self) -> bool:
@@ -90,16 +124,13 @@ class Ratio(_Record):
         return self.low is None or self.high is None or (self.high - self.low) > WIDE * self.value
 
 
-class Timing(_Record):
+class Timing(_Shaped):
     """One measure at one size and batch: milliseconds, one sample per round.
 
     For latencies a sample is one batch, one at a time; for throughput it is the time of a round of many
     batches in flight, divided by their number, so that all samples mean milliseconds per batch.
     """
 
-    height: int
-    width: int
-    batch: int
     samples_ms: list[float]
     p50_ms: float
     p95_ms: float
@@ -110,11 +141,6 @@ class Timing(_Record):
     warmup: int | None = None  # untimed runs before the first timed one
     steady: bool | None = None  # whether times had become steady by then
     joules_per_image: float | None = None  # where the driver reports energy, of the whole GPU
-
-    @property
-    def size(self) -> str:
-        """E.g. ``1024x1024``, with the batch in front when it is not 1."""
-        return size_text(self.height, self.width, self.batch)
 
 
 class Start(_Record):
@@ -127,67 +153,33 @@ class Start(_Record):
     frame: str  # size of the largest frame, e.g. 1x1024x1024
 
 
-class Memory(_Record):
+class Memory(_Shaped):
     """Highest memory of a fresh process that ran one size only; as in :class:`Start`."""
 
-    height: int
-    width: int
-    batch: int
     host_peak_mib: float
     device_mib: float | None = None
 
 
-class MemoryFailure(_Record):
+class MemoryFailure(_Shaped):
     """A size at which the fresh process did not get through, e.g. because memory ran out."""
 
-    height: int
-    width: int
-    batch: int
     reason: str
 
 
-class LayerGroups(_Record):
+class LayerGroups(_Shaped):
     """Time by part of the network, milliseconds of one batch, from the runtime's own profiler.
 
     Layers are timed one by one, so their sum is more than an undisturbed run. ``groups`` keeps the
     network's order (see :mod:`hpddrnet_trt.graph.layers`)."""
 
-    height: int
-    width: int
-    batch: int
     groups: dict[str, float]
 
 
-class Roof(_Record):
-    """The least time that this machine can need for an entry's graph at one size and batch."""
+class RooflineBound(_Shaped):
+    """The least time of one batch of an entry's graph on the device of the result's ``bound_source``."""
 
-    height: int
-    width: int
-    batch: int
-    gmac: float  # 10^9 multiply-accumulates of one batch
-    megabytes: float  # read and written by all kernels: pointwise operators fused, attention scores not stored
-    floor_ms: float  # sum over kernels of the larger of computing and moving, at the measured ceilings
-    compute_ms: float  # computing alone
-    note: str | None = None  # what the floor assumes, where a precision's own ceiling is not known
-
-
-class Ceilings(_Record):
-    """What the machine reaches on the simplest work of each kind, measured here."""
-
-    device: str  # processor or GPU, with the number of threads for a CPU
-    gmacs_per_s: dict[str, float]  # by precision: 10^9 multiply-accumulates per second of a large matrix product
-    gigabytes_per_s: float  # large copy: bytes read plus bytes written
-    how: str
-
-
-class GpuState(_Record):
-    """Clocks, power and temperature read while timing; ``throttled``: the driver's reasons for slowing down."""
-
-    name: str
-    sm_clock_mhz: tuple[float, float, float]  # lowest, median, highest
-    power_w: float | None  # median
-    temperature_c: float | None  # highest
-    throttled: list[str]
+    milliseconds: float
+    note: str | None = None  # what it assumes
 
 
 class Accuracy(_Record):
@@ -218,18 +210,18 @@ class Row(_Record):
     start: Start | None = None
     memory: list[Memory] = []
     memory_failures: list[MemoryFailure] = []
-    timings: list[Timing] = []  # latency, frame to labels
-    network: list[Timing] = []  # latency, network only: data resident where the engine computes
-    throughput: list[Timing] = []  # frame to labels, several batches in flight
+    end_to_end: list[Timing] = []  # latency, host frame to host labels
+    inference: list[Timing] = []  # latency of the network alone: data resident where the engine computes
+    throughput: list[Timing] = []  # host frames to host labels, several batches in flight
     layers: list[LayerGroups] = []
-    roofs: list[Roof] = []
+    bounds: list[RooflineBound] = []
     accuracy: Accuracy | None = None
     environment: int = 0  # index into the result's environments
 
     def measures(self) -> Iterator[tuple[Measure, list[Timing]]]:
         """Each measure's name with its timings."""
-        yield "timings", self.timings
-        yield "network", self.network
+        yield "end_to_end", self.end_to_end
+        yield "inference", self.inference
         yield "throughput", self.throughput
 
 
@@ -271,7 +263,7 @@ class BenchmarkResult(_Record):
     warnings: list[str] = []
     pictures: list[Picture] = []
     environments: list[Environment] = []
-    ceilings: Ceilings | None = None
+    bound_source: str | None = None  # whose rates the rows' bounds are of
     gpu_states: list[GpuState] = []
 
     @property
@@ -285,46 +277,37 @@ class BenchmarkResult(_Record):
     def to_json(self) -> str:
         return self.model_dump_json(indent=1) + "\n"
 
-    def to_csv(self) -> str:
-        """One row per entry, measure, frame size and batch; an entry that did not run is one row with its reason."""
-        stream = io.StringIO()
-        columns = [*_CSV_COLUMNS, *(f"iou_{entry.name}" for entry in self.classes)]
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            values = _csv_row(row, self.classes)
-            taken = [(MEASURES[measure], timing) for measure, timings in row.measures() for timing in timings]
-            writer.writerows({**values, "measure": measure, **_csv_timing(timing)} for measure, timing in taken)
-            if not taken:
-                writer.writerow(values)
-        return stream.getvalue()
+
+_Found = TypeVar("_Found", bound=_Shaped)
 
 
-_CSV_COLUMNS = [
-    "label", "precision", "attention", "runtime", "status", "reason", "measure", "height", "width", "batch", "rounds",
-    "warmup", "steady", "images_per_s", "p50_ms", "p95_ms", "p99_ms", "max_ms", "ratio", "ratio_low", "ratio_high",
-    "ratio_wide", "ratio_paired", "joules_per_image", "build_s", "load_s", "first_s", "host_peak_mib", "device_mib",
-    "file", "file_bytes", "images", "agreement", "miou", "masked_miou", "pixel_accuracy",
-]  # fmt: skip
+def at(records: Iterable[_Found], shape: Shape) -> _Found | None:
+    """The record of that size and batch."""
+    return next((record for record in records if record.shape == shape), None)
 
 
-def _csv_timing(timing: Timing) -> dict[str, Any]:
-    values = {**timing.model_dump(exclude={"samples_ms", "ratio"}), "rounds": len(timing.samples_ms)}
-    if (ratio := timing.ratio) is not None:
-        values |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
-        values |= {"ratio_wide": ratio.wide, "ratio_paired": ratio.paired}
-    return values
+def one_batch(records: Iterable[_Found], batch: int) -> list[_Found]:
+    """The records of that batch, smallest frame first."""
+    return sorted((record for record in records if record.batch == batch), key=lambda record: record.shape.pixels)
 
 
-def _csv_row(row: Row, classes: list[ClassInfo]) -> dict[str, Any]:
-    plain = {"label", "precision", "attention", "runtime", "status", "reason", "build_s", "file", "file_bytes"}
-    values: dict[str, Any] = row.model_dump(include=plain)
-    if row.start is not None:
-        values |= row.start.model_dump(exclude={"frame"})
-    if row.accuracy is not None:
-        values |= row.accuracy.model_dump(include={"images", "agreement", "miou", "masked_miou", "pixel_accuracy"})
-        values |= {f"iou_{entry.name}": iou for entry, iou in zip(classes, row.accuracy.iou, strict=False)}
-    return values
+def timed_shapes(result: BenchmarkResult) -> list[Shape]:
+    """Every size and batch with an end-to-end latency: small batches first, then small sizes."""
+    shapes = {timing.shape for row in result.measured for timing in row.end_to_end}
+    return sorted(shapes, key=lambda shape: (shape.batch, shape.pixels, shape.height))
+
+
+def main_shape(result: BenchmarkResult) -> Shape | None:
+    """The one to quote, None when nothing was timed; see :func:`shared_shape`."""
+    return shared_shape([row.end_to_end for row in result.measured])
+
+
+def shared_shape(records: Iterable[Iterable[_Shaped]]) -> Shape | None:
+    """The size and batch that most entries have; among equals the smallest batch, then 1024x1024, then the largest."""
+    counts = Counter(shape for of_entry in records for shape in {record.shape for record in of_entry})
+    if not counts:
+        return None
+    return max(counts, key=lambda shape: (counts[shape], -shape.batch, shape[:2] == QUOTED, shape.pixels))
 
 
 def make_settings(**values: Any) -> Settings:
@@ -341,19 +324,23 @@ def make_settings(**values: Any) -> Settings:
 
 
 def load_result(path: str | Path) -> BenchmarkResult:
-    """Read a result file, also one of schema version 1; raises :class:`BadInputFile` when it is missing,
+    """Read a result file, also one of an earlier format; raises :class:`BadInputFile` when it is missing,
     damaged or of a newer format."""
     path = existing_file(path, "benchmark result")
     try:
         content = json.loads(path.read_bytes())
-        found = content.get("schema_version") if isinstance(content, dict) else None
-        if isinstance(found, int) and found > SCHEMA_VERSION:
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
             raise BadInputFile(
-                f"{path} has the format {found} of benchmark results, this version reads up to {SCHEMA_VERSION}; "
+                f"{path} has the format {version} of benchmark results, this version reads up to {SCHEMA_VERSION}; "
                 "use the version that wrote it"
             )
-        return BenchmarkResult.model_validate(_from_version_1(content) if found == 1 else content)
-    except (ValidationError, ValueError) as exc:
+        if version == 1:
+            content = _from_version_1(content)
+        if version in (1, 2):
+            content = _from_version_2(content)
+        return BenchmarkResult.model_validate(content)
+    except (ValidationError, ValueError, AttributeError, TypeError, KeyError) as exc:
         problem = first_problem(exc, "file") if isinstance(exc, ValidationError) else str(exc)
         raise BadInputFile(
             f"{path} is not a benchmark result this version reads ({problem}); "
@@ -362,12 +349,27 @@ def load_result(path: str | Path) -> BenchmarkResult:
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 had one batch, frame-to-labels latency only, and one environment, that of the machine's record."""
-    settings, machine = content.get("settings"), content.get("machine")
-    if not isinstance(settings, dict) or "batch" not in settings or not isinstance(machine, dict):
-        return content  # validation says what is wrong
-    settings = {name: value for name, value in settings.items() if name != "batch"} | {"batches": [settings["batch"]]}
+    """Version 1 had one batch, end-to-end latency only, and one environment, that of the machine's record."""
+    settings, machine = dict(content["settings"]), content["machine"]
+    settings["batches"] = [settings.pop("batch")]
     settings |= dict.fromkeys(("network_only", "throughput", "layers", "roofline"), False)
     environment = {"created": content.get("created"), "command": content.get("command"),
                    "python": machine.get("python"), "libraries": machine.get("libraries")}  # fmt: skip
-    return {**content, "schema_version": SCHEMA_VERSION, "settings": settings, "environments": [environment]}
+    return {**content, "settings": settings, "environments": [environment]}
+
+
+def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 called the measures otherwise, and its bounds were of rates measured on the machine."""
+    settings, rows = dict(content["settings"]), [dict(row) for row in content["rows"]]
+    settings["inference"] = settings.pop("network_only", True)
+    for row in rows:
+        row["end_to_end"], row["inference"] = row.pop("timings", []), row.pop("network", [])
+        row["bounds"] = [
+            {**{key: roof.get(key) for key in ("height", "width", "batch", "note")}, "milliseconds": roof["floor_ms"]}
+            for roof in row.pop("roofs", [])
+        ]
+    migrated = {**content, "schema_version": SCHEMA_VERSION, "settings": settings, "rows": rows}
+    rates = migrated.pop("ceilings", None)
+    if rates is not None:
+        migrated["bound_source"] = f"{rates['device']}, measured: {rates['how']}"
+    return migrated

@@ -1,15 +1,83 @@
-"""The main table as data, one per size and batch: the same columns for the page and for the terminal."""
+"""What is shown of a result: one list of columns, for the page, the terminal and the CSV file.
+
+A column is one entry of :data:`COLUMNS`. A value that is already in the result needs nothing else; one that is newly
+measured needs its field in :mod:`~hpddrnet_trt.benchmark.result` and the code that measures it.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hpddrnet_trt.benchmark.result import BenchmarkResult, Memory, Row, Timing
-from hpddrnet_trt.benchmark.shapes import Shape, at, timed_shapes
-from hpddrnet_trt.benchmark.wording import interval_text, miou_change, points
+from hpddrnet_trt.benchmark.result import (
+    MEASURES,
+    Accuracy,
+    BenchmarkResult,
+    Measure,
+    Memory,
+    Ratio,
+    Row,
+    Shape,
+    Start,
+    Timing,
+    at,
+    timed_shapes,
+)
 from hpddrnet_trt.core.text import number, percent
+
+
+class Line(NamedTuple):
+    """One entry at one size and batch; None for an entry that did not run."""
+
+    result: BenchmarkResult
+    row: Row
+    shape: Shape | None
+
+    @property
+    def is_reference(self) -> bool:
+        return self.row.label == self.result.reference
+
+    def timing(self, measure: Measure = "end_to_end") -> Timing | None:
+        return None if self.shape is None else at(getattr(self.row, measure), self.shape)
+
+    @property
+    def memory(self) -> Memory | None:
+        """Of this size alone, or of the process that started the engine when that ran this size."""
+        start, shape = self.row.start, self.shape
+        if shape is None:
+            return None
+        alone = at(self.row.memory, shape)
+        if alone is None and start is not None and start.frame == f"{shape.batch}x{shape.height}x{shape.width}":
+            return Memory(**shape._asdict(), host_peak_mib=start.host_peak_mib, device_mib=start.device_mib)
+        return alone
+
+
+@dataclass(frozen=True)
+class Column:
+    """One value of a line.
+
+    ``key``: its heading in the CSV file, empty for what is not there. ``value``: None where there is none. On the page
+    ``group`` stands above columns that belong together; ``title`` is empty for what is not shown there.
+    ``plain``: the heading in a terminal, empty likewise. ``text``: how the value is written; ``note``: small
+    print beside it.
+    """
+
+    key: str
+    value: Callable[[Line], Any]
+    group: str = ""
+    title: str = ""
+    unit: str = ""
+    plain: str = ""
+    text: Callable[[Any], str] = str
+    note: Callable[[Line], str] | None = None
+
+    def cell(self, line: Line) -> Cell | None:
+        value = self.value(line)
+        return None if value is None else Cell(self.text(value), self.note(line) if self.note is not None else "")
 
 
 class Cell(NamedTuple):
@@ -19,29 +87,113 @@ class Cell(NamedTuple):
     note: str = ""
 
 
-class Line(NamedTuple):
-    """One entry at one size and batch."""
-
-    result: BenchmarkResult
-    row: Row
-    shape: Shape
-    timing: Timing
-
-    @property
-    def is_reference(self) -> bool:
-        return self.row.label == self.result.reference
+# -- the columns -----------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """``group`` stands above columns that belong together; ``cell`` gives None where there is no value.
+def _of(part: str, name: str) -> Callable[[Line], Any]:
+    """A field of a part of the row, or of the line's memory; None where there is no such part."""
 
-    ``plain``: the heading in a terminal, empty for what only the page shows."""
+    def value(line: Line) -> Any:
+        record = line.memory if part == "memory" else getattr(line.row, part)
+        return None if record is None else getattr(record, name)
 
-    group: str
-    title: str
-    unit: str
-    plain: str
-    cell: Callable[[Line], Cell | None]
+    return value
+
+
+def _timed(measure: Measure, name: str) -> Callable[[Line], Any]:
+    """A field of a measure at the line's size."""
+
+    def value(line: Line) -> Any:
+        timing = line.timing(measure)
+        return None if timing is None else getattr(timing, name)
+
+    return value
+
+
+def _ratio(name: str) -> Callable[[Line], Any]:
+    def value(line: Line) -> Any:
+        timing = line.timing()
+        return None if timing is None or timing.ratio is None else getattr(timing.ratio, name)
+
+    return value
+
+
+def _interval(line: Line) -> str:
+    timing = line.timing()
+    if line.is_reference:
+        return "reference"
+    return "" if timing is None or timing.ratio is None else interval_text(timing.ratio)
+
+
+def _miou_note(line: Line) -> str:
+    change = miou_change(line.result, line.row)
+    return "" if change is None else f"{points(change)} points"
+
+
+def _start_text(start: Start) -> str:
+    return f"{number(start.load_s)} + {number(start.first_s)}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _percent(value: float) -> str:
+    return percent(value)
+
+
+_END, _INFERENCE, _PIPELINED = "end-to-end latency, one at a time", "inference", "pipelined"
+COLUMNS = (
+    Column("label", lambda line: line.row.label, "", "engine", "", "engine", note=lambda line: line.row.runtime),
+    Column("precision", lambda line: line.row.precision),
+    Column("runtime", lambda line: line.row.runtime),
+    Column("status", lambda line: line.row.status),
+    Column("reason", lambda line: line.row.reason),
+    Column("height", lambda line: line.shape and line.shape.height),
+    Column("width", lambda line: line.shape and line.shape.width),
+    Column("batch", lambda line: line.shape and line.shape.batch),
+    Column("end_to_end_p50_ms", _timed("end_to_end", "p50_ms"), _END, "p50", "ms", "p50 ms", number),
+    Column("end_to_end_p95_ms", _timed("end_to_end", "p95_ms"), _END, "p95", "ms", "p95 ms", number),
+    Column("end_to_end_p99_ms", _timed("end_to_end", "p99_ms"), _END, "p99", "ms", "p99 ms", number),
+    Column("end_to_end_max_ms", _timed("end_to_end", "max_ms"), _END, "max", "ms", "max ms", number),
+    Column("images_per_s", _timed("end_to_end", "images_per_s"), _END, "images/s", "", "images/s", number),
+    Column("speed_up", _ratio("value"), _END, "speed-up", "95 % interval", "speed-up [95 %]",
+           lambda value: f"{number(value)}×", _interval),
+    Column("speed_up_low", _ratio("low")),
+    Column("speed_up_high", _ratio("high")),
+    Column("speed_up_wide", _ratio("wide")),
+    Column("speed_up_paired", _ratio("paired")),
+    Column("rounds", lambda line: (timing := line.timing()) and len(timing.samples_ms)),
+    Column("warmup", _timed("end_to_end", "warmup")),
+    Column("steady", _timed("end_to_end", "steady")),
+    Column("throughput_images_per_s", _timed("throughput", "images_per_s"), _PIPELINED, "images/s", "", "pipelined/s",
+           number),
+    Column("inference_p50_ms", _timed("inference", "p50_ms"), _INFERENCE, "p50", "ms", "inference ms", number),
+    Column("inference_p95_ms", _timed("inference", "p95_ms")),
+    Column("inference_p99_ms", _timed("inference", "p99_ms")),
+    Column("inference_max_ms", _timed("inference", "max_ms")),
+    Column("images", _of("accuracy", "images")),
+    Column("miou", _of("accuracy", "miou"), "accuracy", "mIoU", "change", "mIoU", _percent, _miou_note),
+    Column("masked_miou", _of("accuracy", "masked_miou")),
+    Column("agreement", _of("accuracy", "agreement"), "accuracy", "agreement", "with reference", "agreement",
+           lambda value: percent(value, 3)),
+    Column("pixel_accuracy", _of("accuracy", "pixel_accuracy")),
+    Column("host_peak_mib", _of("memory", "host_peak_mib"), "peak memory", "host", "MiB", "host MiB", _whole),
+    Column("device_mib", _of("memory", "device_mib"), "peak memory", "GPU", "MiB", "GPU MiB", _whole),
+    # Of the run with several batches in flight: that is how many images are processed.
+    Column("joules_per_image", _timed("throughput", "joules_per_image"), "energy", "J/image", "", "J/image", number),
+    Column("file", lambda line: line.row.file),
+    Column("file_bytes", lambda line: line.row.file_bytes, "file", "MB", "", "file MB",
+           lambda value: f"{value / 1e6:.1f}"),
+    Column("", lambda line: line.row.start, "file", "load + first", "s", "", _start_text),
+    Column("load_s", _of("start", "load_s")),
+    Column("first_s", _of("start", "first_s")),
+    Column("build_s", lambda line: line.row.build_s, "file", "build", "s", "", number),
+    Column("attention", lambda line: line.row.attention, "file", "attention"),
+)  # fmt: skip
+
+
+# -- the page's tables -----------------------------------------------------------------------------
 
 
 class Table(NamedTuple):
@@ -65,119 +217,110 @@ def tables(result: BenchmarkResult) -> list[Table]:
 
 
 def _table(result: BenchmarkResult, shape: Shape) -> Table:
-    lines = [
-        Line(result, row, shape, timing)
-        for row in result.measured
-        if (timing := at(row.timings, shape)) is not None
-    ]  # fmt: skip
-    cells = {column: [column.cell(line) for line in lines] for column in COLUMNS}
-    columns = [column for column in COLUMNS if any(cell is not None for cell in cells[column])]
-    shown = [(line, [cells[column][place] for column in columns]) for place, line in enumerate(lines)]
-    return Table(shape, columns, shown, min(lines, key=lambda line: line.timing.p50_ms).row.label, _remarks(lines))
+    timed = [(Line(result, row, shape), timing) for row in result.measured if (timing := at(row.end_to_end, shape))]
+    cells = {column: [column.cell(line) for line, _ in timed] for column in COLUMNS if column.title}
+    columns = [column for column, values in cells.items() if any(values)]
+    lines = [(line, [cells[column][place] for column in columns]) for place, (line, _) in enumerate(timed)]
+    fastest = min(timed, key=lambda pair: pair[1].p50_ms)[0].row.label
+    unsteady = [line.row.label for line, timing in timed if timing.steady is False]
+    remarks = [f"times had not become steady when timing began: {', '.join(unsteady)}"] if unsteady else []
+    return Table(shape, columns, lines, fastest, remarks)
 
 
-def _remarks(lines: Sequence[Line]) -> list[str]:
-    unsteady = [line.row.label for line in lines if line.timing.steady is False]
-    if not unsteady:
-        return []
-    return [f"times had not become steady when timing began: {', '.join(unsteady)}"]
+# -- terminal and CSV ------------------------------------------------------------------------------
 
 
-# -- cells -----------------------------------------------------------------------------------------
+def format_table(result: BenchmarkResult) -> str:
+    """A table per size and batch, then remarks, entries that did not run, and warnings."""
+    text = [_block(table) for table in tables(result)]
+    text += [f"{row.label}: {note}" for row in result.measured for note in row.notes]
+    text += [f"{row.label}: {state_of(row)}: {row.reason}" for row in result.not_run]
+    text += [f"warning: {warning}" for warning in result.warnings]
+    return "\n".join(text)
 
 
-def _engine(line: Line) -> Cell:
-    return Cell(line.row.label, line.row.runtime)
+def state_of(row: Row) -> str:
+    """An engine file that is here was built, even if nothing here runs it."""
+    if row.status == "measured":
+        return "measured"
+    return "built, not run" if row.file.endswith(".engine") else "not run"
 
 
-def _speed_up(line: Line) -> Cell | None:
-    ratio = line.timing.ratio
-    if line.is_reference:
-        return Cell("reference")
-    return None if ratio is None else Cell(f"{number(ratio.value)}×", interval_text(ratio))
+def _block(table: Table) -> str:
+    shown = [place for place, column in enumerate(table.columns) if column.plain]
+    header = [table.columns[place].plain for place in shown]
+    lines = [[_plain(cells[place], first=place == 0) for place in shown] for _, cells in table.lines]
+    rows = aligned([header, *lines], left={0})
+    rule = "-" * max(map(len, rows))
+    return "\n".join([f"{table.shape}, {MEASURES['end_to_end']}", rows[0], rule, *rows[1:], *table.remarks, ""])
 
 
-def _pipelined(line: Line) -> Cell | None:
-    found = at(line.row.throughput, line.shape)
-    return None if found is None else Cell(number(found.images_per_s))
+def _plain(cell: Cell | None, *, first: bool) -> str:
+    if cell is None:
+        return "–"
+    return cell.text if first or not cell.note else f"{cell.text} {cell.note}"
 
 
-def _network(line: Line) -> Cell | None:
-    found = at(line.row.network, line.shape)
-    return None if found is None else Cell(number(found.p50_ms))
+def aligned(lines: Sequence[Sequence[str]], left: set[int]) -> list[str]:
+    """Lines of a table for a terminal; columns to the right except those in ``left``."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
-def _joules(line: Line) -> Cell | None:
-    """Of the run with several batches in flight: that is how many images are processed."""
-    found = at(line.row.throughput, line.shape)
-    return None if found is None or found.joules_per_image is None else Cell(number(found.joules_per_image))
+def to_csv(result: BenchmarkResult) -> str:
+    """A row per entry, frame size and batch; an entry that did not run is one row with its reason."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*(column.key for column in COLUMNS if column.key),
+                     *(f"iou_{entry.name}" for entry in result.classes)])  # fmt: skip
+    for row in result.rows:
+        ious = row.accuracy.iou if row.accuracy is not None else []
+        shapes: list[Shape | None] = [timing.shape for timing in row.end_to_end]
+        for line in [Line(result, row, shape) for shape in shapes or [None]]:
+            writer.writerow([*(column.value(line) for column in COLUMNS if column.key), *ious])
+    return stream.getvalue()
 
 
-def _miou(line: Line) -> Cell | None:
-    accuracy = line.row.accuracy
-    if accuracy is None or accuracy.miou is None:
-        return None
-    change = miou_change(line.result, line.row)
-    return Cell(percent(accuracy.miou), "" if change is None else f"{points(change)} points")
+# -- words -----------------------------------------------------------------------------------------
 
 
-def _agreement(line: Line) -> Cell | None:
-    accuracy = line.row.accuracy
-    return None if accuracy is None or accuracy.agreement is None else Cell(percent(accuracy.agreement, 3))
+def ratio_text(ratio: Ratio | None) -> str:
+    """E.g. ``2.46× [2.41, 2.52]``; says so when the interval is wide or missing, or the rows were not interleaved."""
+    return "–" if ratio is None else f"{number(ratio.value)}× {interval_text(ratio)}"
 
 
-def _memory(line: Line) -> Memory | None:
-    """Of this size alone, or of the process that started the engine when that ran this size."""
-    found, start = at(line.row.memory, line.shape), line.row.start
-    if found is not None or start is None:
-        return found
-    shape = line.shape
-    if start.frame != f"{shape.batch}x{shape.height}x{shape.width}":
-        return None
-    return Memory(**shape._asdict(), host_peak_mib=start.host_peak_mib, device_mib=start.device_mib)
+def interval_text(ratio: Ratio) -> str:
+    """E.g. ``[2.41, 2.52] (wide, not interleaved)``."""
+    if ratio.low is None or ratio.high is None:
+        return "(too few rounds for an interval)"
+    doubts = [word for word, said in (("wide", ratio.wide), ("not interleaved", not ratio.paired)) if said]
+    text = f"[{number(ratio.low)}, {number(ratio.high)}]"
+    return f"{text} ({', '.join(doubts)})" if doubts else text
 
 
-def _host(line: Line) -> Cell | None:
-    memory = _memory(line)
-    return None if memory is None else Cell(f"{memory.host_peak_mib:.0f}")
+def miou(accuracy: Accuracy | None) -> float | None:
+    return None if accuracy is None else accuracy.miou
 
 
-def _device(line: Line) -> Cell | None:
-    memory = _memory(line)
-    return None if memory is None or memory.device_mib is None else Cell(f"{memory.device_mib:.0f}")
+def miou_change(result: BenchmarkResult, row: Row) -> float | None:
+    """mIoU minus the reference's, in points (hundredths); None for the reference and without masks."""
+    reference = next((other.accuracy for other in result.rows if other.label == result.reference), None)
+    own, best = miou(row.accuracy), miou(reference)
+    return None if row.label == result.reference or own is None or best is None else 100 * (own - best)
 
 
-def _start(line: Line) -> Cell | None:
-    start = line.row.start
-    return None if start is None else Cell(f"{number(start.load_s)} + {number(start.first_s)}")
+def points(change: float) -> str:
+    """E.g. ``−0.12`` or ``+0.03``, with a real minus sign; ``±0.00`` for what rounds to nothing."""
+    text = f"{change:+.2f}"
+    return "±0.00" if text[1:] == "0.00" else text.replace("-", "−")
 
 
-def _build(line: Line) -> Cell | None:
-    return None if line.row.build_s is None else Cell(number(line.row.build_s))
-
-
-def _attention(line: Line) -> Cell | None:
-    return None if line.row.attention is None else Cell(line.row.attention)
-
-
-_LATENCY = "frame to labels, one at a time"
-COLUMNS = (
-    Column("", "engine", "", "engine", _engine),
-    Column(_LATENCY, "p50", "ms", "p50 ms", lambda line: Cell(number(line.timing.p50_ms))),
-    Column(_LATENCY, "p95", "ms", "p95 ms", lambda line: Cell(number(line.timing.p95_ms))),
-    Column(_LATENCY, "p99", "ms", "p99 ms", lambda line: Cell(number(line.timing.p99_ms))),
-    Column(_LATENCY, "max", "ms", "max ms", lambda line: Cell(number(line.timing.max_ms))),
-    Column(_LATENCY, "images/s", "", "images/s", lambda line: Cell(number(line.timing.images_per_s))),
-    Column(_LATENCY, "speed-up", "95 % interval", "speed-up [95 %]", _speed_up),
-    Column("pipelined", "images/s", "", "pipelined/s", _pipelined),
-    Column("network only", "p50", "ms", "network ms", _network),
-    Column("accuracy", "mIoU", "change", "mIoU", _miou),
-    Column("accuracy", "agreement", "with reference", "agreement", _agreement),
-    Column("peak memory", "host", "MiB", "host MiB", _host),
-    Column("peak memory", "GPU", "MiB", "GPU MiB", _device),
-    Column("energy", "J/image", "", "J/image", _joules),
-    Column("file", "MB", "", "file MB", lambda line: Cell(f"{line.row.file_bytes / 1e6:.1f}")),
-    Column("file", "load + first", "s", "", _start),
-    Column("file", "build", "s", "", _build),
-    Column("file", "attention", "", "", _attention),
-)
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")

@@ -143,10 +143,10 @@ class WarmUp(NamedTuple):
 
 
 @dataclass
-class Laps:
-    """What the loop measured: seconds per finished round, and who failed with which reason."""
+class Samples:
+    """What the loop measured: seconds of each finished round by label, and who failed with which reason."""
 
-    samples: dict[str, list[float]]
+    seconds: dict[str, list[float]]
     failures: dict[str, str] = field(default_factory=dict)
     warmups: dict[str, WarmUp] = field(default_factory=dict)
     interrupted: bool = False
@@ -154,7 +154,7 @@ class Laps:
     @property
     def rounds(self) -> int:
         """Finished rounds."""
-        return max((len(values) for values in self.samples.values()), default=0)
+        return max((len(values) for values in self.seconds.values()), default=0)
 
 
 def time_interleaved(
@@ -170,7 +170,7 @@ def time_interleaved(
     around: Callable[[str], AbstractContextManager[object]] | None = None,
     watch: AbstractContextManager[object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Laps:
+) -> Samples:
     """Warm every runner up, then run each once per round on the same input, in turn.
 
     Warm-up is at least ``warmup`` runs and, with ``settle``, as many more as it takes until times are
@@ -183,10 +183,10 @@ def time_interleaved(
     A runner that raises leaves the comparison, its reason is kept. Ctrl-C ends the loop; the finished
     rounds stay, the unfinished one is dropped.
     """
-    laps = Laps({label: [] for label in runners})
+    samples = Samples({label: [] for label in runners})
     try:
         for label in runners:
-            _warm_up(laps, runners, label, inputs, warmup, settle, clock, on_step)
+            _warm_up(samples, runners, label, inputs, warmup, settle, clock, on_step)
         with watch or nullcontext():
             for number, order in enumerate(round_orders(len(runners), rounds, seed)):
                 labels, done = list(runners), dict[str, float]()
@@ -194,21 +194,21 @@ def time_interleaved(
                     label = labels[index]
                     time.sleep(pause_s)
                     with around(label) if around is not None else nullcontext():
-                        elapsed = _step(laps, runners, label, inputs[number % len(inputs)], clock)
+                        elapsed = _step(samples, runners, label, inputs[number % len(inputs)], clock)
                     if elapsed is not None:
                         done[label] = elapsed
                     on_step()
                 for label, elapsed in done.items():
-                    laps.samples[label].append(elapsed)
+                    samples.seconds[label].append(elapsed)
     except KeyboardInterrupt:
-        laps.interrupted = True
-    for label in laps.failures:
-        laps.samples.pop(label, None)
-    return laps
+        samples.interrupted = True
+    for label in samples.failures:
+        samples.seconds.pop(label, None)
+    return samples
 
 
 def _warm_up(
-    laps: Laps,
+    samples: Samples,
     runners: Mapping[str, Callable[[Input], object]],
     label: str,
     inputs: Sequence[Input],
@@ -220,14 +220,14 @@ def _warm_up(
     times: list[float] = []
     start = clock()
     while len(times) < minimum or (settle and not _enough(times, clock() - start)):
-        elapsed = _step(laps, runners, label, inputs[len(times) % len(inputs)], clock)
+        elapsed = _step(samples, runners, label, inputs[len(times) % len(inputs)], clock)
         if elapsed is None:
             return
         times.append(elapsed)
         if len(times) <= minimum:
             on_step()
             start = clock()
-    laps.warmups[label] = WarmUp(len(times), is_steady(times))
+    samples.warmups[label] = WarmUp(len(times), is_steady(times))
 
 
 def _enough(times: Sequence[float], seconds: float) -> bool:
@@ -244,14 +244,14 @@ def is_steady(times: Sequence[float]) -> bool | None:
 
 
 def _step(
-    laps: Laps,
+    samples: Samples,
     runners: Mapping[str, Callable[[Input], object]],
     label: str,
     given: Input,
     clock: Callable[[], float],
 ) -> float | None:
     """Seconds of one call, or None when this runner fails or has failed."""
-    if label in laps.failures:
+    if label in samples.failures:
         return None
     start = clock()
     try:
@@ -259,6 +259,6 @@ def _step(
     except FAILURES as exc:
         # One engine's failure is a row of the report; the others go on.
         logger.warning("%s failed while being timed: %s", label, exc)
-        laps.failures[label] = describe(exc)
+        samples.failures[label] = describe(exc)
         return None
     return clock() - start

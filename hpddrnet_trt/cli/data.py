@@ -63,7 +63,7 @@ def evaluate(
     from hpddrnet_trt.engines import model_file
     from hpddrnet_trt.inference import load_segmenter
     from hpddrnet_trt.report.accuracy import check_target, write_report
-    from hpddrnet_trt.report.learning_curves import curves_beside
+    from hpddrnet_trt.report.accuracy_figures import curves_beside
 
     if report is not None:
         check_target(report)

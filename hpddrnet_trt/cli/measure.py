@@ -22,13 +22,15 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the rep
 Publish = Annotated[
     Path | None, typer.Option(help="Also copy the report there, named after the machine's GPU or CPU and the day.")
 ]
-Compare = Annotated[Path | None, typer.Option(help="An older result.json: also show what changed since.")]
+Against = Annotated[
+    Path | None, typer.Option("--against", "--compare", help="An older result.json: also show what changed since.")
+]
 
 
 class Measure(StrEnum):
-    """What a benchmark takes beside the latency from frame to labels (an enumeration: Typer repeats no Literal)."""
+    """What a benchmark takes beside the end-to-end latency (an enumeration: Typer repeats no Literal)."""
 
-    NETWORK = "network"
+    INFERENCE = "inference"
     THROUGHPUT = "throughput"
     LAYERS = "layers"
     ROOFLINE = "roofline"
@@ -46,7 +48,7 @@ class TimingOptions:
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per engine.")] = None
     measure: Annotated[
         list[Measure] | None,
-        typer.Option(help="Beside the latency from frame to labels; repeat for several; default: all of these."),
+        typer.Option(help="Beside the end-to-end latency; repeat for several; default: all of these."),
     ] = None
     latency_only: Annotated[bool, typer.Option("--latency-only", help="Nothing beside that latency.")] = False
     memory_size: Annotated[
@@ -64,7 +66,7 @@ class TimingOptions:
         return make_settings(
             sizes=tuple(map(parse_size, self.size or ())), batches=tuple(self.batch or (1,)), rounds=self.rounds,
             threads=self.threads, memory_sizes=tuple(map(parse_size, self.memory_size or ())),
-            network_only=Measure.NETWORK in wanted, throughput=Measure.THROUGHPUT in wanted,
+            inference=Measure.INFERENCE in wanted, throughput=Measure.THROUGHPUT in wanted,
             layers=Measure.LAYERS in wanted, roofline=Measure.ROOFLINE in wanted,
         )  # fmt: skip
 
@@ -76,65 +78,64 @@ def benchmark(
     timing: TimingOptions,
     split: Split = "test",
     output: Output = Path("report"),
-    peers: Annotated[
+    baselines: Annotated[
         bool,
         typer.Option(
-            "--peers", help="Also what others would run: PyTorch AMP and compiled, the plain export with defaults."
+            "--baselines", help="Also what others would run: PyTorch AMP and compiled, the plain export with defaults."
         ),
     ] = False,
-    compare: Compare = None,
+    peers: Annotated[bool, typer.Option("--peers", hidden=True, help="The earlier name of --baselines.")] = False,
+    against: Against = None,
     publish: Publish = None,
 ) -> None:
     """Compare every engine and precision with the PyTorch reference in one interleaved run."""
-    from hpddrnet_trt.benchmark.entries import entries_for
+    from hpddrnet_trt.benchmark.entries import entries_for, model_files
     from hpddrnet_trt.benchmark.images import load_images, own_size
     from hpddrnet_trt.benchmark.result import load_result
     from hpddrnet_trt.benchmark.run import run_benchmark
     from hpddrnet_trt.engines import CHECKPOINTS
-    from hpddrnet_trt.report.folders import model_files
 
     settings = timing.settings()
-    old = None if compare is None else load_result(compare)
+    old = None if against is None else load_result(against)
     files, images = model_files(models), load_images(data, split)
     entries = entries_for(files)
-    if peers:
-        from hpddrnet_trt.benchmark.baselines import peer_entries
+    if baselines or peers:
+        from hpddrnet_trt.benchmark.baselines import baseline_entries
 
         checkpoint = next((file for file in files if file.suffix.lower() in CHECKPOINTS), None)
         if checkpoint is None:
-            raise UsageError("--peers needs a checkpoint among the models; add its .safetensors file")
+            raise UsageError("--baselines needs a checkpoint among the models; add its .safetensors file")
         main = settings.sizes[-1] if settings.sizes else own_size(images.images)
-        entries += peer_entries(checkpoint, output / "peers", size=main, batch=settings.batches[0])
+        entries += baseline_entries(checkpoint, output / "baselines", size=main, batch=settings.batches[0])
     result = run_benchmark(entries, images, settings)
     _report(result, output, old, publish)
     if not result.complete:
         raise typer.Exit(INTERRUPTED)
 
 
-@command(PANEL, "benchmark report report/result.json --compare older.json", name="benchmark report")
+@command(PANEL, "benchmark report report/result.json --against older.json", name="benchmark report")
 def benchmark_report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Files result.json of benchmarks.")],
     output: Output = Path("report"),
-    compare: Compare = None,
+    against: Against = None,
     publish: Publish = None,
 ) -> None:
     """Make the report of saved results again; several Python environments of one machine become one report.
 
     Of several results the first must hold the PyTorch reference.
     """
-    from hpddrnet_trt.benchmark.merge import merge
+    from hpddrnet_trt.benchmark.compare import merge
     from hpddrnet_trt.benchmark.result import load_result
 
     loaded = [load_result(path) for path in results]
-    old = None if compare is None else load_result(compare)
+    old = None if against is None else load_result(against)
     _report(loaded[0] if len(loaded) == 1 else merge(loaded), output, old, publish)
 
 
 def _report(result: BenchmarkResult, output: Path, old: BenchmarkResult | None, publish: Path | None) -> None:
     from hpddrnet_trt.benchmark.compare import compare, differences, format_changes
-    from hpddrnet_trt.benchmark.text import format_table
-    from hpddrnet_trt.report.benchmark import write_report
-    from hpddrnet_trt.report.folders import publish_report
+    from hpddrnet_trt.benchmark.table import format_table
+    from hpddrnet_trt.report.benchmark import publish_report, write_report
 
     written = write_report(result, output)
     typer.echo(format_table(result))

@@ -9,24 +9,40 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from hpddrnet_trt.accuracy.evaluate import EDGE, Assessment, fractions
+from hpddrnet_trt.accuracy.evaluate import EDGE, Assessment, ImageResult, Picture, fractions
 from hpddrnet_trt.accuracy.robustness import TOLERANCE, Robustness, tested
 from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import write_bytes, write_text
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.core.text import percent, scaled
 from hpddrnet_trt.report.accuracy_figures import (
+    Curves,
     confusion_figure,
     curves_figure,
     fractions_figure,
     robustness_figure,
 )
-from hpddrnet_trt.report.accuracy_gallery import Shown, shown, veil_colour
-from hpddrnet_trt.report.learning_curves import Curves
-from hpddrnet_trt.report.page import render
-from hpddrnet_trt.report.style import png, svg_address
+from hpddrnet_trt.report.style import (
+    DIMMED,
+    Grey8,
+    Palette,
+    Panel,
+    jpeg,
+    overlay_colors,
+    palette_png,
+    png,
+    render,
+    svg_address,
+)
 
 ROWS = 100  # images in the page's table; all are in the CSV file
+_VEIL = 205  # opacity of the veil over what is right, in the map of errors
+_CLEAR = IGNORE_INDEX - 1  # code of pixels where the micrograph shows; no dataset has so many classes
+_STRIPE = (255, 255, 255, 215)
+_VEILED_STRIPE = (128, 128, 128, 215)
+_STRANGE = (255, 0, 255)  # predictions outside the classes: meant to hurt the eye
 
 
 class ReportFiles(NamedTuple):
@@ -106,9 +122,9 @@ def render_html(
     """The page as text."""
     origin = assessment.origin
     return render(
-        "report/accuracy.html.j2",
+        "accuracy.html.j2",
         filters={"tested": tested, "count": scaled},
-        found=assessment,
+        assessment=assessment,
         origin=origin,
         headline=headline(assessment),
         warnings=warnings(assessment),
@@ -120,7 +136,8 @@ def render_html(
         robustness=robustness,
         tolerance=TOLERANCE,
         gallery=_gallery(assessment),
-        veil=veil_colour([entry.color for entry in assessment.classes]),
+        veil=veil_color([entry.color for entry in assessment.classes]),
+        command=origin.command,
         row_limit=ROWS,
         edge=EDGE,
     )
@@ -144,16 +161,16 @@ def headline(assessment: Assessment) -> str:
 
 def warnings(assessment: Assessment) -> list[str]:
     """What a reader must know before quoting a figure."""
-    origin, found = assessment.origin, []
+    origin, sentences = assessment.origin, []
     if origin.split == "train" and origin.trained_on == origin.data:
-        found.append("these are the images that the model was trained on: the figures do not hold for new ones")
+        sentences.append("these are the images that the model was trained on: the figures do not hold for new ones")
     outside = int(assessment.counts[:, -1].sum())
     if outside:
-        found.append(f"{outside:,} predictions lie outside the classes: the model file may be damaged")
+        sentences.append(f"{outside:,} predictions lie outside the classes: the model file may be damaged")
     absent = [row.name for row in class_rows(assessment) if not row.truth > 0]
     if absent:
-        found.append(f"not in the truth of these images: {', '.join(absent)}")
-    return found
+        sentences.append(f"not in the truth of these images: {', '.join(absent)}")
+    return sentences
 
 
 def class_rows(assessment: Assessment) -> list[ClassRow]:
@@ -194,9 +211,83 @@ def _figures(assessment: Assessment, curves: Curves | None, robustness: Robustne
     return {name: svg_address(figure) for name, figure in drawn.items()}
 
 
-def _gallery(assessment: Assessment) -> list[Shown]:
+# -- the gallery -----------------------------------------------------------------------------------
+
+
+class GalleryImage(NamedTuple):
+    """One image of the gallery."""
+
+    rank: str
+    result: ImageResult
+    ratio: str  # CSS aspect ratio, width / height
+    base: str  # data address of the micrograph
+    panels: list[Panel]
+
+
+def gallery_image(picture: Picture, palette: Palette, rank: str) -> GalleryImage:
+    """The four panels of one image."""
+    ignored = picture.truth == IGNORE_INDEX
+    wrong = (picture.predicted != picture.truth) & ~ignored
+    reduced = f", shown at 1/{picture.step} of its size" if picture.step > 1 else ""
+    result = picture.result
+    labelled = int(result.counts.sum())
+    missed = labelled - int(np.trace(result.counts[:, :-1]))
+    accuracy = f"{percent(result.scores.pixel_accuracy)} of the labelled pixels right"
+    height, width = picture.grey.shape
+    panels = [
+        Panel("micrograph", f"{result.width} × {result.height} pixels{reduced}", None),
+        Panel("truth", _ignored_note(result), palette_png(_striped(picture.truth, ignored), _colors(palette, 0))),
+        Panel("prediction", accuracy, palette_png(picture.predicted, _colors(palette, 0))),
+        Panel("errors", f"{missed:,} of {labelled:,} labelled pixels", _errors(picture.truth, wrong, ignored, palette)),
+    ]
+    return GalleryImage(rank, result, f"{width} / {height}", jpeg(picture.grey), panels)
+
+
+def _errors(
+    truth: Grey8, wrong: npt.NDArray[np.bool_], ignored: npt.NDArray[np.bool_], palette: Palette
+) -> str:
+    """Wrong pixels in the colour of their true class; what is right lies under a veil."""
+    codes = np.where(wrong, truth, _CLEAR).astype(np.uint8)
+    colors = _colors(palette, _VEIL)
+    colors[: len(palette), 3] = 255
+    colors[IGNORE_INDEX] = _VEILED_STRIPE
+    return palette_png(_striped(codes, ignored), colors)
+
+
+def _striped(codes: Grey8, ignored: npt.NDArray[np.bool_]) -> Grey8:
+    """``codes`` with diagonal stripes where nothing is labelled."""
+    height, width = codes.shape
+    period = max(6, max(height, width) // 40)
+    rows, columns = np.ogrid[:height, :width]
+    stripe = (rows + columns) % period < max(2, period // 4)
+    striped: Grey8 = np.where(ignored, np.where(stripe, IGNORE_INDEX, _CLEAR), codes).astype(np.uint8)
+    return striped
+
+
+def _colors(palette: Palette, veil: int) -> npt.NDArray[np.uint8]:
+    """RGBA for each code: classes, the veil of clear pixels, stripes, and anything else."""
+    colors = overlay_colors(palette)
+    colors[len(palette) :] = (*_STRANGE, 255)
+    colors[_CLEAR] = (*veil_color(palette), veil)
+    colors[IGNORE_INDEX] = _STRIPE
+    return colors
+
+
+def veil_color(palette: Palette) -> tuple[int, int, int]:
+    """White or near black, whichever is farther from the class nearest to it."""
+    classes = np.asarray(palette, dtype=np.float64)
+    candidates = ((255, 255, 255), DIMMED)
+    return max(candidates, key=lambda color: float(np.linalg.norm(classes - np.asarray(color), axis=1).min()))
+
+
+def _ignored_note(result: ImageResult) -> str:
+    return f"{result.ignored:,} pixels not labelled (striped)" if result.ignored else "all pixels labelled"
+
+
+def _gallery(assessment: Assessment) -> list[GalleryImage]:
     palette = [entry.color for entry in assessment.classes]
-    return [shown(entry, palette, rank) for rank, entry in zip(_ranks(assessment), assessment.pictures, strict=True)]
+    pairs = zip(_ranks(assessment), assessment.pictures, strict=True)
+    return [gallery_image(picture, palette, rank) for rank, picture in pairs]
 
 
 def _ranks(assessment: Assessment) -> Sequence[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,24 +17,79 @@ from hpddrnet_trt.accuracy.evaluate import Assessment, ImageResult, fractions
 from hpddrnet_trt.accuracy.robustness import Robustness, Sweep, tested
 from hpddrnet_trt.core.text import scaled
 from hpddrnet_trt.data.augment import Shift
-from hpddrnet_trt.report.learning_curves import Curves
-from hpddrnet_trt.report.style import logarithmic, new_figure, style
+from hpddrnet_trt.report.style import (
+    BLACK,
+    BLUE,
+    COLORS,
+    GREEN,
+    GREY,
+    label_axes,
+    legend_below,
+    logarithmic,
+    new_figure,
+    style,
+)
 
-# Okabe and Ito's colours, told apart with any colour vision; the markers tell them apart without colour.
-# Black is the mean. The classes' own colours can be as light as the paper: they stay in the pictures.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The markers tell classes apart without colour; black is the mean. The classes' own colours can be as light as
+# the paper: they stay in the pictures.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_MEAN = {"color": "black", "linewidth": 2.6, "marker": "o", "markersize": 5, "label": "mIoU"}
-_RANGE = "#009E73"
+_MEAN = {"color": BLACK, "linewidth": 2.6, "marker": "o", "markersize": 5, "label": "mIoU"}
 _COLUMNS = 3  # panels side by side
+LEARNING_CURVES = "metrics.csv"  # written by hpddrnet_trt.training.callbacks.Records
+_NEEDED = {"step", "lr", "train/loss", "val/loss", "val/miou"}
+_CLASS = "val/iou/"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The course of the training run that made a model.
+
+    ``columns``: (step, value) pairs of each column of the file, gaps left out.
+    """
+
+    source: Path
+    columns: dict[str, list[tuple[int, float]]]
+
+    @property
+    def classes(self) -> dict[str, list[tuple[int, float]]]:
+        """Validation IoU of each class."""
+        return {name.removeprefix(_CLASS): values for name, values in self.columns.items() if name.startswith(_CLASS)}
+
+
+def curves_beside(model: str | Path) -> Curves | None:
+    """Learning curves of the run in whose folder ``model`` lies, or None when there are none.
+
+    A ``metrics.csv`` that another program wrote is passed over, with a log message.
+    """
+    source = Path(model).parent / LEARNING_CURVES
+    if not source.is_file():
+        return None
+    try:
+        with source.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            columns = list(reader.fieldnames or [])
+            rows = [row for row in reader if None not in row.values()]  # the last one may be half written
+        if not set(columns) >= _NEEDED:
+            raise ValueError(f"it has no column {sorted(_NEEDED - set(columns))[0]}")
+        pairs = {name: _pairs(rows, name) for name in columns if name != "step"}
+    except (OSError, ValueError) as exc:
+        log.warning("%s is not the record of a training run (%s): no learning curves", source, exc)
+        return None
+    return Curves(source, pairs) if rows else None
+
+
+def _pairs(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row[name])) for row in rows if row[name]]
 
 
 def class_style(index: int, name: str) -> dict[str, Any]:
     """Colour, marker and label of a class in every figure."""
     return {
-        "color": _COLOURS[index % len(_COLOURS)],
+        "color": COLORS[index % len(COLORS)],
         "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": ("-", "--", ":")[index // len(_COLOURS) % 3],
+        "linestyle": ("-", "--", ":")[index // len(COLORS) % 3],
         "label": name,
     }
 
@@ -50,8 +109,8 @@ def confusion_figure(assessment: Assessment) -> Any:
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), share in np.ndenumerate(shares):
             text = f"{100 * share:.0f}" if small else f"{100 * share:.2f} %\n{scaled(int(counts[row, column]))}"
-            colour = "white" if share > 0.55 else "#1d232b"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8 if small else 10)
+            color = "white" if share > 0.55 else BLACK
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8 if small else 10)
         axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("predicted class")
@@ -77,32 +136,32 @@ def curves_figure(curves: Curves, best_step: int | None = None) -> Any:
     """Loss, IoU and learning rate by step; a line at the step of the model that was kept."""
     with style():
         figure, (loss, iou, rate) = _panels(3, 3.8)
-        for name, label, look in (("train/loss", "training", "#9a9a9a"), ("val/loss", "validation", "#0072B2")):
+        for name, label, look in (("train/loss", "training", GREY), ("val/loss", "validation", BLUE)):
             loss.plot(*_points(curves.columns[name]), color=look, linewidth=1.6, label=label)
         loss.set_ylim(bottom=0)
-        _finish(loss, "Loss", "training step", "loss")
+        label_axes(loss, "Loss", "training step", "loss")
         for index, (name, values) in enumerate(curves.classes.items()):
             iou.plot(*_points(values), linewidth=1.1, markersize=3, **class_style(index, name))
         iou.plot(*_points(curves.columns["val/miou"]), **(_MEAN | {"markersize": 3}))
         iou.set_ylim(0, 1)
-        _finish(iou, "Validation IoU", "training step", "IoU")
+        label_axes(iou, "Validation IoU", "training step", "IoU")
         steps, rates = _points(curves.columns["lr"])
-        rate.plot(steps, [1000 * value for value in rates], color="#9a9a9a", linewidth=1.6)
+        rate.plot(steps, [1000 * value for value in rates], color=GREY, linewidth=1.6)
         rate.set_ylim(bottom=0)
-        _finish(rate, "Learning rate", "training step", "rate, 1/1000")
+        label_axes(rate, "Learning rate", "training step", "rate, 1/1000")
         for axes in (loss, iou, rate) if best_step is not None else ():
-            axes.axvline(best_step, color="#666666", linestyle="--", linewidth=1.1, label="step of this model")
-        _legend_below(figure, loss, iou)
+            axes.axvline(best_step, color=GREY, linestyle="--", linewidth=1.1, label="step of this model")
+        legend_below(figure, loss, iou)
     return figure
 
 
-def robustness_figure(found: Robustness) -> Any:
+def robustness_figure(robustness: Robustness) -> Any:
     """IoU against each shift; the working range is shaded, the unchanged point ringed."""
     with style():
-        figure, panels = _panels(len(found.sweeps), 3.7)
-        for axes, sweep in zip(panels, found.sweeps, strict=True):
-            _draw_sweep(axes, sweep, found.class_names)
-        _legend_below(figure, panels[0])
+        figure, panels = _panels(len(robustness.sweeps), 3.7)
+        for axes, sweep in zip(panels, robustness.sweeps, strict=True):
+            _draw_sweep(axes, sweep, robustness.class_names)
+        legend_below(figure, panels[0])
     return figure
 
 
@@ -116,19 +175,19 @@ def _draw_sweep(axes: Any, sweep: Sweep, class_names: Sequence[str]) -> None:
     span = sweep.working_range()
     if span is not None:
         edges = [places[sweep.shift.values.index(value)] for value in span]
-        axes.axvspan(*edges, color=_RANGE, alpha=0.13, linewidth=0, label="working range (within 5 points of mIoU)")
+        axes.axvspan(*edges, color=GREEN, alpha=0.13, linewidth=0, label="working range (within 5 points of mIoU)")
     for index, name in enumerate(class_names):
         values = [scores.iou[index] for _, scores in measured]
         axes.plot(x, values, linewidth=1.1, markersize=3.5, **class_style(index, name))
     axes.plot(x, [scores.miou for _, scores in measured], **_MEAN)
     neutral = places[sweep.shift.values.index(sweep.shift.neutral)]
     axes.plot(
-        neutral, sweep.unchanged.miou, "o", markersize=12, markerfacecolor="none", markeredgecolor="black",
+        neutral, sweep.unchanged.miou, "o", markersize=12, markerfacecolor="none", markeredgecolor=BLACK,
         markeredgewidth=1.4, label="unchanged micrographs",
     )  # fmt: skip
     _label_every_second(axes, sweep.shift, places)
     axes.set_ylim(0, 1.02)
-    _finish(axes, sweep.shift.name.capitalize(), sweep.shift.axis, "IoU")
+    label_axes(axes, sweep.shift.name.capitalize(), sweep.shift.axis, "IoU")
 
 
 def _places(shift: Shift) -> list[float]:
@@ -153,12 +212,12 @@ def _draw_fractions(axes: Any, images: Sequence[ImageResult], index: int, name: 
     look = {key: value for key, value in class_style(index, name).items() if key in ("color", "marker")}
     axes.scatter(100 * truth, 100 * predicted, s=46, edgecolor="white", linewidth=0.7, zorder=3, clip_on=False, **look)
     low, high = _limits(np.concatenate([truth, predicted]))
-    axes.plot([low, high], [low, high], color="#666666", linestyle="--", linewidth=1.1)
-    axes.annotate("equal", (high, high), (-17, -8), textcoords="offset points", ha="right", fontsize=9, color="#666666")
+    axes.plot([low, high], [low, high], color=GREY, linestyle="--", linewidth=1.1)
+    axes.annotate("equal", (high, high), (-17, -8), textcoords="offset points", ha="right", fontsize=9, color=GREY)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
-    _finish(axes, name, "true area fraction, %", "predicted area fraction, %")
+    label_axes(axes, name, "true area fraction, %", "predicted area fraction, %")
 
 
 def _limits(shares: npt.NDArray[np.float64]) -> tuple[float, float]:
@@ -178,20 +237,6 @@ def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
     for spare in grid[count:]:
         spare.remove()
     return figure, grid[:count]
-
-
-def _legend_below(figure: Any, *panels: Any) -> None:
-    """One legend for what the panels show, each name once."""
-    found = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    entries = {label: handle for handle, label in found}
-    columns = min(6, len(entries))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=10)
-
-
-def _finish(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
 
 
 def _points(values: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

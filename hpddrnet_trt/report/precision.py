@@ -11,9 +11,8 @@ from hpddrnet_trt.accuracy.evaluator import Accuracy
 from hpddrnet_trt.accuracy.search import Frontier, Part, Sensitivity
 from hpddrnet_trt.core.files import write_bytes
 from hpddrnet_trt.graph.layers import short
-from hpddrnet_trt.report.style import new_figure, png, style
+from hpddrnet_trt.report.style import BLUE, GREEN, GREY, ORANGE, new_figure, png, style
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 _ROWS = 30  # bars of the ranking
 _NAMED = 6  # points with a name in the scatter
 _FLOOR = 1e-3  # percent: what is smaller is drawn here, on logarithmic axes
@@ -26,7 +25,7 @@ def draw_sensitivity(found: Sensitivity, target: str | Path) -> Path:
         figure = new_figure(12.4, max(4.2, 1.6 + 0.24 * len(rows)))
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
         places = range(len(rows))
-        left.barh(places, [100 * part.harm for part in rows], color=_BLUE, height=0.62)
+        left.barh(places, [100 * part.harm for part in rows], color=BLUE, height=0.62)
         left.set_yticks(places, [short(part.name) for part in rows], fontsize=8)
         left.set_xlabel(f"labels' IoU lost against FP32, % ({found.precision.upper()} in this {found.by} alone)")
         left.grid(axis="y", visible=False)
@@ -35,7 +34,7 @@ def draw_sensitivity(found: Sensitivity, target: str | Path) -> Path:
         for place, part in zip(places, rows, strict=True):
             left.annotate(
                 f"{-part.accuracy.drop:+.2f}", (100 * part.harm, place), xytext=(4, 0), textcoords="offset points",
-                va="center", fontsize=7.5, color=_GREY,
+                va="center", fontsize=7.5, color=GREY,
             )  # fmt: skip
         left.margins(x=0.12, y=0.015)
         _scatter(right, found)
@@ -51,7 +50,7 @@ def _scatter(axes: Any, found: Sensitivity) -> None:
     def place(part: Part) -> tuple[float, float]:
         return max(100 * part.operations, _FLOOR), max(100 * part.harm, _FLOOR)
 
-    axes.scatter(*zip(*(place(part) for part in found.parts), strict=True), s=26, color=_ORANGE, alpha=0.75)
+    axes.scatter(*zip(*(place(part) for part in found.parts), strict=True), s=26, color=ORANGE, alpha=0.75)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("share of multiply-accumulates, %")
@@ -79,11 +78,11 @@ def draw_frontier(found: Frontier, target: str | Path) -> Path:
         _choices(left, found, lambda accuracy: -accuracy.drop)
         left.set_ylabel("change of masked mIoU against FP32, percentage points")
         if budget.max_miou_drop is not None:
-            left.axhline(-budget.max_miou_drop, color=_ORANGE, linewidth=1, linestyle="--", label="budget")
+            left.axhline(-budget.max_miou_drop, color=ORANGE, linewidth=1, linestyle="--", label="budget")
         _choices(right, found, lambda accuracy: 100 * (1 - accuracy.agreement))
         right.set_ylabel("pixels with another label than FP32, %")
         if budget.min_agreement is not None:
-            right.axhline(100 * (1 - budget.min_agreement), color=_ORANGE, linewidth=1, linestyle="--", label="budget")
+            right.axhline(100 * (1 - budget.min_agreement), color=ORANGE, linewidth=1, linestyle="--", label="budget")
         for axes in (left, right):
             axes.set_xlabel("ms per frame")
             axes.legend(fontsize=9)
@@ -95,19 +94,19 @@ def draw_frontier(found: Frontier, target: str | Path) -> Path:
 
 
 def _choices(axes: Any, found: Frontier, value: Callable[[Accuracy], float]) -> None:
-    for kept, colour, label in ((True, _GREEN, "keeps the budget"), (False, _GREY, "misses it")):
+    for kept, color, label in ((True, GREEN, "keeps the budget"), (False, GREY, "misses it")):
         points = [point for point in found.points if found.budget.kept_by(point.accuracy) == kept]
         axes.scatter(
             [point.milliseconds for point in points], [value(point.accuracy) for point in points],
-            s=34, color=colour, label=label,
+            s=34, color=color, label=label,
         )  # fmt: skip
     for point in found.points:
         axes.annotate(
             str(len(point.floating)), (point.milliseconds, value(point.accuracy)), xytext=(4, 4),
-            textcoords="offset points", fontsize=7.5, color=_GREY,
+            textcoords="offset points", fontsize=7.5, color=GREY,
         )  # fmt: skip
     if found.chosen is not None:
         axes.scatter(
             [found.chosen.milliseconds], [value(found.chosen.accuracy)], s=150, facecolors="none",
-            edgecolors=_ORANGE, linewidths=2, label="chosen",
+            edgecolors=ORANGE, linewidths=2, label="chosen",
         )  # fmt: skip

@@ -10,18 +10,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PillowImage
 
-from hpddrnet_trt.benchmark.machine import Gpu, Machine
+from hpddrnet_trt.benchmark.machine import Gpu, GpuState, Machine
 from hpddrnet_trt.benchmark.result import (
     Accuracy,
     BenchmarkResult,
-    Ceilings,
     Environment,
-    GpuState,
     LayerGroups,
     Memory,
     Picture,
     Ratio,
-    Roof,
+    RooflineBound,
     Row,
     Settings,
     Start,
@@ -42,7 +40,7 @@ PARTS = {"stem": 0.2, "spatial branch": 0.12, "context branch": 0.16, "bilateral
 
 
 class Kind(NamedTuple):
-    """An entry: median at 1024x1024 frame to labels, the part around the network, mIoU, megabytes at that size."""
+    """An entry: median at 1024x1024 end to end, the part around the network, mIoU, megabytes at that size."""
 
     label: str
     runtime: str
@@ -116,7 +114,7 @@ def result(kinds: tuple[Kind, ...] = KINDS) -> BenchmarkResult:
         classes=CLASSES,
         reference=kinds[0].label,
         rows=[*rows, lonely],
-        warnings=["the driver does not report energy of the processor"],
+        warnings=["the driver does not report energy"],
         pictures=[_picture(f"image-{index}", [kind.label for kind in kinds], rng) for index in range(2)],
         environments=[
             Environment(created="2031-02-03T04:05:06+00:00", command="python benchmarks/benchmark.py runs/demo",
@@ -124,8 +122,7 @@ def result(kinds: tuple[Kind, ...] = KINDS) -> BenchmarkResult:
             Environment(created="2031-02-03T05:05:06+00:00", command="python benchmarks/benchmark.py runs/demo --merge",
                         python="3.10.2", libraries={"numpy": "2.2.0", "tensorrt": "10.9.0"}),
         ],
-        ceilings=Ceilings(device="Example CPU, 2 threads", gmacs_per_s={"FP32": 140.0, "INT8": 610.0},
-                          gigabytes_per_s=21.3, how="best of 20 products of 2048x2048 matrices, copies of 256 MiB"),
+        bound_source="Example GPU, from its data sheet",
         gpu_states=[GpuState(name="Example GPU", sm_clock_mhz=(1755, 1980, 1980), power_w=312.0, temperature_c=51,
                              throttled=[])],
     )  # fmt: skip
@@ -144,13 +141,12 @@ def _row(kind: Kind, reference: Kind, rng: np.random.Generator) -> Row:
                    device_mib=None if kind.gpu is None else _mib(kind.gpu, edge, 0))
             for edge in (512, 1024, 2048, 4096)
         ],
-        timings=timings,
-        network=[_timing(kind, reference, shape, kind.ms - kind.around, rng) for shape in shapes],
+        end_to_end=timings,
+        inference=[_timing(kind, reference, shape, kind.ms - kind.around, rng) for shape in shapes],
         throughput=[_timing(kind, reference, shape, 0.9 * kind.ms, rng, joules=0.4) for shape in shapes],
         layers=[LayerGroups(height=1024, width=1024, batch=1,
                             groups={name: 1.1 * kind.ms * share for name, share in PARTS.items()})],
-        roofs=[Roof(height=1024, width=1024, batch=1, gmac=24.7, megabytes=1800, floor_ms=0.14 if kind.gpu else 88.0,
-                    compute_ms=0.1 if kind.gpu else 61.0)],
+        bounds=[RooflineBound(height=1024, width=1024, batch=1, milliseconds=0.14 if kind.gpu else 88.0)],
         accuracy=Accuracy(images=4, agreement=1 - abs(reference.miou - kind.miou), masked_images=4, miou=kind.miou,
                           pixel_accuracy=0.95, iou=[0.9, kind.miou, 0.7]),
         environment=kind.environment,

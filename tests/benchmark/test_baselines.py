@@ -1,4 +1,4 @@
-"""The peers: set up as their users would, and giving the reference's labels."""
+"""The baselines: set up as their users would, and giving the reference's labels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from hpddrnet_trt.benchmark import baselines as peers
-from hpddrnet_trt.benchmark.baselines import export_plain, peer_entries
+from hpddrnet_trt.benchmark import baselines
+from hpddrnet_trt.benchmark.baselines import baseline_entries, export_plain
 from hpddrnet_trt.benchmark.entries import Entry
-from hpddrnet_trt.benchmark.frame import frame_to_labels
+from hpddrnet_trt.benchmark.measures import end_to_end
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.data.micrograph import read_micrograph
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Entry]:
-    found = peer_entries(CHECKPOINT, tmp_path_factory.mktemp("peers"), size=SIZE)
+    found = baseline_entries(CHECKPOINT, tmp_path_factory.mktemp("baselines"), size=SIZE)
     return {entry.label: entry for entry in found}
 
 
@@ -48,7 +48,7 @@ def frame(sem_data: Path) -> npt.NDArray[np.uint8]:
 @pytest.fixture(scope="module")
 def reference(frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     with load_engine(CHECKPOINT, "torch", device="cpu", threads=1) as engine:
-        return frame_to_labels(engine)(frame)
+        return end_to_end(engine)(frame)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_labels_are_the_references(
         pytest.skip(f"{label.split()[0]} is an optional extra and not installed")
     entry = entries[label]
     with load_engine(entry.path, entry.engine, threads=1, **entry.options) as engine:
-        labels = frame_to_labels(engine)(frame)
+        labels = end_to_end(engine)(frame)
         engine.bind(np.zeros((1, 3, *SIZE), np.float32) if entry.path.suffix == ".onnx" else frame[:, None])()
     assert len(np.unique(reference)) > 1
     assert (labels == reference).mean() > least
@@ -80,10 +80,10 @@ def test_entries_for_their_users(entries: dict[str, Entry]) -> None:
 
 def test_only_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = _tiny(tmp_path)
-    monkeypatch.setattr(peers, "export_plain", lambda *_, **__: None)
+    monkeypatch.setattr(baselines, "export_plain", lambda *_, **__: None)
     for usable, engines in ((True, {"torch", "onnxruntime", "openvino"}), (False, {"torch", "onnxruntime"})):
-        monkeypatch.setattr(peers, "engine_status", lambda name, usable=usable: EngineStatus(usable, ""))
-        found = peer_entries(checkpoint, tmp_path, size=(64, 96), batch=2)
+        monkeypatch.setattr(baselines, "engine_status", lambda name, usable=usable: EngineStatus(usable, ""))
+        found = baseline_entries(checkpoint, tmp_path, size=(64, 96), batch=2)
         assert {entry.engine for entry in found} == engines
 
 
@@ -114,11 +114,11 @@ def test_plain_export_is_the_authors_network(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(BadInputFile, match="does not exist"):
-        peer_entries(tmp_path / "missing.safetensors", tmp_path, size=SIZE)
+        baseline_entries(tmp_path / "missing.safetensors", tmp_path, size=SIZE)
     with pytest.raises(UsageError, match="height must be a positive multiple of 8"):
-        peer_entries(CHECKPOINT, tmp_path, size=(100, 96))
+        baseline_entries(CHECKPOINT, tmp_path, size=(100, 96))
     with pytest.raises(UsageError, match="batch must be at least 1"):
-        peer_entries(CHECKPOINT, tmp_path, size=SIZE, batch=0)
+        baseline_entries(CHECKPOINT, tmp_path, size=SIZE, batch=0)
 
 
 def _tiny(folder: Path) -> Path:

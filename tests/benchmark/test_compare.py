@@ -1,17 +1,36 @@
-"""What changed between two results."""
+"""What changed between two results, and several installations' results as one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hpddrnet_trt.benchmark.compare import Change, compare, differences, format_changes, verdict_of
-from hpddrnet_trt.benchmark.result import BenchmarkResult, Ratio, load_result
-from tests.benchmark.test_merge import change_row
+from hpddrnet_trt.benchmark.compare import Change, compare, differences, format_changes, merge, verdict_of
+from hpddrnet_trt.benchmark.machine import Gpu
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Environment, Ratio, Row, Shape, load_result
+from hpddrnet_trt.core.errors import UsageError
 
 VERSION_1 = Path(__file__).parents[2] / "benchmarks" / "results" / "amd-epyc-2026-11-21.json"
+
+
+def change_row(row: Row, factor: float, **changes: Any) -> Row:
+    """A copy with all times multiplied."""
+    times = {
+        measure: [
+            timing.model_copy(
+                update={
+                    "samples_ms": [factor * value for value in timing.samples_ms],
+                    "p50_ms": factor * timing.p50_ms,
+                }
+            )
+            for timing in timings
+        ]
+        for measure, timings in row.measures()
+    }
+    return row.model_copy(update={**times, **changes})
 
 
 def by_label(changes: list[Change], label: str) -> list[Change]:
@@ -24,12 +43,12 @@ def with_samples(result: BenchmarkResult, label: str, centre: float, seed: int, 
     rows = []
     for row in result.rows:
         if row.label == label:
-            samples = [(centre * rng.lognormal(0, 0.05, rounds)).tolist() for _ in row.timings]
+            samples = [(centre * rng.lognormal(0, 0.05, rounds)).tolist() for _ in row.end_to_end]
             timings = [
                 timing.model_copy(update={"samples_ms": one, "p50_ms": float(np.median(one))})
-                for timing, one in zip(row.timings, samples, strict=True)
+                for timing, one in zip(row.end_to_end, samples, strict=True)
             ]
-            row = row.model_copy(update={"timings": timings})
+            row = row.model_copy(update={"end_to_end": timings})
         rows.append(row)
     return result.model_copy(update={"rows": rows})
 
@@ -50,7 +69,7 @@ def test_faster_slower_and_the_same_are_told(measured: BenchmarkResult) -> None:
     old = with_samples(with_samples(measured, "plain", 10, seed=1), "small", 10, seed=2)
     for centre, verdict in ((5, "faster"), (20, "slower"), (10, "no difference")):
         new = with_samples(old, "small", centre, seed=7, rounds=25)  # rounds need not be equal
-        changes = [change for change in by_label(compare(old, new), "small") if change.measure == "timings"]
+        changes = [change for change in by_label(compare(old, new), "small") if change.measure == "end_to_end"]
         assert {change.verdict for change in changes} == {verdict}
         for change in changes:
             assert change.old_ms is not None
@@ -87,7 +106,7 @@ def test_what_only_one_has_is_shown(measured: BenchmarkResult) -> None:
         (change.label for change in changes), key=["plain", "fresh", "small"].index
     )
     gone = by_label(changes, "small")[0]
-    assert gone.old_ms == measured.rows[1].timings[0].p50_ms
+    assert gone.old_ms == measured.rows[1].end_to_end[0].p50_ms
     assert (gone.new_ms, gone.ratio) == (None, None)
 
 
@@ -109,18 +128,19 @@ def test_what_else_could_explain_a_change_is_said(measured: BenchmarkResult) -> 
 
 
 def test_the_table_says_when_a_ratio_is_wide(measured: BenchmarkResult) -> None:
-    narrow = Change("a", "timings", 64, 64, 1, "faster", 2.0, 1.0, Ratio(value=2, low=1.95, high=2.1), 0.01, 3, None)
-    wide = Change("b", "throughput", 64, 64, 4, "faster", 2.0, 1.0, Ratio(value=2, low=1.2, high=3.0))
-    none = Change("c", "network", 64, 64, 1, "too few rounds", 2.0, 1.0, Ratio(value=2))
+    ratio = Ratio(value=2, low=1.95, high=2.1)
+    narrow = Change("a", "end_to_end", Shape(64, 64, 1), "faster", 2.0, 1.0, ratio, 0.01, 3, None)
+    wide = Change("b", "throughput", Shape(64, 64, 4), "faster", 2.0, 1.0, Ratio(value=2, low=1.2, high=3.0))
+    none = Change("c", "inference", Shape(64, 64, 1), "too few rounds", 2.0, 1.0, Ratio(value=2))
     lines = format_changes([narrow, wide, none], ["GPU differs: A before, B now"]).splitlines()
     assert lines[0] == "note: GPU differs: A before, B now"
     assert lines[1].split()[:3] == ["entry", "measure", "size"]
-    assert "2 [1.95, 2.1]" in lines[2]
+    assert "2.00 [1.95, 2.10]" in lines[2]
     assert "wide" not in lines[2]
     assert "+0.0100" in lines[2]
-    assert "2 [1.2, 3] (wide)" in lines[3]
-    assert "4 x 64x64" in lines[3]
-    assert "2 (no interval)" in lines[4]
+    assert "2.00 [1.20, 3.00] (wide)" in lines[3]
+    assert "batch 4 of 64×64" in lines[3]
+    assert "2.00 (too few rounds for an interval)" in lines[4]
 
 
 def test_verdicts_follow_from_intervals() -> None:
@@ -136,3 +156,106 @@ def test_a_published_result_of_the_first_format_can_be_compared() -> None:
     changes = compare(old, faster)
     assert changes
     assert {change.verdict for change in changes} == {"faster"}
+
+
+@pytest.fixture
+def other(measured: BenchmarkResult) -> BenchmarkResult:
+    """A second installation: another ONNX Runtime, an engine of its own that ran, and the lonely one now running."""
+    plain, small, cut, lonely = measured.rows
+    runtime = "onnxruntime 1.20.0 (CPU, 1 thread)"
+    rows = [
+        change_row(plain, 2.0, runtime=runtime),
+        change_row(small, 2.0, label="own", runtime="TensorRT 10.13.3 (NVIDIA L4, int8)"),
+        cut,
+        change_row(plain, 0.5, label=lonely.label, runtime="TensorRT 10.13.3 (NVIDIA L4, fp16)", file=lonely.file),
+    ]
+    environment = Environment(created=measured.created, command="second", python="3.10.1", libraries={"numpy": "1.26"})
+    return measured.model_copy(
+        update={
+            "rows": rows,
+            "environments": [environment],
+            "command": "second",
+            "engines": {**measured.engines, "tensorrt": "10.13.3", "torch": "not available: not installed"},
+        }
+    )
+
+
+def test_one_result_stays_as_it_is(measured: BenchmarkResult) -> None:
+    assert merge([measured]) == measured
+
+
+def test_rows_of_the_other_installation_are_added(measured: BenchmarkResult, other: BenchmarkResult) -> None:
+    merged = merge([measured, other])
+    assert [(row.label, row.status, row.environment) for row in merged.rows] == [
+        ("plain", "measured", 0),
+        ("small", "measured", 0),
+        ("cut", "not run", 0),
+        ("plain (onnxruntime 1.20.0)", "measured", 1),
+        ("own", "measured", 1),
+        ("lonely", "measured", 1),  # did not run in the first one: that row is gone
+    ]
+    assert merged.rows[:3] == measured.rows[:3]
+    assert [one.command for one in merged.environments] == ["python benchmark.py", "second"]
+    assert merged.command == "python benchmark.py && second"
+    assert merged.engines["tensorrt"] == "10.13.3"
+    assert merged.engines["torch"] == measured.engines["torch"]
+    assert merged.reference == "plain"
+    assert any("2 installations were merged" in warning for warning in merged.warnings)
+    assert BenchmarkResult.model_validate_json(merged.to_json()) == merged
+
+
+def test_ratios_are_to_the_first_reference_and_not_paired(measured: BenchmarkResult, other: BenchmarkResult) -> None:
+    merged = merge([measured, other])
+    for row, value in ((merged.rows[3], 0.5), (merged.rows[5], 2.0)):
+        for _, timings in row.measures():
+            for timing in timings:
+                assert timing.ratio is not None
+                assert not timing.ratio.paired
+                assert timing.ratio.value == pytest.approx(value)
+                assert timing.ratio.low is not None
+                assert timing.ratio.low <= value
+    nothing = measured.model_copy(update={"reference": None})
+    assert all(timing.ratio is None for timing in merge([nothing, other]).rows[3].end_to_end)
+
+
+def test_agreement_with_another_reference_is_dropped(measured: BenchmarkResult, other: BenchmarkResult) -> None:
+    same = merge([measured, other]).rows[4].accuracy
+    assert same is not None
+    assert same.agreement is not None
+    foreign = other.model_copy(update={"reference": "own"})
+    accuracy = merge([measured, foreign]).rows[4].accuracy
+    assert accuracy is not None
+    assert accuracy.agreement is None
+    assert accuracy.miou == same.miou
+
+
+def test_the_same_installation_twice_is_told_apart(measured: BenchmarkResult) -> None:
+    merged = merge([measured, measured, measured])
+    assert [row.label for row in merged.measured] == [
+        "plain", "small", "plain (environment 2)", "small (environment 2)", "plain (environment 3)",
+        "small (environment 3)",
+    ]  # fmt: skip
+    assert sum(row.status == "not run" for row in merged.rows) == 2
+    assert set(merged.pictures[0].labels) == {row.label for row in merged.measured}
+    assert merge([merge([measured, measured]), measured]).rows == merged.rows
+
+
+def test_other_machines_data_and_classes_are_refused(measured: BenchmarkResult) -> None:
+    machine = measured.machine
+    gpu = machine.model_copy(update={"gpus": [Gpu(name="NVIDIA L4", driver="580", memory_mib=23034)]})
+    cpu = machine.model_copy(update={"cpu": "Another CPU"})
+    for update, message in (
+        ({"machine": gpu}, "their GPU differs: 'no GPU' and 'NVIDIA L4'"),
+        ({"machine": cpu}, "their processor differs: .* and 'Another CPU"),
+        ({"data": "other/test, 3 images"}, "their data differs: 'noise/test, 3 images' and 'other/test, 3 images'"),
+        ({"classes": measured.classes[:2]}, "their classes differs: 'matrix, pore, grain' and 'matrix, pore'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            merge([measured, measured.model_copy(update=update)])
+    with pytest.raises(UsageError, match="nothing to merge"):
+        merge([])
+
+
+def test_different_settings_are_said(measured: BenchmarkResult) -> None:
+    slower = measured.model_copy(update={"settings": measured.settings.model_copy(update={"rounds": 90})})
+    assert any("different settings: rounds" in warning for warning in merge([measured, slower]).warnings)

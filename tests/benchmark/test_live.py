@@ -30,8 +30,8 @@ def windows(pairs: list[tuple[int, int]], seconds: float = 2.0) -> list[Window]:
     """Pairs of frame counts (with, without), their order alternating."""
     made = []
     for number, (attached, alone) in enumerate(pairs):
-        pair = [Window(attached=True, seconds=seconds, frames=attached, thread_ms=None),
-                Window(attached=False, seconds=seconds, frames=alone, thread_ms=None)]  # fmt: skip
+        pair = [Window(attached=True, seconds=seconds, frames=attached),
+                Window(attached=False, seconds=seconds, frames=alone)]  # fmt: skip
         made += pair if number % 2 else pair[::-1]
     return made
 
@@ -132,9 +132,6 @@ def test_the_whole_run_with_openfibsem(
     assert result.display.results > 0
     assert "onnxruntime" in str(result.display.runtime)
     assert 0 < stream["stages"]["total"]["p50_ms"] <= stream["stages"]["total"]["p99_ms"]
-    if result.thread_ms:  # Linux
-        assert set(result.thread_ms["with"]) == {"running", "waiting_for_a_core", "blocked"}
-        assert result.thread_ms["with"]["running"] > 0
     printed = capsys.readouterr().out
     assert "balanced" in printed
     assert "NOT" not in printed

@@ -1,4 +1,4 @@
-"""What the report says about the machine, and its meters."""
+"""What the report says about the machine, its meters, and what is read from a GPU's driver (a stand-in)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,9 @@ import pytest
 from hpddrnet_trt.benchmark import machine
 from hpddrnet_trt.benchmark.machine import (
     CpuMeter,
+    EnergyUse,
+    GpuSensor,
+    GpuWatch,
     busy_warnings,
     describe_machine,
     device_memory_mib,
@@ -75,3 +82,149 @@ def test_gpus_are_read_from_the_drivers_tool(tmp_path: Path, monkeypatch: pytest
     assert find_gpus() == []
     answer("No devices were found\\n")
     assert find_gpus() == []
+
+
+class FakeNvmlError(Exception):
+    """Stands for pynvml.NVMLError."""
+
+
+class FakeNvml:
+    """As much of pynvml as is used: a GPU that slows down in the second half of what is read."""
+
+    NVMLError = FakeNvmlError
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+
+    def __init__(self, driver: bool = True, supported: bool = True, event_name: str = "Event") -> None:
+        self.driver, self.supported = driver, supported
+        self.looks, self.energy_mj, self.threads = 0, 5_000, set[str]()
+        self.chosen: Any = None
+        setattr(self, f"nvmlDeviceGetCurrentClocks{event_name}Reasons", self._reasons)
+
+    def nvmlInit(self) -> None:
+        if not self.driver:
+            raise FakeNvmlError("driver not loaded")
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:
+        if index > 3:
+            raise FakeNvmlError("invalid argument")
+        self.chosen = index
+        return self
+
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> Any:
+        self.chosen = name
+        return self
+
+    def nvmlDeviceGetName(self, handle: Any) -> bytes:
+        return b"NVIDIA Stand-in"
+
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:
+        self.looks += 1
+        self.threads.add(threading.current_thread().name)
+        return 1980 if self.looks <= 5 else 1200
+
+    def nvmlDeviceGetPowerUsage(self, handle: Any) -> int:
+        return self._value(650_500)
+
+    def nvmlDeviceGetTemperature(self, handle: Any, sensor: int) -> int:
+        return 40 + self.looks
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:
+        self.energy_mj += 1_500
+        return self._value(self.energy_mj)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:
+        return [SimpleNamespace(pid=1, usedGpuMemory=None), SimpleNamespace(pid=os.getpid(), usedGpuMemory=300 << 20)]
+
+    def _reasons(self, handle: Any) -> int:
+        return 0x1 if self.looks <= 5 else 0x1 | 0x4 | 0x40
+
+    def _value(self, value: int) -> int:
+        if not self.supported:
+            raise FakeNvmlError("not supported")
+        return value
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    fake = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return fake
+
+
+def test_the_gpu_is_the_first_one_that_engines_see(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = GpuSensor.open()
+    assert gpu is not None
+    assert (gpu.name, nvml.chosen) == ("NVIDIA Stand-in", 0)
+    for visible, chosen in (("2,0", 2), ("GPU-8c,GPU-1", "GPU-8c"), (" MIG-7 ", "MIG-7")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert GpuSensor.open() is not None
+        assert nvml.chosen == chosen
+    for visible in ("", "-1", "9"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert GpuSensor.open() is None
+
+
+def test_without_package_or_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert GpuSensor.open() is None
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(driver=False))  # type: ignore[arg-type]
+    assert GpuSensor.open() is None
+    with GpuWatch(None) as watch:
+        pass
+    assert watch.states() == []
+
+
+def test_readings_and_what_is_not_supported(nvml: FakeNvml) -> None:
+    gpu = GpuSensor.open()
+    assert gpu is not None
+    assert gpu.power_w() == 650.5
+    assert gpu.process_mib(os.getpid()) == 300
+    assert gpu.process_mib(1) is None  # the driver lists it without a figure
+    assert gpu.process_mib(2) is None
+    nvml.supported = False
+    assert gpu.power_w() is None
+    assert gpu.joules() is None
+
+
+@pytest.mark.parametrize("name", ["Event", "Throttle"])
+def test_the_watch_looks_from_its_own_thread_only_while_entered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml(event_name=name)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    watch = GpuWatch(GpuSensor.open(), period_s=0.001)
+    assert watch.states() == []
+    for looks in (5, 10):
+        with watch:
+            deadline = time.monotonic() + 20
+            while nvml.looks < looks and time.monotonic() < deadline:
+                time.sleep(0.001)
+        seen = nvml.looks
+        time.sleep(0.02)
+        assert nvml.looks == seen >= looks
+    assert nvml.threads == {"gpu-watch"}
+    (state,) = watch.states()
+    assert state.sm_clock_mhz[0] == 1200
+    assert state.sm_clock_mhz[2] == 1980
+    assert (state.power_w, state.temperature_c) == (650.5, 40 + nvml.looks)
+    share = f"({(nvml.looks - 5) / nvml.looks:.0%} of the time)"
+    assert state.throttled == [f"power limit {share}", f"temperature (hardware) {share}"]
+
+
+def test_energy_is_that_between_entering_and_leaving(nvml: FakeNvml) -> None:
+    use = EnergyUse(GpuSensor.open())
+    for _ in range(3):
+        with use:
+            pass
+    assert use.joules == pytest.approx(3 * 1.5)  # the stand-in uses 1.5 J from one reading to the next
+    nvml.supported = False
+    with use:
+        pass
+    nvml.supported = True
+    with use:
+        pass
+    assert use.joules is None  # a part is missing: no figure is better than one that is too small
+    nothing = EnergyUse(None)
+    with nothing:
+        pass
+    assert nothing.joules is None

@@ -1,4 +1,4 @@
-"""Latency, network only and throughput of engines that only simulate their time."""
+"""End-to-end and inference latency, throughput of engines that only simulate their time, and roofline bounds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from hpddrnet_trt.accuracy.cost import DEVICES
 from hpddrnet_trt.benchmark import measures
-from hpddrnet_trt.benchmark.frame import frames_to_labels
-from hpddrnet_trt.benchmark.measures import Case, Stopwatch, batches_per_round
-from hpddrnet_trt.benchmark.result import Settings
-from hpddrnet_trt.benchmark.telemetry import Gpu, GpuWatch
+from hpddrnet_trt.benchmark.machine import GpuSensor, GpuWatch
+from hpddrnet_trt.benchmark.measures import (
+    BenchmarkCase,
+    Timer,
+    batches_per_round,
+    end_to_end_stream,
+    known_device,
+    roofline_bounds,
+)
+from hpddrnet_trt.benchmark.result import Settings, Shape
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.engines.base import EngineBase, Prediction
+from hpddrnet_trt.weights import locate
 from tests.tiny_network import tiny_manifest, tiny_network
 
 
@@ -64,38 +72,38 @@ def manifest() -> Manifest:
 
 
 @pytest.fixture
-def case() -> Case:
+def case() -> BenchmarkCase:
     rng = np.random.default_rng(0)
-    return Case(12, 16, 2, [rng.integers(0, 256, (2, 12, 16), np.uint8) for _ in range(3)])
+    return BenchmarkCase(Shape(12, 16, 2), [rng.integers(0, 256, (2, 12, 16), np.uint8) for _ in range(3)])
 
 
 @pytest.fixture
-def stopwatch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
+def timer(monkeypatch: pytest.MonkeyPatch) -> Timer:
     monkeypatch.setattr(measures, "ROUND_S", 1e-9)
-    return Stopwatch(Settings(rounds=6, warmup=2, pause_ms=0), GpuWatch(None), quiet=True)
+    return Timer(Settings(rounds=6, warmup=2, pause_ms=0), GpuWatch(None), quiet=True)
 
 
-def test_a_stream_of_frames_gives_their_labels_in_order_and_size(manifest: Manifest, case: Case) -> None:
+def test_a_stream_of_frames_gives_their_labels_in_order_and_size(manifest: Manifest, case: BenchmarkCase) -> None:
     engine = FakeEngine(manifest)
     mixed = [*case.frames, np.full((1, 8, 8), 4, np.uint8)]
-    found = list(frames_to_labels(engine)(iter(mixed)))
+    found = list(end_to_end_stream(engine)(iter(mixed)))
     assert [labels.shape for labels in found] == [frames.shape for frames in mixed]  # 12 rows were padded to 16
     for labels, frames in zip(found, mixed, strict=True):
         np.testing.assert_array_equal(labels, frames % 3)
 
 
-def test_network_only_runs_what_was_bound_and_nothing_else(
-    manifest: Manifest, case: Case, stopwatch: Stopwatch
+def test_inference_runs_what_was_bound_and_nothing_else(
+    manifest: Manifest, case: BenchmarkCase, timer: Timer
 ) -> None:
     engines = {"good": FakeEngine(manifest), "plain": Plain(manifest), "broken": Broken(manifest)}
-    found = stopwatch.network(engines, case)
-    assert list(found.laps.samples) == ["good"]
-    assert engines["good"].bound == 6 + found.laps.warmups["good"].runs
+    found = timer.inference(engines, case)
+    assert list(found.samples.seconds) == ["good"]
+    assert engines["good"].bound == 6 + found.samples.warmups["good"].runs
     assert engines["good"].inferences == 0
-    assert found.laps.failures == {"plain": "this engine cannot run the network alone", "broken": "out of memory"}
+    assert found.samples.failures == {"plain": "this engine cannot run the network alone", "broken": "out of memory"}
 
 
-class Counter(Gpu):
+class Counter(GpuSensor):
     """A GPU whose energy counter gains 3 J with every reading."""
 
     def __init__(self) -> None:
@@ -107,14 +115,14 @@ class Counter(Gpu):
 
 
 def test_throughput_runs_rounds_of_batches_and_counts_their_energy(
-    manifest: Manifest, case: Case, stopwatch: Stopwatch
+    manifest: Manifest, case: BenchmarkCase, timer: Timer
 ) -> None:
     engines = {"good": FakeEngine(manifest), "unmetered": FakeEngine(manifest), "plain": Plain(manifest)}
-    found = stopwatch.throughput(engines, case, {"good": Counter(), "unmetered": None})
-    assert list(found.laps.samples) == ["good", "unmetered"]
+    found = timer.throughput(engines, case, {"good": Counter(), "unmetered": None})
+    assert list(found.samples.seconds) == ["good", "unmetered"]
     assert engines["good"].streams == [2, 4] + 6 * [4]  # two to warm up and choose, then the rounds
     assert found.joules == {"good": pytest.approx(6 * 3 / (6 * 4 * 2))}
-    assert found.laps.failures == {"plain": "this engine does not offer it"}
+    assert found.samples.failures == {"plain": "this engine does not offer it"}
     timing = found.timing("good", "unmetered", seed=0)
     assert timing.joules_per_image == pytest.approx(3 / 8)
     assert (timing.warmup, timing.steady) == (None, None)
@@ -139,9 +147,34 @@ def test_a_round_lasts_long_enough_but_not_longer_than_needed(first_s: float, ea
     assert calls <= 4
 
 
-def test_unsteady_engines_are_named(manifest: Manifest, case: Case, stopwatch: Stopwatch) -> None:
-    found = stopwatch.latency({"a": FakeEngine(manifest)}, case)
-    found.laps.warmups["a"] = found.laps.warmups["a"]._replace(steady=False)
+def test_unsteady_engines_are_named(manifest: Manifest, case: BenchmarkCase, timer: Timer) -> None:
+    found = timer.end_to_end({"a": FakeEngine(manifest)}, case)
+    found.samples.warmups["a"] = found.samples.warmups["a"]._replace(steady=False)
     assert found.unsteady == ["a"]
-    found.laps.warmups["a"] = found.laps.warmups["a"]._replace(steady=None)
+    found.samples.warmups["a"] = found.samples.warmups["a"]._replace(steady=None)
     assert found.unsteady == []
+
+
+def test_a_known_gpu_is_its_data_sheet() -> None:
+    assert known_device("NVIDIA H200") is DEVICES["h200"]
+    assert known_device("NVIDIA H200 NVL") is DEVICES["h200"]
+    assert known_device("NVIDIA L40S") is None  # not an L4
+    assert known_device("NVIDIA GeForce RTX 4090") is None
+
+
+def test_bounds_follow_the_shipped_networks_work() -> None:
+    graph, device = locate("nasa-super1", ".onnx"), DEVICES["h200"]
+    shapes = [Shape(1024, 1024, 1), Shape(1024, 1024, 2), Shape(512, 512, 1)]
+    bounds = {name: roofline_bounds(graph, name, shapes, device) for name in ("fp32", "fp16", "int8")}
+    assert [bound.shape for bound in bounds["fp16"]] == shapes
+    for name, found in bounds.items():
+        one, two, small = (bound.milliseconds for bound in found)
+        # 24.7 GMAC at 1024x1024, of which attention grows faster than pixels; weights are read once a batch.
+        computing = 2e3 * 24.7e9 / (device.tera_operations[name] * 1e12)
+        assert 0.85 * computing < one < 8 * computing
+        assert 1.8 * one < two <= 2 * one
+        assert small < one / 3
+    assert bounds["int8"][0].milliseconds < bounds["fp16"][0].milliseconds < bounds["fp32"][0].milliseconds
+    assert roofline_bounds(graph, "fp8", shapes, DEVICES["agx-orin"]) == []  # which has none
+    with pytest.raises(UserError):
+        roofline_bounds(graph, "fp16", [Shape(12, 12, 1)], device)

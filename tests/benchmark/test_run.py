@@ -15,12 +15,13 @@ from hpddrnet_trt.benchmark import (
     Entry,
     Settings,
     entries_for,
+    load_images,
     measures,
+    run,
     run_benchmark,
-    startup,
 )
 from hpddrnet_trt.benchmark import probe as probing
-from hpddrnet_trt.benchmark.entries import precision_of
+from hpddrnet_trt.benchmark.entries import model_files, precision_of
 from hpddrnet_trt.benchmark.probe import how_it_ended, probe
 from hpddrnet_trt.benchmark.result import Start
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
@@ -30,7 +31,7 @@ from hpddrnet_trt.inference import Segmenter
 from tests.benchmark.conftest import image_set
 from tests.tiny_onnx import CLASSES, tiny_model
 
-LATENCY: dict[str, Any] = {"network_only": False, "throughput": False, "layers": False, "roofline": False}
+LATENCY: dict[str, Any] = {"inference": False, "throughput": False, "layers": False}
 QUICK: dict[str, Any] = {"rounds": 5, "warmup": 1, "threads": 1, "pause_ms": 0, "gallery": 0, **LATENCY}
 
 
@@ -45,7 +46,7 @@ def test_every_entry_is_a_row_and_what_cannot_run_says_why(measured: BenchmarkRe
 
 def test_timings_follow_from_their_samples(measured: BenchmarkResult) -> None:
     plain, small = measured.measured
-    for first, second in zip(plain.timings, small.timings, strict=True):
+    for first, second in zip(plain.end_to_end, small.end_to_end, strict=True):
         assert len(second.samples_ms) == 6
         assert second.p50_ms == pytest.approx(np.median(second.samples_ms), rel=1e-3, abs=1e-4)
         assert second.max_ms == pytest.approx(max(second.samples_ms), abs=1e-4)
@@ -54,9 +55,10 @@ def test_timings_follow_from_their_samples(measured: BenchmarkResult) -> None:
         assert second.ratio.value == pytest.approx(first.p50_ms / second.p50_ms)
         assert second.warmup is not None
         assert second.warmup >= 1
-    assert [timing.size for timing in small.timings] == ["32x48", "2 x 32x48", "64x64", "2 x 64x64"]
-    assert plain.timings[0].ratio is not None
-    assert plain.timings[0].ratio.value == 1
+    shapes = ["32×48", "batch 2 of 32×48", "64×64", "batch 2 of 64×64"]
+    assert [str(timing.shape) for timing in small.end_to_end] == shapes
+    assert plain.end_to_end[0].ratio is not None
+    assert plain.end_to_end[0].ratio.value == 1
 
 
 def test_accuracy_is_that_of_the_segmenter_on_whole_images(measured: BenchmarkResult, models: Path) -> None:
@@ -111,16 +113,16 @@ def test_without_masks_only_agreement_is_reported(models: Path) -> None:
     assert accuracy is not None
     assert (accuracy.miou, accuracy.iou, accuracy.masked_images) == (None, [], 0)
     assert accuracy.agreement is not None
-    assert result.rows[1].timings[0].size == "40x56"  # the first image's own size
+    assert str(result.rows[1].end_to_end[0].shape) == "40×56"  # the first image's own size
     assert [entry.name for entry in result.classes] == [entry.name for entry in CLASSES]
 
 
 def test_batches_count_every_image(models: Path) -> None:
     entries = [Entry("a", models / "fp32.onnx")]
     result = run_benchmark(entries, image_set(), Settings(**QUICK, batches=(3,), sizes=((16, 16),)), progress=False)
-    found = result.rows[0].timings[0]
+    found = result.rows[0].end_to_end[0]
     assert found.images_per_s == pytest.approx(3000 / found.p50_ms)
-    assert found.size == "3 x 16x16"
+    assert str(found.shape) == "batch 3 of 16×16"
     assert result.reference is None
     assert found.ratio is None
     assert any("no PyTorch reference" in warning for warning in result.warnings)
@@ -155,9 +157,9 @@ def test_one_size_too_many_leaves_the_others(tmp_path: Path) -> None:
     fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
     plan = Settings(**QUICK, sizes=((32, 32), (64, 64)), batches=(1, 2))
     row = run_benchmark([Entry("fixed", fixed)], image_set(), plan, progress=False).rows[0]
-    assert [timing.size for timing in row.timings] == ["32x32"]
+    assert [str(timing.shape) for timing in row.end_to_end] == ["32×32"]
     smaller = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((16, 24),)), progress=False)
-    assert any("frames of 16x24: they are padded to 32x32" in note for note in smaller.rows[0].notes)
+    assert any("frames of 16×24: they are padded to 32×32" in note for note in smaller.rows[0].notes)
     assert [(one.height, one.batch) for one in row.memory_failures] == [(32, 2), (64, 1), (64, 2)]
     assert "batch 2 is outside this model's range" in row.memory_failures[0].reason
 
@@ -171,7 +173,7 @@ def test_a_size_that_no_engine_takes_is_a_reason(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_what_is_finished(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    true_factory = measures.frame_to_labels
+    true_factory = measures.end_to_end
 
     def factory(engine: Any) -> Any:
         run = true_factory(engine)
@@ -185,20 +187,20 @@ def test_ctrl_c_keeps_what_is_finished(models: Path, monkeypatch: pytest.MonkeyP
 
         return counted
 
-    monkeypatch.setattr(measures, "frame_to_labels", factory)
+    monkeypatch.setattr(measures, "end_to_end", factory)
     monkeypatch.setattr("hpddrnet_trt.benchmark.timing.MAX_WARMUP", 1)
     result = run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
     assert not result.complete
-    assert len(result.rows[0].timings[0].samples_ms) == 3
+    assert len(result.rows[0].end_to_end[0].samples_ms) == 3
     assert result.rows[0].accuracy is None
-    assert any("interrupted" in warning and "3 at 40x56 of 5" in warning for warning in result.warnings)
+    assert any("interrupted" in warning and "3 at 40×56 of 5" in warning for warning in result.warnings)
 
 
 def test_ctrl_c_before_anything_is_finished_goes_to_the_caller(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(startup, "probe", stop)
+    monkeypatch.setattr(probing, "probe", stop)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
 
@@ -227,9 +229,9 @@ def test_a_size_that_kills_the_process_is_a_reason_and_keeps_what_was_found(
     assert second == "the process that ran it was killed (SIGKILL), most likely because memory ran out"
     plan = Settings(**QUICK, batches=(1, 4), sizes=((32, 48),))
     row = run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), plan, progress=False).rows[0]
-    assert [timing.batch for timing in row.timings] == [1]
+    assert [timing.batch for timing in row.end_to_end] == [1]
     assert [(one.batch, one.reason) for one in row.memory_failures] == [(4, second)]
-    assert any(f"does not run at 4 x 32x48: {second}" in note for note in row.notes)
+    assert any(f"does not run at batch 4 of 32×48: {second}" in note for note in row.notes)
 
 
 def test_how_a_process_ended_in_words() -> None:
@@ -315,3 +317,70 @@ def test_openvino_is_compared_with_onnx_runtime_before_it_is_trusted(models: Pat
     result = run_benchmark(entries, image_set(), Settings(**QUICK), progress=False)
     assert result.rows[0].status == "measured"
     assert "checked in a child process: 100.00% of labels" in result.rows[0].notes[0]
+
+
+def test_the_shipped_model_on_real_micrographs(sem_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "ROUND_S", 0.01)
+    images = load_images(sem_data / "nasa-super1", "test", limit=1)
+    everything = {"inference": True, "throughput": True, "layers": True}
+    plan = Settings(**{**QUICK, **everything}, sizes=((64, 64),), memory_sizes=((128, 128),))
+    entries = [entry for entry in entries_for(model_files(["nasa-super1"])) if entry.engine != "openvino"]
+    result = run_benchmark(entries, images, plan, progress=False)
+    torch, ort = result.rows
+    assert (result.reference, torch.label, ort.label) == (torch.label, "PyTorch FP32", "ONNX Runtime FP32")
+    for row in result.rows:
+        assert row.status == "measured"
+        assert all(len(timings) == 1 for _, timings in row.measures()), row.notes
+        assert [(one.height, one.batch) for one in row.memory] == [(64, 1), (128, 1)]
+        assert row.memory_failures == []
+        assert row.accuracy is not None
+        assert row.accuracy.miou is not None
+        assert row.accuracy.miou > 0.6
+    assert ort.accuracy is not None
+    assert ort.accuracy.agreement is not None
+    assert ort.accuracy.agreement > 0.999
+    assert ort.attention is not None
+    (groups,) = ort.layers
+    assert {"stem", "position attention", "head"} <= set(groups.groups)
+    assert sum(groups.groups.values()) > 0
+
+
+def test_folders_give_their_models_checkpoints_first(tmp_path: Path) -> None:
+    for name in ("b.onnx", "a.engine", "a.engine.json", "z.safetensors", ".half.onnx", "notes.txt", "a.onnx"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "deeper.onnx").touch()
+    assert [path.name for path in model_files([tmp_path])] == ["z.safetensors", "a.onnx", "b.onnx", "a.engine"]
+    given = tmp_path / "missing.onnx"
+    assert model_files([given, tmp_path / "sub"]) == [given, tmp_path / "sub" / "deeper.onnx"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInputFile, match="empty holds no model file"):
+        model_files([tmp_path / "empty"])
+
+
+class SimulatedGpu:
+    """A GPU with a data sheet, of which nothing can be read."""
+
+    name = "NVIDIA H200"
+
+    def sm_clock_mhz(self) -> None: ...
+    def power_w(self) -> None: ...
+    def temperature_c(self) -> None: ...
+    def joules(self) -> None: ...
+
+
+def test_bounds_are_of_entries_on_a_known_gpu(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.GpuSensor, "open", SimulatedGpu)
+    monkeypatch.setattr(run, "runs_on_cpu", lambda engine: False)
+    entries = [Entry("plain", models / "fp32.onnx"), Entry("small", models / "int8.onnx")]
+    plan = Settings(**QUICK, sizes=((32, 48), (64, 64)), batches=(1, 3))
+    result = run_benchmark(entries, image_set(), plan, progress=False)
+    assert result.bound_source == "NVIDIA H200, from its data sheet"
+    plain, small = result.rows
+    shapes = [timing.shape for timing in plain.end_to_end]
+    assert [bound.shape for bound in plain.bounds] == [bound.shape for bound in small.bounds] == shapes
+    for exact, quantized in zip(plain.bounds, small.bounds, strict=True):
+        assert 0 < quantized.milliseconds < exact.milliseconds
+    monkeypatch.setattr(SimulatedGpu, "name", "NVIDIA unknown")
+    unknown = run_benchmark(entries[:1], image_set(), plan, progress=False)
+    assert (unknown.bound_source, unknown.rows[0].bounds) == (None, [])

@@ -1,16 +1,26 @@
-"""The main table, on the page and in the terminal."""
+"""The columns of a result: on the page, in the terminal and in the CSV file."""
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 
 import pytest
 
 from hpddrnet_trt.benchmark import BenchmarkResult, format_table
-from hpddrnet_trt.benchmark.result import Timing
-from hpddrnet_trt.benchmark.shapes import Shape, main_shape, shared_shape, timed_shapes
-from hpddrnet_trt.benchmark.table import Cell, Table, tables
-from hpddrnet_trt.benchmark.wording import miou_change, points, sentence
+from hpddrnet_trt.benchmark.result import Ratio, Shape, Timing, main_shape, shared_shape, timed_shapes
+from hpddrnet_trt.benchmark.table import (
+    COLUMNS,
+    Cell,
+    Table,
+    miou_change,
+    points,
+    ratio_text,
+    sentence,
+    tables,
+    to_csv,
+)
 from tests.benchmark import constructed
 
 
@@ -40,31 +50,31 @@ def test_a_table_per_size_and_batch(made: BenchmarkResult) -> None:
 def test_each_value_stands_in_its_column(made: BenchmarkResult) -> None:
     row = made.rows[5]
     found = cells(at(made, Shape(1024, 1024, 1)), "OpenVINO INT8 Q/DQ")
-    timing = next(timing for timing in row.timings if (timing.height, timing.batch) == (1024, 1))
-    assert found["frame to labels, one at a time", "p99"] == Cell(f"{timing.p99_ms:.0f}")
+    timing = next(timing for timing in row.end_to_end if (timing.height, timing.batch) == (1024, 1))
+    assert found["end-to-end latency, one at a time", "p99"] == Cell(f"{timing.p99_ms:.0f}")
     assert timing.ratio is not None
-    assert found["frame to labels, one at a time", "speed-up"] == Cell(
+    assert found["end-to-end latency, one at a time", "speed-up"] == Cell(
         f"{timing.ratio.value:.2f}×", f"[{timing.ratio.low:.2f}, {timing.ratio.high:.2f}]"
     )
     assert found["pipelined", "images/s"] == Cell(f"{row.throughput[2].images_per_s:.2f}")
-    assert found["network only", "p50"] == Cell(f"{row.network[2].p50_ms:.0f}")
+    assert found["inference", "p50"] == Cell(f"{row.inference[2].p50_ms:.0f}")
     assert found["accuracy", "mIoU"] == Cell("80.98 %", "−0.25 points")
     assert found["peak memory", "host"] == Cell("500")
     assert found["peak memory", "GPU"] is None
     assert found["energy", "J/image"] == Cell("0.400")
     assert found["file", "attention"] == Cell("row blocks of 1024")
     assert cells(at(made, Shape(1024, 1024, 1)), "TensorRT FP16")["peak memory", "GPU"] == Cell("530")
-    assert cells(at(made, Shape(512, 512, 4)), "PyTorch FP32")["frame to labels, one at a time", "speed-up"] == Cell(
-        "reference"
+    assert cells(at(made, Shape(512, 512, 4)), "PyTorch FP32")["end-to-end latency, one at a time", "speed-up"] == Cell(
+        "1.00×", "reference"
     )
 
 
 def test_columns_without_any_value_are_left_out(made: BenchmarkResult) -> None:
-    empty = {"network": [], "throughput": [], "memory": [], "build_s": None, "attention": None, "accuracy": None}
+    empty = {"inference": [], "throughput": [], "memory": [], "build_s": None, "attention": None, "accuracy": None}
     poor = made.model_copy(update={"rows": [row.model_copy(update=empty) for row in made.rows]})
     titles = [(column.group, column.title) for column in at(poor, Shape(512, 512, 1)).columns]
     assert [group for group, _ in itertools.groupby(titles, lambda title: title[0])] == [
-        "", "frame to labels, one at a time", "file",
+        "", "end-to-end latency, one at a time", "file",
     ]  # fmt: skip
     # The process that measured the start ran the largest frame: its memory is that frame's.
     assert cells(at(poor, Shape(2048, 2048, 1)), "PyTorch FP32")["peak memory", "host"] == Cell("3600")
@@ -76,8 +86,8 @@ def test_columns_without_any_value_are_left_out(made: BenchmarkResult) -> None:
 def test_the_terminal_table_names_every_entry(measured: BenchmarkResult) -> None:
     blocks = format_table(measured).split("\n\n")
     assert [block.splitlines()[0] for block in blocks[:4]] == [
-        "32×48, frame to labels", "64×64, frame to labels", "batch 2 of 32×48, frame to labels",
-        "batch 2 of 64×64, frame to labels",
+        "32×48, end-to-end latency", "64×64, end-to-end latency", "batch 2 of 32×48, end-to-end latency",
+        "batch 2 of 64×64, end-to-end latency",
     ]  # fmt: skip
     for block in blocks[:4]:
         lines = block.splitlines()
@@ -125,3 +135,37 @@ def test_changes_of_accuracy_are_points(made: BenchmarkResult) -> None:
     assert miou_change(made, made.rows[5]) == pytest.approx(-0.25)
     assert [points(value) for value in (-0.12, 0.034, -0.001, 0.0)] == ["−0.12", "+0.03", "±0.00", "±0.00"]
     assert [sentence(text) for text in ("a b", "A.", "")] == ["A b.", "A.", "."]
+
+
+def test_csv_has_a_row_per_entry_and_shape(made: BenchmarkResult, measured: BenchmarkResult) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(made))))
+    assert len(rows) == len(constructed.KINDS) * 5 + 1
+    first, accuracy = made.rows[0], made.rows[0].accuracy
+    assert accuracy is not None
+    for row, timing, alone in zip(rows, first.end_to_end, first.inference, strict=False):
+        assert (int(row["height"]), int(row["batch"])) == (timing.height, timing.batch)
+        assert float(row["end_to_end_p50_ms"]) == timing.p50_ms
+        assert float(row["inference_max_ms"]) == alone.max_ms
+        assert (row["rounds"], row["speed_up_wide"]) == (str(constructed.ROUNDS), "False")
+        assert float(row["iou_secondary"]) == accuracy.iou[1]
+    assert "another GPU" in rows[-1]["reason"]
+    (cut,) = [row for row in csv.DictReader(io.StringIO(to_csv(measured))) if row["label"] == "cut"]
+    assert cut["reason"]
+    assert cut["end_to_end_p50_ms"] == cut["height"] == cut["rounds"] == ""
+
+
+def test_every_column_is_shown_somewhere_under_a_name_of_its_own() -> None:
+    keys = [column.key for column in COLUMNS if column.key]
+    assert len(set(keys)) == len(keys)
+    headings = [(column.group, column.title) for column in COLUMNS if column.title]
+    assert len(set(headings)) == len(headings)
+    assert all(column.key or column.title for column in COLUMNS)
+    assert all(column.title for column in COLUMNS if column.plain)
+
+
+def test_a_wide_or_missing_interval_is_said() -> None:
+    assert ratio_text(Ratio(value=2.461, low=2.41, high=2.523)) == "2.46× [2.41, 2.52]"
+    assert ratio_text(Ratio(value=2.0, low=1.5, high=2.5)).endswith("(wide)")
+    assert "too few rounds" in ratio_text(Ratio(value=2.0))
+    assert ratio_text(Ratio(value=2.0, low=1.9, high=2.1, paired=False)).endswith("(not interleaved)")
+    assert ratio_text(None) == "–"

@@ -126,24 +126,24 @@ def test_in_each_round_everybody_runs_once_on_the_same_frame() -> None:
     log: list[tuple[str, int]] = []
     steps: list[int] = []
     runners = {name: Recorder(name, log) for name in "abc"}
-    laps = time_interleaved(runners, FRAMES, rounds=7, warmup=2, on_step=lambda: steps.append(1))
+    samples = time_interleaved(runners, FRAMES, rounds=7, warmup=2, on_step=lambda: steps.append(1))
     timed = log[-7 * 3 :]
     for number in range(7):
         names, frames = zip(*timed[3 * number : 3 * number + 3], strict=True)
         assert sorted(names) == ["a", "b", "c"]
         assert set(frames) == {10 * (number % 3 + 1)}
-    assert laps.rounds == 7
-    assert all(len(laps.samples[name]) == 7 and min(laps.samples[name]) > 0 for name in "abc")
+    assert samples.rounds == 7
+    assert all(len(samples.seconds[name]) == 7 and min(samples.seconds[name]) > 0 for name in "abc")
     assert len(steps) == 3 * (2 + 7)  # further warm-up runs are not announced
-    assert all(2 <= laps.warmups[name].runs <= 60 for name in "abc")
+    assert all(2 <= samples.warmups[name].runs <= 60 for name in "abc")
 
 
 def test_one_failure_does_not_stop_the_others() -> None:
     log: list[tuple[str, int]] = []
     runners = {"good": Recorder("good", log), "bad": Recorder("bad", log, fail_at=4)}
-    laps = time_interleaved(runners, FRAMES, rounds=6, warmup=1, settle=False)
-    assert laps.failures == {"bad": "the engine gave up"}
-    assert {label: len(samples) for label, samples in laps.samples.items()} == {"good": 6}
+    samples = time_interleaved(runners, FRAMES, rounds=6, warmup=1, settle=False)
+    assert samples.failures == {"bad": "the engine gave up"}
+    assert {label: len(values) for label, values in samples.seconds.items()} == {"good": 6}
     assert runners["bad"].calls == 4
 
 
@@ -155,9 +155,9 @@ def test_an_interrupt_keeps_the_finished_rounds_only() -> None:
         if sum(name == "b" for name, _ in log) == 4:  # one warm-up, two rounds, then Ctrl-C
             raise KeyboardInterrupt
 
-    laps = time_interleaved({"a": Recorder("a", log), "b": interrupted}, FRAMES, rounds=9, warmup=1, settle=False)
-    assert laps.interrupted
-    assert {label: len(samples) for label, samples in laps.samples.items()} == {"a": 2, "b": 2}
+    samples = time_interleaved({"a": Recorder("a", log), "b": interrupted}, FRAMES, rounds=9, warmup=1, settle=False)
+    assert samples.interrupted
+    assert {label: len(values) for label, values in samples.seconds.items()} == {"a": 2, "b": 2}
 
 
 class Simulated:
@@ -190,8 +190,8 @@ def test_an_engine_against_itself_is_a_ratio_of_one() -> None:
         machine = Simulated()
         seconds = noisy_engine(np.random.default_rng(trial))
         runners = {name: machine.runner(seconds) for name in ("one", "other")}
-        laps = time_interleaved(runners, [None], rounds=30, warmup=3, seed=trial, clock=machine.clock)
-        found = ratio_of_medians(laps.samples["one"], laps.samples["other"], seed=trial)
+        samples = time_interleaved(runners, [None], rounds=30, warmup=3, seed=trial, clock=machine.clock)
+        found = ratio_of_medians(samples.seconds["one"], samples.seconds["other"], seed=trial)
         assert found.low is not None
         assert found.high is not None
         inside += found.low <= 1 <= found.high
@@ -202,11 +202,11 @@ def test_an_engine_against_itself_is_a_ratio_of_one() -> None:
 def test_warm_up_goes_on_until_times_are_steady() -> None:
     machine = Simulated()
     runner = machine.runner(lambda call: 0.01 * (1 + 5 * 0.7**call))
-    laps = time_interleaved({"a": runner}, [None], rounds=3, warmup=2, clock=machine.clock)
-    warm = laps.warmups["a"]
+    samples = time_interleaved({"a": runner}, [None], rounds=3, warmup=2, clock=machine.clock)
+    warm = samples.warmups["a"]
     assert warm.steady
     assert 10 < warm.runs < 30
-    assert laps.samples["a"] == pytest.approx([0.01] * 3, rel=0.05)
+    assert samples.seconds["a"] == pytest.approx([0.01] * 3, rel=0.05)
     assert is_steady([1.0] * 9) is None
 
 

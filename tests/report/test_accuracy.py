@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import re
+import logging
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import cv2
@@ -22,54 +21,22 @@ from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.report.accuracy import (
     check_target,
     class_rows,
+    gallery_image,
     headline,
     largest_confusions,
     render_html,
+    veil_color,
     warnings,
     write_report,
 )
-from hpddrnet_trt.report.accuracy_gallery import shown, veil_colour
-from hpddrnet_trt.report.learning_curves import curves_beside
+from hpddrnet_trt.report.accuracy_figures import curves_beside
 from tests.accuracy.small_dataset import IGNORED_ROWS, SHAPE, write_dataset
-from tests.report.test_learning_curves import HEADER, ROWS
+from tests.report.pages import Page
 from tests.toy import CLASSES, ToyEngine, manifest
 
-VOID = {"meta", "img", "br", "link", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """Collects sources, headings and text, and checks that tags are balanced."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.alternatives: list[str] = []
-        self.headings: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        values = dict(attrs)
-        self.sources += [value for key, value in attrs if key in {"src", "href"} and value is not None]
-        if tag == "img":
-            self.alternatives.append(values["alt"] or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["h3"]:
-            self.headings.append(data.strip())
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+HEADER = "step,epoch,lr,train/loss,train/loss_main,train/loss_auxiliary,val/loss,val/miou,val/mean_accuracy,"
+HEADER += "val/pixel_accuracy,val/iou/grain,val/iou/pore,val/iou/clay\n"
+ROWS = ["10,1,0.001,1.5,1.0,0.5,,,,,,,\n", "20,2,0.002,1.2,0.8,0.4,,,,,,,\n", "20,2,,,,,0.9,0.5,0.6,0.7,0.4,0.6,nan\n"]
 
 
 @pytest.fixture
@@ -86,13 +53,9 @@ def test_the_page_holds_everything_and_loads_nothing(found: Assessment, robust: 
     (tmp_path / "metrics.csv").write_text(HEADER + "".join(ROWS))
     curves = curves_beside(tmp_path / "model.safetensors")
     files = write_report(found, tmp_path / "out" / "page.html", curves=curves, robustness=robust)
-    text = files.html.read_text(encoding="utf-8")
-    page = Page(text)
+    page = Page(files.html.read_text(encoding="utf-8"))
     assert len(page.sources) == 4 + 3 * 3  # figures; three overlays of each of three images
-    assert all(page.alternatives)
-    assert all(source.startswith("data:image/") for source in page.sources)
-    assert all(address.startswith("data:image/jpeg") for address in re.findall(r"url\(([^)]*)\)", text))
-    assert not re.search(r"https?://|//cdn|@import|<script|<link", re.sub(r"data:image/[^\"')]*", "", text))
+    page.assert_complete_in_itself()
     for word in ("Confusion matrix", "area fraction", "Loss, validation IoU", "IoU against"):
         assert any(word in alternative for alternative in page.alternatives)
     origin = found.origin
@@ -131,7 +94,7 @@ def overlay_pixels(address: str) -> np.ndarray:
 
 def test_pictures_show_labels_errors_and_what_is_not_labelled(found: Assessment) -> None:
     entry = found.pictures[0]  # the first 12 rows are wrong, the last 5 are not labelled
-    panels = {panel.title: panel for panel in shown(entry, [item.color for item in CLASSES], "worst").panels}
+    panels = {panel.title: panel for panel in gallery_image(entry, [item.color for item in CLASSES], "worst").panels}
     assert list(panels) == ["micrograph", "truth", "prediction", "errors"]
     pixels = {name: overlay_pixels(panel.overlay) for name, panel in panels.items() if panel.overlay}
     assert all(picture.shape == (*SHAPE, 4) for picture in pixels.values())
@@ -149,8 +112,8 @@ def test_pictures_show_labels_errors_and_what_is_not_labelled(found: Assessment)
 
 
 def test_errors_stand_out_from_their_veil() -> None:
-    assert veil_colour([(68, 68, 68), (0, 0, 255)]) == (255, 255, 255)
-    assert veil_colour([(240, 228, 66), (255, 255, 255)]) == (10, 14, 22)
+    assert veil_color([(68, 68, 68), (0, 0, 255)]) == (255, 255, 255)
+    assert veil_color([(240, 228, 66), (255, 255, 255)]) == (10, 14, 22)
 
 
 def test_the_table_of_classes(found: Assessment) -> None:
@@ -223,3 +186,39 @@ def test_targets_that_cannot_be_written_are_told_first(tmp_path: Path, found: As
             write_report(found, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir() if path.name != "small"] == ["file"]
     assert check_target(tmp_path / "new" / "page.html").parent.is_dir()
+
+
+# -- learning curves: the record of a training run, whole, cut off, or somebody else's ----------------
+
+
+def test_columns_without_their_gaps(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(HEADER + "".join(ROWS))
+    curves = curves_beside(tmp_path / "model.safetensors")
+    assert curves is not None
+    assert curves.columns["train/loss"] == [(10, 1.5), (20, 1.2)]
+    assert curves.columns["val/miou"] == [(20, 0.5)]
+    assert list(curves.classes) == ["grain", "pore", "clay"]
+    assert curves.classes["pore"] == [(20, 0.6)]
+
+
+def test_a_line_cut_off_by_a_running_training_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(HEADER + ROWS[0] + ROWS[1][:9])
+    curves = curves_beside(tmp_path / "model.safetensors")
+    assert curves is not None
+    assert curves.columns["train/loss"] == [(10, 1.5)]
+
+
+@pytest.mark.parametrize("content", ["time,speed\n1,2\n", "", HEADER + ROWS[0].replace("10,", "ten,"), "\x00\x01\n"])
+def test_a_foreign_file_is_passed_over_with_a_word(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.csv").write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert curves_beside(tmp_path / "model.safetensors") is None
+    assert "not the record of a training run" in caplog.text
+
+
+def test_no_file_or_no_row_means_no_curves(tmp_path: Path) -> None:
+    assert curves_beside(tmp_path / "model.onnx") is None
+    (tmp_path / "metrics.csv").write_text(HEADER)
+    assert curves_beside(tmp_path / "model.onnx") is None

@@ -5,26 +5,33 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
 
 from hpddrnet_trt.benchmark.result import BenchmarkResult
-from hpddrnet_trt.report.bars import far_apart, share_text
-from hpddrnet_trt.report.benchmark_figures import draw_figures, main_png
-from hpddrnet_trt.report.figure_labels import Named, _spread, name_points
-from hpddrnet_trt.report.looks import looks
-from hpddrnet_trt.report.parts import in_order, limit_figure, overhead_figure
-from hpddrnet_trt.report.scaling import memory_figure, size_figure
-from hpddrnet_trt.report.speed import Point, frontier
-from hpddrnet_trt.report.style import new_figure, style
+from hpddrnet_trt.core.precisions import PRECISIONS
+from hpddrnet_trt.engines import ENGINES
+from hpddrnet_trt.report.benchmark_figures import (
+    _ENGINE_COLORS,
+    _PRECISIONS,
+    Point,
+    draw_figures,
+    entry_styles,
+    far_apart,
+    frontier,
+    in_order,
+    scaling_figure,
+    share_text,
+    speed_figure,
+    time_figure,
+)
+from hpddrnet_trt.report.style import Named, name_points, new_figure, style
 from tests.benchmark import constructed
 
 EVERYTHING = [
-    "speed", "pareto", "overhead", "groups", "limit", "size", "batch", "memory-host", "memory-gpu",
-    "latency-512x512", "latency-1024x1024", "latency-2048x2048",
+    "speed", "time", "groups", "scaling", "latency-512x512", "latency-1024x1024", "latency-2048x2048",
 ]  # fmt: skip
 
 
@@ -43,26 +50,30 @@ def test_a_figure_for_everything_that_was_measured() -> None:
 @pytest.mark.parametrize(
     ("fields", "gone"),
     [
-        ({"accuracy": None}, {"pareto"}),
-        ({"network": []}, {"overhead"}),
+        ({"inference": []}, {"time"}),
         ({"layers": []}, {"groups"}),
-        ({"roofs": []}, {"limit"}),
-        ({"memory": []}, {"memory-host", "memory-gpu"}),
-        ({"timings": []}, {"speed", "pareto", "overhead", "size", "batch", *(name for name in EVERYTHING if "-" in name
-                                                                            and name.startswith("latency"))}),
+        ({"end_to_end": [], "memory": []}, {"speed", "time", "scaling", *EVERYTHING[4:]}),
     ],
-)  # fmt: skip
+)
 def test_what_was_not_measured_leaves_no_empty_frame(fields: dict[str, Any], gone: set[str]) -> None:
     drawn = draw_figures(without(constructed.result(constructed.KINDS[:3] + constructed.KINDS[-1:]), **fields))
-    assert [found.name for found in drawn] == [name for name in EVERYTHING if name not in gone]
+    assert [figure.name for figure in drawn] == [name for name in EVERYTHING if name not in gone]
+
+
+def test_panels_without_data_are_left_out() -> None:
+    made = constructed.result(constructed.KINDS[:2])
+    assert len(speed_figure(made).axes) == 2
+    assert len(speed_figure(without(made, accuracy=None)).axes) == 1
+    assert len(scaling_figure(made).axes) == 3  # no GPU memory
+    assert len(scaling_figure(without(made, memory=[])).axes) == 2
+    assert len(scaling_figure(without(made, end_to_end=[])).axes) == 1
 
 
 def test_nothing_scales_from_a_single_size() -> None:
     made = constructed.result()
     row = made.rows[0]
-    single = without(made, timings=row.timings[:1], memory=row.memory[:1])
-    assert {"size", "batch", "memory-host", "memory-gpu"}.isdisjoint(drawn.name for drawn in draw_figures(single))
-    assert main_png(without(made, timings=[])) is None
+    single = without(made, end_to_end=row.end_to_end[:1], memory=row.memory[:1])
+    assert "scaling" not in [drawn.name for drawn in draw_figures(single)]
 
 
 @pytest.mark.parametrize("kinds", [constructed.KINDS, constructed.MANY], ids=["few", "many"])
@@ -109,19 +120,7 @@ def test_names_of_points_anywhere_never_overlap(places: list[tuple[float, float]
     assert all(axes.get_window_extent().padded(1).contains(box.x0, box.y1) for box in boxes)
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.06)), min_size=1, max_size=14))
-def test_a_column_of_names_keeps_its_order_and_stays_inside(wanted: list[tuple[float, float]]) -> None:
-    wanted.sort(reverse=True)
-    heights = np.array([height for _, height in wanted])
-    middles = _spread(np.array([place for place, _ in wanted]), heights)
-    tops, bottoms = middles + heights / 2, middles - heights / 2
-    assert np.all(bottoms[:-1] >= tops[1:] - 1e-9)
-    assert tops[0] <= 1 + 1e-9
-    assert bottoms[-1] >= -1e-9
-    if np.all(np.diff(np.array([place for place, _ in wanted])) < -0.06) and 0.03 < wanted[-1][0] < wanted[0][0] < 0.97:
-        assert middles == pytest.approx([place for place, _ in wanted])  # nobody in the way: nobody moves
-
-
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12))
 def test_the_frontier_is_what_nobody_beats(values: list[tuple[int, int]]) -> None:
     row = constructed.result(constructed.KINDS[:1]).rows[0]
@@ -142,36 +141,46 @@ def test_parts_stand_in_the_networks_order() -> None:
 
 def test_entries_look_different() -> None:
     made = constructed.result(constructed.MANY)
-    look = looks(made)
-    found = [(entry.colour, entry.marker, entry.filling) for entry in look.values()]
-    assert len(set(found)) == len(found)
-    assert look["TensorRT-RTX BF16"].colour != look["TensorRT FP16 attention form 0 with CUDA graphs"].colour
-    assert look["PyTorch FP32 compiled"].colour != look["PyTorch FP32"].colour
+    styles = entry_styles(made)
+    seen = [(entry.color, entry.marker, entry.filling) for entry in styles.values()]
+    assert len(set(seen)) == len(seen)
+    assert styles["TensorRT-RTX BF16"].color != styles["TensorRT FP16 attention form 0 with CUDA graphs"].color
+    assert styles["PyTorch FP32 compiled"].color != styles["PyTorch FP32"].color
+
+
+def test_every_engine_and_precision_has_a_look_of_its_own() -> None:
+    assert set(_ENGINE_COLORS) == set(ENGINES)
+    assert len(set(_ENGINE_COLORS.values())) == len(ENGINES)
+    assert {name.upper() for name in PRECISIONS} <= set(_PRECISIONS)
+    assert len({marker for marker, *_ in _PRECISIONS.values()}) == len(_PRECISIONS)
 
 
 def test_the_part_around_the_network_is_what_is_left() -> None:
     made = constructed.result(constructed.KINDS[:2])
     row = made.rows[0]
-    network, whole = row.network[2].p50_ms, row.timings[2].p50_ms
-    texts = texts_of(overhead_figure(made).axes[0])
+    network, whole = row.inference[2].p50_ms, row.end_to_end[2].p50_ms
+    texts = texts_of(time_figure(without(made, bounds=[])).axes[0])
     assert texts[0].startswith(f"{network:.0f} + ")
     assert texts[0].endswith(f"({share_text((whole - network) / whole)})")
 
 
-def test_the_limit_is_a_share_of_the_time_of_the_network_or_says_of_what() -> None:
+def test_the_bound_is_a_mark_and_a_share_of_the_inference() -> None:
     made = constructed.result(constructed.KINDS[:2])
-    measured = made.rows[0].network[2].p50_ms
-    assert texts_of(limit_figure(made).axes[0])[0] == f"{8800 / measured:.0f} % (88.0 of {measured:.0f} ms)"
-    assert "frame to labels" in texts_of(limit_figure(without(made, network=[])).axes[0])[0]
+    axes = time_figure(made).axes[0]
+    assert texts_of(axes)[0].endswith(f", bound {share_text(88 / made.rows[0].inference[2].p50_ms)}")
+    assert {tuple(line.get_xdata()) for line in axes.lines} == {(88.0, 88.0)}
+    assert len(time_figure(without(made, bounds=[])).axes[0].lines) == 0
 
 
 def test_scaling_lines_go_through_the_measured_values() -> None:
     made = constructed.result(constructed.KINDS[:2])
-    lines = [line for line in size_figure(made).axes[0].lines if line.get_marker() not in ("None", "")]
+    axes = scaling_figure(made).axes[0]
+    lines = [line for line in axes.lines if line.get_marker() not in ("None", "")]
     assert [list(line.get_xdata()) for line in lines] == [[512**2, 1024**2, 2048**2]] * 2
-    expected = [timing.p50_ms for timing in made.rows[0].timings if timing.batch == 1]
+    expected = [timing.p50_ms for timing in made.rows[0].end_to_end if timing.batch == 1]
     assert list(lines[0].get_ydata()) == expected
-    assert memory_figure(made, device=True) is None
+    batches = [list(line.get_xdata()) for line in scaling_figure(made).axes[1].lines]
+    assert batches == [[1, 4]] * 2
 
 
 def test_shares_keep_a_decimal_when_small() -> None:
