@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpddrnet_trt.core.errors import UserError, require
-from hpddrnet_trt.integrations.napari_reader import read_layer
-from hpddrnet_trt.integrations.napari_widget import segment_widget
+from hpddrnet_trt.integrations.napari import read_layer, segment_widget
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
 def close_when_done(viewer: Any, panel: Any, screenshot: Path) -> None:
     """Look every tenth of a second whether the segmentation has ended."""
     clock = require("qtpy.QtCore", "napari", "wait for the result").QTimer
-    timer = clock(panel.widget)
+    timer = clock(panel.widget.native)
 
     def look() -> None:
         if panel.running:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpddrnet_trt.integrations.napari_results import OPACITY
+from hpddrnet_trt.integrations.napari_layers import OPACITY
 from tests.integrations.napari_viewer import application
 from tests.toy import CLASSES, grey_image, manifest, write_toy_onnx
 from tests.virtual_display import virtual_display

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,14 @@ with warnings.catch_warnings():
     from napari.components import ViewerModel
     from napari.layers import Image, Labels
 
+import numpy.typing as npt
+
+from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.inference import Segmenter
-from hpddrnet_trt.integrations import napari_job
+from hpddrnet_trt.integrations import napari as plugin
 from tests.toy import ToyEngine
 
-__all__ = ["Image", "Labels", "ToyModel", "ViewerModel", "application"]
+__all__ = ["Image", "Labels", "Scripted", "ToyModel", "ViewerModel", "application"]
 
 
 def application() -> Any:
@@ -47,8 +51,21 @@ class ToyModel:
         self.engine = engine or ToyEngine()
         self.opened: list[tuple[str, str]] = []
         self.checksum = "a" * 64
-        patch.setattr(napari_job, "load_segmenter", self.load)
+        patch.setattr(plugin, "load_segmenter", self.load)
+        patch.setattr(plugin, "locate", Path)
 
-    def load(self, model: str, *, engine: str, **options: Any) -> Segmenter:
-        self.opened.append((model, engine))
+    def load(self, model_path: str, *, engine: str, **options: Any) -> Segmenter:
+        self.opened.append((model_path, engine))
         return Segmenter(self.engine, model_sha256=self.checksum, **options)
+
+
+class Scripted(ToyEngine):
+    """Calls ``then(number)`` before inference ``number``."""
+
+    def __init__(self, then: Any) -> None:
+        super().__init__()
+        self.then = then
+
+    def infer(self, images: npt.NDArray[Any]) -> Prediction:
+        self.then(len(self.shapes))
+        return super().infer(images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -11,10 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import ContractError, UserError
-from hpddrnet_trt.integrations.napari_layers import LayerPlanes, layer_planes, layer_shape, pixel_metres
-from tests.integrations.napari_viewer import Image, ViewerModel
-from tests.toy import grey_image
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
+from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.integrations import napari_layers
+from hpddrnet_trt.integrations.napari_layers import (
+    METADATA_KEY,
+    LayerPlanes,
+    PlaneResult,
+    ResultLayers,
+    find_layer,
+    layer_planes,
+    layer_shape,
+    pixel_metres,
+)
+from tests.integrations.napari_viewer import Image, Labels, ViewerModel
+from tests.toy import CLASSES, ToyEngine, grey_image
 
+NM = {"scale": (5.0, 5.0), "units": ("nm", "nm")}
 METRES = {"nm": 1e-9, "um": 1e-6, "mm": 1e-3, "angstrom": 1e-10, "inch": 0.0254}
 
 
@@ -174,3 +189,191 @@ def test_complex_numbers_and_unreadable_data_give_a_sentence() -> None:
         planes.read((2,))
     with pytest.raises(ContractError, match="'waves' holds complex64 values"):
         LayerPlanes("waves", np.ones((4, 6), np.complex64), False, (4, 6), ((),)).read(())
+
+
+# Results
+
+
+def segment(viewer: Any, layer: Any, *, all_planes: bool = False, model: str = "a", first_class: bool = False,
+            confidence: bool = False) -> Any:  # fmt: skip
+    planes = layer_planes(layer, viewer.dims, all_planes=all_planes)
+    shown = ResultLayers(viewer, layer, planes, first_class=first_class)
+    segmenter = Segmenter(ToyEngine(), model_sha256=model * 64, confidence=confidence)
+    labels = None
+    for index in planes.indices:
+        labels = shown.add(PlaneResult(index, segmenter.segment(planes.read(index))))
+    return labels
+
+
+def toy_labels(picture: Any) -> Any:
+    return Segmenter(ToyEngine()).segment(picture).labels
+
+
+def assert_same_place(first: Any, second: Any) -> None:
+    assert first.units == second.units
+    corners: Sequence[tuple[int, ...]] = [(0,) * first.ndim, (7,) * first.ndim]
+    for corner in corners:
+        assert first.data_to_world(corner) == pytest.approx(second.data_to_world(corner))
+
+
+PLACES: list[dict[str, Any]] = [
+    {},
+    NM,
+    {**NM, "translate": (300, -20), "rotate": 30},
+    {**NM, "shear": [0.3], "affine": np.array([[0.0, 1.0, 9.0], [-1.0, 0.0, 4.0], [0.0, 0.0, 1.0]])},
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_labels_lie_on_their_source(place: dict[str, Any]) -> None:
+    viewer = ViewerModel()
+    picture = grey_image(40, 56)
+    source = viewer.add_image(picture, name="sample 3", **place)
+    other = viewer.add_image(np.zeros((9, 9), np.uint8))
+    viewer.layers.selection.active = other
+    labels = segment(viewer, source)
+    assert isinstance(labels, Labels)
+    assert_same_place(labels, source)
+    np.testing.assert_array_equal(labels.data, toy_labels(picture))
+    assert labels.name == "sample 3 classes"
+    assert list(viewer.layers) == [source, labels, other]
+    assert viewer.layers.selection.active is other
+    assert set(viewer.layers.selection) == {other}
+
+
+def test_two_images_have_their_own_labels() -> None:
+    viewer = ViewerModel()
+    first, second = viewer.add_image(grey_image(16, 24)), viewer.add_image(grey_image(24, 16))
+    labels = [segment(viewer, layer) for layer in (first, second)]
+    assert labels[0] is not labels[1]
+    assert [find_layer(viewer, layer, "labels") for layer in (first, second)] == labels
+
+
+def test_classes_have_their_colours_and_names() -> None:
+    viewer = ViewerModel()
+    picture = grey_image(40, 56)
+    labels = segment(viewer, viewer.add_image(picture))
+    for index, info in enumerate(CLASSES):
+        colour = labels.colormap.color_dict[index]
+        np.testing.assert_allclose(colour[:3], np.array(info.color) / 255, atol=1e-6)
+        assert colour[3] == (0.0 if index == 0 else 1.0)
+        row, column = np.argwhere(labels.data == index)[0]
+        assert f"class: {info.name}" in labels.get_status((row, column))["value"]
+    assert labels.colormap.color_dict[None][3] == 0.0
+
+
+def test_planes_of_a_stack_come_into_one_layer() -> None:
+    viewer = ViewerModel()
+    stack = np.stack([grey_image(16, 24, seed) for seed in range(4)])
+    source = viewer.add_image(stack, scale=(10, 5, 5), translate=(100, 0, 0), units=("nm",) * 3)
+    viewer.dims.set_point(0, 120)
+    labels = segment(viewer, source)
+    assert_same_place(labels, source)
+    assert [int(plane.max()) == IGNORE_INDEX for plane in labels.data] == [True, True, False, True]
+    np.testing.assert_array_equal(labels.data[2], toy_labels(stack[2]))
+    assert sum(labels.metadata[METADATA_KEY]["planes"]["2"]["pixels"]) == 16 * 24
+    assert segment(viewer, source, all_planes=True) is labels
+    for plane, picture in zip(labels.data, stack, strict=True):
+        np.testing.assert_array_equal(plane, toy_labels(picture))
+    assert sum(labels.metadata[METADATA_KEY]["fractions"].values()) == pytest.approx(1)
+    assert list(labels.metadata[METADATA_KEY]["planes"]) == ["2", "0", "1", "3"]
+
+
+def test_another_model_or_shape_starts_the_stack_anew() -> None:
+    viewer = ViewerModel()
+    source = viewer.add_image(np.stack([grey_image(16, 24, seed) for seed in range(3)]))
+    labels = segment(viewer, source, all_planes=True)
+    viewer.dims.set_point(0, 1)
+    assert segment(viewer, source, model="b") is labels
+    assert list(labels.metadata[METADATA_KEY]["planes"]) == ["1"]
+    assert [int(plane.max()) == IGNORE_INDEX for plane in labels.data] == [True, False, True]
+    source.data = np.stack([grey_image(8, 24, seed) for seed in range(3)])
+    assert segment(viewer, source) is labels
+    assert labels.data.shape == (3, 8, 24)
+
+
+def test_confidence_is_a_hidden_layer_that_is_never_out_of_date() -> None:
+    viewer = ViewerModel()
+    picture = grey_image(40, 56)
+    source = viewer.add_image(picture, **NM)
+    labels = segment(viewer, source, confidence=True)
+    confidence = find_layer(viewer, source, "confidence")
+    assert isinstance(confidence, Image)
+    assert list(viewer.layers) == [source, confidence, labels]
+    assert_same_place(confidence, source)
+    assert not confidence.visible
+    expected = Segmenter(ToyEngine(), confidence=True).segment(picture).confidence
+    np.testing.assert_array_equal(confidence.data, expected)
+    segment(viewer, source)
+    assert list(viewer.layers) == [source, labels]
+
+
+def test_a_layer_that_is_gone_or_changed_takes_no_result() -> None:
+    viewer = ViewerModel()
+    source = viewer.add_image(grey_image(16, 24), name="frame")
+    planes = layer_planes(source, viewer.dims)
+    result = PlaneResult((), Segmenter(ToyEngine()).segment(planes.read(())))
+    shown = ResultLayers(viewer, source, planes)
+    source.data = grey_image(16, 24, seed=1)
+    with pytest.raises(UserError, match="'frame' got other data while it was segmented"):
+        shown.add(result)
+    viewer.layers.remove(source)
+    with pytest.raises(UserError, match="'frame' was removed while it was segmented"):
+        shown.add(result)
+    assert not viewer.layers
+
+
+def test_labels_follow_their_source_and_a_second_run_updates_them() -> None:
+    viewer = ViewerModel()
+    source = viewer.add_image(grey_image(40, 56))
+    labels = segment(viewer, source)
+    assert labels.metadata[METADATA_KEY]["areas_m2"] is None
+    source.scale, source.units, source.translate, source.rotate = (4, 4), ("nm", "nm"), (70, 8), 45
+    assert_same_place(labels, source)
+    labels.name, labels.opacity = "mine", 0.9
+    source.data, source.name = grey_image(40, 56, seed=8), "renamed"
+    assert segment(viewer, source, first_class=True) is labels
+    np.testing.assert_array_equal(labels.data, toy_labels(grey_image(40, 56, seed=8)))
+    assert len(viewer.layers) == 2
+    assert (labels.name, labels.opacity) == ("mine", 0.9)
+    shown = labels.colormap.map(np.array([0, 1, 2, IGNORE_INDEX], np.uint8))
+    np.testing.assert_array_equal(shown[:, 3], [1, 1, 1, 0])
+    assert sum(labels.metadata[METADATA_KEY]["areas_m2"].values()) == pytest.approx(40 * 56 * 16e-18)
+
+
+def test_figures_and_provenance_are_in_the_layer() -> None:
+    viewer = ViewerModel()
+    picture = grey_image(40, 56)
+    labels = segment(viewer, viewer.add_image(picture, scale=(5, 8), units=("nm", "nm")))
+    record = json.loads(json.dumps(labels.metadata[METADATA_KEY]))
+    counts = np.bincount(toy_labels(picture).ravel(), minlength=3)
+    names = [info.name for info in CLASSES]
+    assert record["fractions"] == pytest.approx(dict(zip(names, counts / picture.size, strict=True)))
+    assert record["areas_m2"] == pytest.approx(dict(zip(names, counts * 40e-18, strict=True)))
+    assert record["pixel_size_m"] == pytest.approx([5e-9, 8e-9])
+    result = record["planes"][""]["result"]
+    assert (result["model"], result["engine"]) == ("toy", "numpy")
+    assert list(labels.features["class"]) == names
+    assert list(labels.features["fraction"]) == pytest.approx(counts / picture.size)
+    assert list(labels.features["area / µm²"]) == pytest.approx(counts * 4e-5)
+
+
+@pytest.mark.parametrize("kind", ["multiscale", "colour"])
+def test_other_kinds_of_image_layers_have_grey_results_of_level_0(kind: str) -> None:
+    viewer, grey = ViewerModel(), grey_image(64, 96)
+    if kind == "colour":
+        source = viewer.add_image(np.repeat(grey[..., None], 3, axis=2), rgb=True, **NM)
+    else:
+        source = viewer.add_image([grey, grey[::2, ::2]], multiscale=True, **NM)
+    labels = segment(viewer, source)
+    np.testing.assert_array_equal(labels.data, toy_labels(grey))
+    assert_same_place(labels, source)
+
+
+def test_a_stack_whose_labels_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(napari_layers, "MAX_STACK_BYTES", 1000)
+    viewer = ViewerModel()
+    source = viewer.add_image(np.zeros((3, 16, 24), np.uint8), name="huge")
+    with pytest.raises(UserError, match="the whole stack 'huge' would take"):
+        segment(viewer, source)
+    assert list(viewer.layers) == [source]
