@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import UsageError, require
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.graph import qdq
-from hpddrnet_trt.graph.nodes import along, initializers, int_attribute
+from hpddrnet_trt.graph.nodes import along, copied, initializers, int_attribute, store
 from hpddrnet_trt.graph.precision import half_scale
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def to_fp8(quantised: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelPro
     so that :func:`~hpddrnet_trt.graph.precision.to_half` changes none. Raises :class:`UsageError` for an opset
     before 19 and for weights that ``source`` lacks.
     """
-    onnx = require("onnx", "export", "quantise ONNX files to FP8")
+    from onnx import TensorProto, numpy_helper
+
     if any(entry.domain in ("", "ai.onnx") and entry.version < _FIRST_OPSET for entry in quantised.opset_import):
         raise UsageError(f"FP8 needs ONNX opset {_FIRST_OPSET} or later; export the network again")
-    result = onnx.ModelProto()
-    result.CopyFrom(quantised)
+    result = copied(quantised)
     weights = initializers(source.graph)
     entries = {entry.name: entry for entry in result.graph.initializer}
     done: set[str] = set()
@@ -89,10 +89,10 @@ def to_fp8(quantised: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelPro
             axis = int_attribute(node, "axis", 1)
             _quantise_weights(entries[stored], entries[scale], weights[name].astype(np.float32), axis)
         elif scale not in done:
-            steps = onnx.numpy_helper.to_array(entries[scale]) * np.float32(_INT8_MAX / E4M3_MAX)
-            _store(entries[scale], half_scale(steps))
+            steps = numpy_helper.to_array(entries[scale]) * np.float32(_INT8_MAX / E4M3_MAX)
+            store(entries[scale], half_scale(steps))
         done.add(scale)
-        if entries[zero].data_type != onnx.TensorProto.FLOAT8E4M3FN:
+        if entries[zero].data_type != TensorProto.FLOAT8E4M3FN:
             _store_fp8(entries[zero], np.zeros(list(entries[zero].dims), np.float32))
     return result
 
@@ -101,7 +101,7 @@ def _quantise_weights(
     stored: onnx.TensorProto, scale: onnx.TensorProto, weights: npt.NDArray[np.float32], axis: int
 ) -> None:
     steps = weight_steps(weights, axis)
-    _store(scale, steps)
+    store(scale, steps)
     _store_fp8(stored, weights / along(steps, axis, weights.ndim))
 
 
@@ -122,12 +122,6 @@ def weight_steps(weights: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.
         error = np.square(_rounded(weights / scale).astype(np.float32) * scale - weights).sum(axis=others)
         best, best_error = np.where(error < best_error, steps, best), np.minimum(error, best_error)
     return best
-
-
-def _store(entry: onnx.TensorProto, values: npt.NDArray[np.float32]) -> None:
-    from onnx import numpy_helper
-
-    entry.CopyFrom(numpy_helper.from_array(values, entry.name))
 
 
 def _store_fp8(entry: onnx.TensorProto, values: npt.NDArray[np.float32]) -> None:

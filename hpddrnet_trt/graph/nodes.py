@@ -35,6 +35,20 @@ def renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
     return copy
 
 
+def cast(source: str, target: str, kind: int, **attributes: Any) -> onnx.NodeProto:
+    """A Cast of ``source`` to the element type ``kind``, named after the tensor that it makes."""
+    from onnx import helper
+
+    return helper.make_node("Cast", [source], [target], f"{target}/Cast", to=kind, **attributes)
+
+
+def store(entry: onnx.TensorProto, values: npt.NDArray[Any]) -> None:
+    """Put other values, of any type, into an initialiser."""
+    from onnx import numpy_helper
+
+    entry.CopyFrom(numpy_helper.from_array(values, entry.name))
+
+
 def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """Tensor name to the node that makes it."""
     return {name: node for node in graph.node for name in node.output if name}

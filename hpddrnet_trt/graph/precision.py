@@ -5,10 +5,9 @@ a tensor goes from one type to the other. Everything is FP16 (or BF16) except
 
 * position attention: trained scores reach 2e7 and FP16 ends at 65504. Both products and the softmax are
   BF16, which has the range of FP32: TensorRT-RTX fuses them into one kernel that stores no scores (see
-  :mod:`hpddrnet_trt.graph.attention`). Or, with ``scores="fp32"``, the product of queries and keys and
-  the softmax are FP32, for GPUs without BF16. Labels equal to those of FP32 attention, on three datasets:
-  99.999 % with inputs and weights rounded to BF16, as in the fused kernel; 99.994 % with the scores
-  rounded as well, as in kernels of their own;
+  :mod:`hpddrnet_trt.graph.attention`, which also puts FP32 scores back, for GPUs without BF16). Labels equal to
+  those of FP32 attention, on three datasets: 99.999 % with inputs and weights rounded to BF16, as in the
+  fused kernel; 99.994 % with the scores rounded as well, as in kernels of their own;
 * the normalisation of the image: see :func:`normalisation_nodes`;
 * the confidence map, which is an exponential of differences;
 * in BF16, the class scores: see :func:`score_nodes`;
@@ -30,12 +29,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import require
 from hpddrnet_trt.core.precisions import Half
-from hpddrnet_trt.graph.attention import ScoreType, attentions, in_type
+from hpddrnet_trt.graph.attention import attentions, in_type
 from hpddrnet_trt.graph.nodes import (
     along,
+    cast,
     consumers,
+    copied,
     enlarges,
     fold_constants,
     initializers,
@@ -43,6 +43,7 @@ from hpddrnet_trt.graph.nodes import (
     name_nodes,
     producers,
     replace_nodes,
+    store,
     tensor_types,
 )
 
@@ -69,23 +70,18 @@ _ALWAYS_FP32 = {("Resize", 1), ("Resize", 2)}
 # ------------------------------------------------------------------------------ typing
 
 
-def to_half(
-    model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = "fp16", scores: ScoreType = "bf16"
-) -> onnx.ModelProto:
-    """A copy of ``model`` in FP16 or BF16 (``kind``) with the FP32 islands that the module describes.
+def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = "fp16") -> onnx.ModelProto:
+    """A copy of ``model`` in FP16 or BF16 (``kind``), but for what the module names; attention is BF16.
 
-    ``keep_fp32`` names nodes that stay in FP32 besides. ``scores``: what position attention computes in,
-    see :func:`~hpddrnet_trt.graph.attention.in_type`. Works on plain FP32 graphs and on explicit INT8
+    ``keep_fp32`` names nodes that stay in FP32 besides. Works on plain FP32 graphs and on explicit INT8
     and FP8 graphs (opset 19 and later): there the scales take the type, so that dequantised tensors
     have it. A scale below the smallest normal FP16 number (2^-14) is raised to the next subnormal one
     (2^-20 at least), and weights stored as integers are re-rounded to it (symmetric quantisation is
     assumed: zero points of zero). A BF16 graph is of opset 22 or later, which is where ONNX begins to
     have BF16 convolutions.
     """
-    onnx = require("onnx", "export", "convert ONNX files to FP16")
     asked = set(keep_fp32)
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     if kind == "bf16":
         result = _at_least_opset(result, _BF16_OPSET)
     graph = result.graph
@@ -104,7 +100,7 @@ def to_half(
     typing.convert_initializers()
     replace_nodes(graph, nodes)
     del graph.value_info[:]
-    return in_type(result, "bf16", asked) if scores == "bf16" else result
+    return in_type(result, "bf16", asked)
 
 
 def _at_least_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
@@ -143,7 +139,7 @@ class _Typing:
                 node.input[slot] = f"{name}.{'fp32' if kind == self.fp32 else self.kind}"
                 if node.input[slot] not in self.casts:
                     self.casts.add(node.input[slot])
-                    yield _cast(name, node.input[slot], kind)
+                    yield cast(name, node.input[slot], kind)
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == self.fp32:
                 attribute.i = want
@@ -152,53 +148,36 @@ class _Typing:
 
     def cast_outputs(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """Floating-point outputs of the graph stay FP32."""
-        made = []
-        for entry in self.graph.output:
-            if self.now.get(entry.name) != self.half:
-                continue
-            inner = f"{entry.name}.inner"
-            for node in nodes:
-                _rename(node.input, entry.name, inner)
-                _rename(node.output, entry.name, inner)
-            made.append(_cast(inner, entry.name, self.fp32))
-        return made
+        narrow = {entry.name for entry in self.graph.output if self.now.get(entry.name) == self.half}
+        for node in nodes:
+            for names in (node.input, node.output):
+                for place, name in enumerate(names):
+                    if name in narrow:
+                        names[place] = f"{name}.inner"
+        outputs = [entry.name for entry in self.graph.output if entry.name in narrow]
+        return [cast(f"{name}.inner", name, self.fp32) for name in outputs]
 
     def convert_initializers(self) -> None:
         """Weights read in FP16 (BF16) take that type; one read in both types gets a copy."""
         from onnx import helper, numpy_helper
 
         dtype = helper.tensor_dtype_to_np_dtype(self.half)
-
         for entry in list(self.graph.initializer):
             reads = self.reads.get(entry.name, [])
             halves = [(node, slot) for node, slot, kind in reads if kind == self.half]
             if not halves:
                 continue
-            both = len(halves) < len(reads)
-            name = f"{entry.name}.{self.kind}" if both else entry.name
             values = numpy_helper.to_array(entry).astype(dtype)
-            half = numpy_helper.from_array(values, name)
-            if not both:
-                entry.CopyFrom(half)
+            if len(halves) == len(reads):
+                store(entry, values)
                 continue
             if any(node.op_type == "QuantizeLinear" for node, _ in halves):
                 # What quantises and what dequantises must agree on the scale.
-                entry.CopyFrom(numpy_helper.from_array(values.astype(np.float32), entry.name))
-            self.graph.initializer.append(half)
+                store(entry, values.astype(np.float32))
+            name = f"{entry.name}.{self.kind}"
+            self.graph.initializer.append(numpy_helper.from_array(values, name))
             for node, slot in halves:
                 node.input[slot] = name
-
-
-def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
-    from onnx import helper
-
-    return helper.make_node("Cast", [source], [target], f"{target}/Cast", to=kind)
-
-
-def _rename(names: Any, old: str, new: str) -> None:
-    for index, name in enumerate(names):
-        if name == old:
-            names[index] = new
 
 
 # ------------------------------------------------------------------- what stays in FP32
@@ -319,7 +298,7 @@ def _raise_small_scales(graph: onnx.GraphProto) -> None:
         old = numpy_helper.to_array(entries[name])
         if old.dtype == np.float32 and (old < _SMALLEST_NORMAL).any():
             raised[name] = old, np.where(old < _SMALLEST_NORMAL, half_scale(old), old)
-            entries[name].CopyFrom(numpy_helper.from_array(raised[name][1], name))
+            store(entries[name], raised[name][1])
     stored = {
         node.input[0]: node
         for node in nodes
@@ -329,8 +308,7 @@ def _raise_small_scales(graph: onnx.GraphProto) -> None:
         integers = numpy_helper.to_array(entries[name])
         old, new = raised[node.input[1]]
         factor = along(old / new, int_attribute(node, "axis", 1), integers.ndim)
-        rounded = np.rint(integers * factor).astype(integers.dtype)
-        entries[name].CopyFrom(numpy_helper.from_array(rounded, name))
+        store(entries[name], np.rint(integers * factor).astype(integers.dtype))
     if raised:
         logger.debug("scales of %d tensors are subnormal FP16 numbers", len(raised))
 

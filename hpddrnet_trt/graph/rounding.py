@@ -21,8 +21,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import UsageError, require
-from hpddrnet_trt.graph.nodes import along, consumers, int_attribute, producers, replace_nodes, tensor_types
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.graph.nodes import (
+    along,
+    cast,
+    consumers,
+    copied,
+    int_attribute,
+    producers,
+    replace_nodes,
+    store,
+    tensor_types,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -45,9 +55,7 @@ def simulate_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
     dequantised. An FP32 graph comes back unchanged. What is not modelled: see the module. Raises
     :class:`UsageError` where an input of the graph is FP16 or BF16, or a subgraph hides in a node.
     """
-    onnx = require("onnx", "export", "simulate rounding")
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     types = tensor_types(result)
     _check(graph, types)
@@ -109,7 +117,7 @@ class _Rewriting:
         if node.op_type == "DequantizeLinear" and self.types[node.input[0]] == self.fp8:
             wide = f"{node.output[0]}.wide"
             scaled = _node("Mul", [wide, node.input[1]], node.output[0], node.name)
-            parts = [_cast(node.input[0], wide, self.fp32), scaled]
+            parts = [cast(node.input[0], wide, self.fp32), scaled]
         else:
             self._widen(node)
             parts = [node]
@@ -119,17 +127,15 @@ class _Rewriting:
             kind = self.types.get(name, 0)
             if kind in self.narrow and not self._is_exact(node):
                 last.output[slot] = f"{name}.exact"
-                rounding += [_cast(f"{name}.exact", f"{name}.rounded", kind), _cast(f"{name}.rounded", name, self.fp32)]
+                rounding += [cast(f"{name}.exact", f"{name}.rounded", kind), cast(f"{name}.rounded", name, self.fp32)]
         yield from parts
         yield from rounding
 
     def widen_constants(self) -> None:
         """Constants of a narrow type become FP32, with their values."""
-        from onnx import numpy_helper
-
-        for name, entry in self.constants.items():
+        for entry in self.constants.values():
             if entry.data_type in self.narrow:
-                entry.CopyFrom(numpy_helper.from_array(_values(entry), name))
+                store(entry, _values(entry))
 
     def _is_exact(self, node: onnx.NodeProto) -> bool:
         if node.op_type == "DequantizeLinear":
@@ -161,16 +167,14 @@ class _Rewriting:
     def _quantise_fp8(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         scaled = f"{node.output[0]}.scaled"
         yield _node("Div", node.input[:2], scaled, node.name)
-        yield _cast(scaled, node.output[0], self.fp8, saturate=1)
+        yield cast(scaled, node.output[0], self.fp8, saturate=1)
 
     def _widen(self, node: onnx.NodeProto) -> None:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i in self.narrow:
                 attribute.i = self.fp32
             elif attribute.HasField("t") and attribute.t.data_type in self.narrow:  # Constant, ConstantOfShape
-                from onnx import numpy_helper
-
-                attribute.t.CopyFrom(numpy_helper.from_array(_values(attribute.t)))
+                store(attribute.t, _values(attribute.t))
 
 
 def _values(entry: onnx.TensorProto) -> npt.NDArray[np.float32]:
@@ -179,11 +183,7 @@ def _values(entry: onnx.TensorProto) -> npt.NDArray[np.float32]:
     return numpy_helper.to_array(entry).astype(np.float32)
 
 
-def _cast(source: str, target: str, kind: int, **attributes: Any) -> onnx.NodeProto:
-    return _node("Cast", [source], target, f"{target}/rounding/Cast", to=kind, **attributes)
-
-
-def _node(operator: str, inputs: Any, output: str, name: str, **attributes: Any) -> onnx.NodeProto:
+def _node(operator: str, inputs: Any, output: str, name: str) -> onnx.NodeProto:
     from onnx import helper
 
-    return helper.make_node(operator, list(inputs), [output], name, **attributes)
+    return helper.make_node(operator, list(inputs), [output], name)

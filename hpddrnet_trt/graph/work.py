@@ -1,12 +1,10 @@
 """What each operator of a graph computes and moves, counted on the ONNX file itself.
 
-:func:`macs_and_bytes` counts elements of every operator: a cost model multiplies them with the precisions it
-considers. :func:`typed_work` counts a graph as it is deployed: bytes in the types that it stores, kernel
-by kernel. Both count multiply-accumulates of convolutions and matrix products, those inside Attention
-operators, local functions and the bodies of Scan and Loop included; not bias and normalisation,
-residual sums, softmax, pooling, resizing. Counts agree with
-:func:`hpddrnet_trt.export.proof.proof_from_network`, which needs TensorRT's parser and does not look
-into Attention operators and loops.
+:func:`macs_and_bytes` counts multiply-accumulates and elements; a cost model multiplies the latter with the
+precisions it considers. Counted are convolutions and matrix products, those inside Attention operators, local
+functions and the bodies of Scan and Loop included; not bias and normalisation, residual sums, softmax,
+pooling, resizing. Counts agree with :func:`hpddrnet_trt.export.proof.proof_from_network`, which needs
+TensorRT's parser and does not look into Attention operators and loops.
 
 At 1024x1024 the authors' network (three channels, unfolded, no detail step, evaluation mode, 2 to 4
 classes) has 24.70 GMAC as HPDDRNet-23-slim and 18.12 GMAC as DDRNet-23-slim. Of the 24.70, position
@@ -18,26 +16,22 @@ attention is 6.58: both products of the scores 4.83, all four projections 0.54, 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hpddrnet_trt.core.errors import UserError
-from hpddrnet_trt.core.precisions import product_precision
-from hpddrnet_trt.graph.attention import attentions
-from hpddrnet_trt.graph.nodes import int_attribute
-from hpddrnet_trt.graph.tensor_sizes import Tensors, at_size, tensors_of
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.core.errors import UsageError, UserError, require
+from hpddrnet_trt.graph.nodes import copied, int_attribute
 
 if TYPE_CHECKING:
     import onnx
 
-# They neither compute nor copy: their readers read the tensor before them.
-_VIEWS = ("DequantizeLinear", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-# A kernel that makes one of their operands takes them in, and that operand is never stored.
-_POINTWISE = ("Add", "BatchNormalization", "Cast", "Clip", "Div", "Exp", "Greater", "Mul", "QuantizeLinear",
-              "Reciprocal", "Relu", "Sigmoid", "Sub")  # fmt: skip
-_PRODUCTS = ("Attention", "Conv", "ConvTranspose", "Gemm", "MatMul")
+Shape = tuple[int, ...]
+Values = npt.NDArray[Any]
+
+_SMALL = 64  # elements: what may be a size; the values of larger constants are never looked at
 
 
 class Work(NamedTuple):
@@ -53,25 +47,6 @@ class Work(NamedTuple):
         return self.inputs * input_size + self.weights * weight_size + self.outputs * output_size
 
 
-class TypedWork(NamedTuple):
-    """One kernel: what it multiplies in which precision, and the bytes that it moves.
-
-    ``precision``: one of :data:`PRECISIONS`, None without products. ``read`` and ``written`` are bytes
-    of activations, ``weights`` those of constants (scales of quantised tensors left out).
-    """
-
-    precision: str | None
-    macs: int
-    read: int
-    weights: int
-    written: int
-
-    @property
-    def bytes(self) -> int:
-        """All bytes read and written, each tensor once."""
-        return self.read + self.weights + self.written
-
-
 def macs_and_bytes(model: onnx.ModelProto, shape: Sequence[int]) -> dict[str, Work]:
     """Work of every operator on the image, by node name, at the input shape ``[N, C, H, W]``.
 
@@ -79,189 +54,180 @@ def macs_and_bytes(model: onnx.ModelProto, shape: Sequence[int]) -> dict[str, Wo
     that only compute shapes are left out. Raises :class:`UsageError` for a shape that the graph does
     not take and :class:`UserError` when a size cannot be inferred.
     """
-    return {
-        level.name(node): _operator(node, level) for level in _levels(model, shape) for node in level.nodes
-    }
-
-
-def typed_work(model: onnx.ModelProto, shape: Sequence[int]) -> dict[str, TypedWork]:
-    """Work of every kernel of a graph as it is deployed, at the input shape ``[N, C, H, W]``.
-
-    A kernel is an operator with the pointwise operators (residual sum, ReLU, normalisation, cast,
-    quantisation) that alone read its result: every runtime here fuses those, and what stays inside moves
-    nothing. It is named after its first node. Quantised tensors are stored in one byte, and read as such by
-    whoever reads them dequantised; a product of two dequantised operands runs in INT8 or FP8, one with
-    a single such operand in the type of the other (as in :mod:`hpddrnet_trt.export.proof`). Attention
-    scores are never stored, in any form of attention: the count is the least that a runtime moves, with a
-    fused kernel (Dao et al., FlashAttention, NeurIPS 2022, arXiv:2205.14135) or blocks that stay in the
-    cache. Raises as :func:`macs_and_bytes`.
-    """
-    result: dict[str, TypedWork] = {}
-    for level in _levels(model, shape):
-        _count_kernels(level, result)
-    return result
-
-
-@dataclass(frozen=True)
-class _Level:
-    """A graph or a loop's body: the nodes that compute on the image, in order, without loops and shapes."""
-
-    nodes: list[Any]
-    tensors: Tensors
-    data: set[str]  # tensors that depend on the image
-    outside: set[str]  # tensors that others read: outputs, and what bodies capture
-    before: dict[str, str]  # result of each view to its source
-    turns: int
-    prefix: str
-
-    def name(self, node: Any) -> str:
-        return self.prefix + (node.name or str(node.output[0]))
-
-    def elements(self, name: str) -> int:
-        return math.prod(self.tensors.shape(name))
-
-    def root(self, name: str) -> str:
-        """The stored tensor behind reshapes and dequantisation."""
-        while name in self.before:
-            name = self.before[name]
-        return name
-
-    def operands(self, node: Any) -> list[str]:
-        """The stored tensors that a node reads and that depend on the image, each once."""
-        return list(dict.fromkeys(self.root(name) for name in node.input if name in self.data))
-
-    def constants(self, node: Any) -> list[str]:
-        """Likewise those that do not."""
-        names = [name for name in node.input if name and name not in self.data]
-        return list(dict.fromkeys(map(self.root, names)))
-
-    def bytes(self, name: str) -> int:
-        """Size of a stored tensor."""
-        return self.elements(name) * self.tensors.item_size(name)
-
-
-def _levels(model: onnx.ModelProto, shape: Sequence[int]) -> Iterator[_Level]:
     graph = at_size(model, shape).graph
-    top = _Level([], tensors_of(graph), {graph.input[0].name}, set(), {}, 1, "")
-    yield from _walk(graph, top)
+    return dict(_counted(graph, Sizes(graph), {graph.input[0].name}, 1, ""))
 
 
-def _walk(graph: Any, scope: _Level) -> Iterator[_Level]:
-    """The level of ``graph``, of which ``scope`` knows the tensors, and those of the bodies in it."""
-    bodies = []
-    level = replace(scope, nodes=[], outside={entry.name for entry in graph.output})
+def _counted(
+    graph: onnx.GraphProto, sizes: Sizes, outer: Collection[str], turns: int, prefix: str
+) -> Iterator[tuple[str, Work]]:
+    """Work of a graph or a loop's body, which sees the ``outer`` tensors that depend on the image."""
+    data = set(outer)
     for node in graph.node:
-        if node.op_type in _VIEWS:
-            level.before[node.output[0]] = node.input[0]
-        inner = [entry.g for entry in node.attribute if entry.HasField("g")]
-        captured = {name for body in inner for part in body.node for name in part.input}
-        if node.op_type == "Shape" or not level.data.intersection([*node.input, *captured]):
+        bodies = [entry.g for entry in node.attribute if entry.HasField("g")]
+        captured = {name for body in bodies for part in body.node for name in part.input}
+        if node.op_type == "Shape" or not data.intersection([*node.input, *captured]):
             continue
-        level.data.update(name for name in node.output if name)
-        if inner:
-            level.outside.update(node.input, captured)
-            bodies.append((node, inner))
+        data.update(name for name in node.output if name)
+        name = prefix + (node.name or node.output[0])
+        if not bodies:
+            yield name, _work(node, sizes, data, turns)
+        elif node.op_type in ("Loop", "Scan"):
+            inside = {entry.name for entry in bodies[0].input}
+            yield from _counted(
+                bodies[0], Sizes(bodies[0], sizes), data | inside, turns * _turns(node, sizes), f"{name}/"
+            )
         else:
-            level.nodes.append(node)
-    yield level
-    for node, inner in bodies:
-        if node.op_type not in ("Loop", "Scan"):
-            raise UserError(f"the work of {level.name(node)!r} depends on what is chosen as it runs, no count fits")
-        body = inner[0]
-        turns = level.turns * _turns(node, level.tensors)
-        data = level.data | {entry.name for entry in body.input}
-        prefix = f"{level.name(node)}/"
-        within = _Level([], level.tensors.inside(body), data, set(), dict(level.before), turns, prefix)
-        yield from _walk(body, within)
+            raise UserError(f"the work of {name!r} depends on what is chosen as it runs, no count fits")
 
 
-def _turns(node: Any, tensors: Tensors) -> int:
+def _turns(node: Any, sizes: Sizes) -> int:
     """How often a loop's body runs."""
     if node.op_type == "Loop":
-        if node.input[0] not in tensors.values:
+        if node.input[0] not in sizes.values:
             raise UserError(f"how often the loop {node.name!r} turns is not fixed by the input size; export it again")
-        return int(tensors.values[node.input[0]].item())
+        return int(sizes.values[node.input[0]].item())
     scanned = int_attribute(node, "num_scan_inputs", 0)
     axes = next((list(entry.ints) for entry in node.attribute if entry.name == "scan_input_axes"), [0] * scanned)
-    return tensors.shape(node.input[len(node.input) - scanned])[axes[0]]
+    return sizes.shape(node.input[len(node.input) - scanned])[axes[0]]
 
 
-def _operator(node: Any, level: _Level) -> Work:
-    shapes, turns = level.tensors.shapes, level.turns
-    constants = [name for name in node.input if name in shapes and name not in level.data]
+def _work(node: Any, sizes: Sizes, data: Collection[str], turns: int) -> Work:
+    constants = [name for name in node.input if name in sizes.shapes and name not in data]
     return Work(
-        macs=turns * _macs(node, level.tensors),
-        inputs=turns * sum(level.elements(name) for name in node.input if name in level.data),
-        weights=turns * sum(level.elements(name) for name in constants),
-        outputs=turns * sum(level.elements(name) for name in node.output if name),
+        macs=turns * _macs(node, sizes),
+        inputs=turns * sum(sizes.elements(name) for name in node.input if name in data),
+        weights=turns * sum(map(sizes.elements, constants)),
+        outputs=turns * sum(sizes.elements(name) for name in node.output if name),
     )
 
 
-def _macs(node: Any, tensors: Tensors) -> int:
-    def elements(name: str) -> int:
-        return math.prod(tensors.shape(name))
-
+def _macs(node: Any, sizes: Sizes) -> int:
     if node.op_type == "Conv":  # each output value sums over the kernel's window and its group's channels
-        return elements(node.output[0]) * math.prod(tensors.shape(node.input[1])[1:])
+        return sizes.elements(node.output[0]) * math.prod(sizes.shape(node.input[1])[1:])
     if node.op_type == "ConvTranspose":
-        return elements(node.input[0]) * math.prod(tensors.shape(node.input[1])[1:])
+        return sizes.elements(node.input[0]) * math.prod(sizes.shape(node.input[1])[1:])
     if node.op_type == "MatMul":
-        return elements(node.output[0]) * tensors.shape(node.input[0])[-1]
+        return sizes.elements(node.output[0]) * sizes.shape(node.input[0])[-1]
     if node.op_type == "Gemm":
         inner = 0 if int_attribute(node, "transA", 0) else -1
-        return elements(node.output[0]) * tensors.shape(node.input[0])[inner]
+        return sizes.elements(node.output[0]) * sizes.shape(node.input[0])[inner]
     if node.op_type == "Attention":  # scores and mixing: every query meets every key, in each head
-        return (elements(node.input[0]) + elements(node.output[0])) * tensors.shape(node.input[1])[-2]
+        return (sizes.elements(node.input[0]) + sizes.elements(node.output[0])) * sizes.shape(node.input[1])[-2]
     return 0
 
 
-# --------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------ sizes of tensors
 
 
-def _count_kernels(level: _Level, result: dict[str, TypedWork]) -> None:
-    nodes = [node for node in level.nodes if node.op_type not in _VIEWS]
-    heads, inside = _fused(nodes, level)
-    for node, head in zip(nodes, heads, strict=True):
-        work = TypedWork(
-            precision=_precision(node, level) if node.op_type in _PRODUCTS else None,
-            macs=_macs(node, level.tensors),
-            read=sum(level.bytes(name) for name in level.operands(node) if name not in inside),
-            weights=sum(level.bytes(name) for name in level.constants(node)),
-            written=sum(level.bytes(name) for name in node.output if name and name not in inside),
-        )
-        name = level.name(nodes[head])
-        precision, *counts = result.get(name, TypedWork(work.precision, 0, 0, 0, 0))
-        macs, *moved = (old + level.turns * new for old, new in zip(counts, work[1:], strict=True))
-        result[name] = TypedWork(precision, macs, *moved)
+class Sizes:
+    """Shapes of a graph's tensors by name, and the values of small constants, after :func:`at_size`.
+
+    A body sees the tensors of the graph around it, ``outer``, too.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, outer: Sizes | None = None) -> None:
+        from onnx import numpy_helper
+
+        self.shapes: dict[str, Shape] = {} if outer is None else dict(outer.shapes)
+        self.values: dict[str, Values] = {} if outer is None else dict(outer.values)
+        constants = {entry.name: entry for entry in graph.initializer}
+        self.shapes.update((name, tuple(entry.dims)) for name, entry in constants.items())
+        for node in graph.node:
+            value = next((entry.t for entry in node.attribute if entry.name == "value"), None)
+            if node.op_type == "Constant" and value is not None:
+                constants[node.output[0]] = value
+        for name, entry in constants.items():
+            if math.prod(entry.dims) <= _SMALL:
+                self.values[name] = numpy_helper.to_array(entry)
+        for entry in [*graph.input, *graph.value_info, *graph.output]:
+            shape = entry.type.tensor_type.shape
+            known = all(axis.HasField("dim_value") for axis in shape.dim)
+            if entry.type.tensor_type.HasField("shape") and known:
+                self.shapes[entry.name] = tuple(axis.dim_value for axis in shape.dim)
+
+    def shape(self, name: str) -> Shape:
+        """Raises :class:`UserError` for a size that could not be inferred."""
+        if name not in self.shapes:
+            raise UserError(f"the size of {name!r} cannot be inferred from the graph; export the model again")
+        return self.shapes[name]
+
+    def elements(self, name: str) -> int:
+        """Number of a tensor's elements; raises as :meth:`shape`."""
+        return math.prod(self.shape(name))
 
 
-def _fused(nodes: Sequence[Any], level: _Level) -> tuple[list[int], set[str]]:
-    """For each node the index of the node whose kernel it is part of, and the tensors that stay inside kernels."""
-    maker = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    readers: dict[str, list[int]] = defaultdict(list)
-    for index, node in enumerate(nodes):
-        for name in level.operands(node):
-            readers[name].append(index)
-    outside = set(map(level.root, level.outside))
-    heads, inside = list(range(len(nodes))), set()
-    for index, node in enumerate(nodes):
-        if node.op_type not in _POINTWISE:
-            continue
-        size = level.elements(node.output[0])
-        suitable = [
-            name
-            for name in level.operands(node)
-            if name in maker and name not in outside and readers[name] == [index] and level.elements(name) == size
-        ]
-        if suitable:  # a sum belongs to the operand made last; a dequantised one was stored before
-            direct = set(node.input)
-            taken = max(suitable, key=lambda name: (name in direct, maker[name]))
-            inside.add(taken)
-            heads[index] = heads[maker[taken]]
-    scores = [node for attention in attentions(nodes) if attention.mixing for node in attention.nodes[:-1]]
-    return heads, inside | {name for node in scores for name in node.output}
+def at_size(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.ModelProto:
+    """A copy of ``model`` for looking at, its one input at ``shape``, with every size written into it.
+
+    Local functions are inlined, arithmetic on sizes is computed (ONNX's own inference knows only some of
+    its operators) and becomes initialisers; weights lose their values. Raises :class:`UsageError` for a
+    shape that the graph does not take.
+    """
+    onnx = require("onnx", "export", "count a network's operations")
+    fixed = copied(model)
+    _set_input(fixed.graph.input[0], shape)
+    for entry in fixed.graph.initializer:  # inference serialises the model anew each time
+        if len(entry.raw_data) > 8 * _SMALL:
+            entry.ClearField("raw_data")
+    if fixed.functions:
+        fixed = require("onnx.inliner", "export", "count a network's operations").inline_local_functions(fixed)
+    # Declared sizes of the dynamic graph are symbols, which would stand against the inferred ones.
+    del fixed.graph.value_info[:]
+    for entry in fixed.graph.output:
+        entry.type.tensor_type.ClearField("shape")
+    while True:
+        fixed = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+        if not _compute_sizes(fixed.graph):
+            return fixed
 
 
-def _precision(node: Any, level: _Level) -> str:
-    operands = node.input[: 3 if node.op_type == "Attention" else 2]
-    return product_precision([level.tensors.precision(level.root(name)) for name in operands])
+def _set_input(entry: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
+    axes = entry.type.tensor_type.shape.dim
+    if len(axes) != len(shape) or any(axis.dim_value not in (0, size) for axis, size in zip(axes, shape, strict=True)):
+        wanted = "x".join(axis.dim_param or str(axis.dim_value) for axis in axes)
+        raise UsageError(f"the graph takes {wanted}, not {'x'.join(map(str, shape))}")
+    for axis, size in zip(axes, shape, strict=True):
+        axis.dim_value = size
+
+
+def _compute_sizes(graph: onnx.GraphProto) -> bool:
+    """Replace nodes whose result is a known size by initialisers; whether there were any."""
+    from onnx import numpy_helper
+
+    sizes = Sizes(graph)
+    kept: list[Any] = []
+    computed: dict[str, Values] = {}
+    for node in graph.node:
+        values = _size_values(node, sizes)
+        if values is None:
+            kept.append(node)
+        else:
+            sizes.values.update(values)
+            computed.update(values)
+    if not computed:
+        return False
+    del graph.node[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in computed.items())
+    others = [entry for entry in graph.value_info if entry.name not in computed]
+    del graph.value_info[:]
+    graph.value_info.extend(others)
+    return True
+
+
+def _size_values(node: Any, sizes: Sizes) -> Mapping[str, Values] | None:
+    """Outputs of a node that reads sizes of known tensors, or computes with known sizes; None for any other."""
+    from onnx.reference import ReferenceEvaluator
+
+    names = [name for name in node.input if name]
+    if node.op_type == "Shape" and node.input[0] in sizes.shapes:
+        bounds = {entry.name: entry.i for entry in node.attribute}
+        shape = sizes.shapes[node.input[0]][slice(bounds.get("start"), bounds.get("end"))]
+        return {node.output[0]: np.asarray(shape, np.int64)}
+    if not names or any(
+        name not in sizes.values or not np.issubdtype(sizes.values[name].dtype, np.integer) for name in names
+    ):
+        return None
+    outputs = ReferenceEvaluator(node).run(None, {name: sizes.values[name] for name in names})
+    return {name: np.asarray(value) for name, value in zip(node.output, outputs, strict=True) if name}

@@ -14,7 +14,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.export.calibrate import calibrate
 from hpddrnet_trt.export.onnx import ExportOptions, export_network
@@ -24,7 +23,6 @@ from hpddrnet_trt.graph.fp8 import fp8_layers, to_fp8
 from hpddrnet_trt.graph.lint import QdqReport, analyze, report_lines
 from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.graph.precision import to_half
-from hpddrnet_trt.graph.work import macs_and_bytes
 from tests.graph.residual_onnx import STAGE, fusion_model
 from tests.tiny_network import tiny_manifest, tiny_network
 
@@ -404,40 +402,3 @@ def test_unreadable_inspector_answer(text: str) -> None:
     found = reformats_from_inspector(text)
     assert (found["layers"], found["reformats"], found["share"]) == (0, 0, 0.0)
     assert "no readable list" in found["remark"]
-
-
-# --- operations
-
-
-@needs_rtx
-@pytest.mark.parametrize("shape", [(1, 1, 1024, 1024), (2, 1, 256, 384)])
-def test_multiply_accumulates_are_those_of_the_parsed_network(shape: tuple[int, ...]) -> None:
-    import tensorrt_rtx as trt
-
-    from hpddrnet_trt.export.proof import proof_from_network
-
-    logger = trt.Logger(trt.Logger.ERROR)
-    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse(SHIPPED.read_bytes())
-    proof = proof_from_network(trt, network, shape)
-    work = macs_and_bytes(onnx.load(str(SHIPPED)), shape)
-    assert {name: entry.macs for name, entry in work.items() if entry.macs} == {
-        layer["name"]: layer["macs"] for layer in proof["layers"]
-    }
-    assert sum(entry.macs for entry in work.values()) == proof["macs"]
-
-
-def test_elements_of_one_convolution() -> None:
-    work = macs_and_bytes(fusion_model(), (1, 4, 16, 16))
-    assert work["down"] == (8 * 8 * 8 * 8 * 9, 8 * 16 * 16, 8 * 8 * 9 + 8, 8 * 8 * 8)
-    assert work["down"].bytes(1, 1, 2) == 8 * 16 * 16 + 8 * 8 * 9 + 8 + 2 * 8 * 8 * 8
-    assert work["upsampled"].macs == 0
-    assert work["upsampled"].outputs == 8 * 16 * 16
-    assert work["fused"].inputs == 2 * 8 * 16 * 16
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 16), (1, 4, 16, 24)])
-def test_shapes_that_the_graph_does_not_take(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match="the graph takes 1x4x16x16, not 1x4x16"):
-        macs_and_bytes(fusion_model(), shape)

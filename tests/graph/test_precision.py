@@ -18,6 +18,7 @@ from PIL import Image
 
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.proof import check_proof, proof_from_network
+from hpddrnet_trt.graph.attention import in_type
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.graph.nodes import consumers, fold_constants, producers, tensor_types
 from hpddrnet_trt.graph.precision import (
@@ -95,7 +96,7 @@ def test_attention_is_bf16_throughout(half: onnx.ModelProto) -> None:
 
 
 def test_scores_can_stay_in_fp32(source: Path) -> None:
-    graph = to_half(load_model(source)[0], scores="fp32").graph
+    graph = in_type(to_half(load_model(source)[0]), "fp32").graph
     made, readers = producers(graph), consumers(graph)
     softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
     assert len(softmaxes) == 2
@@ -155,7 +156,8 @@ def test_scores_in_fp16_would_overflow(source: Path, monkeypatch: pytest.MonkeyP
     model, manifest = load_model(source)
     scores = {node.output[0] for node in model.graph.node if node.name in attention_score_nodes(model.graph)}
     monkeypatch.setattr("hpddrnet_trt.graph.precision.attention_score_nodes", lambda graph: set())
-    naive = to_half(model, scores="fp32")
+    monkeypatch.setattr("hpddrnet_trt.graph.precision.in_type", lambda model, scores, leave: model)
+    naive = to_half(model)
     with np.errstate(all="ignore"):
         _, confidence = ReferenceEvaluator(naive).run(None, {"image": picture()[None, None]})
     assert not np.isfinite(confidence).all()

@@ -22,6 +22,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.shipping import store_in_half
 from hpddrnet_trt.graph import qdq
+from hpddrnet_trt.graph.attention import in_type as attention_in_type
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.graph.nodes import tensor_types
 from hpddrnet_trt.graph.precision import to_half
@@ -213,7 +214,7 @@ def test_every_tensor_of_a_network_is_rounded(float_model: onnx.ModelProto, form
 
 def test_network_agrees_with_real_fp16_arithmetic(float_model: onnx.ModelProto) -> None:
     """ONNX's own evaluator computes in numpy's float16."""
-    typed = to_half(float_model, scores="fp32")  # as PyTorch runs it below
+    typed = attention_in_type(to_half(float_model), "fp32")  # as PyTorch runs it below
     image = simulate(64, 96, seed=2)[0][None, None]
     (want,) = ReferenceEvaluator(typed).run(None, {"image": image})
     assert len(np.unique(want)) > 1
