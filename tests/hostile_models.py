@@ -34,7 +34,10 @@ _WEIRD: tuple[Any, ...] = (
 # --- valid files
 
 
-def write_seeds(folder: Path) -> dict[str, list[Path]]:
+Seeds = dict[str, list[Path]]
+
+
+def write_seeds(folder: Path) -> Seeds:
     """Small valid files of each kind."""
     import torch
 
@@ -401,7 +404,7 @@ _GRAPH_DAMAGES: tuple[Callable[[Random, onnx.ModelProto], None], ...] = (
 # --- cases
 
 
-def write_case(kind: str, number: int, seeds: dict[str, list[Path]], folder: Path) -> Path:
+def write_case(kind: str, number: int, seeds: Seeds, folder: Path) -> Path:
     """Write case ``number`` of ``kind`` into ``folder``; returns the model file."""
     rng = Random(f"{kind} {number}")
     source = rng.choice(seeds[kind])

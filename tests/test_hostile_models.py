@@ -1,27 +1,19 @@
 """Damaged and hostile model files: each ends in labels that make sense, or in one sentence.
 
 Every case runs in a child process, so that a crash of a runtime is counted and not suffered. More cases
-than the tests run, from the repository's folder:
-
-    python -m tests.test_hostile_models --cases 2000
-    python -m tests.test_hostile_models --cases 2000 --kinds onnx --first 10000
+than the tests run: ``HOSTILE_CASES=2000 pytest tests/test_hostile_models.py`` (``HOSTILE_FIRST``: the first).
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import queue
+import multiprocessing
+import os
 import re
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,9 +27,9 @@ from hpddrnet_trt.data.preprocess import padded_size
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, input_contract
 from hpddrnet_trt.export.tensorrt import build_engine
-from tests.hostile_models import KINDS, write_case, write_seeds
+from tests.hostile_models import KINDS, Seeds, write_case, write_seeds
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+CASES, FIRST = (int(os.environ.get(f"HOSTILE_{name}", default)) for name, default in (("CASES", 40), ("FIRST", 0)))
 SECONDS = 60  # for one case, on a busy machine; most take milliseconds
 MEMORY = 2 << 30  # that a case may take above what the runtimes need
 ADDRESSES = 24 << 30  # so that a bomb ends in an error of the case, and not in one of the machine
@@ -46,51 +38,34 @@ LONGEST = 1_500  # characters
 BUILDER = "tensorrt-rtx"  # builds an engine; the others run the file
 SHAPES = "1x1x64x64:1x1x64x64:1x1x64x64"
 _SAID_BY = re.compile(r"cannot be loaded by|could not run|TensorRT-RTX \S+ (cannot read|could not|refuses)")
-
-Outcomes = dict[str, Counter[str]]
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 # --- the child: one case after the other
 
 
-def _worker(kind: str, first: int, count: int, folder: Path) -> None:
+def _serve(wanted: Connection, seeds: Seeds) -> None:
+    """Answer each (file, engine) with the outcome."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    written = json.loads((folder / "seeds.json").read_text())
-    seeds = {name: [Path(path) for path in paths] for name, paths in written.items()}
-    work = folder / f"{kind}-{first}"
-    work.mkdir(exist_ok=True)
     with _simulated_gpu(seeds["onnx"][0]):
-        for engine in _engines(kind):  # what loading and running takes, without damage
-            for path in dict.fromkeys(seeds[kind]):
-                if engine in _engines(kind, path):
-                    assert _outcome(path, engine) in ("labels", "built"), path
-        for number in range(first, first + count):
-            path = write_case(kind, number, seeds, work)
-            for engine in _engines(kind, path):
-                print(json.dumps(["begin", number, engine]), flush=True)
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                started = time.perf_counter()
-                outcome = _outcome(path, engine)
-                seconds = time.perf_counter() - started
-                grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-                if grown > MEMORY:
-                    outcome = f"MEMORY: {grown >> 20} MiB"
-                print(json.dumps(["end", outcome, seconds]), flush=True)
+        while True:
+            path, engine = wanted.recv()
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            outcome = _outcome(path, engine)
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+            wanted.send(f"MEMORY: {grown >> 20} MiB" if grown > MEMORY else outcome)
 
 
-def _engines(kind: str, path: Path | None = None) -> list[str]:
+def _engines(kind: str, path: Path) -> list[str]:
     by_suffix = {".onnx": ["onnxruntime"], ".safetensors": ["torch"], ".pth": ["torch"], ".engine": ["tensorrt"]}
     if kind == "build":
         return [BUILDER]
     if importlib.util.find_spec("openvino") is not None:
         by_suffix[".onnx"].append("openvino")
-    if path is not None:
-        return by_suffix[path.suffix]
-    suffixes = [".onnx", ".safetensors", ".engine"] if kind == "description" else [f".{kind}"]
-    return [engine for suffix in suffixes for engine in by_suffix[suffix]]
+    return by_suffix[path.suffix]
 
 
 def _outcome(path: Path, name: str) -> str:
@@ -181,127 +156,70 @@ def _simulated_gpu(onnx_file: Path) -> Iterator[None]:
 # --- the parent: counts, and starts another child after a crash
 
 
-def run_cases(kind: str, first: int, count: int, folder: Path) -> tuple[Outcomes, list[str]]:
-    """Outcomes by engine, and what must not have happened, for each such case."""
-    outcomes: Outcomes = defaultdict(Counter)
-    findings: list[str] = []
-    number = first
-    while number < first + count:
-        number = _one_child(kind, number, first + count - number, folder, outcomes, findings)
-    return outcomes, findings
+class Child:
+    """A process that is replaced when a case has ended it."""
 
+    def __init__(self, seeds: Seeds, kind: str) -> None:
+        self._seeds, self._kind = seeds, kind
+        self._start()
 
-def _one_child(
-    kind: str, first: int, count: int, folder: Path, outcomes: Outcomes, findings: list[str]
-) -> int:
-    """Cases until the child ends; returns the number of the next one to run."""
-    arguments = ["--worker", kind, str(first), str(count), str(folder)]
-    lines: queue.Queue[str | None] = queue.Queue()
-    with (folder / "child.txt").open("w+", encoding="utf-8", errors="replace") as said, subprocess.Popen(
-        [sys.executable, "-m", "tests.test_hostile_models", *arguments], stdout=subprocess.PIPE, stderr=said,
-        encoding="utf-8", errors="replace", cwd=REPOSITORY,
-    ) as child:  # fmt: skip
-        assert child.stdout is not None
-        reader = threading.Thread(target=_read, args=(child.stdout, lines))
-        reader.start()
-        running: tuple[int, str] | None = None
-        last = first - 1
-        while True:
-            try:
-                line = lines.get(timeout=SECONDS)
-            except queue.Empty:
-                child.kill()
-                outcome = f"TIME: more than {SECONDS} s"
-                break
-            if line is None:
-                child.wait()
-                outcome = f"CRASH: exit code {child.returncode}"
-                break
-            try:
-                word, *rest = json.loads(line)
-            except ValueError:
-                continue  # a runtime's own words
-            if word == "begin":
-                running = (rest[0], rest[1])
-                last = rest[0]
-            elif running is not None:
-                _count(kind, *running, rest[0], outcomes, findings)
-                running = None
-        reader.join()
-        said.seek(0)
-        words = said.read().strip()[-500:]
-    if running is not None:
-        _count(kind, *running, f"{outcome} {words!r}", outcomes, findings)
-    elif last < first + count - 1:
-        raise AssertionError(f"the child of {kind} {first} ended before its work: {outcome} {words}")
-    return last + 1
+    def _start(self) -> None:
+        self._wanted, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_serve, args=(theirs, self._seeds), daemon=True)
+        self._process.start()
+        theirs.close()
+        for path in dict.fromkeys(self._seeds[self._kind]):  # what loading and running takes, without damage
+            for engine in _engines(self._kind, path):
+                self._wanted.send((path, engine))
+                assert self._wanted.recv() in ("labels", "built"), path
 
+    def outcome(self, path: Path, engine: str) -> str:
+        """The child's word; in capitals what must not happen."""
+        self._wanted.send((path, engine))
+        try:
+            if self._wanted.poll(SECONDS):
+                return str(self._wanted.recv())
+            found = f"TIME: more than {SECONDS} s"
+        except EOFError:
+            found = "CRASH"
+        self.close()
+        found += f": exit code {self._process.exitcode}"
+        self._start()
+        return found
 
-def _read(stream: Any, lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
-
-
-def _count(kind: str, number: int, engine: str, outcome: str, outcomes: Outcomes, findings: list[str]) -> None:
-    word = outcome.split(":")[0]
-    outcomes[engine][word] += 1
-    if word.isupper():
-        findings.append(f"{kind} {number} {engine}: {outcome}")
-
-
-def prepare(folder: Path) -> Path:
-    seeds = write_seeds(folder)
-    (folder / "seeds.json").write_text(json.dumps(seeds, default=str))
-    return folder
-
-
-# --- tests
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._wanted.close()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("hostile"))
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+    return write_seeds(tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_files_end_in_labels_or_in_a_sentence(kind: str, folder: Path) -> None:
+def test_damaged_files_end_in_labels_or_in_a_sentence(kind: str, seeds: Seeds, tmp_path: Path) -> None:
     if kind in ("engine", "description"):
         pytest.importorskip("cuda.bindings", reason="cuda-python, which this test uses without a GPU, is missing")
     if kind == "build":
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, which builds without a GPU, is missing")
-    outcomes, findings = run_cases(kind, 0, 40, folder)
-    assert findings == []
+    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+    wrong = []
+    child = Child(seeds, kind)
+    try:
+        for number in range(FIRST, FIRST + CASES):
+            path = write_case(kind, number, seeds, tmp_path)
+            for engine in _engines(kind, path):
+                outcome = child.outcome(path, engine)
+                word = outcome.partition(":")[0]
+                outcomes[engine][word] += 1
+                if word.isupper():
+                    wrong.append(f"{kind} {number} {engine}: {outcome}")
+    finally:
+        child.close()
+    print({engine: dict(counts) for engine, counts in outcomes.items()})
+    assert wrong == []
     for engine, counts in outcomes.items():
         assert counts["refused"] > 5, engine  # the damage is seen, and is not everywhere
     assert sum(counts["labels"] + counts["built"] for counts in outcomes.values()) > 0
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=500, help="of each kind")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker is not None:
-        kind, first, count, work = options.worker
-        _worker(kind, int(first), int(count), Path(work))
-        return
-    found: list[str] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = prepare(Path(name))
-        for kind in options.kinds:
-            started = time.perf_counter()
-            outcomes, findings = run_cases(kind, options.first, options.cases, folder)
-            found += findings
-            for finding in findings:
-                print(finding, flush=True)
-            for engine, counts in outcomes.items():
-                print(f"{kind:12} {engine:12} {dict(counts)}", flush=True)
-            print(f"{kind:12} {time.perf_counter() - started:.0f} s", flush=True)
-    sys.exit(bool(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -275,11 +275,11 @@ def _unfit_nodes(graph: onnx.GraphProto) -> set[str]:
 
 def large_nodes(graph: onnx.GraphProto, report: Mapping[str, float], limit: float = SAFE_RANGE) -> dict[str, float]:
     """Nodes that write or read a tensor beyond ``limit``, outside the attention's scores, with its peak."""
-    island = attention_score_nodes(graph)
+    scores = attention_score_nodes(graph)
     found: dict[str, float] = {}
     for node in graph.node:
         peak = max((report.get(name, 0.0) for name in [*node.input, *node.output]), default=0.0)
-        if peak > limit and node.name not in island:
+        if peak > limit and node.name not in scores:
             found[node.name] = peak
     return found
 

@@ -117,7 +117,7 @@ class _Rewriting:
         if node.op_type == "DequantizeLinear" and self.types[node.input[0]] == self.fp8:
             wide = f"{node.output[0]}.wide"
             scaled = _node("Mul", [wide, node.input[1]], node.output[0], node.name)
-            parts = [cast(node.input[0], wide, self.fp32), scaled]
+            parts = [_cast(node.input[0], wide, self.fp32), scaled]
         else:
             self._widen(node)
             parts = [node]
@@ -127,7 +127,7 @@ class _Rewriting:
             kind = self.types.get(name, 0)
             if kind in self.narrow and not self._is_exact(node):
                 last.output[slot] = f"{name}.exact"
-                rounding += [cast(f"{name}.exact", f"{name}.rounded", kind), cast(f"{name}.rounded", name, self.fp32)]
+                rounding += [_cast(f"{name}.exact", f"{name}.rounded", kind), _cast(f"{name}.rounded", name, self.fp32)]
         yield from parts
         yield from rounding
 
@@ -167,7 +167,7 @@ class _Rewriting:
     def _quantise_fp8(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         scaled = f"{node.output[0]}.scaled"
         yield _node("Div", node.input[:2], scaled, node.name)
-        yield cast(scaled, node.output[0], self.fp8, saturate=1)
+        yield _cast(scaled, node.output[0], self.fp8, saturate=1)
 
     def _widen(self, node: onnx.NodeProto) -> None:
         for attribute in node.attribute:
@@ -181,6 +181,12 @@ def _values(entry: onnx.TensorProto) -> npt.NDArray[np.float32]:
     from onnx import numpy_helper
 
     return numpy_helper.to_array(entry).astype(np.float32)
+
+
+def _cast(source: str, target: str, kind: int, **attributes: Any) -> onnx.NodeProto:
+    node = cast(source, target, kind, **attributes)
+    node.name = f"{target}/rounding/Cast"  # the typed graph's own cast to this tensor has the other name
+    return node
 
 
 def _node(operator: str, inputs: Any, output: str, name: str) -> onnx.NodeProto:

@@ -161,7 +161,7 @@ def test_every_quantiser_is_read_by_a_convolution_or_a_sum_or_ends_a_block(quant
             assert readers <= {"Conv", "Add"}
 
 
-def test_full_precision_islands_on_request(tmp_path: Path, source: Path, images: list[Path]) -> None:
+def test_full_precision_regions_on_request(tmp_path: Path, source: Path, images: list[Path]) -> None:
     calibrate(source, tmp_path / "int8.onnx", images[:4], form="tensorrt", half=False, size=(SIZE, SIZE))
     types = {entry.data_type for entry in onnx.load(str(tmp_path / "int8.onnx")).graph.initializer}
     assert TensorProto.FLOAT in types

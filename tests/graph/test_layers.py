@@ -14,10 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.attention import as_function, in_blocks
 from hpddrnet_trt.graph.layers import GROUPS, block_of, group_of, group_times, short, tensor_owners
-from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.models.network import HPDDRNet, network_config
 
 SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
@@ -151,19 +149,10 @@ def test_modules_of_pytorch() -> None:
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def graphs(tmp_path_factory: pytest.TempPathFactory, shipped: Any, quantised: Any) -> dict[str, Path]:
     """The trained network in FP32, as attention in blocks and as a function, and in INT8."""
     folder = tmp_path_factory.mktemp("graphs")
-    model = onnx.load(str(SHIPPED))
-    fold_constants(model.graph)
-    name_nodes(model)
-    plan = qdq.plan(model, "tensorrt")
-    forms = {
-        "fp32": model,
-        "blocks": in_blocks(model, 64),
-        "function": as_function(model),
-        "int8": qdq.quantise(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-2.0, 2.0))),
-    }
+    forms = {"fp32": shipped, "blocks": in_blocks(shipped, 64), "function": as_function(shipped), "int8": quantised}
     for name, form in forms.items():
         onnx.save(form, str(folder / f"{name}.onnx"))
     return {name: folder / f"{name}.onnx" for name in forms}

@@ -14,14 +14,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hpddrnet_trt.data.datasets import find_images
-from hpddrnet_trt.export.calibrate import calibrate
 from hpddrnet_trt.export.onnx import ExportOptions, export_network
 from hpddrnet_trt.export.proof import reformats_from_inspector
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import fp8_layers, to_fp8
 from hpddrnet_trt.graph.lint import QdqReport, analyze, report_lines
-from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
+from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from tests.graph.residual_onnx import STAGE, fusion_model
 from tests.tiny_network import tiny_manifest, tiny_network
@@ -64,20 +62,6 @@ IDENTITY |= {"backbone.spatial_branch_layers.1.0"}
 
 
 # --- networks of full structure
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Any:
-    """FP32 graph of the trained network that the package ships."""
-    model = onnx.load(str(SHIPPED))
-    fold_constants(model.graph)  # its kernels are stored in FP16
-    name_nodes(model)
-    return model
-
-
-@pytest.fixture(scope="module")
-def quantised(shipped: Any) -> Any:
-    return _quantised(shipped)
 
 
 def test_every_residual_stage_fuses(quantised: Any) -> None:
@@ -166,14 +150,6 @@ def test_a_convolution_kept_by_the_search_is_named(shipped: Any) -> None:
     stage = next(stage for stage in found.stages if stage.name == "backbone.stem.2.0")
     assert stage.precision == "mixed"
     assert f"{name}: fp32, kept by the mixed-precision search" in "\n".join(report_lines(found.record()))
-
-
-def test_the_trained_network_on_real_micrographs(tmp_path: Path, sem_data: Path) -> None:
-    train, val = (find_images(sem_data / "nasa-super1", split) for split in ("train", "val"))
-    target = tmp_path / "int8.onnx"
-    manifest = calibrate(SHIPPED, target, train[:4], held_out=val, size=(128, 128))
-    assert manifest.validation[-1].values["agreement"] > 0.98
-    _assert_sound(analyze(onnx.load(str(target))))
 
 
 @needs_rtx

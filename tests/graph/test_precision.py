@@ -61,7 +61,7 @@ def run(model: onnx.ModelProto, image: npt.NDArray[Any]) -> list[npt.NDArray[Any
     return list(session.run(None, {model.graph.input[0].name: image}))
 
 
-def test_everything_is_fp16_but_the_islands(half: onnx.ModelProto) -> None:
+def test_everything_is_fp16_but_what_needs_more(half: onnx.ModelProto) -> None:
     model = half
     types = tensor_types(model)
     scores = attention_score_nodes(model.graph)
@@ -152,7 +152,7 @@ def test_honest_fp16_arithmetic(source: Path, half: onnx.ModelProto) -> None:
 
 
 def test_scores_in_fp16_would_overflow(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the island is for: without it the same file gives no numbers."""
+    """What BF16 is for there: without it the same file gives no numbers."""
     model, manifest = load_model(source)
     scores = {node.output[0] for node in model.graph.node if node.name in attention_score_nodes(model.graph)}
     monkeypatch.setattr("hpddrnet_trt.graph.precision.attention_score_nodes", lambda graph: set())

@@ -146,7 +146,7 @@ def test_any_numbers(x: npt.NDArray[np.float32]) -> None:
 
 
 @HALVES
-def test_an_fp32_island_at_the_input_rounds_once(kind: int) -> None:
+def test_an_fp32_region_at_the_input_rounds_once(kind: int) -> None:
     """Grey levels are normalised in FP32: neither the product nor the constants are rounded, only what leaves."""
     nodes = [
         helper.make_node("Cast", ["x"], ["float"], "float", to=FP32),

@@ -18,10 +18,8 @@ from torch import nn
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.export.onnx import name_after_modules, quiet
-from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.attention import BLOCK_ROWS, as_function, in_blocks
 from hpddrnet_trt.graph.fp8 import to_fp8
-from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.work import macs_and_bytes
 from hpddrnet_trt.models.network import HPDDRNet, ScaledDotProduct, network_config
@@ -103,20 +101,6 @@ def test_what_the_totals_include() -> None:
 
 
 # --- graphs as they are deployed
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Any:
-    model = onnx.load(str(SHIPPED))
-    fold_constants(model.graph)
-    name_nodes(model)
-    return model
-
-
-@pytest.fixture(scope="module")
-def quantised(shipped: Any) -> Any:
-    plan = qdq.plan(shipped, "tensorrt")
-    return qdq.quantise(shipped, "tensorrt", plan, dict.fromkeys(plan.tensors, (-2.0, 2.0)))
 
 
 def test_precisions_of_the_trained_network(shipped: Any, quantised: Any) -> None:
