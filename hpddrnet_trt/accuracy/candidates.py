@@ -78,7 +78,7 @@ class QuantizationConfig:
         model = self.model
         if layers:
             chosen = qdq.subset(self.model, "tensorrt", layers)
-            model = qdq.quantise(self.model, "tensorrt", chosen, self.ranges)
+            model = qdq.quantize(self.model, "tensorrt", chosen, self.ranges)
             if self.precision == "fp8":
                 model = to_fp8(model, self.model)
         return to_half(model) if half else model

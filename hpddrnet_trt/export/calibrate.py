@@ -180,7 +180,7 @@ def _quantised(
     statistics = _together(model, manifest, chosen.tensors, data.crops, (data.height, data.width), cache)
     for method in methods:
         ranges = ranges_of(statistics, method, request.form == "tensorrt")
-        result = qdq.quantise(model, request.form, chosen, ranges)
+        result = qdq.quantize(model, request.form, chosen, ranges)
         if request.precision == "fp8":
             result = to_fp8(result, model)
         yield method, to_half(result) if request.form == "tensorrt" and request.half else result

@@ -63,8 +63,8 @@ def fp8_plan(model: onnx.ModelProto) -> qdq.Plan:
     return qdq.subset(model, "tensorrt", fp8_layers(model))
 
 
-def to_fp8(quantised: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``quantised`` (INT8 pairs of :func:`qdq.quantise`, form ``tensorrt``) with FP8 pairs instead.
+def to_fp8(quantized: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``quantized`` (INT8 pairs of :func:`qdq.quantize`, form ``tensorrt``) with FP8 pairs instead.
 
     ``source`` is the FP32 graph it was made from, which holds the weights. Scales are FP16 numbers,
     so that :func:`~hpddrnet_trt.graph.precision.to_half` changes none. Raises :class:`UsageError` for an opset
@@ -72,9 +72,9 @@ def to_fp8(quantised: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelPro
     """
     from onnx import TensorProto, numpy_helper
 
-    if any(entry.domain in ("", "ai.onnx") and entry.version < _FIRST_OPSET for entry in quantised.opset_import):
+    if any(entry.domain in ("", "ai.onnx") and entry.version < _FIRST_OPSET for entry in quantized.opset_import):
         raise UsageError(f"FP8 needs ONNX opset {_FIRST_OPSET} or later; export the network again")
-    result = copied(quantised)
+    result = copied(quantized)
     weights = initializers(source.graph)
     entries = {entry.name: entry for entry in result.graph.initializer}
     done: set[str] = set()
@@ -87,7 +87,7 @@ def to_fp8(quantised: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelPro
             if name not in weights:
                 raise UsageError(f"the FP32 graph holds no weights called {name!r}; give the one that was quantised")
             axis = int_attribute(node, "axis", 1)
-            _quantise_weights(entries[stored], entries[scale], weights[name].astype(np.float32), axis)
+            _quantize_weights(entries[stored], entries[scale], weights[name].astype(np.float32), axis)
         elif scale not in done:
             steps = numpy_helper.to_array(entries[scale]) * np.float32(_INT8_MAX / E4M3_MAX)
             store(entries[scale], half_scale(steps))
@@ -97,7 +97,7 @@ def to_fp8(quantised: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelPro
     return result
 
 
-def _quantise_weights(
+def _quantize_weights(
     stored: onnx.TensorProto, scale: onnx.TensorProto, weights: npt.NDArray[np.float32], axis: int
 ) -> None:
     steps = weight_steps(weights, axis)

@@ -215,8 +215,8 @@ class RuleChecker:
             elif node.op_type in _ONE_SCALE and id(node) in graph.data:
                 self._one_scale(node)
         for name in {node.input[0]: None for node in graph.nodes if node.op_type == "QuantizeLinear"}:
-            if len(quantisers := graph.quantisers(name)) > 1:
-                self._break(quantisers[1], "quantised once", f"{name} is quantised {len(quantisers)} times")
+            if len(quantizers := graph.quantizers(name)) > 1:
+                self._break(quantizers[1], "quantised once", f"{name} is quantised {len(quantizers)} times")
 
     def _break(self, node: Any, rule: str, detail: str) -> None:
         self.violations.append((node, Violation(rule, node.name or node.op_type, detail)))
@@ -226,17 +226,17 @@ class RuleChecker:
 
     def _weights(self, node: Any) -> None:
         graph = self.graph
-        data, kernel = (graph.dequantiser(name) is not None for name in node.input[:2])
+        data, kernel = (graph.dequantizer(name) is not None for name in node.input[:2])
         if kernel and not data:
             self._break(node, "weighted inputs", "its kernel is quantised, its data is not")
         # A convolution kept in floating point may read what others read in INT8.
         if data and not kernel and graph.readers(node.input[0]) == [node]:
             self._break(node, "weighted inputs", "its data is quantised, its kernel is not")
-        if len(node.input) > 2 and graph.dequantiser(node.input[2]) is not None:
+        if len(node.input) > 2 and graph.dequantizer(node.input[2]) is not None:
             self._break(node, "bias", "its bias is quantised")
-        for quantiser in graph.quantisers(node.output[0]) if graph.is_quantised(node) else ():
+        for quantizer in graph.quantizers(node.output[0]) if graph.is_quantized(node) else ():
             # A pair between the convolution and the ReLU or sum that could be in its kernel.
-            behind = graph.behind(quantiser)
+            behind = graph.behind(quantizer)
             if len(behind) == 1 and behind[0].op_type == "Relu":
                 self._break(node, "weighted output", f"a pair stands between it and {behind[0].name}")
             elif (
@@ -249,25 +249,25 @@ class RuleChecker:
     def _kernel(self, kernel: Kernel) -> None:
         graph = self.graph
         node = kernel.convolution if kernel.sum is None else kernel.sum
-        quantisers = graph.quantisers(kernel.result)
-        others = len(graph.readers(kernel.result)) - len(quantisers) + (kernel.result in graph.outputs)
-        if quantisers and (len(quantisers) > 1 or others):
-            self._break(node, "one output", f"{len(quantisers)} quantisations and {others} others read its result")
+        quantizers = graph.quantizers(kernel.result)
+        others = len(graph.readers(kernel.result)) - len(quantizers) + (kernel.result in graph.outputs)
+        if quantizers and (len(quantizers) > 1 or others):
+            self._break(node, "one output", f"{len(quantizers)} quantisations and {others} others read its result")
             self._convert([node], "quantise", kernel.result, "beside a second output")
         if kernel.sum is None:
             return
-        int8_operand = graph.dequantiser(kernel.other) is not None
-        if quantisers and not int8_operand:
+        int8_operand = graph.dequantizer(kernel.other) is not None
+        if quantizers and not int8_operand:
             self._break(node, "residual input", f"its operand {kernel.other} is in floating point")
             self._convert([node], "quantise", kernel.result, "behind a floating-point sum")
-        elif int8_operand and not quantisers:
+        elif int8_operand and not quantizers:
             self._break(node, "one output", "its result is in floating point, its other operand is not")
             self._convert([node], "dequantise", graph.source(kernel.other), "before the sum")
 
     def _pair(self, node: Any) -> None:
         graph = self.graph
         data, scale, *zero = node.input
-        before = graph.dequantiser(data) if node.op_type == "QuantizeLinear" else None
+        before = graph.dequantizer(data) if node.op_type == "QuantizeLinear" else None
         if before is not None:
             source = graph.source(data)
             self._convert([graph.maker.get(source)], "requantise", source, "from scale to scale")
@@ -280,8 +280,8 @@ class RuleChecker:
 
     def _one_scale(self, node: Any) -> None:
         graph = self.graph
-        before = [graph.dequantiser(name) for name in (node.input if node.op_type == "Concat" else node.input[:1])]
-        after = graph.quantisers(node.output[0])
+        before = [graph.dequantizer(name) for name in (node.input if node.op_type == "Concat" else node.input[:1])]
+        after = graph.quantizers(node.output[0])
         pairs = [pair for pair in (*before, *after) if pair is not None]
         scales = {float(graph.values(pair.input[1]).ravel()[0]) for pair in pairs}
         if after and None not in before and len(scales) > 1:
@@ -351,7 +351,7 @@ def _runs_in_eight_bits(graph: QuantizedGraph, group: Sequence[Any]) -> bool:
         if name in graph.outputs or any(reader.op_type != "QuantizeLinear" for reader in outside):
             return False
     return all(
-        graph.dequantiser(name) is not None or (moving and name in graph.results and len(graph.readers(name)) == 1)
+        graph.dequantizer(name) is not None or (moving and name in graph.results and len(graph.readers(name)) == 1)
         for _, name in _entering(graph, group)
     )
 
@@ -382,22 +382,22 @@ class _Region:
         """Conversions at its border, one per tensor, with the ids of the nodes on both sides."""
         graph, seen = self._graph, set()
         for node, name in _entering(graph, self._group):
-            if graph.dequantiser(name) is not None and name not in seen:
+            if graph.dequantizer(name) is not None and name not in seen:
                 seen.add(name)
                 source = graph.source(name)
                 sides = frozenset({id(graph.maker.get(source)), id(node)})
                 yield sides, Reformat("dequantise", source, f"into {self.name}")
         for node, name, outside in _leaving(graph, self._group):
-            for quantiser in outside:
-                if quantiser.op_type == "QuantizeLinear":
-                    behind = graph.behind(quantiser)
-                    reader = behind[0] if len(behind) == 1 else quantiser
+            for quantizer in outside:
+                if quantizer.op_type == "QuantizeLinear":
+                    behind = graph.behind(quantizer)
+                    reader = behind[0] if len(behind) == 1 else quantizer
                     yield frozenset({id(node), id(reader)}), Reformat("quantise", name, f"out of {self.name}")
 
 
 def _reason(graph: QuantizedGraph, node: Any, kept: Collection[str]) -> str:
     """Why a convolution is in floating point; empty for a quantised one."""
-    if graph.is_quantised(node):
+    if graph.is_quantized(node):
         return ""
     if node.name in kept:
         return "kept by the mixed-precision search"

@@ -8,7 +8,7 @@ a tensor goes from one type to the other. Everything is FP16 (or BF16) except
   :mod:`hpddrnet_trt.graph.attention`, which also puts FP32 scores back, for GPUs without BF16). Labels equal to
   those of FP32 attention, on three datasets: 99.999 % with inputs and weights rounded to BF16, as in the
   fused kernel; 99.994 % with the scores rounded as well, as in kernels of their own;
-* the normalisation of the image: see :func:`normalisation_nodes`;
+* the normalisation of the image: see :func:`normalization_nodes`;
 * the confidence map, which is an exponential of differences;
 * in BF16, the class scores: see :func:`score_nodes`;
 * nodes whose weights do not fit into FP16, and those the caller names.
@@ -62,7 +62,7 @@ SMALLEST_SCALE = 2.0**-20
 _SMALLEST_NORMAL = 2.0**-14
 # Convolution and average pooling take BF16 from this version of the ONNX operators on.
 _BF16_OPSET = 22
-_NORMALISING = ("Cast", "Sub", "Mul", "Add", "Div", "Concat")
+_NORMALIZING = ("Cast", "Sub", "Mul", "Add", "Div", "Concat")
 # Inputs that the ONNX standard fixes to FP32 whatever the node's type: Resize's roi and scales.
 _ALWAYS_FP32 = {("Resize", 1), ("Resize", 2)}
 
@@ -87,13 +87,13 @@ def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = 
     graph = result.graph
     fold_constants(graph)
     name_nodes(result)
-    keep = asked | attention_score_nodes(graph) | normalisation_nodes(graph)
+    keep = asked | attention_score_nodes(graph) | normalization_nodes(graph)
     if kind == "bf16":
         keep |= score_nodes(graph)
     else:
         _raise_small_scales(graph)
         keep |= _confidence_nodes(graph) | _unfit_nodes(graph)
-    keep |= _dequantising_nodes(graph, keep)
+    keep |= _dequantizing_nodes(graph, keep)
     typing = _Typing(graph, tensor_types(result), keep, kind)
     nodes = [made for node in graph.node for made in typing.convert(node)]
     nodes += typing.cast_outputs(nodes)
@@ -189,7 +189,7 @@ def attention_score_nodes(graph: onnx.GraphProto) -> set[str]:
     return scores | {node.name for node in graph.node if node.op_type == "Softmax"}
 
 
-def normalisation_nodes(graph: onnx.GraphProto) -> set[str]:
+def normalization_nodes(graph: onnx.GraphProto) -> set[str]:
     """From the image to the first operator that is not elementwise: the normalisation of grey levels.
 
     It subtracts numbers of one size, which makes rounding errors relatively larger, and every later layer
@@ -204,7 +204,7 @@ def normalisation_nodes(graph: onnx.GraphProto) -> set[str]:
     for node in graph.node:
         if node.op_type == "Shape" or (levels | features).isdisjoint(node.input):
             continue
-        if node.op_type in _NORMALISING and features.isdisjoint(node.input):
+        if node.op_type in _NORMALIZING and features.isdisjoint(node.input):
             found.add(node.name)
             levels.update(node.output)
         else:
@@ -247,7 +247,7 @@ def score_nodes(graph: onnx.GraphProto) -> set[str]:
     return found
 
 
-def _dequantising_nodes(graph: onnx.GraphProto, keep: set[str]) -> set[str]:
+def _dequantizing_nodes(graph: onnx.GraphProto, keep: set[str]) -> set[str]:
     """Dequantising nodes that only nodes in FP32 read: they give FP32, and stay next to the kernel they belong to.
 
     A Cast between the two would leave a quantised convolution without its pattern.

@@ -208,15 +208,15 @@ def _weightless(graph: _Graph, node: Any, paired: Collection[str]) -> list[str]:
     """Tensors that need a pair so that this operation without weights runs in INT8 (rule 4)."""
     if not any(name in paired for name in node.input):
         return []
-    if node.op_type == "AveragePool" and _ends_quantised(graph, node.output[0], paired):
+    if node.op_type == "AveragePool" and _ends_quantized(graph, node.output[0], paired):
         return [node.output[0]]
-    if node.op_type == "Add" and _ends_quantised(graph, node.output[0], paired):
+    if node.op_type == "Add" and _ends_quantized(graph, node.output[0], paired):
         resized = [name for name in node.input if name in graph.producer and graph.producer[name].op_type == "Resize"]
         return [name for name in resized if name not in paired and len(graph.data_readers(name)) == 1]
     return []
 
 
-def _ends_quantised(graph: _Graph, name: str, paired: Collection[str]) -> bool:
+def _ends_quantized(graph: _Graph, name: str, paired: Collection[str]) -> bool:
     """Whether a tensor, normalised and rectified at most, reaches a pair and nothing else."""
     while name not in paired:
         readers = graph.data_readers(name)
@@ -271,7 +271,7 @@ def _cpu_plan(graph: _Graph, only: Collection[str] | None = None) -> Plan:
     return Plan(_CPU_OPERATORS, tuple(node.name for node in nodes), tuple(tensors))
 
 
-def quantise(model: Any, form: Form, chosen: Plan, ranges: Mapping[str, Range]) -> Any:
+def quantize(model: Any, form: Form, chosen: Plan, ranges: Mapping[str, Range]) -> Any:
     """A new ``ModelProto`` with the pairs in place; ``ranges`` holds every tensor of the plan.
 
     A plan without nodes gives a copy.
@@ -299,7 +299,7 @@ def quantise(model: Any, form: Form, chosen: Plan, ranges: Mapping[str, Range]) 
             "OpTypesToExcludeOutputQuantization": ["Conv"],
         }
     with _quiet():
-        quantiser = QDQQuantizer(
+        quantizer = QDQQuantizer(
             source,
             per_channel=True,
             reduce_range=not tensorrt,
@@ -312,8 +312,8 @@ def quantise(model: Any, form: Form, chosen: Plan, ranges: Mapping[str, Range]) 
             extra_options=options,
         )
         for name in chosen.shortcuts:
-            quantiser.quantize_activation_tensor(name)
-        result = quantiser.quantize_model()
+            quantizer.quantize_activation_tensor(name)
+        result = quantizer.quantize_model()
     replace_nodes(result.graph, result.graph.node)  # the quantiser appends its nodes at the end
     del result.graph.value_info[:]  # shapes and types of the float graph
     return result
@@ -335,7 +335,7 @@ def _quiet() -> Iterator[None]:
 
 def count_convolutions(model: Any) -> tuple[int, int]:
     """(quantised, all) convolutions of the network; quantised are those with dequantised image and kernel."""
-    dequantised = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    dequantized = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     made = producers(model.graph)
     convolutions = [node for node in model.graph.node if node.op_type == "Conv" and not enlarges(node, made)]
-    return sum(set(node.input[:2]) <= dequantised for node in convolutions), len(convolutions)
+    return sum(set(node.input[:2]) <= dequantized for node in convolutions), len(convolutions)

@@ -72,20 +72,20 @@ class QuantizedGraph:
         """The nodes that read a tensor's values, not only its shape."""
         return [node for node in self._readers.get(name, ()) if node.op_type != "Shape"]
 
-    def quantisers(self, name: str) -> list[Any]:
+    def quantizers(self, name: str) -> list[Any]:
         """Those of them that quantise it."""
         return [node for node in self.readers(name) if node.op_type == "QuantizeLinear"]
 
-    def behind(self, quantiser: Any) -> list[Any]:
+    def behind(self, quantizer: Any) -> list[Any]:
         """Who reads a quantised tensor, behind its dequantisation."""
-        return [reader for pair in self.readers(quantiser.output[0]) for reader in self.readers(pair.output[0])]
+        return [reader for pair in self.readers(quantizer.output[0]) for reader in self.readers(pair.output[0])]
 
     def made_by(self, name: str, *kinds: str) -> Any | None:
         """The node that makes a tensor, if it is of one of these kinds."""
         node = self.maker.get(name)
         return node if node is not None and node.op_type in kinds else None
 
-    def dequantiser(self, name: str) -> Any | None:
+    def dequantizer(self, name: str) -> Any | None:
         """The DequantizeLinear that makes a tensor."""
         return self.made_by(name, "DequantizeLinear")
 
@@ -97,9 +97,9 @@ class QuantizedGraph:
             node = self.made_by(name, "DequantizeLinear", "QuantizeLinear", "Cast")
         return name
 
-    def is_quantised(self, node: Any) -> bool:
+    def is_quantized(self, node: Any) -> bool:
         """Whether data and kernel of a convolution are both quantised."""
-        return all(self.dequantiser(name) is not None for name in node.input[:2])
+        return all(self.dequantizer(name) is not None for name in node.input[:2])
 
     def is_sum(self, node: Any) -> bool:
         """A sum of two different tensors that are computed."""
@@ -110,11 +110,11 @@ class QuantizedGraph:
         from onnx import TensorProto
 
         name = node.input[1]
-        dequantiser = self.dequantiser(name)
-        if dequantiser is not None and self.is_quantised(node):
-            name = dequantiser.input[2] if len(dequantiser.input) > 2 else dequantiser.input[0]
-        elif dequantiser is not None:
-            name = dequantiser.input[1]  # computes in the type of the scale
+        dequantizer = self.dequantizer(name)
+        if dequantizer is not None and self.is_quantized(node):
+            name = dequantizer.input[2] if len(dequantizer.input) > 2 else dequantizer.input[0]
+        elif dequantizer is not None:
+            name = dequantizer.input[1]  # computes in the type of the scale
         kind = self.entries[name].data_type if name in self.entries else TensorProto.FLOAT
         # Unsigned pairs are none that TensorRT takes.
         return "uint8" if kind == TensorProto.UINT8 else BY_ONNX_TYPE.get(TensorProto.DataType.Name(kind), "fp32")
@@ -133,12 +133,12 @@ class QuantizedGraph:
         # A sum belongs to the convolution that ends a block's main path, which may be in floating point.
         ends = {id(block.sum): block.end for block in self.blocks}
         kernels, taken = [], set()
-        for node in filter(self.is_quantised, self.convolutions):
+        for node in filter(self.is_quantized, self.convolutions):
             result, other, parts = node.output[0], "", []
             total = self._only_reader(result)
             if total is not None and self.is_sum(total) and id(total) not in taken:
                 other = next(name for name in total.input if name != result)
-                if self.is_quantised(ends.get(id(total), self.made_by(other, "Conv") or node)):
+                if self.is_quantized(ends.get(id(total), self.made_by(other, "Conv") or node)):
                     result = total.output[0]
                     taken.add(id(total))
                     parts.append(total)

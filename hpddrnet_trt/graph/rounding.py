@@ -109,10 +109,10 @@ class _Rewriting:
     def convert(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """What takes the node's place, in order."""
         if node.op_type == "DequantizeLinear" and node.input[0] in self.constants:
-            self._store_dequantised(node)
+            self._store_dequantized(node)
             return
         if node.op_type == "QuantizeLinear" and self.types[node.output[0]] == self.fp8:
-            yield from self._quantise_fp8(node)
+            yield from self._quantize_fp8(node)
             return
         if node.op_type == "DequantizeLinear" and self.types[node.input[0]] == self.fp8:
             wide = f"{node.output[0]}.wide"
@@ -139,16 +139,16 @@ class _Rewriting:
 
     def _is_exact(self, node: onnx.NodeProto) -> bool:
         if node.op_type == "DequantizeLinear":
-            return all(self._is_quantised_product(reader) for reader in self.readers[node.output[0]])
+            return all(self._is_quantized_product(reader) for reader in self.readers[node.output[0]])
         return node.op_type in _EXACT
 
-    def _is_quantised_product(self, node: onnx.NodeProto) -> bool:
+    def _is_quantized_product(self, node: onnx.NodeProto) -> bool:
         made = [self.producers.get(name) for name in node.input[:2]]
         return node.op_type in _PRODUCTS and all(
             maker is not None and maker.op_type == "DequantizeLinear" for maker in made
         )
 
-    def _store_dequantised(self, node: onnx.NodeProto) -> None:
+    def _store_dequantized(self, node: onnx.NodeProto) -> None:
         """A quantised constant, as the values that the node would give."""
         from onnx import numpy_helper
 
@@ -164,7 +164,7 @@ class _Rewriting:
             values = values.astype(tensor_dtype_to_np_dtype(kind)).astype(np.float32)
         self.graph.initializer.append(numpy_helper.from_array(values, name))
 
-    def _quantise_fp8(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    def _quantize_fp8(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         scaled = f"{node.output[0]}.scaled"
         yield _node("Div", node.input[:2], scaled, node.name)
         yield _cast(scaled, node.output[0], self.fp8, saturate=1)

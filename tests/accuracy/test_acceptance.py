@@ -39,7 +39,7 @@ def write(tmp_path: Path, fp32: Path) -> Write:
         model, manifest = load_model(fp32)
         name_nodes(model)
         plan = qdq.plan(model, "tensorrt")
-        graph = to_half(qdq.quantise(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-clip, clip))))
+        graph = to_half(qdq.quantize(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-clip, clip))))
         described = manifest.replace(precision="int8", quantized_for="tensorrt", calibration=RECORD)
         return save_model(graph, tmp_path / name, described)
 

@@ -25,7 +25,7 @@ def quantized(fp32: Path, target: Path, wrong: str | None = None) -> Path:
     name_nodes(model)
     plan = qdq.plan(model, "tensorrt")
     ranges = {name: (-0.05, 0.05) if name == wrong else (-8.0, 8.0) for name in plan.tensors}
-    graph = to_half(qdq.quantise(model, "tensorrt", plan, ranges))
+    graph = to_half(qdq.quantize(model, "tensorrt", plan, ranges))
     return save_model(graph, target, manifest.replace(precision="int8", quantized_for="tensorrt"))
 
 

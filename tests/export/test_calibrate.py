@@ -414,7 +414,7 @@ def test_ranges_alone_serve_a_subset_and_give_the_same_file(
     found = activation_ranges(model, read_manifest(source), images[:4], chosen, **options)
     assert set(found) == set(chosen.tensors)
     assert all(low == -high < 0 for low, high in found.values())
-    assert qdq.quantise(model, "tensorrt", chosen, found).graph == onnx.load(str(tmp_path / "int8.onnx")).graph
+    assert qdq.quantize(model, "tensorrt", chosen, found).graph == onnx.load(str(tmp_path / "int8.onnx")).graph
     with pytest.raises(UsageError, match="no calibration image"):
         activation_ranges(model, read_manifest(source), [], chosen)
 

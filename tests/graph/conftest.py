@@ -24,8 +24,8 @@ def shipped() -> Any:
 
 
 @pytest.fixture(scope="session")
-def quantised(shipped: Any) -> Any:
+def quantized(shipped: Any) -> Any:
     """The same with INT8 pairs for TensorRT and invented ranges; not to be changed."""
     plan = qdq.plan(shipped, "tensorrt")
     ranges = {name: (-1.0, 2.0 + index / 10) for index, name in enumerate(plan.tensors)}
-    return qdq.quantise(shipped, "tensorrt", plan, ranges)
+    return qdq.quantize(shipped, "tensorrt", plan, ranges)

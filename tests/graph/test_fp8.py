@@ -39,7 +39,7 @@ class Made:
         self.image = simulate(64, 96, seed=3)[0][None, None]
         self.plan = qdq.plan(self.model, "tensorrt")
         self.ranges = extremes(self.model, self.plan.tensors, [self.image])
-        self.int8 = qdq.quantise(self.model, "tensorrt", self.plan, self.ranges)
+        self.int8 = qdq.quantize(self.model, "tensorrt", self.plan, self.ranges)
         self.fp8 = to_fp8(self.int8, self.model)
 
     @property
@@ -205,7 +205,7 @@ def test_real_micrographs(sem_data: Path, tmp_path: Path) -> None:
     fold_constants(model.graph)
     plan = qdq.subset(model, "tensorrt", fp8_layers(model))
     ranges = extremes(model, plan.tensors, crops("train")[:2])
-    typed = to_half(to_fp8(qdq.quantise(model, "tensorrt", plan, ranges), model))
+    typed = to_half(to_fp8(qdq.quantize(model, "tensorrt", plan, ranges), model))
     path = save_model(simulate_rounding(typed), tmp_path / "s.onnx", manifest)
     for image in crops("test"):
         assert np.mean(labels(path, image) == labels(SHIPPED, image)) > 0.995

@@ -149,10 +149,10 @@ def test_modules_of_pytorch() -> None:
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory, shipped: Any, quantised: Any) -> dict[str, Path]:
+def graphs(tmp_path_factory: pytest.TempPathFactory, shipped: Any, quantized: Any) -> dict[str, Path]:
     """The trained network in FP32, as attention in blocks and as a function, and in INT8."""
     folder = tmp_path_factory.mktemp("graphs")
-    forms = {"fp32": shipped, "blocks": in_blocks(shipped, 64), "function": as_function(shipped), "int8": quantised}
+    forms = {"fp32": shipped, "blocks": in_blocks(shipped, 64), "function": as_function(shipped), "int8": quantized}
     for name, form in forms.items():
         onnx.save(form, str(folder / f"{name}.onnx"))
     return {name: folder / f"{name}.onnx" for name in forms}

@@ -40,9 +40,9 @@ STAGES = {
 }
 
 
-def _quantised(model: Any, plan: qdq.Plan | None = None) -> Any:
+def _quantized(model: Any, plan: qdq.Plan | None = None) -> Any:
     plan = plan or qdq.plan(model, "tensorrt")
-    return qdq.quantise(model, "tensorrt", plan, {name: (-1.0, 2.0 + i / 10) for i, name in enumerate(plan.tensors)})
+    return qdq.quantize(model, "tensorrt", plan, {name: (-1.0, 2.0 + i / 10) for i, name in enumerate(plan.tensors)})
 
 
 def _assert_sound(found: QdqReport, stages: set[str] = STAGES) -> None:
@@ -64,8 +64,8 @@ IDENTITY |= {"backbone.spatial_branch_layers.1.0"}
 # --- networks of full structure
 
 
-def test_every_residual_stage_fuses(quantised: Any) -> None:
-    found = analyze(quantised)
+def test_every_residual_stage_fuses(quantized: Any) -> None:
+    found = analyze(quantized)
     _assert_sound(found)
     assert [region.name for region in found.float_regions] == [
         "backbone.stem.0.conv (input normalisation)",
@@ -92,20 +92,20 @@ def test_variants_of_the_network(tmp_path: Path, changes: dict[str, Any]) -> Non
     export_network(network, tiny_manifest(network), tmp_path / "model.onnx", ExportOptions(), verify=False)
     model = onnx.load(str(tmp_path / "model.onnx"))
     name_nodes(model)
-    _assert_sound(analyze(_quantised(model)))
+    _assert_sound(analyze(_quantized(model)))
 
 
-def test_types_do_not_matter(shipped: Any, quantised: Any) -> None:
+def test_types_do_not_matter(shipped: Any, quantized: Any) -> None:
     """FP16 or BF16 beside INT8 or FP8: the same pairs, the same verdict."""
-    full, half = analyze(quantised), analyze(to_half(quantised))
+    full, half = analyze(quantized), analyze(to_half(quantized))
     assert half.stages == full.stages
     assert [entry.name for entry in half.float_regions] == [entry.name for entry in full.float_regions]
     assert len(half.reformats) == len(full.reformats)
     assert {entry.precision for entry in half.convolutions} == {"int8", "fp16"}
-    eight = analyze(to_half(to_fp8(quantised, shipped)))
+    eight = analyze(to_half(to_fp8(quantized, shipped)))
     _assert_sound(eight)
     assert {entry.precision for entry in eight.convolutions} == {"fp8", "fp16"}
-    for graph, kind in ((quantised, "int8"), (to_fp8(quantised, shipped), "fp8")):
+    for graph, kind in ((quantized, "int8"), (to_fp8(quantized, shipped), "fp8")):
         brain = analyze(to_half(graph, kind="bf16"))
         _assert_sound(brain)
         assert {entry.precision for entry in brain.convolutions} == {kind, "bf16"}
@@ -114,7 +114,7 @@ def test_types_do_not_matter(shipped: Any, quantised: Any) -> None:
 
 def test_fp8_of_what_suits_it(shipped: Any) -> None:
     plan = qdq.subset(shipped, "tensorrt", fp8_layers(shipped))
-    found = analyze(to_fp8(_quantised(shipped, plan), shipped))
+    found = analyze(to_fp8(_quantized(shipped, plan), shipped))
     reasons = {entry.name: entry.reason for entry in found.convolutions if entry.precision != "fp8"}
     assert reasons["backbone.stem.0.conv.conv/Conv"] == "first layer"
     assert reasons["conv_seg/Conv"] == "last layer"
@@ -124,7 +124,7 @@ def test_fp8_of_what_suits_it(shipped: Any) -> None:
 def test_convolutions_without_an_fp8_kernel_say_so() -> None:
     source = fusion_model()  # of 8 channels
     names = set(qdq.plan(source, "tensorrt").nodes) - {"three"}
-    found = analyze(to_fp8(_quantised(source, qdq.subset(source, "tensorrt", names)), source))
+    found = analyze(to_fp8(_quantized(source, qdq.subset(source, "tensorrt", names)), source))
     assert {entry.name: entry.reason for entry in found.convolutions if entry.reason} == {
         "three": "no fast FP8 kernel for its shape"
     }
@@ -134,7 +134,7 @@ def test_convolutions_without_an_fp8_kernel_say_so() -> None:
 def test_mixed_precision_keeps_the_rules(shipped: Any, left_out: int) -> None:
     full = qdq.plan(shipped, "tensorrt")
     kept = set(random.Random(left_out).sample(full.nodes, left_out))
-    found = analyze(_quantised(shipped, qdq.subset(shipped, "tensorrt", set(full.nodes) - kept)), kept=kept)
+    found = analyze(_quantized(shipped, qdq.subset(shipped, "tensorrt", set(full.nodes) - kept)), kept=kept)
     assert {entry.name for entry in found.convolutions if entry.reason.startswith("kept by")} == kept
     assert not found.all_violations
     for stage in found.stages:
@@ -146,21 +146,21 @@ def test_mixed_precision_keeps_the_rules(shipped: Any, left_out: int) -> None:
 def test_a_convolution_kept_by_the_search_is_named(shipped: Any) -> None:
     name = "backbone.stem.2.0.conv2.conv/Conv"
     names = set(qdq.plan(shipped, "tensorrt").nodes) - {name}
-    found = analyze(_quantised(shipped, qdq.subset(shipped, "tensorrt", names)), kept=[name])
+    found = analyze(_quantized(shipped, qdq.subset(shipped, "tensorrt", names)), kept=[name])
     stage = next(stage for stage in found.stages if stage.name == "backbone.stem.2.0")
     assert stage.precision == "mixed"
     assert f"{name}: fp32, kept by the mixed-precision search" in "\n".join(report_lines(found.record()))
 
 
 @needs_rtx
-def test_tensorrt_builds_the_full_structure(quantised: Any) -> None:
+def test_tensorrt_builds_the_full_structure(quantized: Any) -> None:
     import tensorrt_rtx as trt
 
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    assert parser.parse(to_half(quantised).SerializeToString())
+    assert parser.parse(to_half(quantized).SerializeToString())
     profile = builder.create_optimization_profile()
     profile.set_shape("image", (1, 1, 64, 64), (1, 1, 128, 128), (2, 1, 256, 256))
     config = builder.create_builder_config()
@@ -168,8 +168,8 @@ def test_tensorrt_builds_the_full_structure(quantised: Any) -> None:
     assert builder.build_serialized_network(network, config) is not None
 
 
-def test_reports(quantised: Any) -> None:
-    found = analyze(quantised)
+def test_reports(quantized: Any) -> None:
+    found = analyze(quantized)
     record = json.loads(json.dumps(found.record()))
     assert record["counts"] == {
         "convolutions": {"int8": 58, "fp32": 3},
@@ -202,7 +202,7 @@ class Surgery:
     """Changes to the quantised :func:`fusion_model`."""
 
     def __init__(self) -> None:
-        self.model = _quantised(fusion_model())
+        self.model = _quantized(fusion_model())
         self.graph = self.model.graph
 
     def node(self, name: str) -> Any:
@@ -214,8 +214,8 @@ class Surgery:
     def bypass(self, reader: str, slot: int) -> None:
         """Let ``reader`` take the values before the pair."""
         node = self.node(reader)
-        quantiser = self.maker(self.maker(node.input[slot]).input[0])
-        node.input[slot] = quantiser.input[0]
+        quantizer = self.maker(self.maker(node.input[slot]).input[0])
+        node.input[slot] = quantizer.input[0]
 
     def constant(self, name: str, value: Any) -> str:
         self.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
@@ -233,10 +233,10 @@ class Surgery:
 
     def scale_of(self, tensor: str) -> Any:
         """The initialiser with the scale of a quantised activation."""
-        quantiser = next(
+        quantizer = next(
             node for node in self.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == tensor
         )
-        return next(entry for entry in self.graph.initializer if entry.name == quantiser.input[1])
+        return next(entry for entry in self.graph.initializer if entry.name == quantizer.input[1])
 
 
 def _float_data(cut: Surgery) -> None:
@@ -275,11 +275,11 @@ def _inner_float_reader(cut: Surgery) -> None:
     cut.graph.output.append(helper.make_tensor_value_info("extra", TensorProto.FLOAT, None))
 
 
-def _quantised_bias(cut: Surgery) -> None:
+def _quantized_bias(cut: Surgery) -> None:
     cut.pair("one", 2)
 
 
-def _quantised_twice(cut: Surgery) -> None:
+def _quantized_twice(cut: Surgery) -> None:
     cut.bypass("stage_relu", 0)
     cut.pair("stage_relu", 0)
 
@@ -319,8 +319,8 @@ def test_untouched_model_is_sound() -> None:
         (_second_output, "one output", "stage/stage"),
         (_float_result, "one output", "stage/stage"),
         (_inner_float_reader, "one output", "one"),
-        (_quantised_bias, "bias", "one"),
-        (_quantised_twice, "quantised once", ".q.new"),
+        (_quantized_bias, "bias", "one"),
+        (_quantized_twice, "quantised once", ".q.new"),
         (_repeated_pair, "quantised once", "two.q.new"),
         (_two_scales, "one scale", "stage_relu"),
         (_shifted, "symmetric", "two.q.new"),

@@ -26,7 +26,7 @@ from hpddrnet_trt.graph.precision import (
     SMALLEST_SCALE,
     attention_score_nodes,
     half_scale,
-    normalisation_nodes,
+    normalization_nodes,
     score_nodes,
     to_half,
 )
@@ -71,7 +71,7 @@ def test_everything_is_fp16_but_what_needs_more(half: onnx.ModelProto) -> None:
         if node.op_type != "Cast" and any(types[name] == FP32 for name in node.output)
     }
     assert {types[name] for node in model.graph.node if node.name in scores for name in node.output} == {BF16}
-    confidence = full - normalisation_nodes(model.graph)
+    confidence = full - normalization_nodes(model.graph)
     assert {node.op_type for node in model.graph.node if node.name in confidence} == {
         "Max", "Sub", "Exp", "Add", "Reciprocal", "DepthToSpace", "Squeeze",
     }  # fmt: skip
@@ -110,7 +110,7 @@ def test_scores_can_stay_in_fp32(source: Path) -> None:
         assert (after.op_type, after.attribute[0].i) == ("Cast", FP16)
 
 
-def test_the_image_is_normalised_in_fp32_and_rounded_once(half: onnx.ModelProto) -> None:
+def test_the_image_is_normalized_in_fp32_and_rounded_once(half: onnx.ModelProto) -> None:
     graph = half.graph
     (node,) = consumers(graph)["image"]
     assert (node.op_type, node.attribute[0].i) == ("Cast", FP32)
@@ -121,7 +121,7 @@ def test_the_image_is_normalised_in_fp32_and_rounded_once(half: onnx.ModelProto)
     assert operators == ["Cast", "Mul", "Add", "Cast"]
 
 
-def test_a_sum_of_grey_levels_and_features_is_no_normalisation() -> None:
+def test_a_sum_of_grey_levels_and_features_is_no_normalization() -> None:
     """The image's own channels may be joined; what a convolution made of it ends the normalisation."""
     weight = numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "w")
     half = numpy_helper.from_array(np.array(0.5, np.float32), "h")
@@ -137,7 +137,7 @@ def test_a_sum_of_grey_levels_and_features_is_no_normalisation() -> None:
         helper.make_node("Concat", ["both", "product"], ["logits"], "all", axis=1),
     ]
     model = small_model(nodes, [weight, half], (1, 3, 4, 4), channels=9)
-    assert normalisation_nodes(model.graph) == {"scaled", "grey", "both"}
+    assert normalization_nodes(model.graph) == {"scaled", "grey", "both"}
 
 
 def test_honest_fp16_arithmetic(source: Path, half: onnx.ModelProto) -> None:
@@ -312,7 +312,7 @@ def test_bf16_explicit_int8_graph() -> None:
     assert types["logits"] == FP32
 
 
-def test_a_quantised_convolution_in_fp32_keeps_its_pairs() -> None:
+def test_a_quantized_convolution_in_fp32_keeps_its_pairs() -> None:
     """BF16 leaves the class scores' convolution in FP32: no Cast may part it from what dequantises for it."""
     constants = [
         numpy_helper.from_array(np.array(0.021, np.float32), "s"),
@@ -337,8 +337,8 @@ def test_a_quantised_convolution_in_fp32_keeps_its_pairs() -> None:
     assert types["r"] == BF16
     # Both sides of the pair have one scale, the one that BF16 can hold.
     values = {entry.name: numpy_helper.to_array(entry) for entry in result.graph.initializer}
-    quantised, dequantised = (values[made[name].input[1]].astype(np.float32) for name in ("q", "x"))
-    assert quantised == dequantised != np.float32(0.021)
+    quantized, dequantized = (values[made[name].input[1]].astype(np.float32) for name in ("q", "x"))
+    assert quantized == dequantized != np.float32(0.021)
 
 
 # ---------------------------------------------------------------------------- real data

@@ -36,9 +36,9 @@ def _named(path: Path) -> Any:
     return model
 
 
-def _quantised(model: Any, plan: qdq.Plan) -> Any:
+def _quantized(model: Any, plan: qdq.Plan) -> Any:
     ranges = {name: (-1.0, 2.0 + index / 10) for index, name in enumerate(plan.tensors)}
-    return qdq.quantise(model, "tensorrt", plan, ranges)
+    return qdq.quantize(model, "tensorrt", plan, ranges)
 
 
 def _scales(model: Any) -> dict[str, float]:
@@ -60,11 +60,11 @@ def test_fusion_of_two_branches(fusion: Any) -> None:
     plan = qdq.plan(fusion, "tensorrt")
     assert set(plan.shortcuts) == {"x", "stage", "small", "deeper_relu", "upsampled", "pooled"}
     assert plan.shared == (("stage", "stage_relu"),)
-    quantised = _quantised(fusion, plan)
-    scales = _scales(quantised)
+    quantized = _quantized(fusion, plan)
+    scales = _scales(quantized)
     assert scales["stage"] == scales["stage_relu"]
     assert len(set(scales.values())) == len(scales) - 1
-    found = analyze(quantised)
+    found = analyze(quantized)
     assert not found.all_violations
     assert found.stage_reformats == 0
     assert [stage.name for stage in found.stages] == [STAGE, "deeper"]
@@ -106,7 +106,7 @@ def test_any_subset_is_sound(model: Any, fusion: Any, data: st.DataObject) -> No
     assert set(plan.nodes) == names
     assert set(plan.tensors) <= set(full.tensors)
     assert {name for group in plan.shared for name in group} <= set(plan.tensors)
-    found = analyze(_quantised(source, plan), kept=set(full.nodes) - names)
+    found = analyze(_quantized(source, plan), kept=set(full.nodes) - names)
     assert {entry.name for entry in found.convolutions if entry.precision == "int8"} == names
     assert not found.all_violations
 
@@ -126,11 +126,11 @@ def test_a_convolution_left_out_reads_exact_values(model: Any) -> None:
     assert not plan.shortcuts  # the sum belongs to the convolution left out
 
 
-def test_nothing_to_quantise_leaves_the_graph_alone(model: Any) -> None:
+def test_nothing_to_quantize_leaves_the_graph_alone(model: Any) -> None:
     """An empty list of nodes means every node to ONNX Runtime's quantiser."""
     plan = qdq.subset(model, "tensorrt", [])
     assert plan.nodes == plan.tensors == ()
-    assert qdq.quantise(model, "tensorrt", plan, {}).SerializeToString() == model.SerializeToString()
+    assert qdq.quantize(model, "tensorrt", plan, {}).SerializeToString() == model.SerializeToString()
 
 
 @pytest.mark.parametrize("name", ["gate", "nothing"])

@@ -181,27 +181,27 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     return load_model(residual_model(tmp_path_factory.mktemp("rounding") / "m.onnx"))[0]
 
 
-def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
+def quantized(model: onnx.ModelProto) -> onnx.ModelProto:
     plan = qdq.plan(model, "tensorrt")
-    return qdq.quantise(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-3.0, 3.0)))
+    return qdq.quantize(model, "tensorrt", plan, dict.fromkeys(plan.tensors, (-3.0, 3.0)))
 
 
 @pytest.mark.parametrize("form", ["fp16", "bf16", "int8"])
 def test_every_tensor_of_a_network_is_rounded(float_model: onnx.ModelProto, form: Any) -> None:
     """Observed inside, behind the optimiser: no tensor that was FP16 or BF16 holds more bits than that."""
-    typed = to_half(quantised(float_model)) if form == "int8" else to_half(float_model, kind=form)
+    typed = to_half(quantized(float_model)) if form == "int8" else to_half(float_model, kind=form)
     simulation = simulate_rounding(typed)
     onnx.checker.check_model(simulation, full_check=True)
     assert set(tensor_types(simulation).values()) <= {
         FP32, FP16, BF16, TensorProto.INT64, TensorProto.UINT8, TensorProto.INT8,
     }  # fmt: skip
     types = tensor_types(typed)
-    dequantised = {name for node in typed.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    dequantized = {name for node in typed.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     narrow = {
         name: NUMPY[types[name]]
         for node in typed.graph.node
         for name in node.output
-        if types[name] in (FP16, BF16) and name not in dequantised
+        if types[name] in (FP16, BF16) and name not in dequantized
     }
     assert len(narrow) > 15
     del simulation.graph.output[:]
@@ -247,7 +247,7 @@ def test_int8_kernels_see_exact_products() -> None:
     np.testing.assert_array_equal(run(simulation, feed(x)).ravel(), want)
 
 
-def test_weight_only_quantisation_is_rounded_after_the_node() -> None:
+def test_weight_only_quantization_is_rounded_after_the_node() -> None:
     constants: dict[str, npt.NDArray[Any]] = {
         "w": np.full((1, 1, 1, 1), 101, np.int8), "s": np.array(0.0303, np.float16), "z": np.array(0, np.int8),
     }  # fmt: skip
@@ -275,8 +275,8 @@ def test_fp32_graph_is_left_alone(float_model: onnx.ModelProto) -> None:
 def test_what_needs_simulation(float_model: onnx.ModelProto) -> None:
     assert uses_half(to_half(float_model))
     assert uses_half(to_half(float_model, kind="bf16"))
-    assert uses_half(to_half(quantised(float_model)))
-    assert not uses_half(quantised(float_model))
+    assert uses_half(to_half(quantized(float_model)))
+    assert not uses_half(quantized(float_model))
     stored = onnx.ModelProto()
     stored.CopyFrom(float_model)
     store_in_half(stored)

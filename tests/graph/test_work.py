@@ -103,11 +103,11 @@ def test_what_the_totals_include() -> None:
 # --- graphs as they are deployed
 
 
-def test_precisions_of_the_trained_network(shipped: Any, quantised: Any) -> None:
+def test_precisions_of_the_trained_network(shipped: Any, quantized: Any) -> None:
     """The same products in every form of the graph."""
     shape = (1, 1, 512, 512)
     exact = total(macs_and_bytes(shipped, shape))
-    eight = [quantised, to_fp8(quantised, shipped)]
+    eight = [quantized, to_fp8(quantized, shipped)]
     for graph in (to_half(shipped), to_half(shipped, kind="bf16"), *eight, *map(to_half, eight)):
         assert total(macs_and_bytes(graph, shape)) == exact
 
@@ -149,8 +149,8 @@ class Graph:
 
 
 @pytest.mark.parametrize("quantise", [False, True])
-def test_forms_of_attention_do_the_same_work(shipped: Any, quantised: Any, quantise: bool) -> None:
-    graph = to_half(quantised) if quantise else shipped
+def test_forms_of_attention_do_the_same_work(shipped: Any, quantized: Any, quantize: bool) -> None:
+    graph = to_half(quantized) if quantize else shipped
     side = 1024  # 64 x 64 and 32 x 32 tokens: whole blocks
     assert (side // 32) ** 2 % BLOCK_ROWS == 0
     plain, blocks, function = (

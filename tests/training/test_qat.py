@@ -171,7 +171,7 @@ def test_the_same_ranges_are_found(exported: Exported) -> None:
 
 def test_the_rounded_forward_pass_is_that_of_the_exported_graph(exported: Exported) -> None:
     limits = {name: (-value, value) for name, value in tensor_ranges(exported).items()}
-    quantised = qdq.quantise(exported.model, "tensorrt", exported.plan, limits)
+    quantised = qdq.quantize(exported.model, "tensorrt", exported.plan, limits)
     float_onnx, int8_onnx = (run_onnx(model, exported.images)[0] for model in (exported.model, quantised))
     with torch.no_grad():
         coarse = exported.fake(exported.network, exported.input())
