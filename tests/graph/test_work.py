@@ -148,7 +148,7 @@ class Graph:
 # --- attention in its forms
 
 
-@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("quantize", [False, True])
 def test_forms_of_attention_do_the_same_work(shipped: Any, quantized: Any, quantize: bool) -> None:
     graph = to_half(quantized) if quantize else shipped
     side = 1024  # 64 x 64 and 32 x 32 tokens: whole blocks
