@@ -59,7 +59,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hpddrnet_trt.core.runtimes import load_onnxruntime
-from hpddrnet_trt.graph.nodes import consumers, enlarges, producers, replace_nodes
+from hpddrnet_trt.graph.nodes import consumers, copied, enlarges, producers, replace_nodes
 
 Form = Literal["tensorrt", "onnxruntime"]
 Range = tuple[float, float]  # lowest and highest value to represent
@@ -276,14 +276,11 @@ def quantize(model: Any, form: Form, chosen: Plan, ranges: Mapping[str, Range]) 
 
     A plan without nodes gives a copy.
     """
-    import onnx
-
     load_onnxruntime("quantise models")
     from onnxruntime.quantization import QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 
-    source = onnx.ModelProto()
-    source.CopyFrom(model)
+    source = copied(model)
     if not chosen.nodes:  # to the quantiser an empty list means every node
         return source
     limits = {
