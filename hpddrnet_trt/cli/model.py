@@ -310,7 +310,7 @@ def _choose(
 
 
 @dataclass(frozen=True)
-class GateOptions(BudgetOptions):
+class AcceptanceOptions(BudgetOptions):
     """Whether the engine is written at all."""
 
     verify: Annotated[
@@ -321,7 +321,7 @@ class GateOptions(BudgetOptions):
         Path | None, typer.Option(help="Checkpoint or FP32 ONNX file for --verify; default: found beside MODEL.")
     ] = None
 
-    def gate(self) -> AcceptanceCheck | None:
+    def check(self) -> AcceptanceCheck | None:
         """None without --verify; :class:`UsageError` for one without the other."""
         from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck
 
@@ -369,7 +369,7 @@ class BuilderOptions:
 @command(PANEL, "build model.int8.onnx --precision int8 --verify DATASET --max-miou-drop 0.3")
 def build(
     model: OnnxFile,
-    gate: GateOptions,
+    acceptance: AcceptanceOptions,
     builder: BuilderOptions,
     precision: Annotated[
         Literal[Precision, "auto"],
@@ -391,10 +391,10 @@ def build(
     from hpddrnet_trt.accuracy.build import build_verified
     from hpddrnet_trt.export.proof import summary
 
-    opened = gate.gate()
+    check = acceptance.check()
     target = output or model.with_name(f"{_plain_stem(model)}.{precision}.engine")
     manifest = build_verified(
-        locate(model, ".onnx"), target, precision=precision, acceptance=opened, calibration_images=calibration_data,
+        locate(model, ".onnx"), target, precision=precision, acceptance=check, calibration_images=calibration_data,
         **asdict(builder),
     )  # fmt: skip
     if manifest.engine is not None:

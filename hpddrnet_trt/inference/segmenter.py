@@ -134,7 +134,7 @@ class Segmenter:
 
         Raises :class:`ContractError` for any other array, an empty one, or one with NaN.
         """
-        pixels = image.pixels if isinstance(image, Micrograph) else image
+        pixels = _pixels(image)
         if on_gpu(pixels):
             result = self._segment_on_device(pixels, image, out, stream)
         elif stream is not None:
@@ -153,20 +153,18 @@ class Segmenter:
         results: dict[int, Segmentation] = {}
         waiting: dict[int, Frame] = {}
         for index, image in enumerate(images):
-            pixels = image.pixels if isinstance(image, Micrograph) else image
+            pixels = _pixels(image)
             if on_gpu(pixels):
                 results[index] = self._segment_on_device(pixels, image, None, None)
             else:
                 waiting[index] = to_frame(pixels, self._contract.channels, self.window)
         for indices in _groups(waiting, self.batch_size):
-            frames = [waiting[index] for index in indices]
-            if len(frames) == 1:
-                results[indices[0]] = self._segment_frame(frames[0], images[indices[0]], None, None)
-            elif plan_for(self._inference, self.tile, *frames[0].pixels.shape[:2]) is not None:
+            frames = [waiting[index].pixels for index in indices]
+            if len(frames) == 1 or plan_for(self._inference, self.tile, *frames[0].shape[:2]) is not None:
                 for index in indices:
                     results[index] = self._segment_frame(waiting[index], images[index], None, None)
             else:
-                outputs = self._inference.labels([frame.pixels for frame in frames], self.confidence)
+                outputs = self._inference.labels(frames, self.confidence)
                 for index, output in zip(indices, outputs, strict=True):
                     results[index] = self._result(output, waiting[index].window, images[index])
         return [results[index] for index in range(len(images))]
@@ -183,9 +181,7 @@ class Segmenter:
         inference = self._with_scores()
         if not inference.gives_logits:
             raise ContractError(f"model {self.manifest.name!r} gives labels only; export it with logits output")
-        pixels = to_frame(
-            image.pixels if isinstance(image, Micrograph) else image, self._contract.channels, self.window
-        ).pixels
+        pixels = to_frame(_pixels(image), self._contract.channels, self.window).pixels
         plan = plan_for(inference, self.tile, *pixels.shape[:2])
         if plan is None:
             return inference.probabilities([pixels])[0]
@@ -319,6 +315,10 @@ def load_segmenter(
     except BaseException:
         loaded.close()
         raise
+
+
+def _pixels(image: Image) -> Any:
+    return image.pixels if isinstance(image, Micrograph) else image
 
 
 def _groups(frames: Mapping[int, Frame], size: int) -> Iterator[list[int]]:
