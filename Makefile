@@ -50,7 +50,7 @@ demo: $(READY)
 	$(BIN)/python export/export_onnx.py $(RUN)/$(NAME).safetensors $(RUN)/model.onnx --data $(DATASET)
 	$(BIN)/python export/export_onnx.py $(RUN)/model.onnx $(RUN)/model.fp16.onnx --precision fp16 --data $(DATASET)
 	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8.onnx --data $(DATASET)
-	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8-cpu.onnx --data $(DATASET) --form onnxruntime
+	$(BIN)/python export/calibrate.py $(RUN)/model.onnx $(RUN)/model.int8-cpu.onnx --data $(DATASET) --runtime onnxruntime
 	$(BIN)/python export/build_engine.py $(RUN)/model.onnx --precision fp32 --shapes $(SHAPES)
 	$(BIN)/python export/build_engine.py $(RUN)/model.fp16.onnx --precision fp16 --shapes $(SHAPES)
 	$(BIN)/python export/build_engine.py $(RUN)/model.int8.onnx --precision int8 --shapes $(SHAPES)

@@ -45,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
         measured = training / "images" / "test"  # without masks: their classes are not the model's
         if not training.exists():
             write_dataset(training)
-    flavours = ("auto",) if gpu is None else ("tensorrt", "tensorrt-rtx")
+    runtimes = ("auto",) if gpu is None else ("tensorrt", "tensorrt-rtx")
     made = prepare(
         locate(arguments.checkpoint, ".safetensors"), training, arguments.output,
-        shapes="1x1x512x512:1x1x1024x1024:8x1x1024x1024,1x1x2048x2048:1x1x2048x2048:8x1x2048x2048", flavours=flavours,
+        shapes="1x1x512x512:1x1x1024x1024:8x1x1024x1024,1x1x2048x2048:1x1x2048x2048:8x1x2048x2048", runtimes=runtimes,
     )  # fmt: skip
     for name, reason in made.problems.items():
         print(f"not made: {name}: {reason}", file=sys.stderr)

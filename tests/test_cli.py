@@ -335,10 +335,11 @@ def test_old_spellings_of_options_still_work(old: str, new: str) -> None:
     for command in users:
         parent = typer.main.get_command(cli.app).make_context("hpddrnet-trt", ["engines"])
         required = [value for entry in command.params if entry.required for value in _given(entry)]
-        values = ["1"] * next(max(entry.nargs, 1) for entry in command.params if f"--{new}" in entry.opts)
+        entry = next(entry for entry in command.params if f"--{new}" in entry.opts)
+        values = [entry.default if isinstance(entry.default, str) else "1"] * max(entry.nargs, 1)
         option = [f"--{old}"] if new.startswith("accept") else [f"--{old}", *values]
         context = command.make_context("command", [*option, *required], parent=parent)
-        assert context.params[new.replace("-", "_").replace("optimization", "optimisation")]
+        assert context.params[new.replace("-", "_")]
 
 
 def _given(parameter: Any) -> list[str]:

@@ -28,6 +28,7 @@ from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, input_contract
 from hpddrnet_trt.export.tensorrt import build_engine
 from tests.hostile_models import KINDS, Seeds, write_case, write_seeds
+from tests.tiny_onnx import QUIET
 
 CASES, FIRST = (int(os.environ.get(f"HOSTILE_{name}", default)) for name, default in (("CASES", 40), ("FIRST", 0)))
 SECONDS = 60  # for one case, on a busy machine; most take milliseconds
@@ -95,7 +96,7 @@ def _build(path: Path) -> str:
     precision = read_manifest(path).precision or "fp32"
     target = path.with_suffix(".engine")
     try:
-        build_engine(path, target, precision=precision, flavour="tensorrt-rtx", shapes=SHAPES, progress=False)
+        build_engine(path, target, precision=precision, runtime="tensorrt-rtx", shapes=SHAPES, settings=QUIET)
     except UserError:
         if target.exists():
             return f"WRONG: {target.name} was written and then refused"
@@ -149,7 +150,7 @@ def _simulated_gpu(onnx_file: Path) -> Iterator[None]:
             ("hpddrnet_trt.engines.cuda.cuda_driver", cuda),
         ):  # fmt: skip
             stack.enter_context(mock.patch(target, lambda value=value: value))
-        stack.enter_context(mock.patch.object(tensorrt, "load_flavour", return_value=library.api))
+        stack.enter_context(mock.patch.object(tensorrt, "load_tensorrt", return_value=library.api))
         yield
 
 

@@ -63,13 +63,13 @@ def job(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     for name, form in (("model.int8.onnx", "tensorrt"), ("model.int8-cpu.onnx", "onnxruntime")):
         # A network of 30 steps is unsure of many pixels: what is tested here is the path, not accuracy.
         call(
-            folder, REPOSITORY / "export/calibrate.py", "model.onnx", name, "--data", data, "--form", form,
+            folder, REPOSITORY / "export/calibrate.py", "model.onnx", name, "--data", data, "--runtime", form,
             "--max-images", "4", "--min-agreement", "0.5",
         )  # fmt: skip
     for source, precision in (("model.onnx", "fp32"), ("model.onnx", "fp16"), ("model.int8.onnx", "int8")):
         call(
             folder, REPOSITORY / "export/build_engine.py", source, "--precision", precision,
-            "--flavour", "tensorrt-rtx", "--shapes", "1x1x64x64:1x1x128x128:2x1x512x512",
+            "--runtime", "tensorrt-rtx", "--shapes", "1x1x64x64:1x1x128x128:2x1x512x512",
         )  # fmt: skip
     return folder
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 from hpddrnet_trt.export.onnx import ExportOptions, export_network, trace
 from hpddrnet_trt.graph.model import save_model
 from hpddrnet_trt.graph.precision import to_half
@@ -52,7 +52,8 @@ def write_fp16(path: Path) -> Path:
 def write_int8(path: Path) -> Path:
     """INT8 Q/DQ in TensorRT's form, the rest FP16, position attention in BF16."""
     source = write_fp32(path.with_name(f"{path.stem}.source.onnx"))
-    calibrate(source, path, pictures(path.with_name(f"{path.stem}.pictures"), 2), min_agreement=0.5, cache=None)
+    settings = CalibrationSettings(min_agreement=0.5, cache=None)
+    calibrate(source, path, pictures(path.with_name(f"{path.stem}.pictures"), 2), settings)
     return path
 
 

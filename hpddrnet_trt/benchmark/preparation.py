@@ -14,7 +14,7 @@ from hpddrnet_trt.core.files import existing_file, sha256_of, write_bytes
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.core.precisions import Half, LowPrecision
 from hpddrnet_trt.data.datasets import find_images
-from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 from hpddrnet_trt.export.convert import convert_precision
 from hpddrnet_trt.export.onnx import export_onnx
 from hpddrnet_trt.export.tensorrt import build_engine
@@ -49,13 +49,13 @@ def prepare(
     folder: str | Path,
     *,
     shapes: str,
-    flavours: Sequence[str] = ("auto",),
+    runtimes: Sequence[str] = ("auto",),
     split: str = "train",
 ) -> Prepared:
     """Export ``checkpoint``, type and calibrate it on ``split`` of ``data``, and build every engine into ``folder``.
 
     Files: FP32, FP16 (also with attention scores in FP32), BF16, INT8 and FP8, and INT8 in ONNX Runtime's own
-    form; an engine of each but the last for the optimisation profiles ``shapes`` and each of ``flavours``
+    form; an engine of each but the last for the optimisation profiles ``shapes`` and each of ``runtimes``
     (see :func:`~hpddrnet_trt.export.tensorrt.build_engine`). What exists is not made again, so an interrupted
     preparation goes on. Raises :class:`BadInputFile` for a missing checkpoint or dataset, :class:`UsageError`
     for a folder with the files of another checkpoint.
@@ -79,18 +79,18 @@ def prepare(
         result.make(older, lambda: _with_fp32_scores(half, older))
     for low in get_args(LowPrecision):
         typed = folder / f"model.{low}.onnx"
-        result.make(typed, partial(calibrate, model, typed, images, precision=low))
+        result.make(typed, partial(calibrate, model, typed, images, CalibrationSettings(precision=low)))
     graphs = [path for path in result.files if path.suffix == ".onnx"]
     own = folder / "model.int8-cpu.onnx"
-    result.make(own, lambda: calibrate(model, own, images, form="onnxruntime"))
-    for flavour in flavours:
+    result.make(own, lambda: calibrate(model, own, images, CalibrationSettings(runtime="onnxruntime")))
+    for runtime in runtimes:
         for graph in graphs:
-            suffix = "" if flavour == "auto" else f".{flavour}"
+            suffix = "" if runtime == "auto" else f".{runtime}"
             target = folder / f"{graph.stem}{suffix}.engine"
             precision = read_manifest(graph).precision
             assert precision is not None  # every file above has one
             result.make(
-                target, partial(build_engine, graph, target, precision=precision, flavour=flavour, shapes=shapes)
+                target, partial(build_engine, graph, target, precision=precision, runtime=runtime, shapes=shapes)
             )
     return result
 

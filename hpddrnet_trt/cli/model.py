@@ -139,9 +139,9 @@ def calibrate(
     target: Annotated[Path, typer.Argument(help="INT8 ONNX file to write.")],
     data: Annotated[Path, typer.Option(help="Dataset folder, folder of micrographs, or one micrograph.")],
     split: Split = "train",
-    form: Annotated[
+    runtime: Annotated[
         Literal["tensorrt", "onnxruntime"],
-        typer.Option(help="tensorrt: explicit symmetric Q/DQ with FP16 around it; onnxruntime: the CPU's fast form."),
+        typer.Option(help="tensorrt: symmetric Q/DQ with FP16 around it; onnxruntime: what its CPU kernels run fast."),
     ] = "tensorrt",
     precision: Annotated[
         LowPrecision, typer.Option(help="fp8: E4M3, for TensorRT on Ada, Hopper, Blackwell.")
@@ -158,12 +158,13 @@ def calibrate(
 ) -> None:
     """Measure activation ranges on micrographs and write an INT8 (or FP8) model."""
     from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.export.calibrate import CalibrationSettings
     from hpddrnet_trt.export.calibrate import calibrate as run_calibration
 
-    manifest = run_calibration(
-        locate(model, ".onnx"), target, find_images(data, split), form=form, precision=precision, method=method,
-        max_images=max_images, min_agreement=min_agreement, cache="user" if cache else None,
-    )  # fmt: skip
+    settings = CalibrationSettings(
+        runtime, precision, method, max_images=max_images, min_agreement=min_agreement, cache="user" if cache else None
+    )
+    manifest = run_calibration(locate(model, ".onnx"), target, find_images(data, split), settings)
     if manifest.calibration is not None:
         typer.echo(f"calibrated on {manifest.calibration.images} images ({manifest.calibration.method})")
     echo_evidence(manifest)
@@ -336,16 +337,8 @@ class AcceptanceOptions(BudgetOptions):
 
 @dataclass(frozen=True)
 class BuilderOptions:
-    """What TensorRT's builder is told; the names are those of :func:`~hpddrnet_trt.export.tensorrt.build_engine`."""
+    """What TensorRT's builder is told; the names are those of :class:`~hpddrnet_trt.export.tensorrt.BuildSettings`."""
 
-    flavour: Annotated[
-        Literal["auto", "tensorrt", "tensorrt-rtx"],
-        typer.Option(help="auto: TensorRT where it and a GPU are, else TensorRT-RTX (builds without a GPU)."),
-    ] = "auto"
-    shapes: Annotated[
-        str | None,
-        typer.Option(help="Optimisation profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
-    ] = None
     timing_cache: Annotated[
         Path | None, typer.Option(help="File that keeps tactic timings between builds.")
     ] = None
@@ -354,9 +347,7 @@ class BuilderOptions:
         typer.Option("--compute-capability", help="Target GPU, e.g. 8.9; repeat for several (TensorRT-RTX)."),
     ] = None
     workspace_mib: Annotated[int | None, typer.Option(min=1, help="Memory limit of tactics, in MiB.")] = None
-    optimisation_level: Annotated[
-        int | None, typer.Option("--optimization-level", min=0, max=5, help="Builder effort.")
-    ] = None
+    optimization_level: Annotated[int | None, typer.Option(min=0, max=5, help="Builder effort.")] = None
     tiling: Annotated[
         Literal["none", "fast", "moderate", "full"] | None, typer.Option(help="How hard to search for tiled kernels.")
     ] = None
@@ -375,6 +366,14 @@ def build(
         Literal[Precision, "auto"],
         typer.Option(help="Precision of the engine; auto: the fastest that keeps the budget, from an FP32 file."),
     ] = "fp16",
+    runtime: Annotated[
+        Literal["auto", "tensorrt", "tensorrt-rtx"],
+        typer.Option(help="auto: TensorRT where it and a GPU are, else TensorRT-RTX (builds without a GPU)."),
+    ] = "auto",
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="Optimisation profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
     ] = None,
@@ -389,13 +388,14 @@ def build(
     """
     from hpddrnet_trt.accuracy.acceptance import WHAT
     from hpddrnet_trt.accuracy.build import build_verified
-    from hpddrnet_trt.export.proof import summary
+    from hpddrnet_trt.export.layer_precision import summary
+    from hpddrnet_trt.export.tensorrt import BuildSettings
 
     check = acceptance.check()
     target = output or model.with_name(f"{_plain_stem(model)}.{precision}.engine")
     manifest = build_verified(
         locate(model, ".onnx"), target, precision=precision, acceptance=check, calibration_images=calibration_data,
-        **asdict(builder),
+        runtime=runtime, shapes=shapes, settings=BuildSettings(**asdict(builder)),
     )  # fmt: skip
     if manifest.engine is not None:
         typer.echo(summary(manifest.engine.layer_precision))

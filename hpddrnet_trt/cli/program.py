@@ -40,6 +40,8 @@ GONE = {
 }
 # Options of earlier versions: taken, but not shown.
 OLD_SPELLINGS = {
+    "flavour": "runtime",
+    "form": "runtime",
     "licence": "license",
     "optimisation-level": "optimization-level",
     "window": "intensity-range",

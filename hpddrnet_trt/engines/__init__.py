@@ -107,7 +107,7 @@ def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engin
     """Open a model file, or a model that comes with the package by its name, with the engine that suits it.
 
     ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch,
-    ``.onnx``: onnxruntime, ``.engine``: the TensorRT flavour it was built with), or a name in
+    ``.onnx``: onnxruntime, ``.engine``: the TensorRT runtime it was built with), or a name in
     :data:`ENGINES`. ``options`` go to the engine's class; those that are None are left out.
 
     Raises :class:`UsageError` for an unknown engine, ending or option, and what the engine raises:

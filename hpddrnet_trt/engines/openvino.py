@@ -74,7 +74,7 @@ class OpenVINOEngine(EngineBase):
         if self.manifest.quantized_for == "onnxruntime":
             raise UsageError(
                 f"{self.path} is quantised in ONNX Runtime's own form, which can crash OpenVINO; run it with the "
-                "onnxruntime engine, or calibrate with form 'tensorrt', which OpenVINO runs well"
+                "onnxruntime engine, or calibrate for the target runtime tensorrt, which OpenVINO runs well"
             )
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")

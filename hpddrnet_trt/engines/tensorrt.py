@@ -43,7 +43,7 @@ from hpddrnet_trt.engines.cuda import (
 )
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt_context import ExecutionContext, InferenceStream, Network
-from hpddrnet_trt.engines.tensorrt_library import INPUT, PORTABLE, TensorRT, layer_profiler, load_flavour
+from hpddrnet_trt.engines.tensorrt_library import INPUT, PORTABLE, TensorRT, layer_profiler, load_tensorrt
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class TensorRTEngine(EngineBase):
         self._contract: InputContract = input_contract(self.manifest)
         record = engine_record(path, self.manifest)
         content = verified_content(path, record)
-        self._api = load_flavour(record.runtime)
+        self._api = load_tensorrt(record.runtime)
         check_version(path, record, self._api)
         self._gpu = find_gpu(device)
         check_gpu(path, record, self._gpu)

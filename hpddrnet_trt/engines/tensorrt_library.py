@@ -30,13 +30,13 @@ from hpddrnet_trt.engines.cuda import gpu_or_none
 
 logger = logging.getLogger(__name__)
 
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
-FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 INPUT = "image"  # name of the engines' one input
 PORTABLE = "portable"  # in place of a compute capability: TensorRT-RTX's default build
 
-_MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_MAJOR_VERSIONS: dict[Flavour, tuple[int, ...]] = {"tensorrt": (10, 11), "tensorrt-rtx": (1,)}
+_MODULES: dict[RuntimeName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_MAJOR_VERSIONS: dict[RuntimeName, tuple[int, ...]] = {"tensorrt": (10, 11), "tensorrt-rtx": (1,)}
 _OLDEST = (10, 1)  # the first with set_device_memory and device_memory_size_v2
 
 
@@ -44,7 +44,7 @@ _OLDEST = (10, 1)  # the first with set_device_memory and device_memory_size_v2
 class TensorRT:
     """An imported library: ``module`` is ``tensorrt`` or ``tensorrt_rtx``, ``log`` its message collector."""
 
-    flavour: Flavour
+    name: RuntimeName
     module: Any
     version: str
     log: Any
@@ -52,12 +52,11 @@ class TensorRT:
     @property
     def label(self) -> str:
         """For people, e.g. ``TensorRT-RTX 1.7.1``."""
-        name = "TensorRT-RTX" if self.flavour == "tensorrt-rtx" else "TensorRT"
-        return f"{name} {'.'.join(self.version.split('.')[:3])}"
+        return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {'.'.join(self.version.split('.')[:3])}"
 
     @property
     def is_rtx(self) -> bool:
-        return self.flavour == "tensorrt-rtx"
+        return self.name == "tensorrt-rtx"
 
     def runtime(self) -> Any:
         """A new ``Runtime``. Only where a GPU is known to exist: older versions crash without one."""
@@ -105,33 +104,33 @@ def _minor(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def load_flavour(flavour: Flavour) -> TensorRT:
-    """Import the library of ``flavour``; raises :class:`MissingDependency` naming the extra that brings it."""
-    module = require(_MODULES[flavour], flavour, "build and run TensorRT engines")
+def load_tensorrt(runtime: RuntimeName) -> TensorRT:
+    """Import the library of ``runtime``; raises :class:`MissingDependency` naming the extra that brings it."""
+    module = require(_MODULES[runtime], runtime, "build and run TensorRT engines")
     version = str(module.__version__)
-    majors = _MAJOR_VERSIONS[flavour]
+    majors = _MAJOR_VERSIONS[runtime]
     if int(version.split(".")[0]) not in majors:
         raise MissingDependency(
-            f"{_MODULES[flavour]} {version} is not supported, {' or '.join(f'{major}.x' for major in majors)} is "
-            f"needed; install it with: pip install 'hpddrnet-trt[{flavour}]'"
+            f"{_MODULES[runtime]} {version} is not supported, {' or '.join(f'{major}.x' for major in majors)} is "
+            f"needed; install it with: pip install 'hpddrnet-trt[{runtime}]'"
         )
-    if flavour == "tensorrt" and _minor(version) < _OLDEST:
+    if runtime == "tensorrt" and _minor(version) < _OLDEST:
         raise MissingDependency(f"TensorRT {version} is too old, 10.1 is the oldest that works; update it")
-    return TensorRT(flavour, module, version, _collector(_MODULES[flavour]))
+    return TensorRT(runtime, module, version, _collector(_MODULES[runtime]))
 
 
-def choose_flavour(flavour: str) -> TensorRT:
+def choose_tensorrt(runtime: str) -> TensorRT:
     """``auto``: TensorRT where it is installed and a GPU is present, else TensorRT-RTX."""
-    if flavour != "auto":
-        if flavour not in FLAVOURS:
-            raise UsageError(f"flavour {flavour!r} is unknown; choose auto, {' or '.join(FLAVOURS)}")
-        return load_flavour(flavour)
+    if runtime != "auto":
+        if runtime not in RUNTIMES:
+            raise UsageError(f"runtime {runtime!r} is unknown; choose auto, {' or '.join(RUNTIMES)}")
+        return load_tensorrt(runtime)
     if gpu_or_none() is not None:
         try:
-            return load_flavour("tensorrt")
+            return load_tensorrt("tensorrt")
         except MissingDependency as exc:
-            logger.debug("auto flavour: %s", exc)
-    return load_flavour("tensorrt-rtx")
+            logger.debug("auto runtime: %s", exc)
+    return load_tensorrt("tensorrt-rtx")
 
 
 _ACTIVATIONS = re.compile(r"^Total Activation Memory: (\d+) bytes")

@@ -6,7 +6,7 @@ Two forms, because two runtimes want different graphs (:mod:`hpddrnet_trt.graph.
 * ``onnxruntime``: uint8 activations and int8 weights for the CPU kernels, the rest FP32.
 
 The file is run and compared with the FP32 one on images that were not calibrated on, before it is
-written. :func:`activation_ranges` gives the ranges alone, for callers that quantise graphs themselves.
+written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export import images as micrographs
-from hpddrnet_trt.export.histograms import Statistics, merge
+from hpddrnet_trt.export.histograms import merge
 from hpddrnet_trt.export.ranges import METHODS, Method, ranges_of
 from hpddrnet_trt.export.statistics import measure
 from hpddrnet_trt.export.statistics_cache import Cache
@@ -65,164 +65,124 @@ class _Data:
     width: int
 
 
-def calibrate(
-    source_onnx: str | Path,
-    target_onnx: str | Path,
-    images: Sequence[Path],
-    *,
-    form: qdq.Form = "tensorrt",
-    precision: LowPrecision = "int8",
-    method: Method | Literal["auto"] = "max",
-    max_images: int = MAX_IMAGES,
-    size: tuple[int, int] | None = None,
-    half: bool = True,
-    held_out: Sequence[Path] | None = None,
-    min_agreement: float = MIN_AGREEMENT,
-    min_class_iou: float = 0.0,
-    cache: Cache = "user",
-) -> Manifest:
-    """Write ``target_onnx``, the quantised form of the FP32 export ``source_onnx``, and return its manifest.
-
-    ``precision``: ``int8``, or ``fp8`` (form ``tensorrt``; see :mod:`hpddrnet_trt.graph.fp8`).
-    ``images``: micrographs (see :func:`~hpddrnet_trt.data.datasets.find_images` for datasets
-    and folders); at most ``max_images`` of them, chosen to span the grey levels, give the ranges.
-    ``method``: see :mod:`hpddrnet_trt.export.ranges`; ``auto`` tries all and
-    keeps the one with the highest IoU against FP32 labels, averaged over classes.
-    ``size``: height and width in pixels of the calibration crops where the model is dynamic (the images'
-    own by default, 1024 at most). ``half``: type what is not quantised FP16 (form ``tensorrt`` only).
-    ``held_out``: images for the comparison with the FP32 file (and for the choice of ``auto``);
-    without them every fourth of ``images`` is set aside.
-    ``min_agreement``: the smallest share of pixels with equal labels that is accepted;
-    ``min_class_iou``: the smallest intersection over union of the labels with the FP32 ones in any class, which
-    notices a rare class that agreement overlooks (off by default; below 0.8 there is a warning).
-    ``cache``: where what was measured on each crop is kept, ``None`` for nowhere, see
-    :mod:`hpddrnet_trt.export.statistics_cache`; an interrupted calibration continues from there.
-
-    The same files give the same result. Raises :class:`UsageError` for a request that makes no
-    sense, :class:`BadInputFile` for an unreadable file, :class:`UserError` when the quantised model
-    disagrees; then nothing is written.
-    """
-    load_onnxruntime("calibrate models")
-    request = _Request(form, precision, method, half)
-    request.check()
-    check_target(source_onnx, target_onnx)
-    if max_images < 1:
-        raise UsageError(f"at least one calibration image is needed, {max_images} were asked for")
-    for what, least in ("agreement", min_agreement), ("IoU per class", min_class_iou):
-        if not 0 <= least <= 1:
-            raise UsageError(f"the smallest {what} is a fraction between 0 and 1, got {least}")
-    model, manifest = float_model(source_onnx)
-    data = _gather(images, held_out, max_images, input_contract(manifest), size)
-    name_nodes(model)
-    chosen = request.plan(model)
-    if not chosen.nodes:
-        raise UsageError(
-            f"{source_onnx} holds no convolution that could be quantised to {precision.upper()}; "
-            "give an exported network, or choose another precision"
-        )
-
-    reference = _Reference(Path(source_onnx), data)
-    candidates = []
-    for name, quantised in _quantised(model, manifest, chosen, request, data, cache):
-        told = f"{name} (auto)" if method == "auto" else name
-        finished = manifest.replace(
-            precision=precision,
-            quantized_for=form,
-            calibration=calibration_record(data.images, data.crops, (data.height, data.width), told),
-            qdq_report=analyze(quantised).record() if form == "tensorrt" else None,
-            versions={**manifest.versions, "onnxruntime": _runtime_version()},
-        )
-        candidates.append((name, quantised, finished, reference.compare(quantised, finished)))
-    _, quantised, finished, evidence = max(candidates, key=lambda entry: entry[3].values["miou_against_fp32"])
-    _judge(evidence, request, min_agreement, min_class_iou, target_onnx)
-    tried = [_methods_tried({name: other for name, _, _, other in candidates})] if method == "auto" else []
-    finished = finished.replace(validation=[*manifest.validation, *tried, evidence])
-    save_model(quantised, target_onnx, finished)
-    return finished
-
-
 @dataclass(frozen=True)
-class _Request:
-    """What the quantised file is to be."""
+class CalibrationSettings:
+    """What the quantized file is to be, and what is asked of it.
 
-    form: qdq.Form
-    precision: LowPrecision
-    method: str
-    half: bool
+    ``runtime``: the target runtime. ``precision``: ``int8``, or ``fp8`` (runtime ``tensorrt``; see
+    :mod:`hpddrnet_trt.graph.fp8`). ``method``: see :mod:`hpddrnet_trt.export.ranges`; ``auto`` tries all and
+    keeps the one with the highest IoU against FP32 labels, averaged over classes. ``half``: type what is not
+    quantized FP16 (runtime ``tensorrt`` only). At most ``max_images`` micrographs, chosen to span the grey
+    levels, give the ranges. ``size``: height and width in pixels of the calibration crops where the model is
+    dynamic (the images' own by default, 1024 at most). ``min_agreement``: the smallest share of pixels with
+    equal labels that is accepted; ``min_class_iou``: the smallest intersection over union of the labels with
+    the FP32 ones in any class, which notices a rare class that agreement overlooks (off by default; below 0.8
+    there is a warning). ``cache``: where what was measured on each crop is kept, ``None`` for nowhere, see
+    :mod:`hpddrnet_trt.export.statistics_cache`; an interrupted calibration continues from there.
+    """
+
+    runtime: qdq.Runtime = "tensorrt"
+    precision: LowPrecision = "int8"
+    method: Method | Literal["auto"] = "max"
+    half: bool = True
+    max_images: int = MAX_IMAGES
+    size: tuple[int, int] | None = None
+    min_agreement: float = MIN_AGREEMENT
+    min_class_iou: float = 0.0
+    cache: Cache = "user"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The calibration methods to try."""
+        return METHODS if self.method == "auto" else (self.method,)
 
     def check(self) -> None:
         """Raise :class:`UsageError` for what is unknown or does not go together."""
         for what, value, known in (
-            ("form", self.form, get_args(qdq.Form)),
+            ("target runtime", self.runtime, get_args(qdq.Runtime)),
             ("precision", self.precision, get_args(LowPrecision)),
             ("calibration method", self.method, (*METHODS, "auto")),
         ):
             if value not in known:
                 raise UsageError(f"unknown {what} {value!r}; choose one of: {', '.join(known)}")
-        if self.form != "tensorrt" and not PRECISIONS[self.precision].cpu_kernels:
+        if self.runtime != "tensorrt" and not PRECISIONS[self.precision].cpu_kernels:
             raise UsageError(
-                f"ONNX Runtime's CPU kernels have no {self.precision.upper()}; choose the form tensorrt, or the "
-                "precision int8"
+                f"ONNX Runtime's CPU kernels have no {self.precision.upper()}; choose the target runtime tensorrt, or "
+                "the precision int8"
             )
+        if self.max_images < 1:
+            raise UsageError(f"at least one calibration image is needed, {self.max_images} were asked for")
+        for what, least in ("agreement", self.min_agreement), ("IoU per class", self.min_class_iou):
+            if not 0 <= least <= 1:
+                raise UsageError(f"the smallest {what} is a fraction between 0 and 1, got {least}")
 
-    def plan(self, model: Any) -> qdq.Plan:
-        """What is quantised."""
-        if self.precision == "int8":
-            return qdq.plan(model, self.form)
-        return fp8_plan(model)
+
+DEFAULTS = CalibrationSettings()
 
 
-def _quantised(
-    model: Any, manifest: Manifest, chosen: qdq.Plan, request: _Request, data: _Data, cache: Cache
+def calibrate(
+    source_onnx: str | Path,
+    target_onnx: str | Path,
+    images: Sequence[Path],
+    settings: CalibrationSettings = DEFAULTS,
+    *,
+    held_out: Sequence[Path] | None = None,
+) -> Manifest:
+    """Write ``target_onnx``, the quantized form of the FP32 export ``source_onnx``, and return its manifest.
+
+    ``images``: micrographs (see :func:`~hpddrnet_trt.data.datasets.find_images` for datasets and folders).
+    ``held_out``: images for the comparison with the FP32 file (and for the choice of ``auto``); without
+    them every fourth of ``images`` is set aside.
+
+    The same files give the same result. Raises :class:`UsageError` for a request that makes no
+    sense, :class:`BadInputFile` for an unreadable file, :class:`UserError` when the quantized model
+    disagrees; then nothing is written.
+    """
+    load_onnxruntime("calibrate models")
+    settings.check()
+    check_target(source_onnx, target_onnx)
+    model, manifest = float_model(source_onnx)
+    data = _gather(images, held_out, settings.max_images, input_contract(manifest), settings.size)
+    name_nodes(model)
+    plan = qdq.plan(model, settings.runtime) if settings.precision == "int8" else fp8_plan(model)
+    if not plan.nodes:
+        raise UsageError(
+            f"{source_onnx} holds no convolution that could be quantised to {settings.precision.upper()}; "
+            "give an exported network, or choose another precision"
+        )
+
+    reference = _Reference(Path(source_onnx), data)
+    candidates = []
+    for name, quantized in _quantized(model, manifest, plan, settings, data):
+        told = f"{name} (auto)" if settings.method == "auto" else name
+        finished = manifest.replace(
+            precision=settings.precision,
+            quantized_for=settings.runtime,
+            calibration=calibration_record(data.images, data.crops, (data.height, data.width), told),
+            qdq_report=analyze(quantized).record() if settings.runtime == "tensorrt" else None,
+            versions={**manifest.versions, "onnxruntime": _runtime_version()},
+        )
+        candidates.append((name, quantized, finished, reference.compare(quantized, finished)))
+    _, quantized, finished, record = max(candidates, key=lambda entry: entry[3].values["miou_against_fp32"])
+    _judge(record, settings, target_onnx)
+    tried = [_methods_tried({name: other for name, _, _, other in candidates})] if settings.method == "auto" else []
+    finished = finished.replace(validation=[*manifest.validation, *tried, record])
+    save_model(quantized, target_onnx, finished)
+    return finished
+
+
+def _quantized(
+    model: Any, manifest: Manifest, plan: qdq.Plan, settings: CalibrationSettings, data: _Data
 ) -> Iterator[tuple[str, Any]]:
     """Every method asked for, and the graph it gives."""
-    methods = METHODS if request.method == "auto" else (request.method,)
-    statistics = _together(model, manifest, chosen.tensors, data.crops, (data.height, data.width), cache)
-    for method in methods:
-        ranges = ranges_of(statistics, method, request.form == "tensorrt")
-        result = qdq.quantize(model, request.form, chosen, ranges)
-        if request.precision == "fp8":
+    size, tensorrt = (data.height, data.width), settings.runtime == "tensorrt"
+    measured = measure(model, manifest, plan.tensors, data.crops, size, cache=settings.cache)
+    statistics = reduce(merge, (entry for _, entry in measured))
+    for method in settings.methods:
+        result = qdq.quantize(model, settings.runtime, plan, ranges_of(statistics, method, tensorrt))
+        if settings.precision == "fp8":
             result = to_fp8(result, model)
-        yield method, to_half(result) if request.form == "tensorrt" and request.half else result
-
-
-def activation_ranges(
-    model: Any,
-    manifest: Manifest,
-    images: Sequence[Path],
-    chosen: qdq.Plan,
-    form: qdq.Form = "tensorrt",
-    *,
-    method: Method = "max",
-    size: tuple[int, int] | None = None,
-    crops_per_image: int | None = None,
-    cache: Cache = "user",
-) -> dict[str, qdq.Range]:
-    """(lowest, highest) value to represent of every tensor of a plan, from all of ``images``.
-
-    ``model``: FP32 ``ModelProto`` with named nodes, which ``chosen`` was planned for. Ranges of the full
-    plan serve every subset of it. ``crops_per_image``: as many as fit at most, by default enough for
-    32 crops in total; give a number where results for several lists of images are compared. The
-    rest: see :func:`calibrate`. Nothing but the cache is written.
-    """
-    if not images:
-        raise UsageError("no calibration image was given; give a dataset, a folder or files of micrographs")
-    height, width = micrographs.crop_size(input_contract(manifest), size, images)
-    crops = micrographs.plan_crops(images, height, width, each=crops_per_image)
-    statistics = _together(model, manifest, chosen.tensors, crops, (height, width), cache)
-    return ranges_of(statistics, method, form == "tensorrt")
-
-
-def _together(
-    model: Any,
-    manifest: Manifest,
-    tensors: Sequence[str],
-    crops: Sequence[micrographs.Crop],
-    size: tuple[int, int],
-    cache: Cache,
-) -> Statistics:
-    """The statistics of all crops."""
-    return reduce(merge, (entry for _, entry in measure(model, manifest, tensors, crops, size, cache=cache)))
+        yield method, to_half(result) if tensorrt and settings.half else result
 
 
 def float_model(source: str | Path) -> tuple[Any, Manifest]:
@@ -319,14 +279,14 @@ class _Reference:
             self._manifest = engine.manifest
             self._labels = [engine.infer(batch).labels for batch in self._batches("labels of the FP32 file")]
 
-    def compare(self, quantised: Any, manifest: Manifest) -> ValidationRecord:
+    def compare(self, quantized: Any, manifest: Manifest) -> ValidationRecord:
         """Run a graph, as a file and through the engine that users run, on the same crops."""
         with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
-            candidate = save_model(quantised, Path(folder) / "quantised.onnx", manifest)
+            candidate = save_model(quantized, Path(folder) / "quantised.onnx", manifest)
             with OnnxRuntimeEngine(candidate) as engine:
                 runtime = engine.runtime
                 labels = [engine.infer(batch).labels for batch in self._batches("comparing with FP32")]
-        return self._evidence(labels, runtime, str(manifest.precision), qdq.count_convolutions(quantised))
+        return self._record(labels, runtime, str(manifest.precision), qdq.count_convolutions(quantized))
 
     def _batches(self, purpose: str) -> Iterator[npt.NDArray[Any]]:
         data, contract = self._data, input_contract(self._manifest)
@@ -336,7 +296,7 @@ class _Reference:
         total = -(-len(data.held_out_crops) // contract.batch.minimum)
         yield from tqdm(feed, total=total, desc=purpose, unit="batch")
 
-    def _evidence(
+    def _record(
         self, labels: list[npt.NDArray[np.uint8]], runtime: str, precision: str, counts: tuple[int, int]
     ) -> ValidationRecord:
         data = self._data
@@ -375,30 +335,28 @@ def _methods_tried(evidence: Mapping[str, ValidationRecord]) -> ValidationRecord
     return next(iter(evidence.values())).model_copy(update={"what": METHODS_TRIED, "values": scores})
 
 
-def _judge(
-    evidence: ValidationRecord, request: _Request, min_agreement: float, min_class_iou: float, target: str | Path
-) -> None:
+def _judge(record: ValidationRecord, settings: CalibrationSettings, target: str | Path) -> None:
     """Report the comparison; raise :class:`UserError` when it falls short."""
-    values = evidence.values
+    values = record.values
     per_class = {key.removeprefix(_CLASS_IOU): iou for key, iou in values.items() if key.startswith(_CLASS_IOU)}
     worst = min(per_class, key=lambda name: per_class[name])
-    named = request.precision.upper()
+    named = settings.precision.upper()
     summary = (
         f"{named} labels equal FP32 on {values['agreement']:.4f} of the pixels (worst crop "
         f"{values['worst_crop_agreement']:.4f}; IoU against FP32 {values['miou_against_fp32']:.4f} on average, "
-        f"{per_class[worst]:.4f} for the worst class, {worst!r}); {values[f'{request.precision}_convolutions']:.0f} of "
-        f"{values['convolutions']:.0f} convolutions are {named}"
+        f"{per_class[worst]:.4f} for the worst class, {worst!r}); "
+        f"{values[f'{settings.precision}_convolutions']:.0f} of {values['convolutions']:.0f} convolutions are {named}"
     )
     others = ", ".join([*METHODS, "auto"])
     advice = f"calibrate on more and more varied micrographs, try another method ({others}), or use FP16"
     for value, least, what in (
-        (values["agreement"], min_agreement, "agreement"),
-        (per_class[worst], min_class_iou, "IoU per class"),
+        (values["agreement"], settings.min_agreement, "agreement"),
+        (per_class[worst], settings.min_class_iou, "IoU per class"),
     ):
         if not value >= least:
             raise UserError(
                 f"{summary}; that is below the {what} of {least} asked for, so {target} was not written: {advice}"
             )
-    logger.info("%s (%s)", summary, evidence.source)
+    logger.info("%s (%s)", summary, record.source)
     if per_class[worst] < _WORRYING_IOU:
         logger.warning("%s changes class %r a lot (IoU against FP32 %.3f): %s", named, worst, per_class[worst], advice)

@@ -9,19 +9,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.manifest import Manifest
+import numpy as np
+import numpy.typing as npt
+
+from hpddrnet_trt.core import runtimes
+from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.manifest import Manifest, ValidationRecord
+from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.precisions import Half
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export.images import batches, crop_size, plan_crops
 from hpddrnet_trt.export.statistics import extremes
-from hpddrnet_trt.export.verify import ComparedLabels, LabelReference, check_labels
+from hpddrnet_trt.export.verify import feed_of, runtime_name, sample_batches, source_name
 from hpddrnet_trt.graph.layers import block_of
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import fold_constants, name_nodes, producers, tensor_types
 from hpddrnet_trt.graph.precision import large_nodes, to_half
+from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 
 if TYPE_CHECKING:
     import onnx
@@ -31,6 +37,8 @@ logger = logging.getLogger(__name__)
 # Mean IoU of labels against FP32 labels below which blocks are left in FP32. FP16 and BF16 of a trained
 # network keep 0.9997 and 0.9989 (nasa-super1, all 14 images).
 FAITHFUL_IOU = 0.99
+LOWEST_AGREEMENT = 0.95  # of the labels of two graphs in different precision
+_PURPOSE = "compare graphs"
 
 
 def convert_precision(
@@ -79,18 +87,95 @@ def convert_precision(
     if images and not _is_faithful(compared, least_iou):
         half, compared, kept = _keep_blocks(model, keep, precision, comparison, compared, least_iou)
         remarks += kept
-    check_labels(compared)
-    evidence = [*manifest.validation, compared.evidence]
-    manifest = manifest.replace(precision=precision, remarks=remarks, validation=evidence)
+    _check_labels(compared)
+    validation = [*manifest.validation, compared.record]
+    manifest = manifest.replace(precision=precision, remarks=remarks, validation=validation)
     save_model(half, target, manifest)
     return manifest
 
 
-def _is_faithful(compared: ComparedLabels, least_iou: float) -> bool:
+class GraphComparison(NamedTuple):
+    """One comparison of labels; ``finite``: no floating-point output held infinity or NaN."""
+
+    record: ValidationRecord
+    finite: bool
+
+    @property
+    def iou(self) -> float:
+        """Mean IoU against the reference's labels, 0..1."""
+        return self.record.values["miou_against_fp32"]
+
+
+class LabelReference:
+    """Labels of an FP32 graph on a few inputs, kept to compare other graphs of its contract with.
+
+    ``manifest`` describes the graphs; ``images`` are micrographs, cut or mirrored to sizes that the graph
+    takes; without any, simulated ones are used. ONNX Runtime runs everything, on a CPU.
+    """
+
+    def __init__(self, reference: onnx.ModelProto, manifest: Manifest, images: Sequence[Path] = ()) -> None:
+        self._manifest = manifest
+        batches = list(sample_batches(manifest, images))
+        self._source = source_name(images[: sum(map(len, batches))])
+        self._feeds = [feed_of(batch, manifest) for batch in batches]
+        self._labels = [self._run(runtimes.session(reference, _PURPOSE), feed)[0] for feed in self._feeds]
+
+    def compare(self, model: onnx.ModelProto, what: str) -> GraphComparison:
+        """Agreement with the reference's labels, and mean IoU against them; ``what`` names the comparison.
+
+        A graph in FP16, BF16 or FP8 runs with that rounding (:mod:`hpddrnet_trt.graph.rounding`).
+        """
+        rounded = uses_half(model)
+        session = runtimes.session(simulate_rounding(model) if rounded else model, _PURPOSE)
+        comparison = LabelComparison(self._manifest.network.num_classes)
+        finite = True
+        for feed, expected in zip(self._feeds, self._labels, strict=True):
+            labels, sound = self._run(session, feed)
+            finite = finite and sound
+            for got, wanted in zip(labels, expected, strict=True):
+                comparison.update(got, wanted)
+        record = ValidationRecord(
+            what=what,
+            runtime=f"{runtime_name()}, {RUNTIME_REMARK}" if rounded else runtime_name(),
+            values={"agreement": comparison.agreement, "miou_against_fp32": comparison.scores().miou},
+            images=comparison.images,
+            source=self._source,
+        )
+        return GraphComparison(record, finite)
+
+    def _run(self, session: Any, feed: dict[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], bool]:
+        """Labels ``[N, H, W]``, and whether every output is finite."""
+        outputs = session.run(None, feed)
+        logits = self._manifest.output is not None and self._manifest.output.kind == "logits"
+        labels = outputs[0].argmax(axis=1) if logits else outputs[0]
+        return labels, all(bool(np.isfinite(values).all()) for values in outputs)
+
+
+def _check_labels(compared: GraphComparison) -> None:
+    """Report a comparison of labels; raise :class:`UserError` when it shows a broken graph.
+
+    That is one with an output that is not finite, or whose labels agree on less than ``LOWEST_AGREEMENT``.
+    """
+    record = compared.record
+    agreement, what = record.values["agreement"], record.what
+    if not compared.finite:
+        raise UserError(f"{what}: the new graph gives values that are not finite; keep more nodes in FP32")
+    if agreement < LOWEST_AGREEMENT:
+        raise UserError(
+            f"{what}: labels agree on only {agreement:.2%} of the pixels ({LOWEST_AGREEMENT:.0%} needed); "
+            "no file was written: keep more nodes in FP32"
+        )
+    logger.info(
+        "%s: labels agree on %.4f %% of the pixels of %d images, mean IoU against FP32 %.4f (%s)",
+        what, 100 * agreement, record.images, compared.iou, record.runtime,
+    )  # fmt: skip
+
+
+def _is_faithful(compared: GraphComparison, least_iou: float) -> bool:
     return compared.finite and compared.iou >= least_iou
 
 
-def _rank(compared: ComparedLabels) -> tuple[bool, float]:
+def _rank(compared: GraphComparison) -> tuple[bool, float]:
     """Larger is better: labels of a graph that overflows are worth nothing, however many are right."""
     return compared.finite, compared.iou
 
@@ -100,15 +185,15 @@ def _keep_blocks(
     keep: set[str],
     kind: Half,
     comparison: LabelReference,
-    before: ComparedLabels,
+    before: GraphComparison,
     least_iou: float,
-) -> tuple[onnx.ModelProto, ComparedLabels, list[str]]:
+) -> tuple[onnx.ModelProto, GraphComparison, list[str]]:
     """Leave blocks in FP32 until the labels are faithful: the graph, its comparison, a remark for each block.
 
     Each block is first tried alone; then they are kept in the order of what each gained, those that
     still help, until mean IoU against FP32 reaches ``least_iou``. ``model``: its nodes get names.
     """
-    what = before.evidence.what
+    what = before.record.what
     fold_constants(model.graph)
     name_nodes(model)  # as in to_half, so that every node can be kept
     blocks: dict[str, set[str]] = {}
@@ -116,7 +201,7 @@ def _keep_blocks(
         blocks.setdefault(block_of(node.name), set()).add(node.name)
     logger.info("%s: mean IoU against FP32 is %.4f; trying %d blocks in FP32", what, before.iou, len(blocks))
 
-    def attempt(names: set[str]) -> tuple[onnx.ModelProto, ComparedLabels]:
+    def attempt(names: set[str]) -> tuple[onnx.ModelProto, GraphComparison]:
         half = to_half(model, keep | names, kind)
         return half, comparison.compare(half, what)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, OutputContract, ValidationRecord
 from hpddrnet_trt.core.text import megabytes
-from hpddrnet_trt.export.proof import summary
+from hpddrnet_trt.export.layer_precision import summary
 from hpddrnet_trt.graph.lint import report_lines
 
 _INDENT = 13
@@ -90,22 +90,22 @@ def _output(contract: OutputContract) -> str:
 def _precision(manifest: Manifest, *, layers: bool) -> list[str]:
     rows = [str(manifest.precision).upper()]
     if manifest.engine is not None:
-        rows += _proof(manifest.engine, layers=layers)
+        rows += _layer_precision(manifest.engine, layers=layers)
     if manifest.qdq_report is not None:
         rows += report_lines(manifest.qdq_report)
     return rows
 
 
-def _proof(record: EngineRecord, *, layers: bool) -> list[str]:
-    proof = record.layer_precision
-    rows = summary(proof).split("; ")
-    if "remark" in proof:
-        rows.append(f"remark: {proof['remark']}")
-    if "layers" in proof.get("reformats", {}):
-        found = proof["reformats"]
+def _layer_precision(record: EngineRecord, *, layers: bool) -> list[str]:
+    report = record.layer_precision
+    rows = summary(report).split("; ")
+    if "remark" in report:
+        rows.append(f"remark: {report['remark']}")
+    if "layers" in report.get("reformats", {}):
+        found = report["reformats"]
         rows.append(f"reformats in the engine: {found['reformats']} of {found['layers']} layers")
     if layers:
-        rows += [_layer(entry) for entry in proof.get("parsed_network", proof).get("layers", [])]
+        rows += [_layer(entry) for entry in report.get("parsed_network", report).get("layers", [])]
     return rows
 
 

@@ -34,17 +34,17 @@ from hpddrnet_trt.engines.tensorrt_library import (
     INPUT,
     PORTABLE,
     TensorRT,
-    choose_flavour,
+    choose_tensorrt,
     compute_capability,
     progress_monitor,
     readable,
     run_cancellable,
 )
-from hpddrnet_trt.export.proof import (
-    check_proof,
-    proof_from_inspector,
-    proof_from_network,
+from hpddrnet_trt.export.layer_precision import (
+    check_report,
     reformats_from_inspector,
+    report_from_inspector,
+    report_from_network,
     summary,
 )
 from hpddrnet_trt.graph.attention import in_type, uses_bf16
@@ -65,20 +65,20 @@ Accept = Callable[[Path], ValidationRecord]
 class BuildSettings:
     """How the builder works; the defaults suit every machine.
 
-    ``timing_cache``: file of kernel timings, read if there and written afterwards (flavour tensorrt
+    ``timing_cache``: file of kernel timings, read if there and written afterwards (runtime tensorrt
     only). ``compute_capabilities``: GPUs an RTX engine is for, like ``["8.9", "12.0"]``; None is the
     portable default (8.0 and later). ``workspace_mib``: upper bound of scratch memory in MiB.
-    ``optimisation_level``: 0 (quick build) to 5 (fast engine). ``tiling``: how long the builder looks
+    ``optimization_level``: 0 (quick build) to 5 (fast engine). ``tiling``: how long the builder looks
     for ways to run neighbouring layers tile by tile in the cache. ``sparsity``: let it use kernels for
     weights with two zeros in four, which changes nothing for other weights. ``version_compatible``: also runs on
-    later TensorRT versions, somewhat slower (flavour tensorrt only). ``tf32``: let FP32 layers round
+    later TensorRT versions, somewhat slower (runtime tensorrt only). ``tf32``: let FP32 layers round
     their inputs to TF32; off, because position attention's scores do not survive it.
     """
 
     timing_cache: Path | None = None
     compute_capabilities: Sequence[str] | None = None
     workspace_mib: int | None = None
-    optimisation_level: int | None = None
+    optimization_level: int | None = None
     tiling: Tiling | None = None
     sparsity: bool = False
     version_compatible: bool = False
@@ -89,8 +89,8 @@ class BuildSettings:
         """Raise :class:`UsageError` for what this library cannot do."""
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UsageError(f"the workspace limit is {self.workspace_mib} MiB; give at least 1, or leave it out")
-        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
-            raise UsageError(f"builder optimisation level {self.optimisation_level} does not exist; give 0 to 5")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise UsageError(f"builder optimization level {self.optimization_level} does not exist; give 0 to 5")
         if self.tiling is not None and self.tiling not in TILINGS:
             raise UsageError(f"tiling {self.tiling!r} is unknown; choose {', '.join(TILINGS)}")
         self._check_library(api)
@@ -103,17 +103,20 @@ class BuildSettings:
         if not api.is_rtx and self.compute_capabilities:
             raise UsageError(
                 f"{api.label} builds for the GPU it runs on; leave the compute capabilities out, "
-                "or choose --flavour tensorrt-rtx"
+                "or choose --runtime tensorrt-rtx"
             )
         for written in self.compute_capabilities or ():
             compute_capability(api, written)
         if api.is_rtx and self.timing_cache is not None:
             logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
-        if api.is_rtx and (self.optimisation_level is not None or self.tiling is not None or self.sparsity):
+        if api.is_rtx and (self.optimization_level is not None or self.tiling is not None or self.sparsity):
             logger.warning(
-                "%s chooses kernels on the machine that runs the engine: optimisation level, tiling and sparsity "
+                "%s chooses kernels on the machine that runs the engine: optimization level, tiling and sparsity "
                 "do not change the file", api.label,
             )  # fmt: skip
+
+
+DEFAULTS = BuildSettings()
 
 
 def build_engine(
@@ -121,47 +124,29 @@ def build_engine(
     target: str | Path,
     *,
     precision: Precision,
-    flavour: str = "auto",
+    runtime: str = "auto",
     shapes: str | None = None,
     calibration_images: str | Path | Sequence[Path] | None = None,
-    timing_cache: str | Path | None = None,
-    compute_capabilities: Sequence[str] | None = None,
-    workspace_mib: int | None = None,
-    optimisation_level: int | None = None,
-    tiling: Tiling | None = None,
-    sparsity: bool = False,
-    version_compatible: bool = False,
+    settings: BuildSettings = DEFAULTS,
     accept: Accept | None = None,
-    progress: bool = True,
 ) -> Manifest:
     """Build ``target`` (ending ``.engine``) and the description beside it (``.engine.json``).
 
     ``precision`` lives in the ONNX file: ``fp32`` takes an FP32 file; ``fp16`` and ``bf16`` a file typed
     so, or an FP32 file, which is converted first; ``int8`` and ``fp8`` a file calibrated for TensorRT,
     or an FP32 file with ``calibration_images`` (dataset, folder or files; with ``fp16`` its ranges are
-    checked on them). ``accept`` judges the result (:mod:`hpddrnet_trt.accuracy.acceptance`): the engine
-    where this machine's GPU runs it, else the very ONNX file it was built from.
-    ``flavour``: ``auto``, ``tensorrt`` (needs the GPU it builds for) or ``tensorrt-rtx`` (builds
-    without one). ``shapes``: see :mod:`hpddrnet_trt.engines.profiles`; needless for a static ONNX file.
-    The rest is described at :class:`BuildSettings`.
+    checked on them). ``runtime``: ``auto``, ``tensorrt`` (needs the GPU it builds for) or ``tensorrt-rtx``
+    (builds without one). ``shapes``: see :mod:`hpddrnet_trt.engines.profiles`; needless for a static ONNX
+    file. ``accept`` judges the result (:mod:`hpddrnet_trt.accuracy.acceptance`): the engine where this
+    machine's GPU runs it, else the very ONNX file it was built from.
 
-    The engine must prove its precision (:mod:`hpddrnet_trt.export.proof`). Both files are written at
+    The engine must prove its precision (:mod:`hpddrnet_trt.export.layer_precision`). Both files are written at
     the end, whole or not at all. Returns the engine's :class:`Manifest`. Raises :class:`UsageError`,
     :class:`BadInputFile`, :class:`NoGpu`, :class:`MissingDependency` or :class:`UserError`.
     """
     source, target = Path(source_onnx), Path(target)
     manifest = check_build(source, target, precision, calibration_images)
-    settings = BuildSettings(
-        timing_cache=Path(timing_cache) if timing_cache is not None else None,
-        compute_capabilities=compute_capabilities,
-        workspace_mib=workspace_mib,
-        optimisation_level=optimisation_level,
-        tiling=tiling,
-        sparsity=sparsity,
-        version_compatible=version_compatible,
-        progress=progress,
-    )
-    api = choose_flavour(flavour)
+    api = choose_tensorrt(runtime)
     settings.check(api)
     gpu = gpu_or_none() if api.is_rtx else find_gpu()
     profiles = _profiles(source, manifest, shapes)
@@ -232,10 +217,10 @@ def _in_precision(
 
             yield path, convert_precision(source, path, cast(Half, precision), images=found)
         else:
-            from hpddrnet_trt.export.calibrate import calibrate
+            from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 
             low = cast(LowPrecision, precision)  # FP32 files are taken as they are
-            yield path, calibrate(source, path, found, form="tensorrt", precision=low)
+            yield path, calibrate(source, path, found, CalibrationSettings(precision=low))
 
 
 def _lacks_bf16(settings: BuildSettings, api: TensorRT, gpu: Gpu | None) -> bool:
@@ -272,7 +257,7 @@ def _check_precision(
     if manifest.quantized_for == "onnxruntime":
         raise UsageError(
             f"{source} was quantised for ONNX Runtime on a CPU, which TensorRT does not run; calibrate the FP32 file "
-            "for TensorRT: hpddrnet-trt calibrate MODEL.onnx MODEL.int8.onnx --data FOLDER --form tensorrt"
+            "for TensorRT: hpddrnet-trt calibrate MODEL.onnx MODEL.int8.onnx --data FOLDER --runtime tensorrt"
         )
     if PRECISIONS[precision].calibrated and has == "fp32" and images is None:
         raise UsageError(
@@ -311,11 +296,11 @@ class _Job:
         network = self._parse(builder)
         label = f"the engine of {self.source.name}"
         try:
-            proof = proof_from_network(self.api.module, network, self.profiles[0].optimum)
+            report = report_from_network(self.api.module, network, self.profiles[0].optimum)
         except RuntimeError as exc:  # a shape that the library asks for only now, and does not find
             reason = self.api.log.explain(str(exc))
             raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again") from exc
-        check_proof(proof, precision, label)
+        check_report(report, precision, label)
         config = self._configure(builder)
         started = time.perf_counter()
         plan = memoryview(self._run(builder, network, config))
@@ -324,14 +309,14 @@ class _Job:
         activations = self._activation_bytes()  # before the log is cleared
         runs_here = False
         if self.gpu is not None:
-            runs_here, proof = self._inspected(plan, proof)
-            check_proof(proof, precision, label)
-        described = self._describe(plan, proof, seconds, precision, activations)
+            runs_here, report = self._inspected(plan, report)
+            check_report(report, precision, label)
+        described = self._describe(plan, report, seconds, precision, activations)
         manifest = self._accepted(plan, described, runs_here=runs_here)
         with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
             engine_file.write_bytes(plan)
             description.write_text(manifest.to_json(), encoding="utf-8")
-        logger.info("%s: %s in %.1f s; %s", target, megabytes(plan.nbytes), seconds, summary(proof))
+        logger.info("%s: %s in %.1f s; %s", target, megabytes(plan.nbytes), seconds, summary(report))
         return manifest
 
     def _parse(self, builder: Any) -> Any:
@@ -358,8 +343,8 @@ class _Job:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if settings.workspace_mib is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
-        if settings.optimisation_level is not None:
-            config.builder_optimization_level = settings.optimisation_level
+        if settings.optimization_level is not None:
+            config.builder_optimization_level = settings.optimization_level
         if settings.tiling is not None:
             config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, settings.tiling.upper())
         if settings.sparsity:
@@ -451,7 +436,7 @@ class _Job:
         inspector.execution_context = context  # types depend on the shape where it is dynamic
         information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         return True, {
-            **proof_from_inspector(information, parsed), "reformats": reformats_from_inspector(information)
+            **report_from_inspector(information, parsed), "reformats": reformats_from_inspector(information)
         }  # fmt: skip
 
     def _accepted(self, plan: memoryview, manifest: Manifest, *, runs_here: bool) -> Manifest:
@@ -486,7 +471,7 @@ class _Job:
         return self.api.log.activation_bytes if static else None
 
     def _describe(
-        self, plan: memoryview, proof: dict[str, Any], seconds: float, precision: Precision, activations: int | None
+        self, plan: memoryview, report: dict[str, Any], seconds: float, precision: Precision, activations: int | None
     ) -> Manifest:
         api = self.api
         if api.is_rtx:
@@ -494,14 +479,14 @@ class _Job:
         else:
             targets = [self.gpu.compute_capability] if self.gpu is not None else []
         record = EngineRecord(
-            runtime=api.flavour,
+            runtime=api.name,
             version=api.version,
             compute_capabilities=targets,
             gpu=self.gpu.name if self.gpu is not None else None,
             profiles=[profile.as_record() for profile in self.profiles],
             sha256=hashlib.sha256(plan).hexdigest(),
             bytes=plan.nbytes,
-            layer_precision=proof,
+            layer_precision=report,
             build_seconds=round(seconds, 3),
             version_compatible=self.settings.version_compatible,
             activation_bytes=activations,
@@ -510,7 +495,7 @@ class _Job:
             input=narrowed(_contract(self.manifest), self.profiles),
             precision=precision,
             engine=record,
-            versions={**self.manifest.versions, api.flavour: api.version},
+            versions={**self.manifest.versions, api.name: api.version},
         )
 
 

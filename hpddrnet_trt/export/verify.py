@@ -1,8 +1,7 @@
-"""Does an exported graph compute what the unmodified PyTorch network computes, and a typed one what FP32 does?
+"""Does an exported graph compute what the unmodified PyTorch network computes?
 
-ONNX Runtime runs the graph, several sizes where they are dynamic. With PyTorch are compared the
-classifier's scores at 1/8 of the input size, read inside the graph, and the graph's own outputs; with
-another graph, the labels.
+ONNX Runtime runs the graph, several sizes where they are dynamic. Compared are the classifier's scores
+at 1/8 of the input size, read inside the graph, and the graph's own outputs.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +19,10 @@ import numpy.typing as npt
 from hpddrnet_trt.core import runtimes
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.core.manifest import InputContract, Manifest, ValidationRecord
-from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey
 from hpddrnet_trt.graph.nodes import class_scores
-from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 
 if TYPE_CHECKING:
     import onnx
@@ -40,7 +37,6 @@ TOLERANCE = 1e-3
 # Share of scores, and of pixels with a clear margin, that may differ: where position attention weighs
 # two positions almost equally and their scores are large, FP32 rounding alone can turn the balance.
 ALLOWED_SHARE = 1e-3
-LOWEST_AGREEMENT = 0.95  # of the labels of two graphs in different precision
 _PURPOSE = "check the exported file"
 _NORMALISED = InputContract(dtype="float32", channels=3)
 _DYNAMIC_SIZES = ((2, 128, 192), (1, 136, 200), (1, 256, 256))
@@ -80,13 +76,13 @@ def compare_with_pytorch(
     names = [entry.name for entry in session.get_outputs()]
     worst = _Worst()
     count = 0
-    for batch in _batches(manifest, images):
+    for batch in sample_batches(manifest, images):
         count += len(batch)
-        got = dict(zip(names, session.run(names, _feed(batch, manifest)), strict=True))
+        got = dict(zip(names, session.run(names, feed_of(batch, manifest)), strict=True))
         _compare(got, tap, network, network_input(list(batch), _NORMALISED, manifest.normalization), worst)
     evidence = ValidationRecord(
         what="export parity",
-        runtime=_runtime(),
+        runtime=runtime_name(),
         values={
             "agreement": worst.equal / worst.pixels,
             "max_abs_difference": worst.score_difference,
@@ -95,7 +91,7 @@ def compare_with_pytorch(
             **({"max_confidence_difference": worst.confidence_difference} if "confidence" in names else {}),
         },
         images=count,
-        source=_source(images[:count]),
+        source=source_name(images[:count]),
     )
     logger.info(
         "compared with PyTorch on %d images: labels agree on %.4f %% of the pixels, largest score difference %.2e "
@@ -110,83 +106,6 @@ def compare_with_pytorch(
             "off or another attention form, and report this"
         )
     return evidence
-
-
-class ComparedLabels(NamedTuple):
-    """One comparison of labels; ``finite``: no floating-point output held infinity or NaN."""
-
-    evidence: ValidationRecord
-    finite: bool
-
-    @property
-    def iou(self) -> float:
-        """Mean IoU against the reference's labels, 0..1."""
-        return self.evidence.values["miou_against_fp32"]
-
-
-class LabelReference:
-    """Labels of an FP32 graph on a few inputs, kept to compare other graphs of its contract with.
-
-    ``manifest`` describes the graphs; ``images`` are micrographs, cut or mirrored to sizes that the graph
-    takes; without any, simulated ones are used. ONNX Runtime runs everything, on a CPU.
-    """
-
-    def __init__(self, reference: onnx.ModelProto, manifest: Manifest, images: Sequence[Path] = ()) -> None:
-        self._manifest = manifest
-        batches = list(_batches(manifest, images))
-        self._source = _source(images[: sum(map(len, batches))])
-        self._feeds = [_feed(batch, manifest) for batch in batches]
-        self._labels = [self._run(runtimes.session(reference, _PURPOSE), feed)[0] for feed in self._feeds]
-
-    def compare(self, model: onnx.ModelProto, what: str) -> ComparedLabels:
-        """Agreement with the reference's labels, and mean IoU against them; ``what`` names the comparison.
-
-        A graph in FP16, BF16 or FP8 runs with that rounding (:mod:`hpddrnet_trt.graph.rounding`).
-        """
-        rounded = uses_half(model)
-        session = runtimes.session(simulate_rounding(model) if rounded else model, _PURPOSE)
-        comparison = LabelComparison(self._manifest.network.num_classes)
-        finite = True
-        for feed, expected in zip(self._feeds, self._labels, strict=True):
-            labels, sound = self._run(session, feed)
-            finite = finite and sound
-            for got, wanted in zip(labels, expected, strict=True):
-                comparison.update(got, wanted)
-        evidence = ValidationRecord(
-            what=what,
-            runtime=f"{_runtime()}, {RUNTIME_REMARK}" if rounded else _runtime(),
-            values={"agreement": comparison.agreement, "miou_against_fp32": comparison.scores().miou},
-            images=comparison.images,
-            source=self._source,
-        )
-        return ComparedLabels(evidence, finite)
-
-    def _run(self, session: Any, feed: dict[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], bool]:
-        """Labels ``[N, H, W]``, and whether every output is finite."""
-        outputs = session.run(None, feed)
-        logits = self._manifest.output is not None and self._manifest.output.kind == "logits"
-        labels = outputs[0].argmax(axis=1) if logits else outputs[0]
-        return labels, all(bool(np.isfinite(values).all()) for values in outputs)
-
-
-def check_labels(compared: ComparedLabels) -> None:
-    """Report a comparison of labels; raise :class:`UserError` when it shows a broken graph.
-
-    That is one with an output that is not finite, or whose labels agree on less than ``LOWEST_AGREEMENT``.
-    """
-    evidence = compared.evidence
-    agreement, what = evidence.values["agreement"], evidence.what
-    if not compared.finite:
-        raise UserError(f"{what}: the new graph gives values that are not finite; keep more nodes in FP32")
-    if agreement < LOWEST_AGREEMENT:
-        raise UserError(
-            f"{what}: labels agree on only {agreement:.2%} of the pixels ({LOWEST_AGREEMENT:.0%} needed); "
-            "no file was written: keep more nodes in FP32"
-        )
-    logger.info(
-        "%s: labels agree on %.4f %% of the pixels of %d images, mean IoU against FP32 %.4f (%s)",
-        what, 100 * agreement, evidence.images, compared.iou, evidence.runtime,
-    )  # fmt: skip
 
 
 def _with_scores(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
@@ -231,7 +150,7 @@ def _compare(got: dict[str, Any], tap: str, network: HPDDRNet, image: npt.NDArra
         worst.confidence_difference = float(np.maximum(worst.confidence_difference, difference.max()))
 
 
-def _batches(manifest: Manifest, images: Sequence[Path]) -> Iterator[Grey]:
+def sample_batches(manifest: Manifest, images: Sequence[Path]) -> Iterator[Grey]:
     """Grey images, uint8 ``[N, H, W]``, of sizes the model takes; of the first few micrographs, in order."""
     assert manifest.input is not None  # the exporter has written it
     batch, height, width = manifest.input.batch.fixed, manifest.input.height.fixed, manifest.input.width.fixed
@@ -252,15 +171,18 @@ def _frame(images: Sequence[Path], index: int, height: int, width: int) -> Grey:
     return picture[:height, :width]
 
 
-def _feed(batch: Grey, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
+def feed_of(batch: Grey, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
+    """What ONNX Runtime is given for a batch of :func:`sample_batches`."""
     assert manifest.input is not None
     return {"image": network_input(list(batch), manifest.input, manifest.normalization)}
 
 
-def _runtime() -> str:
+def runtime_name() -> str:
+    """Of the runtime that compares, for a validation record."""
     return f"onnxruntime {version('onnxruntime')} (CPU)"
 
 
-def _source(images: Sequence[Path]) -> str:
+def source_name(images: Sequence[Path]) -> str:
+    """Of the inputs of a comparison, for a validation record."""
     shown = ", ".join(path.name for path in images[:3])
     return (shown + (", ..." if len(images) > 3 else "")) if images else "simulated micrographs"

@@ -5,7 +5,7 @@ considers. :func:`typed_work` counts a graph as it is deployed: bytes in the typ
 by kernel. Both count multiply-accumulates of convolutions and matrix products, those inside Attention
 operators, local functions and the bodies of Scan and Loop included; not bias and normalisation,
 residual sums, softmax, pooling, resizing. Counts agree with
-:func:`hpddrnet_trt.export.proof.proof_from_network`, which needs TensorRT's parser and does not look
+:func:`hpddrnet_trt.export.layer_precision.report_from_network`, which needs TensorRT's parser and does not look
 into Attention operators and loops.
 
 At 1024x1024 the authors' network (three channels, unfolded, no detail step, evaluation mode, 2 to 4
@@ -91,7 +91,7 @@ def typed_work(model: onnx.ModelProto, shape: Sequence[int]) -> dict[str, TypedW
     quantisation) that alone read its result: every runtime here fuses those, and what stays inside moves
     nothing. It is named after its first node. Quantised tensors are stored in one byte, and read as such by
     whoever reads them dequantised; a product of two dequantised operands runs in INT8 or FP8, one with
-    a single such operand in the type of the other (as in :mod:`hpddrnet_trt.export.proof`). Attention
+    a single such operand in the type of the other (as in :mod:`hpddrnet_trt.export.layer_precision`). Attention
     scores are never stored, in any form of attention: the count is the least that a runtime moves, with a
     fused kernel (Dao et al., FlashAttention, NeurIPS 2022, arXiv:2205.14135) or blocks that stay in the
     cache. Raises as :func:`macs_and_bytes`.

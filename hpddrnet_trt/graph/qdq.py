@@ -61,7 +61,7 @@ import numpy as np
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.graph.nodes import consumers, copied, enlarges, producers, replace_nodes
 
-Form = Literal["tensorrt", "onnxruntime"]
+Runtime = Literal["tensorrt", "onnxruntime"]
 Range = tuple[float, float]  # lowest and highest value to represent
 # Wider sets (residual sums, pooling, concatenation, resizing) were measured: no faster, less exact.
 _CPU_OPERATORS = ("Conv", "Relu")
@@ -125,16 +125,16 @@ class _Graph:
         return [node for node in self.nodes if self.is_map_convolution(node.output[0])]
 
 
-def plan(model: Any, form: Form) -> Plan:
+def plan(model: Any, runtime: Runtime) -> Plan:
     """Decide what to quantise in a float ``ModelProto`` whose nodes are named."""
-    return _plan(_Graph(model), form)
+    return _plan(_Graph(model), runtime)
 
 
-def _plan(graph: _Graph, form: Form, only: Collection[str] | None = None) -> Plan:
-    return _tensorrt_plan(graph, only) if form == "tensorrt" else _cpu_plan(graph, only)
+def _plan(graph: _Graph, runtime: Runtime, only: Collection[str] | None = None) -> Plan:
+    return _tensorrt_plan(graph, only) if runtime == "tensorrt" else _cpu_plan(graph, only)
 
 
-def subset(model: Any, form: Form, convolutions: Collection[str]) -> Plan:
+def subset(model: Any, runtime: Runtime, convolutions: Collection[str]) -> Plan:
     """The plan with only these convolutions quantised, for mixed precision.
 
     Its nodes and tensors are among those of :func:`plan`, so ranges observed for the full plan serve
@@ -143,10 +143,10 @@ def subset(model: Any, form: Form, convolutions: Collection[str]) -> Plan:
     """
     graph = _Graph(model)
     wanted = set(convolutions)
-    full = _plan(graph, form)
+    full = _plan(graph, runtime)
     if unknown := wanted - {node.name for node in graph.convolutions() if node.name in full.nodes}:
         raise ValueError(f"the plan quantises no convolution called {', '.join(sorted(unknown))}")
-    return _plan(graph, form, wanted)
+    return _plan(graph, runtime, wanted)
 
 
 def _tensorrt_plan(graph: _Graph, only: Collection[str] | None = None) -> Plan:
@@ -271,7 +271,7 @@ def _cpu_plan(graph: _Graph, only: Collection[str] | None = None) -> Plan:
     return Plan(_CPU_OPERATORS, tuple(node.name for node in nodes), tuple(tensors))
 
 
-def quantize(model: Any, form: Form, chosen: Plan, ranges: Mapping[str, Range]) -> Any:
+def quantize(model: Any, runtime: Runtime, chosen: Plan, ranges: Mapping[str, Range]) -> Any:
     """A new ``ModelProto`` with the pairs in place; ``ranges`` holds every tensor of the plan.
 
     A plan without nodes gives a copy.
@@ -287,7 +287,7 @@ def quantize(model: Any, form: Form, chosen: Plan, ranges: Mapping[str, Range]) 
         name: TensorData(lowest=np.float32(low), highest=np.float32(high))
         for name, (low, high) in share_ranges(chosen, ranges).items()
     }
-    tensorrt = form == "tensorrt"
+    tensorrt = runtime == "tensorrt"
     options: dict[str, Any] = {"WeightSymmetric": True}
     if tensorrt:
         options |= {

@@ -3,7 +3,7 @@
 :func:`macs_and_bytes` counts multiply-accumulates and elements; a cost model multiplies the latter with the
 precisions it considers. Counted are convolutions and matrix products, those inside Attention operators, local
 functions and the bodies of Scan and Loop included; not bias and normalisation, residual sums, softmax,
-pooling, resizing. Counts agree with :func:`hpddrnet_trt.export.proof.proof_from_network`, which needs
+pooling, resizing. Counts agree with :func:`hpddrnet_trt.export.layer_precision.report_from_network`, which needs
 TensorRT's parser and does not look into Attention operators and loops.
 
 At 1024x1024 the authors' network (three channels, unfolded, no detail step, evaluation mode, 2 to 4

@@ -21,6 +21,7 @@ from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from tests.accuracy.fakes import accuracy
+from tests.tiny_onnx import QUIET
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
@@ -76,7 +77,7 @@ def test_an_engine_without_gpu_is_judged_by_its_onnx_file(
 ) -> None:
     target = tmp_path / "m.engine"
     manifest = build_verified(
-        write("model.int8.onnx", 8.0), target, precision="int8", flavour="tensorrt-rtx", progress=False,
+        write("model.int8.onnx", 8.0), target, precision="int8", runtime="tensorrt-rtx", settings=QUIET,
         shapes="1x1x96x96:1x1x96x96:1x1x96x96", acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
     )  # fmt: skip
     stored = read_manifest(target)
@@ -91,7 +92,7 @@ def test_a_refused_engine_leaves_nothing_behind(write: Write, data: Path, tmp_pa
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match="misses the budget"):
         build_verified(
-            source, target, precision="int8", flavour="tensorrt-rtx", progress=False,
+            source, target, precision="int8", runtime="tensorrt-rtx", settings=QUIET,
             shapes="1x1x96x96:1x1x96x96:1x1x96x96", acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5)),
         )  # fmt: skip
     assert sorted(tmp_path.iterdir()) == before
@@ -114,8 +115,8 @@ def test_the_engine_itself_is_judged_where_it_runs(
     monkeypatch.setattr(build, "gpu_or_none", lambda: SimpleNamespace(name="a GPU"))
     with pytest.raises(UserError, match="seen"):
         build_engine(
-            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
-            shapes="1x1x96x96:1x1x96x96:1x1x96x96", accept=accept, progress=False,  # type: ignore[arg-type]
+            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", runtime="tensorrt-rtx",
+            shapes="1x1x96x96:1x1x96x96:1x1x96x96", accept=accept, settings=QUIET,  # type: ignore[arg-type]
         )  # fmt: skip
     assert seen == [(".engine", "int8", True)]
 
@@ -174,8 +175,8 @@ def test_an_engine_too_small_for_the_micrographs_is_not_accepted(write: Write, d
     """Without a GPU the ONNX file is judged, but with the sizes that the engine takes."""
     with pytest.raises(ContractError, match="in tiles of 64 x 64 in this model and whole in the FP32 reference"):
         build_verified(
-            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
-            shapes="1x1x64x64:1x1x64x64:1x1x64x64", progress=False,
+            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", runtime="tensorrt-rtx",
+            shapes="1x1x64x64:1x1x64x64:1x1x64x64", settings=QUIET,
             acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
         )  # fmt: skip
     assert not (tmp_path / "m.engine").exists()

@@ -22,6 +22,7 @@ from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.graph.qdq import count_convolutions
 from tests.accuracy.fakes import FakeCost, accuracy
 from tests.graph.residual_onnx import QUANTISABLE
+from tests.tiny_onnx import QUIET
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
@@ -88,9 +89,9 @@ def test_nothing_is_written_when_no_choice_holds(study: Study, tmp_path: Path) -
 def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.engine"
     manifest = build_verified(
-        fp32, target, precision="auto", flavour="tensorrt-rtx",
+        fp32, target, precision="auto", runtime="tensorrt-rtx",
         acceptance=AcceptanceCheck(data, Budget(max_miou_drop=8.0)),
-        shapes="1x1x96x96:1x1x96x96:1x1x96x96", progress=False,
+        shapes="1x1x96x96:1x1x96x96:1x1x96x96", settings=QUIET,
     )  # fmt: skip
     assert manifest.precision == "int8"
     assert [entry.what for entry in manifest.validation[-2:]] == [

@@ -18,6 +18,7 @@ from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.core.manifest import METADATA_KEY, read_manifest
 from hpddrnet_trt.graph.model import load_model, save_model
+from tests.tiny_onnx import QUIET
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
@@ -83,7 +84,7 @@ def test_it_is_built_and_verified(theirs: Callable[[float], Path], data: Path, t
     manifest = build_verified(
         theirs(8.0), tmp_path / "m.engine", precision="int8",
         acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
-        flavour="tensorrt-rtx", shapes="1x1x96x96", progress=False,
+        runtime="tensorrt-rtx", shapes="1x1x96x96", settings=QUIET,
     )  # fmt: skip
     assert manifest.validation[-1].what == WHAT
     assert manifest.engine is not None
@@ -97,7 +98,7 @@ def test_the_gate_refuses_a_bad_one(theirs: Callable[[float], Path], data: Path,
         build_verified(
             theirs(0.8), tmp_path / "m.engine", precision="int8",
             acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5)),
-            flavour="tensorrt-rtx", shapes="1x1x96x96", progress=False,
+            runtime="tensorrt-rtx", shapes="1x1x96x96", settings=QUIET,
         )  # fmt: skip
     assert not (tmp_path / "m.engine").exists()
 

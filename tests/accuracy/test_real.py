@@ -19,6 +19,7 @@ from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.export.calibrate import calibrate
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.weights import locate
+from tests.tiny_onnx import QUIET
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
@@ -70,8 +71,8 @@ def test_an_engine_with_its_evidence(sem_data: Path, tmp_path: Path) -> None:
     source, target = locate(MODEL, ".onnx"), tmp_path / "m.engine"
     data = sem_data / MODEL
     build_verified(
-        source, target, precision="int8", calibration_images=data, flavour="tensorrt-rtx", shapes=SHAPES,
-        acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5), reference=source), progress=False,
+        source, target, precision="int8", calibration_images=data, runtime="tensorrt-rtx", shapes=SHAPES,
+        acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5), reference=source), settings=QUIET,
     )  # fmt: skip
     evidence = read_manifest(target).validation[-1]
     assert evidence.what == WHAT
@@ -84,11 +85,11 @@ def test_a_calibration_on_one_micrograph_is_refused(sem_data: Path, tmp_path: Pa
     """One that does not show what the others do: pixel agreement stays high, the rare class suffers."""
     source, broken = locate(MODEL, ".onnx"), tmp_path / "broken.int8.onnx"
     one = sem_data / MODEL / "images" / "train" / "spot4_180d_2.png"
-    manifest = calibrate(source, broken, [one], method="max")
+    manifest = calibrate(source, broken, [one])
     assert manifest.validation[-1].values["agreement"] > 0.9
     with pytest.raises(UserError, match=r"INT8 misses the budget on .*calibrated on 1 image \(method max\)"):
         build_verified(
-            broken, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx", shapes=SHAPES,
-            acceptance=AcceptanceCheck(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=source), progress=False,
+            broken, tmp_path / "m.engine", precision="int8", runtime="tensorrt-rtx", shapes=SHAPES,
+            acceptance=AcceptanceCheck(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=source), settings=QUIET,
         )  # fmt: skip
     assert not (tmp_path / "m.engine").exists()

@@ -98,14 +98,14 @@ def test_everything_from_one_checkpoint(
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
-def test_engines_of_every_flavour(
+def test_engines_of_every_runtime(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = stand_ins(monkeypatch)
-    prepared = prepare(checkpoint, data, tmp_path, shapes="1x1x64x96", flavours=("tensorrt", "tensorrt-rtx"))
+    prepared = prepare(checkpoint, data, tmp_path, shapes="1x1x64x96", runtimes=("tensorrt", "tensorrt-rtx"))
     engines = [path.name for path in prepared.files if path.suffix == ".engine"]
     stems = [name.removesuffix(".onnx") for name in GRAPHS]
-    assert engines == [f"{stem}.{flavour}.engine" for flavour in ("tensorrt", "tensorrt-rtx") for stem in stems]
+    assert engines == [f"{stem}.{runtime}.engine" for runtime in ("tensorrt", "tensorrt-rtx") for stem in stems]
     assert len(made) == len(set(made))
 
 

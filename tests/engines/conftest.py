@@ -19,7 +19,7 @@ from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 from hpddrnet_trt.export.tensorrt import build_engine
 from tests.engines.simulated_cuda import SimulatedCuda, SimulatedTensorRT, array_reader
-from tests.tiny_onnx import tiny_model
+from tests.tiny_onnx import QUIET, tiny_model
 
 SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256,4x1x512x512"
 
@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in ("labels", "logits"):
         source = tiny_model(folder / f"{kind}.onnx", output=kind)  # type: ignore[arg-type]
         build_engine(
-            source, folder / f"{kind}.engine", precision="fp32", flavour="tensorrt-rtx", shapes=SHAPES, progress=False
+            source, folder / f"{kind}.engine", precision="fp32", runtime="tensorrt-rtx", shapes=SHAPES, settings=QUIET,
         )
         found[kind] = folder / f"{kind}.engine"
     return found
@@ -75,7 +75,7 @@ def bench(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(cuda_memory, "strided_memory_view", lambda: array_reader(cuda))
         profiles = [Profile.from_record(entry) for entry in record["profiles"]]
         library = SimulatedTensorRT(cuda, onnx_file, profiles, record["runtime"], record["version"])
-        monkeypatch.setattr(engine_module, "load_flavour", lambda flavour: library.api)
+        monkeypatch.setattr(engine_module, "load_tensorrt", lambda runtime: library.api)
         return Bench(cuda, library, TensorRTEngine(path, **options), path)
 
     return start

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from hpddrnet_trt.engines.profiles import Profile
-from hpddrnet_trt.engines.tensorrt_library import Flavour, TensorRT
+from hpddrnet_trt.engines.tensorrt_library import RuntimeName, TensorRT
 
 ALIGNMENT = 256
 Work = Callable[[], None]
@@ -328,7 +328,7 @@ class SimulatedTensorRT:
     SCRATCH, WEIGHTS = 4096, 1000
 
     def __init__(
-        self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], flavour: Flavour, version: str
+        self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], runtime: RuntimeName, version: str
     ) -> None:
         self.cuda, self.profiles = cuda, profiles
         self.session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
@@ -345,7 +345,7 @@ class SimulatedTensorRT:
             IProfiler=SimulatedProfiler,
             Runtime=self._runtime,
         )
-        self.api = TensorRT(flavour, module, version, log)
+        self.api = TensorRT(runtime, module, version, log)
         module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
         module.EngineStat = SimpleNamespace(TOTAL_WEIGHTS_SIZE="weights")
         if self.api.is_rtx:

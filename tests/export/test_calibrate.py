@@ -15,25 +15,31 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export import images as micrographs
 from hpddrnet_trt.export import statistics
-from hpddrnet_trt.export.calibrate import METHODS_TRIED, activation_ranges, calibrate
+from hpddrnet_trt.export.calibrate import METHODS_TRIED, CalibrationSettings
+from hpddrnet_trt.export.calibrate import calibrate as run
 from hpddrnet_trt.export.ranges import METHODS
 from hpddrnet_trt.graph import fp8, qdq
-from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.weights import locate
 from tests.graph.residual_onnx import GATE, QUANTISABLE, residual_model
 from tests.tiny_onnx import tiny_model
 
 SIZE = 96
-FORMS = ("tensorrt", "onnxruntime")
+RUNTIMES = ("tensorrt", "onnxruntime")
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
 )
+
+
+def calibrate(
+    source_onnx: Path, target_onnx: Path, images: list[Path], held_out: Any = None, **settings: Any
+) -> Manifest:
+    return run(source_onnx, target_onnx, images, CalibrationSettings(**settings), held_out=held_out)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,9 +70,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantised(tmp_path_factory: pytest.TempPathFactory, source: Path, images: list[Path]) -> dict[str, Path]:
     """Both forms of the same model."""
     folder = tmp_path_factory.mktemp("int8")
-    paths = {form: folder / f"{form}.onnx" for form in FORMS}
-    for form, path in paths.items():
-        calibrate(source, path, images, form=form, size=(SIZE, SIZE))  # type: ignore[arg-type]
+    paths = {runtime: folder / f"{runtime}.onnx" for runtime in RUNTIMES}
+    for runtime, path in paths.items():
+        calibrate(source, path, images, runtime=runtime, size=(SIZE, SIZE))  # type: ignore[arg-type]
     return paths
 
 
@@ -100,23 +106,23 @@ class Parsed:
 
 
 @pytest.mark.parametrize(
-    ("form", "expected"), [("tensorrt", set(QUANTISABLE)), ("onnxruntime", set(QUANTISABLE[1:-1]))]
+    ("runtime", "expected"), [("tensorrt", set(QUANTISABLE)), ("onnxruntime", set(QUANTISABLE[1:-1]))]
 )
 def test_convolutions_of_feature_maps_are_quantised(
-    quantised: dict[str, Path], form: str, expected: set[str]
+    quantised: dict[str, Path], runtime: str, expected: set[str]
 ) -> None:
-    graph = Parsed(quantised[form])
+    graph = Parsed(quantised[runtime])
     found = {
         node.name for node in graph.kinds("Conv") if all(graph.dequantiser(name) is not None for name in node.input[:2])
     }
     assert found == expected
-    assert qdq.count_convolutions(onnx.load(str(quantised[form]))) == (len(expected), len(QUANTISABLE) + 1)
+    assert qdq.count_convolutions(onnx.load(str(quantised[runtime]))) == (len(expected), len(QUANTISABLE) + 1)
     assert not any(graph.dequantiser(name) for name in graph.named(GATE).input)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_attention_stays_in_floating_point(quantised: dict[str, Path], form: str) -> None:
-    graph = Parsed(quantised[form])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_attention_stays_in_floating_point(quantised: dict[str, Path], runtime: str) -> None:
+    graph = Parsed(quantised[runtime])
     touched = [node for kind in ("MatMul", "Softmax") for node in graph.kinds(kind)]
     assert len(touched) == 3
     for node in touched:
@@ -162,7 +168,7 @@ def test_every_quantiser_is_read_by_a_convolution_or_a_sum_or_ends_a_block(quant
 
 
 def test_full_precision_regions_on_request(tmp_path: Path, source: Path, images: list[Path]) -> None:
-    calibrate(source, tmp_path / "int8.onnx", images[:4], form="tensorrt", half=False, size=(SIZE, SIZE))
+    calibrate(source, tmp_path / "int8.onnx", images[:4], runtime="tensorrt", half=False, size=(SIZE, SIZE))
     types = {entry.data_type for entry in onnx.load(str(tmp_path / "int8.onnx")).graph.initializer}
     assert TensorProto.FLOAT in types
     assert TensorProto.FLOAT16 not in types
@@ -178,9 +184,11 @@ def test_cpu_form_cannot_saturate_without_vnni(quantised: dict[str, Path]) -> No
     assert zeros == {np.dtype(np.uint8)}
 
 
-@pytest.mark.parametrize(("form", "convolution"), [("tensorrt", "first"), ("onnxruntime", "first")])
-def test_weights_are_within_half_a_step(quantised: dict[str, Path], source: Path, form: str, convolution: str) -> None:
-    weights, scales = Parsed(quantised[form]).weights(convolution)
+@pytest.mark.parametrize(("runtime", "convolution"), [("tensorrt", "first"), ("onnxruntime", "first")])
+def test_weights_are_within_half_a_step(
+    quantised: dict[str, Path], source: Path, runtime: str, convolution: str
+) -> None:
+    weights, scales = Parsed(quantised[runtime]).weights(convolution)
     original = Parsed(source).values[f"{convolution}.weight"]
     steps = scales.astype(np.float64).reshape(-1, 1, 1, 1)
     # FP16 scales differ by up to 2^-11 from the ones the weights were rounded with.
@@ -188,21 +196,21 @@ def test_weights_are_within_half_a_step(quantised: dict[str, Path], source: Path
     assert (np.abs(weights * steps - original) <= steps / 2 + slack).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_labels_agree_with_fp32(quantised: dict[str, Path], source: Path, form: str) -> None:
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_labels_agree_with_fp32(quantised: dict[str, Path], source: Path, runtime: str) -> None:
     unseen = np.stack([simulate(128, 160, seed)[0] for seed in (100, 101)])[:, np.newaxis]
-    with OnnxRuntimeEngine(source) as reference, OnnxRuntimeEngine(quantised[form]) as engine:
+    with OnnxRuntimeEngine(source) as reference, OnnxRuntimeEngine(quantised[runtime]) as engine:
         expected, got = reference.infer(unseen).labels, engine.infer(unseen).labels
     assert len(np.unique(expected)) == 3
     assert (expected == got).mean() > 0.96
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_file_describes_its_calibration(
-    quantised: dict[str, Path], source: Path, images: list[Path], form: str
+    quantised: dict[str, Path], source: Path, images: list[Path], runtime: str
 ) -> None:
-    manifest = read_manifest(quantised[form])
-    assert (manifest.precision, manifest.quantized_for) == ("int8", form)
+    manifest = read_manifest(quantised[runtime])
+    assert (manifest.precision, manifest.quantized_for) == ("int8", runtime)
     assert manifest.classes == read_manifest(source).classes
     assert manifest.calibration is not None
     assert manifest.calibration.images == 9  # every fourth of twelve is held out
@@ -219,7 +227,7 @@ def test_the_same_images_give_the_same_file(
     tmp_path: Path, source: Path, images: list[Path], quantised: dict[str, Path]
 ) -> None:
     again = tmp_path / "again.onnx"
-    calibrate(source, again, images[::-1], form="tensorrt", size=(SIZE, SIZE))
+    calibrate(source, again, images[::-1], runtime="tensorrt", size=(SIZE, SIZE))
     assert again.read_bytes() == quantised["tensorrt"].read_bytes()
 
 
@@ -227,23 +235,23 @@ def test_nothing_is_logged_by_the_quantiser(
     tmp_path: Path, source: Path, images: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        calibrate(source, tmp_path / "int8.onnx", images[:4], form="onnxruntime", size=(SIZE, SIZE))
+        calibrate(source, tmp_path / "int8.onnx", images[:4], runtime="onnxruntime", size=(SIZE, SIZE))
     assert {record.name for record in caplog.records} == {"hpddrnet_trt.export.calibrate"}
     assert any("3 of 6 convolutions are INT8" in message for message in caplog.messages)
 
 
 def test_static_model_with_a_batch(tmp_path: Path, images: list[Path]) -> None:
     source = residual_model(tmp_path / "model.onnx", batch=4, size=64)
-    manifest = calibrate(source, tmp_path / "int8.onnx", images[:5], form="onnxruntime")
+    manifest = calibrate(source, tmp_path / "int8.onnx", images[:5], runtime="onnxruntime")
     assert manifest.calibration is not None
     assert "crops of 64x64" in manifest.calibration.source
 
 
 def test_both_forms_on_real_micrographs(tmp_path: Path, source: Path, sem_data: Path) -> None:
     train, test = (find_images(sem_data / "nasa-super1", split) for split in ("train", "test"))
-    for form in FORMS:
-        target = tmp_path / f"{form}.onnx"
-        manifest = calibrate(source, target, train, form=form, held_out=test, size=(128, 128))  # type: ignore[arg-type]
+    for runtime in RUNTIMES:
+        target = tmp_path / f"{runtime}.onnx"
+        manifest = calibrate(source, target, train, runtime=runtime, held_out=test, size=(128, 128))  # type: ignore[arg-type]
         assert manifest.validation[-1].images == len(test)
         assert manifest.validation[-1].values["agreement"] > 0.97
 
@@ -295,7 +303,7 @@ def test_a_lost_class_is_refused_on_request_and_warned_about(
 
 
 def test_images_judged_on_themselves_are_called_so(tmp_path: Path, source: Path, images: list[Path]) -> None:
-    manifest = calibrate(source, tmp_path / "int8.onnx", images[:2], form="onnxruntime", size=(SIZE, SIZE))
+    manifest = calibrate(source, tmp_path / "int8.onnx", images[:2], runtime="onnxruntime", size=(SIZE, SIZE))
     assert manifest.validation[-1].source.startswith("the calibration images themselves")
 
 
@@ -303,10 +311,10 @@ def test_images_judged_on_themselves_are_called_so(tmp_path: Path, source: Path,
     ("changes", "message"),
     [
         ({"images": []}, "no calibration image"),
-        ({"form": "openvino"}, "unknown form 'openvino'.*tensorrt, onnxruntime"),
+        ({"runtime": "openvino"}, "unknown target runtime 'openvino'.*tensorrt, onnxruntime"),
         ({"method": "minmax"}, "unknown calibration method 'minmax'.*max, percentile, entropy, mse, auto"),
         ({"precision": "int4"}, "unknown precision 'int4'.*int8, fp8"),
-        ({"precision": "fp8", "form": "onnxruntime"}, "no FP8"),
+        ({"precision": "fp8", "runtime": "onnxruntime"}, "no FP8"),
         ({"max_images": 0}, "at least one calibration image"),
         ({"min_agreement": 95}, "agreement is a fraction between 0 and 1, got 95"),
         ({"min_class_iou": -1}, "IoU per class is a fraction between 0 and 1, got -1"),
@@ -387,9 +395,9 @@ def test_an_interrupted_calibration_leaves_no_file_and_continues(
 # --- methods
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_auto_keeps_the_best_method(tmp_path: Path, source: Path, images: list[Path], form: Any) -> None:
-    manifest = calibrate(source, tmp_path / "auto.onnx", images, form=form, method="auto", size=(SIZE, SIZE))
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_auto_keeps_the_best_method(tmp_path: Path, source: Path, images: list[Path], runtime: Any) -> None:
+    manifest = calibrate(source, tmp_path / "auto.onnx", images, runtime=runtime, method="auto", size=(SIZE, SIZE))
     tried, chosen = manifest.validation[-2:]
     assert tried.what == METHODS_TRIED
     assert set(tried.values) == set(METHODS)
@@ -397,26 +405,9 @@ def test_auto_keeps_the_best_method(tmp_path: Path, source: Path, images: list[P
     assert manifest.calibration is not None
     assert manifest.calibration.method == f"{best} (auto)"
     assert chosen.values["miou_against_fp32"] == max(tried.values.values())
-    calibrate(source, tmp_path / "best.onnx", images, form=form, method=best, size=(SIZE, SIZE))  # type: ignore[arg-type]
+    calibrate(source, tmp_path / "best.onnx", images, runtime=runtime, method=best, size=(SIZE, SIZE))  # type: ignore[arg-type]
     files = [onnx.load(str(tmp_path / name)).graph for name in ("auto.onnx", "best.onnx")]
     assert files[0] == files[1]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_ranges_alone_serve_a_subset_and_give_the_same_file(
-    tmp_path: Path, source: Path, images: list[Path], method: Any
-) -> None:
-    options: dict[str, Any] = {"method": method, "size": (SIZE, SIZE)}
-    calibrate(source, tmp_path / "int8.onnx", images[:4], half=False, held_out=images[4:6], **options)
-    model = onnx.load(str(source))
-    name_nodes(model)
-    chosen = qdq.plan(model, "tensorrt")
-    found = activation_ranges(model, read_manifest(source), images[:4], chosen, **options)
-    assert set(found) == set(chosen.tensors)
-    assert all(low == -high < 0 for low, high in found.values())
-    assert qdq.quantize(model, "tensorrt", chosen, found).graph == onnx.load(str(tmp_path / "int8.onnx")).graph
-    with pytest.raises(UsageError, match="no calibration image"):
-        activation_ranges(model, read_manifest(source), [], chosen)
 
 
 def test_fp8_on_request(

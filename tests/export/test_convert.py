@@ -17,8 +17,7 @@ from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import ValidationRecord, read_manifest
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from hpddrnet_trt.export.convert import _keep_blocks, convert_precision, fp16_range_report
-from hpddrnet_trt.export.verify import ComparedLabels
+from hpddrnet_trt.export.convert import GraphComparison, _keep_blocks, convert_precision, fp16_range_report
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import replace_nodes, tensor_types
 from hpddrnet_trt.graph.precision import attention_score_nodes, large_nodes, to_half
@@ -168,12 +167,12 @@ class Scripted:
     def __init__(self, answers: dict[str, tuple[bool, float]]) -> None:
         self.answers = answers
 
-    def compare(self, model: onnx.ModelProto, what: str) -> ComparedLabels:
+    def compare(self, model: onnx.ModelProto, what: str) -> GraphComparison:
         types = tensor_types(model)
         finite, iou = self.answers["".join(name for name in "ab" if types[name] == FP32)]
         values = {"agreement": iou, "miou_against_fp32": iou}
         record = ValidationRecord(what=what, runtime="none", values=values, images=1, source="none")
-        return ComparedLabels(record, finite)
+        return GraphComparison(record, finite)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -16,7 +16,7 @@ from hpddrnet_trt.core.manifest import (
     read_manifest,
 )
 from hpddrnet_trt.export.describe import describe
-from hpddrnet_trt.export.proof import reformats_from_inspector
+from hpddrnet_trt.export.layer_precision import reformats_from_inspector
 from hpddrnet_trt.graph.lint import analyze
 from tests.graph.residual_onnx import residual_model
 from tests.tiny_onnx import tiny_model

@@ -13,6 +13,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,16 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
-from hpddrnet_trt.core.manifest import METADATA_KEY, AxisRange, InputContract, read_manifest, sidecar_path
+from hpddrnet_trt.core.manifest import METADATA_KEY, AxisRange, InputContract, Manifest, read_manifest, sidecar_path
 from hpddrnet_trt.engines.profiles import Profile, choose_profile, default_profiles, narrowed, parse_shapes
 from hpddrnet_trt.engines.tensorrt_library import (
-    choose_flavour,
+    choose_tensorrt,
     compute_capability,
-    load_flavour,
+    load_tensorrt,
     readable,
     run_cancellable,
 )
-from hpddrnet_trt.export.proof import check_proof, proof_from_inspector, proof_from_network, summary
+from hpddrnet_trt.export.layer_precision import check_report, report_from_inspector, report_from_network, summary
 from hpddrnet_trt.export.tensorrt import BuildSettings, build_engine
 from tests.tiny_export import write_fp16
 from tests.tiny_onnx import HIDDEN, tiny_model
@@ -48,6 +49,14 @@ CONTRACT = InputContract(
     width=AxisRange(minimum=64, maximum=2048),
 )
 SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256"
+
+
+def engine_of(source: Path, precision: Any = "fp32", *, target: Path | None = None, **options: Any) -> Manifest:
+    """Build an engine of TensorRT-RTX without a progress bar; ``options`` of the builder, or of the function."""
+    settings = {entry.name for entry in fields(BuildSettings)} & set(options)
+    chosen = BuildSettings(**{"progress": False, **{name: options.pop(name) for name in settings}})
+    target = target or source.with_name("m.engine")
+    return build_engine(source, target, precision=precision, settings=chosen, **{"runtime": "tensorrt-rtx", **options})
 
 
 def _nothing_written(folder: Path, *kept: Path) -> bool:
@@ -135,9 +144,7 @@ def test_damaged_profile_record() -> None:
 def test_engine_and_description(tmp_path: Path, precision: Any) -> None:
     source = tiny_model(tmp_path / "m.onnx", typing=precision)
     target = tmp_path / "out" / "m.engine"
-    manifest = build_engine(
-        source, target, precision=precision, flavour="tensorrt-rtx", shapes=SHAPES, progress=False
-    )
+    manifest = engine_of(source, precision, target=target, shapes=SHAPES)
     assert _nothing_written(target.parent, target, sidecar_path(target))
     assert read_manifest(target) == manifest
     assert manifest.engine is not None
@@ -156,10 +163,7 @@ def test_engine_and_description(tmp_path: Path, precision: Any) -> None:
 def test_proof_counts_convolutions_and_multiply_accumulates(tmp_path: Path) -> None:
     for precision in ("fp32", "fp16", "int8"):
         source = tiny_model(tmp_path / f"{precision}.onnx", typing=precision)
-        manifest = build_engine(
-            source, tmp_path / f"{precision}.engine", precision=precision, flavour="tensorrt-rtx", shapes=SHAPES,
-            progress=False,
-        )  # fmt: skip
+        manifest = engine_of(source, precision, target=tmp_path / f"{precision}.engine", shapes=SHAPES)
         assert manifest.engine is not None
         proof = manifest.engine.layer_precision
         parsed = proof.get("parsed_network", proof)  # nested where a GPU let the inspector speak
@@ -176,7 +180,7 @@ def test_proof_counts_convolutions_and_multiply_accumulates(tmp_path: Path) -> N
 @needs_rtx
 def test_multiply_accumulates_of_every_product() -> None:
     """Counted by hand: transposed matrix product, grouped convolution, transposed convolution."""
-    api = load_flavour("tensorrt-rtx")
+    api = load_tensorrt("tensorrt-rtx")
     trt = api.module
     network = trt.Builder(api.log).create_network(0)
     image = network.add_input("image", trt.float32, (1, 6, -1, 16))
@@ -189,7 +193,7 @@ def test_multiply_accumulates_of_every_product() -> None:
     product = network.add_matrix_multiply(image, trt.MatrixOperation.TRANSPOSE, image, trt.MatrixOperation.NONE)
     for layer in (grouped, wider, product):
         network.mark_output(layer.get_output(0))
-    proof = proof_from_network(trt, network, (1, 6, 8, 16))
+    proof = report_from_network(trt, network, (1, 6, 8, 16))
     macs = {row["type"]: row["macs"] for row in proof["layers"]}
     assert macs["CONVOLUTION"] == 8 * 16 * 4 * 9 * 3  # pixels, output channels, window, input channels of a group
     assert macs["DECONVOLUTION"] == 8 * 16 * 6 * 4 * 5  # input pixels, input channels, window, output channels
@@ -208,10 +212,7 @@ def test_micrographs_calibrate_an_fp32_file(tmp_path: Path) -> None:
     for index in range(4):
         Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).save(images / f"{index}.png")
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
-    manifest = build_engine(
-        source, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx", calibration_images=images,
-        progress=False,
-    )  # fmt: skip
+    manifest = engine_of(source, "int8", calibration_images=images)
     assert manifest.precision == "int8"
     assert manifest.quantized_for == "tensorrt"
     assert manifest.calibration is not None
@@ -228,7 +229,7 @@ def test_quantised_weights_alone_are_not_int8(tmp_path: Path) -> None:
             node.input[0] = node.input[0].removesuffix("_dq")
     onnx.save(model, str(source))
     with pytest.raises(UserError, match=r"labelled INT8, but none of its convolutions is .*2 in FP16.*calibrate"):
-        build_engine(source, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx", progress=False)
+        engine_of(source, "int8")
     assert _nothing_written(tmp_path, source)
 
 
@@ -236,7 +237,7 @@ def test_quantised_weights_alone_are_not_int8(tmp_path: Path) -> None:
 def test_wrong_label_is_an_error(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "m.onnx", typing="fp32", precision="fp16", shape=(1, 64, 64))
     with pytest.raises(UserError, match="labelled FP16, but none of its convolutions is"):
-        build_engine(source, tmp_path / "m.engine", precision="fp16", flavour="tensorrt-rtx", progress=False)
+        engine_of(source, "fp16")
     assert _nothing_written(tmp_path, source)
 
 
@@ -244,7 +245,7 @@ def test_wrong_label_is_an_error(tmp_path: Path) -> None:
 def test_static_model_needs_no_shapes_and_builds_are_repeatable(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "m.onnx", shape=(2, 64, 128))
     records = [
-        build_engine(source, tmp_path / name, precision="fp32", flavour="tensorrt-rtx", progress=False).engine
+        engine_of(source, "fp32", target=tmp_path / name).engine
         for name in ("a.engine", "b.engine")
     ]
     assert records[0] is not None
@@ -257,17 +258,17 @@ def test_static_model_needs_no_shapes_and_builds_are_repeatable(tmp_path: Path) 
 def test_dynamic_model_without_shapes_names_its_profile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tiny_model(tmp_path / "m.onnx")
     with caplog.at_level(logging.WARNING, logger="hpddrnet_trt.export.tensorrt"):
-        build_engine(source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False)
+        engine_of(source, "fp32")
     assert "building for 1x1x8x8:1x1x1024x1024:1x1x2048x2048" in caplog.text
 
 
 @needs_rtx
 def test_several_profiles_targets_and_level(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "m.onnx")
-    manifest = build_engine(
-        source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", shapes=f"{SHAPES},4x1x64x64",
-        compute_capabilities=["8.9", "12.0", "8.9"], optimisation_level=0, workspace_mib=512, progress=False,
-    )  # fmt: skip
+    manifest = engine_of(
+        source, "fp32", shapes=f"{SHAPES},4x1x64x64",
+        compute_capabilities=["8.9", "12.0", "8.9"], optimization_level=0, workspace_mib=512,
+    )
     assert manifest.engine is not None
     assert len(manifest.engine.profiles) == 2
     assert manifest.engine.compute_capabilities == ["8.9", "12.0"]
@@ -278,10 +279,7 @@ def test_several_profiles_targets_and_level(tmp_path: Path) -> None:
 @needs_rtx
 def test_timing_cache_is_ignored_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
-    build_engine(
-        source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx",
-        timing_cache=tmp_path / "t.cache", progress=False,
-    )  # fmt: skip
+    engine_of(source, "fp32", timing_cache=tmp_path / "t.cache")
     assert "has no timing cache" in caplog.text
     assert not (tmp_path / "t.cache").exists()
 
@@ -289,7 +287,7 @@ def test_timing_cache_is_ignored_aloud(tmp_path: Path, caplog: pytest.LogCapture
 @needs_rtx
 def test_fp32_file_is_converted_to_fp16(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
-    manifest = build_engine(source, tmp_path / "m.engine", precision="fp16", flavour="tensorrt-rtx", progress=False)
+    manifest = engine_of(source, "fp16")
     assert manifest.precision == "fp16"
     assert manifest.engine is not None
     assert manifest.engine.layer_precision["convolutions"].get("fp16", 0) > 0
@@ -299,7 +297,7 @@ def test_fp32_file_is_converted_to_fp16(tmp_path: Path) -> None:
 @needs_rtx
 def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
-    build_engine(source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx")
+    engine_of(source, "fp32", progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "building m: 100%" in captured.err
@@ -329,17 +327,14 @@ def test_precision_refusals(
 ) -> None:
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64), **fields)
     with pytest.raises(UsageError) as caught:
-        build_engine(
-            source, tmp_path / "m.engine", precision=precision, flavour="tensorrt-rtx", calibration_images=images,
-            progress=False,
-        )  # fmt: skip
+        engine_of(source, precision, calibration_images=images)
     assert says in str(caught.value)
     assert _nothing_written(tmp_path, source)
 
 
 def test_bad_files(tmp_path: Path) -> None:
     def build(source: Path, target: str = "m.engine") -> None:
-        build_engine(source, tmp_path / target, precision="fp32", flavour="tensorrt-rtx", progress=False)
+        engine_of(source, "fp32", target=tmp_path / target)
 
     good = tiny_model(tmp_path / "good.onnx", shape=(1, 64, 64))
     with pytest.raises(BadInputFile, match=r"none\.onnx does not exist"):
@@ -369,7 +364,7 @@ def test_operator_that_the_parser_does_not_know(tmp_path: Path) -> None:
     model.opset_import.append(helper.make_opsetid("nowhere", 1))
     onnx.save(model, str(source))
     with pytest.raises(BadInputFile, match=r"cannot read .*m\.onnx: .*Mystery") as caught:
-        build_engine(source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False)
+        engine_of(source, "fp32")
     assert "\n" not in str(caught.value)
     assert _nothing_written(tmp_path, source)
 
@@ -382,17 +377,14 @@ def test_other_input_name(tmp_path: Path) -> None:
     model.graph.node[0].input[0] = "x"
     onnx.save(model, str(source))
     with pytest.raises(BadInputFile, match=r"inputs \['x'\] instead of \['image'\]"):
-        build_engine(source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False)
+        engine_of(source, "fp32")
 
 
 @needs_rtx
 def test_failed_build_explains_itself_and_leaves_nothing(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "m.onnx", typing="int8")
     with pytest.raises(UserError) as caught:
-        build_engine(
-            source, tmp_path / "m.engine", precision="int8", flavour="tensorrt-rtx",
-            shapes="1x1x2048x2048", workspace_mib=1, progress=False,
-        )  # fmt: skip
+        engine_of(source, "int8", shapes="1x1x2048x2048", workspace_mib=1)
     assert "could not build" in str(caught.value)
     assert "workspace limit of 1 MiB" in str(caught.value)
     assert "/_src/" not in str(caught.value)
@@ -404,26 +396,25 @@ def test_unwritable_target_keeps_the_old_engine(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write"):
-        build_engine(source, tmp_path / "file" / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False)
+        engine_of(source, "fp32", target=tmp_path / "file" / "m.engine")
 
 
 @needs_rtx
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"flavour": "trt"}, "flavour 'trt' is unknown"),
+        ({"runtime": "trt"}, "runtime 'trt' is unknown"),
         ({"compute_capabilities": ["9.0"]}, "'9.0' is not one that TensorRT-RTX"),
         ({"workspace_mib": 0}, "give at least 1"),
-        ({"optimisation_level": 6}, "give 0 to 5"),
+        ({"optimization_level": 6}, "give 0 to 5"),
         ({"tiling": "deep"}, "tiling 'deep' is unknown; choose none, fast, moderate, full"),
         ({"version_compatible": True}, "cannot build version-compatible engines"),
     ],
 )
 def test_option_refusals(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
-    usual: dict[str, Any] = {"precision": "fp32", "flavour": "tensorrt-rtx", "progress": False}
     with pytest.raises(UsageError) as caught:
-        build_engine(source, tmp_path / "m.engine", **{**usual, **options})
+        engine_of(source, **options)
     assert says in str(caught.value)
     assert _nothing_written(tmp_path, source)
 
@@ -432,13 +423,11 @@ def test_option_refusals(tmp_path: Path, options: dict[str, Any], says: str) -> 
 def test_builder_options_do_not_change_an_rtx_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What the warning says: its kernels are chosen where the engine runs."""
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
-    given: list[dict[str, Any]] = [{}, {"optimisation_level": 5}, {"tiling": "full"}, {"sparsity": True}]
+    given: list[dict[str, Any]] = [{}, {"optimization_level": 5}, {"tiling": "full"}, {"sparsity": True}]
     plans = set()
     for options in given:
         caplog.clear()
-        build_engine(
-            source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", progress=False, **options
-        )
+        engine_of(source, "fp32", **options)
         assert ("do not change the file" in caplog.text) == bool(options)
         plans.add((tmp_path / "m.engine").read_bytes())
     assert len(plans) == 1
@@ -448,10 +437,7 @@ def test_builder_options_do_not_change_an_rtx_engine(tmp_path: Path, caplog: pyt
 def test_bf16_for_a_gpu_without_it(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))
     with pytest.raises(UserError, match=r"could not build .*BF16 runs on compute capability 8\.0 and later"):
-        build_engine(
-            source, tmp_path / "m.engine", precision="bf16", flavour="tensorrt-rtx", compute_capabilities=["7.5"],
-            progress=False,
-        )  # fmt: skip
+        engine_of(source, "bf16", compute_capabilities=["7.5"])
     assert _nothing_written(tmp_path, source)
 
 
@@ -459,10 +445,7 @@ def test_bf16_for_a_gpu_without_it(tmp_path: Path) -> None:
 def test_attention_for_a_gpu_without_bf16_names_another_library(tmp_path: Path) -> None:
     source = write_fp16(tmp_path / "m.onnx")
     with pytest.raises(UserError, match=r"no FP32 matrix products .* build with TensorRT 10 on that GPU"):
-        build_engine(
-            source, tmp_path / "m.engine", precision="fp16", flavour="tensorrt-rtx", shapes="1x1x64x64",
-            compute_capabilities=["7.5"], progress=False,
-        )  # fmt: skip
+        engine_of(source, "fp16", shapes="1x1x64x64", compute_capabilities=["7.5"])
     assert _nothing_written(tmp_path, source)
 
 
@@ -470,9 +453,7 @@ def test_attention_for_a_gpu_without_bf16_names_another_library(tmp_path: Path) 
 @pytest.mark.parametrize(("shapes", "known"), [("1x1x128x128", True), ("1x1x64x64:1x1x128x128:2x1x128x128", False)])
 def test_memory_for_activations_is_known_of_one_shape(tmp_path: Path, shapes: str, known: bool) -> None:
     source = tiny_model(tmp_path / "m.onnx")
-    engine = build_engine(
-        source, tmp_path / "m.engine", precision="fp32", flavour="tensorrt-rtx", shapes=shapes, progress=False
-    ).engine
+    engine = engine_of(source, "fp32", shapes=shapes).engine
     assert engine is not None
     assert (engine.activation_bytes is not None) == known
     assert engine.activation_bytes is None or engine.activation_bytes > 0
@@ -483,7 +464,7 @@ def test_memory_for_activations_is_known_of_one_shape(tmp_path: Path, shapes: st
 
 @needs_rtx
 def test_compute_capabilities_are_those_of_the_library() -> None:
-    api = load_flavour("tensorrt-rtx")
+    api = load_tensorrt("tensorrt-rtx")
     assert compute_capability(api, "8.9") == api.module.ComputeCapability.SM89
     assert compute_capability(api, "12.0") == api.module.ComputeCapability.SM120
     with pytest.raises(UsageError, match=r"7\.5, .*8\.9"):
@@ -496,10 +477,10 @@ def test_compute_capabilities_are_those_of_the_library() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
 @needs_rtx
-def test_missing_flavour_names_its_extra() -> None:
+def test_missing_runtime_names_its_extra() -> None:
     with pytest.raises(MissingDependency, match=r"hpddrnet-trt\[tensorrt\]"):
-        load_flavour("tensorrt")
-    assert choose_flavour("auto").flavour == "tensorrt-rtx"
+        load_tensorrt("tensorrt")
+    assert choose_tensorrt("auto").name == "tensorrt-rtx"
 
 
 @pytest.mark.parametrize(
@@ -515,7 +496,7 @@ def test_other_versions_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPa
     module.__version__ = version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     with pytest.raises(MissingDependency, match=says):
-        load_flavour("tensorrt")
+        load_tensorrt("tensorrt")
 
 
 def test_library_messages_become_readable() -> None:
@@ -541,7 +522,7 @@ def test_interrupt_ends_a_running_build(tmp_path: Path) -> None:
     """Ctrl-C during the build cancels it at its next step instead of waiting for its end."""
     from hpddrnet_trt.engines.tensorrt_library import progress_monitor
 
-    api = load_flavour("tensorrt-rtx")
+    api = load_tensorrt("tensorrt-rtx")
     trt, cancel, plans = api.module, threading.Event(), []
     builder = trt.Builder(api.log)
     network = builder.create_network(0)
@@ -610,7 +591,7 @@ def _cask(weights: str, source: dict[str, str]) -> dict[str, Any]:
 )
 def test_inspector_forms(layer: dict[str, Any], precision: str) -> None:
     layers = [{"LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Row major linear FP32"}]}, layer]
-    proof = proof_from_inspector(json.dumps({"Layers": layers, "Bindings": ["image"]}), PARSED)
+    proof = report_from_inspector(json.dumps({"Layers": layers, "Bindings": ["image"]}), PARSED)
     assert proof["source"] == "engine inspector"
     assert proof["convolutions"] == {precision: 1}
     assert proof["layer_types"] == {"Reformat": 1, layer["LayerType"]: 1}
@@ -619,16 +600,16 @@ def test_inspector_forms(layer: dict[str, Any], precision: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv + relu"]}', '{"Layers": [{"LayerType": "kgen"}]}'])
 def test_silent_inspector_falls_back_to_the_parsed_network(text: str) -> None:
-    proof = proof_from_inspector(text, PARSED)
+    proof = report_from_inspector(text, PARSED)
     assert proof["source"] == "parsed network"
     assert proof["convolutions"] == PARSED["convolutions"]
     assert "engine inspector" in proof["remark"]
 
 
 def test_inspected_engine_of_another_precision_is_refused() -> None:
-    half = proof_from_inspector(json.dumps({"Layers": [_cask("Half", {"DataType": "Half"})]}), PARSED)
+    half = report_from_inspector(json.dumps({"Layers": [_cask("Half", {"DataType": "Half"})]}), PARSED)
     with pytest.raises(UserError, match=r"labelled INT8, but none .* is .engine inspector: 1 in FP16"):
-        check_proof(half, "int8", "the engine")
+        check_report(half, "int8", "the engine")
 
 
 def test_description_key_is_the_packages() -> None:

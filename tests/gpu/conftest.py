@@ -10,9 +10,9 @@ import pytest
 from hpddrnet_trt.core.errors import MissingDependency, NoGpu, UserError
 from hpddrnet_trt.engines.cuda import Gpu, find_gpu
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.engines.tensorrt_library import Flavour, load_flavour
+from hpddrnet_trt.engines.tensorrt_library import RuntimeName, load_tensorrt
 from hpddrnet_trt.export.tensorrt import build_engine
-from tests.tiny_onnx import tiny_model
+from tests.tiny_onnx import QUIET, tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -24,18 +24,18 @@ def require_gpu() -> Gpu:
         pytest.skip(str(exc))
 
 
-@pytest.fixture(scope="session", params=get_args(Flavour))
-def flavour(request: pytest.FixtureRequest, require_gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="session", params=get_args(RuntimeName))
+def runtime(request: pytest.FixtureRequest, require_gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Each installed library that can run an engine on this GPU."""
-    name: Flavour = request.param
+    name: RuntimeName = request.param
     try:
-        load_flavour(name)
+        load_tensorrt(name)
     except MissingDependency as exc:
         pytest.skip(str(exc))
     folder: Path = tmp_path_factory.mktemp("probe")
     source = tiny_model(folder / "probe.onnx", shape=(1, 64, 64))
     try:
-        build_engine(source, folder / "probe.engine", precision="fp32", flavour=name, progress=False)
+        build_engine(source, folder / "probe.engine", precision="fp32", runtime=name, settings=QUIET)
         TensorRTEngine(folder / "probe.engine").close()
     except UserError as exc:
         if name == "tensorrt":  # supports every current GPU; TensorRT-RTX names the ones it runs on

@@ -22,18 +22,18 @@ from hpddrnet_trt.engines.cuda import (
 )
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 from hpddrnet_trt.export.tensorrt import build_engine
-from tests.tiny_onnx import tiny_model
+from tests.tiny_onnx import QUIET, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]
 SHAPE = (1, 1, 256, 256)
 
 
 @pytest.fixture(scope="module")
-def engine_file(flavour: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_file(runtime: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedding")
     source = tiny_model(folder / "m.onnx")
     shapes = "1x1x64x64:1x1x256x256:4x1x512x512"
-    build_engine(source, folder / "m.engine", precision="fp32", flavour=flavour, shapes=shapes, progress=False)  # type: ignore[arg-type]
+    build_engine(source, folder / "m.engine", precision="fp32", runtime=runtime, shapes=shapes, settings=QUIET)  # type: ignore[arg-type]
     return folder / "m.engine"
 
 

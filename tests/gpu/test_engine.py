@@ -17,8 +17,8 @@ from hpddrnet_trt.core.errors import BadInputFile, ContractError
 from hpddrnet_trt.core.manifest import sidecar_path
 from hpddrnet_trt.engines.cuda import DeviceBuffer, Gpu, Stream, check, cudart, current_device
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.export.tensorrt import build_engine
-from tests.tiny_onnx import tiny_model
+from hpddrnet_trt.export.tensorrt import BuildSettings, build_engine
+from tests.tiny_onnx import QUIET, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]
 
@@ -44,18 +44,17 @@ def _agreement(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> float:
     return float((left == right).mean())
 
 
-def _built(folder: Path, flavour: str, precision: Any = "fp32", **options: Any) -> tuple[Path, Path]:
+def _built(folder: Path, runtime: str, precision: Any = "fp32", **options: Any) -> tuple[Path, Path]:
     source = tiny_model(folder / f"{precision}.onnx", typing=precision)
     target = folder / f"{precision}.engine"
-    build_engine(
-        source, target, precision=precision, flavour=flavour, shapes=SHAPES, progress=False, **options
-    )
+    settings = BuildSettings(progress=False, **options)
+    build_engine(source, target, precision=precision, runtime=runtime, shapes=SHAPES, settings=settings)
     return source, target
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_labels_agree_with_onnx_runtime(tmp_path: Path, flavour: str, precision: str) -> None:
-    source, target = _built(tmp_path, flavour, precision)
+def test_labels_agree_with_onnx_runtime(tmp_path: Path, runtime: str, precision: str) -> None:
+    source, target = _built(tmp_path, runtime, precision)
     with TensorRTEngine(target) as engine:
         for shape in ((1, 1, 256, 256), (4, 1, 64, 128), (1, 1, 512, 512), (1, 1, 256, 256)):
             images = _images(*shape)
@@ -63,8 +62,8 @@ def test_labels_agree_with_onnx_runtime(tmp_path: Path, flavour: str, precision:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_precision_is_proven_on_the_gpu(tmp_path: Path, flavour: str, precision: str) -> None:
-    _, target = _built(tmp_path, flavour, precision)
+def test_precision_is_proven_on_the_gpu(tmp_path: Path, runtime: str, precision: str) -> None:
+    _, target = _built(tmp_path, runtime, precision)
     record = json.loads(sidecar_path(target).read_text())["engine"]
     proof = record["layer_precision"]
     assert record["gpu"]
@@ -73,7 +72,7 @@ def test_precision_is_proven_on_the_gpu(tmp_path: Path, flavour: str, precision:
     assert proof["source"] == "engine inspector" or "engine" in proof["remark"]
 
 
-def test_the_real_network_agrees(tmp_path: Path, flavour: str) -> None:
+def test_the_real_network_agrees(tmp_path: Path, runtime: str) -> None:
     """The exported network, random weights, FP32 and FP16 engines against ONNX Runtime."""
     torch = pytest.importorskip("torch", reason="PyTorch, which exports the network, is not installed")
     from hpddrnet_trt.core.manifest import ClassInfo, Manifest
@@ -94,8 +93,8 @@ def test_the_real_network_agrees(tmp_path: Path, flavour: str) -> None:
     for precision in ("fp32", "fp16"):
         target = tmp_path / f"m.{precision}.engine"
         build_engine(
-            source, target, precision=precision, flavour=flavour,  # type: ignore[arg-type]
-            shapes="1x1x256x256:1x1x256x384:1x1x512x512", progress=False,
+            source, target, precision=precision, runtime=runtime,  # type: ignore[arg-type]
+            shapes="1x1x256x256:1x1x256x384:1x1x512x512", settings=QUIET,
         )  # fmt: skip
         with TensorRTEngine(target) as engine:
             assert _agreement(engine.infer(images).labels, truth) >= AGREEMENT[precision]
@@ -120,8 +119,8 @@ def _pycuda_array(images: npt.NDArray[Any]) -> Any:
 
 
 @pytest.mark.parametrize("place", [_torch_array, _cupy_array, _pycuda_array])
-def test_arrays_of_other_libraries(tmp_path: Path, flavour: str, place: Any) -> None:
-    source, target = _built(tmp_path, flavour)
+def test_arrays_of_other_libraries(tmp_path: Path, runtime: str, place: Any) -> None:
+    source, target = _built(tmp_path, runtime)
     images = _images(2, 1, 128, 256)
     with TensorRTEngine(target) as engine:
         there = place(images)
@@ -130,8 +129,8 @@ def test_arrays_of_other_libraries(tmp_path: Path, flavour: str, place: Any) -> 
             engine.infer(there[:, :, :, ::2])
 
 
-def test_results_on_the_gpu_reach_pytorch(tmp_path: Path, flavour: str) -> None:
-    source, target = _built(tmp_path, flavour)
+def test_results_on_the_gpu_reach_pytorch(tmp_path: Path, runtime: str) -> None:
+    source, target = _built(tmp_path, runtime)
     images = _images(1, 1, 256, 256)
     there = _torch_array(images)
     import torch
@@ -144,11 +143,11 @@ def test_results_on_the_gpu_reach_pytorch(tmp_path: Path, flavour: str) -> None:
         assert _agreement(engine.infer(two).labels, _truth(source, two.cpu().numpy())) >= AGREEMENT["fp32"]
 
 
-def test_plain_cuda_memory(tmp_path: Path, flavour: str, require_gpu: Gpu) -> None:
+def test_plain_cuda_memory(tmp_path: Path, runtime: str, require_gpu: Gpu) -> None:
     """Device input and output with nothing but cuda-python."""
     from hpddrnet_trt.engines.cuda import DeviceArray, PinnedBuffer
 
-    source, target = _built(tmp_path, flavour)
+    source, target = _built(tmp_path, runtime)
     images = _images(1, 1, 256, 256)
     with TensorRTEngine(target) as engine, current_device(require_gpu.index):
         stream, memory, host = Stream(), DeviceBuffer(images.nbytes), PinnedBuffer(images.nbytes)
@@ -163,8 +162,8 @@ def test_plain_cuda_memory(tmp_path: Path, flavour: str, require_gpu: Gpu) -> No
         assert _agreement(found, _truth(source, images)) >= AGREEMENT["fp32"]
 
 
-def test_threads_with_their_own_engines(tmp_path: Path, flavour: str) -> None:
-    source, target = _built(tmp_path, flavour)
+def test_threads_with_their_own_engines(tmp_path: Path, runtime: str) -> None:
+    source, target = _built(tmp_path, runtime)
     wrong: list[int] = []
 
     def work(seed: int) -> None:
@@ -183,8 +182,8 @@ def test_threads_with_their_own_engines(tmp_path: Path, flavour: str) -> None:
     assert wrong == []
 
 
-def test_steady_frames_take_no_more_memory(tmp_path: Path, flavour: str) -> None:
-    _, target = _built(tmp_path, flavour)
+def test_steady_frames_take_no_more_memory(tmp_path: Path, runtime: str) -> None:
+    _, target = _built(tmp_path, runtime)
     images = _images(4, 1, 512, 512)
     with TensorRTEngine(target) as engine:
         engine.infer(images)
@@ -195,9 +194,9 @@ def test_steady_frames_take_no_more_memory(tmp_path: Path, flavour: str) -> None
     assert free - after < 16 << 20
 
 
-def test_graphs_equal_plain_runs_equal_onnx_runtime(tmp_path: Path, flavour: str) -> None:
+def test_graphs_equal_plain_runs_equal_onnx_runtime(tmp_path: Path, runtime: str) -> None:
     """Frames of several shapes, each often enough to come from a graph, and in changing order."""
-    source, target = _built(tmp_path, flavour)
+    source, target = _built(tmp_path, runtime)
     shapes = [(1, 1, 64, 64), (1, 1, 256, 256), (2, 1, 128, 64)]
     batches = [_images(*shape, seed=seed) for seed in range(5) for shape in shapes for _ in range(2)]
     with TensorRTEngine(target) as quick, TensorRTEngine(target, graphs=False) as plain:
@@ -207,8 +206,8 @@ def test_graphs_equal_plain_runs_equal_onnx_runtime(tmp_path: Path, flavour: str
             assert _agreement(labels, _truth(source, images)) >= AGREEMENT["fp32"]
 
 
-def test_a_graph_is_really_made(tmp_path: Path, flavour: str, caplog: pytest.LogCaptureFixture) -> None:
-    _, target = _built(tmp_path, flavour)
+def test_a_graph_is_really_made(tmp_path: Path, runtime: str, caplog: pytest.LogCaptureFixture) -> None:
+    _, target = _built(tmp_path, runtime)
     with TensorRTEngine(target) as engine:
         for _ in range(5):
             engine.infer(_images(1, 1, 256, 256))
@@ -216,8 +215,8 @@ def test_a_graph_is_really_made(tmp_path: Path, flavour: str, caplog: pytest.Log
     assert "no CUDA graph can be made" not in caplog.text
 
 
-def test_labels_go_where_the_caller_wants_them(tmp_path: Path, flavour: str) -> None:
-    _, target = _built(tmp_path, flavour)
+def test_labels_go_where_the_caller_wants_them(tmp_path: Path, runtime: str) -> None:
+    _, target = _built(tmp_path, runtime)
     out = np.zeros((1, 256, 256), np.uint8)
     with TensorRTEngine(target) as engine:
         for seed in range(5):
@@ -227,8 +226,8 @@ def test_labels_go_where_the_caller_wants_them(tmp_path: Path, flavour: str) -> 
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_many_in_flight_equal_one_at_a_time(tmp_path: Path, flavour: str, slots: int) -> None:
-    _, target = _built(tmp_path, flavour)
+def test_many_in_flight_equal_one_at_a_time(tmp_path: Path, runtime: str, slots: int) -> None:
+    _, target = _built(tmp_path, runtime)
     sizes = [256] * 20 + [64, 256, 512, 64] * 3
     batches = [_images(1, 1, size, size, seed=seed) for seed, size in enumerate(sizes)]
     with TensorRTEngine(target, slots=slots) as engine:
@@ -238,8 +237,8 @@ def test_many_in_flight_equal_one_at_a_time(tmp_path: Path, flavour: str, slots:
                 np.testing.assert_array_equal(result.labels, expected)
 
 
-def test_a_bound_batch_runs_and_disturbs_nothing(tmp_path: Path, flavour: str) -> None:
-    _, target = _built(tmp_path, flavour)
+def test_a_bound_batch_runs_and_disturbs_nothing(tmp_path: Path, runtime: str) -> None:
+    _, target = _built(tmp_path, runtime)
     images = _images(1, 1, 256, 256)
     with TensorRTEngine(target) as engine:
         before = engine.infer(images).labels
@@ -259,8 +258,8 @@ def test_a_bound_batch_runs_and_disturbs_nothing(tmp_path: Path, flavour: str) -
         np.testing.assert_array_equal(engine.infer(images).labels, before)
 
 
-def test_device_memory_is_about_what_the_gpu_reports(tmp_path: Path, flavour: str) -> None:
-    _, target = _built(tmp_path, flavour)
+def test_device_memory_is_about_what_the_gpu_reports(tmp_path: Path, runtime: str) -> None:
+    _, target = _built(tmp_path, runtime)
     with TensorRTEngine(target) as engine:
         engine.infer(_images(4, 1, 512, 512))
         first = engine.device_memory
@@ -269,17 +268,17 @@ def test_device_memory_is_about_what_the_gpu_reports(tmp_path: Path, flavour: st
         assert engine.device_memory > first
 
 
-def test_timing_cache_is_written_and_read(tmp_path: Path, flavour: str) -> None:
-    if flavour != "tensorrt":
+def test_timing_cache_is_written_and_read(tmp_path: Path, runtime: str) -> None:
+    if runtime != "tensorrt":
         pytest.skip("TensorRT-RTX has no timing cache")
     cache = tmp_path / "timing.cache"
-    _built(tmp_path, flavour, timing_cache=cache)
+    _built(tmp_path, runtime, timing_cache=cache)
     assert cache.stat().st_size > 0
-    _built(tmp_path, flavour, timing_cache=cache)
+    _built(tmp_path, runtime, timing_cache=cache)
 
 
-def test_an_engine_for_another_gpu_is_refused(tmp_path: Path, flavour: str) -> None:
-    _, target = _built(tmp_path, flavour)
+def test_an_engine_for_another_gpu_is_refused(tmp_path: Path, runtime: str) -> None:
+    _, target = _built(tmp_path, runtime)
     fields = json.loads(sidecar_path(target).read_text())
     fields["engine"]["compute_capabilities"] = ["5.0"]
     sidecar_path(target).write_text(json.dumps(fields))

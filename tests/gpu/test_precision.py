@@ -17,6 +17,7 @@ from hpddrnet_trt.export.calibrate import calibrate
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.inference import load_segmenter
 from hpddrnet_trt.weights import locate
+from tests.tiny_onnx import QUIET
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]
 
@@ -32,10 +33,10 @@ def int8(tmp_path_factory: pytest.TempPathFactory, sem_data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(int8: Path, flavour: str, sem_data: Path) -> Path:
-    target = int8.with_name(f"{flavour}.engine")
+def engine(int8: Path, runtime: str, sem_data: Path) -> Path:
+    target = int8.with_name(f"{runtime}.engine")
     manifest = build_verified(
-        int8, target, precision="int8", flavour=flavour, shapes=SHAPES, progress=False,
+        int8, target, precision="int8", runtime=runtime, shapes=SHAPES, settings=QUIET,
         acceptance=AcceptanceCheck(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=locate(MODEL, ".onnx")),
     )  # fmt: skip
     evidence = manifest.validation[-1]

@@ -16,10 +16,11 @@ from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.protobuf import protobuf_fields
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.engines.openvino import OpenVINOEngine
-from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 from hpddrnet_trt.export.tensorrt import build_engine
 from hpddrnet_trt.graph.check import MAX_GRAPH_DEPTH, MAX_OPSET, _Reader, check_onnx, rewritten
 from tests.tiny_export import pictures, write_fp16, write_fp32
+from tests.tiny_onnx import QUIET
 from tests.toy import manifest, write_toy_onnx
 
 Change = Callable[[onnx.ModelProto], None]
@@ -313,7 +314,7 @@ def _foreign(path: Path) -> Path:
 def test_calibration_checks_the_file_it_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, images = _foreign(write_fp32(tmp_path / "m.onnx")), pictures(tmp_path / "images", 2)
     counted = Counted(monkeypatch)
-    calibrate(source, tmp_path / "int8.onnx", images, method="auto", min_agreement=0.1, cache=None)
+    calibrate(source, tmp_path / "int8.onnx", images, CalibrationSettings(method="auto", min_agreement=0.1, cache=None))
     assert counted.structure == ["foreign.onnx"]
     assert counted.operators == []
     check_onnx(tmp_path / "int8.onnx", "types")  # ours
@@ -324,8 +325,8 @@ def test_a_build_checks_the_file_it_is_given_once(tmp_path: Path, monkeypatch: p
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, which builds without a GPU, is missing")
     source = _foreign(write_fp32(tmp_path / "m.onnx"))
     counted = Counted(monkeypatch)
-    options: dict[str, Any] = {"flavour": "tensorrt-rtx", "shapes": "1x1x64x64:1x1x64x64:1x1x64x64"}
-    build_engine(source, tmp_path / "m.engine", precision="fp16", progress=False, **options)
+    options: dict[str, Any] = {"runtime": "tensorrt-rtx", "shapes": "1x1x64x64:1x1x64x64:1x1x64x64"}
+    build_engine(source, tmp_path / "m.engine", precision="fp16", settings=QUIET, **options)
     assert counted.structure == counted.operators == ["foreign.onnx"]
 
 

@@ -16,7 +16,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from hpddrnet_trt.export.proof import check_proof, proof_from_network
+from hpddrnet_trt.export.layer_precision import check_report, report_from_network
 from hpddrnet_trt.export.statistics import extremes
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import E4M3_MAX, fp8_layers, suits_fp8, to_fp8
@@ -189,9 +189,9 @@ def test_tensorrt_rtx(made: Made, target: str | None, builds: bool) -> None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, target), 0)
     assert (builder.build_serialized_network(network, config) is not None) == builds
-    proof = proof_from_network(trt, network, (1, 1, 64, 64))
+    proof = report_from_network(trt, network, (1, 1, 64, 64))
     assert proof["convolutions"] == {"fp8": len(QUANTISABLE), "fp16": 1}  # the gate's stays
-    check_proof(proof, "fp8", "it")
+    check_report(proof, "fp8", "it")
 
 
 def test_real_micrographs(sem_data: Path, tmp_path: Path) -> None:

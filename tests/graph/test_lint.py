@@ -14,8 +14,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from hpddrnet_trt.export.layer_precision import reformats_from_inspector
 from hpddrnet_trt.export.onnx import ExportOptions, export_network
-from hpddrnet_trt.export.proof import reformats_from_inspector
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import fp8_layers, to_fp8
 from hpddrnet_trt.graph.lint import QdqReport, analyze, report_lines

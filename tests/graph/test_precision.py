@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.export.proof import check_proof, proof_from_network
+from hpddrnet_trt.export.layer_precision import check_report, report_from_network
 from hpddrnet_trt.graph.attention import in_type
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.graph.nodes import consumers, fold_constants, producers, tensor_types
@@ -377,8 +377,8 @@ def test_tensorrt_rtx_parses_and_builds(half: onnx.ModelProto, brain: onnx.Model
     assert parser.parse(content), [str(parser.get_error(i)) for i in range(parser.num_errors)]
     types = [network.get_layer(i).get_output(0).dtype for i in range(network.num_layers)]
     assert types.count({"fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16}[kind]) > 0.8 * len(types)
-    proof = proof_from_network(trt, network, (1, 1, 64, 96))
-    check_proof(proof, kind, "it")
+    proof = report_from_network(trt, network, (1, 1, 64, 96))
+    check_report(proof, kind, "it")
     # The classifier's, and the one that enlarges its scores.
     assert proof["convolutions"].get("fp32", 0) == (2 if kind == "bf16" else 0)
     operands = {name for row in proof["layers"] for name in row["operands"]}

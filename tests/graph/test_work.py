@@ -253,13 +253,13 @@ def test_the_model_is_left_as_it_is(shipped: Any) -> None:
 def test_multiply_accumulates_are_those_of_the_parsed_network(shape: tuple[int, ...]) -> None:
     import tensorrt_rtx as trt
 
-    from hpddrnet_trt.export.proof import proof_from_network
+    from hpddrnet_trt.export.layer_precision import report_from_network
 
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     assert parser.parse(SHIPPED.read_bytes())
-    proof = proof_from_network(trt, network, shape)
+    proof = report_from_network(trt, network, shape)
     work = macs_and_bytes(onnx.load(str(SHIPPED)), shape)
     assert {name: entry.macs for name, entry in work.items() if entry.macs} == {
         layer["name"]: layer["macs"] for layer in proof["layers"]

@@ -1,8 +1,8 @@
-"""Proof of an engine's precision: what its convolutions and matrix products really compute in.
+"""Layer-precision report: what an engine's convolutions and matrix products really compute in.
 
 Two sources. The *engine inspector* shows what was built, but needs the GPU it was built for. The
 *parsed network* is strongly typed, so its tensor types bind the builder; it needs no GPU, and it is
-where multiply-accumulate counts come from. Each proof says which it is.
+where multiply-accumulate counts come from. Each report says which it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARSED_NETWORK = "parsed network"
 ENGINE_INSPECTOR = "engine inspector"
 
 
-def proof_from_network(trt: Any, network: Any, shape: Sequence[int]) -> dict[str, Any]:
+def report_from_network(trt: Any, network: Any, shape: Sequence[int]) -> dict[str, Any]:
     """Per-layer types of a parsed, strongly typed network, and shares per precision.
 
     ``trt`` is the module, ``shape`` the input shape ``[N, C, H, W]`` at which the multiply-accumulates
@@ -130,13 +130,13 @@ def _fractions(counts: Counter[str]) -> dict[str, float]:
     return {kind: round(count / total, 6) for kind, count in counts.most_common()} if total else {}
 
 
-def proof_from_inspector(information: str, parsed: dict[str, Any]) -> dict[str, Any]:
+def report_from_inspector(information: str, parsed: dict[str, Any]) -> dict[str, Any]:
     """Precision of the convolutions in a built engine.
 
     ``information``: the engine inspector's JSON of a build with detailed profiling verbosity
     (``Format/Datatype`` of TensorRT 10 and the split ``Format`` and ``DataType`` of TensorRT 11 are
-    both read). ``parsed``: the proof from the network it was built from, kept inside. Where the
-    inspector shows no convolution by type (fused into opaque kernels), the parsed proof is returned
+    both read). ``parsed``: the report from the network it was built from, kept inside. Where the
+    inspector shows no convolution by type (fused into opaque kernels), the parsed report is returned
     with a remark.
     """
     try:
@@ -184,13 +184,13 @@ def _datatype(text: str) -> str | None:
     return next((kind for kind in reversed(PRECISIONS) if re.search(PRECISIONS[kind].shown_as, text.lower())), None)
 
 
-def check_proof(proof: dict[str, Any], precision: str, label: str) -> None:
+def check_report(report: dict[str, Any], precision: str, label: str) -> None:
     """Raise :class:`UserError` when nothing in the engine computes in the precision it would be labelled with."""
-    convolutions: dict[str, int] = proof["convolutions"]
+    convolutions: dict[str, int] = report["convolutions"]
     if convolutions.get(precision, 0) == 0:
         found = ", ".join(f"{count} in {kind.upper()}" for kind, count in convolutions.items()) or "none at all"
         raise UserError(
-            f"{label} would be labelled {precision.upper()}, but none of its convolutions is ({proof['source']}: "
+            f"{label} would be labelled {precision.upper()}, but none of its convolutions is ({report['source']}: "
             f"{found}); no file was written: {_remedy(precision)}"
         )
 
@@ -204,17 +204,17 @@ def _remedy(precision: str) -> str:
     return f"convert the FP32 ONNX file to {label} again, or ask for --precision fp32"
 
 
-def summary(proof: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     """One line for people: ``int8 50 of 55 convolutions and 93% of all multiply-accumulates; ... (parsed network)``."""
-    convolutions: dict[str, int] = proof["convolutions"]
+    convolutions: dict[str, int] = report["convolutions"]
     total = sum(convolutions.values())
     parts = []
     for kind, count in sorted(convolutions.items(), key=lambda entry: -entry[1]):
-        share = proof["macs_share"].get(kind, 0.0)
+        share = report["macs_share"].get(kind, 0.0)
         parts.append(f"{kind} {count} of {total} convolutions and {share:.0%} of all multiply-accumulates")
-    products = {kind: share for kind, share in proof["macs_share"].items() if kind not in convolutions and share > 0}
+    products = {kind: share for kind, share in report["macs_share"].items() if kind not in convolutions and share > 0}
     parts += [f"{kind} {share:.0%} of all multiply-accumulates, in matrix products" for kind, share in products.items()]
-    return f"{'; '.join(parts)} ({proof['source']})"
+    return f"{'; '.join(parts)} ({report['source']})"
 
 
 def reformats_from_inspector(information: str) -> dict[str, Any]:
