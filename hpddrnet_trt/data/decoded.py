@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, one_line
-from hpddrnet_trt.data.vendors.findings import Findings
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata
 
 MAX_PIXELS = 1 << 30  # 32768 x 32768: larger than any single frame, smaller than a memory bomb
 
@@ -22,7 +22,7 @@ class Decoded:
     ``values``: ``[H, W]`` or ``[H, W, C]`` as stored (palette indices stay indices).
     ``palette``: uint8 ``[n, 3]`` RGB for palette files. ``alpha``: the last channel is opacity.
     ``inverted``: zero means white (TIFF MINISWHITE). ``bit_depth``: bits per sample in the file.
-    ``findings``: what the file's own metadata say about scale and information bar, best source first.
+    ``metadata``: what the file's own metadata say about scale and information bar, best source first.
     """
 
     format: Literal["PNG", "JPEG", "TIFF", "DM"]
@@ -31,7 +31,7 @@ class Decoded:
     palette: npt.NDArray[np.uint8] | None = None
     alpha: bool = False
     inverted: bool = False
-    findings: tuple[Findings, ...] = ()
+    metadata: tuple[VendorMetadata, ...] = ()
     remarks: tuple[str, ...] = ()
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, require
 from hpddrnet_trt.data.decoded import Decoded, check_size, damaged
-from hpddrnet_trt.data.vendors.findings import Findings, metres
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata, metres
 
 _PARSER = "nionswift_plugin.DM_IO.parse_dm3"
 _PARSING = threading.Lock()
@@ -55,7 +55,7 @@ def decode_dm(path: Path, what: str, max_pixels: int) -> Decoded:
     values = _values(data, dimensions, path, what)
     remarks = (f"the first of {dimensions[2]} pictures is used",) if len(dimensions) == 3 and dimensions[2] > 1 else ()
     return Decoded(
-        "DM", values, 8 * values.dtype.itemsize, findings=(_calibration(data, dimensions),), remarks=remarks
+        "DM", values, 8 * values.dtype.itemsize, metadata=(_calibration(data, dimensions),), remarks=remarks
     )
 
 
@@ -114,24 +114,24 @@ def _values(data: Mapping[str, Any], dimensions: list[int], path: Path, what: st
     return picture.copy()  # of a stack the rest is let go
 
 
-def _calibration(data: Mapping[str, Any], dimensions: list[int]) -> Findings:
-    findings = Findings("Gatan")
+def _calibration(data: Mapping[str, Any], dimensions: list[int]) -> VendorMetadata:
+    metadata = VendorMetadata("Gatan")
     calibrations = data.get("Calibrations")
     axes = calibrations.get("Dimension") if isinstance(calibrations, dict) else None
     if not isinstance(axes, list) or len(axes) < 2 or not all(isinstance(axis, dict) for axis in axes[:2]):
-        return findings
+        return metadata
     scales = [axis.get("Scale") for axis in axes[:2]]
     units = [_text(axis.get("Units")) for axis in axes[:2]]
     if not all(isinstance(scale, float | int) for scale in scales):
-        return findings
+        return metadata
     sizes = [metres(float(scale), unit) for scale, unit in zip(scales, units, strict=True)]
     if sizes[0] is None and units[0] not in ("", "pixels"):
-        findings.doubts.append(f"its axes are in {units[0][:20]!r}, which is no length (a diffraction pattern?)")
+        metadata.doubts.append(f"its axes are in {units[0][:20]!r}, which is no length (a diffraction pattern?)")
     elif sizes[0] is not None and sizes[1] is None:
-        findings.doubts.append("only one of its axes has a length")
+        metadata.doubts.append("only one of its axes has a length")
     else:
-        findings.add_size(sizes[0], sizes[1], "Calibrations.Dimension Scale")
-    return findings
+        metadata.add_size(sizes[0], sizes[1], "Calibrations.Dimension Scale")
+    return metadata
 
 
 def _text(value: Any) -> str:

@@ -186,7 +186,7 @@ class SegmentPanel:
     def choose_model(self, model: str) -> None:
         """Choose a model: a file, or the name of one that comes with the package."""
         if model in self.model.choices:
-            self.model.value, self.model_file.value = Path(model), None
+            self.model.value, self.model_file.value = model, None
         else:
             self.model_file.value = Path(model)
 

@@ -1,6 +1,6 @@
 """What microscopes and image software write about a picture: one module per vendor, one answer.
 
-Tags inside the file come first, texts beside it second; :func:`~.findings.resolve` lets none
+Tags inside the file come first, texts beside it second; :func:`~.metadata.resolve` lets none
 of them win against another that contradicts it.
 """
 
@@ -13,42 +13,42 @@ from typing import Any
 import tifffile
 
 from hpddrnet_trt.data.vendors import fei, hitachi, imagej, jeol, ome, tescan, zeiss
-from hpddrnet_trt.data.vendors.findings import Findings, VendorInfo, resolve
+from hpddrnet_trt.data.vendors.metadata import VendorInfo, VendorMetadata, resolve
 from hpddrnet_trt.data.vendors.texts import TooLarge, sidecar
 
-__all__ = ["Findings", "VendorInfo", "imagej", "read_sidecars", "read_tags", "resolve"]
+__all__ = ["VendorInfo", "VendorMetadata", "imagej", "read_sidecars", "read_tags", "resolve"]
 
 
-def read_tags(page: tifffile.TiffPage) -> tuple[Findings, ...]:
-    """Findings of all tags of a TIFF's first page; the resolution tags alone count only when nothing else speaks."""
-    found: list[Findings] = []
+def read_tags(page: tifffile.TiffPage) -> tuple[VendorMetadata, ...]:
+    """What all tags of a TIFF's first page say; the resolution tags alone count only when nothing else speaks."""
+    found: list[VendorMetadata] = []
     for module in (fei, zeiss, tescan, ome, imagej):
         found += _bounded(module.VENDOR, module.read, page)
     return tuple(found or imagej.read_resolution(page))
 
 
-def read_sidecars(picture: Path, stored: tuple[int, int]) -> tuple[Findings, ...]:
-    """Findings of the files that TESCAN, Hitachi and JEOL keep beside ``picture``, whose ``(width, height)`` is given.
+def read_sidecars(picture: Path, stored: tuple[int, int]) -> tuple[VendorMetadata, ...]:
+    """The metadata of the files that TESCAN, Hitachi and JEOL keep beside ``picture``, of ``(width, height)``.
 
     A text file of another kind is passed over; one of theirs that cannot be read becomes a doubt.
     """
     return (*_bounded(tescan.VENDOR, tescan.read_sidecar, picture, stored), *_bounded(None, _text, picture, stored))
 
 
-def _text(picture: Path, stored: tuple[int, int]) -> list[Findings]:
+def _text(picture: Path, stored: tuple[int, int]) -> list[VendorMetadata]:
     names = [picture.stem + ending for ending in (".txt", ".TXT", ".Txt")]
     beside = sidecar(picture.parent, names, (*hitachi.MARKS, *jeol.MARKS))
     if beside is None:
         return []
     name, text = beside
     found = (module.read_sidecar_text(text, name, stored) for module in (hitachi, jeol))
-    return [findings for findings in found if findings is not None]
+    return [metadata for metadata in found if metadata is not None]
 
 
-def _bounded(vendor: str | None, read: Callable[..., list[Findings]], *arguments: Any) -> list[Findings]:
+def _bounded(vendor: str | None, read: Callable[..., list[VendorMetadata]], *arguments: Any) -> list[VendorMetadata]:
     try:
         return read(*arguments)
     except TooLarge as exc:
-        return [Findings(vendor, doubts=[f"its metadata are not read ({exc})"])]
+        return [VendorMetadata(vendor, doubts=[f"its metadata are not read ({exc})"])]
     except OSError as exc:
-        return [Findings(vendor, doubts=[f"its metadata cannot be read ({exc.strerror or exc})"])]
+        return [VendorMetadata(vendor, doubts=[f"its metadata cannot be read ({exc.strerror or exc})"])]

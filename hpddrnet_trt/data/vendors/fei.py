@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tifffile
 
-from hpddrnet_trt.data.vendors.findings import Findings, length, number, whole
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata, length, number, whole
 from hpddrnet_trt.data.vendors.texts import Sections, decoded, ini_sections, tag_bytes, xml_values
 
 VENDOR = "Thermo Fisher / FEI"
@@ -18,8 +18,8 @@ _RESULT = "Metadata/BinaryResult"
 _PHENOM = "FeiImage"
 
 
-def read(page: tifffile.TiffPage) -> list[Findings]:
-    """Findings of the text and of the XML, each where present."""
+def read(page: tifffile.TiffPage) -> list[VendorMetadata]:
+    """VendorMetadata of the text and of the XML, each where present."""
     stored = (page.imagewidth, page.imagelength)
     found = []
     for code in (34682, 34680):
@@ -33,10 +33,10 @@ def read(page: tifffile.TiffPage) -> list[Findings]:
     return found
 
 
-def _from_text(sections: Sections, code: int, stored: tuple[int, int]) -> Findings:
-    findings = Findings(VENDOR)
+def _from_text(sections: Sections, code: int, stored: tuple[int, int]) -> VendorMetadata:
+    metadata = VendorMetadata(VENDOR)
     image = sections.get("Image", {})
-    findings.check_acquired((whole(image.get("ResolutionX")), whole(image.get("ResolutionY"))), stored)
+    metadata.check_acquired((whole(image.get("ResolutionX")), whole(image.get("ResolutionY"))), stored)
     # [Scan] is the saved picture's own scan: it has to agree with the beam's section. Where the file does not say
     # which beam it was, both beams' sections have to agree.
     active = sections.get("Beam", {}).get("Scan", "")
@@ -46,13 +46,13 @@ def _from_text(sections: Sections, code: int, stored: tuple[int, int]) -> Findin
     for name in names:
         section = sections.get(name, {})
         width, height = number(section.get("PixelWidth")), number(section.get("PixelHeight"))
-        findings.add_size(width, height, f"FEI tag {code} [{name}] PixelWidth")
-        if findings.doubts:
+        metadata.add_size(width, height, f"FEI tag {code} [{name}] PixelWidth")
+        if metadata.doubts:
             break
-    return findings
+    return metadata
 
 
-def _from_xml(text: str, stored: tuple[int, int]) -> Findings:
+def _from_xml(text: str, stored: tuple[int, int]) -> VendorMetadata:
     wanted = {f"{_RESULT}/{kind}/{axis}" for kind in ("PixelSize", "ImageSize") for axis in "XY"}
     wanted |= {f"{_PHENOM}/{name}" for name in ("pixelWidth", "pixelHeight", "databarHeight")}
     values = xml_values(text, wanted)
@@ -61,12 +61,12 @@ def _from_xml(text: str, stored: tuple[int, int]) -> Findings:
         attributes, content = values.get(path, ({}, ""))
         return length(f"{content.strip()} {attributes.get('unit', unit)}")
 
-    findings = Findings(VENDOR)
+    metadata = VendorMetadata(VENDOR)
     width, height = (in_metres(f"{_RESULT}/PixelSize/{axis}", "m") for axis in "XY")
-    findings.add_size(width, height, f"FEI tag {_XML} BinaryResult/PixelSize")
+    metadata.add_size(width, height, f"FEI tag {_XML} BinaryResult/PixelSize")
     columns, rows = (whole(values.get(f"{_RESULT}/ImageSize/{axis}", ({}, ""))[1]) for axis in "XY")
-    findings.check_acquired((columns, rows), stored)
+    metadata.check_acquired((columns, rows), stored)
     width, height = (in_metres(f"{_PHENOM}/{name}", "um") for name in ("pixelWidth", "pixelHeight"))
-    findings.add_size(width, height, f"Phenom tag {_XML} pixelWidth")
-    findings.state_bar(whole(values.get(f"{_PHENOM}/databarHeight", ({}, ""))[1]), stored)
-    return findings
+    metadata.add_size(width, height, f"Phenom tag {_XML} pixelWidth")
+    metadata.state_bar(whole(values.get(f"{_PHENOM}/databarHeight", ({}, ""))[1]), stored)
+    return metadata

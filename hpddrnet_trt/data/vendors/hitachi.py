@@ -7,21 +7,21 @@ Windows text, sometimes UTF-16.
 
 from __future__ import annotations
 
-from hpddrnet_trt.data.vendors.findings import Findings, length, whole
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata, length, whole
 from hpddrnet_trt.data.vendors.texts import ini_sections
 
 VENDOR = "Hitachi"
 MARKS = (b"[SemImageFile]", b"[TemImageFile]")
 
 
-def read_sidecar_text(text: str, name: str, stored: tuple[int, int]) -> Findings | None:
-    """Findings of the text file called ``name``; None when it is not Hitachi's."""
+def read_sidecar_text(text: str, name: str, stored: tuple[int, int]) -> VendorMetadata | None:
+    """VendorMetadata of the text file called ``name``; None when it is not Hitachi's."""
     sections = ini_sections(text)
     values = sections.get("SemImageFile", sections.get("TemImageFile"))
     if values is None:
         return None
-    findings = Findings(VENDOR)
-    findings.add_size(length(values.get("PixelSize"), "nm"), None, f"Hitachi {name} PixelSize")
+    metadata = VendorMetadata(VENDOR)
+    metadata.add_size(length(values.get("PixelSize"), "nm"), None, f"Hitachi {name} PixelSize")
     columns, _, rows = values.get("DataSize", "").lower().partition("x")
-    findings.check_acquired((whole(columns), whole(rows)), stored)
-    return findings
+    metadata.check_acquired((whole(columns), whole(rows)), stored)
+    return metadata

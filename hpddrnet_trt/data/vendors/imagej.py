@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tifffile
 
-from hpddrnet_trt.data.vendors.findings import Findings, metres, whole
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata, metres, whole
 from hpddrnet_trt.data.vendors.texts import TooLarge, decoded, ini_sections, tag_bytes
 
 VENDOR = "ImageJ"
@@ -21,33 +21,33 @@ _PRINT_UNITS = ("inch", "inches", "in", "cm")  # what ImageJ makes of a print re
 _ESCAPED_MICRO = "\\u00B5"
 
 
-def read(page: tifffile.TiffPage) -> list[Findings]:
-    """Findings of ImageJ's description."""
+def read(page: tifffile.TiffPage) -> list[VendorMetadata]:
+    """VendorMetadata of ImageJ's description."""
     values = _description(page)
     if not values:
         return []
-    findings = Findings(VENDOR)
+    metadata = VendorMetadata(VENDOR)
     unit = values.get("unit", "").replace(_ESCAPED_MICRO, "µ")
     across, down = (_per_unit(page, code) for code in (_X_RESOLUTION, _Y_RESOLUTION))
     if unit not in _PRINT_UNITS and metres(1.0, unit) is not None and across:
         if across == 1:
-            findings.doubts.append(f"ImageJ says 1 pixel per {unit}, as for a picture without calibration")
+            metadata.doubts.append(f"ImageJ says 1 pixel per {unit}, as for a picture without calibration")
         else:
             height = metres(1 / down, unit) if down else None
-            findings.add_size(metres(1 / across, unit), height, "ImageJ resolution and unit")
-    return [findings]
+            metadata.add_size(metres(1 / across, unit), height, "ImageJ resolution and unit")
+    return [metadata]
 
 
-def read_resolution(page: tifffile.TiffPage) -> list[Findings]:
-    """Findings of the resolution tags alone, where they cannot be meant for a printer."""
+def read_resolution(page: tifffile.TiffPage) -> list[VendorMetadata]:
+    """VendorMetadata of the resolution tags alone, where they cannot be meant for a printer."""
     unit = page.tags.valueof(_RESOLUTION_UNIT, 2)
     factor = _UNIT_METRES.get(unit) if isinstance(unit, int) else None
     across, down = (_per_unit(page, code) for code in (_X_RESOLUTION, _Y_RESOLUTION))
     if factor is None or not across or not down or factor / across > _NO_PRINTER:
         return []
-    findings = Findings()
-    findings.add_size(factor / across, factor / down, "TIFF resolution tags")
-    return [findings]
+    metadata = VendorMetadata()
+    metadata.add_size(factor / across, factor / down, "TIFF resolution tags")
+    return [metadata]
 
 
 def images(page: tifffile.TiffPage) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tifffile
 
-from hpddrnet_trt.data.vendors.findings import Findings, metres, number, whole
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata, metres, number, whole
 from hpddrnet_trt.data.vendors.texts import TooLarge, decoded, tag_bytes, xml_values
 
 VENDOR = "OME-TIFF"
@@ -15,8 +15,8 @@ _DESCRIPTION = 270
 _PIXELS = "OME/Image/Pixels"
 
 
-def read(page: tifffile.TiffPage) -> list[Findings]:
-    """Findings of the first image's Pixels element."""
+def read(page: tifffile.TiffPage) -> list[VendorMetadata]:
+    """VendorMetadata of the first image's Pixels element."""
     try:
         content = tag_bytes(page, _DESCRIPTION)
     except TooLarge:
@@ -28,11 +28,11 @@ def read(page: tifffile.TiffPage) -> list[Findings]:
         metres(number(attributes.get(f"PhysicalSize{axis}")), attributes.get(f"PhysicalSize{axis}Unit", "µm"))
         for axis in "XY"
     ]
-    findings = Findings(VENDOR)
-    findings.add_size(sizes[0], sizes[1], f"{_PIXELS} PhysicalSizeX")
+    metadata = VendorMetadata(VENDOR)
+    metadata.add_size(sizes[0], sizes[1], f"{_PIXELS} PhysicalSizeX")
     columns, rows = (whole(attributes.get(f"Size{axis}")) for axis in "XY")
-    findings.check_acquired((columns, rows), (page.imagewidth, page.imagelength))
-    findings.picture_rows = None  # OME-XML counts all rows: fewer of them are no bar
+    metadata.check_acquired((columns, rows), (page.imagewidth, page.imagelength))
+    metadata.picture_rows = None  # OME-XML counts all rows: fewer of them are no bar
     if columns == page.imagewidth and rows != page.imagelength:
-        findings.doubts.append(f"its OME-XML describes {rows} rows, not {page.imagelength}")
-    return [findings]
+        metadata.doubts.append(f"its OME-XML describes {rows} rows, not {page.imagelength}")
+    return [metadata]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tifffile
 
-from hpddrnet_trt.data.vendors.findings import Findings, number, whole
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata, number, whole
 from hpddrnet_trt.data.vendors.texts import ini_sections, sidecar, tag_bytes
 
 VENDOR = "TESCAN"
@@ -20,8 +20,8 @@ _TAG = 50431
 _LINE = re.compile(rb"(?:^|[\x00-\x1f])(PixelSizeX|PixelSizeY|ImageStripSize)=([^\x00-\x1f]{1,64})")
 
 
-def read(page: tifffile.TiffPage) -> list[Findings]:
-    """Findings of the tag; it is no registered number, so other content gives none."""
+def read(page: tifffile.TiffPage) -> list[VendorMetadata]:
+    """VendorMetadata of the tag; it is no registered number, so other content gives none."""
     content = tag_bytes(page, _TAG)
     if not content:
         return []
@@ -29,11 +29,11 @@ def read(page: tifffile.TiffPage) -> list[Findings]:
     values = {key.decode(): value.decode("latin-1") for key, value in _LINE.findall(content)}
     if "PixelSizeX" not in values:
         return []
-    return [_findings(values, f"TESCAN tag {_TAG} PixelSizeX", (page.imagewidth, page.imagelength))]
+    return [_metadata(values, f"TESCAN tag {_TAG} PixelSizeX", (page.imagewidth, page.imagelength))]
 
 
-def read_sidecar(picture: Path, stored: tuple[int, int]) -> list[Findings]:
-    """Findings of the header file beside the picture."""
+def read_sidecar(picture: Path, stored: tuple[int, int]) -> list[VendorMetadata]:
+    """VendorMetadata of the header file beside the picture."""
     ending = picture.suffix.lstrip(".")
     names = [f"{picture.stem}-{ending}.hdr", f"{picture.stem}-{ending.lower()}.hdr", f"{picture.stem}.hdr"]
     beside = sidecar(picture.parent, dict.fromkeys([*names, *(name.upper() for name in names)]), (b"[MAIN]",))
@@ -41,11 +41,11 @@ def read_sidecar(picture: Path, stored: tuple[int, int]) -> list[Findings]:
         return []
     name, text = beside
     values = ini_sections(text).get("MAIN", {})
-    return [_findings(values, f"TESCAN {name} [MAIN] PixelSizeX", stored)] if "PixelSizeX" in values else []
+    return [_metadata(values, f"TESCAN {name} [MAIN] PixelSizeX", stored)] if "PixelSizeX" in values else []
 
 
-def _findings(values: Mapping[str, str], source: str, stored: tuple[int, int]) -> Findings:
-    findings = Findings(VENDOR)
-    findings.add_size(number(values["PixelSizeX"]), number(values.get("PixelSizeY")), source)
-    findings.state_bar(whole(values.get("ImageStripSize")), stored)
-    return findings
+def _metadata(values: Mapping[str, str], source: str, stored: tuple[int, int]) -> VendorMetadata:
+    metadata = VendorMetadata(VENDOR)
+    metadata.add_size(number(values["PixelSizeX"]), number(values.get("PixelSizeY")), source)
+    metadata.state_bar(whole(values.get("ImageStripSize")), stored)
+    return metadata

@@ -12,15 +12,15 @@ from itertools import pairwise
 
 import tifffile
 
-from hpddrnet_trt.data.vendors.findings import Findings, length, number, whole
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata, length, number, whole
 from hpddrnet_trt.data.vendors.texts import decoded, tag_bytes
 
 VENDOR = "Zeiss"
 _PRECISE = 3  # position in the unnamed list
 
 
-def read(page: tifffile.TiffPage) -> list[Findings]:
-    """Findings of either tag, each where present: they have to agree."""
+def read(page: tifffile.TiffPage) -> list[VendorMetadata]:
+    """VendorMetadata of either tag, each where present: they have to agree."""
     found = []
     for code in (34118, 34119):
         content = tag_bytes(page, code)
@@ -29,8 +29,8 @@ def read(page: tifffile.TiffPage) -> list[Findings]:
     return found
 
 
-def _from_text(text: str, code: int, stored: tuple[int, int]) -> Findings:
-    findings = Findings(VENDOR)
+def _from_text(text: str, code: int, stored: tuple[int, int]) -> VendorMetadata:
+    metadata = VendorMetadata(VENDOR)
     lines = [line.strip() for line in text.splitlines()]
     values = {
         name: entry.partition("=")[2].strip()
@@ -41,7 +41,7 @@ def _from_text(text: str, code: int, stored: tuple[int, int]) -> Findings:
     precise = number(lines[_PRECISE]) if len(lines) > _PRECISE else None
     if size is not None and precise is not None and math.isclose(size, precise, rel_tol=1e-3):
         size = precise
-    findings.add_size(size, None, f"Zeiss tag {code} AP_IMAGE_PIXEL_SIZE")
+    metadata.add_size(size, None, f"Zeiss tag {code} AP_IMAGE_PIXEL_SIZE")
     columns, _, rows = values.get("DP_IMAGE_STORE", "").partition("*")
-    findings.check_acquired((whole(columns), whole(rows)), stored)
-    return findings
+    metadata.check_acquired((whole(columns), whole(rows)), stored)
+    return metadata

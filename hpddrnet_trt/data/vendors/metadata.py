@@ -20,7 +20,7 @@ _QUANTITY = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\d.]|
 
 
 @dataclass
-class Findings:
+class VendorMetadata:
     """One source's statements; filled by the module of its vendor.
 
     ``sizes``: ``(metres per pixel, where it was found)``. ``doubts``: why a stated pixel size is not used.
@@ -63,7 +63,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class VendorInfo:
-    """The answer of all findings together; ``remarks`` says why a stated pixel size is left unknown."""
+    """The answer of all metadata together; ``remarks`` says why a stated pixel size is left unknown."""
 
     vendor: str | None = None
     pixel_size_m: float | None = None
@@ -73,9 +73,9 @@ class VendorInfo:
     remarks: tuple[str, ...] = ()
 
 
-def resolve(findings: Iterable[Findings]) -> VendorInfo:
-    """Put findings together, best source first: its vendor, size and bar count, if nobody contradicts the size."""
-    found = list(findings)
+def resolve(metadata: Iterable[VendorMetadata]) -> VendorInfo:
+    """Put metadata together, best source first: its vendor, size and bar count, if nobody contradicts the size."""
+    found = list(metadata)
     sizes = [size for finding in found for size in finding.sizes]
     doubts = [doubt for finding in found for doubt in finding.doubts]
     doubts += [
@@ -84,7 +84,7 @@ def resolve(findings: Iterable[Findings]) -> VendorInfo:
         if not math.isclose(value, sizes[0][0], rel_tol=_AGREE)
     ]
     vendor = next((finding.vendor for finding in found if finding.vendor is not None), None)
-    bar = next((finding for finding in found if finding.picture_rows is not None), Findings())
+    bar = next((finding for finding in found if finding.picture_rows is not None), VendorMetadata())
     metres_per_pixel, source = sizes[0] if sizes and not doubts else (None, None)
     remarks = tuple(f"{doubt}: its pixel size is unknown" for doubt in dict.fromkeys(doubts))
     return VendorInfo(vendor, metres_per_pixel, source, bar.picture_rows, bar.rows_follow, remarks)
