@@ -186,10 +186,13 @@ def _errors(
 
     def measure(first: Any, second: Any) -> dict[str, bool]:
         """Signal-to-noise ratios of one input, by Polygraphy's own function, as errors; NaN counts as infinite."""
-        compared = comparator.SnrCompareFunc(snr_threshold=0)(first, second)
+        kept = [name for name in first if np.issubdtype(first[name].dtype, np.floating)]  # no shapes, masks or labels
+        pair = [
+            comparator.IterationResult({name: result[name] for name in kept}, runner_name=result.runner_name)
+            for result in (first, second)
+        ]
+        compared = comparator.SnrCompareFunc(snr_threshold=0)(*pair)
         for name, result in compared.items():
-            if not np.issubdtype(first[name].dtype, np.floating):  # shapes, labels
-                continue
             snr = float(getattr(result, "snr", np.nan))  # a plain False where shapes differ
             error = 0.0 if snr == math.inf else 10 ** (-snr / 20) if not math.isnan(snr) else math.inf
             errors[name] = max(errors.get(name, 0.0), error)
