@@ -23,8 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError, UserError, require
-from hpddrnet_trt.graph.kernels import TypedWork as TypedWork  # until the benchmark's own roofline goes
-from hpddrnet_trt.graph.kernels import typed_work as typed_work
 from hpddrnet_trt.graph.nodes import copied, int_attribute
 
 if TYPE_CHECKING:
