@@ -49,10 +49,10 @@ def write_fp16(path: Path) -> Path:
     return save_model(to_half(model), path, manifest.replace(precision="fp16"))
 
 
-def write_int8(path: Path) -> Path:
-    """INT8 Q/DQ in TensorRT's form, the rest FP16, position attention in BF16."""
+def write_int8(path: Path, **options: Any) -> Path:
+    """INT8 Q/DQ in TensorRT's form, the rest FP16, position attention in BF16; ``options`` go to calibrate."""
     source = write_fp32(path.with_name(f"{path.stem}.source.onnx"))
-    settings = CalibrationSettings(min_agreement=0.5, cache=None)
+    settings = CalibrationSettings(min_agreement=0.5, cache=None, **options)
     calibrate(source, path, pictures(path.with_name(f"{path.stem}.pictures"), 2), settings)
     return path
 
