@@ -19,7 +19,7 @@ from hpddrnet_trt.accuracy.candidates import CandidateCache, QuantizationConfig
 from hpddrnet_trt.accuracy.evaluate import evaluate, samples_of
 from hpddrnet_trt.accuracy.evaluator import AccuracyEvaluator
 from hpddrnet_trt.accuracy.search import choose_precision
-from hpddrnet_trt.benchmark import accuracy as benchmark_accuracy
+from hpddrnet_trt.benchmark.run import Scores as BenchmarkScores
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import CalibrationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
@@ -171,7 +171,7 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, config: Quan
     model, manifest = load_model(target)
     with load_segmenter(save_model(simulate_rounding(model), tmp_path / "rounded.onnx", manifest)) as segmenter:
         scores = evaluate(segmenter, dataset, "val", progress=False)
-        benchmark = benchmark_accuracy.Scores(["it"], None, len(dataset.classes))
+        benchmark = BenchmarkScores(["it"], None, len(dataset.classes))
         for _, image, mask in samples_of(dataset, "val", "", progress=False):
             benchmark.add({"it": segmenter.segment(image).labels}, mask)
     row = benchmark.accuracy("it")
