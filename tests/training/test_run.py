@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,10 +245,26 @@ class Deadly(TrainingSamples):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_death_of_a_worker_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpddrnet_trt.training.run.TrainingSamples", Deadly)
-    with pytest.raises(UserError, match=r"process that loads images died.*lower run\.workers"):
-        train(tiny("run.workers=1"))
+DEADLY = """
+import sys
+from hpddrnet_trt.training import run
+from hpddrnet_trt.training.config import load_config
+from tests.training.test_run import Deadly
+
+run.TrainingSamples = Deadly
+run.train(load_config(None, sys.argv[1:]))
+"""
+
+
+def test_death_of_a_worker_is_told(tiny: Tiny) -> None:
+    """In a process of its own: PyTorch answers such a death in a signal handler, and in a process that had run OpenVINO
+    and ONNX Runtime before, the test worker died of it (SIGSEGV without a trace), with forked and spawned loaders."""
+    flat = [f"{key}={value}" for key, value in _flat(tiny("run.workers=1").model_dump(mode="json"))]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DEADLY, *flat]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"UserError: a process that loads images died.*lower run\.workers", done.stderr), done.stderr
 
 
 def test_number_of_workers_changes_nothing(tiny: Tiny) -> None:
