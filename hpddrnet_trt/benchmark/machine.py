@@ -1,22 +1,20 @@
 """The machine a result was measured on, as far as it explains the figures, and what it says of itself meanwhile.
 
-No host or user names. Clocks, power, temperature and energy of a GPU are read through NVML (package
-``nvidia-ml-py``, module ``pynvml``; optional). Whatever is not there, or not supported by a GPU, is None: a
-benchmark must not fail over a thermometer.
+No host or user names. Everything about GPUs is asked of their driver through NVML (package ``nvidia-ml-py``,
+module ``pynvml``). What is not supported by a GPU is None: a benchmark must not fail over a thermometer.
 
 Source: NVIDIA, NVML API reference, device queries and ``nvmlClocksEventReasons``.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -126,28 +124,36 @@ def usable_cores() -> int:
 
 
 def find_gpus() -> list[Gpu]:
-    """NVIDIA GPUs by ``nvidia-smi``, in its order; empty without a driver."""
-    rows = _nvidia_smi("name,driver_version,memory.total")
-    return [Gpu(name=row[0], driver=row[1], memory_mib=int(float(row[2]))) for row in rows if len(row) == 3]
+    """NVIDIA GPUs in their driver's order; empty without a driver."""
+    return [gpu for gpu, _ in _gpus()]
 
 
 def device_memory_mib() -> float | None:
     """Memory in use on all NVIDIA GPUs together, by all processes; None without a driver."""
-    rows = _nvidia_smi("memory.used")
-    return sum(float(row[0]) for row in rows) if rows else None
+    used = [mib for _, mib in _gpus()]
+    return sum(used) if used else None
 
 
-def _nvidia_smi(query: str) -> list[list[str]]:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+def _gpus() -> list[tuple[Gpu, float]]:
+    """Each GPU that tells its memory, and how much of it is in use, MiB."""
+    nvml, gpus = _nvml(), list[tuple[Gpu, float]]()
+    for index in range(0 if nvml is None else nvml.nvmlDeviceGetCount()):
+        with suppress(nvml.NVMLError):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
+            gpu = Gpu(name=name, driver=nvml.nvmlSystemGetDriverVersion(), memory_mib=memory.total >> 20)
+            gpus.append((gpu, memory.used / _MIB))
+    return gpus
+
+
+def _nvml() -> Any:
+    """The started library, None without a driver; raises :class:`MissingDependency` without its package."""
+    nvml: Any = require("pynvml", "benchmark", "ask the GPU's driver")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []  # installed without a working driver
-    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    return [row for row in rows if row[-1].replace(".", "", 1).isdigit()]
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    return nvml
 
 
 def _cpu_name() -> str:
@@ -192,7 +198,8 @@ def peak_memory_mib() -> float:
     Not ``getrusage`` on Linux: its figure survives ``exec``, so a child would report its parent's.
     """
     if sys.platform == "linux":
-        return _status_mib("VmHWM")
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return float(status.partition("VmHWM:")[2].split()[0]) / 1024
     psutil = require("psutil", "benchmark", "measure memory")
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
@@ -208,20 +215,12 @@ def resident_memory_mib() -> float:
     return float(psutil.Process().memory_info().rss) / _MIB
 
 
-def _status_mib(key: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{key}:"):
-            return float(line.split()[1]) / 1024
-    raise KeyError(key)
-
-
 class GpuSensor:
     """The GPU that engines run on, seen through NVML; every reading is None where it is not supported."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
-        name = nvml.nvmlDeviceGetName(handle)
-        self.name: str = name.decode() if isinstance(name, bytes) else str(name)
+        self.name: str = nvml.nvmlDeviceGetName(handle)
 
     @classmethod
     def open(cls) -> GpuSensor | None:
@@ -230,18 +229,16 @@ class GpuSensor:
         NVML counts in PCI order; where several kinds of GPU are mixed, CUDA does so only with
         ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
         """
-        try:
-            nvml: Any = importlib.import_module("pynvml")
-        except ImportError:
+        nvml = _nvml()
+        if nvml is None:
             return None
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
         try:
-            nvml.nvmlInit()
             if chosen.isdigit():
                 return cls(nvml, nvml.nvmlDeviceGetHandleByIndex(int(chosen)))
             return cls(nvml, nvml.nvmlDeviceGetHandleByUUID(chosen)) if chosen.startswith(("GPU-", "MIG-")) else None
         except nvml.NVMLError:
-            return None  # no driver, or no such GPU
+            return None  # no such GPU
 
     def sm_clock_mhz(self) -> float | None:
         return self._read(lambda: float(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)))
@@ -255,11 +252,7 @@ class GpuSensor:
 
     def throttled(self) -> list[str]:
         """Why the driver holds clocks down at this moment."""
-        nvml = self._nvml
-        # Renamed in 2023; old drivers' Python packages know the first name only.
-        ask = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
-        ask = ask or nvml.nvmlDeviceGetCurrentClocksThrottleReasons
-        bits = self._read(lambda: int(ask(self._handle))) or 0
+        bits = self._read(lambda: int(self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle))) or 0
         return [text for bit, text in _THROTTLE_REASONS.items() if bits & bit]
 
     def joules(self) -> float | None:

@@ -26,13 +26,12 @@ from hpddrnet_trt.benchmark.result import (
     MEASURES,
     LayerGroups,
     Measure,
-    Ratio,
     RooflineBound,
     Settings,
     Shape,
     Timing,
 )
-from hpddrnet_trt.benchmark.timing import FAILURES, Frames, Samples, latency_of, time_interleaved
+from hpddrnet_trt.benchmark.timing import FAILURES, Frames, Samples, latency_of, ratio_of_medians, time_interleaved
 from hpddrnet_trt.core.errors import describe, require
 from hpddrnet_trt.core.precisions import PRECISIONS
 from hpddrnet_trt.data.preprocess import network_input
@@ -135,7 +134,7 @@ class Measured:
             **shape._asdict(), samples_ms=[round(1000 * value, 4) for value in seconds],
             p50_ms=1000 * latency.p50, p95_ms=1000 * latency.p95, p99_ms=1000 * latency.p99,
             max_ms=1000 * latency.maximum, images_per_s=shape.batch / latency.p50,
-            ratio=None if of_reference is None else Ratio.of(of_reference, seconds, paired=True, seed=seed),
+            ratio=None if of_reference is None else ratio_of_medians(of_reference, seconds, paired=True, seed=seed),
             warmup=warmup.runs if warmup else None, steady=warmup.steady if warmup else None,
             joules_per_image=self.joules.get(label),
         )  # fmt: skip

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpddrnet_trt.benchmark.machine import GpuState, Machine
-from hpddrnet_trt.benchmark.timing import ratio_of_medians
+from hpddrnet_trt.benchmark.timing import Ratio
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, ClassInfo
@@ -23,7 +23,6 @@ MEASURES: dict[Measure, str] = {  # what people call them
     "inference": "inference latency",
     "throughput": "throughput",
 }
-WIDE = 0.2  # an interval wider than this share of its ratio is called wide wherever it is shown
 QUOTED = (1024, 1024)  # the size at which publications on this network quote their speed
 
 
@@ -100,28 +99,6 @@ class Settings(_Record):
         if min(self.batches) < 1:
             raise ValueError(f"batch {min(self.batches)} is less than 1")
         return self
-
-
-class Ratio(_Record):
-    """Median latency of the reference over this entry's: above 1 is faster. 95 % bootstrap interval.
-
-    ``paired``: both were timed in the same interleaved rounds; False for rows of another run."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    paired: bool = True
-
-    @classmethod
-    def of(cls, reference: Sequence[float], samples: Sequence[float], *, paired: bool, seed: int) -> Ratio:
-        """See :func:`~hpddrnet_trt.benchmark.timing.ratio_of_medians`."""
-        ratio = ratio_of_medians(reference, samples, paired=paired, seed=seed)
-        return cls(value=ratio.value, low=ratio.low, high=ratio.high, paired=paired)
-
-    @property
-    def wide(self) -> bool:
-        """Whether the interval is too wide, or missing, for the ratio to be quoted alone."""
-        return self.low is None or self.high is None or (self.high - self.low) > WIDE * self.value
 
 
 class Timing(_Shaped):

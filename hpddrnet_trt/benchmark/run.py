@@ -433,8 +433,6 @@ class _Run:
         for state in self._watch.states():
             if state.throttled:
                 warnings.append(f"{state.name} was slowed down while timing: {', '.join(state.throttled)}")
-        if self.machine.gpus and self._gpu is None:
-            warnings.append("clocks, power and energy of the GPU were not read; pip install nvidia-ml-py")
         return warnings
 
 

@@ -19,7 +19,6 @@ from hpddrnet_trt.benchmark.result import (
     BenchmarkResult,
     Measure,
     Memory,
-    Ratio,
     Row,
     Shape,
     Start,
@@ -27,6 +26,7 @@ from hpddrnet_trt.benchmark.result import (
     at,
     timed_shapes,
 )
+from hpddrnet_trt.benchmark.timing import Ratio
 from hpddrnet_trt.core.text import number, percent
 
 

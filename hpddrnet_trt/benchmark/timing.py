@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
 
 from hpddrnet_trt.core.errors import UsageError, UserError, describe
 
@@ -35,6 +36,7 @@ MAX_WARMUP_S = 10.0  # beyond the least number of runs: the first ones may compi
 MIN_ROUNDS_FOR_INTERVAL = 5  # below this a bootstrap interval of a median says nothing
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+WIDE = 0.2  # an interval wider than this share of its ratio is called wide wherever it is shown
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class Latency:
     p95: float
     p99: float
     maximum: float
-    mean: float
 
 
 def latency_of(samples: Sequence[float]) -> Latency:
@@ -54,21 +55,31 @@ def latency_of(samples: Sequence[float]) -> Latency:
         raise UsageError("no latency was measured; run at least one round")
     values = np.asarray(samples, dtype=np.float64)
     p50, p95, p99 = (float(value) for value in np.percentile(values, [50, 95, 99]))
-    return Latency(p50, p95, p99, float(values.max()), float(values.mean()))
+    return Latency(p50, p95, p99, float(values.max()))
 
 
-@dataclass(frozen=True)
-class RatioEstimate:
-    """A ratio of medians and its bootstrap interval; ``low`` and ``high`` are None with too few rounds."""
+class Ratio(BaseModel):
+    """Median latency of the reference over another's: above 1 is faster. 95 % bootstrap interval, None with too few
+    rounds.
+
+    ``paired``: both were timed in the same interleaved rounds; False for rows of another run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
+    paired: bool = True
+
+    @property
+    def wide(self) -> bool:
+        """Whether the interval is too wide, or missing, for the ratio to be quoted alone."""
+        return self.low is None or self.high is None or (self.high - self.low) > WIDE * self.value
 
 
 def ratio_of_medians(
     reference: Sequence[float], samples: Sequence[float], *, paired: bool = True, seed: int = 0
-) -> RatioEstimate:
+) -> Ratio:
     """``median(reference) / median(samples)`` with its 95 % percentile bootstrap interval.
 
     Above 1 means faster than the reference. ``paired``: both sequences hold one latency per round, in
@@ -83,7 +94,7 @@ def ratio_of_medians(
     first, second = np.asarray(reference, dtype=np.float64), np.asarray(samples, dtype=np.float64)
     value = float(np.median(first) / np.median(second))
     if min(len(first), len(second)) < MIN_ROUNDS_FOR_INTERVAL:
-        return RatioEstimate(value, None, None)
+        return Ratio(value=value, paired=paired)
     rng = np.random.default_rng(seed)
     ratios: list[npt.NDArray[np.float64]] = []
     for count in _blocks(RESAMPLES, max(len(first), len(second))):
@@ -92,7 +103,7 @@ def ratio_of_medians(
         ratios.append(np.median(first[picks], axis=1) / np.median(second[others], axis=1))
     low, high = _central(ratios)
     # With few distinct latencies the percentile interval can just miss the estimate itself.
-    return RatioEstimate(value, min(low, value), max(high, value))
+    return Ratio(value=value, low=min(low, value), high=max(high, value), paired=paired)
 
 
 def median_interval(

@@ -10,7 +10,6 @@ import numpy as np
 
 from hpddrnet_trt.benchmark.result import (
     BenchmarkResult,
-    Ratio,
     Row,
     Shape,
     Timing,
@@ -20,6 +19,7 @@ from hpddrnet_trt.benchmark.result import (
     shared_shape,
     timed_shapes,
 )
+from hpddrnet_trt.benchmark.timing import ratio_of_medians
 from hpddrnet_trt.core.text import number
 from hpddrnet_trt.engines import ENGINES
 from hpddrnet_trt.graph.layers import GROUPS
@@ -312,7 +312,7 @@ def far_apart(values: Sequence[float]) -> bool:
 
 def _around(whole: Timing, alone: Timing, seed: int) -> float:
     """Milliseconds around the network; 0 where the two medians, which are of different rounds, do not differ."""
-    ratio = Ratio.of(whole.samples_ms, alone.samples_ms, paired=False, seed=seed)
+    ratio = ratio_of_medians(whole.samples_ms, alone.samples_ms, paired=False, seed=seed)
     differ = ratio.low is None or ratio.low > 1
     return max(0.0, whole.p50_ms - alone.p50_ms) if differ else 0.0
 

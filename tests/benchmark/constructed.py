@@ -18,13 +18,13 @@ from hpddrnet_trt.benchmark.result import (
     LayerGroups,
     Memory,
     Picture,
-    Ratio,
     RooflineBound,
     Row,
     Settings,
     Start,
     Timing,
 )
+from hpddrnet_trt.benchmark.timing import Ratio
 from hpddrnet_trt.core.manifest import ClassInfo
 
 CLASSES = [

@@ -10,7 +10,8 @@ import pytest
 
 from hpddrnet_trt.benchmark.compare import Change, compare, differences, format_changes, merge, verdict_of
 from hpddrnet_trt.benchmark.machine import Gpu
-from hpddrnet_trt.benchmark.result import BenchmarkResult, Environment, Ratio, Row, Shape, load_result
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Environment, Row, Shape, load_result
+from hpddrnet_trt.benchmark.timing import Ratio
 from hpddrnet_trt.core.errors import UsageError
 
 VERSION_1 = Path(__file__).parents[2] / "benchmarks" / "results" / "amd-epyc-2026-11-21.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import subprocess
 import sys
 import threading
@@ -28,18 +27,16 @@ from hpddrnet_trt.benchmark.machine import (
     peak_memory_mib,
     resident_memory_mib,
 )
+from hpddrnet_trt.core.errors import MissingDependency
 
 
-def test_the_description_is_complete() -> None:
+def test_the_description_is_complete_and_a_busy_machine_gives_a_warning() -> None:
     found = describe_machine()
     assert found.cores_usable >= 1
     assert found.memory_gib > 0.1
     assert found.cpu
     assert found.libraries["numpy"] == np.__version__
     assert 0 <= found.busy_share <= 1
-
-
-def test_a_busy_machine_gives_a_warning() -> None:
     assert busy_warnings(0.05, "while timing") == []
     assert "60% of the processor while timing" in busy_warnings(0.6, "while timing")[0]
 
@@ -66,24 +63,6 @@ def test_others_are_what_this_process_is_not() -> None:
     assert 0 <= meter.others() <= 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands for nvidia-smi")
-def test_gpus_are_read_from_the_drivers_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-
-    def answer(text: str, code: int = 0) -> None:
-        tool.write_text(f"#!/bin/sh\ncase \"$1\" in *memory.used*) echo 812;; *) printf '{text}';; esac\nexit {code}\n")
-        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    answer("NVIDIA L4, 580.10, 23034\\n")
-    assert [(gpu.name, gpu.driver, gpu.memory_mib) for gpu in find_gpus()] == [("NVIDIA L4", "580.10", 23034)]
-    assert device_memory_mib() == 812
-    answer("NVIDIA-SMI has failed\\n", code=9)
-    assert find_gpus() == []
-    answer("No devices were found\\n")
-    assert find_gpus() == []
-
-
 class FakeNvmlError(Exception):
     """Stands for pynvml.NVMLError."""
 
@@ -94,15 +73,23 @@ class FakeNvml:
     NVMLError = FakeNvmlError
     NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
 
-    def __init__(self, driver: bool = True, supported: bool = True, event_name: str = "Event") -> None:
-        self.driver, self.supported = driver, supported
+    def __init__(self) -> None:
+        self.driver, self.supported = True, True
         self.looks, self.energy_mj, self.threads = 0, 5_000, set[str]()
         self.chosen: Any = None
-        setattr(self, f"nvmlDeviceGetCurrentClocks{event_name}Reasons", self._reasons)
 
     def nvmlInit(self) -> None:
         if not self.driver:
             raise FakeNvmlError("driver not loaded")
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.10"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:
+        return SimpleNamespace(total=self._value(23034 << 20), used=812 << 20)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:
         if index > 3:
@@ -114,8 +101,8 @@ class FakeNvml:
         self.chosen = name
         return self
 
-    def nvmlDeviceGetName(self, handle: Any) -> bytes:
-        return b"NVIDIA Stand-in"
+    def nvmlDeviceGetName(self, handle: Any) -> str:
+        return "NVIDIA Stand-in"
 
     def nvmlDeviceGetClockInfo(self, handle: Any, kind: int) -> int:
         self.looks += 1
@@ -135,7 +122,7 @@ class FakeNvml:
     def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:
         return [SimpleNamespace(pid=1, usedGpuMemory=None), SimpleNamespace(pid=os.getpid(), usedGpuMemory=300 << 20)]
 
-    def _reasons(self, handle: Any) -> int:
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: Any) -> int:
         return 0x1 if self.looks <= 5 else 0x1 | 0x4 | 0x40
 
     def _value(self, value: int) -> int:
@@ -165,14 +152,20 @@ def test_the_gpu_is_the_first_one_that_engines_see(nvml: FakeNvml, monkeypatch: 
         assert GpuSensor.open() is None
 
 
-def test_without_package_or_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert GpuSensor.open() is None
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(driver=False))  # type: ignore[arg-type]
-    assert GpuSensor.open() is None
+def test_gpus_are_what_the_driver_says(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(gpu.name, gpu.driver, gpu.memory_mib) for gpu in find_gpus()]
+    assert found == 2 * [("NVIDIA Stand-in", "580.10", 23034)]
+    assert device_memory_mib() == 2 * 812
+    nvml.supported = False
+    assert (find_gpus(), device_memory_mib()) == ([], None)
+    nvml.supported, nvml.driver = True, False
+    assert (find_gpus(), device_memory_mib(), GpuSensor.open()) == ([], None, None)
     with GpuWatch(None) as watch:
         pass
     assert watch.states() == []
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(MissingDependency, match="pynvml"):
+        find_gpus()
 
 
 def test_readings_and_what_is_not_supported(nvml: FakeNvml) -> None:
@@ -187,11 +180,7 @@ def test_readings_and_what_is_not_supported(nvml: FakeNvml) -> None:
     assert gpu.joules() is None
 
 
-@pytest.mark.parametrize("name", ["Event", "Throttle"])
-def test_the_watch_looks_from_its_own_thread_only_while_entered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = FakeNvml(event_name=name)
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_the_watch_looks_from_its_own_thread_only_while_entered(nvml: FakeNvml) -> None:
     watch = GpuWatch(GpuSensor.open(), period_s=0.001)
     assert watch.states() == []
     for looks in (5, 10):

@@ -9,7 +9,7 @@ import itertools
 import pytest
 
 from hpddrnet_trt.benchmark import BenchmarkResult, format_table
-from hpddrnet_trt.benchmark.result import Ratio, Shape, Timing, main_shape, shared_shape, timed_shapes
+from hpddrnet_trt.benchmark.result import Shape, Timing, main_shape, shared_shape, timed_shapes
 from hpddrnet_trt.benchmark.table import (
     COLUMNS,
     Cell,
@@ -21,6 +21,7 @@ from hpddrnet_trt.benchmark.table import (
     tables,
     to_csv,
 )
+from hpddrnet_trt.benchmark.timing import Ratio
 from tests.benchmark import constructed
 
 
