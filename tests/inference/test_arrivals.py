@@ -78,13 +78,6 @@ def test_a_file_is_due_once_nothing_changed_for_the_settling_time(folder: Folder
     assert folder.arrivals.waiting == 0
 
 
-def test_without_a_settling_time_a_renamed_file_is_due_at_once(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "in", settle_s=0.0)
-    folder.write("a.tif.part")
-    assert folder.poll() == []
-    (folder.path / "a.tif.part").rename(folder.path / "a.tif")
-    assert folder.poll() == ["a.tif"]
-
 
 def test_what_is_left_out(folder: Folder) -> None:
     for name in (".a.tif", "a.tif.part", "a.tif~", "a.tmp", "notes.txt", "sub/deep.tif", "B.TIF", "c.png"):
@@ -195,14 +188,6 @@ def test_a_sidecar_belongs_to_its_image(folder: Folder, sidecar: str) -> None:
     folder.take()
     assert folder.take(2) == [("a.tif", True)]
 
-
-def test_a_sidecar_that_comes_late(folder: Folder) -> None:
-    folder.write("a.tif")
-    folder.poll()
-    assert folder.take(2) == [("a.tif", False)]
-    folder.write("a.txt")
-    folder.take(50)
-    assert folder.take(2) == [("a.tif", True)]
 
 
 def test_a_folder_that_vanishes_and_returns(tmp_path: Path) -> None:

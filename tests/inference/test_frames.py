@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.data.micrograph import Micrograph, Percentiles
 from hpddrnet_trt.engines.base import Prediction
-from hpddrnet_trt.inference import Segmenter, load_segmenter
-from tests.toy import ToyEngine, grey_image, manifest, toy_logits, write_toy_onnx
+from hpddrnet_trt.inference import Segmenter
+from tests.toy import ToyEngine, grey_image, manifest, toy_logits
 
 SEGMENTER = Segmenter(ToyEngine(manifest("labels")), tile=16)
 
@@ -146,17 +146,6 @@ def test_a_contiguous_8_bit_image_reaches_the_engine_without_a_copy() -> None:
     Segmenter(Seeing(manifest("labels"))).segment(image)
     assert np.shares_memory(seen[0], image)
 
-
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_read_only_image_is_fine_for_every_engine(tmp_path: Path, engine: str) -> None:
-    pytest.importorskip(engine)
-    path = write_toy_onnx(tmp_path / "m.onnx", manifest("labels"))
-    with load_segmenter(path, engine=engine, threads=1) as segmenter:
-        image = grey_image(40, 24)
-        expected = segmenter.segment(image).labels
-        before = image.copy()
-        assert np.array_equal(segmenter.segment(_frozen(image)).labels, expected)
-        assert np.array_equal(image, before)
 
 
 def test_the_segmenter_adds_microseconds() -> None:

@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.inference.result import Provenance, Segmentation
 from hpddrnet_trt.inference.tiling import TilingReport
 from tests.toy import manifest
-
-pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated class Scaler:DeprecationWarning")
 
 LABELS = np.zeros((96, 160), np.uint8)
 LABELS[10:40, 20:60] = 1
@@ -39,19 +36,6 @@ def test_areas() -> None:
     assert result.areas_m2() == pytest.approx({"grain": 11760 * 25e-16, "pore": 1200 * 25e-16, "clay": 2400 * 25e-16})
     assert _result(pixel_size_m=None).areas_m2() is None
 
-
-def test_files_say_where_the_labels_come_from(tmp_path: Path) -> None:
-    with tifffile.TiffFile(_result().save(tmp_path / "a.ome.tif")) as tif:
-        assert tif.ome_metadata is not None
-        assert 'PhysicalSizeX="0.05"' in tif.ome_metadata
-        assert '<M K="model_sha256">ab12</M>' in tif.ome_metadata
-        assert "seam_disagreement" in tif.ome_metadata
-    zarr: Any = pytest.importorskip("zarr")
-    pytest.importorskip("ome_zarr")
-    root = zarr.open_group(str(_result().save(tmp_path / "a.ome.zarr", image=GREY)), mode="r")
-    assert np.array_equal(root["labels/classes/s0"][:], LABELS)
-    assert np.array_equal(root["s0"][:], GREY)
-    assert root.attrs["hpddrnet-trt"]["provenance"]["engine"] == "numpy"
 
 
 def test_the_old_name_of_saving_labels_warns(tmp_path: Path) -> None:

@@ -18,16 +18,14 @@ from PIL import Image
 
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
-from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, InputContract
 from hpddrnet_trt.core.metrics import arg_max, softmax
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.data.preprocess import plan_tta
+from hpddrnet_trt.data.preprocess import Mode, plan_tta
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.inference import Segmenter, Tile, load_segmenter
 from hpddrnet_trt.inference.result import Provenance
-from hpddrnet_trt.weights import locate
 from tests.toy import ToyEngine, grey_image, manifest, toy_logits, write_toy_onnx
 
 SIZES = st.integers(1, 70)
@@ -56,11 +54,6 @@ def test_flip_mode_is_equivariant(height: int, width: int) -> None:
     assert mirrored.confidence is not None
     assert np.array_equal(found.confidence, mirrored.confidence[:, ::-1])
 
-
-def test_a_fitting_image_reaches_the_engine_unchanged() -> None:
-    engine = ToyEngine()
-    Segmenter(engine).segment(grey_image(40, 24))
-    assert engine.shapes == [(1, 1, 40, 24)]
 
 
 def test_multiscale_is_the_mean_of_softmax_over_views() -> None:
@@ -131,25 +124,15 @@ def test_confidence() -> None:
         Segmenter(ToyEngine(manifest("labels")), confidence=True)
 
 
-def test_confidence_map_of_a_labels_model(tmp_path: Path) -> None:
-    path = write_toy_onnx(tmp_path / "m.onnx", manifest("labels", confidence=True))
-    with load_segmenter(path, confidence=True, threads=1) as segmenter:
-        found = segmenter.segment(grey_image(13, 13))
-    assert found.confidence is not None
-    assert found.confidence.shape == (13, 13)
-    assert found.confidence.min() > 1 / 3
 
-
-@pytest.mark.parametrize("mode", ["flip", "multiscale"])
-def test_averaging_needs_logits(tmp_path: Path, mode: str) -> None:
+def test_unusable_options(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest("labels"))
-    with pytest.raises(ContractError, match=f"mode '{mode}' averages class scores"):
-        load_segmenter(path, mode=mode)  # type: ignore[arg-type]
+    modes: tuple[Mode, ...] = ("flip", "multiscale")
+    for mode in modes:
+        with pytest.raises(ContractError, match=f"mode '{mode}' averages class scores"):
+            load_segmenter(path, mode=mode)
     with pytest.raises(ContractError, match="gives labels only"):
         load_segmenter(path).class_scores(grey_image(8, 8))
-
-
-def test_unusable_options() -> None:
     for options, words in (
         ({"mode": "double"}, "unknown mode"),
         ({"batch_size": 0}, "batch_size"),
@@ -159,21 +142,18 @@ def test_unusable_options() -> None:
             Segmenter(ToyEngine(), **options)  # type: ignore[arg-type]
 
 
-def test_micrograph_keeps_its_origin(tmp_path: Path) -> None:
-    image = grey_image(20, 30)
-    result = Segmenter(ToyEngine()).segment(Micrograph(image, tmp_path / "a.tif", pixel_size_m=5e-9))
-    assert (result.source, result.pixel_size_m) == (tmp_path / "a.tif", 5e-9)
-    assert [entry.name for entry in result.classes] == ["grain", "pore", "clay"]
-
 
 def test_provenance(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", checkpoint_sha256="c" * 64))
-    image = grey_image(20, 30).astype(np.uint16)
+    image = Micrograph(grey_image(20, 30).astype(np.uint16), tmp_path / "a.tif", pixel_size_m=5e-9)
     before = datetime.now(UTC)
     with load_segmenter(path, threads=1, mode="flip", window=(10, 200)) as segmenter:
-        found = segmenter.segment(image).provenance
+        result = segmenter.segment(image)
+        found = result.provenance
         single = segmenter.with_mode("single").segment(image).provenance
         runtime = segmenter.engine.runtime
+    assert (result.source, result.pixel_size_m) == (tmp_path / "a.tif", 5e-9)
+    assert [entry.name for entry in result.classes] == ["grain", "pore", "clay"]
     assert found is not None
     assert timedelta(seconds=-1) < datetime.fromisoformat(found.time) - before < timedelta(seconds=60)
     assert found == Provenance(
@@ -184,12 +164,6 @@ def test_provenance(tmp_path: Path) -> None:
     assert single == replace(found, mode="single", time=single.time if single else "")
     assert json.loads(json.dumps(found.as_dict()))["window"] == [10.0, 200.0]
 
-
-def test_the_shipped_model_is_named_by_its_file() -> None:
-    with load_segmenter("nasa-super1", threads=1) as segmenter:
-        found = segmenter.segment(grey_image(64, 64)).provenance
-    assert found is not None
-    assert (found.model, found.model_sha256) == ("nasa-super1", sha256_of(locate("nasa-super1")))
 
 
 @pytest.mark.parametrize("kind", ["labels", "logits"])
@@ -237,11 +211,6 @@ def test_unusable_output_arrays() -> None:
     with pytest.raises(ContractError, match="out shares memory with the image"):
         segmenter.segment(image, image)
 
-
-def test_a_whole_image_is_reported_once() -> None:
-    seen: list[tuple[int, int]] = []
-    Segmenter(ToyEngine()).segment(grey_image(20, 30), progress=lambda done, of: seen.append((done, of)))
-    assert seen == [(1, 1)]
 
 
 @pytest.mark.parametrize("tile", ["auto", 32])

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
+from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, DataRecord, InputContract, Manifest
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.inference import Segmenter, load_segmenter, runner
 from hpddrnet_trt.inference.tiling import TilingReport
+from hpddrnet_trt.weights import locate
 from tests.toy import ToyEngine, grey_image, manifest, toy_logits, write_toy_onnx
 
 
@@ -106,14 +108,9 @@ def test_what_auto_does(monkeypatch: pytest.MonkeyPatch) -> None:
     # The largest view counts, and one tile is the whole image.
     assert len(tiles(manifest("logits"), 70, 60, mode="multiscale")) == 12 * 2
     assert len(tiles(manifest("logits"), 60, 60, mode="multiscale")) == 12
-    # Brought to another size, it is not tiled.
+    # Brought to another size, or when it shall be whole, it is not tiled.
     assert tiles(manifest("logits"), 200, 200, resize=(200, 200)) == [(1, 1, 200, 200)]
-
-
-def test_whole_means_whole() -> None:
-    engine = ToyEngine()
-    assert Segmenter(engine, tile="whole").segment(grey_image(200, 300)).tiling is None
-    assert engine.shapes == [(1, 1, 200, 304)]
+    assert tiles(manifest("logits"), 200, 300, tile="whole") == [(1, 1, 200, 304)]
 
 
 @pytest.mark.parametrize(
@@ -171,12 +168,16 @@ def test_a_confidence_map_of_the_model_is_cut_like_its_labels(tmp_path: Path) ->
     assert found.confidence is not None
     assert whole.confidence is not None
     assert np.abs(found.confidence - whole.confidence).max() < 1e-6
+    assert found.confidence.min() > 1 / 3
 
 
 def test_progress_and_ending_early() -> None:
     image, engine = grey_image(100, 100), ToyEngine()
     segmenter = Segmenter(engine, tile=40)
     seen: list[tuple[int, int]] = []
+    Segmenter(ToyEngine()).segment(image, progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 1)]  # a whole image is reported once
+    seen.clear()
     plain = segmenter.segment(image, progress=lambda done, of: seen.append((done, of)))
     assert plain.tiling is not None
     assert seen == [(number, plain.tiling.tiles) for number in range(1, plain.tiling.tiles + 1)]
@@ -277,6 +278,8 @@ def test_a_shipped_model_blends_its_scores(sem_data: Path) -> None:
     assert (found.labels == whole.labels).mean() > 0.98
     assert (found.labels == cut.labels).mean() > 0.98
     assert np.array_equal(scores.argmax(axis=0), found.labels)
+    assert found.provenance is not None
+    assert found.provenance.model_sha256 == sha256_of(locate("nasa-super1"))
 
 
 def test_a_shipped_model_averages_views_and_tells_its_confidence(sem_data: Path) -> None:

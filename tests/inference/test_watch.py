@@ -233,22 +233,6 @@ def test_a_restart_leaves_what_is_done_and_does_the_rest(folder: Path, tmp_path:
     assert once(folder, out, resume=False).segmented == 4
 
 
-def test_a_file_that_changes_while_it_is_segmented_is_segmented_again(folder: Path, tmp_path: Path) -> None:
-    """The journal alone would take it for done: it notes the file's time after reading."""
-
-    class Overtaken(ToyEngine):
-        def infer(self, images: npt.NDArray[Any]) -> Any:
-            if not self.shapes:
-                (folder / "a.tif").write_bytes(tiff(2))
-            return super().infer(images)
-
-    (folder / "a.tif").write_bytes(tiff(1))
-    with Watched(folder, tmp_path / "out", Segmenter(Overtaken(manifest("logits")))) as watched:
-        watched.wait_for(("a.tif", Happened.SEGMENTED))
-        watched.events.clear()
-        watched.wait_for(("a.tif", Happened.SEGMENTED))
-    assert np.array_equal(labels_of(tmp_path / "out" / "a.png"), expected(2))
-
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_sidecar_that_comes_after_its_image(folder: Path, tmp_path: Path, clock: Clock, late: bool) -> None:

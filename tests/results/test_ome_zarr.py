@@ -43,7 +43,14 @@ def _levels(group: Any) -> list[tuple[list[float], Any]]:
 
 
 def test_micrograph_with_labels(write: Any) -> None:
-    root = zarr.open_group(str(write(pixel_size_m=SIZE, image=IMAGE)), mode="r")
+    from ome_zarr.io import parse_url
+    from ome_zarr.reader import Reader
+
+    path = write(pixel_size_m=SIZE, image=IMAGE)
+    location = parse_url(str(path))
+    assert location is not None
+    assert [node.data[0].shape for node in Reader(location)() if node.data] == [IMAGE.shape, LABELS.shape]
+    root = zarr.open_group(str(path), mode="r")
     labels = root["labels/classes"]
     assert root["labels"].attrs["ome"] == {"version": "0.5", "labels": ["classes"]}
     for group, pixels in ((root, IMAGE), (labels, LABELS)):
@@ -62,6 +69,10 @@ def test_micrograph_with_labels(write: Any) -> None:
     assert described["colors"][1] == {"label-value": 1, "rgba": [250, 100, 0, 255]}
     assert described["properties"][2] == {"label-value": 2, "class": "clay"}
     assert root.attrs["hpddrnet-trt"]["provenance"] == ORIGIN
+    alone = zarr.open_group(str(write(pixel_size_m=SIZE)), mode="r")  # the folder itself is the label image
+    assert np.array_equal(_levels(alone)[0][1], LABELS)
+    assert "source" not in alone.attrs["ome"]["image-label"]
+    assert alone.attrs["ome"]["multiscales"][0]["axes"][0]["unit"] == "micrometer"
 
 
 def test_shapes_survive_the_pyramid_without_new_classes(write: Any) -> None:
@@ -79,12 +90,6 @@ def test_unknown_pixel_size_is_said_and_not_made_up(write: Any) -> None:
         assert _levels(group)[0][0] == [1, 1]
     assert root.attrs["hpddrnet-trt"]["scale_unit"] == "pixel"
 
-
-def test_without_a_micrograph_the_folder_is_the_label_image(write: Any) -> None:
-    root = zarr.open_group(str(write(pixel_size_m=SIZE)), mode="r")
-    assert np.array_equal(_levels(root)[0][1], LABELS)
-    assert "source" not in root.attrs["ome"]["image-label"]
-    assert root.attrs["ome"]["multiscales"][0]["axes"][0]["unit"] == "micrometer"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700), (255, 256)])
@@ -107,16 +112,6 @@ def test_others_find_it_valid(write: Any, options: dict[str, Any]) -> None:
     for group in ("", "labels", "labels/classes")[: 3 if "image" in options else 1]:
         yaozarrs.validate_zarr_store(str(path / group))
 
-
-def test_ome_zarrs_own_reader_finds_image_and_labels(write: Any) -> None:
-    pytest.importorskip("ome_zarr.reader")
-    from ome_zarr.io import parse_url
-    from ome_zarr.reader import Reader
-
-    location = parse_url(str(write(image=IMAGE, pixel_size_m=SIZE)))
-    assert location is not None
-    shapes = [node.data[0].shape for node in Reader(location)() if node.data]
-    assert shapes == [IMAGE.shape, LABELS.shape]
 
 
 def test_an_older_one_is_replaced_and_a_failure_leaves_it(

@@ -39,13 +39,6 @@ def test_area_fractions_with_and_without_a_pixel_size() -> None:
     assert sum(entry.fraction for entry in area_fractions(ignored, CLASSES)) == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("size", [0.0, -1e-9, math.nan, math.inf])
-def test_no_made_up_pixel_size(size: float) -> None:
-    with pytest.raises(UsageError, match="None means unknown"):
-        area_fractions(PICTURE, CLASSES, size)
-    with pytest.raises(UsageError, match="None means unknown"):
-        regions(PICTURE, CLASSES, size)
-
 
 def test_regions_by_hand() -> None:
     found = regions(PICTURE, CLASSES, 1e-6, background=["grain"])
@@ -63,6 +56,10 @@ def test_regions_by_hand() -> None:
     everything = regions(PICTURE, CLASSES)
     assert everything.area_px.sum() == PICTURE.size
     assert (everything.area_m2, everything.equivalent_diameter_m) == (None, None)
+    none = regions(np.zeros((5, 5), np.uint8), CLASSES, 1e-9, background=["grain"])
+    assert (len(none), none.box_px.shape) == (0, (0, 4))
+    assert none.area_m2 is not None
+    assert none.area_m2.shape == (0,)
 
 
 @pytest.mark.parametrize("degrees", [0, 20, 60, 90, 135, 170])
@@ -74,12 +71,10 @@ def test_orientation_is_counter_clockwise_from_the_horizontal(degrees: int) -> N
     assert abs(difference) < 1
     assert found.axes_px[0] == pytest.approx([81, 17], abs=1.5)
     assert not found.touches_border[0]
-
-
-def test_what_has_no_direction_says_so() -> None:
-    picture = np.zeros((40, 40), np.uint8)
-    picture[3, 3] = picture[10:15, 10:15] = 1
+    picture[:] = 0
+    picture[3, 3] = picture[10:15, 10:15] = 1  # a pixel and a square have no direction
     assert np.isnan(regions(picture, CLASSES, background=["grain"]).orientation_deg).all()
+
 
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=9)
@@ -107,16 +102,13 @@ def test_refusals() -> None:
         regions(PICTURE, CLASSES, smallest=0)
     with pytest.raises(UsageError, match="connectivity is 1"):
         regions(PICTURE, CLASSES, connectivity=8)  # type: ignore[arg-type]
+    for size in (0.0, -1e-9, math.nan, math.inf):
+        for measure in (area_fractions, regions):
+            with pytest.raises(UsageError, match="None means unknown"):
+                measure(PICTURE, CLASSES, size)  # type: ignore[operator]
     with pytest.raises(ContractError, match="two-dimensional uint8"):
         area_fractions(PICTURE.astype(np.int64), CLASSES)  # type: ignore[arg-type]
 
-
-def test_nothing_but_background_is_no_region() -> None:
-    found = regions(np.zeros((5, 5), np.uint8), CLASSES, 1e-9, background=["grain"])
-    assert len(found) == 0
-    assert found.area_m2 is not None
-    assert found.area_m2.shape == (0,)
-    assert found.box_px.shape == (0, 4)
 
 
 def test_many_regions_take_seconds() -> None:

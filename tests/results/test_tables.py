@@ -57,11 +57,9 @@ def test_regions(tmp_path: Path) -> None:
             assert float(large["equivalent_diameter_um"]) == pytest.approx(diameter * 0.05)
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, ""), (math.nan, ""), (0.0, "0"), (1 / 3, "0.33333333"), (1e-9, "1e-09")]
-)
-def test_numbers(value: float | None, text: str) -> None:
-    assert number(value) == text
+def test_numbers() -> None:
+    values = (None, math.nan, 0.0, 1 / 3, 1e-9)
+    assert list(map(number, values)) == ["", "", "0", "0.33333333", "1e-09"]
 
 
 def test_a_table_is_written_row_by_row_and_whole(tmp_path: Path) -> None:
