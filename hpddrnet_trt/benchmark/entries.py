@@ -51,8 +51,12 @@ def entries_for(files: Sequence[str | Path]) -> list[Entry]:
     for path in (existing_file(file, "model file") for file in files):
         manifest = manifest_or_none(path)
         for engine, options in _engines_of(path, manifest):
-            entry = Entry("" if engine == "auto" else ENGINES[engine].label, path, engine, options)
-            parts = [entry.label, precision_of(entry, manifest), _form(engine, manifest)]
+            kind = ENGINES.get(engine)  # none of "auto"
+            entry = Entry("" if kind is None else kind.label, path, engine, options)
+            # TensorRT's explicit quantisation, run by a CPU engine, is told from ONNX Runtime's own.
+            explicit = manifest is not None and manifest.quantized_for == "tensorrt"
+            form = "Q/DQ" if explicit and kind is not None and not kind.gpu else None
+            parts = [entry.label, precision_of(entry, manifest), form]
             label = " ".join(part for part in parts if part)
             if manifest is None or any(other.label == label for other in entries):
                 label = f"{label} ({path.name})"
@@ -107,14 +111,6 @@ def _engines_of(path: Path, manifest: Manifest | None) -> list[tuple[str, dict[s
     else:
         first, *others = engines_for(path) or ["auto"]
         names = [first, *(name for name in others if not ENGINES[name].gpu and engine_status(name).usable)]
-    return [(name, options) for name in names for options in _variants(name, manifest)]
-
-
-def _variants(name: str, manifest: Manifest | None) -> list[dict[str, Any]]:
-    return [{}] if name == "auto" else ENGINES[name].variants(manifest)
-
-
-def _form(engine: str, manifest: Manifest | None) -> str | None:
-    """Tells TensorRT's explicit quantisation, run by a CPU engine, from ONNX Runtime's own."""
-    foreign = engine != "auto" and not ENGINES[engine].gpu
-    return "Q/DQ" if foreign and manifest is not None and manifest.quantized_for == "tensorrt" else None
+    return [
+        (name, options) for name in names for options in (ENGINES[name].variants(manifest) if name in ENGINES else [{}])
+    ]

@@ -108,8 +108,7 @@ def _add(startup: Startup, frame: Grey8, answer: Start | str, timed: bool) -> No
     shape = Shape(height, width, batch)
     if isinstance(answer, str):
         startup.failures.append(MemoryFailure(**shape._asdict(), reason=answer))
-        if timed:
-            startup.notes.append(f"does not run at {shape}: {answer}")
+        startup.notes.append(f"does not run at {shape}: {answer}")
         return
     startup.memory.append(
         Memory(**shape._asdict(), host_peak_mib=answer.host_peak_mib, device_mib=answer.device_mib)

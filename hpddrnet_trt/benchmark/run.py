@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from hpddrnet_trt.benchmark.entries import Entry, entries_for, manifest_or_none, precision_of
+from hpddrnet_trt.benchmark.entries import Entry, manifest_or_none, precision_of
 from hpddrnet_trt.benchmark.images import Grey8, Image, ImageSet, own_size, picture, timing_frames
 from hpddrnet_trt.benchmark.machine import CpuMeter, GpuSensor, GpuWatch, busy_warnings, describe_machine
 from hpddrnet_trt.benchmark.measures import (
@@ -49,8 +49,6 @@ from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.engines import CHECKPOINTS, available_engines, load_engine
 from hpddrnet_trt.engines.base import Engine
 
-__all__ = ["Entry", "entries_for", "run_benchmark"]
-
 
 def run_benchmark(
     entries: Sequence[Entry],
@@ -75,7 +73,7 @@ def run_benchmark(
     """
     settings = settings or Settings()
     _check_entries(entries, settings)
-    run = _Run(list(entries), images, settings, progress)
+    run = _Run(entries, images, settings, progress)
     try:
         run.start()
         run.load()
@@ -150,59 +148,98 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
+@dataclass
+class _Candidate:
+    """An entry on its way to its row."""
+
+    entry: Entry
+    manifest: Manifest | None
+    runtime: str
+    startup: Startup = field(default_factory=Startup)
+    engine: Engine | None = None
+    untimed: dict[str, list[str]] = field(default_factory=dict)  # sizes by reason
+    layers: list[LayerGroups] = field(default_factory=list)
+    bounds: list[RooflineBound] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        self.startup.notes.append(text)
+
+    @property
+    def precision(self) -> str | None:
+        return precision_of(self.entry, self.manifest)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """SHA-256 of the checkpoint that the file is, or was made from."""
+        if self.entry.path.suffix.lower() in CHECKPOINTS:
+            return sha256_of(self.entry.path)
+        return None if self.manifest is None else self.manifest.checkpoint_sha256
+
+
 class _Run:
     """State of one benchmark; the steps are called in order by :func:`run_benchmark`."""
 
-    def __init__(self, entries: list[Entry], images: ImageSet, settings: Settings, progress: bool) -> None:
-        self.entries, self.images, self.settings = entries, images, settings
-        self.quiet = not progress
+    def __init__(self, entries: Sequence[Entry], images: ImageSet, settings: Settings, progress: bool) -> None:
+        self.images, self.settings, self.quiet = images, settings, not progress
+        self.candidates = {
+            entry.label: _Candidate(entry, manifest_or_none(entry.path), entry.engine) for entry in entries
+        }
         self.machine = describe_machine()
         self.complete = True
-        self.started: dict[str, Startup] = {}
-        self.reasons: dict[str, str] = {}
-        self.notes: dict[str, list[str]] = {entry.label: [] for entry in entries}
-        self.untimed: dict[tuple[str, str], list[str]] = {}  # sizes by label and reason
-        self.engines: dict[str, Engine] = {}
-        self.runtimes: dict[str, str] = {}
         self.classes: list[ClassInfo] | None = list(images.classes) if images.classes is not None else None
         self.measured: list[Measured] = []
         self.busy_share: float | None = None
         self.scores: Scores | None = None
         self.pictures: list[Picture] = []
-        self.layers: dict[str, list[LayerGroups]] = {entry.label: [] for entry in entries}
-        self.bounds: dict[str, list[RooflineBound]] = {}
         self.bound_source: str | None = None
+        self.cases: list[BenchmarkCase] = []
+        self.data_notes: list[str] = []
+        for size in settings.sizes or (own_size(images.images),):
+            for batch in sorted(set(settings.batches)):
+                frames, note = timing_frames(images.images, *size, batch)
+                self.cases.append(BenchmarkCase(Shape(*size, batch), frames))
+                self.data_notes += [] if note in self.data_notes else [note]
         self._stack = ExitStack()
         self._gpu = GpuSensor.open()
         self._watch = GpuWatch(self._gpu)
-        self._cases()
 
-    def _cases(self) -> None:
-        images, plan = self.images.images, self.settings
-        self.cases: list[BenchmarkCase] = []
-        self.data_notes: list[str] = []
-        for size in plan.sizes or (own_size(images),):
-            for batch in sorted(set(plan.batches)):
-                frames, note = timing_frames(images, *size, batch)
-                self.cases.append(BenchmarkCase(Shape(*size, batch), frames))
-                self.data_notes += [] if note in self.data_notes else [note]
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """Those that are loaded, by label."""
+        return {label: one.engine for label, one in self.candidates.items() if one.engine is not None}
+
+    @property
+    def reference(self) -> str | None:
+        """The entry that ratios and agreement refer to; None when it did not run."""
+        if self.settings.reference is not None:
+            return self.settings.reference if self.settings.reference in self.engines else None
+        return next((label for label in self.engines if self.candidates[label].entry.can_be_reference), None)
+
+    @property
+    def latencies(self) -> list[Measured]:
+        return [measured for measured in self.measured if measured.measure == "end_to_end"]
 
     # -- steps ---------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start every entry in processes of its own, one for each size."""
         sizes = probed_sizes(self.cases, self.images.images, self.settings)
-        for entry in tqdm(self.entries, desc="start each engine", unit="engine", disable=self.quiet):
-            startup = self.started[entry.label] = start_entry(entry, self._options(entry), sizes)
-            self.notes[entry.label] += startup.notes
-            if startup.reason is not None:
-                self.reasons[entry.label] = startup.reason
+        for one in tqdm(self.candidates.values(), desc="start each engine", unit="engine", disable=self.quiet):
+            one.startup = start_entry(one.entry, self._options(one.entry), sizes)
 
     def load(self) -> None:
         """Load those that run into this process, side by side."""
-        for entry in self.entries:
-            if self.started[entry.label].start is not None:
-                self._load(entry)
+        for one in self.candidates.values():
+            if one.startup.start is None:
+                continue
+            entry = one.entry
+            try:
+                engine = self._stack.enter_context(load_engine(entry.path, entry.engine, **self._options(entry)))
+                self._check_classes(engine.manifest)
+            except FAILURES as exc:
+                one.startup.reason = describe(exc)
+            else:
+                one.engine, one.runtime = engine, engine.runtime
 
     def time(self) -> None:
         """Every measure in interleaved rounds, at each size and batch."""
@@ -223,7 +260,7 @@ class _Run:
             return
         scores = self.scores = Scores(list(self.engines), self.reference, len(self.classes or []))
         for image in tqdm(self.images.images, desc="accuracy", unit="image", disable=self.quiet):
-            labelled = ((label, self._labels(label, image)) for label in scores.entries)
+            labelled = ((label, self._labels(self.candidates[label], image)) for label in scores.entries)
             planes = {label: labels for label, labels in labelled if labels is not None}
             scores.add(planes, image.mask)
             if len(self.pictures) < self.settings.gallery:
@@ -231,28 +268,17 @@ class _Run:
 
     def profile(self) -> None:
         """Time by layer group, last, since profiling may disturb; and the least time that a known GPU can need."""
-        paths = {entry.label: entry.path for entry in self.entries}
         if self.settings.layers:
-            for measured in tqdm(self._latencies(), desc="layers", unit="size", disable=self.quiet):
+            for measured in tqdm(self.latencies, desc="layers", unit="size", disable=self.quiet):
                 for label in measured.samples.seconds:
-                    self._profile(label, paths[label], measured)
+                    self._profile(label, measured)
         if self.settings.roofline:
             self._bound()
 
     def close(self) -> None:
         self._stack.close()
 
-    # -- loading -------------------------------------------------------------------------------
-
-    def _load(self, entry: Entry) -> None:
-        try:
-            engine = self._stack.enter_context(load_engine(entry.path, entry.engine, **self._options(entry)))
-            self._check_classes(engine.manifest)
-        except FAILURES as exc:
-            self.reasons[entry.label] = describe(exc)
-            return
-        self.runtimes[entry.label] = engine.runtime
-        self.engines[entry.label] = engine
+    # -- parts of the steps --------------------------------------------------------------------
 
     def _options(self, entry: Entry) -> dict[str, Any]:
         threads = None if entry.path.suffix.lower() == ".engine" else self.settings.threads
@@ -268,87 +294,72 @@ class _Run:
                 "labels cannot be compared"
             )
 
-    # -- timing --------------------------------------------------------------------------------
-
-    @property
-    def reference(self) -> str | None:
-        """The entry that ratios and agreement refer to; None when it did not run."""
-        if self.settings.reference is not None:
-            return self.settings.reference if self.settings.reference in self.engines else None
-        able = (entry.label for entry in self.entries if entry.can_be_reference and entry.label in self.engines)
-        return next(able, None)
-
     def _time(self, timer: Timer, case: BenchmarkCase) -> None:
-        able = {label: engine for label, engine in self.engines.items() if self.started[label].ran(case)}
+        able = {label: engine for label, engine in self.engines.items() if self.candidates[label].startup.ran(case)}
         latency = timer.end_to_end(able, case)
-        for label in latency.samples.seconds:
-            self._note_padding(label, case)
-        self._keep(latency)
         # A failure may leave an engine in any state: it is not asked again at this size.
-        engines = {label: self.engines[label] for label in latency.samples.seconds}
+        engines = {label: able[label] for label in latency.samples.seconds}
+        for label, engine in engines.items():
+            height, width = prepared(engine, case.frames[0]).shape[2:]
+            if (height, width) != case.shape[:2]:
+                self.candidates[label].note(
+                    f"takes no frames of {case.shape}: they are padded to {height}×{width} and times include that"
+                )
+        self._keep(latency)
         if self.complete and self.settings.inference:
             self._keep(timer.inference(engines, case))
         if self.complete and self.settings.throughput:
             gpus = {label: None if runs_on_cpu(engine) else self._gpu for label, engine in engines.items()}
             self._keep(timer.throughput(engines, case, gpus))
 
-    def _note_padding(self, label: str, case: BenchmarkCase) -> None:
-        height, width = prepared(self.engines[label], case.frames[0]).shape[2:]
-        if (height, width) != case.shape[:2]:
-            self.notes[label].append(
-                f"takes no frames of {case.shape}: they are padded to {height}×{width} and times include that"
-            )
-
     def _keep(self, measured: Measured) -> None:
         if measured.samples.rounds:
             self.measured.append(measured)
         self.complete = not measured.samples.interrupted
         for label, reason in measured.samples.failures.items():
-            named = f"{MEASURES[measured.measure]}: {reason}"
-            self.untimed.setdefault((label, named), []).append(str(measured.case.shape))
+            sizes = self.candidates[label].untimed.setdefault(f"{MEASURES[measured.measure]}: {reason}", [])
+            sizes.append(str(measured.case.shape))
 
-    def _latencies(self) -> list[Measured]:
-        return [measured for measured in self.measured if measured.measure == "end_to_end"]
-
-    def _labels(self, label: str, image: Image) -> Grey8 | None:
+    def _labels(self, one: _Candidate, image: Image) -> Grey8 | None:
+        assert one.engine is not None  # only entries that are loaded are scored
         try:
-            labels: Grey8 = end_to_end(self.engines[label])(image.grey[None])[0]
+            labels: Grey8 = end_to_end(one.engine)(image.grey[None])[0]
         except FAILURES as exc:
-            self.notes[label].append(f"accuracy not measured, {image.name}: {describe(exc)}")
+            one.note(f"accuracy not measured, {image.name}: {describe(exc)}")
             return None
         return labels
 
-    def _profile(self, label: str, path: Path, measured: Measured) -> None:
+    def _profile(self, label: str, measured: Measured) -> None:
+        one = self.candidates[label]
         median_s = latency_of(measured.samples.seconds[label]).p50
         try:
-            groups = layer_groups(self.engines[label], path, measured.case, median_s)
+            groups = layer_groups(self.engines[label], one.entry.path, measured.case, median_s)
         except FAILURES as exc:
-            self.notes[label].append(f"layers not timed at {measured.case.shape}: {describe(exc)}")
+            one.note(f"layers not timed at {measured.case.shape}: {describe(exc)}")
             return
         if groups is not None:
-            self.layers[label].append(groups)
+            one.layers.append(groups)
 
     def _bound(self) -> None:
         """Of entries that ran on a GPU with a known data sheet, by an ONNX file of the same checkpoint."""
         device = None if self._gpu is None else known_device(self._gpu.name)
-        on_gpu = {label for label, engine in self.engines.items() if not runs_on_cpu(engine)}
+        on_gpu = [label for label, engine in self.engines.items() if not runs_on_cpu(engine)]
         if device is None or not on_gpu:
             return
         self.bound_source = f"{device.name}, from its data sheet"
-        graphs = [entry.path for entry in self.entries if entry.path.suffix.lower() == ".onnx"]
-        by_checkpoint = {_checkpoint(path): path for path in graphs}
-        for entry in (entry for entry in self.entries if entry.label in on_gpu):
-            label, checkpoint = entry.label, _checkpoint(entry.path)
-            graph = entry.path if entry.path in graphs else by_checkpoint.get(checkpoint) if checkpoint else None
+        onnx = [one for one in self.candidates.values() if one.entry.path.suffix.lower() == ".onnx"]
+        graphs = {one.checkpoint: one.entry.path for one in onnx if one.checkpoint is not None}
+        for label in on_gpu:
+            one = self.candidates[label]
+            graph = one.entry.path if one in onnx else graphs.get(one.checkpoint or "")
             if graph is None:
-                self.notes[label].append("no roofline bound: no ONNX file of its checkpoint is among the entries")
+                one.note("no roofline bound: no ONNX file of its checkpoint is among the entries")
                 continue
-            shapes = [one.case.shape for one in self._latencies() if label in one.samples.seconds]
+            shapes = [measured.case.shape for measured in self.latencies if label in measured.samples.seconds]
             try:
-                precision = (precision_of(entry, manifest_or_none(entry.path)) or "FP32").lower()
-                self.bounds[label] = roofline_bounds(graph, precision, shapes, device)
+                one.bounds = roofline_bounds(graph, (one.precision or "FP32").lower(), shapes, device)
             except UserError as exc:
-                self.notes[label].append(f"no roofline bound: {exc}")
+                one.note(f"no roofline bound: {exc}")
 
     # -- result --------------------------------------------------------------------------------
 
@@ -367,8 +378,8 @@ class _Run:
             data_notes=self.data_notes,
             classes=self.classes or [],
             reference=self.reference,
-            rows=[self._row(entry) for entry in self.entries],
-            warnings=self._all_warnings(),
+            rows=[self._row(label, one) for label, one in self.candidates.items()],
+            warnings=self._warnings(),
             pictures=self.pictures,
             environments=[
                 Environment(created=created, command=command, python=machine.python, libraries=machine.libraries)
@@ -377,48 +388,43 @@ class _Run:
             gpu_states=self._watch.states(),
         )
 
-    def _row(self, entry: Entry) -> Row:
-        label, manifest = entry.label, manifest_or_none(entry.path)
-        end_to_end_times = self._timings("end_to_end", label)
-        untimed = [(reason, sizes) for (whose, reason), sizes in self.untimed.items() if whose == label]
-        notes = [*self.notes[label], *(f"not timed at {', '.join(sizes)}, {reason}" for reason, sizes in untimed)]
-        reason, measured = None, bool(end_to_end_times)
-        if not measured:
-            reason = self.reasons.get(label) or "; ".join(notes) or "the run was interrupted before its turn"
-        built = manifest.engine if manifest is not None else None
-        startup = self.started.get(label, Startup())
+    def _row(self, label: str, one: _Candidate) -> Row:
+        entry, manifest, startup = one.entry, one.manifest, one.startup
+        timings: dict[Measure, list[Timing]] = {measure: [] for measure in MEASURES}
+        for of in self.measured:
+            if label in of.samples.seconds:
+                timings[of.measure].append(of.timing(label, self.reference, self.settings.seed))
+        notes = [*startup.notes, *(f"not timed at {', '.join(sizes)}, {why}" for why, sizes in one.untimed.items())]
+        measured = bool(timings["end_to_end"])
+        reason = startup.reason or "; ".join(notes) or "the run was interrupted before its turn"
         return Row(
             label=label,
             file=entry.path.name,
             file_bytes=entry.path.stat().st_size,
-            runtime=self.runtimes.get(label, entry.engine),
-            precision=precision_of(entry, manifest),
+            runtime=one.runtime,
+            precision=one.precision,
             status="measured" if measured else "not run",
-            reason=reason,
+            reason=None if measured else reason,
             notes=notes if measured else [],
             attention=manifest.attention if manifest is not None else None,
-            build_s=built.build_seconds if built is not None else None,
+            build_s=manifest.engine.build_seconds if manifest is not None and manifest.engine is not None else None,
             start=startup.start,
             memory=startup.memory,
             memory_failures=startup.failures,
-            end_to_end=end_to_end_times,
-            inference=self._timings("inference", label),
-            throughput=self._timings("throughput", label),
-            layers=self.layers[label],
-            bounds=self.bounds.get(label, []) if measured else [],
+            end_to_end=timings["end_to_end"],
+            inference=timings["inference"],
+            throughput=timings["throughput"],
+            layers=one.layers,
+            bounds=one.bounds if measured else [],
             accuracy=self.scores.accuracy(label) if self.scores is not None and measured else None,
         )
 
-    def _timings(self, measure: Measure, label: str) -> list[Timing]:
-        own = (one for one in self.measured if one.measure == measure and label in one.samples.seconds)
-        return [one.timing(label, self.reference, self.settings.seed) for one in own]
-
-    def _all_warnings(self) -> list[str]:
+    def _warnings(self) -> list[str]:
         warnings = list(self.machine.warnings)
         if self.busy_share is not None:
             warnings += busy_warnings(self.busy_share, "while timing")
         if not self.complete:
-            rounds = ", ".join(f"{one.samples.rounds} at {one.case.shape}" for one in self._latencies())
+            rounds = ", ".join(f"{one.samples.rounds} at {one.case.shape}" for one in self.latencies)
             warnings.append(
                 f"the run was interrupted; figures are of the finished rounds ({rounds} of {self.settings.rounds}) "
                 "and images"
@@ -434,11 +440,3 @@ class _Run:
             if state.throttled:
                 warnings.append(f"{state.name} was slowed down while timing: {', '.join(state.throttled)}")
         return warnings
-
-
-def _checkpoint(path: Path) -> str | None:
-    """SHA-256 of the checkpoint that a model file is, or was made from."""
-    if path.suffix.lower() in CHECKPOINTS:
-        return sha256_of(path)
-    manifest = manifest_or_none(path)
-    return None if manifest is None else manifest.checkpoint_sha256

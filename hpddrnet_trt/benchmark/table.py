@@ -138,10 +138,6 @@ def _whole(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _percent(value: float) -> str:
-    return percent(value)
-
-
 _END, _INFERENCE, _PIPELINED = "end-to-end latency, one at a time", "inference", "pipelined"
 COLUMNS = (
     Column("label", lambda line: line.row.label, "", "engine", "", "engine", note=lambda line: line.row.runtime),
@@ -173,7 +169,7 @@ COLUMNS = (
     Column("inference_p99_ms", _timed("inference", "p99_ms")),
     Column("inference_max_ms", _timed("inference", "max_ms")),
     Column("images", _of("accuracy", "images")),
-    Column("miou", _of("accuracy", "miou"), "accuracy", "mIoU", "change", "mIoU", _percent, _miou_note),
+    Column("miou", _of("accuracy", "miou"), "accuracy", "mIoU", "change", "mIoU", percent, _miou_note),
     Column("masked_miou", _of("accuracy", "masked_miou")),
     Column("agreement", _of("accuracy", "agreement"), "accuracy", "agreement", "with reference", "agreement",
            lambda value: percent(value, 3)),

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.accuracy.evaluate import EDGE, Assessment, ImageResult, Picture, fractions
+from hpddrnet_trt.accuracy.evaluate import EDGE, Assessment, ImageResult, fractions
 from hpddrnet_trt.accuracy.robustness import TOLERANCE, Robustness, tested
-from hpddrnet_trt.core.errors import UsageError, UserError, require
-from hpddrnet_trt.core.files import write_bytes, write_text
+from hpddrnet_trt.core.errors import UsageError, require
+from hpddrnet_trt.core.files import check_writable, write_bytes, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.core.text import percent, scaled
 from hpddrnet_trt.report.accuracy_figures import (
@@ -26,10 +24,11 @@ from hpddrnet_trt.report.accuracy_figures import (
 )
 from hpddrnet_trt.report.style import (
     DIMMED,
+    Gallery,
     Grey8,
     Palette,
     Panel,
-    jpeg,
+    gallery,
     overlay_colors,
     palette_png,
     png,
@@ -87,12 +86,7 @@ def check_target(path: str | Path) -> Path:
         raise UsageError(f"the report is an HTML file, not {path}; give a name that ends in .html")
     require("jinja2", "benchmark", "write the report")
     require("matplotlib", "benchmark", "draw the report's figures")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}; choose another output path") from exc
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: no permission to write to its folder; choose another output path")
+    check_writable(path.parent)
     return path
 
 
@@ -135,7 +129,7 @@ def render_html(
         curves=curves,
         robustness=robustness,
         tolerance=TOLERANCE,
-        gallery=_gallery(assessment),
+        gallery=[gallery_image(assessment, number) for number in range(1, len(assessment.pictures) + 1)],
         veil=veil_color([entry.color for entry in assessment.classes]),
         command=origin.command,
         row_limit=ROWS,
@@ -214,33 +208,27 @@ def _figures(assessment: Assessment, curves: Curves | None, robustness: Robustne
 # -- the gallery -----------------------------------------------------------------------------------
 
 
-class GalleryImage(NamedTuple):
-    """One image of the gallery."""
-
-    rank: str
-    result: ImageResult
-    ratio: str  # CSS aspect ratio, width / height
-    base: str  # data address of the micrograph
-    panels: list[Panel]
-
-
-def gallery_image(picture: Picture, palette: Palette, rank: str) -> GalleryImage:
-    """The four panels of one image."""
+def gallery_image(assessment: Assessment, number: int) -> Gallery:
+    """The four panels of the ``number``-th image, from 1."""
+    picture, palette = assessment.pictures[number - 1], [entry.color for entry in assessment.classes]
     ignored = picture.truth == IGNORE_INDEX
     wrong = (picture.predicted != picture.truth) & ~ignored
     reduced = f", shown at 1/{picture.step} of its size" if picture.step > 1 else ""
     result = picture.result
     labelled = int(result.counts.sum())
     missed = labelled - int(np.trace(result.counts[:, :-1]))
-    accuracy = f"{percent(result.scores.pixel_accuracy)} of the labelled pixels right"
-    height, width = picture.grey.shape
+    scores, right = result.scores, percent(result.scores.pixel_accuracy)
     panels = [
         Panel("micrograph", f"{result.width} × {result.height} pixels{reduced}", None),
         Panel("truth", _ignored_note(result), palette_png(_striped(picture.truth, ignored), _colors(palette, 0))),
-        Panel("prediction", accuracy, palette_png(picture.predicted, _colors(palette, 0))),
+        Panel("prediction", f"{right} of the labelled pixels right",
+              palette_png(picture.predicted, _colors(palette, 0))),
         Panel("errors", f"{missed:,} of {labelled:,} labelled pixels", _errors(picture.truth, wrong, ignored, palette)),
-    ]
-    return GalleryImage(rank, result, f"{width} / {height}", jpeg(picture.grey), panels)
+    ]  # fmt: skip
+    ious = ", ".join(f"{name} {percent(iou, 1)}" for name, iou in zip(assessment.class_names, scores.iou, strict=True))
+    rank = _rank(number, len(assessment.pictures))
+    note = f"{rank} · mIoU {percent(scores.miou)} · pixel accuracy {right} · IoU {ious}"
+    return gallery(number, result.name, note, picture.grey, [panels])
 
 
 def _errors(
@@ -284,15 +272,8 @@ def _ignored_note(result: ImageResult) -> str:
     return f"{result.ignored:,} pixels not labelled (striped)" if result.ignored else "all pixels labelled"
 
 
-def _gallery(assessment: Assessment) -> list[GalleryImage]:
-    palette = [entry.color for entry in assessment.classes]
-    pairs = zip(_ranks(assessment), assessment.pictures, strict=True)
-    return [gallery_image(picture, palette, rank) for rank, picture in pairs]
-
-
-def _ranks(assessment: Assessment) -> Sequence[str]:
-    count = len(assessment.pictures)
-    if count <= 1:
-        return ["only image"] * count
-    ordinals = ["", "2nd ", "3rd ", *(f"{place}th " for place in range(4, count))]
-    return [*(f"{ordinal}worst" for ordinal in ordinals[: count - 1]), "best"]
+def _rank(number: int, count: int) -> str:
+    if count == 1:
+        return "only image"
+    ordinals = {1: "", 2: "2nd ", 3: "3rd "}
+    return "best" if number == count else f"{ordinals.get(number, f'{number}th ')}worst"

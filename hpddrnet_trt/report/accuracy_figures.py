@@ -27,6 +27,7 @@ from hpddrnet_trt.report.style import (
     legend_below,
     logarithmic,
     new_figure,
+    panels,
     style,
 )
 
@@ -34,7 +35,7 @@ from hpddrnet_trt.report.style import (
 # the paper: they stay in the pictures.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _MEAN = {"color": BLACK, "linewidth": 2.6, "marker": "o", "markersize": 5, "label": "mIoU"}
-_COLUMNS = 3  # panels side by side
+_COLUMNS, _WIDTH = 3, 4.0  # panels side by side, inches
 LEARNING_CURVES = "metrics.csv"  # written by hpddrnet_trt.training.callbacks.Records
 _NEEDED = {"step", "lr", "train/loss", "val/loss", "val/miou"}
 _CLASS = "val/iou/"
@@ -126,8 +127,8 @@ def fractions_figure(assessment: Assessment) -> Any:
     names = assessment.class_names
     measured = [image for image in assessment.images if image.counts.any()]
     with style():
-        figure, panels = _panels(len(names), 3.5)
-        for index, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        figure, grid = panels(len(names), _WIDTH, 3.5, columns=_COLUMNS)
+        for index, (axes, name) in enumerate(zip(grid, names, strict=True)):
             _draw_fractions(axes, measured, index, name)
     return figure
 
@@ -135,7 +136,7 @@ def fractions_figure(assessment: Assessment) -> Any:
 def curves_figure(curves: Curves, best_step: int | None = None) -> Any:
     """Loss, IoU and learning rate by step; a line at the step of the model that was kept."""
     with style():
-        figure, (loss, iou, rate) = _panels(3, 3.8)
+        figure, (loss, iou, rate) = panels(3, _WIDTH, 3.8, columns=_COLUMNS)
         for name, label, look in (("train/loss", "training", GREY), ("val/loss", "validation", BLUE)):
             loss.plot(*_points(curves.columns[name]), color=look, linewidth=1.6, label=label)
         loss.set_ylim(bottom=0)
@@ -158,10 +159,10 @@ def curves_figure(curves: Curves, best_step: int | None = None) -> Any:
 def robustness_figure(robustness: Robustness) -> Any:
     """IoU against each shift; the working range is shaded, the unchanged point ringed."""
     with style():
-        figure, panels = _panels(len(robustness.sweeps), 3.7)
-        for axes, sweep in zip(panels, robustness.sweeps, strict=True):
+        figure, grid = panels(len(robustness.sweeps), _WIDTH, 3.7, columns=_COLUMNS)
+        for axes, sweep in zip(grid, robustness.sweeps, strict=True):
             _draw_sweep(axes, sweep, robustness.class_names)
-        legend_below(figure, panels[0])
+        legend_below(figure, grid[0])
     return figure
 
 
@@ -180,12 +181,14 @@ def _draw_sweep(axes: Any, sweep: Sweep, class_names: Sequence[str]) -> None:
         values = [scores.iou[index] for _, scores in measured]
         axes.plot(x, values, linewidth=1.1, markersize=3.5, **class_style(index, name))
     axes.plot(x, [scores.miou for _, scores in measured], **_MEAN)
-    neutral = places[sweep.shift.values.index(sweep.shift.neutral)]
+    neutral = sweep.shift.values.index(sweep.shift.neutral)
     axes.plot(
-        neutral, sweep.unchanged.miou, "o", markersize=12, markerfacecolor="none", markeredgecolor=BLACK,
+        places[neutral], sweep.unchanged.miou, "o", markersize=12, markerfacecolor="none", markeredgecolor=BLACK,
         markeredgewidth=1.4, label="unchanged micrographs",
     )  # fmt: skip
-    _label_every_second(axes, sweep.shift, places)
+    # Ticks at the tested values, labels at every second one counted from the unchanged value.
+    labels = ["" if (place - neutral) % 2 else tested(value) for place, value in enumerate(sweep.shift.values)]
+    axes.set_xticks(places, labels)
     axes.set_ylim(0, 1.02)
     label_axes(axes, sweep.shift.name.capitalize(), sweep.shift.axis, "IoU")
 
@@ -194,16 +197,6 @@ def _places(shift: Shift) -> list[float]:
     """Where the values are drawn: as they are, an infinite one a step beyond the last finite one."""
     finite = [value for value in shift.values if math.isfinite(value)]
     return [value if math.isfinite(value) else 2 * finite[-1] for value in shift.values]
-
-
-def _label_every_second(axes: Any, shift: Shift, places: Sequence[float]) -> None:
-    """Ticks at the tested values, labels at every second one counted from the unchanged value."""
-    neutral = shift.values.index(shift.neutral)
-    labels = [
-        "" if (index - neutral) % 2 else tested(value)
-        for index, value in enumerate(shift.values)
-    ]
-    axes.set_xticks(places, labels)
 
 
 def _draw_fractions(axes: Any, images: Sequence[ImageResult], index: int, name: str) -> None:
@@ -227,16 +220,6 @@ def _limits(shares: npt.NDArray[np.float64]) -> tuple[float, float]:
     low, high = 100 * float(shares.min()), 100 * float(shares.max())
     margin = max(0.12 * (high - low), (2 - (high - low)) / 2, 0.1)
     return max(0.0, low - margin), min(100.0, high + margin)
-
-
-def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure with ``count`` panels, rows of three, ``height`` inches each."""
-    rows, columns = -(-count // _COLUMNS), min(count, _COLUMNS)
-    figure = new_figure(4.0 * columns, height * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for spare in grid[count:]:
-        spare.remove()
-    return figure, grid[:count]
 
 
 def _points(values: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from hpddrnet_trt.benchmark.machine import BUSY_SHARE
-from hpddrnet_trt.benchmark.result import BenchmarkResult, Picture, Row, Settings, Shape, Timing, at, main_shape
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Picture, Settings, at, main_shape
 from hpddrnet_trt.benchmark.table import miou, miou_change, points, ratio_text, sentence, state_of, tables, to_csv
 from hpddrnet_trt.core.files import write_bytes, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
@@ -28,9 +28,10 @@ from hpddrnet_trt.report.style import (
     DIFFERENT,
     DIMMED,
     WIDTH,
+    Gallery,
     Grey8,
     Panel,
-    jpeg,
+    gallery,
     overlay_colors,
     palette_png,
     png,
@@ -88,7 +89,7 @@ def _page(result: BenchmarkResult, drawn: Sequence[Drawn]) -> str:
         sections.setdefault(one.section, []).append((one.caption, svg_address(one.figure), wide))
     return render(
         "benchmark.html.j2",
-        filters={"megabytes": lambda value: f"{value / 1e6:.1f} MB", "state": state_of},
+        filters={"state": state_of},
         result=result,
         headline=headline(result),
         tables=tables(result),
@@ -96,7 +97,8 @@ def _page(result: BenchmarkResult, drawn: Sequence[Drawn]) -> str:
         sections=sections,
         warnings=result.warnings,
         command=result.command,
-        gallery=[_gallery(result, picture) for picture in result.pictures],
+        different=DIFFERENT,
+        gallery=[_gallery(result, *numbered) for numbered in enumerate(result.pictures, 1)],
         method=method(result),
     )
 
@@ -104,17 +106,7 @@ def _page(result: BenchmarkResult, drawn: Sequence[Drawn]) -> str:
 # -- the gallery -----------------------------------------------------------------------------------
 
 
-class Gallery(NamedTuple):
-    """One test image with its panels, in pairs that belong together."""
-
-    name: str
-    part: str
-    ratio: str  # CSS aspect ratio, width / height
-    base: str  # data address of the micrograph
-    pairs: list[list[Panel]]
-
-
-def _gallery(result: BenchmarkResult, picture: Picture) -> Gallery:
+def _gallery(result: BenchmarkResult, number: int, picture: Picture) -> Gallery:
     grey, mask = _decode(picture.image), None if picture.mask is None else _decode(picture.mask)
     labels = {label: _decode(content) for label, content in picture.labels.items()}
     colors = overlay_colors([entry.color for entry in result.classes])
@@ -129,8 +121,7 @@ def _gallery(result: BenchmarkResult, picture: Picture) -> Gallery:
         elif mask is not None:
             pair.append(_difference(f"{label}, against mask", (plane != mask) & (mask != IGNORE_INDEX)))
         pairs.append(pair)
-    height, width = grey.shape
-    return Gallery(picture.name, picture.part, f"{width} / {height}", jpeg(grey), pairs)
+    return gallery(number, picture.name, picture.part, grey, pairs)
 
 
 def _difference(title: str, different: npt.NDArray[np.bool_]) -> Panel:
@@ -180,10 +171,6 @@ def _finding(result: BenchmarkResult) -> str:
         return f"{len(result.measured)} of {len(result.rows)} entries ran on this machine."
     accurate = [(row, timing) for row, timing in timed if (miou_change(result, row) or 0.0) >= -QUOTABLE_LOSS]
     row, timing = min(accurate or timed, key=lambda pair: pair[1].p50_ms)
-    return _praise(result, row, timing, shape)
-
-
-def _praise(result: BenchmarkResult, row: Row, timing: Timing, shape: Shape) -> str:
     text = f"{row.label}: {ratio_text(timing.ratio)} the speed of {result.reference} at {shape}, end to end"
     change = miou_change(result, row)
     if change is not None:

@@ -44,6 +44,7 @@ from hpddrnet_trt.report.style import (
     name_bars,
     name_points,
     new_figure,
+    panels,
     patch_legend,
     plain_numbers,
     style,
@@ -162,14 +163,14 @@ def speed_figure(result: BenchmarkResult) -> Any | None:
         if row.accuracy and (value := row.accuracy.miou if by_miou else row.accuracy.agreement) is not None
     ]
     figure = new_figure(13.6 if points else WIDTH, max(4.8 if points else 2.6, 1.2 + 0.42 * len(timed)))
-    panels = figure.subplots(1, 2, width_ratios=(1, 1.15)) if points else [figure.subplots()]
-    _draw_bars(panels[0], timed, result)
-    panels[0].set_title(f"Speed, end to end, {shape}")
+    axes = figure.subplots(1, 2, width_ratios=(1, 1.15)) if points else [figure.subplots()]
+    _draw_bars(axes[0], timed, result)
+    axes[0].set_title(f"Speed, end to end, {shape}")
     if points:
         kind = "mIoU" if by_miou else "agreement with the reference"
-        label_axes(panels[1], f"Accuracy against speed, {shape}", "images/s, one at a time (right is better)",
+        label_axes(axes[1], f"Accuracy against speed, {shape}", "images/s, one at a time (right is better)",
                    f"{kind}, % (up is better)")  # fmt: skip
-        _draw_plane(panels[1], points, entry_styles(result))
+        _draw_plane(axes[1], points, entry_styles(result))
     return figure
 
 
@@ -397,16 +398,13 @@ class Curves(NamedTuple):
 
 def scaling_figure(result: BenchmarkResult) -> Any | None:
     """How latency, rate and memory grow with the frame and with the batch; None with one size and batch."""
-    panels = [panel for panel in scaling_curves(result) if max(map(len, panel.lines.values()), default=0) > 1]
-    if not panels:
+    drawn = [panel for panel in scaling_curves(result) if max(map(len, panel.lines.values()), default=0) > 1]
+    if not drawn:
         return None
-    styles, columns = entry_styles(result), min(2, len(panels))
-    height = 3.7 * -(-len(panels) // 2) + 0.12 * len(result.measured)
-    figure = new_figure(WIDTH if columns == 1 else 13.6, height)
-    grid = figure.subplots(-(-len(panels) // 2), columns, squeeze=False).ravel().tolist()
-    for spare in grid[len(panels) :]:
-        spare.remove()
-    for axes, panel in zip(grid, panels, strict=False):
+    styles, columns = entry_styles(result), min(2, len(drawn))
+    legend = 0.12 * len(result.measured) / -(-len(drawn) // columns)
+    figure, grid = panels(len(drawn), WIDTH if columns == 1 else 6.8, 3.7 + legend, columns=columns)
+    for axes, panel in zip(grid, drawn, strict=True):
         for label, line in panel.lines.items():
             axes.plot(*zip(*line, strict=True), linestyle=styles[label].line, linewidth=1.5, markersize=6, label=label,
                       **styles[label].point())  # fmt: skip
@@ -420,32 +418,32 @@ def scaling_figure(result: BenchmarkResult) -> Any | None:
         if panel.slope:
             _draw_slopes(axes)
         label_axes(axes, panel.title, panel.x, panel.y)
-    legend_below(figure, *grid[: len(panels)], columns=2 * columns)
+    legend_below(figure, *grid, columns=2 * columns)
     return figure
 
 
 def scaling_curves(result: BenchmarkResult) -> list[Curves]:
     """The panels, also those with too little to draw."""
-    panels: list[Curves] = []
+    curves: list[Curves] = []
     shape, of_memory = main_shape(result), shared_shape([row.memory for row in result.measured])
     rows = result.measured
     if shape is not None:
         unit = "ms per frame" if shape.batch == 1 else f"ms per batch of {shape.batch}"
         timed = {row.label: one_batch(row.end_to_end, shape.batch) for row in rows}
-        panels.append(_by_size("End-to-end latency", unit, timed, lambda timing: timing.p50_ms))
+        curves.append(_by_size("End-to-end latency", unit, timed, lambda timing: timing.p50_ms))
         batches = {
             row.label: sorted((float(timing.batch), timing.images_per_s) for timing in row.end_to_end
                               if timing.shape[:2] == shape[:2])
             for row in rows
         }  # fmt: skip
         ticks = {place: f"{place:g}" for line in batches.values() for place, _ in line}
-        panels.append(Curves(f"Images/s, end to end, {shape.size}", "frames per batch", "images/s, one batch at a time",
+        curves.append(Curves(f"Images/s, end to end, {shape.size}", "frames per batch", "images/s, one batch at a time",
                              {label: line for label, line in batches.items() if line}, ticks, slope=False))  # fmt: skip
     if of_memory is not None:
         records = {row.label: one_batch(row.memory, of_memory.batch) for row in rows}
-        panels.append(_by_size("Peak host memory", "MiB", records, lambda record: record.host_peak_mib))
-        panels.append(_by_size("Peak GPU memory", "MiB", records, lambda record: record.device_mib))
-    return panels
+        curves.append(_by_size("Peak host memory", "MiB", records, lambda record: record.host_peak_mib))
+        curves.append(_by_size("Peak GPU memory", "MiB", records, lambda record: record.device_mib))
+    return curves
 
 
 def _by_size(

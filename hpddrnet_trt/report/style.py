@@ -19,7 +19,7 @@ from PIL import Image
 
 from hpddrnet_trt.benchmark.table import sentence
 from hpddrnet_trt.core.errors import require
-from hpddrnet_trt.core.text import number, percent
+from hpddrnet_trt.core.text import megabytes, number, percent
 
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 YELLOW, INDIGO, OCHRE = "#F0E442", "#332288", "#8C6D1F"  # further ones, for more than six of a kind
@@ -61,6 +61,17 @@ def new_figure(width: float, height: float) -> Any:
     figure = _matplotlib("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
     _matplotlib("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
+
+
+def panels(count: int, width: float, height: float, *, columns: int) -> tuple[Any, list[Any]]:
+    """A figure with ``count`` panels in rows of ``columns``, each so many inches wide and high."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = new_figure(width * columns, height * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for spare in grid[count:]:
+        spare.remove()
+    return figure, grid[:count]
 
 
 def label_axes(axes: Any, title: str, x: str, y: str) -> None:
@@ -234,6 +245,26 @@ class Panel(NamedTuple):
     overlay: str | None
 
 
+class Gallery(NamedTuple):
+    """A micrograph with its panels, in groups that stand together; ``number``: on its page, from 1."""
+
+    number: int
+    name: str
+    note: str
+    ratio: str  # CSS aspect ratio, width / height
+    base: str  # data address of the micrograph
+    groups: list[list[Panel]]
+
+
+def gallery(number: int, name: str, note: str, grey: Grey8, groups: list[list[Panel]]) -> Gallery:
+    """Of a micrograph uint8 ``[H, W]``."""
+    height, width = grey.shape
+    stream = io.BytesIO()
+    Image.fromarray(grey).save(stream, format="JPEG", quality=88)  # good enough to look at
+    address = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    return Gallery(number, name, note, f"{width} / {height}", address, groups)
+
+
 def overlay_colors(palette: Palette) -> npt.NDArray[np.uint8]:
     """RGBA ``[256, 4]`` of classes over a micrograph; transparent beyond the palette."""
     colors = np.zeros((256, 4), dtype=np.uint8)
@@ -252,27 +283,21 @@ def palette_png(indices: Grey8, colors: npt.NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def jpeg(grey: Grey8) -> str:
-    """A micrograph uint8 ``[H, W]``, good enough to look at."""
-    stream = io.BytesIO()
-    Image.fromarray(grey).save(stream, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-
-
 # -- pages -----------------------------------------------------------------------------------------
 
 
 def render(template: str, *, filters: dict[str, Any] | None = None, **values: Any) -> str:
     """A template of this folder filled with ``values``: a page in one file, which loads nothing from outside.
 
-    Texts are escaped. Templates may use the filters ``percent``, ``number`` and ``sentence``, and those given. Raises
-    :class:`MissingDependency` without jinja2.
+    Texts are escaped. Templates may use the filters ``percent``, ``number``, ``megabytes`` and ``sentence``, and
+    those given. Raises :class:`MissingDependency` without jinja2.
     """
     jinja2 = require("jinja2", "benchmark", "write the report")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hpddrnet_trt", "report"),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(percent=percent, number=number, sentence=sentence, **(filters or {}))
+    own = {"percent": percent, "number": number, "megabytes": megabytes, "sentence": sentence}
+    environment.filters.update({**own, **(filters or {})})
     page: str = environment.get_template(template).render(**values)
     return page

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image as PillowImage
 
+from hpddrnet_trt.benchmark.images import Image, picture
 from hpddrnet_trt.benchmark.machine import Gpu, GpuState, Machine
 from hpddrnet_trt.benchmark.result import (
     Accuracy,
@@ -64,28 +61,16 @@ KINDS = (
     Kind("TensorRT FP16", "tensorrt 10.9 (Example GPU)", "FP16", 1.42, 0.21, 0.8120, 650, 410, environment=1),
 )
 
-
+# Fourteen entries with long names, half of them close together.
 MANY = (
     *KINDS[:-1],
-    *(
-        Kind(
-            f"TensorRT FP16 attention form {form} with CUDA graphs",
-            "tensorrt 10.9 (Example GPU)",
-            "FP16",
-            100 - 3 * form,
-            2,
-            0.8121,
-            500,
-            300,
-        )
-        for form in range(4)
-    ),
+    *(Kind(f"TensorRT FP16 attention form {form} with CUDA graphs", "tensorrt 10.9 (Example GPU)", "FP16",
+           100 - 3 * form, 2, 0.8121, 500, 300) for form in range(4)),
     Kind("another runtime FP16", "another 2.13", "FP16", 95, 2, 0.8121, 500, 300),
     Kind("ONNX Runtime INT8 (fine-tuned-nasa-super1-u8s8.onnx)", "onnxruntime 1.31.1", "INT8", 130, 1, 0.8050, 300),
     Kind("something else", "unknown", "FP8", 140, 1, 0.8090, 300),
     Kind("TensorRT-RTX BF16", "tensorrt-rtx 1.7", "BF16", 92, 2, 0.8121, 510, 300),
-)
-"""Fourteen entries with long names, half of them close together."""
+)  # fmt: skip
 
 
 def result(kinds: tuple[Kind, ...] = KINDS) -> BenchmarkResult:
@@ -179,12 +164,5 @@ def _timing(
 def _picture(name: str, labels: list[str], rng: np.random.Generator) -> Picture:
     mask = np.repeat(np.repeat(rng.integers(0, 3, (8, 12)), 8, 0), 8, 1).astype(np.uint8)
     grey = (60 * mask + rng.integers(0, 60, mask.shape)).astype(np.uint8)
-    found = {label: np.where(rng.random(mask.shape) < 0.02, 1, mask).astype(np.uint8) for label in labels}
-    return Picture(name=name, part="whole image, 64x96", image=_png(grey), mask=_png(mask),
-                   labels={label: _png(plane) for label, plane in found.items()})  # fmt: skip
-
-
-def _png(plane: npt.NDArray[np.uint8]) -> str:
-    stream = io.BytesIO()
-    PillowImage.fromarray(plane).save(stream, format="PNG")
-    return base64.b64encode(stream.getvalue()).decode("ascii")
+    planes = {label: np.where(rng.random(mask.shape) < 0.02, 1, mask).astype(np.uint8) for label in labels}
+    return picture(Image(name, grey, mask), planes)

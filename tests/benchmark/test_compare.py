@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpddrnet_trt.benchmark.compare import Change, compare, differences, format_changes, merge, verdict_of
+from hpddrnet_trt.benchmark.compare import Change, compare, differences, format_changes, merge
 from hpddrnet_trt.benchmark.machine import Gpu
-from hpddrnet_trt.benchmark.result import BenchmarkResult, Environment, Row, Shape, load_result
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Environment, Row, Shape, Timing, load_result
 from hpddrnet_trt.benchmark.timing import Ratio
 from hpddrnet_trt.core.errors import UsageError
 
@@ -19,19 +19,13 @@ VERSION_1 = Path(__file__).parents[2] / "benchmarks" / "results" / "amd-epyc-202
 
 def change_row(row: Row, factor: float, **changes: Any) -> Row:
     """A copy with all times multiplied."""
-    times = {
-        measure: [
-            timing.model_copy(
-                update={
-                    "samples_ms": [factor * value for value in timing.samples_ms],
-                    "p50_ms": factor * timing.p50_ms,
-                }
-            )
-            for timing in timings
-        ]
-        for measure, timings in row.measures()
-    }
+    times = {measure: [multiplied(timing, factor) for timing in timings] for measure, timings in row.measures()}
     return row.model_copy(update={**times, **changes})
+
+
+def multiplied(timing: Timing, factor: float) -> Timing:
+    samples = [factor * value for value in timing.samples_ms]
+    return timing.model_copy(update={"samples_ms": samples, "p50_ms": factor * timing.p50_ms})
 
 
 def by_label(changes: list[Change], label: str) -> list[Change]:
@@ -103,9 +97,7 @@ def test_what_only_one_has_is_shown(measured: BenchmarkResult) -> None:
     changes = compare(measured, new)
     assert {change.verdict for change in by_label(changes, "fresh")} == {"only new"}
     assert {change.verdict for change in by_label(changes, "small")} == {"only old"}
-    assert [change.label for change in changes] == sorted(
-        (change.label for change in changes), key=["plain", "fresh", "small"].index
-    )
+    assert list(dict.fromkeys(change.label for change in changes)) == ["plain", "fresh", "small"]
     gone = by_label(changes, "small")[0]
     assert gone.old_ms == measured.rows[1].end_to_end[0].p50_ms
     assert (gone.new_ms, gone.ratio) == (None, None)
@@ -144,19 +136,10 @@ def test_the_table_says_when_a_ratio_is_wide(measured: BenchmarkResult) -> None:
     assert "2.00 (too few rounds for an interval)" in lines[4]
 
 
-def test_verdicts_follow_from_intervals() -> None:
-    assert verdict_of(Ratio(value=1.1, low=0.99, high=1.2)) == "no difference"
-    assert verdict_of(Ratio(value=1.1, low=1.01, high=1.2)) == "faster"
-    assert verdict_of(Ratio(value=0.9, low=0.8, high=0.99)) == "slower"
-    assert verdict_of(Ratio(value=9.0)) == "too few rounds"
-
-
 def test_a_published_result_of_the_first_format_can_be_compared() -> None:
     old = load_result(VERSION_1)
     faster = old.model_copy(update={"rows": [change_row(row, 0.5) for row in old.rows]})
-    changes = compare(old, faster)
-    assert changes
-    assert {change.verdict for change in changes} == {"faster"}
+    assert {change.verdict for change in compare(old, faster)} == {"faster"}
 
 
 @pytest.fixture
@@ -181,11 +164,8 @@ def other(measured: BenchmarkResult) -> BenchmarkResult:
     )
 
 
-def test_one_result_stays_as_it_is(measured: BenchmarkResult) -> None:
-    assert merge([measured]) == measured
-
-
 def test_rows_of_the_other_installation_are_added(measured: BenchmarkResult, other: BenchmarkResult) -> None:
+    assert merge([measured]) == measured
     merged = merge([measured, other])
     assert [(row.label, row.status, row.environment) for row in merged.rows] == [
         ("plain", "measured", 0),
@@ -241,7 +221,7 @@ def test_the_same_installation_twice_is_told_apart(measured: BenchmarkResult) ->
     assert merge([merge([measured, measured]), measured]).rows == merged.rows
 
 
-def test_other_machines_data_and_classes_are_refused(measured: BenchmarkResult) -> None:
+def test_other_machines_data_and_classes_are_refused_and_other_settings_said(measured: BenchmarkResult) -> None:
     machine = measured.machine
     gpu = machine.model_copy(update={"gpus": [Gpu(name="NVIDIA L4", driver="580", memory_mib=23034)]})
     cpu = machine.model_copy(update={"cpu": "Another CPU"})
@@ -255,8 +235,5 @@ def test_other_machines_data_and_classes_are_refused(measured: BenchmarkResult) 
             merge([measured, measured.model_copy(update=update)])
     with pytest.raises(UsageError, match="nothing to merge"):
         merge([])
-
-
-def test_different_settings_are_said(measured: BenchmarkResult) -> None:
     slower = measured.model_copy(update={"settings": measured.settings.model_copy(update={"rounds": 90})})
     assert any("different settings: rounds" in warning for warning in merge([measured, slower]).warnings)

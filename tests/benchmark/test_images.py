@@ -23,6 +23,7 @@ def test_sizes_as_people_write_them() -> None:
     for text in ("", "x512", "big", "512x", "1x2x3", "-8"):
         with pytest.raises(UsageError, match="not understood"):
             parse_size(text)
+    assert own_size([Image("a", np.zeros((37, 5), np.uint8))]) == (32, 8)  # a multiple of 8
 
 
 @given(edges, edges, edges, edges)
@@ -49,10 +50,6 @@ def test_batches_go_through_all_images(count: int, batch: int) -> None:
     assert all(frame.shape == (batch, 8, 8) for frame in frames)
     assert {int(value) for frame in frames for value in frame[:, 0, 0]} == set(range(count))
     assert f"from {count} images: {count} used as they are" in text
-
-
-def test_own_size_is_a_multiple_of_eight() -> None:
-    assert own_size([Image("a", np.zeros((37, 5), np.uint8))]) == (32, 8)
 
 
 def test_faulty_images_are_refused() -> None:

@@ -22,10 +22,6 @@ from hpddrnet_trt.stream import State, Stream
 from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
 
 
-def toy_segmenter() -> Segmenter:
-    return Segmenter(ToyEngine())
-
-
 def windows(pairs: list[tuple[int, int]], seconds: float = 2.0) -> list[Window]:
     """Pairs of frame counts (with, without), their order alternating."""
     made = []
@@ -54,17 +50,12 @@ def test_the_interval_holds_the_ratio_and_is_of_the_pairs(pairs: list[tuple[int,
     assert found.held == (found.ratio >= 0.98)
 
 
-def test_windows_that_are_no_pairs_are_refused() -> None:
+def test_windows_that_are_no_pairs_are_refused_and_no_age_is_no_figure() -> None:
     pair = windows([(1, 1)])
-    with pytest.raises(UsageError, match="in pairs"):
-        rate_ratio([pair[0], pair[0]])
-    with pytest.raises(UsageError, match="in pairs"):
-        rate_ratio([])
-
-
-def test_percentiles_of_ages() -> None:
-    assert live.milliseconds([0.1, 0.2, 0.3])["p50"] == pytest.approx(200)
-    assert live.milliseconds([0.1, 0.2, 0.3])["max"] == pytest.approx(300)
+    for wrong in ([pair[0], pair[0]], []):
+        with pytest.raises(UsageError, match="in pairs"):
+            rate_ratio(wrong)
+    assert live.milliseconds([0.1, 0.2, 0.3]) == pytest.approx({"p50": 200, "p95": 290, "p99": 298, "max": 300})
     assert math.isnan(live.milliseconds([])["p50"])
 
 
@@ -90,7 +81,7 @@ class KnownSource:
 
 def test_windows_alternate_and_the_display_ages() -> None:
     source = KnownSource()
-    with Stream(toy_segmenter) as stream:
+    with Stream(lambda: Segmenter(ToyEngine())) as stream:
         assert stream.wait_ready(10) is State.READY
         found, shown = live.measure(source, stream, pairs=3, seconds=0.2, warm_up_s=0.01)
         assert stream.statistics().submitted == 40
@@ -103,12 +94,15 @@ def test_windows_alternate_and_the_display_ages() -> None:
     assert shown.runtime == "numpy"
 
 
-def test_the_whole_run_with_openfibsem(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def _openfibsem(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fibsem")
     pytest.importorskip("psutil")
     monkeypatch.setenv("FIBSEM_SIM_NO_DELAY", "0")  # set by the source, put back afterwards
+
+
+@pytest.mark.usefixtures("_openfibsem")
+def test_the_whole_run_with_openfibsem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_toy_onnx(tmp_path / "toy.onnx", manifest("labels"))
     frames = tmp_path / "frames"
     frames.mkdir()
@@ -137,24 +131,18 @@ def test_the_whole_run_with_openfibsem(
     assert "NOT" not in printed
 
 
+@pytest.mark.usefixtures("_openfibsem")
 def test_micrographs_of_different_sizes_and_a_model_that_is_not_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("fibsem")
-    pytest.importorskip("psutil")
-    monkeypatch.setenv("FIBSEM_SIM_NO_DELAY", "0")
-    Image.fromarray(grey_image(48, 64)).save(tmp_path / "a.png")
     common = ["--source", "openfibsem", "--frames", str(tmp_path), "--output", str(tmp_path / "live.json"),
               "--seconds", "0.1", "--window", "0.1", "--warm-up", "0.1"]  # fmt: skip
-    with pytest.raises(SystemExit) as ended:
-        live.main([*common, "--model", str(tmp_path / "none.onnx")])
-    assert ended.value.code == 1
-    assert "none.onnx" in capsys.readouterr().err
-    Image.fromarray(grey_image(48, 65)).save(tmp_path / "b.png")
-    with pytest.raises(SystemExit) as ended:
-        live.main(common)
-    assert ended.value.code == 2
-    assert "of one size" in capsys.readouterr().err
+    for width, model, code, said in ((64, [str(tmp_path / "none.onnx")], 1, "none.onnx"), (65, [], 2, "of one size")):
+        Image.fromarray(grey_image(48, width)).save(tmp_path / f"{width}.png")
+        with pytest.raises(SystemExit) as ended:
+            live.main([*common, *(["--model", *model] if model else [])])
+        assert ended.value.code == code
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "live.json").exists()
 
 

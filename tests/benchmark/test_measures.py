@@ -21,6 +21,7 @@ from hpddrnet_trt.benchmark.measures import (
     roofline_bounds,
 )
 from hpddrnet_trt.benchmark.result import Settings, Shape
+from hpddrnet_trt.benchmark.timing import WarmUp
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
 from hpddrnet_trt.engines.base import EngineBase, Prediction
@@ -100,6 +101,9 @@ def test_inference_runs_what_was_bound_and_nothing_else(
     assert list(found.samples.seconds) == ["good"]
     assert engines["good"].bound == 6 + found.samples.warmups["good"].runs
     assert engines["good"].inferences == 0
+    for steady, named in ((False, ["good"]), (None, []), (True, [])):
+        found.samples.warmups["good"] = WarmUp(2, steady)
+        assert found.unsteady == named
     assert found.samples.failures == {"plain": "this engine cannot run the network alone", "broken": "out of memory"}
 
 
@@ -125,7 +129,7 @@ def test_throughput_runs_rounds_of_batches_and_counts_their_energy(
     assert found.samples.failures == {"plain": "this engine does not offer it"}
     timing = found.timing("good", "unmetered", seed=0)
     assert timing.joules_per_image == pytest.approx(3 / 8)
-    assert (timing.warmup, timing.steady) == (None, None)
+    assert (timing.warmup, timing.steady, found.unsteady) == (None, None, [])
     assert timing.images_per_s == pytest.approx(2000 / timing.p50_ms)
     assert timing.ratio is not None
     assert found.timing("good", "plain", seed=0).ratio is None
@@ -145,14 +149,6 @@ def test_a_round_lasts_long_enough_but_not_longer_than_needed(first_s: float, ea
 
     assert batches_per_round(run, clock=lambda: now) == count
     assert calls <= 4
-
-
-def test_unsteady_engines_are_named(manifest: Manifest, case: BenchmarkCase, timer: Timer) -> None:
-    found = timer.end_to_end({"a": FakeEngine(manifest)}, case)
-    found.samples.warmups["a"] = found.samples.warmups["a"]._replace(steady=False)
-    assert found.unsteady == ["a"]
-    found.samples.warmups["a"] = found.samples.warmups["a"]._replace(steady=None)
-    assert found.unsteady == []
 
 
 def test_a_known_gpu_is_its_data_sheet() -> None:

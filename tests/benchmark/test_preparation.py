@@ -44,26 +44,15 @@ def stand_ins(patch: pytest.MonkeyPatch) -> list[str]:
     """Steps that only write their file, in place of the real ones; notes each file that is made."""
     made: list[str] = []
 
-    def note(path: Path) -> None:
-        made.append(path.name)
+    def write(_: Path, target: Path, kind: Any = None, *__: Any, precision: Any = "int8", **___: Any) -> None:
+        made.append(target.name)
+        if target.suffix == ".engine":
+            target.write_bytes(b"an engine")
+        else:
+            write_fp32(target, precision=kind if isinstance(kind, str) else precision)
 
-    def export(_: Path, target: Path) -> None:
-        note(write_fp32(target))
-
-    def convert(_: Path, target: Path, kind: Any, **__: Any) -> None:
-        note(write_fp32(target, precision=kind))
-
-    def quantise(_: Path, target: Path, *__: Any, precision: Any = "int8", **___: Any) -> None:
-        note(write_fp32(target, precision=precision))
-
-    def build(_: Path, target: Path, **__: Any) -> None:
-        target.write_bytes(b"an engine")
-        note(target)
-
-    patch.setattr(module, "export_onnx", export)
-    patch.setattr(module, "convert_precision", convert)
-    patch.setattr(module, "calibrate", quantise)
-    patch.setattr(module, "build_engine", build)
+    for step in ("export_onnx", "convert_precision", "calibrate", "build_engine"):
+        patch.setattr(module, step, write)
     return made
 
 
@@ -102,11 +91,10 @@ def test_engines_of_every_runtime(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = stand_ins(monkeypatch)
-    prepared = prepare(checkpoint, data, tmp_path, shapes="1x1x64x96", runtimes=("tensorrt", "tensorrt-rtx"))
-    engines = [path.name for path in prepared.files if path.suffix == ".engine"]
+    prepare(checkpoint, data, tmp_path, shapes="1x1x64x96", runtimes=("tensorrt", "tensorrt-rtx"))
+    engines = [name for name in made if name.endswith(".engine")]
     stems = [name.removesuffix(".onnx") for name in GRAPHS]
     assert engines == [f"{stem}.{runtime}.engine" for runtime in ("tensorrt", "tensorrt-rtx") for stem in stems]
-    assert len(made) == len(set(made))
 
 
 def test_a_failure_is_noted_and_what_depends_on_it_left_out(
@@ -134,17 +122,13 @@ def test_a_failure_is_noted_and_what_depends_on_it_left_out(
     assert prepare(checkpoint, data, tmp_path, shapes="1x1x64x96").problems == {}
     assert made == ["model.fp16.onnx", "model.fp16.engine", "model.fp16-fp32-scores.engine"]
 
-
-def test_without_an_export_there_is_nothing_else(
-    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: Any) -> None:
+    def no_export(*_: Any) -> None:
         raise UserError("PyTorch could not")
 
-    stand_ins(monkeypatch)
-    monkeypatch.setattr(module, "export_onnx", fails)
-    prepared = prepare(checkpoint, data, tmp_path, shapes="1x1x64x96")
-    assert prepared == Prepared([tmp_path / "model.safetensors"], {"model.onnx": "PyTorch could not"})
+    monkeypatch.setattr(module, "export_onnx", no_export)
+    folder = tmp_path / "without"  # everything depends on the export
+    prepared = prepare(checkpoint, data, folder, shapes="1x1x64x96")
+    assert prepared == Prepared([folder / "model.safetensors"], {"model.onnx": "PyTorch could not"})
 
 
 def test_refusals(checkpoint: Path, data: Path, tmp_path: Path) -> None:

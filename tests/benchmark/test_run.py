@@ -24,9 +24,9 @@ from hpddrnet_trt.benchmark import probe as probing
 from hpddrnet_trt.benchmark.entries import model_files, precision_of
 from hpddrnet_trt.benchmark.probe import how_it_ended, probe
 from hpddrnet_trt.benchmark.result import Start
-from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.core.metrics import LabelComparison
-from hpddrnet_trt.engines import load_engine
+from hpddrnet_trt.engines import EngineStatus, load_engine
 from hpddrnet_trt.inference import Segmenter
 from tests.benchmark.conftest import image_set
 from tests.tiny_onnx import CLASSES, tiny_model
@@ -35,28 +35,34 @@ LATENCY: dict[str, Any] = {"inference": False, "throughput": False, "layers": Fa
 QUICK: dict[str, Any] = {"rounds": 5, "warmup": 1, "threads": 1, "pause_ms": 0, "gallery": 0, **LATENCY}
 
 
+def compared(entry: Entry | list[Entry], masks: bool = True, **settings: Any) -> BenchmarkResult:
+    entries = entry if isinstance(entry, list) else [entry]
+    return run_benchmark(entries, image_set(masks), Settings(**{**QUICK, **settings}), progress=False)
+
+
 def test_every_entry_is_a_row_and_what_cannot_run_says_why(measured: BenchmarkResult) -> None:
-    assert [row.label for row in measured.rows] == ["plain", "small", "cut", "lonely"]
-    assert [row.status for row in measured.rows] == ["measured", "measured", "not run", "not run"]
-    reasons = {row.label: row.reason or "" for row in measured.not_run}
-    assert "cut.onnx" in reasons["cut"]
-    assert "lonely.engine.json" in reasons["lonely"]
+    assert [(row.label, row.status) for row in measured.rows] == [
+        ("plain", "measured"), ("small", "measured"), ("cut", "not run"), ("lonely", "not run"),
+    ]  # fmt: skip
+    reasons = [row.reason or "" for row in measured.not_run]
+    assert "cut.onnx" in reasons[0]
+    assert "lonely.engine.json" in reasons[1]
     assert measured.complete
 
 
 def test_timings_follow_from_their_samples(measured: BenchmarkResult) -> None:
     plain, small = measured.measured
-    for first, second in zip(plain.end_to_end, small.end_to_end, strict=True):
-        assert len(second.samples_ms) == 6
-        assert second.p50_ms == pytest.approx(np.median(second.samples_ms), rel=1e-3, abs=1e-4)
-        assert second.max_ms == pytest.approx(max(second.samples_ms), abs=1e-4)
-        assert second.images_per_s == pytest.approx(1000 * second.batch / second.p50_ms)
-        assert second.ratio is not None
-        assert second.ratio.value == pytest.approx(first.p50_ms / second.p50_ms)
-        assert second.warmup is not None
-        assert second.warmup >= 1
-    shapes = ["32×48", "batch 2 of 32×48", "64×64", "batch 2 of 64×64"]
-    assert [str(timing.shape) for timing in small.end_to_end] == shapes
+    for measure, timings in small.measures():
+        shapes = ["32×48", "batch 2 of 32×48", "64×64", "batch 2 of 64×64"]
+        assert [str(timing.shape) for timing in timings] == shapes
+        for first, second in zip(getattr(plain, measure), timings, strict=True):
+            assert len(second.samples_ms) == 6
+            assert second.p50_ms == pytest.approx(np.median(second.samples_ms), rel=1e-3, abs=1e-4)
+            assert second.max_ms == pytest.approx(max(second.samples_ms), abs=1e-4)
+            assert second.images_per_s == pytest.approx(1000 * second.batch / second.p50_ms)
+            assert second.ratio is not None
+            assert second.ratio.value == pytest.approx(first.p50_ms / second.p50_ms, rel=1e-3)
+            assert (second.warmup is None) == (measure == "throughput")
     assert plain.end_to_end[0].ratio is not None
     assert plain.end_to_end[0].ratio.value == 1
 
@@ -94,21 +100,9 @@ def test_memory_and_start_come_from_a_process_of_its_own(measured: BenchmarkResu
         assert row.memory_failures == []
 
 
-def test_every_measure_has_its_own_rounds_and_ratio(measured: BenchmarkResult) -> None:
-    for row in measured.measured:
-        for _, timings in row.measures():
-            assert [(timing.batch, timing.height) for timing in timings] == [(1, 32), (2, 32), (1, 64), (2, 64)]
-            assert all(len(timing.samples_ms) == 6 and timing.ratio is not None for timing in timings)
-    plain, small = measured.measured
-    for first, second in zip(plain.throughput, small.throughput, strict=True):
-        assert second.ratio is not None
-        assert second.ratio.value == pytest.approx(first.p50_ms / second.p50_ms, rel=1e-3)
-        assert second.warmup is None
-
-
 def test_without_masks_only_agreement_is_reported(models: Path) -> None:
     entries = [Entry("a", models / "fp32.onnx"), Entry("b", models / "int8.onnx")]
-    result = run_benchmark(entries, image_set(masks=False), Settings(**QUICK, reference="a"), progress=False)
+    result = compared(entries, masks=False, reference="a")
     accuracy = result.rows[1].accuracy
     assert accuracy is not None
     assert (accuracy.miou, accuracy.iou, accuracy.masked_images) == (None, [], 0)
@@ -117,58 +111,38 @@ def test_without_masks_only_agreement_is_reported(models: Path) -> None:
     assert [entry.name for entry in result.classes] == [entry.name for entry in CLASSES]
 
 
-def test_batches_count_every_image(models: Path) -> None:
-    entries = [Entry("a", models / "fp32.onnx")]
-    result = run_benchmark(entries, image_set(), Settings(**QUICK, batches=(3,), sizes=((16, 16),)), progress=False)
-    found = result.rows[0].end_to_end[0]
-    assert found.images_per_s == pytest.approx(3000 / found.p50_ms)
-    assert str(found.shape) == "batch 3 of 16×16"
-    assert result.reference is None
-    assert found.ratio is None
-    assert any("no PyTorch reference" in warning for warning in result.warnings)
-
-
-def test_a_checkpoint_is_the_reference_by_itself(tmp_path: Path) -> None:
+def test_a_checkpoint_is_the_reference_by_itself_and_without_one_there_are_no_ratios(tmp_path: Path) -> None:
     from hpddrnet_trt.models.checkpoints import save_checkpoint
     from tests.tiny_network import tiny_manifest, tiny_network
 
     network = tiny_network()
     path = save_checkpoint(tmp_path / "model.safetensors", network, tiny_manifest(network))
-    foreign = tiny_model(tmp_path / "other.onnx")
-    entries = [Entry("checkpoint", path), Entry("other classes", foreign)]
-    result = run_benchmark(entries, image_set(masks=False), Settings(**QUICK, sizes=((64, 64),)), progress=False)
+    entries = [Entry("checkpoint", path), Entry("other classes", tiny_model(tmp_path / "other.onnx"))]
+    result = compared(entries, masks=False, sizes=((64, 64),))
     assert result.reference == "checkpoint"
     accuracy = result.rows[0].accuracy
     assert accuracy is not None
     assert accuracy.agreement == 1
     assert "knows the classes matrix, pore, grain" in (result.rows[1].reason or "")
+    result = compared(entries[1], batches=(3,), sizes=((16, 16),))
+    assert result.reference is None
+    assert [(str(timing.shape), timing.ratio) for timing in result.rows[0].end_to_end] == [("batch 3 of 16×16", None)]
+    assert any("no PyTorch reference" in warning for warning in result.warnings)
 
 
-def test_an_image_too_large_for_a_fixed_size_leaves_a_note(tmp_path: Path) -> None:
-    fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
-    result = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((32, 32),)), progress=False)
-    row = result.rows[0]
-    assert row.status == "measured"
-    assert row.accuracy is None
-    assert "accuracy not measured, image-0" in row.notes[0]
-
-
-def test_one_size_too_many_leaves_the_others(tmp_path: Path) -> None:
-    fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
-    plan = Settings(**QUICK, sizes=((32, 32), (64, 64)), batches=(1, 2))
-    row = run_benchmark([Entry("fixed", fixed)], image_set(), plan, progress=False).rows[0]
+def test_sizes_that_an_engine_does_not_take_leave_the_others(tmp_path: Path) -> None:
+    fixed = Entry("fixed", tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32)))
+    row = compared(fixed, sizes=((32, 32), (64, 64)), batches=(1, 2)).rows[0]
     assert [str(timing.shape) for timing in row.end_to_end] == ["32×32"]
-    smaller = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((16, 24),)), progress=False)
-    assert any("frames of 16×24: they are padded to 32×32" in note for note in smaller.rows[0].notes)
     assert [(one.height, one.batch) for one in row.memory_failures] == [(32, 2), (64, 1), (64, 2)]
     assert "batch 2 is outside this model's range" in row.memory_failures[0].reason
-
-
-def test_a_size_that_no_engine_takes_is_a_reason(tmp_path: Path) -> None:
-    fixed = tiny_model(tmp_path / "fixed.onnx", shape=(1, 32, 32))
-    result = run_benchmark([Entry("fixed", fixed)], image_set(), Settings(**QUICK, sizes=((64, 64),)), progress=False)
-    assert result.rows[0].status == "not run"
-    assert "64 pixels does not fit this model" in (result.rows[0].reason or "")
+    assert row.accuracy is None  # images are larger
+    assert any("accuracy not measured, image-0" in note for note in row.notes)
+    (smaller,) = compared(fixed, sizes=((16, 24),)).rows
+    assert any("frames of 16×24: they are padded to 32×32" in note for note in smaller.notes)
+    (none,) = compared(fixed, sizes=((64, 64),)).rows
+    assert none.status == "not run"
+    assert "64 pixels does not fit this model" in (none.reason or "")
 
 
 def test_ctrl_c_keeps_what_is_finished(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +163,7 @@ def test_ctrl_c_keeps_what_is_finished(models: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(measures, "end_to_end", factory)
     monkeypatch.setattr("hpddrnet_trt.benchmark.timing.MAX_WARMUP", 1)
-    result = run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
+    result = compared(Entry("a", models / "fp32.onnx"))
     assert not result.complete
     assert len(result.rows[0].end_to_end[0].samples_ms) == 3
     assert result.rows[0].accuracy is None
@@ -202,7 +176,7 @@ def test_ctrl_c_before_anything_is_finished_goes_to_the_caller(models: Path, mon
 
     monkeypatch.setattr(probing, "probe", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), Settings(**QUICK), progress=False)
+        compared(Entry("a", models / "fp32.onnx"))
 
 
 def test_a_process_that_hangs_is_ended(models: Path) -> None:
@@ -227,8 +201,7 @@ def test_a_size_that_kills_the_process_is_a_reason_and_keeps_what_was_found(
     assert isinstance(first, Start)
     assert first.frame == "1x32x48"
     assert second == "the process that ran it was killed (SIGKILL), most likely because memory ran out"
-    plan = Settings(**QUICK, batches=(1, 4), sizes=((32, 48),))
-    row = run_benchmark([Entry("a", models / "fp32.onnx")], image_set(), plan, progress=False).rows[0]
+    row = compared(Entry("a", models / "fp32.onnx"), batches=(1, 4), sizes=((32, 48),)).rows[0]
     assert [timing.batch for timing in row.end_to_end] == [1]
     assert [(one.batch, one.reason) for one in row.memory_failures] == [(4, second)]
     assert any(f"does not run at batch 4 of 32×48: {second}" in note for note in row.notes)
@@ -241,8 +214,7 @@ def test_how_a_process_ended_in_words() -> None:
 
 
 def test_an_unknown_option_is_the_reason(models: Path) -> None:
-    entries = [Entry("a", models / "fp32.onnx", options={"colour": "blue"})]
-    result = run_benchmark(entries, image_set(), Settings(**QUICK), progress=False)
+    result = compared(Entry("a", models / "fp32.onnx", options={"colour": "blue"}))
     assert "no option colour" in (result.rows[0].reason or "")
 
 
@@ -252,23 +224,20 @@ def test_an_unknown_option_is_the_reason(models: Path) -> None:
         ([], None, "nothing to measure"),
         (["a", "a"], None, "two entries are called 'a'"),
         (["a"], "b", "reference 'b' is not among the entries"),
+        (["a"], None, "does not exist"),
     ],
 )
-def test_senseless_requests_are_refused(models: Path, labels: list[str], reference: str | None, message: str) -> None:
-    entries = [Entry(label, models / "fp32.onnx") for label in labels]
-    with pytest.raises(UsageError, match=message):
-        run_benchmark(entries, image_set(), Settings(reference=reference), progress=False)
-
-
-def test_a_missing_file_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(BadInputFile, match="does not exist"):
-        run_benchmark([Entry("a", tmp_path / "none.onnx")], image_set(), progress=False)
+def test_senseless_requests_are_refused(
+    tmp_path: Path, labels: list[str], reference: str | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        compared([Entry(label, tmp_path / "none.onnx") for label in labels], reference=reference)
     with pytest.raises(BadInputFile, match="does not exist"):
         entries_for([tmp_path / "none.onnx"])
 
 
 def test_entries_name_runtime_precision_and_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: suite_status(True))
+    monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: EngineStatus(True, ""))
     monkeypatch.setattr("hpddrnet_trt.engines.openvino.computes_bf16", lambda: True)
     files = [
         tiny_model(tmp_path / "model.onnx"),
@@ -291,7 +260,7 @@ def test_entries_name_runtime_precision_and_form(tmp_path: Path, monkeypatch: py
         ("OpenVINO BF16 (again.onnx)", "openvino"),
         ("TensorRT (lonely.engine)", "tensorrt"),
     ]
-    monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: suite_status(False))
+    monkeypatch.setattr("hpddrnet_trt.benchmark.entries.engine_status", lambda name: EngineStatus(False, ""))
     assert [entry.engine for entry in entries_for(files[:2])] == ["onnxruntime", "onnxruntime"]
 
 
@@ -305,40 +274,28 @@ def test_precision_follows_the_options_and_only_plain_pytorch_is_a_reference(tmp
     assert [entry.can_be_reference for entry in entries] == [True, False, False]
 
 
-def suite_status(usable: bool) -> Any:
-    from hpddrnet_trt.engines import EngineStatus
-
-    return EngineStatus(usable, "for this test")
-
-
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 def test_openvino_is_compared_with_onnx_runtime_before_it_is_trusted(models: Path) -> None:
-    entries = [Entry("a", models / "fp32.onnx", "openvino")]
-    result = run_benchmark(entries, image_set(), Settings(**QUICK), progress=False)
-    assert result.rows[0].status == "measured"
-    assert "checked in a child process: 100.00% of labels" in result.rows[0].notes[0]
+    (row,) = compared(Entry("a", models / "fp32.onnx", "openvino")).rows
+    assert row.status == "measured"
+    assert "checked in a child process: 100.00% of labels" in row.notes[0]
 
 
 def test_the_shipped_model_on_real_micrographs(sem_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "ROUND_S", 0.01)
     images = load_images(sem_data / "nasa-super1", "test", limit=1)
-    everything = {"inference": True, "throughput": True, "layers": True}
-    plan = Settings(**{**QUICK, **everything}, sizes=((64, 64),), memory_sizes=((128, 128),))
+    plan = Settings(rounds=5, warmup=1, threads=1, pause_ms=0, sizes=((64, 64),))
     entries = [entry for entry in entries_for(model_files(["nasa-super1"])) if entry.engine != "openvino"]
     result = run_benchmark(entries, images, plan, progress=False)
     torch, ort = result.rows
     assert (result.reference, torch.label, ort.label) == (torch.label, "PyTorch FP32", "ONNX Runtime FP32")
     for row in result.rows:
-        assert row.status == "measured"
         assert all(len(timings) == 1 for _, timings in row.measures()), row.notes
-        assert [(one.height, one.batch) for one in row.memory] == [(64, 1), (128, 1)]
-        assert row.memory_failures == []
         assert row.accuracy is not None
         assert row.accuracy.miou is not None
         assert row.accuracy.miou > 0.6
-    assert ort.accuracy is not None
-    assert ort.accuracy.agreement is not None
-    assert ort.accuracy.agreement > 0.999
+        assert row.accuracy.agreement is not None
+        assert row.accuracy.agreement > 0.999
     assert ort.attention is not None
     (groups,) = ort.layers
     assert {"stem", "position attention", "head"} <= set(groups.groups)
@@ -373,8 +330,8 @@ def test_bounds_are_of_entries_on_a_known_gpu(models: Path, tmp_path: Path, monk
     monkeypatch.setattr(run.GpuSensor, "open", SimulatedGpu)
     monkeypatch.setattr(run, "runs_on_cpu", lambda engine: False)
     entries = [Entry("plain", models / "fp32.onnx"), Entry("small", models / "int8.onnx")]
-    plan = Settings(**QUICK, sizes=((32, 48), (64, 64)), batches=(1, 3))
-    result = run_benchmark(entries, image_set(), plan, progress=False)
+    plan: dict[str, Any] = {"sizes": ((32, 48), (64, 64)), "batches": (1, 3)}
+    result = compared(entries, **plan)
     assert result.bound_source == "NVIDIA H200, from its data sheet"
     plain, small = result.rows
     shapes = [timing.shape for timing in plain.end_to_end]
@@ -382,5 +339,5 @@ def test_bounds_are_of_entries_on_a_known_gpu(models: Path, tmp_path: Path, monk
     for exact, quantized in zip(plain.bounds, small.bounds, strict=True):
         assert 0 < quantized.milliseconds < exact.milliseconds
     monkeypatch.setattr(SimulatedGpu, "name", "NVIDIA unknown")
-    unknown = run_benchmark(entries[:1], image_set(), plan, progress=False)
+    unknown = compared(entries[0], **plan)
     assert (unknown.bound_source, unknown.rows[0].bounds) == (None, [])

@@ -41,11 +41,14 @@ def at(result: BenchmarkResult, shape: Shape) -> Table:
 
 
 def test_a_table_per_size_and_batch(made: BenchmarkResult) -> None:
-    assert [str(table.shape) for table in tables(made)] == [
-        "512×512", "1024×1024", "2048×2048", "batch 4 of 512×512", "batch 4 of 1024×1024",
-    ]  # fmt: skip
-    assert all(len(table.lines) == len(constructed.KINDS) for table in tables(made))
-    assert {table.fastest for table in tables(made)} == {"TensorRT FP16"}
+    shapes = [Shape(512, 512, 1), Shape(1024, 1024, 1), Shape(2048, 2048, 1), Shape(512, 512, 4), Shape(1024, 1024, 4)]
+    assert [table.shape for table in tables(made)] == timed_shapes(made) == shapes
+    assert main_shape(made) == Shape(1024, 1024, 1)
+    assert main_shape(made.model_copy(update={"rows": made.not_run})) is None
+    for table in tables(made):
+        assert (len(table.lines), table.fastest) == (len(constructed.KINDS), "TensorRT FP16")
+        assert sum(count for _, count in table.groups) == len(table.columns)
+        assert all(any(cells[place] for _, cells in table.lines) for place in range(len(table.columns)))
 
 
 def test_each_value_stands_in_its_column(made: BenchmarkResult) -> None:
@@ -79,12 +82,9 @@ def test_columns_without_any_value_are_left_out(made: BenchmarkResult) -> None:
     ]  # fmt: skip
     # The process that measured the start ran the largest frame: its memory is that frame's.
     assert cells(at(poor, Shape(2048, 2048, 1)), "PyTorch FP32")["peak memory", "host"] == Cell("3600")
-    for table in tables(made):
-        assert sum(count for _, count in table.groups) == len(table.columns)
-        assert all(any(cells[place] for _, cells in table.lines) for place in range(len(table.columns)))
 
 
-def test_the_terminal_table_names_every_entry(measured: BenchmarkResult) -> None:
+def test_the_terminal_table_names_every_entry(measured: BenchmarkResult, made: BenchmarkResult) -> None:
     blocks = format_table(measured).split("\n\n")
     assert [block.splitlines()[0] for block in blocks[:4]] == [
         "32×48, end-to-end latency", "64×64, end-to-end latency", "batch 2 of 32×48, end-to-end latency",
@@ -97,12 +97,9 @@ def test_the_terminal_table_names_every_entry(measured: BenchmarkResult) -> None
     remarks = blocks[-1].splitlines()
     assert any(line.startswith("lonely: built, not run: ") for line in remarks)
     assert any(line.startswith("cut: not run: ") for line in remarks)
-
-
-def test_terminal_columns_are_aligned(made: BenchmarkResult) -> None:
     lines = format_table(made).split("\n\n")[0].splitlines()
-    ends = [line.index(word) + len(word) for line, word in zip(lines[1:4:2], ("p50 ms", "157"), strict=True)]
-    assert ends[0] == ends[1]
+    first, second = (line.index(word) + len(word) for line, word in zip(lines[1:4:2], ("p50 ms", "157"), strict=True))
+    assert first == second  # columns are aligned
     assert "times had not become steady when timing began: PyTorch FP32 compiled" in lines
 
 
@@ -123,12 +120,6 @@ def timing(height: int, width: int, batch: int = 1) -> Timing:
 )
 def test_the_size_that_is_quoted(records: list[list[Timing]], expected: Shape | None) -> None:
     assert shared_shape(records) == expected
-
-
-def test_shapes_of_a_result(made: BenchmarkResult) -> None:
-    assert main_shape(made) == Shape(1024, 1024, 1)
-    assert timed_shapes(made)[-1] == Shape(1024, 1024, 4)
-    assert main_shape(made.model_copy(update={"rows": made.not_run})) is None
 
 
 def test_changes_of_accuracy_are_points(made: BenchmarkResult) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from hpddrnet_trt.accuracy import Assessment, Robustness, assess, measure_robustness
+from hpddrnet_trt.cli import app
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.data.augment import SHIFTS
 from hpddrnet_trt.data.datasets import FolderDataset
@@ -32,7 +35,7 @@ from hpddrnet_trt.report.accuracy import (
 from hpddrnet_trt.report.accuracy_figures import curves_beside
 from tests.accuracy.small_dataset import IGNORED_ROWS, SHAPE, write_dataset
 from tests.report.pages import Page
-from tests.toy import CLASSES, ToyEngine, manifest
+from tests.toy import CLASSES, ToyEngine, manifest, write_toy_onnx
 
 HEADER = "step,epoch,lr,train/loss,train/loss_main,train/loss_auxiliary,val/loss,val/miou,val/mean_accuracy,"
 HEADER += "val/pixel_accuracy,val/iou/grain,val/iou/pore,val/iou/clay\n"
@@ -62,6 +65,9 @@ def test_the_page_holds_everything_and_loads_nothing(found: Assessment, robust: 
     for word in (headline(found), "toy", origin.data_sha256, "licence MIT", "numpy", origin.command.split()[0]):
         assert word in page.text
     assert "None: no metrics.csv" not in page.text
+    assert page.headings == ["d", "a", "c"]
+    positions = [page.text.index(f" {rank} · mIoU") for rank in ("worst", "2nd worst", "best")]
+    assert positions == sorted(positions)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "page.csv", "page.html", "page.robustness.png",
     ]  # fmt: skip
@@ -80,13 +86,6 @@ def test_without_curves_and_robustness_the_page_says_so(found: Assessment, tmp_p
     assert sorted(path.name for path in tmp_path.glob("page*")) == ["page.csv", "page.html"]
 
 
-def test_the_gallery_shows_the_worst_first_and_the_best_last(found: Assessment) -> None:
-    page = Page(render_html(found))
-    assert page.headings == ["d", "a", "c"]
-    positions = [page.text.index(f" {rank} · mIoU") for rank in ("worst", "2nd worst", "best")]
-    assert positions == sorted(positions)
-
-
 def overlay_pixels(address: str) -> np.ndarray:
     with Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))) as image:
         return np.asarray(image.convert("RGBA"))
@@ -94,7 +93,7 @@ def overlay_pixels(address: str) -> np.ndarray:
 
 def test_pictures_show_labels_errors_and_what_is_not_labelled(found: Assessment) -> None:
     entry = found.pictures[0]  # the first 12 rows are wrong, the last 5 are not labelled
-    panels = {panel.title: panel for panel in gallery_image(entry, [item.color for item in CLASSES], "worst").panels}
+    panels = {panel.title: panel for panel in gallery_image(found, 1).groups[0]}
     assert list(panels) == ["micrograph", "truth", "prediction", "errors"]
     pixels = {name: overlay_pixels(panel.overlay) for name, panel in panels.items() if panel.overlay}
     assert all(picture.shape == (*SHAPE, 4) for picture in pixels.values())
@@ -145,7 +144,10 @@ def test_what_a_reader_must_know(found: Assessment) -> None:
         "2 predictions lie outside the classes: the model file may be damaged",
         "not in the truth of these images: clay",
     ]
-    assert "2 predictions lie outside" in Page(render_html(broken)).text
+    text = render_html(replace(broken, images=[replace(found.images[0], name="<b>bold</b>"), *found.images[1:]]))
+    assert "2 predictions lie outside" in Page(text).text
+    assert "&lt;b&gt;bold" in text
+    assert "<b>bold" not in text
 
 
 def test_one_image_and_no_label_still_make_a_page(tmp_path: Path, segmenter: Segmenter) -> None:
@@ -163,13 +165,6 @@ def test_one_image_and_no_label_still_make_a_page(tmp_path: Path, segmenter: Seg
     assert nothing.pictures == []
 
 
-def test_names_from_files_are_escaped(found: Assessment) -> None:
-    images = [replace(found.images[0], name="<b>bold</b>"), *found.images[1:]]
-    text = render_html(replace(found, images=images))
-    assert "<b>bold" not in text
-    assert "&lt;b&gt;bold" in text
-
-
 def test_a_point_that_was_not_measured_is_told_with_its_reason(dataset: FolderDataset) -> None:
     fixed = Segmenter(ToyEngine(manifest("logits", size=40)), tile="whole")
     robust = measure_robustness(fixed, dataset, "test", shifts=[SHIFTS[-1]], progress=False)
@@ -179,33 +174,30 @@ def test_a_point_that_was_not_measured_is_told_with_its_reason(dataset: FolderDa
 
 def test_targets_that_cannot_be_written_are_told_first(tmp_path: Path, found: Assessment) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*page\.html"):
+    with pytest.raises(UserError, match=r"cannot write into .*file: "):
         check_target(tmp_path / "file" / "page.html")
     for name in ("page.pdf", "page", "."):
         with pytest.raises(UsageError, match=r"ends in \.html"):
             write_report(found, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir() if path.name != "small"] == ["file"]
-    assert check_target(tmp_path / "new" / "page.html").parent.is_dir()
+    check_target(tmp_path / "new" / "page.html")  # a folder that is to be made
 
 
 # -- learning curves: the record of a training run, whole, cut off, or somebody else's ----------------
 
 
 def test_columns_without_their_gaps(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(HEADER + "".join(ROWS))
-    curves = curves_beside(tmp_path / "model.safetensors")
+    record, model = tmp_path / "metrics.csv", tmp_path / "model.onnx"
+    assert curves_beside(model) is None
+    record.write_text(HEADER)
+    assert curves_beside(model) is None
+    record.write_text(HEADER + "".join(ROWS) + ROWS[1][:9])  # cut off by a training that goes on
+    curves = curves_beside(model)
     assert curves is not None
     assert curves.columns["train/loss"] == [(10, 1.5), (20, 1.2)]
     assert curves.columns["val/miou"] == [(20, 0.5)]
     assert list(curves.classes) == ["grain", "pore", "clay"]
     assert curves.classes["pore"] == [(20, 0.6)]
-
-
-def test_a_line_cut_off_by_a_running_training_does_not_count(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(HEADER + ROWS[0] + ROWS[1][:9])
-    curves = curves_beside(tmp_path / "model.safetensors")
-    assert curves is not None
-    assert curves.columns["train/loss"] == [(10, 1.5)]
 
 
 @pytest.mark.parametrize("content", ["time,speed\n1,2\n", "", HEADER + ROWS[0].replace("10,", "ten,"), "\x00\x01\n"])
@@ -218,7 +210,29 @@ def test_a_foreign_file_is_passed_over_with_a_word(
     assert "not the record of a training run" in caplog.text
 
 
-def test_no_file_or_no_row_means_no_curves(tmp_path: Path) -> None:
-    assert curves_beside(tmp_path / "model.onnx") is None
-    (tmp_path / "metrics.csv").write_text(HEADER)
-    assert curves_beside(tmp_path / "model.onnx") is None
+# -- from model file to page ---------------------------------------------------------------------------
+
+
+def test_the_command_writes_page_robustness_and_json(dataset: FolderDataset, tmp_path: Path) -> None:
+    model = write_toy_onnx(tmp_path / "toy.onnx", manifest("labels"))
+    page, figures = tmp_path / "out" / "page.html", tmp_path / "figures.json"
+
+    def printed(*options: str) -> str:
+        command = ["evaluate", str(model), "--data", str(dataset.root), *options]
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.stdout
+
+    before = sorted(tmp_path.iterdir())
+    assert "working range" not in printed()
+    assert sorted(tmp_path.iterdir()) == before  # only the table, in the terminal
+    said = printed("--report", str(page), "--robustness", "--json", str(figures))
+    assert "mean image micro IoU" in said
+    assert "working range" in said
+    for path in (page, page.with_suffix(".csv"), page.with_suffix(".robustness.png"), figures):
+        assert f"written: {path}" in said
+        assert path.is_file()
+    record = json.loads(figures.read_text())
+    assert record["model"] == str(model)
+    assert 0.5 < record["miou"] < record["pixel_accuracy"] < 1
+    assert record["robustness"]["sweeps"][0]["shift"] == "contrast"

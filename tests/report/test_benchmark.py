@@ -58,12 +58,13 @@ def test_everything_that_was_measured_is_on_the_page() -> None:
         assert said in words, said
 
 
-def test_a_gpu_that_slowed_down_is_said_in_the_headline() -> None:
+def test_a_weak_measurement_is_said_in_the_headline() -> None:
     made = constructed.result()
     state = GpuState(name="Example GPU", sm_clock_mhz=(300, 400, 1980), power_w=None, temperature_c=None,
                      throttled=["SW thermal slowdown"])  # fmt: skip
-    slow = made.model_copy(update={"gpu_states": [state]})
-    assert headline(slow).endswith("Measured on a GPU that slowed itself down: do not quote.")
+    slow = made.model_copy(update={"gpu_states": [state], "busy_share": 0.5})
+    assert headline(slow).endswith("Measured on a busy machine and on a GPU that slowed itself down: do not quote.")
+    assert "do not quote" not in headline(made)
     assert "slowed down: SW thermal slowdown" in Page(render_html(slow)).text
 
 
@@ -88,38 +89,26 @@ def test_a_report_made_again_from_json_is_the_same_page(tmp_path: Path) -> None:
     assert render_html(load_result(files.json)) == files.html.read_text(encoding="utf-8")
 
 
-def test_pictures_show_the_labels(measured: BenchmarkResult) -> None:
+def test_pictures_show_the_labels_and_names_are_escaped(measured: BenchmarkResult) -> None:
     picture = measured.pictures[0]
     with PillowImage.open(io.BytesIO(base64.b64decode(picture.labels["plain"]))) as image:
         labels = np.asarray(image)
-    assert labels.shape == (40, 56)
+    assert (labels.shape, picture.part) == ((40, 56), "whole image, 40x56")
     assert labels.max() <= 2
-    assert picture.part == "whole image, 40x56"
-
-
-def test_names_from_files_are_escaped(measured: BenchmarkResult) -> None:
     rows = [measured.rows[0].model_copy(update={"label": "<b>bold</b>"}), *measured.rows[1:]]
     text = render_html(measured.model_copy(update={"rows": rows}))
     assert "<b>bold" not in text
     assert "&lt;b&gt;bold" in text
 
 
-def test_nothing_measured_still_makes_a_page(measured: BenchmarkResult, tmp_path: Path) -> None:
+def test_little_still_makes_a_page(measured: BenchmarkResult, tmp_path: Path) -> None:
     empty = measured.model_copy(update={"rows": measured.not_run, "pictures": [], "reference": None})
     files = write_report(empty, tmp_path)
     assert files.figures == ()
     assert "0 of 2 entries ran" in Page(files.html.read_text(encoding="utf-8")).text
     assert "lonely: built, not run" in format_table(empty)
-
-
-def test_a_result_without_accuracy_still_makes_a_page(measured: BenchmarkResult) -> None:
     rows = [row.model_copy(update={"accuracy": None}) for row in measured.rows]
     Page(render_html(measured.model_copy(update={"rows": rows, "pictures": []}))).assert_complete_in_itself()
-
-
-def test_a_busy_machine_is_said_in_the_headline(measured: BenchmarkResult) -> None:
-    assert "busy machine" in headline(measured.model_copy(update={"busy_share": 0.5}))
-    assert "busy machine" not in headline(measured.model_copy(update={"busy_share": 0.01}))
 
 
 def test_published_report_is_named_after_device_and_day(measured: BenchmarkResult, tmp_path: Path) -> None:
