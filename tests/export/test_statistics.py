@@ -306,6 +306,7 @@ from hpddrnet_trt.export.images import Crop
 from hpddrnet_trt.export.histograms import merge
 from hpddrnet_trt.export.statistics import measure
 from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.graph.nodes import name_nodes
 
 source, images = sys.argv[1], json.loads(sys.argv[2])
 model = onnx.load(source)
