@@ -1,18 +1,26 @@
-"""A training small enough for tests: a tiny network on tiny simulated micrographs."""
+"""A training small enough for tests: a tiny network on tiny simulated micrographs, run to its end once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpddrnet_trt.training.config import TrainConfig, load_config
+from hpddrnet_trt.training.run import TrainResult, train
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = [
     "network.channels=4",
     "network.ppm_channels=8",
     "network.head_channels=8",
+    "network.detail=true",
     "augmentation.crop=[64, 64]",
     "data.simulated.size=96",
     "data.simulated.train=5",
@@ -38,3 +46,36 @@ def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
         return load_config(None, [*TINY, f"run.folder={tmp_path / 'runs'}", *overrides])
 
     return configure
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A run of ``TINY`` that nothing interrupted, named ``whole``; to be read only."""
+    return train(load_config(None, [*TINY, f"run.folder={tmp_path_factory.mktemp('finished')}", "run.name=whole"]))
+
+
+@pytest.fixture
+def whole(finished: TrainResult, tiny: Callable[..., TrainConfig]) -> TrainConfig:
+    """The configuration of a copy of ``finished``."""
+    config = tiny("run.name=whole")
+    shutil.copytree(finished.last.parent, config.run.path)
+    return config
+
+
+def in_a_process(config: TrainConfig, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python with ``command``, then every setting of ``config`` as an override."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command, *_flat(config.model_dump(mode="json"))],
+        env=environment, capture_output=True, text=True, timeout=180, check=False, **options,
+    )  # fmt: skip
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> list[str]:
+    flat: list[str] = []
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat.append(f"{prefix}{key}={value}")
+    return flat

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.manifest import Normalization
-from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.onnx import ExportOptions, simplified, trace
@@ -35,19 +35,18 @@ from hpddrnet_trt.training.module import SegmentationModule
 from hpddrnet_trt.training.qat import (
     FIRST,
     FakeQuantization,
-    FakeQuantSites,
     Site,
     fake_quant_sites,
     round_activation,
     round_weight,
 )
-from hpddrnet_trt.training.run import train
+from hpddrnet_trt.training.run import TrainResult, train
 from tests.interrupts import deliver
 from tests.tiny_network import lively, tiny_manifest, tiny_network
-from tests.training.test_run import assert_same_run
+from tests.training.conftest import TINY
+from tests.training.test_run import assert_same_run, val_miou
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-Tiny = Callable[..., TrainConfig]
 GREY = Normalization(mean=(118.3,) * 3, std=(41.7,) * 3)
 TUNING = [
     "quantization.enabled=true",
@@ -138,6 +137,7 @@ def tensor_at(exported: Exported, site: Site) -> str:
 
 def test_the_same_convolutions_activations_and_scales(exported: Exported) -> None:
     chosen = fake_quant_sites(exported.network)
+    assert len(chosen.all) == len(set(chosen.all))
     assert {node_of(name) for name in chosen.inputs} == set(exported.plan.nodes)
     assert {tensor_at(exported, site) for site in chosen.all} == set(exported.plan.tensors)
     for convolution, site in chosen.inputs.items():
@@ -255,30 +255,21 @@ def test_an_activation_that_is_not_finite_is_told() -> None:
         fake.observe(network, [torch.zeros(1, 3, 64, 64)])
 
 
-def test_the_network_itself_stays_a_float_network() -> None:
+def test_the_network_itself_stays_a_float_network_and_a_copy_is_independent() -> None:
     network = tiny_network()
     names, image = list(network.state_dict()), torch.randn(1, 3, 64, 64)
+    pair = nn.ModuleList([network, fake := FakeQuantization(network, GREY)])
     with torch.no_grad():
         before = network(image)
-        fake = FakeQuantization(network, GREY)
         fake.observe(network, [image])
         rounded = fake(network, image)
         assert not torch.equal(rounded, before)
         assert torch.equal(network(image), before)
+        twin = copy.deepcopy(pair)
+        fake.ranges.zero_()
+        assert torch.equal(twin[1](twin[0], image), rounded)
     assert list(network.state_dict()) == names
     assert list(fake.state_dict()) == ["ranges"]
-
-
-def test_a_copy_is_independent() -> None:
-    network = tiny_network()
-    image = torch.randn(1, 3, 64, 64)
-    pair = nn.ModuleList([network, FakeQuantization(network, GREY)])
-    pair[1].observe(network, [image])  # type: ignore[operator]
-    twin = copy.deepcopy(pair)
-    with torch.no_grad():
-        expected = pair[1](network, image)
-        pair[1].ranges.zero_()
-        assert torch.equal(twin[1](twin[0], image), expected)
 
 
 # --- training
@@ -320,52 +311,39 @@ def test_the_gradient_is_that_of_the_float_network_when_nothing_is_clipped() -> 
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(finished: TrainResult) -> Path:
     """A tiny network after a few float steps, and its data beside it."""
-    from tests.training.conftest import TINY
-
-    folder = tmp_path_factory.mktemp("float")
-    return train(load_config(None, [*TINY, f"run.folder={folder}", "run.name=float", "network.detail=true"])).checkpoint
+    return finished.checkpoint
 
 
-def tuning(tiny: Tiny, source: Path, *overrides: str) -> TrainConfig:
-    return tiny(*TUNING, f"network.initial={source}", f"data.path={source.parent / 'data'}", *overrides)
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Tiny:
-    """As in conftest, but the network's size comes from ``network.initial``."""
-    from tests.training.conftest import TINY
-
+def tuning(folder: Path, source: Path, *overrides: str) -> TrainConfig:
+    """As ``tiny``, but the network's size comes from ``network.initial``."""
     settings = [setting for setting in TINY if not setting.startswith("network.")]
-    return lambda *overrides: load_config(None, [*settings, f"run.folder={tmp_path / 'runs'}", *overrides])
+    start = [f"network.initial={source}", f"data.path={source.parent / 'data'}", f"run.folder={folder}"]
+    return load_config(None, [*settings, *TUNING, *start, *overrides])
 
 
-def test_fine_tuning_keeps_statistics_ranges_and_format(tiny: Tiny, source: Path) -> None:
-    config = tuning(tiny, source, "run.name=tuned")
-    result = train(config)
-    (before, old), (after, new) = load_checkpoint(source), load_checkpoint(result.checkpoint)
+@pytest.fixture(scope="module")
+def tuned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return train(tuning(tmp_path_factory.mktemp("tuned"), source, "run.name=tuned"))
+
+
+def test_fine_tuning_keeps_statistics_ranges_and_format(source: Path, tuned: TrainResult) -> None:
+    (before, old), (after, new) = load_checkpoint(source), load_checkpoint(tuned.checkpoint)
     assert new.network == old.network
     assert new.normalization == old.normalization
-    assert any("float.safetensors" in remark for remark in new.remarks)
+    assert any("whole.safetensors" in remark for remark in new.remarks)
     for name, value in before.state_dict().items():
         same = torch.equal(value, after.state_dict()[name])
         assert same == name.endswith(("running_mean", "running_var", "num_batches_tracked")), name
 
     # What was validated is the rounded network, with the averaged weights and the ranges of the checkpoint.
-    state = torch.load(result.last, weights_only=True)
+    state = torch.load(tuned.last, weights_only=True)
     fake = FakeQuantization(after, new.normalization)
     fake.ranges.copy_(state["state_dict"]["quantization.ranges"])
     assert torch.equal(state["current_model_state"]["quantization.ranges"], fake.ranges)
-    dataset, confusion = FolderDataset.open(config.data.path), LabelComparison(3)
-    for sample in dataset.split("val"):
-        grey, mask = dataset.load(sample)
-        image = (torch.tensor(grey).float() - new.normalization.mean[0]) / new.normalization.std[0]
-        with torch.no_grad():
-            coarse = fake(after, image.expand(1, 3, *grey.shape))
-        assert isinstance(coarse, Tensor)
-        confusion.update(resize(coarse, *grey.shape).argmax(1)[0].numpy(), mask)
-    assert confusion.scores().miou == pytest.approx(result.metrics["val/miou"])
+    dataset = FolderDataset.open(source.parent / "data")
+    assert val_miou(after, new, dataset, fake) == pytest.approx(tuned.metrics["val/miou"])
 
 
 def written_by_the_first_version(last: Path) -> None:
@@ -387,10 +365,9 @@ def written_by_the_first_version(last: Path) -> None:
 
 
 def test_interrupted_fine_tuning_continues_to_the_same_bits(
-    tiny: Tiny, source: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, tuned: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uninterrupted, stopped = tuning(tiny, source, "run.name=a"), tuning(tiny, source, "run.name=b")
-    train(uninterrupted)
+    stopped = tuning(tmp_path, source, "run.name=stopped")
     original = SegmentationModule.training_step
 
     def interrupted(self: SegmentationModule, batch: Any, batch_idx: int) -> Tensor:
@@ -406,12 +383,12 @@ def test_interrupted_fine_tuning_continues_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(FakeQuantization, "observe", None)  # the ranges come from the checkpoint
         train(stopped)
-    assert_same_run(uninterrupted.run.path, stopped.run.path)
+    assert_same_run(tuned.last.parent, stopped.run.path)
 
 
-def test_without_quantization_a_whole_network_is_continued_in_float(tiny: Tiny, source: Path) -> None:
+def test_without_quantization_a_whole_network_is_continued_in_float(tmp_path: Path, source: Path) -> None:
     barely = ["optimization.max_steps=1", "optimization.lr=1e-12", "optimization.ema_decay=null"]
-    config = tuning(tiny, source, *barely, "quantization.enabled=false")
+    config = tuning(tmp_path, source, *barely, "quantization.enabled=false")
     after, _ = load_checkpoint(train(config).checkpoint)
     before, _ = load_checkpoint(source)
     assert torch.allclose(after.decode_head.conv_seg.weight, before.decode_head.conv_seg.weight, atol=1e-6)
@@ -422,50 +399,25 @@ def test_without_quantization_a_whole_network_is_continued_in_float(tiny: Tiny, 
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("override", "message"),
     [
-        (["network.channels=8"], r"holds hpddrnet-4ch-detail \(channels is 4, not 8\); leave out the network"),
-        (["network.variant=ddrnet-23-slim"], r"channels is 4, not 32; .*eca is context, not none"),
-        (["data.normalization=imagenet"], r"its data set's normalisation, not data\.normalization=imagenet"),
-        (["network.initial=nowhere.safetensors"], r"nowhere\.safetensors"),
-        (["network.initial=null"], r"quantization\.enabled fine-tunes a trained network.*network\.initial"),
+        ("network.channels=8", r"holds hpddrnet-4ch-detail \(channels is 4, not 8\); leave out the network"),
+        ("network.variant=ddrnet-23-slim", r"channels is 4, not 32; .*eca is context, not none"),
+        ("data.normalization=imagenet", r"its data set's normalisation, not data\.normalization=imagenet"),
+        ("network.initial=nowhere.safetensors", r"nowhere\.safetensors"),
+        ("network.initial=null", r"quantization\.enabled fine-tunes a trained network.*network\.initial"),
     ],
 )
-def test_a_start_that_does_not_fit_is_told(tiny: Tiny, source: Path, overrides: list[str], message: str) -> None:
+def test_a_start_that_does_not_fit_is_told(tmp_path: Path, source: Path, override: str, message: str) -> None:
     with pytest.raises((UsageError, BadInputFile), match=message):
-        train(tuning(tiny, source, *overrides))
+        train(tuning(tmp_path, source, override))
 
 
-def test_other_classes_are_told(tiny: Tiny, source: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
-
+def test_other_classes_are_told(source: Path, tmp_path: Path) -> None:
     other = tmp_path / "data"
     shutil.copytree(source.parent / "data", other)
     description = json.loads((other / "dataset.json").read_text())
     description["classes"][0]["name"] = "quartz"
     (other / "dataset.json").write_text(json.dumps(description))
     with pytest.raises(UsageError, match=r"tells apart grain, .* are quartz, .*network\.pretrained"):
-        train(tuning(tiny, source, f"data.path={other}"))
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("optimization.freeze_norm=false", r"needs optimization\.freeze_norm=true"),
-        ("run.precision=bf16-mixed", r"needs run\.precision=32, not bf16-mixed"),
-        ("network.pretrained=a.pth", "exclude each other"),
-        ("quantization.percentile=101", r"quantization\.percentile = 101 is not allowed"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_told(tiny: Tiny, source: Path, override: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        tuning(tiny, source, override)
-
-
-def test_a_site_is_named_once() -> None:
-    chosen = fake_quant_sites(tiny_network())
-    assert len(chosen.all) == len(set(chosen.all))
-    assert chosen == fake_quant_sites(tiny_network(seed=1))
-    assert isinstance(chosen, FakeQuantSites)
-    assert Site("backbone.stem.2.1", "input") in chosen.all
+        train(tuning(tmp_path, source, f"data.path={other}"))

@@ -7,8 +7,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,22 @@ import torch
 from PIL import Image
 
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
+from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.models.checkpoints import load_checkpoint
+from hpddrnet_trt.models.network import HPDDRNet, resize
 from hpddrnet_trt.training import callbacks
 from hpddrnet_trt.training.callbacks import TrainingInterrupted
 from hpddrnet_trt.training.config import TrainConfig
 from hpddrnet_trt.training.data import TrainingSamples
 from hpddrnet_trt.training.module import SegmentationModule
-from hpddrnet_trt.training.run import train
+from hpddrnet_trt.training.qat import FakeQuantization
+from hpddrnet_trt.training.run import TrainResult, train
 from tests.interrupts import deliver
+from tests.training.conftest import REPOSITORY, in_a_process
 
 Tiny = Callable[..., TrainConfig]
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:
@@ -40,8 +41,8 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def differences(first: Any, second: Any, place: str = "") -> list[str]:
-    """Places where two training checkpoints differ by as much as a bit; the run's name may."""
-    if place.endswith("/run/name"):
+    """Places where two training checkpoints differ by as much as a bit; the run's name and place may."""
+    if place.endswith(("/run/name", "/run/folder")):
         return []
     if isinstance(first, torch.Tensor):
         return [] if isinstance(second, torch.Tensor) and torch.equal(first, second) else [place]
@@ -68,22 +69,26 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert networks[0][1].metrics == networks[1][1].metrics
 
 
-def val_miou(checkpoint: Path, dataset: FolderDataset) -> float:
-    network, manifest = load_checkpoint(checkpoint)
+def val_miou(
+    network: HPDDRNet, manifest: Manifest, dataset: FolderDataset, fake: FakeQuantization | None = None
+) -> float:
+    """Of the network, or of its rounded form."""
     confusion = LabelComparison(len(dataset.classes))
     mean, std = manifest.normalization.mean[0], manifest.normalization.std[0]
     for sample in dataset.split("val"):
         grey, mask = dataset.load(sample)
         image = ((torch.tensor(grey).float() - mean) / std).expand(1, 3, *grey.shape)
         with torch.no_grad():
-            confusion.update(network.predict_logits(image).argmax(1)[0].numpy(), mask)
+            coarse = network(image) if fake is None else fake(network, image)
+            confusion.update(resize(coarse, *grey.shape).argmax(1)[0].numpy(), mask)
     return confusion.scores().miou
 
 
-def test_run_leaves_model_records_and_checkpoint(tiny: Tiny) -> None:
-    config = tiny("run.name=whole")
-    result = train(config)
-    folder = config.run.path
+def test_run_leaves_model_records_and_checkpoint(whole: TrainConfig, finished: TrainResult) -> None:
+    result = train(whole)  # a finished run has nothing left to do
+    assert result.metrics == finished.metrics
+    folder = whole.run.path
+    assert result.last.read_bytes() == finished.last.read_bytes()
     assert result.checkpoint == folder / "whole.safetensors"
     assert result.last == folder / "last.ckpt"
     rows = read_rows(folder)
@@ -107,11 +112,7 @@ def test_run_leaves_model_records_and_checkpoint(tiny: Tiny) -> None:
     best = max(float(row["val/miou"]) for row in rows if row["val/miou"])
     assert manifest.metrics["val/miou"] == pytest.approx(best)
     # The exported weights are the ones that were validated (the averaged ones).
-    assert val_miou(result.checkpoint, dataset) == pytest.approx(best)
-
-    before = result.last.read_bytes()
-    assert train(config) == result  # a finished run has nothing left to do
-    assert result.last.read_bytes() == before
+    assert val_miou(*load_checkpoint(result.checkpoint), dataset) == pytest.approx(best)
 
 
 KILLER = """
@@ -143,12 +144,7 @@ train(load_config(None, overrides))
 
 def _run_and_signal(where: str, at: int, number: signal.Signals, config: TrainConfig) -> tuple[int, str]:
     """Train in a process that sends itself a signal; its exit code and what it wrote to stderr."""
-    flat = [f"{key}={value}" for key, value in _flat(config.model_dump(mode="json"))]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLER, where, str(at), str(int(number)), *flat]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False, start_new_session=True
-    )
+    done = in_a_process(config, "-c", KILLER, where, str(at), str(int(number)), start_new_session=True)
     return done.returncode, done.stderr
 
 
@@ -157,19 +153,8 @@ def _run_and_die(where: str, at: int, config: TrainConfig) -> None:
     assert code == -signal.SIGKILL, err
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in content.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            found.append((prefix + key, value))
-    return found
-
-
-def test_killed_run_continues_to_the_same_bits(tiny: Tiny) -> None:
-    uninterrupted, killed = tiny("run.name=a"), tiny("run.name=b")
-    train(uninterrupted)
+def test_killed_run_continues_to_the_same_bits(tiny: Tiny, finished: TrainResult) -> None:
+    killed = tiny("run.name=b")
     folder = killed.run.path
     # In the middle of a step, with two steps done since the checkpoint of step 6.
     _run_and_die("training_step", 8, killed)
@@ -183,45 +168,44 @@ def test_killed_run_continues_to_the_same_bits(tiny: Tiny) -> None:
     _run_and_die("validation_step", 10, killed)
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 9
     train(killed)
-    assert_same_run(uninterrupted.run.path, folder)
+    assert_same_run(finished.last.parent, folder)
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize(("workers", "where", "step"), [(0, "training_step", 5), (1, "start of workers", 1)])
-def test_a_real_ctrl_c_ends_the_process_with_everything_saved(tiny: Tiny, workers: int, where: str, step: int) -> None:
+def test_a_real_ctrl_c_ends_the_process_with_everything_saved(tiny: Tiny) -> None:
     """It reaches the whole group of processes, also those that load images and are still starting."""
-    stopped = tiny("run.name=a", f"run.workers={workers}")
-    code, err = _run_and_signal(where, step - 1, signal.SIGINT, stopped)
+    stopped = tiny("run.name=a", "run.workers=1")
+    code, err = _run_and_signal("start of workers", 0, signal.SIGINT, stopped)
     assert code == 1, err
-    assert f"stopped after step {step}; " in err
+    assert "stopped after step 1; " in err
     assert "DataLoader worker" not in err
-    assert torch.load(stopped.run.path / "last.ckpt", weights_only=True)["global_step"] == step
+    assert torch.load(stopped.run.path / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("step", [4, 5])  # an ordinary step, and one that a validation follows
 def test_ctrl_c_finishes_the_step_and_resumes_exactly(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
+    tiny: Tiny, finished: TrainResult, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
-    options = [f"optimization.accumulate={accumulate}", "optimization.max_steps=8"]
-    uninterrupted, stopped = tiny("run.name=a", *options), tiny("run.name=b", *options)
-    train(uninterrupted)
-    original = SegmentationModule.training_step
+    """After an ordinary step (4), and after one that a validation follows (5)."""
+    options = [] if accumulate == 1 else ["optimization.accumulate=2", "optimization.max_steps=8"]
+    uninterrupted = (finished if accumulate == 1 else train(tiny("run.name=a", *options))).last.parent
+    original, handler = SegmentationModule.training_step, signal.getsignal(signal.SIGINT)
+    for step in (4, 5):
+        stopped = tiny(f"run.name=stopped-{step}", *options)
 
-    def interrupted(self: SegmentationModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        if batch_idx == (step - 1) * accumulate:
-            deliver(signal.SIGINT)
-        return original(self, batch, batch_idx)
+        def interrupted(self: SegmentationModule, batch: Any, batch_idx: int, step: int = step) -> torch.Tensor:
+            if batch_idx == (step - 1) * accumulate:
+                deliver(signal.SIGINT)
+            return original(self, batch, batch_idx)
 
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(SegmentationModule, "training_step", interrupted)
-        with pytest.raises(TrainingInterrupted, match=rf"stopped after step {step}; .*same command again"):
-            train(stopped)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert torch.load(stopped.run.path / "last.ckpt", weights_only=True)["global_step"] == step
-    train(stopped)
-    assert_same_run(uninterrupted.run.path, stopped.run.path)
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentationModule, "training_step", interrupted)
+            with pytest.raises(TrainingInterrupted, match=rf"stopped after step {step}; .*same command again"):
+                train(stopped)
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert torch.load(stopped.run.path / "last.ckpt", weights_only=True)["global_step"] == step
+        train(stopped)
+        assert_same_run(uninterrupted, stopped.run.path)
 
 
 def test_second_ctrl_c_stops_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,81 +243,70 @@ run.train(load_config(None, sys.argv[1:]))
 def test_death_of_a_worker_is_told(tiny: Tiny) -> None:
     """In a process of its own: PyTorch answers such a death in a signal handler, and in a process that had run OpenVINO
     and ONNX Runtime before, the test worker died of it (SIGSEGV without a trace), with forked and spawned loaders."""
-    flat = [f"{key}={value}" for key, value in _flat(tiny("run.workers=1").model_dump(mode="json"))]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DEADLY, *flat]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    done = in_a_process(tiny("run.workers=1"), "-c", DEADLY)
     assert done.returncode == 1, done.stderr
     assert re.search(r"UserError: a process that loads images died.*lower run\.workers", done.stderr), done.stderr
 
 
-def test_number_of_workers_changes_nothing(tiny: Tiny) -> None:
-    alone, helped = tiny("run.name=a"), tiny("run.name=b", "run.workers=2")
-    train(alone)
-    train(helped)
-    stored = [torch.load(config.run.path / "last.ckpt", weights_only=True) for config in (alone, helped)]
+def test_number_of_workers_changes_nothing(tiny: Tiny, finished: TrainResult) -> None:
+    helped = train(tiny("run.name=b", "run.workers=2"))
+    stored = [torch.load(result.last, weights_only=True) for result in (finished, helped)]
     assert differences(stored[0]["current_model_state"], stored[1]["current_model_state"]) == []
-    assert read_rows(alone.run.path) == read_rows(helped.run.path)
+    assert read_rows(finished.last.parent) == read_rows(helped.last.parent)
 
 
 def test_two_processes_train_together(tiny: Tiny) -> None:
     config = tiny("run.name=two", "run.devices=2", "run.strategy=ddp", "data.simulated.val=3")
-    flat = [f"{key}={value}" for key, value in _flat(config.model_dump(mode="json"))]
     empty = config.run.folder.parent / "empty.yaml"
     empty.write_text("")
-    command = [sys.executable, str(REPOSITORY / "train" / "train.py"), "--config", str(empty), *flat]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    done = in_a_process(config, str(REPOSITORY / "train" / "train.py"), "--config", str(empty))
     assert done.returncode == 0, done.stderr
     rows = read_rows(config.run.path)
     assert [row["step"] for row in rows if row["val/miou"]] == ["5", "10", "12"]
     # Three validation images on two ranks: each counted once.
     dataset = FolderDataset.open(config.run.path / "data")
     best = max(float(row["val/miou"]) for row in rows if row["val/miou"])
-    assert val_miou(config.run.path / "two.safetensors", dataset) == pytest.approx(best)
+    assert val_miou(*load_checkpoint(config.run.path / "two.safetensors"), dataset) == pytest.approx(best)
 
 
 def test_bfloat16_and_clipping_and_no_average(tiny: Tiny) -> None:
-    result = train(
-        tiny("run.precision=bf16-mixed", "optimization.clip_norm=1", "optimization.ema_decay=null", "run.name=x")
-    )
+    others = ["optimization.clip_norm=1", "optimization.ema_decay=null", "network.detail=false"]
+    result = train(tiny("run.precision=bf16-mixed", *others))
     assert np.isfinite(result.metrics["val/loss"])
 
 
-def test_training_starts_from_a_pretrained_backbone(tiny: Tiny) -> None:
-    source = train(tiny("run.name=source")).checkpoint
-    frozen = ["optimization.lr=1e-12", "optimization.ema_decay=null", "optimization.max_steps=1"]
-    tuned = train(tiny("run.name=tuned", f"network.pretrained={source}", *frozen)).checkpoint
+def test_training_starts_from_a_pretrained_backbone(tiny: Tiny, finished: TrainResult) -> None:
+    source = finished.checkpoint
+    barely = ["optimization.lr=1e-12", "optimization.ema_decay=null", "optimization.max_steps=1"]
+    tuned = train(tiny("run.name=tuned", f"network.pretrained={source}", *barely)).checkpoint
     (before, _), (after, manifest) = load_checkpoint(source), load_checkpoint(tuned)
     assert torch.allclose(after.backbone.stem[0].conv.weight, before.backbone.stem[0].conv.weight, atol=1e-6)
-    assert "source.safetensors" in manifest.remarks[0]
+    assert "whole.safetensors" in manifest.remarks[0]
 
 
 # ------------------------------------------------------------------------- errors
 
 
-def test_other_settings_and_other_data_are_refused(tiny: Tiny) -> None:
-    config = tiny("optimization.max_steps=3")
-    train(config)
+def test_other_settings_other_data_and_damaged_checkpoints_are_refused(tiny: Tiny, whole: TrainConfig) -> None:
     with pytest.raises(UsageError, match=r"optimization\.lr: 0\.001 -> 0\.5.*choose another run\.name"):
-        train(tiny("optimization.max_steps=3", "optimization.lr=0.5"))
+        train(tiny("run.name=whole", "optimization.lr=0.5"))
     with pytest.raises(UsageError, match=r"holds a run already.*run\.resume=auto"):
-        train(tiny("optimization.max_steps=3", "run.resume=never"))
-    mask = next((config.run.path / "data" / "masks" / "train").iterdir())
-    Image.fromarray(np.zeros((96, 96), dtype=np.uint8)).save(mask)
+        train(tiny("run.name=whole", "run.resume=never"))
+    data, last = whole.run.path / "data", whole.run.path / "last.ckpt"
+    first, *others = (data / "masks" / "train").iterdir()
+    Image.fromarray(np.zeros((96, 96), dtype=np.uint8)).save(first)
     with pytest.raises(UsageError, match=r"images or masks in .* changed"):
-        train(config)
-
-
-def test_damaged_checkpoint_is_told(tiny: Tiny) -> None:
-    config = tiny("optimization.max_steps=3")
-    last = train(config).last
+        train(whole)
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"last\.ckpt is not a readable training checkpoint.*delete it"):
-        train(config)
+        train(whole)
     torch.save({"weights": 1}, last)
     with pytest.raises(UserError, match=r"last\.ckpt is not a training checkpoint"):
-        train(config)
+        train(whole)
+    for mask in others:
+        Image.fromarray(np.zeros((96, 96), dtype=np.uint8)).save(mask)
+    with pytest.raises(UserError, match="only the class 'grain'"):
+        train(tiny("run.name=other", f"data.path={data}"))
 
 
 def test_diverging_loss_stops_with_step_and_rate(tiny: Tiny) -> None:
@@ -362,16 +335,6 @@ def test_impossible_requests_are_told_before_training(tiny: Tiny, overrides: lis
 def test_missing_gpu_is_told(tiny: Tiny) -> None:
     with pytest.raises(NoGpu, match=r"run\.accelerator=cpu"):
         train(tiny("run.accelerator=gpu"))
-
-
-def test_masks_of_one_class_are_told(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny("optimization.max_steps=3")
-    train(config)
-    data = config.run.path / "data"
-    for mask in (data / "masks" / "train").iterdir():
-        Image.fromarray(np.zeros((96, 96), dtype=np.uint8)).save(mask)
-    with pytest.raises(UserError, match="only the class 'grain'"):
-        train(tiny("run.name=other", f"data.path={data}"))
 
 
 def test_full_disk_keeps_the_last_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
