@@ -156,16 +156,15 @@ def test_channel_attention_by_hand() -> None:
     assert torch.allclose(eca(x), x * weight[:, :, None, None], atol=1e-6)
 
 
-def test_pooling_counts_borders_as_zeros() -> None:
-    pools = [m for m in DAPPM(8, 4, 8).modules() if isinstance(m, nn.AvgPool2d)]
-    assert [(p.kernel_size, p.stride, p.padding) for p in pools] == [(5, 2, 2), (9, 4, 4), (17, 8, 8)]
-    corner = pools[0](torch.ones(1, 1, 8, 8))[0, 0, 0, 0]
-    assert float(corner) == pytest.approx(9 / 25)
-
-
-def test_pooling_without_borders_keeps_the_mean() -> None:
-    pools = [m for m in DAPPM(8, 4, 8, count_border=False).modules() if isinstance(m, nn.AvgPool2d)]
-    for pool in pools:
+def test_pooling_counts_borders_as_zeros_or_keeps_the_mean() -> None:
+    counting, ignoring = (
+        [m for m in DAPPM(8, 4, 8, count_border=count).modules() if isinstance(m, nn.AvgPool2d)]
+        for count in (True, False)
+    )
+    assert [(p.kernel_size, p.stride, p.padding) for p in counting] == [(5, 2, 2), (9, 4, 4), (17, 8, 8)]
+    assert float(counting[0](torch.ones(1, 1, 8, 8))[0, 0, 0, 0]) == pytest.approx(9 / 25)
+    assert len(ignoring) == 3
+    for pool in ignoring:
         assert torch.allclose(pool(torch.full((1, 1, 9, 7), 3.0)), torch.tensor(3.0))
 
 

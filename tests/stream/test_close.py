@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hpddrnet_trt.stream import Policy, State, Stream, StreamResult
-from tests.stream.fakes import PATIENCE_S, Bench, Immediate, Scripted, check_balance, check_ended, frame, until
+from tests.stream.fakes import PATIENCE_S, Bench, Immediate, check_balance, check_ended, frame, until
 
 
 @pytest.fixture(autouse=True)
@@ -302,15 +302,6 @@ def test_a_slow_worker_stops_when_the_time_is_over_and_the_callback_hangs() -> N
     main.join()
     assert stream.statistics().dropped_because["closed"] > 0
     check_ended(stream)
-
-
-def test_closing_after_a_failure_and_when_it_never_began() -> None:
-    failed = Stream(Scripted([None], [RuntimeError("no driver")]).open, on_result=lambda _: None)
-    assert failed.wait_ready() is State.FAILED
-    assert failed.close()
-    assert failed.statistics().state is State.CLOSED
-    assert failed.statistics().reason == "the segmenter could not be opened: RuntimeError: no driver"
-    assert Stream(Immediate).close(drain=False)
 
 
 def test_closing_in_the_middle_of_a_burst() -> None:

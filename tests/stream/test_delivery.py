@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import Counter
 from itertools import islice
 
@@ -97,19 +98,6 @@ def test_a_callback_that_raises_is_counted_and_logged_once(
     assert len([entry for entry in caplog.records if "on_result raised" in entry.getMessage()]) == 1
 
 
-def test_latest_never_gives_the_same_result_again() -> None:
-    with Stream(Immediate) as stream:
-        assert stream.latest() is None
-        for number in (1, 2):
-            stream.submit(frame(number))
-            until(lambda: stream.statistics().processed == number)  # noqa: B023
-        result = stream.latest()
-        assert result is not None
-        assert number_of(result.segmentation) == 2
-        assert [stream.latest(), stream.latest()] == [None, None]
-    assert stream.statistics().undelivered_because == {"superseded": 1}
-
-
 def test_latest_beside_a_callback() -> None:
     seen = list[StreamResult]()
     with Stream(Immediate, policy="block", on_result=seen.append) as stream:
@@ -136,22 +124,18 @@ def test_results_end_with_the_stream() -> None:
     check_ended(stream)
 
 
-def test_results_that_were_ready_can_be_pulled_after_closing() -> None:
+def test_results_give_up_after_the_time_out_and_can_be_pulled_after_closing() -> None:
     stream = Stream(Immediate, policy="block", capacity=3)
-    for number in (1, 2, 3):
+    stream.submit(frame(1))
+    until(lambda: stream.statistics().processed == 1)
+    started = time.monotonic()
+    assert len(list(stream.results(timeout_s=0.05))) == 1
+    assert 0.05 <= time.monotonic() - started < 20
+    assert list(stream.results(timeout_s=0)) == []
+    for number in (2, 3):
         stream.submit(frame(number))
     assert stream.close(drain=True)
-    assert [number_of(result.segmentation) for result in stream.results()] == [1, 2, 3]
-
-
-def test_results_give_up_after_the_time_out() -> None:
-    with Stream(Immediate, policy="block") as stream:
-        stream.submit(frame(1))
-        until(lambda: stream.statistics().processed == 1)
-        started = time.monotonic()
-        assert len(list(stream.results(timeout_s=0.05))) == 1
-        assert 0.05 <= time.monotonic() - started < 20
-        assert list(stream.results(timeout_s=0)) == []
+    assert [number_of(result.segmentation) for result in stream.results()] == [2, 3]
 
 
 def test_every_result_goes_to_one_of_several_consumers() -> None:
@@ -192,21 +176,6 @@ def test_live_results_never_go_back_in_time() -> None:
     check_ended(stream)
 
 
-@pytest.mark.parametrize("policy", ["block", "reject"])
-def test_other_policies_keep_the_order_of_frames(policy: Policy) -> None:
-    bench, seen = Bench(), list[int]()
-    with Stream(bench.open, policy=policy, workers=3, on_result=lambda result: seen.append(result.frame_id)) as stream:
-        for number in (1, 2, 3):
-            stream.submit(frame(number))
-            bench.wait_begun()
-        bench.end(3)
-        bench.end(2, RuntimeError("one frame fails"))
-        until(lambda: stream.statistics().pending == 1)
-        assert seen == []
-        bench.end(1)
-        until(lambda: seen == [1, 2, 3])
-
-
 def test_one_hanging_frame_holds_back_a_bounded_number_of_others() -> None:
     bench = Bench()
     with Stream(bench.open, policy="block", workers=2, capacity=2) as stream:
@@ -226,8 +195,6 @@ def test_one_hanging_frame_holds_back_a_bounded_number_of_others() -> None:
 
 
 def test_an_idle_stream_holds_on_to_no_frame_and_no_delivered_result() -> None:
-    import weakref
-
     tags = list[weakref.ref[object]]()
     seen = list[int]()
 

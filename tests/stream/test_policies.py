@@ -38,35 +38,6 @@ def test_latest_keeps_only_the_newest_waiting_frame() -> None:
     check_ended(stream)
 
 
-def test_latest_drops_the_oldest_of_several_that_wait() -> None:
-    bench, seen = Bench(), list[StreamResult]()
-    with Stream(bench.open, policy="latest", capacity=2, on_result=seen.append) as stream:
-        stream.submit(frame(1))
-        bench.wait_begun()
-        for number in (2, 3, 4):
-            stream.submit(frame(number))
-        bench.end(1)
-        until(lambda: len(seen) == 1)
-        bench.end(3)
-        until(lambda: len(seen) == 2)
-        bench.release()
-    assert [result.frame_id for result in seen] == [1, 3, 4]
-
-
-def test_reject_turns_the_new_frame_away() -> None:
-    bench, seen = Bench(), list[StreamResult]()
-    with Stream(bench.open, policy="reject", capacity=2, on_result=seen.append) as stream:
-        stream.submit(frame(1))
-        bench.wait_begun()
-        assert [stream.submit(frame(number)) for number in (2, 3, 4, 5)] == [2, 3, None, None]
-        bench.release()
-        until(lambda: len(seen) == 3)
-        assert stream.submit(frame(6)) == 6
-    assert [number_of(result.segmentation) for result in seen] == [1, 2, 3, 6]
-    assert stream.statistics().dropped_because == {"rejected": 2}
-    check_ended(stream)
-
-
 def test_block_waits_for_room_and_loses_nothing() -> None:
     bench, seen, entered = Bench(), list[StreamResult](), list[int | None]()
 
@@ -242,28 +213,18 @@ def _read_only() -> Any:
         pytest.param(np.asfortranarray(GOOD), id="column-major"),
         pytest.param(GOOD[::-1][::-1], id="negative strides"),
         pytest.param(Micrograph(GOOD, pixel_size_m=2e-9), id="micrograph"),
+        *(pytest.param(GOOD.astype(dtype), id=dtype) for dtype in (">u2", ">f4", "<f8")),
     ],
 )
-def test_any_layout_of_pixels_is_a_frame(given: Any, copy: bool) -> None:
-    with Segmenter(ToyEngine()) as plain:
+def test_any_layout_and_byte_order_of_pixels_is_a_frame(given: Any, copy: bool) -> None:
+    with Segmenter(ToyEngine(), window=(0, 255)) as plain:
         expected = plain.segment(GOOD).labels
-    with Stream(lambda: Segmenter(ToyEngine()), policy="block") as stream:
+    with Stream(lambda: Segmenter(ToyEngine(), window=(0, 255)), policy="block") as stream:
         stream.submit(given, copy=copy)
         (result,) = islice(stream.results(), 1)
     assert result.segmentation is not None
     np.testing.assert_array_equal(result.segmentation.labels, expected)
     assert result.segmentation.pixel_size_m == getattr(given, "pixel_size_m", None)
-
-
-@pytest.mark.parametrize("dtype", [">u2", ">f4", "<f8"])
-def test_any_byte_order_is_a_frame(dtype: str) -> None:
-    with Segmenter(ToyEngine(), window=(0, 255)) as plain:
-        expected = plain.segment(GOOD.astype(np.float32)).labels
-    with Stream(lambda: Segmenter(ToyEngine(), window=(0, 255)), policy="block") as stream:
-        stream.submit(GOOD.astype(dtype))
-        (result,) = islice(stream.results(), 1)
-    assert result.segmentation is not None
-    np.testing.assert_array_equal(result.segmentation.labels, expected)
 
 
 class Tensor:
@@ -280,10 +241,17 @@ class Tensor:
 
 
 def test_a_foreign_array_is_copied_by_its_own_library() -> None:
-    seen = list[StreamResult]()
-    with Stream(Immediate, policy="block", on_result=seen.append) as stream:
-        stream.submit(Tensor(frame(5)))
-    assert number_of(seen[0].segmentation) == 5
+    class Huge(Tensor):
+        def clone(self) -> Any:
+            raise MemoryError("Unable to allocate 1.00 TiB")
+
+    with Stream(Immediate, policy="block") as stream:
+        assert [stream.submit(Tensor(frame(5))), stream.submit(Huge(None))] == [1, 2]
+        copied, too_large = islice(stream.results(), 2)
+    assert number_of(copied.segmentation) == 5
+    assert too_large.error is not None
+    assert too_large.error.startswith("not enough memory (Unable to allocate 1.00 TiB)")
+    assert stream.statistics().restarts == 0
 
 
 @pytest.mark.parametrize(
@@ -321,19 +289,6 @@ def test_several_streams_beside_each_other() -> None:
             second.submit(frame(1000 + number))
     for results, start in zip(seen, (0, 1000), strict=True):
         assert [number_of(result.segmentation) for result in results] == list(range(start + 1, start + 21))
-
-
-def test_no_memory_for_the_copy_fails_the_frame() -> None:
-    class Huge(Tensor):
-        def clone(self) -> Any:
-            raise MemoryError("Unable to allocate 1.00 TiB")
-
-    with Stream(Immediate, policy="block") as stream:
-        assert stream.submit(Huge(None)) == 1
-        (result,) = islice(stream.results(), 1)
-    assert result.error is not None
-    assert result.error.startswith("not enough memory (Unable to allocate 1.00 TiB)")
-    assert stream.statistics().restarts == 0
 
 
 @pytest.mark.parametrize("workers", [1, 2])

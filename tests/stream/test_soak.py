@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -36,7 +35,7 @@ from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.stream import Policy, State, Stream, StreamResult, StreamStatistics
 from tests.stream.fakes import until
-from tests.toy import manifest
+from tests.toy import grey_image, manifest
 
 Grey = npt.NDArray[np.uint8]
 Change = Callable[[Grey], Any]
@@ -90,13 +89,7 @@ def no_log_of_thousands_of_faults(caplog: pytest.LogCaptureFixture) -> None:
 # --- frames and what must come of them
 
 
-def picture(height: int, width: int, seed: int) -> Grey:
-    """Smooth grey structures over the whole range."""
-    noise = np.random.default_rng(seed).uniform(-300, 555, (height, width)).astype(np.float32)
-    return np.clip(cv2.blur(noise, (5, 5)).reshape(height, width), 0, 255).astype(np.uint8)
-
-
-PATTERNS = [[picture(*size[:2], 100 * n + k) for k in range(PICTURES)] for n, size in enumerate(SIZES)]
+PATTERNS = [[grey_image(*size[:2], 100 * n + k) for k in range(PICTURES)] for n, size in enumerate(SIZES)]
 SIZE_OF = [n for n, (_, _, share) in enumerate(SIZES) for _ in range(share)]
 
 
