@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError, describe, require
-from hpddrnet_trt.core.text import SQUARE_MEASURED, is_square
+from hpddrnet_trt.core.text import METRES, SQUARE_MEASURED, is_square, micrometres
 from hpddrnet_trt.data.micrograph import Micrograph
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def pixel_size_m(core: CMMCorePlus, metadata: Mapping[str, Any] | None = None) -
         affine = tuple(core.getPixelSizeAffineByID(configuration))
         if affine != _IDENTITY and not _fits(affine, core.getPixelSizeUmByID(configuration)):
             return None
-    return float(size_um) * 1e-6
+    return float(size_um) * METRES["um"]
 
 
 def _fits(affine: Sequence[float], size_um: float) -> bool:
@@ -206,7 +206,7 @@ def replay_core(
     core.setCameraDevice("Camera")
     if pixel_size_m is not None:
         core.definePixelSizeConfig("replay")  # no conditions: it cannot see properties of Python devices
-        core.setPixelSizeUm("replay", pixel_size_m * 1e6)
+        core.setPixelSizeUm("replay", micrometres(pixel_size_m))
     return core
 
 

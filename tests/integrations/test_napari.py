@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import threading
-import time
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -21,6 +22,7 @@ import tifffile
 from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.integrations.napari import SegmentPanel, napari_get_reader, read_layer, segment_widget
 from hpddrnet_trt.integrations.napari_layers import find_layer
+from tests.integrations.live import wait_until
 from tests.integrations.napari_viewer import Image, Scripted, ToyModel, ViewerModel, application
 from tests.toy import grey_image, manifest, write_toy_onnx
 from tests.virtual_display import virtual_display
@@ -76,15 +78,12 @@ def test_the_manifest_is_valid_and_names_what_exists() -> None:
     described = PluginManifest.from_file(YAML)
     assert described.name == "hpddrnet-trt"
     for command in described.contributions.commands or []:
-        assert callable(command.python_name and _resolve(command.python_name))
+        assert command.python_name is not None
+        assert callable(pkgutil.resolve_name(command.python_name))
     (reader,) = described.contributions.readers or []
     assert set(reader.filename_patterns) == {"*.tif", "*.tiff", "*.dm3", "*.dm4"}
 
-
-def test_the_package_announces_its_manifest() -> None:
-    """In the project's own file: an installation made before it was written does not know it yet."""
-    import tomllib
-
+    # In the project's own file: an installation made before it was written does not know it yet.
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, name = project["entry-points"]["napari.manifest"][project["name"]].partition(":")
     assert Path(str(files(module) / name)) == YAML
@@ -147,11 +146,6 @@ def test_the_widget_in_a_window(tmp_path: Path) -> None:
     assert second == "ended"
 
 
-def _resolve(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(__import__(module, fromlist=[attribute]), attribute)
-
-
 # The widget, on Qt's offscreen platform: no display, no canvas
 
 NM = {"scale": (5.0, 5.0), "units": ("nm", "nm")}
@@ -182,11 +176,11 @@ def panel(viewer: Any, toy: ToyModel) -> Iterator[SegmentPanel]:
 def process_until(reached: Callable[[], bool]) -> None:
     from qtpy.QtWidgets import QApplication
 
-    until = time.monotonic() + 20
-    while not reached():
-        assert time.monotonic() < until, "the widget did not get there in time"
+    def there() -> bool:
         QApplication.processEvents()
-        time.sleep(0.005)
+        return reached()
+
+    wait_until(there, 20)
 
 
 def finish(panel: SegmentPanel) -> None:

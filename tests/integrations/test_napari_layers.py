@@ -23,19 +23,19 @@ from hpddrnet_trt.integrations.napari_layers import (
     ResultLayers,
     find_layer,
     layer_planes,
-    layer_shape,
     pixel_metres,
 )
+from tests.integrations.live import toy_labels
 from tests.integrations.napari_viewer import Image, Labels, ViewerModel
 from tests.toy import CLASSES, ToyEngine, grey_image
 
 NM = {"scale": (5.0, 5.0), "units": ("nm", "nm")}
-METRES = {"nm": 1e-9, "um": 1e-6, "mm": 1e-3, "angstrom": 1e-10, "inch": 0.0254}
+METRES_PER = {"nm": 1e-9, "um": 1e-6, "mm": 1e-3, "angstrom": 1e-10, "inch": 0.0254}
 
 
 @settings(deadline=None)  # pint reads its unit definitions first
 @given(
-    unit=st.sampled_from(sorted(METRES)),
+    unit=st.sampled_from(sorted(METRES_PER)),
     scale=st.tuples(*[st.floats(1e-3, 1e3)] * 2),
     angle=st.floats(-180, 180),
     mirrored=st.booleans(),
@@ -51,7 +51,7 @@ def test_pixel_size_follows_scale_and_units(
                   affine=affine)  # fmt: skip
     found = pixel_metres(layer)
     assert found is not None
-    assert found == pytest.approx([value * METRES[unit] for value in scale], rel=1e-9)
+    assert found == pytest.approx([value * METRES_PER[unit] for value in scale], rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,12 @@ def test_pixel_size_is_unknown_without_lengths_or_when_stretched(place: dict[str
     assert layer_planes(layer, ViewerModel().dims).read(()).pixel_size_m is None
 
 
-def test_only_square_pixels_have_one_size() -> None:
-    viewer = ViewerModel()
-    square = viewer.add_image(np.zeros((4, 6), np.uint8), scale=(5, 5.001), units=("nm", "nm"))
-    flat = viewer.add_image(np.zeros((4, 6), np.uint8), scale=(5, 6), units=("nm", "nm"))
-    assert layer_planes(square, viewer.dims).read(()).pixel_size_m == pytest.approx(5e-9, rel=1e-3)
-    planes = layer_planes(flat, viewer.dims)
-    assert planes.pixel_m == pytest.approx((5e-9, 6e-9))
-    assert planes.pixel_size_m is None
+@pytest.mark.parametrize(("width", "size"), [(5.001, 5e-9), (6, None)])
+def test_only_square_pixels_have_one_size(width: float, size: float | None) -> None:
+    layer = Image(np.zeros((4, 6), np.uint8), scale=(5, width), units=("nm", "nm"))
+    planes = layer_planes(layer, ViewerModel().dims)
+    assert planes.pixel_m == pytest.approx((5e-9, width * 1e-9))
+    assert planes.read(()).pixel_size_m == (None if size is None else pytest.approx(size, rel=1e-3))
 
 
 def test_the_plane_under_the_sliders() -> None:
@@ -93,6 +91,9 @@ def test_the_plane_under_the_sliders() -> None:
     assert layer_planes(single, viewer.dims).indices == ((),)
     everything = layer_planes(layer, viewer.dims, all_planes=True)
     assert everything.indices == tuple(np.ndindex(2, 5))
+    short = viewer.add_image(np.zeros((3, 4, 6), np.uint8), name="short")
+    with pytest.raises(UserError, match="'short' has no plane at the sliders' position"):
+        layer_planes(short, viewer.dims)
 
 
 def test_sliders_count_in_the_viewers_units() -> None:
@@ -104,15 +105,6 @@ def test_sliders_count_in_the_viewers_units() -> None:
     stack = viewer.add_image(np.zeros((5, 4, 6), np.uint8), scale=(0.1, 1, 1), units=("um",) * 3)
     viewer.dims.set_point(0, 310)
     assert layer_planes(stack, viewer.dims).indices == ((3,),)
-
-
-def test_sliders_outside_the_layer() -> None:
-    viewer = ViewerModel()
-    viewer.add_image(np.zeros((9, 4, 6), np.uint8))
-    short = viewer.add_image(np.zeros((3, 4, 6), np.uint8), name="short")
-    viewer.dims.set_point(0, 7)
-    with pytest.raises(UserError, match="'short' has no plane at the sliders' position"):
-        layer_planes(short, viewer.dims)
 
 
 def test_lazy_data_are_read_plane_by_plane() -> None:
@@ -129,13 +121,6 @@ def test_lazy_data_are_read_plane_by_plane() -> None:
     read.clear()  # of the layer's thumbnail
     np.testing.assert_array_equal(planes.read((3,)).pixels, 3)
     assert read == [3]
-
-
-def test_multiscale_uses_level_0() -> None:
-    picture = grey_image(64, 96)
-    layer = Image([picture, picture[::2, ::2], picture[::4, ::4]], multiscale=True)
-    assert layer_shape(layer) == (64, 96)
-    np.testing.assert_array_equal(layer_planes(layer, ViewerModel().dims).read(()).pixels, picture)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -205,10 +190,6 @@ def segment(viewer: Any, layer: Any, *, all_planes: bool = False, model: str = "
     return labels
 
 
-def toy_labels(picture: Any) -> Any:
-    return Segmenter(ToyEngine()).segment(picture).labels
-
-
 def assert_same_place(first: Any, second: Any) -> None:
     assert first.units == second.units
     corners: Sequence[tuple[int, ...]] = [(0,) * first.ndim, (7,) * first.ndim]
@@ -229,7 +210,7 @@ def test_labels_lie_on_their_source(place: dict[str, Any]) -> None:
     viewer = ViewerModel()
     picture = grey_image(40, 56)
     source = viewer.add_image(picture, name="sample 3", **place)
-    other = viewer.add_image(np.zeros((9, 9), np.uint8))
+    other = viewer.add_image(grey_image(24, 16))
     viewer.layers.selection.active = other
     labels = segment(viewer, source)
     assert isinstance(labels, Labels)
@@ -239,27 +220,33 @@ def test_labels_lie_on_their_source(place: dict[str, Any]) -> None:
     assert list(viewer.layers) == [source, labels, other]
     assert viewer.layers.selection.active is other
     assert set(viewer.layers.selection) == {other}
+    of_other = segment(viewer, other)  # every image has labels of its own
+    assert [find_layer(viewer, layer, "labels") for layer in (source, other)] == [labels, of_other]
+    assert labels is not of_other
 
 
-def test_two_images_have_their_own_labels() -> None:
-    viewer = ViewerModel()
-    first, second = viewer.add_image(grey_image(16, 24)), viewer.add_image(grey_image(24, 16))
-    labels = [segment(viewer, layer) for layer in (first, second)]
-    assert labels[0] is not labels[1]
-    assert [find_layer(viewer, layer, "labels") for layer in (first, second)] == labels
-
-
-def test_classes_have_their_colours_and_names() -> None:
+def test_colours_figures_and_provenance_are_in_the_layer() -> None:
     viewer = ViewerModel()
     picture = grey_image(40, 56)
-    labels = segment(viewer, viewer.add_image(picture))
+    labels = segment(viewer, viewer.add_image(picture, scale=(5, 8), units=("nm", "nm")))
     for index, info in enumerate(CLASSES):
         colour = labels.colormap.color_dict[index]
         np.testing.assert_allclose(colour[:3], np.array(info.color) / 255, atol=1e-6)
         assert colour[3] == (0.0 if index == 0 else 1.0)
         row, column = np.argwhere(labels.data == index)[0]
-        assert f"class: {info.name}" in labels.get_status((row, column))["value"]
+        assert f"class: {info.name}" in labels.get_status((5 * row, 8 * column))["value"]
     assert labels.colormap.color_dict[None][3] == 0.0
+    record = json.loads(json.dumps(labels.metadata[METADATA_KEY]))
+    counts = np.bincount(toy_labels(picture).ravel(), minlength=3)
+    names = [info.name for info in CLASSES]
+    assert record["fractions"] == pytest.approx(dict(zip(names, counts / picture.size, strict=True)))
+    assert record["areas_m2"] == pytest.approx(dict(zip(names, counts * 40e-18, strict=True)))
+    assert record["pixel_size_m"] == pytest.approx([5e-9, 8e-9])
+    result = record["planes"][""]["result"]
+    assert (result["model"], result["engine"]) == ("toy", "numpy")
+    assert list(labels.features["class"]) == names
+    assert list(labels.features["fraction"]) == pytest.approx(counts / picture.size)
+    assert list(labels.features["area / µm²"]) == pytest.approx(counts * 4e-5)
 
 
 def test_planes_of_a_stack_come_into_one_layer() -> None:
@@ -277,16 +264,11 @@ def test_planes_of_a_stack_come_into_one_layer() -> None:
         np.testing.assert_array_equal(plane, toy_labels(picture))
     assert sum(labels.metadata[METADATA_KEY]["fractions"].values()) == pytest.approx(1)
     assert list(labels.metadata[METADATA_KEY]["planes"]) == ["2", "0", "1", "3"]
-
-
-def test_another_model_or_shape_starts_the_stack_anew() -> None:
-    viewer = ViewerModel()
-    source = viewer.add_image(np.stack([grey_image(16, 24, seed) for seed in range(3)]))
-    labels = segment(viewer, source, all_planes=True)
-    viewer.dims.set_point(0, 1)
+    # Another model or shape starts the stack anew.
+    viewer.dims.set_point(0, 110)
     assert segment(viewer, source, model="b") is labels
     assert list(labels.metadata[METADATA_KEY]["planes"]) == ["1"]
-    assert [int(plane.max()) == IGNORE_INDEX for plane in labels.data] == [True, False, True]
+    assert [int(plane.max()) == IGNORE_INDEX for plane in labels.data] == [True, False, True, True]
     source.data = np.stack([grey_image(8, 24, seed) for seed in range(3)])
     assert segment(viewer, source) is labels
     assert labels.data.shape == (3, 8, 24)
@@ -341,30 +323,13 @@ def test_labels_follow_their_source_and_a_second_run_updates_them() -> None:
     assert sum(labels.metadata[METADATA_KEY]["areas_m2"].values()) == pytest.approx(40 * 56 * 16e-18)
 
 
-def test_figures_and_provenance_are_in_the_layer() -> None:
-    viewer = ViewerModel()
-    picture = grey_image(40, 56)
-    labels = segment(viewer, viewer.add_image(picture, scale=(5, 8), units=("nm", "nm")))
-    record = json.loads(json.dumps(labels.metadata[METADATA_KEY]))
-    counts = np.bincount(toy_labels(picture).ravel(), minlength=3)
-    names = [info.name for info in CLASSES]
-    assert record["fractions"] == pytest.approx(dict(zip(names, counts / picture.size, strict=True)))
-    assert record["areas_m2"] == pytest.approx(dict(zip(names, counts * 40e-18, strict=True)))
-    assert record["pixel_size_m"] == pytest.approx([5e-9, 8e-9])
-    result = record["planes"][""]["result"]
-    assert (result["model"], result["engine"]) == ("toy", "numpy")
-    assert list(labels.features["class"]) == names
-    assert list(labels.features["fraction"]) == pytest.approx(counts / picture.size)
-    assert list(labels.features["area / µm²"]) == pytest.approx(counts * 4e-5)
-
-
 @pytest.mark.parametrize("kind", ["multiscale", "colour"])
 def test_other_kinds_of_image_layers_have_grey_results_of_level_0(kind: str) -> None:
     viewer, grey = ViewerModel(), grey_image(64, 96)
     if kind == "colour":
         source = viewer.add_image(np.repeat(grey[..., None], 3, axis=2), rgb=True, **NM)
     else:
-        source = viewer.add_image([grey, grey[::2, ::2]], multiscale=True, **NM)
+        source = viewer.add_image([grey, grey[::2, ::2], grey[::4, ::4]], multiscale=True, **NM)
     labels = segment(viewer, source)
     np.testing.assert_array_equal(labels.data, toy_labels(grey))
     assert_same_place(labels, source)
