@@ -57,23 +57,20 @@ def test_a_full_or_protected_disk(tmp_path: Path, code: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
+def test_what_is_in_the_way(tmp_path: Path) -> None:
     write_bytes(tmp_path / "file", b"")
     with pytest.raises(UserError, match="cannot write"):
         write_bytes(tmp_path / "file" / "below", b"")
+    (tmp_path / "target").mkdir()
+    with pytest.raises((UserError, OSError)):
+        write_bytes(tmp_path / "target", b"")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "target"]
 
 
 def test_other_errors_are_not_hidden(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="odd") as caught, atomic_path(tmp_path / "file"):
         raise OSError(errno.EBADF, "odd")
     assert not isinstance(caught.value, UserError)
-
-
-def test_a_folder_in_place_of_the_target(tmp_path: Path) -> None:
-    (tmp_path / "target").mkdir()
-    with pytest.raises((UserError, OSError)):
-        write_bytes(tmp_path / "target", b"")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
 
 
 def test_a_folder_is_tried_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
