@@ -37,7 +37,6 @@ from hpddrnet_trt.export.ranges import METHODS, Method, ranges_of
 from hpddrnet_trt.export.statistics import measure
 from hpddrnet_trt.export.statistics_cache import Cache, cache_folder
 from hpddrnet_trt.graph import qdq
-from hpddrnet_trt.graph.fp8 import fp8_plan
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.qdq import count_convolutions
@@ -70,17 +69,12 @@ class QuantizationConfig:
 
     def graph(self, layers: Collection[str], *, half: bool) -> onnx.ModelProto:
         """The graph with ``layers`` quantised for TensorRT; ``half``: the rest typed FP16, else FP32."""
-        from hpddrnet_trt.graph.fp8 import to_fp8
-        from hpddrnet_trt.graph.precision import to_half
-
         if unknown := set(layers) - set(self.layers):
             raise UsageError(f"the network has no convolution to quantise called {', '.join(sorted(unknown))}")
         model = self.model
         if layers:
             chosen = qdq.subset(self.model, "tensorrt", layers)
-            model = qdq.quantize(self.model, "tensorrt", chosen, self.ranges)
-            if self.precision == "fp8":
-                model = to_fp8(model, self.model)
+            model = qdq.quantize(self.model, "tensorrt", chosen, self.ranges, self.precision)
         return to_half(model) if half else model
 
     def described(self, layers: Collection[str], *, half: bool) -> Manifest:
@@ -208,7 +202,7 @@ def open_study(
     """
     model, manifest = float_model(source)
     name_nodes(model)
-    plan = fp8_plan(model) if precision == "fp8" else qdq.plan(model, "tensorrt")
+    plan = qdq.plan(model, "tensorrt", precision)
     contract = input_contract(manifest)
     dataset = FolderDataset.open(data)
     judged = [sample.image for sample in dataset.split(split)]
@@ -323,5 +317,5 @@ def _rows(study: Study) -> Iterator[Row]:
         cache = CandidateCache(replace(int8, ranges=ranges_of(statistics, method, symmetric=True)), evaluator)
         yield Row(f"INT8 {method}", len(int8.layers), cache.measure(int8.layers, half=True))
     ranges = ranges_of(statistics, "max", symmetric=True)
-    fp8 = replace(config, plan=fp8_plan(model), ranges=ranges, precision="fp8")
+    fp8 = replace(config, plan=qdq.plan(model, "tensorrt", "fp8"), ranges=ranges, precision="fp8")
     yield Row("FP8 max", len(fp8.layers), CandidateCache(fp8, evaluator).measure(fp8.layers, half=True))

@@ -100,8 +100,7 @@ def export(
     """Export a checkpoint to one self-describing ONNX file and compare it with PyTorch."""
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.export.convert import convert_precision
-    from hpddrnet_trt.export.onnx import export_onnx
-    from hpddrnet_trt.export.shipping import ship
+    from hpddrnet_trt.export.onnx import ExportOptions, export_onnx, ship
 
     from_onnx = checkpoint.suffix.lower() == ".onnx"
     if from_onnx and (precision == "fp32" or graph != GraphOptions()):
@@ -123,7 +122,7 @@ def export(
         exported = checkpoint
         if not from_onnx:
             exported = target if precision == "fp32" else Path(folder) / target.name
-            manifest = export_onnx(checkpoint, exported, **asdict(graph), images=images)
+            manifest = export_onnx(checkpoint, exported, ExportOptions(**asdict(graph)), images=images)
             echo_evidence(manifest)
         if precision != "fp32":
             manifest = convert_precision(exported, target, precision, images=images)

@@ -36,7 +36,6 @@ from hpddrnet_trt.export.ranges import METHODS, Method, ranges_of
 from hpddrnet_trt.export.statistics import measure
 from hpddrnet_trt.export.statistics_cache import Cache
 from hpddrnet_trt.graph import qdq
-from hpddrnet_trt.graph.fp8 import fp8_plan, to_fp8
 from hpddrnet_trt.graph.lint import analyze
 from hpddrnet_trt.graph.model import check_target, load_model, save_model
 from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
@@ -144,7 +143,7 @@ def calibrate(
     model, manifest = float_model(source_onnx)
     data = _gather(images, held_out, settings.max_images, input_contract(manifest), settings.size)
     name_nodes(model)
-    plan = qdq.plan(model, settings.runtime) if settings.precision == "int8" else fp8_plan(model)
+    plan = qdq.plan(model, settings.runtime, settings.precision)
     if not plan.nodes:
         raise UsageError(
             f"{source_onnx} holds no convolution that could be quantised to {settings.precision.upper()}; "
@@ -154,11 +153,11 @@ def calibrate(
     reference = _Reference(Path(source_onnx), data)
     candidates = []
     for name, quantized in _quantized(model, manifest, plan, settings, data):
-        told = f"{name} (auto)" if settings.method == "auto" else name
+        shown = f"{name} (auto)" if settings.method == "auto" else name
         finished = manifest.replace(
             precision=settings.precision,
             quantized_for=settings.runtime,
-            calibration=calibration_record(data.images, data.crops, (data.height, data.width), told),
+            calibration=calibration_record(data.images, data.crops, (data.height, data.width), shown),
             qdq_report=analyze(quantized).record() if settings.runtime == "tensorrt" else None,
             versions={**manifest.versions, "onnxruntime": _runtime_version()},
         )
@@ -179,9 +178,8 @@ def _quantized(
     measured = measure(model, manifest, plan.tensors, data.crops, size, cache=settings.cache)
     statistics = reduce(merge, (entry for _, entry in measured))
     for method in settings.methods:
-        result = qdq.quantize(model, settings.runtime, plan, ranges_of(statistics, method, tensorrt))
-        if settings.precision == "fp8":
-            result = to_fp8(result, model)
+        ranges = ranges_of(statistics, method, tensorrt)
+        result = qdq.quantize(model, settings.runtime, plan, ranges, settings.precision)
         yield method, to_half(result) if tensorrt and settings.half else result
 
 
@@ -282,7 +280,7 @@ class _Reference:
     def compare(self, quantized: Any, manifest: Manifest) -> ValidationRecord:
         """Run a graph, as a file and through the engine that users run, on the same crops."""
         with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
-            candidate = save_model(quantized, Path(folder) / "quantised.onnx", manifest)
+            candidate = save_model(quantized, Path(folder) / "quantized.onnx", manifest)
             with OnnxRuntimeEngine(candidate) as engine:
                 runtime = engine.runtime
                 labels = [engine.infer(batch).labels for batch in self._batches("comparing with FP32")]

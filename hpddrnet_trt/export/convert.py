@@ -209,13 +209,13 @@ def _keep_blocks(
     best, now, remarks = to_half(model, keep, kind), before, []
     kept: set[str] = set()
     for block in sorted(blocks, key=lambda name: alone[name], reverse=True):
-        half, found = attempt(kept | blocks[block])
-        if _rank(found) <= _rank(now):
+        half, compared = attempt(kept | blocks[block])
+        if _rank(compared) <= _rank(now):
             continue
         remarks.append(
-            f"{block} stays in FP32: rounding it costs labels (IoU against FP32 {now.iou:.4f}, now {found.iou:.4f})"
+            f"{block} stays in FP32: rounding it costs labels (IoU against FP32 {now.iou:.4f}, now {compared.iou:.4f})"
         )
-        best, now = half, found
+        best, now = half, compared
         kept |= blocks[block]
         if _is_faithful(now, least_iou):
             break

@@ -1,4 +1,4 @@
-"""What a model file says about itself, for people: contract, precision by layer, evidence."""
+"""What a model file says about itself, for people: contract, precision by layer, validation records."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _sections(manifest: Manifest, *, layers: bool) -> Iterator[tuple[str, list[s
         if (activations := manifest.engine.activation_bytes) is not None:
             yield "memory", [f"{activations / 2**20:,.0f} MiB for activations, by the builder's log"]
     for index, entry in enumerate(manifest.validation):
-        yield "" if index else "evidence", _evidence(entry)
+        yield "" if index else "validation", _validation(entry)
     if manifest.remarks:
         yield "remarks", manifest.remarks
     if manifest.versions:
@@ -102,8 +102,8 @@ def _layer_precision(record: EngineRecord, *, layers: bool) -> list[str]:
     if "remark" in report:
         rows.append(f"remark: {report['remark']}")
     if "layers" in report.get("reformats", {}):
-        found = report["reformats"]
-        rows.append(f"reformats in the engine: {found['reformats']} of {found['layers']} layers")
+        counts = report["reformats"]
+        rows.append(f"reformats in the engine: {counts['reformats']} of {counts['layers']} layers")
     if layers:
         rows += [_layer(entry) for entry in report.get("parsed_network", report).get("layers", [])]
     return rows
@@ -117,6 +117,6 @@ def _profile(entry: dict[str, list[int]]) -> str:
     return "  ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in entry.items())
 
 
-def _evidence(entry: ValidationRecord) -> list[str]:
+def _validation(entry: ValidationRecord) -> list[str]:
     rows = [f"{entry.what}: {entry.images} images, {entry.source}; {entry.runtime}"]
     return rows + [f"  {name:<34} {value:.6g}" for name, value in entry.values.items()]

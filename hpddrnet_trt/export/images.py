@@ -154,8 +154,8 @@ def _places(shape: tuple[int, ...], height: int, width: int, count: int) -> list
     """Top-left corners of at most ``count`` crops."""
     grid = [(top, left) for top in _starts(shape[0], height) for left in _starts(shape[1], width)]
     points = np.array(grid, dtype=np.float64)
-    centre = (points[0] + points[-1]) / 2
-    first = int(np.argmin(np.linalg.norm(points - centre, axis=1)))
+    center = (points[0] + points[-1]) / 2
+    first = int(np.argmin(np.linalg.norm(points - center, axis=1)))
     return [grid[index] for index in _farthest_first(points, first, count)]
 
 

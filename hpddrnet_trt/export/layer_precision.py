@@ -188,10 +188,10 @@ def check_report(report: dict[str, Any], precision: str, label: str) -> None:
     """Raise :class:`UserError` when nothing in the engine computes in the precision it would be labelled with."""
     convolutions: dict[str, int] = report["convolutions"]
     if convolutions.get(precision, 0) == 0:
-        found = ", ".join(f"{count} in {kind.upper()}" for kind, count in convolutions.items()) or "none at all"
+        counted = ", ".join(f"{count} in {kind.upper()}" for kind, count in convolutions.items()) or "none at all"
         raise UserError(
             f"{label} would be labelled {precision.upper()}, but none of its convolutions is ({report['source']}: "
-            f"{found}); no file was written: {_remedy(precision)}"
+            f"{counted}); no file was written: {_remedy(precision)}"
         )
 
 

@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import existing_file, sha256_of
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, AxisRange, InputContract, Manifest, OutputContract
-from hpddrnet_trt.export.dynamic_sizes import shorten_sizes
-from hpddrnet_trt.graph.model import save_model
+from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.nodes import consumers, initializers, producers, replace_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -33,8 +35,8 @@ OPSET = 20
 ATTENTION_OPSET = 23  # the first with the Attention operator
 # The attention's matrix product and sum become one Gemm only between two reshapes: nothing is gained,
 # and dynamic sizes would need more shape arithmetic.
-_SKIPPED_OPTIMISERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
-
+_SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
+_SMALLEST_HALF = 1024  # values of a constant; below, FP16 wins nothing
 
 ExportedAttention = Literal["matmul", "attention-op", "function"]
 
@@ -43,6 +45,8 @@ ExportedAttention = Literal["matmul", "attention-op", "function"]
 class ExportOptions:
     """What the exported graph looks like; ``None`` for a size means dynamic.
 
+    ``attention`` is ``matmul`` (every runtime), ``attention-op`` (opset 23 and later, for runtimes with a fused
+    kernel) or ``function`` (``hpddrnet::PositionAttention``, whose body is ``matmul``; for plugins of that name).
     Raises :class:`UsageError` for sizes the network cannot take or an opset without the operators.
     """
 
@@ -93,39 +97,30 @@ class ExportOptions:
         return ["labels", "confidence"] if self.confidence else ["labels"]
 
 
+DEFAULTS = ExportOptions()
+
+
 def export_onnx(
     checkpoint: str | Path,
     target: str | Path,
+    options: ExportOptions = DEFAULTS,
     *,
-    batch: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    attention: ExportedAttention = "matmul",
-    output: Literal["labels", "logits"] = "labels",
-    confidence: bool = False,
-    grey_input: bool = True,
-    opset: int | None = None,
-    simplify: bool = True,
     verify: bool = True,
     images: Sequence[Path] = (),
 ) -> Manifest:
     """Export a checkpoint of this package to ``target`` and return the file's description.
 
-    ``batch``, ``height`` and ``width`` fix a size, or leave it dynamic (None). ``attention`` is
-    ``matmul`` (every runtime), ``attention-op`` (opset 23 and later, for runtimes with a fused kernel) or
-    ``function`` (``hpddrnet::PositionAttention``, whose body is ``matmul``; for plugins of that name).
     With ``verify`` the file is run on ONNX Runtime and compared with the unmodified PyTorch network, on
     ``images`` (micrographs) or on simulated ones; the figures are logged and stored in the description.
     Raises :class:`UserError` when they differ, and then leaves no file.
     """
-    options = ExportOptions(batch, height, width, attention, output, confidence, grey_input, opset)
     checkpoint = existing_file(checkpoint, "checkpoint")
     require("torch", "export", "export a checkpoint")
     from hpddrnet_trt.models.checkpoints import load_checkpoint
 
     network, manifest = load_checkpoint(checkpoint)
     manifest = manifest.replace(checkpoint_sha256=sha256_of(checkpoint))
-    return export_network(network, manifest, target, options, simplify=simplify, verify=verify, images=images)
+    return export_network(network, manifest, target, options, verify=verify, images=images)
 
 
 def export_network(
@@ -134,16 +129,13 @@ def export_network(
     target: str | Path,
     options: ExportOptions,
     *,
-    simplify: bool = True,
     verify: bool = True,
     images: Sequence[Path] = (),
 ) -> Manifest:
     """:func:`export_onnx` for a network in memory (evaluation mode)."""
     from hpddrnet_trt.export.verify import compare_with_pytorch
 
-    model = trace(network, manifest, options)
-    if simplify:
-        model = simplified(model)
+    model = simplified(trace(network, manifest, options))
     manifest = manifest.replace(
         input=options.input_contract,
         output=options.output_contract,
@@ -156,6 +148,39 @@ def export_network(
         manifest = manifest.replace(validation=[*manifest.validation, evidence])
     save_model(model, target, manifest)
     return manifest
+
+
+class ShippedFiles(NamedTuple):
+    """What :func:`ship` wrote."""
+
+    checkpoint: Path
+    onnx: Path
+
+
+def ship(
+    checkpoint: str | Path, folder: str | Path, *, name: str | None = None, images: Sequence[Path] = ()
+) -> ShippedFiles:
+    """Write ``<name>.safetensors`` and ``<name>.onnx`` with FP16 kernels and matrices to ``folder``.
+
+    Both compute in FP32: the ONNX file casts its constants once, when a runtime loads it. It is
+    exported from the rounded checkpoint and compared with it on ``images``, or on simulated ones.
+    ``name`` (default: the checkpoint's) goes into both descriptions. Raises as
+    :func:`export_onnx` does.
+    """
+    checkpoint, folder = existing_file(checkpoint, "checkpoint"), Path(folder)
+    require("torch", "export", "ship a checkpoint")
+    from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
+
+    network, manifest = load_checkpoint(checkpoint)
+    manifest = manifest.replace(name=name or manifest.name)
+    small = save_checkpoint(folder / f"{manifest.name}.safetensors", network, manifest, half=True)
+    network, manifest = load_checkpoint(small)
+    target = folder / f"{manifest.name}.onnx"
+    export_network(network, manifest, target, ExportOptions(), images=images)
+    model, description = load_model(target)
+    store_in_half(model)
+    save_model(model, target, description)
+    return ShippedFiles(small, target)
 
 
 def trace(network: HPDDRNet, manifest: Manifest, options: ExportOptions) -> onnx.ModelProto:
@@ -200,13 +225,104 @@ def trace(network: HPDDRNet, manifest: Manifest, options: ExportOptions) -> onnx
 def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """``model`` after onnxsim, with the same inputs and outputs."""
     onnxsim = require("onnxsim", "export", "simplify the exported graph")
-    result, valid = onnxsim.simplify(model, skipped_optimizers=_SKIPPED_OPTIMISERS, certify=False)
+    result, valid = onnxsim.simplify(model, skipped_optimizers=_SKIPPED_OPTIMIZERS, certify=False)
     same = [entry.name for entry in result.graph.output] == [entry.name for entry in model.graph.output]
     if not valid or not same:
-        raise UserError("onnxsim broke the exported graph; export with simplify switched off and report this")
-    shorten_sizes(result)
+        raise UserError("onnxsim broke the exported graph; report this with the versions that `pip list` prints")
+    _shorten_sizes(result)
     del result.graph.value_info[:]
     return result
+
+
+def store_in_half(model: onnx.ModelProto) -> None:
+    """Store large FP32 constants of ``model`` in FP16, each behind a cast back; changes ``model``.
+
+    Vectors stay as they are (folded shifts, a thousandth of the bytes), and so does what FP16 cannot hold.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    casts = []
+    for entry in graph.initializer:
+        values = numpy_helper.to_array(entry)
+        if values.dtype != np.float32 or values.ndim < 2 or values.size < _SMALLEST_HALF:
+            continue
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        stored = f"{entry.name}.half"
+        casts.append(helper.make_node("Cast", [stored], [entry.name], f"{entry.name}/Cast", to=TensorProto.FLOAT))
+        entry.CopyFrom(numpy_helper.from_array(values.astype(np.float16), stored))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _shorten_sizes(model: onnx.ModelProto) -> None:
+    """Shorter shape arithmetic for dynamic sizes, in place; nodes that do not follow the two patterns stay.
+
+    The exporter computes every size of the graph from the input's height and width. Here each size is
+    read from the tensor that has it already: a resize whose result is added to another tensor takes that
+    tensor's size, and position attention, which flattens a feature map, takes the size back from that map.
+    """
+    from onnx import helper, numpy_helper, shape_inference
+
+    graph = model.graph
+    ranks = _ranks(shape_inference.infer_shapes(model))
+    constant = set(initializers(graph))
+    made, readers = producers(graph), consumers(graph)
+    added: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "Resize" and len(node.input) == 4 and node.input[3] not in constant:
+            _size_of_summand(node, readers, added)
+        elif node.op_type == "Reshape" and node.input[1] not in constant:
+            if ranks.get(node.output[0]) == 3:
+                graph.initializer.append(
+                    numpy_helper.from_array(np.array([0, 0, -1], dtype=np.int64), f"{node.name}.shape")
+                )
+                node.input[1] = f"{node.name}.shape"
+                del node.attribute[:]  # allowzero, which would take the zeros for sizes
+            elif flatten := _flatten_before(node, made, ranks):
+                node.input[1] = f"{node.name}.shape"
+                added.append(helper.make_node("Shape", [flatten.input[0]], [node.input[1]], f"{node.name}/Shape"))
+    replace_nodes(graph, [*graph.node, *added])
+
+
+def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+    entries = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    return {entry.name: len(entry.type.tensor_type.shape.dim) for entry in entries}
+
+
+def _size_of_summand(
+    resize: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], added: list[onnx.NodeProto]
+) -> None:
+    from onnx import helper
+
+    sums = [node for node in readers[resize.output[0]] if node.op_type == "Add"]
+    if len(sums) != 1:
+        return
+    other = next(name for name in sums[0].input if name != resize.output[0])
+    parts = [f"{resize.name}.{part}" for part in ("outer", "inner", "sizes")]
+    added += [
+        helper.make_node("Shape", [resize.input[0]], parts[:1], f"{resize.name}/Shape", start=0, end=2),
+        helper.make_node("Shape", [other], parts[1:2], f"{resize.name}/Shape_2", start=2, end=4),
+        helper.make_node("Concat", parts[:2], parts[2:], f"{resize.name}/Concat", axis=0),
+    ]
+    resize.input[3] = parts[2]
+
+
+def _flatten_before(
+    node: onnx.NodeProto, made: dict[str, onnx.NodeProto], ranks: dict[str, int]
+) -> onnx.NodeProto | None:
+    """The nearest reshape to rank 3 among the ancestors of ``node``."""
+    frontier = [node.input[0]]
+    while frontier:
+        parent = made.get(frontier.pop(0))
+        if parent is None:
+            continue
+        if parent.op_type == "Reshape" and ranks.get(parent.output[0]) == 3:
+            return parent
+        frontier.extend(parent.input)
+    return None
 
 
 def _dynamic_shapes(options: ExportOptions) -> Any:

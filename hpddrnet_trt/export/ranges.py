@@ -126,11 +126,11 @@ def _divergence(sides: _Sides, below: int, above: int) -> float:
     # Every level spreads its values evenly over those of its bins that hold any.
     first = np.arange(levels) * size // levels
     per_bin = np.add.reduceat(inside, first) / np.maximum(np.add.reduceat(occupied, first, dtype=np.int64), 1)
-    quantised = np.repeat(per_bin, np.diff(first, append=size))[occupied]
-    if not quantised.all():  # values cut off next to an empty level
+    quantized = np.repeat(per_bin, np.diff(first, append=size))[occupied]
+    if not quantized.all():  # values cut off next to an empty level
         return np.inf
     original = original[occupied] / original.sum()
-    return float((original * np.log(original / (quantised / quantised.sum()))).sum())
+    return float((original * np.log(original / (quantized / quantized.sum()))).sum())
 
 
 def _squared_error(sides: _Sides, below: int, above: int) -> float:

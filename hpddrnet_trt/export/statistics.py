@@ -61,12 +61,12 @@ def measure(
             parts: list[Statistics] = []
             for _, batch in group:
                 key = _input_digest(batch)
-                found = kept.load(key)
-                if found is None:
+                of_crop = kept.load(key)
+                if of_crop is None:
                     probe = probe or _Probe(model, tensors, sampled=True)
-                    found = probe.statistics(batch)
-                    kept.store(key, found)
-                parts.append(found)
+                    of_crop = probe.statistics(batch)
+                    kept.store(key, of_crop)
+                parts.append(of_crop)
             yield image, reduce(merge, parts)
     kept.prune()
 
@@ -79,15 +79,15 @@ def extremes(
     Raises :class:`UsageError` without a batch, :class:`UserError` when an activation is not finite.
     """
     probe = _Probe(model, tensors, sampled=False)
-    found = [(np.inf, -np.inf)] * len(tensors)
+    limits = [(np.inf, -np.inf)] * len(tensors)
     for batch in batches:
-        found = [
+        limits = [
             (min(low, float(new_low)), max(high, float(new_high)))
-            for (low, high), (new_low, new_high) in zip(found, probe.extremes(batch), strict=True)
+            for (low, high), (new_low, new_high) in zip(limits, probe.extremes(batch), strict=True)
         ]
-    if found and found[0][0] > found[0][1]:
+    if limits and limits[0][0] > limits[0][1]:
         raise UsageError("there is no image to measure activations on; give at least one micrograph")
-    return dict(zip(tensors, found, strict=True))
+    return dict(zip(tensors, limits, strict=True))
 
 
 def _graph_digest(model: Any, tensors: Sequence[str]) -> str:

@@ -209,18 +209,18 @@ def _in_precision(
     if manifest.precision == precision:
         yield source, manifest
         return
-    found = [] if images is None else find_images(images)
+    micrographs = [] if images is None else find_images(images)
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
         path = Path(folder) / f"{source.stem}.{precision}.onnx"
         if precision in get_args(Half):
             from hpddrnet_trt.export.convert import convert_precision
 
-            yield path, convert_precision(source, path, cast(Half, precision), images=found)
+            yield path, convert_precision(source, path, cast(Half, precision), images=micrographs)
         else:
             from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 
             low = cast(LowPrecision, precision)  # FP32 files are taken as they are
-            yield path, calibrate(source, path, found, CalibrationSettings(precision=low))
+            yield path, calibrate(source, path, micrographs, CalibrationSettings(precision=low))
 
 
 def _lacks_bf16(settings: BuildSettings, api: TensorRT, gpu: Gpu | None) -> bool:

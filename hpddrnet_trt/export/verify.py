@@ -102,8 +102,8 @@ def compare_with_pytorch(
         raise UserError(
             f"the exported graph differs from PyTorch: {worst.scores_off / worst.scores:.2%} of the scores are off, by "
             f"up to {worst.score_difference:.3g} (their standard deviation is {worst.score_std:.3g}), and labels agree "
-            f"on {evidence.values['agreement']:.4%} of the pixels; no file was written. Export with simplify switched "
-            "off or another attention form, and report this"
+            f"on {evidence.values['agreement']:.4%} of the pixels; no file was written. Export with another "
+            "attention form, and report this"
         )
     return evidence
 

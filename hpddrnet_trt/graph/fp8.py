@@ -9,7 +9,7 @@ Which convolutions: TensorRT has no FP8 kernels for grouped convolutions and for
 32 taps (7x7), which then run slower than without pairs (TensorRT 10.13.3 release notes, Limitations:
 https://docs.nvidia.com/deeplearning/tensorrt/10.13.3/getting-started/release-notes.html), and with 16
 or fewer input or output channels FP8 is slower than FP16 (NVIDIA's Model Optimizer leaves these out:
-https://github.com/NVIDIA/Model-Optimizer/pull/1083). :func:`fp8_layers` leaves all of these out.
+https://github.com/NVIDIA/Model-Optimizer/pull/1083). :func:`suits_fp8` leaves all of these out.
 
 Which GPUs: compute capability 8.9 and later. TensorRT-RTX *builds* FP8 convolutions, but its guide
 promises FP8 for matrix products only
@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.nodes import along, copied, initializers, int_attribute, store
 from hpddrnet_trt.graph.precision import half_scale
 
@@ -45,22 +44,6 @@ def suits_fp8(node: onnx.NodeProto, kernel: Sequence[int]) -> bool:
     """Whether TensorRT has a fast FP8 kernel for a convolution; ``kernel``: shape ``[out, in, height, width]``."""
     suitable = min(kernel[:2]) >= FEWEST_CHANNELS and math.prod(kernel[2:]) <= MOST_TAPS
     return suitable and int_attribute(node, "group", 1) == 1
-
-
-def fp8_layers(model: onnx.ModelProto) -> tuple[str, ...]:
-    """The convolutions of TensorRT's INT8 plan that suit FP8, in the graph's order; nodes must be named."""
-    shapes = {entry.name: list(entry.dims) for entry in model.graph.initializer}
-    planned = set(qdq.plan(model, "tensorrt").nodes)
-    return tuple(
-        node.name
-        for node in model.graph.node
-        if node.op_type == "Conv" and node.name in planned and suits_fp8(node, shapes[node.input[1]])
-    )
-
-
-def fp8_plan(model: onnx.ModelProto) -> qdq.Plan:
-    """Where the pairs of :func:`fp8_layers` go."""
-    return qdq.subset(model, "tensorrt", fp8_layers(model))
 
 
 def to_fp8(quantized: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:

@@ -181,7 +181,7 @@ def along(values: npt.NDArray[Any], axis: int, dimensions: int) -> npt.NDArray[A
 def fold_constants(graph: onnx.GraphProto) -> None:
     """Constant nodes become initialisers, and so do casts of initialisers.
 
-    Shipped models (:mod:`hpddrnet_trt.export.shipping`) store weights in FP16 behind a Cast to FP32.
+    Shipped models (:func:`hpddrnet_trt.export.onnx.ship`) store weights in FP16 behind a Cast to FP32.
     """
     from onnx import helper, numpy_helper
 

@@ -52,13 +52,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from hpddrnet_trt.core.precisions import LowPrecision
 from hpddrnet_trt.core.runtimes import load_onnxruntime
+from hpddrnet_trt.graph.fp8 import suits_fp8, to_fp8
 from hpddrnet_trt.graph.nodes import consumers, copied, enlarges, producers, replace_nodes
 
 Runtime = Literal["tensorrt", "onnxruntime"]
@@ -125,9 +127,24 @@ class _Graph:
         return [node for node in self.nodes if self.is_map_convolution(node.output[0])]
 
 
-def plan(model: Any, runtime: Runtime) -> Plan:
+class _Low(NamedTuple):
+    """What sets a low precision apart from INT8, whose rules and pairs the others start from."""
+
+    suits: Callable[[Any, Sequence[int]], bool] | None = None  # a convolution and the shape of its kernel
+    retyped: Callable[[Any, Any], Any] | None = None  # the graph with INT8 pairs, and the float graph
+
+
+_LOW: dict[LowPrecision, _Low] = {"int8": _Low(), "fp8": _Low(suits_fp8, to_fp8)}
+
+
+def plan(model: Any, runtime: Runtime, precision: LowPrecision = "int8") -> Plan:
     """Decide what to quantise in a float ``ModelProto`` whose nodes are named."""
-    return _plan(_Graph(model), runtime)
+    graph = _Graph(model)
+    full, suits = _plan(graph, runtime), _LOW[precision].suits
+    if suits is None:
+        return full
+    convolutions = [node for node in graph.convolutions() if node.name in full.nodes]
+    return _plan(graph, runtime, {node.name for node in convolutions if suits(node, graph.constants[node.input[1]])})
 
 
 def _plan(graph: _Graph, runtime: Runtime, only: Collection[str] | None = None) -> Plan:
@@ -271,7 +288,9 @@ def _cpu_plan(graph: _Graph, only: Collection[str] | None = None) -> Plan:
     return Plan(_CPU_OPERATORS, tuple(node.name for node in nodes), tuple(tensors))
 
 
-def quantize(model: Any, runtime: Runtime, chosen: Plan, ranges: Mapping[str, Range]) -> Any:
+def quantize(
+    model: Any, runtime: Runtime, chosen: Plan, ranges: Mapping[str, Range], precision: LowPrecision = "int8"
+) -> Any:
     """A new ``ModelProto`` with the pairs in place; ``ranges`` holds every tensor of the plan.
 
     A plan without nodes gives a copy.
@@ -313,7 +332,8 @@ def quantize(model: Any, runtime: Runtime, chosen: Plan, ranges: Mapping[str, Ra
         result = quantizer.quantize_model()
     replace_nodes(result.graph, result.graph.node)  # the quantiser appends its nodes at the end
     del result.graph.value_info[:]  # shapes and types of the float graph
-    return result
+    retyped = _LOW[precision].retyped
+    return result if retyped is None else retyped(result, model)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 
+STATIC = ExportOptions(1, 72, 104, confidence=True)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -49,7 +50,7 @@ def dynamic(checkpoint: Path) -> Path:
 @pytest.fixture(scope="module")
 def static(checkpoint: Path) -> Path:
     target = checkpoint.with_name("static.onnx")
-    export_onnx(checkpoint, target, batch=1, height=72, width=104, confidence=True)
+    export_onnx(checkpoint, target, STATIC)
     return target
 
 
@@ -182,7 +183,7 @@ def test_two_classes(tmp_path: Path) -> None:
     network = lively(tiny_network(num_classes=2))
     source = save_checkpoint(tmp_path / "two.safetensors", network, tiny_manifest(network))
     target = tmp_path / "two.onnx"
-    export_onnx(source, target, batch=1, height=64, width=64, confidence=True)
+    export_onnx(source, target, ExportOptions(1, 64, 64, confidence=True))
     image = grey(1, 64, 64)
     labels, confidence = session(target).run(None, {"image": image})
     logits = reference(source, image)
@@ -193,9 +194,8 @@ def test_two_classes(tmp_path: Path) -> None:
 
 def test_logits_from_normalised_input_with_attention_operator(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "logits.onnx"
-    manifest = export_onnx(
-        checkpoint, target, batch=2, height=64, width=96, output="logits", grey_input=False, attention="attention-op"
-    )  # fmt: skip
+    options = ExportOptions(2, 64, 96, attention="attention-op", output="logits", grey_input=False)
+    manifest = export_onnx(checkpoint, target, options)
     assert manifest.input is not None
     assert (manifest.input.dtype, manifest.input.channels) == ("float32", 3)
     assert manifest.output is not None
@@ -238,7 +238,7 @@ def test_broken_graph_leaves_no_file(
     weight.CopyFrom(numpy_helper.from_array(1.05 * numpy_helper.to_array(weight), weight.name))
     monkeypatch.setattr(onnx_export, "trace", lambda *_: model)
     with pytest.raises(UserError, match="differs from PyTorch"):
-        export_onnx(checkpoint, tmp_path / "broken.onnx", batch=1, height=72, width=104, confidence=True)
+        export_onnx(checkpoint, tmp_path / "broken.onnx", STATIC)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -255,7 +255,7 @@ def test_broken_graph_leaves_no_file(
 )
 def test_bad_options(checkpoint: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        export_onnx(checkpoint, tmp_path / "x.onnx", **options)
+        export_onnx(checkpoint, tmp_path / "x.onnx", ExportOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export.layer_precision import check_report, report_from_network
 from hpddrnet_trt.export.statistics import extremes
 from hpddrnet_trt.graph import qdq
-from hpddrnet_trt.graph.fp8 import E4M3_MAX, fp8_layers, suits_fp8, to_fp8
+from hpddrnet_trt.graph.fp8 import E4M3_MAX, suits_fp8, to_fp8
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import fold_constants, initializers, tensor_types
 from hpddrnet_trt.graph.precision import half_scale, to_half
@@ -153,7 +153,7 @@ def test_layers_of_the_shipped_network() -> None:
     model, _ = load_model(SHIPPED)
     fold_constants(model.graph)
     planned = qdq.plan(model, "tensorrt").nodes
-    layers = fp8_layers(model)
+    layers = qdq.plan(model, "tensorrt", "fp8").nodes
     assert set(planned) - set(layers) == {"backbone.stem.0.conv.conv/Conv", "conv_seg/Conv"}
     assert list(layers) == [node.name for node in model.graph.node if node.name in layers]
     assert set(layers) == set(qdq.subset(model, "tensorrt", layers).nodes)
@@ -203,9 +203,9 @@ def test_real_micrographs(sem_data: Path, tmp_path: Path) -> None:
 
     model, manifest = load_model(SHIPPED)
     fold_constants(model.graph)
-    plan = qdq.subset(model, "tensorrt", fp8_layers(model))
+    plan = qdq.plan(model, "tensorrt", "fp8")
     ranges = extremes(model, plan.tensors, crops("train")[:2])
-    typed = to_half(to_fp8(qdq.quantize(model, "tensorrt", plan, ranges), model))
+    typed = to_half(qdq.quantize(model, "tensorrt", plan, ranges, "fp8"))
     path = save_model(simulate_rounding(typed), tmp_path / "s.onnx", manifest)
     for image in crops("test"):
         assert np.mean(labels(path, image) == labels(SHIPPED, image)) > 0.995

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hpddrnet_trt.export.layer_precision import reformats_from_inspector
 from hpddrnet_trt.export.onnx import ExportOptions, export_network
 from hpddrnet_trt.graph import qdq
-from hpddrnet_trt.graph.fp8 import fp8_layers, to_fp8
+from hpddrnet_trt.graph.fp8 import to_fp8
 from hpddrnet_trt.graph.lint import QdqReport, analyze, report_lines
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
@@ -113,7 +113,7 @@ def test_types_do_not_matter(shipped: Any, quantized: Any) -> None:
 
 
 def test_fp8_of_what_suits_it(shipped: Any) -> None:
-    plan = qdq.subset(shipped, "tensorrt", fp8_layers(shipped))
+    plan = qdq.plan(shipped, "tensorrt", "fp8")
     found = analyze(to_fp8(_quantized(shipped, plan), shipped))
     reasons = {entry.name: entry.reason for entry in found.convolutions if entry.precision != "fp8"}
     assert reasons["backbone.stem.0.conv.conv/Conv"] == "first layer"

@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.export.shipping import store_in_half
+from hpddrnet_trt.export.onnx import store_in_half
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.attention import in_type as attention_in_type
 from hpddrnet_trt.graph.model import load_model
