@@ -29,14 +29,14 @@ from hpddrnet_trt.data.datasets import (
     SplitFiles,
     SplitStatistics,
     default_palette,
+    description_of,
     detect_layout,
     infer_classes,
-    read_description,
     read_pair,
     scan_split,
     summarise,
     unknown_values,
-    with_groups,
+    without_bar,
 )
 from hpddrnet_trt.data.labels import overlay
 from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
@@ -126,8 +126,8 @@ def check_dataset(
     """
     root = Path(folder)
     layout = detect_layout(root, layout)
-    description = read_description(root / FILE_NAME) if (root / FILE_NAME).is_file() else DatasetDescription()
-    files = {split: _scan(root, layout, split, description) for split in SPLITS}
+    description = description_of(root)
+    files = {split: scan_split(root, layout, split, description) for split in SPLITS}
     if not any(entry.samples or entry.images_without_mask or entry.masks_without_image for entry in files.values()):
         raise BadInputFile(f"dataset {root} is empty: no image in any of {', '.join(SPLITS)}")
     scan = _Scan(root, description)
@@ -140,13 +140,6 @@ def check_dataset(
         draw_contact_sheet(contact_sheet, report.name, report.classes, groups)
         report.contact_sheet = str(contact_sheet)
     return report
-
-
-def _scan(root: Path, layout: Layout, split: str, description: DatasetDescription) -> SplitFiles:
-    files = scan_split(root, layout, split)
-    return SplitFiles(
-        with_groups(files.samples, split, description), files.images_without_mask, files.masks_without_image
-    )
 
 
 class _Scan:
@@ -169,7 +162,7 @@ class _Scan:
             self.groups[sample.group].add(split)
         try:
             micrograph = read_micrograph(sample.image)
-            mask = read_mask(sample.mask)
+            mask = without_bar(read_mask(sample.mask), micrograph)
         except BadInputFile as exc:
             report.unreadable.append(str(exc))
             return
@@ -178,8 +171,6 @@ class _Scan:
         header = f"{pixels.dtype} {pixels.shape} ".encode()
         digest = hashlib.sha256(header + pixels.tobytes()).hexdigest()
         self.same_pixels[digest].append((split, self._name(sample.image)))
-        if micrograph.info_bar_rows is not None and mask.shape[0] == micrograph.info_bar_rows[1]:
-            mask = mask[: micrograph.info_bar_rows[0]]
         _count(report.sizes, f"{pixels.shape[1]} x {pixels.shape[0]}")
         _count(report.pixel_types, str(pixels.dtype))
         if mask.shape != pixels.shape:

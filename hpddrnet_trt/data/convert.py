@@ -17,16 +17,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError, one_line, require
-from hpddrnet_trt.core.files import atomic_folder, atomic_path, sha256_of, write_text
+from hpddrnet_trt.core.files import atomic_folder, sha256_of, write_text
 from hpddrnet_trt.data.catalog import Entry, RemoteFile
 from hpddrnet_trt.data.converters import CONVERTERS, Labelled
 from hpddrnet_trt.data.datasets import FILE_NAME, DatasetDescription, DescribedFile, FolderDataset, unknown_values
-from hpddrnet_trt.data.labels import write_label_png
+from hpddrnet_trt.data.labels import write_pair
 
 MAX_BYTES = 64 << 30  # unpacked; the largest set of the catalog is far below
 MAX_MEMBERS = 200_000
@@ -222,13 +221,14 @@ def write_converted(
     classes, for two samples of one name, and when there is none.
     """
     _require_new(folder)
+    palette = [known.color or (0, 0, 0) for known in entry.classes]
     with atomic_folder(folder) as temporary:
         files: dict[tuple[str, str], dict[str, Any]] = {}
         for sample in tqdm(samples, desc=f"converting {entry.name}", unit="image"):
             _check_sample(entry, sample)
             if (sample.split, sample.name) in files:
                 raise BadInputFile(f"{entry.name}: two images are called {sample.name} in the split {sample.split}")
-            _write_pair(entry, sample, temporary)
+            write_pair(temporary, sample.split, sample.name, sample.image, sample.mask, palette)
             known = DescribedFile(split=sample.split, name=sample.name, group=sample.group)
             files[sample.split, sample.name] = {**known.model_dump(exclude_none=True), "source": sample.source}
         if not files:
@@ -261,10 +261,3 @@ def _check_sample(entry: Entry, sample: Labelled) -> None:
     unknown = unknown_values(np.bincount(sample.mask.ravel(), minlength=256), len(entry.classes))
     if unknown:
         raise BadInputFile(f"{entry.name}: {sample.source}: the mask holds {unknown[0]}, which is no class")
-
-
-def _write_pair(entry: Entry, sample: Labelled, root: Path) -> None:
-    with atomic_path(root / "images" / sample.split / f"{sample.name}.png") as temporary:
-        Image.fromarray(np.ascontiguousarray(sample.image)).save(temporary, format="PNG")
-    palette = [known.color or (0, 0, 0) for known in entry.classes]
-    write_label_png(root / "masks" / sample.split / f"{sample.name}.png", np.ascontiguousarray(sample.mask), palette)

@@ -19,7 +19,7 @@ from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
 from hpddrnet_trt.core.files import existing_file, sha256_of, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
-from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
+from hpddrnet_trt.data.micrograph import Micrograph, read_mask, read_micrograph, to_grey8
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +136,12 @@ def read_description(path: str | Path) -> DatasetDescription:
         raise BadInputFile(f"{path} cannot be read ({exc.strerror})") from exc
 
 
+def description_of(root: Path) -> DatasetDescription:
+    """What the ``dataset.json`` of ``root`` says; an empty description where there is none."""
+    path = root / FILE_NAME
+    return read_description(path) if path.is_file() else DatasetDescription()
+
+
 def write_description(path: str | Path, description: DatasetDescription) -> Path:
     """Write ``dataset.json`` atomically."""
     return write_text(path, description.model_dump_json(exclude_none=True, indent=1) + "\n")
@@ -188,14 +194,17 @@ def detect_layout(root: str | Path, layout: str | None = None) -> Layout:
     raise BadInputFile(f"{root} holds no dataset; expected {expected}, SPLIT being one of {', '.join(SPLITS)}")
 
 
-def scan_split(root: Path, layout: Layout, split: str) -> SplitFiles:
-    """Pair the files of one split by name, sorted; a split without folders is empty.
+def scan_split(root: Path, layout: Layout, split: str, description: DatasetDescription) -> SplitFiles:
+    """Pair the files of one split by name, sorted, with the groups that ``description`` names for them.
+
+    A split without folders is empty.
 
     Raises :class:`BadInputFile` when two images or two masks share a name (``a.png``, ``a.tif``).
     """
     images, masks = (_keyed(root / place.format(split), mark) for place, mark in _LAYOUTS[layout])
+    groups = {entry.name: entry.group for entry in description.files if entry.split == split}
     return SplitFiles(
-        [Sample(images[key], masks[key], key) for key in sorted(images.keys() & masks.keys())],
+        [Sample(images[key], masks[key], key, groups.get(key)) for key in sorted(images.keys() & masks.keys())],
         [images[key] for key in sorted(images.keys() - masks.keys())],
         [masks[key] for key in sorted(masks.keys() - images.keys())],
     )
@@ -216,6 +225,7 @@ def _keyed(folder: Path, mark: str) -> dict[str, Path]:
             raise BadInputFile(f"{keyed[key]} and {path} have the same name; keep one of them")
         keyed[key] = path
     return keyed
+
 
 @dataclass(frozen=True)
 class SplitStatistics:
@@ -266,14 +276,13 @@ class FolderDataset:
         """
         root = Path(folder)
         layout = detect_layout(root, layout)
-        description = read_description(root / FILE_NAME) if (root / FILE_NAME).is_file() else DatasetDescription()
+        description = description_of(root)
         samples = _paired_samples(root, layout, description)
-        remarks: list[str] = []
-        if classes is not None:
-            table = _given_classes(classes)
-        else:
-            listed = description.class_table()
-            table = listed if listed is not None else _inferred_from_files(root, samples, remarks)
+        remarks: tuple[str, ...] = ()
+        table = description.class_table() if classes is None else _given_classes(classes)
+        if table is None:
+            table, remark = _inferred_from_files(root, samples)
+            remarks = (remark,)
         return cls(
             root=root,
             layout=layout,
@@ -282,7 +291,7 @@ class FolderDataset:
             license=description.license,
             samples=samples,
             pixel_size_m=description.pixel_size_m,
-            remarks=tuple(remarks),
+            remarks=remarks,
         )
 
     @property
@@ -375,13 +384,17 @@ class FolderDataset:
         return statistics
 
 
+def without_bar(mask: npt.NDArray[np.uint8], micrograph: Micrograph) -> npt.NDArray[np.uint8]:
+    """A mask drawn over the whole file loses the rows of the information bar, as its picture did."""
+    bar = micrograph.info_bar_rows
+    return mask[: bar[0]] if bar is not None and mask.shape[0] == bar[1] else mask
+
+
 def read_pair(sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Read picture (as 8-bit grey) and mask of one sample and see that their sizes agree."""
     micrograph = read_micrograph(sample.image)
     grey, _ = to_grey8(micrograph.pixels)
-    mask = read_mask(sample.mask)
-    if micrograph.info_bar_rows is not None and mask.shape[0] == micrograph.info_bar_rows[1]:
-        mask = mask[: micrograph.info_bar_rows[0]]
+    mask = without_bar(read_mask(sample.mask), micrograph)
     if grey.shape != mask.shape:
         raise BadInputFile(
             f"{sample.image} is {grey.shape[1]} x {grey.shape[0]} pixels but its mask {sample.mask} is "
@@ -451,7 +464,7 @@ def _given_classes(classes: Sequence[ClassInfo | str]) -> list[ClassInfo]:
 def _paired_samples(root: Path, layout: Layout, description: DatasetDescription) -> dict[str, list[Sample]]:
     samples: dict[str, list[Sample]] = {}
     for split in SPLITS:
-        files = scan_split(root, layout, split)
+        files = scan_split(root, layout, split, description)
         lonely = [*files.images_without_mask, *files.masks_without_image]
         if lonely:
             missing = "mask" if files.images_without_mask else "image"
@@ -461,27 +474,20 @@ def _paired_samples(root: Path, layout: Layout, description: DatasetDescription)
                 "add the missing file or remove this one"
             )
         if files.samples:
-            samples[split] = with_groups(files.samples, split, description)
+            samples[split] = files.samples
     if not samples:
         raise BadInputFile(f"dataset {root} is empty: no image with a mask in any of {', '.join(SPLITS)}")
     return samples
 
 
-def with_groups(samples: list[Sample], split: str, description: DatasetDescription) -> list[Sample]:
-    """Samples with the groups that ``dataset.json`` names for their split."""
-    groups = {entry.name: entry.group for entry in description.files if entry.split == split}
-    return [replace(sample, group=groups.get(sample.name)) for sample in samples]
-
-
-def _inferred_from_files(root: Path, samples: dict[str, list[Sample]], remarks: list[str]) -> list[ClassInfo]:
+def _inferred_from_files(root: Path, samples: dict[str, list[Sample]]) -> tuple[list[ClassInfo], str]:
     labels = np.zeros(256, dtype=np.int64)
     everything = [sample for split in samples.values() for sample in split]
     for sample in tqdm(everything, desc="looking for classes", unit="mask", delay=2):
         labels += np.bincount(read_mask(sample.mask).ravel(), minlength=256)
     table, remark = infer_classes(labels, root)
     log.warning("%s", remark)
-    remarks.append(remark)
-    return table
+    return table, remark
 
 
 def image_files(path: str | Path) -> list[Path]:
@@ -518,7 +524,7 @@ def find_images(source: str | Path | Sequence[str | Path], split: str = "train")
     if not isinstance(source, str | Path):
         images = [path for entry in source for path in image_files(entry)]
     elif (layout := _dataset_layout(Path(source))) is not None:
-        files = scan_split(Path(source), layout, split)
+        files = scan_split(Path(source), layout, split, DatasetDescription())
         images = sorted([*(sample.image for sample in files.samples), *files.images_without_mask])
     else:
         images = image_files(source)

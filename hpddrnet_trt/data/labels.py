@@ -103,6 +103,15 @@ def write_label_png(
     return Path(path)
 
 
+def write_pair(
+    root: Path, split: str, name: str, image: npt.NDArray[Any], mask: npt.NDArray[np.uint8], palette: Palette
+) -> None:
+    """Write a micrograph and its mask, both ``[H, W]``, to ``root/images|masks/SPLIT/NAME.png``."""
+    with atomic_path(root / "images" / split / f"{name}.png") as temporary:
+        Image.fromarray(np.ascontiguousarray(image)).save(temporary, format="PNG")
+    write_label_png(root / "masks" / split / f"{name}.png", np.ascontiguousarray(mask), palette)
+
+
 def write_label_tiff(
     path: str | Path,
     labels: npt.NDArray[np.uint8],

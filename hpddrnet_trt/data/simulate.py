@@ -29,10 +29,7 @@ on purpose: a threshold cannot separate grains from clay; texture and shape can.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,10 +37,10 @@ from typing import Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.files import atomic_folder
 from hpddrnet_trt.data.datasets import (
     FILE_NAME,
     SPLITS,
@@ -54,7 +51,7 @@ from hpddrnet_trt.data.datasets import (
     read_description,
     write_description,
 )
-from hpddrnet_trt.data.labels import write_label_png
+from hpddrnet_trt.data.labels import write_pair
 
 SIMULATOR_VERSION = 1  # raise it when the same seed no longer gives the same pictures
 Kind = Literal["se", "bse"]
@@ -424,16 +421,15 @@ def write_dataset(
         if _same_simulation(folder, simulation):
             return FolderDataset.open(folder)
         raise UserError(f"{folder} exists and holds something else; remove it or choose another folder")
+    palette = [entry.color for entry in CLASSES if entry.color is not None]
     jobs = [(split, place) for split in SPLITS for place in range(counts[split])]
-
-    def fill(target: Path) -> None:
+    with atomic_folder(folder) as target:
         for split, place in tqdm(jobs, desc="simulating micrographs", unit="image", disable=not progress):
             # The split's number is part of the seed: no picture can occur in two splits.
             image, mask = simulate(
                 height, width, (seed, SPLITS.index(split), place), kind, magnification=magnification
             )
-            name = _file_name(split, place)
-            _write_pair(target, split, name, image, mask)
+            write_pair(target, split, _file_name(split, place), image, mask, palette)
         description = DatasetDescription(
             name="simulated-mudrock",
             license="CC0-1.0 (simulated)",
@@ -443,8 +439,6 @@ def write_dataset(
             simulation=simulation,
         )
         write_description(target / FILE_NAME, description)
-
-    _fill_folder(folder, fill)
     return FolderDataset.open(folder)
 
 
@@ -459,29 +453,3 @@ def _same_simulation(folder: Path, simulation: Mapping[str, object]) -> bool:
         return read_description(folder / FILE_NAME).simulation == simulation
     except BadInputFile:
         return False
-
-
-def _write_pair(
-    root: Path, split: str, name: str, image: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]
-) -> None:
-    path = root / "images" / split / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
-    palette = [entry.color for entry in CLASSES if entry.color is not None]
-    write_label_png(root / "masks" / split / f"{name}.png", mask, palette)
-
-
-def _fill_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write into a temporary folder beside ``folder``, then put it in place."""
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        fill(temporary)
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)  # works on an empty folder too
-    except OSError as exc:
-        raise UserError(f"cannot write {folder}: {exc.strerror}; free some space or choose another folder") from exc
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -21,10 +21,10 @@ __all__ = ["VendorInfo", "VendorMetadata", "imagej", "read_sidecars", "read_tags
 
 def read_tags(page: tifffile.TiffPage) -> tuple[VendorMetadata, ...]:
     """What all tags of a TIFF's first page say; the resolution tags alone count only when nothing else speaks."""
-    found: list[VendorMetadata] = []
+    statements: list[VendorMetadata] = []
     for module in (fei, zeiss, tescan, ome, imagej):
-        found += _bounded(module.VENDOR, module.read, page)
-    return tuple(found or imagej.read_resolution(page))
+        statements += _bounded(module.VENDOR, module.read, page)
+    return tuple(statements or imagej.read_resolution(page))
 
 
 def read_sidecars(picture: Path, stored: tuple[int, int]) -> tuple[VendorMetadata, ...]:
@@ -41,8 +41,8 @@ def _text(picture: Path, stored: tuple[int, int]) -> list[VendorMetadata]:
     if beside is None:
         return []
     name, text = beside
-    found = (module.read_sidecar_text(text, name, stored) for module in (hitachi, jeol))
-    return [metadata for metadata in found if metadata is not None]
+    statements = (module.read_sidecar_text(text, name, stored) for module in (hitachi, jeol))
+    return [metadata for metadata in statements if metadata is not None]
 
 
 def _bounded(vendor: str | None, read: Callable[..., list[VendorMetadata]], *arguments: Any) -> list[VendorMetadata]:

@@ -21,16 +21,16 @@ _PHENOM = "FeiImage"
 def read(page: tifffile.TiffPage) -> list[VendorMetadata]:
     """VendorMetadata of the text and of the XML, each where present."""
     stored = (page.imagewidth, page.imagelength)
-    found = []
+    statements = []
     for code in (34682, 34680):
         content = tag_bytes(page, code)
         if content:
-            found.append(_from_text(ini_sections(decoded(content)), code, stored))
+            statements.append(_from_text(ini_sections(decoded(content)), code, stored))
             break
     content = tag_bytes(page, _XML)
     if content:
-        found.append(_from_xml(decoded(content), stored))
-    return found
+        statements.append(_from_xml(decoded(content), stored))
+    return statements
 
 
 def _from_text(sections: Sections, code: int, stored: tuple[int, int]) -> VendorMetadata:

@@ -75,16 +75,16 @@ class VendorInfo:
 
 def resolve(metadata: Iterable[VendorMetadata]) -> VendorInfo:
     """Put metadata together, best source first: its vendor, size and bar count, if nobody contradicts the size."""
-    found = list(metadata)
-    sizes = [size for finding in found for size in finding.sizes]
-    doubts = [doubt for finding in found for doubt in finding.doubts]
+    statements = list(metadata)
+    sizes = [size for statement in statements for size in statement.sizes]
+    doubts = [doubt for statement in statements for doubt in statement.doubts]
     doubts += [
         f"{sizes[0][1]} says {sizes[0][0]:.6g} m but {other} says {value:.6g} m"
         for value, other in sizes[1:]
         if not math.isclose(value, sizes[0][0], rel_tol=_AGREE)
     ]
-    vendor = next((finding.vendor for finding in found if finding.vendor is not None), None)
-    bar = next((finding for finding in found if finding.picture_rows is not None), VendorMetadata())
+    vendor = next((statement.vendor for statement in statements if statement.vendor is not None), None)
+    bar = next((statement for statement in statements if statement.picture_rows is not None), VendorMetadata())
     metres_per_pixel, source = sizes[0] if sizes and not doubts else (None, None)
     remarks = tuple(f"{doubt}: its pixel size is unknown" for doubt in dict.fromkeys(doubts))
     return VendorInfo(vendor, metres_per_pixel, source, bar.picture_rows, bar.rows_follow, remarks)

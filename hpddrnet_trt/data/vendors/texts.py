@@ -93,7 +93,7 @@ def xml_values(text: str, wanted: Collection[str]) -> dict[str, tuple[dict[str, 
     Namespaces are left out. The document is streamed: no tree is built, and a document type, the only place where
     entities could be declared, ends the reading, as does a damaged document: what was found before counts.
     """
-    found: dict[str, tuple[dict[str, str], str]] = {}
+    elements: dict[str, tuple[dict[str, str], str]] = {}
     path: list[str] = []
 
     def start(name: str, attributes: dict[str, str]) -> None:
@@ -101,21 +101,21 @@ def xml_values(text: str, wanted: Collection[str]) -> dict[str, tuple[dict[str, 
         if len(path) > _DEEP:
             raise ValueError("too deep")
         here = "/".join(path)
-        first = here in wanted and here not in found
+        first = here in wanted and here not in elements
         if first:
-            found[here] = (attributes, "")
+            elements[here] = (attributes, "")
         open_paths.append(here if first else "")
 
     def end(name: str) -> None:
         path.pop()
-        if open_paths.pop() and len(found) == len(wanted):
+        if open_paths.pop() and len(elements) == len(wanted):
             raise StopIteration
 
     def data(characters: str) -> None:
         here = open_paths[-1] if open_paths else ""
         if here:
-            attributes, so_far = found[here]
-            found[here] = (attributes, so_far + characters)
+            attributes, so_far = elements[here]
+            elements[here] = (attributes, so_far + characters)
 
     def refuse(*_: object) -> None:
         raise ValueError("document types are not read")
@@ -129,4 +129,4 @@ def xml_values(text: str, wanted: Collection[str]) -> dict[str, tuple[dict[str, 
     parser.StartDoctypeDeclHandler = refuse
     with suppress(expat.ExpatError, ValueError, StopIteration):
         parser.Parse(text.encode("utf-8", errors="replace"), True)
-    return found
+    return elements

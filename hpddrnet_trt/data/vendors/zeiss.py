@@ -21,12 +21,12 @@ _PRECISE = 3  # position in the unnamed list
 
 def read(page: tifffile.TiffPage) -> list[VendorMetadata]:
     """VendorMetadata of either tag, each where present: they have to agree."""
-    found = []
+    statements = []
     for code in (34118, 34119):
         content = tag_bytes(page, code)
         if content:
-            found.append(_from_text(decoded(content), code, (page.imagewidth, page.imagelength)))
-    return found
+            statements.append(_from_text(decoded(content), code, (page.imagewidth, page.imagelength)))
+    return statements
 
 
 def _from_text(text: str, code: int, stored: tuple[int, int]) -> VendorMetadata:
