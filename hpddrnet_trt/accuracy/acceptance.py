@@ -21,6 +21,9 @@ from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.inference import load_segmenter
 from hpddrnet_trt.weights import locate
 
+WHAT = "accuracy against FP32"  # of the evidence
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -67,11 +70,6 @@ class Budget:
         if self.min_agreement is not None:
             limits.append(f"labels equal on at least {100 * self.min_agreement:g} % of the pixels")
         return " and ".join(limits)
-
-
-logger = logging.getLogger(__name__)
-
-WHAT = "accuracy against FP32"  # of the evidence
 
 
 @dataclass(frozen=True)

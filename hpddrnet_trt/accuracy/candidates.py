@@ -40,6 +40,7 @@ from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.qdq import count_convolutions
+from hpddrnet_trt.graph.rounding import simulate_rounding
 from hpddrnet_trt.graph.work import Work, macs_and_bytes
 from hpddrnet_trt.inference import load_segmenter
 
@@ -130,10 +131,7 @@ class CandidateCache:
 
 def _identity(config: QuantizationConfig, evaluator: AccuracyEvaluator) -> str:
     """Of all that an answer follows from, the passes that make and round the graphs included."""
-    from hpddrnet_trt.graph.rounding import simulate_rounding
-
     onnxruntime = load_onnxruntime("search for the fastest precision")
-
     run = simulate_rounding(config.graph(config.layers, half=True)).SerializeToString(deterministic=True)
     graph = hashlib.sha256(run).hexdigest()
     return f"{config.digest()} {graph} {evaluator.digest} onnxruntime {onnxruntime.__version__}"
@@ -152,9 +150,6 @@ def _read(journal: Path | None, identity: str) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # not there, cut off or foreign: measure again
     return answers
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

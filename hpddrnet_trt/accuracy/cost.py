@@ -31,9 +31,6 @@ _EPILOGUES = ("Relu", "Add")
 _POINTWISE = ("Add", "BatchNormalization", "Mul", "Relu", "Sigmoid")  # their kernels also quantise what they write
 
 
-DEFAULT_DEVICE = "l4"
-
-
 class Cost(Protocol):
     """Milliseconds per frame by the layers that are quantised."""
 
@@ -42,7 +39,7 @@ class Cost(Protocol):
         """Where the milliseconds come from, for people."""
         ...
 
-    def __call__(self, quantised: Collection[str]) -> float: ...
+    def __call__(self, quantized: Collection[str]) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ class Device:
         return max(2 * macs / (self.tera_operations[precision] * 1e12), moved / (self.gigabytes_per_second * 1e9))
 
 
+DEFAULT_DEVICE = "l4"
 DEVICES: dict[str, Device] = {
     "l4": Device("NVIDIA L4", {"fp32": 30.3, "fp16": 121, "bf16": 121, "int8": 242.5, "fp8": 242.5}, 300),
     "agx-orin": Device("Jetson AGX Orin 64GB", {"fp32": 5.3, "fp16": 42.5, "bf16": 42.5, "int8": 85}, 204.8),
@@ -78,16 +76,12 @@ class Estimate:
     device: Device
     precision: str = "int8"
 
-    def __post_init__(self) -> None:
-        if self.precision not in self.device.tera_operations:
-            raise UsageError(f"{self.device.name} has no {self.precision.upper()}; choose another device or precision")
-
     @property
     def source(self) -> str:
         return f"estimated for {self.device.name} from operations and bytes"
 
-    def __call__(self, quantised: Collection[str]) -> float:
-        chosen = set(quantised)
+    def __call__(self, quantized: Collection[str]) -> float:
+        chosen = set(quantized)
         made, readers = producers(self.model.graph), consumers(self.model.graph)
         stored_low = {node.input[0] for node in self.model.graph.node if node.name in chosen}
         total = 0.0
@@ -97,7 +91,7 @@ class Estimate:
                 continue
             if node.op_type in ("Conv", "MatMul"):
                 total += self._product(node, operation, node.name in chosen, stored_low, readers)
-            elif node.op_type not in _EPILOGUES or not _follows_convolution(node, made):
+            elif node.op_type not in _EPILOGUES or all(_convolution_before(name, made) is None for name in node.output):
                 total += self._milliseconds(0, _BYTES["fp16"] * (operation.inputs + operation.outputs), "fp16")
         for name in stored_low:
             origin = _convolution_before(name, made)
@@ -123,10 +117,6 @@ class Estimate:
 
     def _milliseconds(self, macs: int, moved: float, kind: str) -> float:
         return 1e3 * self.device.seconds(macs, moved, kind) + 1e-3 * self.device.launch_us
-
-
-def _follows_convolution(node: Any, made: Mapping[str, Any]) -> bool:
-    return any(_convolution_before(name, made) is not None for name in node.output)
 
 
 def _convolution_before(tensor: str, made: Mapping[str, Any]) -> str | None:
@@ -163,8 +153,8 @@ class Measured:
     def source(self) -> str:
         return f"layer times measured on {self.device}"
 
-    def __call__(self, quantised: Collection[str]) -> float:
-        chosen = set(quantised)
+    def __call__(self, quantized: Collection[str]) -> float:
+        chosen = set(quantized)
         base = sum(self.low.values())
         low, high = by_convolution(self.low, self.layers), by_convolution(self.high, self.layers)
         return base + sum(high[name] - low[name] for name in self.layers if name not in chosen)

@@ -27,6 +27,8 @@ from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
 
 Grey8 = npt.NDArray[np.uint8]
+WORST = 6  # images shown
+EDGE = 1024  # pixels: larger images are shown reduced
 
 
 @dataclass(frozen=True)
@@ -244,10 +246,6 @@ def samples_of(
         yield sample, *dataset.load(sample)
 
 
-WORST = 6  # images shown
-EDGE = 1024  # pixels: larger images are shown reduced
-
-
 def assess(
     segmenter: Segmenter,
     dataset: FolderDataset,
@@ -277,14 +275,10 @@ def assess(
         matrix = LabelComparison(len(dataset.classes))
         matrix.update(labels, mask)
         total.add(matrix)
-        images.append(_result(sample, mask, matrix))
+        height, width = mask.shape
+        images.append(ImageResult(sample.name, sample.group, height, width, matrix.counts, matrix.scores()))
         ranking.offer(images[-1], grey, mask, labels)
     return Assessment(origin, dataset.classes, images, total.counts, total.scores(), ranking.pictures)
-
-
-def _result(sample: Sample, mask: Grey8, matrix: LabelComparison) -> ImageResult:
-    height, width = mask.shape
-    return ImageResult(sample.name, sample.group, height, width, matrix.counts, matrix.scores())
 
 
 class _Ranking:

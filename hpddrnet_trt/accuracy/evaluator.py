@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.graph.model import save_model
+from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.result import Segmentation
 
@@ -156,10 +157,6 @@ class AccuracyEvaluator:
         What is FP16, BF16 or FP8 in it is rounded to that type by arithmetic
         (:mod:`hpddrnet_trt.graph.rounding`); sums are accumulated in FP32.
         """
-        from dataclasses import replace
-
-        from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
-
         rounded = uses_half(model)
         with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
             run = manifest.replace(precision="int8" if manifest.quantized_for else "fp32") if rounded else manifest

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     import onnx
 
 By = Literal["layer", "block"]
+_STEPS = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89)  # points of the frontier: layers in floating point
+_RETURNED = 12  # at most this many layers are tried again one by one
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,6 @@ def parts_of(layers: tuple[str, ...], by: By) -> dict[str, tuple[str, ...]]:
     return parts
 
 
-_STEPS = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89)  # points of the frontier: layers in floating point
-_RETURNED = 12  # at most this many layers are tried again one by one
-
-
 @dataclass(frozen=True)
 class Point:
     """One measured choice."""
@@ -179,10 +178,10 @@ def search(
     ``ranking``: an analysis by layer of the same candidates. Candidates are measured as they will be
     deployed: what is not quantised is FP16, rounded as such.
     """
-    finder = _Finder(cache, budget, cost, progress=progress)
     order = _order(ranking, cache.config.layers, cost)
     counts = sorted({min(step, len(order)) for step in (*_STEPS, len(order))})
-    with finder:
+    with tqdm(desc="mixed precision", unit="choice", disable=not progress) as bar:
+        finder = _Finder(cache, budget, cost, bar)
         kept = [count for count in counts if budget.kept_by(finder.measure(order[:count]).accuracy)]
         if kept:
             _refine(finder, order, counts, min(kept))
@@ -202,12 +201,9 @@ def _order(ranking: Sensitivity, layers: Sequence[str], cost: Cost) -> list[str]
     """Layers in the order in which they return to floating point: most harm removed per time added first."""
     everything = set(layers)
     fastest = cost(everything)
-
-    def value(layer: str, harm: float) -> float:
-        return harm / max(cost(everything - {layer}) - fastest, 1e-6)
-
     harms = {layer: part.harm for part in ranking.parts for layer in part.layers}
-    return sorted(layers, key=lambda layer: -value(layer, harms[layer]))
+    added = {layer: max(cost(everything - {layer}) - fastest, 1e-6) for layer in layers}
+    return sorted(layers, key=lambda layer: -harms[layer] / added[layer])
 
 
 def _refine(finder: _Finder, order: list[str], counts: list[int], enough: int) -> None:
@@ -227,12 +223,11 @@ def _refine(finder: _Finder, order: list[str], counts: list[int], enough: int) -
 
 
 class _Finder:
-    """Measures choices by their floating-point layers, with a progress bar."""
+    """Measures choices by their floating-point layers, each once."""
 
-    def __init__(self, cache: CandidateCache, budget: Budget, cost: Cost, *, progress: bool) -> None:
-        self._cache, self._budget, self._cost = cache, budget, cost
+    def __init__(self, cache: CandidateCache, budget: Budget, cost: Cost, bar: tqdm[Any]) -> None:
+        self._cache, self._budget, self._cost, self._bar = cache, budget, cost, bar
         self.points: dict[frozenset[str], Point] = {}
-        self._bar = tqdm(desc="mixed precision", unit="choice", disable=not progress)
 
     def measure(self, floating: Collection[str]) -> Point:
         key = frozenset(floating)
@@ -250,15 +245,6 @@ class _Finder:
 
     def keeps(self, floating: Collection[str]) -> bool:
         return self._budget.kept_by(self.measure(floating).accuracy)
-
-    def __enter__(self) -> _Finder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -43,5 +43,5 @@ class FakeCost:
     slower: Mapping[str, float]
     source: str = "formula"
 
-    def __call__(self, quantised: Collection[str]) -> float:
-        return sum(1.0 if name in quantised else 1.0 + more for name, more in self.slower.items())
+    def __call__(self, quantized: Collection[str]) -> float:
+        return sum(1.0 if name in quantized else 1.0 + more for name, more in self.slower.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,15 @@ from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, MixedPrecisionRecord, read_manifest, sidecar_path
 from hpddrnet_trt.engines.cuda import gpu_or_none
-from hpddrnet_trt.export.tensorrt import build_engine
+from hpddrnet_trt.export import tensorrt
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
+from tests.accuracy.builds import build, needs_rtx
 from tests.accuracy.fakes import accuracy
 from tests.tiny_onnx import QUIET
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
 without_gpu = pytest.mark.skipif(gpu_or_none() is not None, reason="shows what happens without a GPU; here is one")
 RECORD = CalibrationRecord(method="max", images=1, images_sha256="0", source="one image", tool="a test")
 Write = Callable[[str, float], Path]
@@ -76,10 +73,7 @@ def test_an_engine_without_gpu_is_judged_by_its_onnx_file(
     write: Write, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = tmp_path / "m.engine"
-    manifest = build_verified(
-        write("model.int8.onnx", 8.0), target, precision="int8", runtime="tensorrt-rtx", settings=QUIET,
-        shapes="1x1x96x96:1x1x96x96:1x1x96x96", acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
-    )  # fmt: skip
+    manifest = build(write("model.int8.onnx", 8.0), target, data, Budget(max_miou_drop=3.0))
     stored = read_manifest(target)
     assert stored.validation[-1] == manifest.validation[-1]
     assert stored.validation[-1].what == WHAT
@@ -91,10 +85,7 @@ def test_a_refused_engine_leaves_nothing_behind(write: Write, data: Path, tmp_pa
     source, target = write("model.int8.onnx", 1.0), tmp_path / "m.engine"
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match="misses the budget"):
-        build_verified(
-            source, target, precision="int8", runtime="tensorrt-rtx", settings=QUIET,
-            shapes="1x1x96x96:1x1x96x96:1x1x96x96", acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5)),
-        )  # fmt: skip
+        build(source, target, data, Budget(max_miou_drop=0.5))
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -103,18 +94,16 @@ def test_the_engine_itself_is_judged_where_it_runs(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a GPU `accept` gets an engine file with its description beside it, not the ONNX file."""
-    from hpddrnet_trt.export import tensorrt as build
-
     seen: list[tuple[str, str | None, bool]] = []
 
     def accept(candidate: Path) -> object:
         seen.append((candidate.suffix, read_manifest(candidate).precision, sidecar_path(candidate).is_file()))
         raise UserError("seen")
 
-    monkeypatch.setattr(build._Job, "_inspected", lambda self, plan, parsed: (True, parsed))
-    monkeypatch.setattr(build, "gpu_or_none", lambda: SimpleNamespace(name="a GPU"))
+    monkeypatch.setattr(tensorrt._Job, "_inspected", lambda self, plan, parsed: (True, parsed))
+    monkeypatch.setattr(tensorrt, "gpu_or_none", lambda: SimpleNamespace(name="a GPU"))
     with pytest.raises(UserError, match="seen"):
-        build_engine(
+        tensorrt.build_engine(
             write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", runtime="tensorrt-rtx",
             shapes="1x1x96x96:1x1x96x96:1x1x96x96", accept=accept, settings=QUIET,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -128,26 +117,15 @@ def test_the_reference_is_the_fp32_file_of_the_same_checkpoint(write: Write, tmp
     (tmp_path / "b-foreign.onnx").write_bytes(b"not ours")
     assert find_reference(source, read_manifest(source)) == tmp_path / "model.onnx"
     assert find_reference(tmp_path / "model.onnx", manifest) == tmp_path / "model.onnx"
-
-
-def test_a_missing_reference_is_asked_for(write: Write, tmp_path: Path) -> None:
-    source = write("model.int8.onnx", 8.0)
     (tmp_path / "model.onnx").unlink()
     with pytest.raises(UsageError, match="--reference"):
         find_reference(source, read_manifest(source))
 
 
-def test_auto_needs_a_budget(fp32: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--precision auto needs a budget"):
-        build_verified(fp32, tmp_path / "m.engine", precision="auto", acceptance=None)
-
-
 def test_what_the_gate_needs_is_checked_before_building(
     fp32: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpddrnet_trt.accuracy import build
-
-    monkeypatch.setattr(build, "build_engine", lambda *_, **__: pytest.fail("built first"))
+    monkeypatch.setattr("hpddrnet_trt.accuracy.build.build_engine", lambda *_, **__: pytest.fail("built first"))
     budget, target = Budget(max_miou_drop=1.0), tmp_path / "m.engine"
     for acceptance, says in (
         (AcceptanceCheck(data, budget, split="tset"), "no split 'tset'"),
@@ -156,6 +134,8 @@ def test_what_the_gate_needs_is_checked_before_building(
     ):
         with pytest.raises(UserError, match=says):
             build_verified(fp32, target, precision="fp16", acceptance=acceptance)
+    with pytest.raises(UsageError, match="--precision auto needs a budget"):
+        build_verified(fp32, target, precision="auto", acceptance=None)
 
 
 def test_the_reference_is_fp32(write: Write, fp32: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,11 +154,7 @@ def test_the_reference_is_fp32(write: Write, fp32: Path, tmp_path: Path, caplog:
 def test_an_engine_too_small_for_the_micrographs_is_not_accepted(write: Write, data: Path, tmp_path: Path) -> None:
     """Without a GPU the ONNX file is judged, but with the sizes that the engine takes."""
     with pytest.raises(ContractError, match="in tiles of 64 x 64 in this model and whole in the FP32 reference"):
-        build_verified(
-            write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", runtime="tensorrt-rtx",
-            shapes="1x1x64x64:1x1x64x64:1x1x64x64", settings=QUIET,
-            acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
-        )  # fmt: skip
+        build(write("model.int8.onnx", 8.0), tmp_path / "m.engine", data, Budget(max_miou_drop=3.0), size=64)
     assert not (tmp_path / "m.engine").exists()
 
 
@@ -194,7 +170,8 @@ def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_pa
     assert "choose-precision" not in str(refused.value)
 
 
-def test_a_budget_says_what_is_over_it() -> None:
+def test_budgets() -> None:
+    """What is over the limits is told; a better candidate keeps any budget, and NaN none."""
     budget = Budget(max_miou_drop=0.3, min_agreement=0.995)
     assert budget.kept_by(accuracy(0.002))
     over = budget.breaches(accuracy(0.01))
@@ -204,8 +181,6 @@ def test_a_budget_says_what_is_over_it() -> None:
     ]
     assert str(budget) == "at most 0.3 points of masked mIoU lost and labels equal on at least 99.5 % of the pixels"
 
-
-def test_a_better_candidate_keeps_any_budget_and_nan_none() -> None:
     assert Budget(max_miou_drop=0).kept_by(accuracy(-0.01))
     assert not Budget(max_miou_drop=100).kept_by(accuracy(float("nan")))
     assert not Budget(min_agreement=0).kept_by(accuracy(float("nan")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,21 +11,15 @@ from typing import Any
 import onnx
 import pytest
 
-from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
-from hpddrnet_trt.accuracy.build import build_verified
+from hpddrnet_trt.accuracy.acceptance import Budget
 from hpddrnet_trt.accuracy.candidates import CandidateCache, Study, open_study
-from hpddrnet_trt.accuracy.cost import cost_model
-from hpddrnet_trt.accuracy.search import Frontier, Point, _none_holds, choose_precision
+from hpddrnet_trt.accuracy.search import Choice, Frontier, Point, _none_holds, choose_precision
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.graph.qdq import count_convolutions
+from tests.accuracy.builds import build, needs_rtx
 from tests.accuracy.fakes import FakeCost, accuracy
 from tests.graph.residual_onnx import QUANTISABLE
-from tests.tiny_onnx import QUIET
-
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
 
 
 @pytest.fixture
@@ -41,12 +34,13 @@ def spoilt(study: Study, tensor: str) -> CandidateCache:
     return CandidateCache(replace(study.cache.config, ranges=ranges), study.evaluator)
 
 
+def choose(study: Study, cache: CandidateCache, target: Path, budget: Budget) -> Choice:
+    cost = FakeCost(dict.fromkeys(cache.config.layers, 0.1))
+    return choose_precision(cache, target, budget, cost, calibration=study.calibration, progress=False)
+
+
 def test_int8_throughout_where_that_holds(study: Study, tmp_path: Path) -> None:
-    cost = cost_model(study.cache.config, study.operations)
-    choice = choose_precision(
-        study.cache, tmp_path / "m.onnx", Budget(max_miou_drop=5.0), cost, calibration=study.calibration,
-        progress=False,
-    )  # fmt: skip
+    choice = choose(study, study.cache, tmp_path / "m.onnx", Budget(max_miou_drop=5.0))
     assert choice.frontier is None
     manifest = read_manifest(tmp_path / "m.onnx")
     assert (manifest.precision, manifest.quantized_for, manifest.mixed) == ("int8", "tensorrt", None)
@@ -59,11 +53,7 @@ def test_int8_throughout_where_that_holds(study: Study, tmp_path: Path) -> None:
 
 def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: Path) -> None:
     cache = spoilt(study, "stem_out")  # read by `first` and `shortcut`
-    cost = FakeCost(dict.fromkeys(cache.config.layers, 0.1))
-    budget = Budget(max_miou_drop=2.0)
-    choice = choose_precision(
-        cache, tmp_path / "m.onnx", budget, cost, calibration=study.calibration, progress=False
-    )  # fmt: skip
+    choice = choose(study, cache, tmp_path / "m.onnx", Budget(max_miou_drop=2.0))
     assert choice.frontier is not None
     manifest = read_manifest(tmp_path / "m.onnx")
     assert manifest.mixed is not None
@@ -76,23 +66,15 @@ def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: 
 
 
 def test_nothing_is_written_when_no_choice_holds(study: Study, tmp_path: Path) -> None:
-    cost = cost_model(study.cache.config, study.operations)
     with pytest.raises(UserError, match=r"no choice of layers keeps the budget .* was not written"):
-        choose_precision(
-            study.cache, tmp_path / "m.onnx", Budget(min_agreement=1.0), cost, calibration=study.calibration,
-            progress=False,
-        )  # fmt: skip
+        choose(study, study.cache, tmp_path / "m.onnx", Budget(min_agreement=1.0))
     assert list(tmp_path.iterdir()) == []
 
 
 @needs_rtx
 def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.engine"
-    manifest = build_verified(
-        fp32, target, precision="auto", runtime="tensorrt-rtx",
-        acceptance=AcceptanceCheck(data, Budget(max_miou_drop=8.0)),
-        shapes="1x1x96x96:1x1x96x96:1x1x96x96", settings=QUIET,
-    )  # fmt: skip
+    manifest = build(fp32, target, data, Budget(max_miou_drop=8.0), precision="auto")
     assert manifest.precision == "int8"
     assert [entry.what for entry in manifest.validation[-2:]] == [
         "choice of precision for simulated/val", "accuracy against FP32",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpddrnet_trt.accuracy.candidates import QuantizationConfig
-from hpddrnet_trt.accuracy.cost import DEVICES, Device, Estimate, Measured, by_convolution, cost_model
+from hpddrnet_trt.accuracy.cost import DEVICES, Device, Estimate, Measured, by_convolution, check_device, cost_model
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.graph.work import macs_and_bytes
 
@@ -19,19 +19,13 @@ def estimate(config: QuantizationConfig, device: Device) -> Estimate:
     return Estimate(config.model, macs_and_bytes(config.model, SHAPE), device)
 
 
-def test_quantising_everything_is_faster_than_nothing(config: QuantizationConfig) -> None:
-    for name in ("l4", "agx-orin"):  # on an H200 this network is nothing but kernel launches
-        device = DEVICES[name]
-        cost = estimate(config, device)
-        assert 0 < cost(config.layers) < cost([])
-        assert device.name in cost.source
-
-
-def test_one_layer_in_floating_point_costs_time(config: QuantizationConfig) -> None:
-    cost = estimate(config, DEVICES["l4"])
+@pytest.mark.parametrize("name", ["l4", "agx-orin"])  # on an H200 this network is nothing but kernel launches
+def test_floating_point_costs_time(config: QuantizationConfig, name: str) -> None:
+    cost = estimate(config, DEVICES[name])
     everything = set(config.layers)
-    for layer in everything:
-        assert cost(everything - {layer}) > cost(everything)
+    assert 0 < cost(everything) < min(cost(everything - {layer}) for layer in everything)
+    assert cost(everything) < cost([])
+    assert DEVICES[name].name in cost.source
 
 
 def test_a_quantised_layer_between_floating_point_ones_needs_a_conversion(config: QuantizationConfig) -> None:
@@ -47,8 +41,8 @@ def test_compute_and_bandwidth_bind_where_they_should(config: QuantizationConfig
     compute = Device("slow arithmetic", rates, 1e9, launch_us=0)
     macs = {name: work.macs for name, work in macs_and_bytes(config.model, SHAPE).items()}
     others = sum(count for name, count in macs.items() if name not in config.layers)
-    quantised = sum(macs[name] for name in config.layers)
-    expected = 1e3 * 2 * (others / 0.1e12 + quantised / 0.2e12)
+    quantized = sum(macs[name] for name in config.layers)
+    expected = 1e3 * 2 * (others / 0.1e12 + quantized / 0.2e12)
     assert estimate(config, compute)(config.layers) == pytest.approx(expected, rel=1e-3)
     memory = [Device("slow memory", dict.fromkeys(rates, 1e9), rate, launch_us=0) for rate in (100, 200)]
     slow, fast = (estimate(config, device)(config.layers) for device in memory)
@@ -72,9 +66,7 @@ def test_measured_times_go_to_the_convolutions_that_a_layer_names() -> None:
     cost = Measured(times, {"a/Conv": 3.0, "b/Conv": 1.0, "c/Conv": 4.0}, layers, "a GPU")
     assert cost(layers) == 3.5
     assert cost(("a/Conv", "b/Conv")) == 3.5 + 3.0
-
-
-def test_names_within_names_are_not_confused() -> None:
+    # A name within another one is not confused with it.
     assert by_convolution({"stem.1.conv/Conv": 1.0}, ("1.conv/Conv", "stem.1.conv/Conv")) == {
         "1.conv/Conv": 0.0, "stem.1.conv/Conv": 1.0,
     }  # fmt: skip
@@ -85,7 +77,7 @@ def test_cost_models_by_name(config: QuantizationConfig, tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"'gtx' is known; choose one of: l4, agx-orin, h200"):
         cost_model(config, work, device="gtx")
     with pytest.raises(UsageError, match="has no FP8"):
-        Estimate(config.model, work, DEVICES["agx-orin"], "fp8")
+        check_device("agx-orin", "fp8")
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     good.write_text(json.dumps({"gpu": "a GPU", "milliseconds": {"stem": 1.0}}))
     bad.write_text("[1]")

@@ -83,30 +83,21 @@ def test_half_precision_is_rounded_and_says_so(evaluator: AccuracyEvaluator, fp3
     assert model.SerializeToString(deterministic=True) == before
 
 
-def test_a_split_without_images(fp32: Path, data: Path) -> None:
-    dataset = FolderDataset.open(data)
-    dataset.samples["empty"] = []
-    with load_segmenter(fp32) as reference, pytest.raises(UsageError, match=r"'empty'.*holds no images"):
-        AccuracyEvaluator(dataset, "empty", reference, progress=False)
-
-
-def test_answers_are_kept_and_reused(
-    evaluator: AccuracyEvaluator, config: QuantizationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", ["cut", "other network", "not json", "a list"])
+def test_answers_are_kept_and_reused_and_a_journal_that_does_not_fit_is_started_anew(
+    evaluator: AccuracyEvaluator,
+    config: QuantizationConfig,
+    tmp_path: Path,
+    damage: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     journal = tmp_path / "journal.json"
     first = CandidateCache(config, evaluator, journal=journal).measure(config.layers)
     again = CandidateCache(config, evaluator, journal=journal)
-    monkeypatch.setattr(evaluator, "score_graph", lambda *_, **__: pytest.fail("measured again"))
-    assert again.measure(config.layers) == first
-    assert again.measure(list(reversed(config.layers))) == first  # a set, not an order
-
-
-@pytest.mark.parametrize("damage", ["cut", "other network", "not json", "a list"])
-def test_a_journal_that_does_not_fit_is_started_anew(
-    evaluator: AccuracyEvaluator, config: QuantizationConfig, tmp_path: Path, damage: str
-) -> None:
-    journal = tmp_path / "journal.json"
-    first = CandidateCache(config, evaluator, journal=journal).measure(config.layers)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator, "score_graph", lambda *_, **__: pytest.fail("measured again"))
+        assert again.measure(config.layers) == first
+        assert again.measure(list(reversed(config.layers))) == first  # a set, not an order
     content = json.loads(journal.read_text())
     for entry in content["answers"].values():
         entry["miou"] = 0.123
@@ -183,10 +174,14 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, config: Quan
     assert {scores.masked_miou, row.masked_miou, evidence["masked_miou"], chosen["masked_miou"]} == {scores.masked_miou}
 
 
-def test_masks_without_a_label_are_no_ground(fp32: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("split", "says"), [("empty", r"'empty'.*holds no images"), ("val", "label no pixel")])
+def test_splits_without_images_or_labels_are_no_ground(
+    fp32: Path, data: Path, tmp_path: Path, split: str, says: str
+) -> None:
     dataset = with_masks(data, tmp_path / "ignored", lambda mask: np.full_like(mask, 255))
-    with load_segmenter(fp32) as reference, pytest.raises(UsageError, match="label no pixel"):
-        AccuracyEvaluator(dataset, "val", reference, progress=False)
+    dataset.samples["empty"] = []
+    with load_segmenter(fp32) as reference, pytest.raises(UsageError, match=says):
+        AccuracyEvaluator(dataset, split, reference, progress=False)
 
 
 def test_answers_are_of_one_reference(

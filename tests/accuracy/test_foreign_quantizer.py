@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,12 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from hpddrnet_trt.accuracy.acceptance import WHAT, AcceptanceCheck, Budget
+from hpddrnet_trt.accuracy.acceptance import WHAT, Budget
 from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.core.manifest import METADATA_KEY, read_manifest
 from hpddrnet_trt.graph.model import load_model, save_model
-from tests.tiny_onnx import QUIET
-
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
+from tests.accuracy.builds import build, needs_rtx
 
 
 def quantized_elsewhere(source: Path, largest: float) -> onnx.ModelProto:
@@ -81,11 +76,7 @@ def theirs(tmp_path: Path, fp32: Path) -> Callable[[float], Path]:
 
 @needs_rtx
 def test_it_is_built_and_verified(theirs: Callable[[float], Path], data: Path, tmp_path: Path) -> None:
-    manifest = build_verified(
-        theirs(8.0), tmp_path / "m.engine", precision="int8",
-        acceptance=AcceptanceCheck(data, Budget(max_miou_drop=3.0)),
-        runtime="tensorrt-rtx", shapes="1x1x96x96", settings=QUIET,
-    )  # fmt: skip
+    manifest = build(theirs(8.0), tmp_path / "m.engine", data, Budget(max_miou_drop=3.0))
     assert manifest.validation[-1].what == WHAT
     assert manifest.engine is not None
     proof = manifest.engine.layer_precision
@@ -95,11 +86,7 @@ def test_it_is_built_and_verified(theirs: Callable[[float], Path], data: Path, t
 @needs_rtx
 def test_the_gate_refuses_a_bad_one(theirs: Callable[[float], Path], data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="INT8 misses the budget"):
-        build_verified(
-            theirs(0.8), tmp_path / "m.engine", precision="int8",
-            acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5)),
-            runtime="tensorrt-rtx", shapes="1x1x96x96", settings=QUIET,
-        )  # fmt: skip
+        build(theirs(0.8), tmp_path / "m.engine", data, Budget(max_miou_drop=0.5))
     assert not (tmp_path / "m.engine").exists()
 
 

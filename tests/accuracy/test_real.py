@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hpddrnet_trt.accuracy.acceptance import WHAT, AcceptanceCheck, Budget
-from hpddrnet_trt.accuracy.build import build_verified
+from hpddrnet_trt.accuracy.acceptance import WHAT, Budget
 from hpddrnet_trt.accuracy.candidates import CandidateCache, Study, open_study, precision_table
 from hpddrnet_trt.accuracy.cost import cost_model
 from hpddrnet_trt.accuracy.search import choose_precision
@@ -19,13 +17,9 @@ from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.export.calibrate import calibrate
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.weights import locate
-from tests.tiny_onnx import QUIET
+from tests.accuracy.builds import build, needs_rtx
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
 MODEL = "nasa-super1"
-SHAPES = "1x1x512x512:1x1x512x512:1x1x512x512"
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +64,7 @@ def test_a_strict_budget_keeps_layers_in_fp16(study: Study, tmp_path: Path) -> N
 def test_an_engine_with_its_evidence(sem_data: Path, tmp_path: Path) -> None:
     source, target = locate(MODEL, ".onnx"), tmp_path / "m.engine"
     data = sem_data / MODEL
-    build_verified(
-        source, target, precision="int8", calibration_images=data, runtime="tensorrt-rtx", shapes=SHAPES,
-        acceptance=AcceptanceCheck(data, Budget(max_miou_drop=0.5), reference=source), settings=QUIET,
-    )  # fmt: skip
+    build(source, target, data, Budget(max_miou_drop=0.5), size=512, reference=source, calibration_images=data)
     evidence = read_manifest(target).validation[-1]
     assert evidence.what == WHAT
     assert evidence.values["masked_miou_drop_percentage_points"] < 0.5
@@ -88,8 +79,5 @@ def test_a_calibration_on_one_micrograph_is_refused(sem_data: Path, tmp_path: Pa
     manifest = calibrate(source, broken, [one])
     assert manifest.validation[-1].values["agreement"] > 0.9
     with pytest.raises(UserError, match=r"INT8 misses the budget on .*calibrated on 1 image \(method max\)"):
-        build_verified(
-            broken, tmp_path / "m.engine", precision="int8", runtime="tensorrt-rtx", shapes=SHAPES,
-            acceptance=AcceptanceCheck(sem_data / MODEL, Budget(max_miou_drop=0.5), reference=source), settings=QUIET,
-        )  # fmt: skip
+        build(broken, tmp_path / "m.engine", sem_data / MODEL, Budget(max_miou_drop=0.5), size=512, reference=source)
     assert not (tmp_path / "m.engine").exists()

@@ -1,0 +1,29 @@
+"""Engines of TensorRT-RTX behind the acceptance check, built without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
+from hpddrnet_trt.accuracy.build import build_verified
+from hpddrnet_trt.core.manifest import Manifest
+from tests.tiny_onnx import QUIET
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
+
+
+def build(
+    source: Path, target: Path, data: Path, budget: Budget, *, size: int = 96, reference: Path | None = None,
+    precision: Any = "int8", **options: Any,
+) -> Manifest:  # fmt: skip
+    """``source`` built for square pictures of one size, and judged on the test split of ``data``."""
+    return build_verified(
+        source, target, precision=precision, acceptance=AcceptanceCheck(data, budget, reference=reference),
+        runtime="tensorrt-rtx", shapes=f"1x1x{size}x{size}", settings=QUIET, **options,
+    )  # fmt: skip
