@@ -129,8 +129,11 @@ def check_shape(shape: tuple[int, ...], contract: InputContract) -> None:
     batch, channels, height, width = shape
     if channels != contract.channels:
         raise ContractError(f"expected {contract.channels} channel(s), got {channels} in shape {tuple(shape)}")
-    for name, size, axis in (("batch", batch, contract.batch), ("height", height, contract.height),
-                             ("width", width, contract.width)):
+    for name, size, axis in (
+        ("batch", batch, contract.batch),
+        ("height", height, contract.height),
+        ("width", width, contract.width),
+    ):
         if not axis.admits(size):
             raise ContractError(f"{name} {size} is outside this model's range {axis}; resize, tile, or export again")
     if height % contract.multiple or width % contract.multiple:
@@ -156,20 +159,8 @@ def expected_outputs(manifest: Manifest, present: Collection[str], path: Path) -
     return names
 
 
-def to_prediction(outputs: Mapping[str, npt.NDArray[Any]]) -> Prediction:
-    """Wrap output arrays without copying them; labels come from logits where the model gives those."""
-    logits, confidence = (
-        None if outputs.get(name) is None else np.asarray(outputs[name], dtype=np.float32)
-        for name in ("logits", "confidence")
-    )
-    labels = arg_max(logits) if logits is not None else np.asarray(outputs["labels"], dtype=np.uint8)
-    return Prediction(labels, confidence, logits)
-
-
-def checked_prediction(
-    outputs: Mapping[str, npt.NDArray[Any]], manifest: Manifest, shape: Sequence[int]
-) -> Prediction:
-    """:func:`to_prediction` of what came from an input ``[N, C, H, W]``.
+def checked_prediction(outputs: Mapping[str, npt.NDArray[Any]], manifest: Manifest, shape: Sequence[int]) -> Prediction:
+    """What came from an input ``[N, C, H, W]``, not copied; labels come from logits where the model gives those.
 
     Raises :class:`BadInputFile` for what the description does not promise: other shapes or types, or labels
     of classes that there are not (10 us at 1024x1024).
@@ -185,7 +176,12 @@ def checked_prediction(
             raise _broken(manifest, f"its output {name} is of type {array.dtype}")
     if "logits" not in outputs and (largest := int(outputs["labels"].max())) >= classes:
         raise _broken(manifest, f"it gave the label {largest}, and has the classes 0 to {classes - 1}")
-    return to_prediction(outputs)
+    logits, confidence = (
+        None if outputs.get(name) is None else np.asarray(outputs[name], dtype=np.float32)
+        for name in ("logits", "confidence")
+    )
+    labels = arg_max(logits) if logits is not None else np.asarray(outputs["labels"], dtype=np.uint8)
+    return Prediction(labels, confidence, logits)
 
 
 def _broken(manifest: Manifest, why: str) -> BadInputFile:

@@ -186,12 +186,8 @@ class Stream:
 
     def __init__(self) -> None:
         runtime = cudart()
-        self.object = check(
-            runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking), "creating a CUDA stream"
-        )
-        self._event = check(
-            runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming), "creating a CUDA event"
-        )
+        self.object = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking), "creating a CUDA stream")
+        self._event = check(runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming), "creating a CUDA event")
         self.handle = int(self.object)
         self._runtime = runtime
         self._any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import tempfile
@@ -10,7 +9,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -57,14 +56,11 @@ class OnnxRuntimeEngine(EngineBase):
     Several threads may use one engine at once: ONNX Runtime then runs their inferences side by side.
 
     Parameters: ``threads`` CPU threads of one inference (default: all cores); ``device`` ``cpu``,
-    ``cuda``, ``cuda:1`` or ``auto`` (CUDA when this build of ONNX Runtime has it); ``providers`` names of
-    execution providers, overrides ``device``; ``defaults`` opens the session without any setting of
-    ours but ``threads`` and the provider, to compare with.
+    ``cuda``, ``cuda:1`` or ``auto`` (CUDA when this build of ONNX Runtime has it); ``defaults`` opens the
+    session without any setting of ours but ``threads`` and the provider, to compare with.
 
-    For experiments: ``spinning`` lets idle threads wait busily for the next operator; ``arena`` keeps
-    freed CPU memory for the next inference; ``cuda_graph`` records the whole graph on the first run of
-    a bound batch (CUDA, one fixed shape). On CUDA, FP32 is computed in FP32, not in TF32; cuDNN tries
-    all its convolution algorithms (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html).
+    On CUDA, FP32 is computed in FP32, not in TF32; cuDNN tries all its convolution algorithms
+    (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html).
     What concerns CUDA has not been run on a GPU yet.
 
     Raises :class:`BadInputFile` for a missing, truncated or foreign file, :class:`NoGpu` when CUDA
@@ -77,11 +73,7 @@ class OnnxRuntimeEngine(EngineBase):
         *,
         threads: int | None = None,
         device: str = "cpu",
-        providers: list[str] | None = None,
         defaults: bool = False,
-        spinning: bool = True,
-        arena: bool = True,
-        cuda_graph: bool = False,
     ) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
@@ -89,20 +81,11 @@ class OnnxRuntimeEngine(EngineBase):
         check_onnx(self.path)
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
-        if defaults and not (spinning and arena and not cuda_graph):
-            raise UsageError("defaults=True leaves every setting to ONNX Runtime; drop spinning, arena and cuda_graph")
         self._ort = runtimes.load_onnxruntime()
         self._errors = runtimes.onnxruntime_errors()
-        self._wanted = providers or _providers(self._ort, device)
-        self._device_id = 0 if providers else int(device.partition(":")[2] or 0)
-        if cuda_graph and self._wanted[0] != CUDA:
-            raise UsageError("cuda_graph needs device='cuda'")
-        self._threads, self._defaults, self._cuda_graph = threads, defaults, cuda_graph
-        self._spinning, self._arena = spinning, arena
-        # A graph is recorded for bound memory only; each such batch has a graph of its own.
-        self._no_graph = self._graph_options(-1) if cuda_graph else None
-        self._graph_ids = itertools.count(1)
-        self._turn = threading.Lock() if cuda_graph else nullcontext()  # one thread at a time runs a graph
+        self._wanted = _providers(self._ort, device)
+        self._device_id = int(device.partition(":")[2] or 0)
+        self._threads, self._defaults = threads, defaults
         self._opening = threading.Lock()
         self._session: Any = self._open()
         self._in_blocks: Any = None  # for large images, opened with the first of them
@@ -118,25 +101,25 @@ class OnnxRuntimeEngine(EngineBase):
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
         """Run one batch; see :class:`~hpddrnet_trt.engines.base.Engine`."""
         session = self._checked(images)
-        with self._turn, self._readable_errors(images.shape):
-            outputs = session.run(self._names, {self._input: np.ascontiguousarray(images)}, self._no_graph)
+        with self._readable_errors(images.shape):
+            outputs = session.run(self._names, {self._input: np.ascontiguousarray(images)})
         return self._prediction(outputs, images.shape)
 
     def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
         """Run batches; on CUDA two at a time in bound memory, so that copies and computing overlap."""
         if self._device == "cpu":
             return super().infer_many(batches)
-        return self._in_lanes(batches, 1 if self._cuda_graph else LANES)
+        return self._in_lanes(batches, LANES)
 
     def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
         """One batch, and the outputs, in memory of the device that computes."""
         session = self._checked(images)
-        with self._turn, self._readable_errors(images.shape):
+        with self._readable_errors(images.shape):
             bound = self._bound(session, np.ascontiguousarray(images))
 
         def run() -> None:
             self._live()
-            with self._turn, self._readable_errors(images.shape):
+            with self._readable_errors(images.shape):
                 bound.run()
 
         return run
@@ -204,7 +187,7 @@ class OnnxRuntimeEngine(EngineBase):
         def job(lane: int, images: npt.NDArray[Any]) -> Prediction:
             session = self._checked(images)
             source = np.ascontiguousarray(images)
-            with self._turn, self._readable_errors(images.shape):
+            with self._readable_errors(images.shape):
                 memory = bound[lane].get(images.shape)
                 if memory is None:
                     memory = bound[lane][images.shape] = self._bound(session, source)
@@ -227,14 +210,7 @@ class OnnxRuntimeEngine(EngineBase):
         # On a CPU the value would be the caller's own memory, which later batches must not overwrite.
         source = images.copy() if self._device == "cpu" else images
         value = self._ort.OrtValue.ortvalue_from_numpy(source, self._device, self._device_id)
-        graph = self._graph_options(next(self._graph_ids)) if self._cuda_graph else None
-        where = (self._device, self._device_id)
-        return _Bound(session, self._input, value, self._names, where, graph, self._no_graph)
-
-    def _graph_options(self, number: int) -> Any:
-        options = self._ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(number))
-        return options
+        return _Bound(session, self._input, value, self._names, (self._device, self._device_id))
 
     def _open(self, *, blocks: bool = False, profile: Path | None = None) -> Any:
         """A session of the file; ``blocks``: attention in blocks, ``profile``: where its profiler writes to."""
@@ -246,11 +222,7 @@ class OnnxRuntimeEngine(EngineBase):
             # The higher levels fuse FP8 pairs into integer operators, which do not take them (onnxruntime 1.31).
             precision = str(self.manifest.precision)
             foreign = is_calibrated(precision) and not PRECISIONS[precision].cpu_kernels
-            settings = {
-                "graph_optimization_level": "ORT_ENABLE_BASIC" if foreign else "ORT_ENABLE_ALL",
-                "enable_cpu_mem_arena": self._arena,
-                "session.intra_op.allow_spinning": "1" if self._spinning else "0",
-            }
+            settings = {"graph_optimization_level": "ORT_ENABLE_BASIC" if foreign else "ORT_ENABLE_ALL"}
         if profile is not None:
             settings |= {"enable_profiling": True, "profile_file_prefix": str(profile)}
         try:
@@ -274,8 +246,7 @@ class OnnxRuntimeEngine(EngineBase):
     def _providers_with_settings(self) -> list[Any]:
         settings: dict[str, str] = {}
         if self._wanted[0] == CUDA and not self._defaults:
-            graph = "1" if self._cuda_graph else "0"
-            settings = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": graph}
+            settings = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
         if self._device_id:
             settings["device_id"] = str(self._device_id)
         first, *others = self._wanted
@@ -293,20 +264,15 @@ class OnnxRuntimeEngine(EngineBase):
 
 
 class _Bound:
-    """One input and the outputs at fixed addresses of ``device`` (``cuda``, 0); a run allocates none of them.
+    """One input and the outputs at fixed addresses of ``device`` (``cuda``, 0); a run allocates none of them."""
 
-    ``options`` of each run, ``first`` of the one that finds out the outputs' shapes.
-    """
-
-    def __init__(
-        self, session: Any, name: str, value: Any, outputs: list[str], device: tuple[str, int], options: Any, first: Any
-    ) -> None:
-        self._session, self._input, self._options = session, value, options
+    def __init__(self, session: Any, name: str, value: Any, outputs: list[str], device: tuple[str, int]) -> None:
+        self._session, self._input = session, value
         finding = session.io_binding()
         finding.bind_ortvalue_input(name, value)
         for output in outputs:
             finding.bind_output(output, *device)
-        session.run_with_iobinding(finding, first)
+        session.run_with_iobinding(finding)  # finds out the outputs' shapes
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(name, value)
         for output, value_of_output in zip(outputs, finding.get_outputs(), strict=True):
@@ -317,7 +283,7 @@ class _Bound:
         self._input.update_inplace(images)
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding, self._options)
+        self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
 
     def to_host(self) -> list[npt.NDArray[Any]]:

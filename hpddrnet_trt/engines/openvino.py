@@ -85,7 +85,8 @@ class OpenVINOEngine(EngineBase):
         self._core: Any = self._ov.Core()
         self._has_bf16 = computes_bf16()
         self._precision = self._choose_precision(precision)
-        self._names = self._read_outputs()
+        present = [name for port in self._read().outputs for name in port.get_names()]
+        self._names = expected_outputs(self.manifest, present, self.path)
         self._graphs: OrderedDict[tuple[tuple[int, ...], Hint], _Graph] = OrderedDict()
         self._lock = threading.Lock()  # of the table above
         self._compiling = threading.Lock()  # held for seconds: inferences of known shapes go on
@@ -169,7 +170,7 @@ class OpenVINOEngine(EngineBase):
             request.wait()
             results = {name: request.get_tensor(name).data.copy() for name in self._names}
             graph.free.append(request)
-        return self._prediction(results, images.shape)
+        return checked_prediction(results, self.manifest, images.shape)
 
     def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
         """See :class:`~hpddrnet_trt.engines.base.Engine`."""
@@ -241,13 +242,6 @@ class OpenVINOEngine(EngineBase):
             raise BadInputFile(
                 f"{self.path} cannot be loaded by OpenVINO ({one_line(exc, 'last')}); export it again"
             ) from exc
-
-    def _read_outputs(self) -> list[str]:
-        present = [name for port in self._read().outputs for name in port.get_names()]
-        return expected_outputs(self.manifest, present, self.path)
-
-    def _prediction(self, results: Any, shape: tuple[int, ...]) -> Prediction:
-        return checked_prediction({name: results[name] for name in self._names}, self.manifest, shape)
 
     def _graph(self, shape: tuple[int, ...], hint: Hint) -> _Graph:
         """The graph compiled for ``shape``, now if need be."""
@@ -404,7 +398,7 @@ def fuse_attention(model: Any) -> int:
 def _fuse(softmax: Any, openvino: Any) -> bool:
     before = _past_converts(softmax, _source)
     after = _past_converts(softmax, _only_reader)
-    if not (_is_product(before) and _is_product(after)):
+    if any(node is None or node.get_type_name() != "MatMul" for node in (before, after)):
         return False
     rank, axis = softmax.get_output_partial_shape(0).rank, softmax.get_attributes()["axis"]
     scores, mix = before.get_attributes(), after.get_attributes()
@@ -439,10 +433,6 @@ def _fuse(softmax: Any, openvino: Any) -> bool:
     for reader in list(after.output(0).get_target_inputs()):
         reader.replace_source_output(result.output(0))
     return True
-
-
-def _is_product(node: Any | None) -> bool:
-    return node is not None and node.get_type_name() == "MatMul"
 
 
 def _source(node: Any) -> Any:

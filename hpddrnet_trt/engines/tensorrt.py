@@ -93,7 +93,6 @@ class TensorRTEngine(EngineBase):
         self._gpu = find_gpu(device)
         check_gpu(path, record, self._gpu)
         self._profiles = [Profile.from_record(entry) for entry in record.profiles]
-        self._bytes = record.bytes
         self._dtype = np.dtype(self._contract.dtype)
         # Entered again when the garbage collector ends an abandoned infer_many inside another call.
         self._lock = threading.RLock()
@@ -121,7 +120,7 @@ class TensorRTEngine(EngineBase):
                 "build the engine again on this machine"
             )
         outputs = self._output_types(path, engine)
-        scratch = api.scratch_bytes(engine)
+        scratch = int(engine.device_memory_size_v2)  # of one running context, for the largest shape of any profile
         self._network = Network(self.manifest, api, engine, self._profiles, self._dtype, outputs, scratch)
 
     def _output_types(self, path: Path, engine: Any) -> dict[str, np.dtype[Any]]:
@@ -148,18 +147,6 @@ class TensorRTEngine(EngineBase):
     def stream(self) -> int:
         """Handle of the CUDA stream that :meth:`infer` and :meth:`infer_device` run on."""
         return self._slot.stream.handle
-
-    @property
-    def device_memory(self) -> int:
-        """Bytes on the GPU that this engine holds now: weights, scratch and buffers of all its slots.
-
-        Weights count as the size of the file where the library does not tell theirs. What CUDA and the
-        library hold for themselves (context, kernels) is not in it.
-        """
-        with self._lock:
-            self._check_open()
-            weights = self._api.weight_bytes(self._network.engine)
-            return (self._bytes if weights is None else weights) + sum(slot.nbytes for slot in self._slots)
 
     def infer(
         self, images: npt.NDArray[Any] | Any, out: npt.NDArray[np.uint8] | None = None, *, stream: Any = None
@@ -336,35 +323,26 @@ class TensorRTEngine(EngineBase):
             self._check(images)
         return self._slot.bind(images, graph=graph)
 
-    def profile(self, images: npt.NDArray[Any] | Any, runs: int) -> list[list[tuple[str, float]]]:
-        """Run one batch ``runs`` times with a profiler: (layer, milliseconds) of every layer of each run.
+    def layer_times(self, images: npt.NDArray[Any] | Any, runs: int = 20) -> dict[str, float]:
+        """Median milliseconds of each engine layer, by the layer's name, over ``runs`` inferences of one batch.
 
-        In a context of its own, without CUDA graphs: other calls are not slowed down.
+        Layers are timed one after the other, so their sum is more than the time of an undisturbed run. In a
+        context of its own, without CUDA graphs: other calls are not slowed down.
         """
+        times: dict[str, list[float]] = defaultdict(list)
         with self._lock, self._on_gpu:
             execution = self._bind(images, graph=False)
             try:
                 profiler = layer_profiler(self._api.module)
                 execution.context.profiler = profiler
-                times = []
-                for _ in range(runs):
+                for number in range(WARM_UP + runs):
                     profiler.layers.clear()
                     execution.enqueue()
                     self._slot.finish()
-                    times.append(list(profiler.layers))
-                return times
+                    for name, milliseconds in profiler.layers if number >= WARM_UP else ():
+                        times[name].append(milliseconds)
             finally:
                 self._slot.release(execution)
-
-    def layer_times(self, images: npt.NDArray[Any] | Any, runs: int = 20) -> dict[str, float]:
-        """Median milliseconds of each engine layer, by the layer's name, over ``runs`` inferences of one batch.
-
-        Layers are timed one after the other, so their sum is more than the time of an undisturbed run.
-        """
-        times: dict[str, list[float]] = defaultdict(list)
-        for run in self.profile(images, WARM_UP + runs)[WARM_UP:]:
-            for name, milliseconds in run:
-                times[name].append(milliseconds)
         return {name: median(values) for name, values in times.items()}
 
     def _check(self, images: Any) -> None:

@@ -1,7 +1,7 @@
-"""ExecutionContext contexts of a TensorRT engine, their buffers and CUDA graphs, and the streams they run on.
+"""Execution contexts of a TensorRT engine, their buffers and CUDA graphs, and the streams they run on.
 
-An :class:`ExecutionContext` is one context with its buffers. A :class:`InferenceStream` is one stream on which several
-executions take turns; they share scratch memory. Two slots run at the same time.
+An :class:`ExecutionContext` is one context with its buffers. An :class:`InferenceStream` is one stream on which several
+executions take turns; they share scratch memory. Two streams run at the same time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # A graph is for one context in the state in which it was recorded (TensorRT developer guide, "CUDA
 # graphs": one context per graph), so every shape with a graph has a context of its own.
-GRAPHS = 4  # shapes that have one, per slot
+GRAPHS = 4  # shapes that have one, per stream
 WARM_UP = 2  # runs of a shape before it gets a graph
 REPLACE = 16  # runs of a shape before it takes the place of another's: new contexts cost milliseconds
 SHAPES_COUNTED = 256
@@ -73,7 +73,7 @@ class ExecutionContext:
                 f"({network.api.log.explain('no reason given')}); close other programs that use it, or build the "
                 "engine with smaller --shapes"
             )
-        network.api.give_memory(context, scratch.pointer, scratch.nbytes)
+        context.set_device_memory(scratch.pointer, scratch.nbytes)
         self.context: Any = context
         self.shape: tuple[int, ...] | None = None
         self.views: dict[str, DeviceArray] = {}
@@ -181,11 +181,6 @@ class ExecutionContext:
         self.enqueue()
         self.download()
 
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the buffers."""
-        return sum(buffer.nbytes for buffer in self._device.values())
-
     def close(self) -> None:
         """Free context and buffers; the stream must be idle."""
         if self.graph is not None:
@@ -277,12 +272,12 @@ class InferenceStream:
             self.finish()
         execution = self._ready(view.shape)
         taken = _fitting(execution, targets)
-        self._borrow(view, taken)
+        self._borrowed += [view, *taken.values()]
         self._running, self._shape, self._busy = execution, view.shape, True
-        if view.pointer % ALIGNMENT == 0:
-            return self._run(execution, view.pointer, taken, download)
-        execution.take(view)
-        return self._run(execution, None, taken, download)
+        aligned = view.pointer % ALIGNMENT == 0
+        if not aligned:
+            execution.take(view)
+        return self._run(execution, view.pointer if aligned else None, taken, download)
 
     def run_host(
         self, images: npt.NDArray[Any], targets: Mapping[str, DeviceArray] | None = None
@@ -293,7 +288,7 @@ class InferenceStream:
         execution = self._ready(images.shape)
         taken = _fitting(execution, targets)
         execution.load(images)
-        self._borrow(None, taken)
+        self._borrowed += taken.values()
         self._busy = True
         execution.upload()
         return self._run(execution, None, taken, False)
@@ -311,9 +306,6 @@ class InferenceStream:
             execution.download()
         handle = self.stream.handle
         return {**execution.views, **{name: replace(view, stream=handle) for name, view in targets.items()}}
-
-    def _borrow(self, view: DeviceArray | None, targets: Mapping[str, DeviceArray]) -> None:
-        self._borrowed += [*([] if view is None else [view]), *targets.values()]
 
     def collect(self, labels: npt.NDArray[np.uint8] | None = None) -> Prediction:
         """Wait for the batch and copy its results out; ``labels`` is the array that takes the labels.
@@ -335,7 +327,7 @@ class InferenceStream:
         return Prediction(labels, prediction.confidence, prediction.logits)
 
     def finish(self) -> None:
-        """Wait for all work of this slot."""
+        """Wait for all work of this stream."""
         self.stream.synchronize()
         self._busy = False
         self._borrowed.clear()
@@ -415,20 +407,11 @@ class InferenceStream:
         self._bound.remove(execution)
         execution.close()
 
-    @property
-    def _executions(self) -> list[ExecutionContext]:
-        shared = [] if self._shared is None else [self._shared]
-        return [*shared, *self._own.values(), *self._bound]
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of scratch and buffers."""
-        return self._scratch.nbytes + sum(execution.nbytes for execution in self._executions)
-
     def close(self) -> None:
         """Free everything."""
         self.finish()
-        for execution in self._executions:
+        shared = [] if self._shared is None else [self._shared]
+        for execution in (*shared, *self._own.values(), *self._bound):
             execution.close()
         self._running = self._shared = None
         self._own.clear()

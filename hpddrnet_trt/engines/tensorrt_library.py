@@ -66,7 +66,7 @@ class TensorRT:
         return runtime
 
     def create_context(self, engine: Any) -> Any:
-        """A new execution context, or None; it has no scratch memory until :meth:`give_memory`."""
+        """A new execution context, or None; it has no scratch memory until ``set_device_memory``."""
         ours = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.is_rtx:
             return engine.create_execution_context(ours)
@@ -78,19 +78,6 @@ class TensorRT:
             self.module.DynamicShapesKernelSpecializationStrategy.EAGER
         )
         return engine.create_execution_context(config)
-
-    def scratch_bytes(self, engine: Any) -> int:
-        """Scratch memory that one running context needs, for the largest shape of any profile."""
-        return int(engine.device_memory_size_v2)
-
-    def give_memory(self, context: Any, pointer: int, nbytes: int) -> None:
-        """Let ``context`` work in ``nbytes`` at ``pointer``; contexts that never run at once may share it."""
-        context.set_device_memory(pointer, nbytes)
-
-    def weight_bytes(self, engine: Any) -> int | None:
-        """Size of the engine's weights on the GPU, None where the library does not tell."""
-        statistics = getattr(self.module, "EngineStat", None)
-        return None if statistics is None else int(engine.get_engine_stat(statistics.TOTAL_WEIGHTS_SIZE))
 
     def capture_refusal(self, context: Any, stream: int) -> str | None:
         """Why the library says that a CUDA graph cannot be made of this context, None if it does not say so."""

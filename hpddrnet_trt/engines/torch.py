@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError, one_line
-from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
+from hpddrnet_trt.core.manifest import InputContract, OutputContract
 from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
-from hpddrnet_trt.models.network import HPDDRNet
 
 AUTOCAST = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILE = ("off", "default", "max-autotune")
@@ -74,39 +73,6 @@ class TorchEngine(EngineBase):
         cudnn_benchmark: bool = False,
     ) -> None:
         network, manifest = load_any_checkpoint(path)
-        self._setup(
-            network, manifest, device=device, threads=threads, input_dtype=input_dtype, output=output,
-            autocast=autocast, channels_last=channels_last, compile=compile, cudnn_benchmark=cudnn_benchmark,
-        )  # fmt: skip
-
-    @classmethod
-    def from_network(
-        cls,
-        network: HPDDRNet,
-        manifest: Manifest,
-        *,
-        device: str = "auto",
-        input_dtype: Literal["uint8", "float32"] = "uint8",
-    ) -> TorchEngine:
-        """An engine around a network in memory (put into evaluation mode and moved to ``device``)."""
-        engine = cls.__new__(cls)
-        engine._setup(network, manifest, device=device, input_dtype=input_dtype)
-        return engine
-
-    def _setup(
-        self,
-        network: HPDDRNet,
-        manifest: Manifest,
-        *,
-        device: str,
-        threads: int | None = None,
-        input_dtype: str = "uint8",
-        output: Literal["logits", "labels"] = "logits",
-        autocast: str = "off",
-        channels_last: bool = False,
-        compile: str = "off",
-        cudnn_benchmark: bool = False,
-    ) -> None:
         if output not in ("logits", "labels"):
             raise UsageError(f"output is logits or labels, got {output!r}")
         if input_dtype not in ("uint8", "float32") or autocast not in AUTOCAST or compile not in COMPILE:
@@ -141,13 +107,10 @@ class TorchEngine(EngineBase):
     def runtime(self) -> str:
         where = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         threads = f", {self._threads or torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        precision = "FP32" if self._autocast == "off" else f"autocast {self._autocast.upper()}"
         compiled = "" if self._compile == "off" else f", compiled {self._compile}"
         layout = ", channels last" if self._format is torch.channels_last else ""
-        return f"torch {torch.__version__} ({where}{threads}, {self._precision}{compiled}{layout})"
-
-    @property
-    def _precision(self) -> str:
-        return "FP32" if self._autocast == "off" else f"autocast {self._autocast.upper()}"
+        return f"torch {torch.__version__} ({where}{threads}, {precision}{compiled}{layout})"
 
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
         """Run one batch; see :class:`~hpddrnet_trt.engines.base.Engine`."""
@@ -188,7 +151,7 @@ class TorchEngine(EngineBase):
 
     def _check(self, images: npt.NDArray[Any]) -> None:
         if self._network is None:
-            raise UsageError("this engine is closed; load it again")
+            _closed()
         check_input(images, self._contract)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -233,16 +196,14 @@ class TorchEngine(EngineBase):
                     stack.enter_context(_cudnn_settings(self._cudnn_benchmark))
                 yield
         except (torch.cuda.OutOfMemoryError, MemoryError) as exc:
-            raise UserError(
-                f"out of memory on an input of shape {tuple(shape)}; use a smaller image or batch"
-            ) from exc
+            raise UserError(f"out of memory on an input of shape {tuple(shape)}; use a smaller image or batch") from exc
         except RuntimeError as exc:
             if self._compile == "off" or not _from_compiler(exc):
                 raise
             raise UserError(_why_not_compiled(exc)) from exc
 
 
-def _closed(x: Tensor) -> Any:
+def _closed(*_: Any) -> Any:
     raise UsageError("this engine is closed; load it again")
 
 
@@ -395,5 +356,4 @@ class _Clock:
 
 def _as_source(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A contiguous array that PyTorch takes without a copy of its own (it warns of read-only memory)."""
-    array = np.ascontiguousarray(images)
-    return array if array.flags.writeable else array.copy()
+    return np.require(images, requirements=("C", "W"))

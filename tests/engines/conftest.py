@@ -35,10 +35,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in ("labels", "logits"):
         source = tiny_model(folder / f"{kind}.onnx", output=kind)  # type: ignore[arg-type]
         build_engine(
-            source, folder / f"{kind}.engine", precision="fp32", runtime="tensorrt-rtx", shapes=SHAPES, settings=QUIET,
+            source,
+            folder / f"{kind}.engine",
+            precision="fp32",
+            runtime="tensorrt-rtx",
+            shapes=SHAPES,
+            settings=QUIET,
         )
         found[kind] = folder / f"{kind}.engine"
     return found
+
+
+def noise(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """Images of noise."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 class Bench:
@@ -50,6 +60,14 @@ class Bench:
 
     def truth(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         return np.asarray(self._session.run(None, {"image": images})[0])
+
+    def check(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[Any]) -> None:
+        """``labels`` (or logits, as the engine's file gives) are exactly those of ``images``."""
+        np.testing.assert_array_equal(labels, self.truth(images))
+
+    def check_infer(self, images: npt.NDArray[np.uint8]) -> None:
+        """The engine gives exactly the labels of ``images``."""
+        self.check(images, self.engine.infer(images).labels)
 
     def count(self, operation: str) -> int:
         """How often a stream operation was logged."""

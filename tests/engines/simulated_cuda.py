@@ -325,7 +325,7 @@ class SimulatedTensorRT:
     running is concerned, and no others.
     """
 
-    SCRATCH, WEIGHTS = 4096, 1000
+    SCRATCH = 4096
 
     def __init__(
         self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], runtime: RuntimeName, version: str
@@ -347,7 +347,6 @@ class SimulatedTensorRT:
         )
         self.api = TensorRT(runtime, module, version, log)
         module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
-        module.EngineStat = SimpleNamespace(TOTAL_WEIGHTS_SIZE="weights")
         if self.api.is_rtx:
             module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
@@ -363,20 +362,16 @@ class SimulatedTensorRT:
             get_tensor_dtype=lambda name: self.outputs[name],
         )
         engine.device_memory_size_v2 = self.SCRATCH
-        engine.get_engine_stat = lambda kind: {"weights": self.WEIGHTS}[kind]
         engine.create_runtime_config = SimulatedRuntimeConfig
-        engine.create_execution_context = self._configured_context
+        engine.create_execution_context = self._context
         return engine
 
-    def _configured_context(self, configuration: Any) -> Any:
+    def _context(self, configuration: Any) -> Any:
         if self.api.is_rtx:
             assert configuration.strategy == "ours"
             assert configuration.dynamic_shapes_kernel_specialization_strategy == "eager"
         else:
             assert configuration == "ours"
-        return self._context()
-
-    def _context(self) -> Any:
         if not self.memory:
             return None
         self.contexts.append(SimulatedContext(self))

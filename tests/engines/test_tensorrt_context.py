@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
 from hpddrnet_trt.engines.cuda import CaptureError, CudaGraph, Stream
 from hpddrnet_trt.engines.tensorrt_context import GRAPHS, REPLACE, WARM_UP
-from tests.engines.conftest import Bench
+from tests.engines.conftest import Bench, noise
 
 Start = Callable[..., Bench]
 # One version of each interface; None is TensorRT-RTX.
@@ -23,44 +23,33 @@ VERSIONS = [None, "10.13.3", "11.1.0.32"]
 SIZES = (64, 72, 80, 88, 96, 104)
 
 
-def _images(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
 def _frames(count: int, size: int = 64) -> list[npt.NDArray[np.uint8]]:
-    return [_images(1, 1, size, size, seed=seed) for seed in range(count)]
+    return [noise(1, 1, size, size, seed=seed) for seed in range(count)]
 
 
 # --- one frame
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_steady_frame_is_one_launch_one_wait_and_no_allocation(bench: Start, version: str | None) -> None:
-    job = bench(version=version)
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_steady_frame_is_one_launch_one_wait_and_no_allocation(
+    bench: Start, version: str | None, graphs: bool
+) -> None:
+    job = bench(version=version, graphs=graphs)
     frames = _frames(8)
     for images in frames[:WARM_UP]:
-        np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
-    assert len(job.cuda.graphs) == 1
-    job.cuda.log.clear()
+        job.check_infer(images)
+    assert len(job.cuda.graphs) == graphs
     allocations = job.cuda.allocations
     for images in frames[WARM_UP:]:
         job.cuda.log.clear()
-        np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
-        assert [name for name, *_ in job.cuda.log if name != "copy"] == ["launch", "synchronize"]
+        job.check_infer(images)
+        steps = [name for name, *_ in job.cuda.log if name != "copy"]
+        assert steps == ["launch", "synchronize"] if graphs else ["synchronize"]
     assert job.cuda.allocations == allocations
     assert len(job.library.contexts) == 1
-    assert job.library.contexts[0].runs == WARM_UP + 1  # and once recorded
-
-
-def test_without_graphs_nothing_is_recorded(bench: Start) -> None:
-    job = bench(graphs=False)
-    allocations = None
-    for images in _frames(5):
-        np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
-        assert allocations in (None, job.cuda.allocations)
-        allocations = job.cuda.allocations
-    assert not job.cuda.graphs
-    assert job.count("launch") == 0
+    if graphs:
+        assert job.library.contexts[0].runs == WARM_UP + 1  # and once recorded
 
 
 @pytest.mark.parametrize("version", [None, "10.13.3"])
@@ -71,7 +60,7 @@ def test_what_cannot_be_recorded_runs_plainly_and_says_so_once(
     job.library.capturable = False
     with caplog.at_level(logging.WARNING):
         for images in _frames(6):
-            np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
+            job.check_infer(images)
     assert caplog.text.count("no CUDA graph can be made of this engine") == 1
     says = "allocates memory" if version is None else "failed on an input of 1x1x64x64"
     assert says in caplog.text
@@ -86,7 +75,7 @@ def test_graphs_are_kept_for_a_few_shapes(bench: Start) -> None:
         """Frames of one size; returns how many of them came from a graph."""
         job.cuda.log.clear()
         for images in _frames(times, size):
-            np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
+            job.check_infer(images)
         return job.count("launch")
 
     for size in SIZES[:GRAPHS]:
@@ -107,23 +96,6 @@ def test_graphs_are_kept_for_a_few_shapes(bench: Start) -> None:
     assert not job.cuda.graphs
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(SIZES), st.sampled_from(["host", "device", "stay"])), max_size=40))
-def test_any_order_of_shapes_and_places_is_right(bench: Start, calls: list[tuple[int, str]]) -> None:
-    job = bench()
-    with job.engine as engine:
-        for seed, (size, place) in enumerate(calls):
-            images = _images(1, 1, size, size, seed=seed)
-            if place == "stay":
-                view = engine.infer_device(images)["labels"]
-                found = np.ctypeslib.as_array(
-                    (np.ctypeslib.ctypes.c_uint8 * view.nbytes).from_address(view.pointer)
-                ).reshape(view.shape)
-            else:
-                found = engine.infer(images if place == "host" else job.cuda.array(images)).labels
-            np.testing.assert_array_equal(found, job.truth(images))
-
-
 def test_labels_are_written_where_the_caller_wants_them(bench: Start) -> None:
     for kind in ("labels", "logits"):
         job = bench(kind)
@@ -142,16 +114,40 @@ def test_labels_are_written_where_the_caller_wants_them(bench: Start) -> None:
                 job.engine.infer(_frames(1)[0], out=bad)
 
 
-def test_a_result_on_the_gpu_that_nobody_waited_for_delays_the_next_frame(bench: Start) -> None:
-    job = bench()
-    first, second = _frames(2)
-    view = job.engine.infer_device(first, synchronize=False)["labels"]
-    assert job.cuda.queues[job.engine.stream]
-    np.testing.assert_array_equal(job.engine.infer(second).labels, job.truth(second))
-    assert view.shape == (1, 64, 64)
-
-
 # --- many
+
+
+def test_a_row_that_ends_early_gives_its_slots_back(bench: Start) -> None:
+    """Left by its caller, failed, without memory for more slots, among others; and closed at last."""
+    with pytest.raises(UsageError, match="at least 1; got 0"):
+        bench(slots=0)
+    job = bench()
+    frames = _frames(6)
+    job.library.memory = False
+    with pytest.raises(UserError, match="too little free memory for another execution"):
+        list(job.engine.infer_many(frames))
+    job.check_infer(frames[0])
+    job.library.memory = True
+    assert len(list(zip(job.engine.infer_many(frames), job.engine.infer_many(frames), strict=True))) == 6
+    contexts = len(job.library.contexts)
+    row = job.engine.infer_many(frames)
+    next(row)
+    row.close()  # type: ignore[attr-defined]  # it is a generator
+    assert not any(job.cuda.queues.values())
+    job.library.fails = True
+    with pytest.raises(UserError, match="failed on an input of 1x1x72x72"):
+        list(job.engine.infer_many(_frames(3, 72)))
+    job.library.fails = False
+    on_the_gpu = [job.cuda.array(images, offset=index) if index % 2 else images for index, images in enumerate(frames)]
+    for images, result in zip(frames, job.engine.infer_many(on_the_gpu), strict=True):
+        job.check(images, result.labels)
+    assert len(job.library.contexts) == contexts
+    row = job.engine.infer_many(frames)
+    next(row)
+    job.engine.close()
+    assert len(job.cuda.memory) == 3  # the caller's own
+    with pytest.raises(ContractError, match="was closed"):
+        next(row)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -164,7 +160,7 @@ def test_many_batches_are_in_flight_and_come_in_order(bench: Start, version: str
     results = job.engine.infer_many(iter(frames))
     assert len(job.library.contexts) == contexts  # taken at the first use
     for images, result in zip(frames, results, strict=True):
-        np.testing.assert_array_equal(result.labels, job.truth(images))
+        job.check(images, result.labels)
     assert job.cuda.most_in_flight == 3
     assert len(job.library.contexts) == contexts + 3
     assert job.engine.device_memory >= memory + 3 * job.library.SCRATCH
@@ -173,78 +169,17 @@ def test_many_batches_are_in_flight_and_come_in_order(bench: Start, version: str
     again = [result.labels for result in job.engine.infer_many(frames)]
     assert job.cuda.allocations == allocations
     for images, labels in zip(frames, again, strict=True):  # results belong to the caller
-        np.testing.assert_array_equal(labels, job.truth(images))
+        job.check(images, labels)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from(SIZES), max_size=30), st.integers(1, 4))
 def test_many_equals_one_by_one(bench: Start, sizes: list[int], slots: int) -> None:
     job = bench(slots=slots)
-    frames = [_images(1, 1, size, size, seed=seed) for seed, size in enumerate(sizes)]
+    frames = [noise(1, 1, size, size, seed=seed) for seed, size in enumerate(sizes)]
     with job.engine as engine:
         for images, result in itertools.zip_longest(frames, engine.infer_many(frames)):
-            np.testing.assert_array_equal(result.labels, job.truth(images))
-
-
-def test_arrays_on_the_gpu_may_be_among_them(bench: Start) -> None:
-    job = bench()
-    frames = _frames(6)
-    given_ = [job.cuda.array(images, offset=index) if index % 2 else images for index, images in enumerate(frames)]
-    for images, result in zip(frames, job.engine.infer_many(given_), strict=True):
-        np.testing.assert_array_equal(result.labels, job.truth(images))
-
-
-def test_a_failed_row_gives_its_slots_back(bench: Start) -> None:
-    job = bench()
-    frames = _frames(6)
-    list(job.engine.infer_many(frames))
-    job.library.fails = True
-    with pytest.raises(UserError, match="failed on an input of 1x1x72x72"):
-        list(job.engine.infer_many(_frames(3, 72)))
-    job.library.fails = False
-    contexts = len(job.library.contexts)
-    for images, result in zip(frames, job.engine.infer_many(frames), strict=True):
-        np.testing.assert_array_equal(result.labels, job.truth(images))
-    assert len(job.library.contexts) == contexts  # the slots came back
-
-
-def test_a_row_left_early_gives_its_slots_back(bench: Start) -> None:
-    job = bench()
-    frames = _frames(6)
-    assert len(list(zip(job.engine.infer_many(frames), job.engine.infer_many(frames), strict=True))) == 6
-    row = job.engine.infer_many(frames)
-    next(row)
-    row.close()  # type: ignore[attr-defined]  # it is a generator
-    assert not any(job.cuda.queues.values())
-    contexts = len(job.library.contexts)
-    assert len(list(job.engine.infer_many(frames))) == 6
-    assert len(job.library.contexts) == contexts
-
-
-def test_closing_ends_a_row(bench: Start) -> None:
-    job = bench()
-    row = job.engine.infer_many(_frames(4))
-    next(row)
-    job.engine.close()
-    assert not job.cuda.memory
-    with pytest.raises(ContractError, match="was closed"):
-        next(row)
-
-
-def test_too_little_memory_for_more_slots_leaves_the_engine_usable(bench: Start) -> None:
-    job = bench()
-    images = _frames(1)[0]
-    job.library.memory = False
-    with pytest.raises(UserError, match="too little free memory for another execution"):
-        list(job.engine.infer_many([images]))
-    np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
-    job.library.memory = True
-    assert len(list(job.engine.infer_many([images]))) == 1
-
-
-def test_slots_are_counted_from_one(bench: Start) -> None:
-    with pytest.raises(UsageError, match="at least 1; got 0"):
-        bench(slots=0)
+            job.check(images, result.labels)
 
 
 # --- bound
@@ -254,7 +189,7 @@ def test_slots_are_counted_from_one(bench: Start) -> None:
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_bound_batch_moves_no_data(bench: Start, version: str | None, graphs: bool) -> None:
     job = bench(version=version, graphs=graphs)
-    images = _images(2, 1, 64, 128)
+    images = noise(2, 1, 64, 128)
     small = job.engine.bind(_frames(1)[0])
     run = job.engine.bind(images)
     job.cuda.log.clear()
@@ -263,7 +198,7 @@ def test_a_bound_batch_moves_no_data(bench: Start, version: str | None, graphs: 
     small()
     names = [name for name, *_ in job.cuda.log]
     assert names == ["launch", "synchronize"] * 4 if graphs else ["synchronize"] * 4
-    np.testing.assert_array_equal(job.engine.infer(images).labels, job.truth(images))
+    job.check_infer(images)
     run()
     job.engine.close()
     assert not job.cuda.memory
@@ -271,42 +206,23 @@ def test_a_bound_batch_moves_no_data(bench: Start, version: str | None, graphs: 
         run()
 
 
-def test_bound_from_the_gpu_wherever_it_lies(bench: Start) -> None:
-    job = bench()
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_bound_batch_from_the_gpu_where_nothing_can_be_recorded(bench: Start, version: str | None) -> None:
+    job = bench(version=version)
+    memory = len(job.cuda.memory)
+    for unfit in (noise(1, 1, 64, 68), noise(1, 1, 512, 512)):
+        with pytest.raises(ContractError):
+            job.engine.bind(unfit)
+    assert len(job.cuda.memory) == memory
+    job.library.capturable = False
     images = _frames(1)[0]
     run = job.engine.bind(job.cuda.array(images, offset=3))
-    context = job.library.contexts[-1]
+    context, before = job.library.contexts[-1], job.count("launch")
     run()
     labels = (np.ctypeslib.ctypes.c_uint8 * (64 * 64)).from_address(context.addresses["labels"])
-    np.testing.assert_array_equal(np.ctypeslib.as_array(labels).reshape(1, 64, 64), job.truth(images))
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_bound_batch_runs_also_where_nothing_can_be_recorded(bench: Start, version: str | None) -> None:
-    job = bench(version=version)
-    job.library.capturable = False
-    run = job.engine.bind(_images(1, 1, 64, 64))
-    before = job.count("launch")
-    run()
-    run()
+    job.check(images, np.ctypeslib.as_array(labels).reshape(1, 64, 64))
     assert job.count("launch") == before
     assert not job.cuda.graphs
-
-
-def test_a_batch_that_does_not_fit_is_not_bound(bench: Start) -> None:
-    job = bench()
-    memory = len(job.cuda.memory)
-    for images in (_images(1, 1, 64, 68), _images(1, 1, 512, 512)):
-        with pytest.raises(ContractError):
-            job.engine.bind(images)
-    assert len(job.cuda.memory) == memory
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_device_memory_is_what_was_taken(bench: Start, version: str | None) -> None:
-    job = bench(version=version)
-    job.engine.infer(_images(2, 1, 128, 128))
-    assert job.engine.device_memory == job.library.WEIGHTS + job.library.SCRATCH + 2 * (2 * 128 * 128)
 
 
 # --- a graph by itself

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,25 +119,20 @@ def test_closing_while_others_work(files: dict[str, Path], name: str, seed: int)
     """They finish what they are at, and then read one sentence."""
     engine = _open(files, name)
     batches = [frames(*shape, seed=seed) for shape in SHAPES[:2]]
-    expected = [engine.infer(images).labels for images in batches]
+    work = [(images, engine.infer(images).labels) for images in batches]
     started = threading.Event()
 
-    def one_by_one() -> None:
+    def endless(many: bool) -> None:
+        once = _worker(engine, work, 0, many)
         while True:
-            for images, labels in zip(batches, expected, strict=True):
-                np.testing.assert_array_equal(engine.infer(images).labels, labels)
-                started.set()
-
-    def rows() -> None:
-        while True:
-            for found, labels in zip(engine.infer_many(batches), expected, strict=True):
-                np.testing.assert_array_equal(found.labels, labels)
+            once()
+            started.set()
 
     def close() -> None:
         started.wait(60)
         engine.close()
 
-    raised = _in_threads(one_by_one, one_by_one, rows, close)
+    raised = _in_threads(*(partial(endless, many) for many in (False, False, True)), close)
     assert [type(exc) for exc in raised] == [UsageError] * 3
     assert all("closed; load it again" in str(exc) for exc in raised)
     engine.close()  # again
@@ -145,28 +141,18 @@ def test_closing_while_others_work(files: dict[str, Path], name: str, seed: int)
 @needs_openvino
 def test_engines_side_by_side(files: dict[str, Path]) -> None:
     """ONNX Runtime, OpenVINO and PyTorch in one process, two files, two engines of one kind."""
-    from hpddrnet_trt.engines.torch import TorchEngine
-
     images = frames(2, 64, 96)
-    with (
-        OnnxRuntimeEngine(files["onnxruntime"], threads=1) as first,
-        OnnxRuntimeEngine(files["fp16"], threads=1) as half,
-        OpenVINOEngine(files["openvino"], threads=1) as second,
-        TorchEngine(files["torch"], device="cpu", threads=1) as third,
-        TorchEngine(files["torch"], device="cpu", input_dtype="float32") as fourth,
-    ):
-        engines: list[tuple[Engine, Any]] = [(engine, images) for engine in (first, half, second, third)]
-        normalised = (images.repeat(3, axis=1) - third._mean.numpy()) / third._std.numpy()
-        engines.append((fourth, normalised.astype(np.float32)))
-        alone = [engine.infer(batch).labels for engine, batch in engines]
+    with ExitStack() as stack:
+        engines = [stack.enter_context(_open(files, *one)) for one in (
+            ("onnxruntime",), ("onnxruntime", "fp16"), ("openvino",), ("torch",), ("torch",),
+        )]  # fmt: skip
+        alone = [engine.infer(images).labels for engine in engines]
         works = [
-            lambda engine=engine, batch=batch, labels=labels: [  # type: ignore[misc]
-                np.testing.assert_array_equal(engine.infer(batch).labels, labels) for _ in range(4)
-            ]
-            for (engine, batch), labels in zip(engines, alone, strict=True)
+            _worker(engine, [(images, labels)] * 2, 0, many=False)
+            for engine, labels in zip(engines, alone, strict=True)
         ]
         assert _in_threads(*works) == []
-    for labels in (alone[2], alone[3], alone[4]):  # the same network and precision
+    for labels in alone[2:]:  # the same network and precision
         assert (labels == alone[0]).mean() > 0.999
 
 

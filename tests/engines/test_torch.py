@@ -12,84 +12,66 @@ import torch
 
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
 from hpddrnet_trt.core.manifest import Manifest, NetworkConfig
-from hpddrnet_trt.engines import load_engine
-from hpddrnet_trt.engines.base import Engine
 from hpddrnet_trt.engines.torch import TorchEngine, module_times
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
+from tests.tiny_network import tiny_manifest, tiny_network
 from tests.toy import CLASSES, grey_image
 
-CONFIG = NetworkConfig(channels=4, ppm_channels=8, head_channels=8, num_classes=3)
-
 
 @pytest.fixture(scope="module")
-def network() -> HPDDRNet:
-    torch.manual_seed(0)
-    return HPDDRNet(CONFIG).eval()
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = tiny_network()
+    return save_checkpoint(tmp_path_factory.mktemp("torch") / "tiny.safetensors", network, tiny_manifest(network))
 
 
-@pytest.fixture(scope="module")
-def description() -> Manifest:
-    return Manifest(name="tiny", network=CONFIG, classes=CLASSES)
-
-
-def test_grey_input_equals_the_network_on_normalised_rgb(network: HPDDRNet, description: Manifest) -> None:
+def test_what_every_option_computes(checkpoint: Path) -> None:
+    """Normalised RGB in place of grey images, another layout of memory, BF16; the weights stay as they are."""
     images = np.stack([grey_image(40, 64, seed) for seed in range(2)])[:, None]
-    mean = torch.tensor(description.normalization.mean).view(1, 3, 1, 1)
-    std = torch.tensor(description.normalization.std).view(1, 3, 1, 1)
-    rgb = (torch.from_numpy(images).float().expand(-1, 3, -1, -1) - mean) / std
-    with torch.inference_mode():
-        expected = network.predict_logits(rgb).numpy()
-    grey = TorchEngine.from_network(network, description, device="cpu")
-    assert isinstance(grey, Engine)
-    found = grey.infer(images)
-    assert found.logits is not None
-    assert found.logits.shape == (2, 3, 40, 64)
-    assert np.abs(found.logits - expected).max() < 1e-5
-    assert np.array_equal(found.labels, found.logits.argmax(axis=1))
-    normalised = TorchEngine.from_network(network, description, device="cpu", input_dtype="float32")
-    frozen = np.ascontiguousarray(rgb.numpy())
-    frozen.flags.writeable = False
-    assert np.abs(normalised.infer(frozen).logits - expected).max() < 1e-5
-
-
-def test_file_options_and_status(tmp_path: Path, network: HPDDRNet, description: Manifest) -> None:
-    path = save_checkpoint(tmp_path / "tiny.safetensors", network, description)
-    images = grey_image(24, 32)[None, None]
-    with load_engine(path, device="cpu") as engine:
-        assert engine.runtime.startswith("torch ")
+    with TorchEngine(checkpoint, device="cpu") as engine:
         assert "FP32" in engine.runtime
+        before = {name: value.clone() for name, value in engine._network.state_dict().items()}
         expected = engine.infer(images).logits
-    for options in ({"channels_last": True}, {"autocast": "bf16"}):
-        with TorchEngine(path, device="cpu", **options) as other:  # type: ignore[arg-type]
-            found = other.infer(images).logits
+        np.testing.assert_array_equal(engine.infer(images).logits, expected)
+        assert all(torch.equal(before[name], value) for name, value in engine._network.state_dict().items())
+        rgb = ((images - engine._mean.numpy()) / engine._std.numpy()).astype(np.float32)
+        engine._score = lambda x: torch.zeros(1, 3, 16, 16)
+        assert not engine.infer(grey_image(16, 16)[None, None]).labels.any()  # ties go to the first class
+    rgb.flags.writeable = False
+    for options, given, close in (
+        ({"input_dtype": "float32"}, rgb, 1e-5),
+        ({"channels_last": True}, images, 0.05),
+        ({"autocast": "bf16"}, images, 0.05),
+    ):
+        with TorchEngine(checkpoint, device="cpu", **options) as other:  # type: ignore[arg-type]
+            found = other.infer(given).logits
             assert found.dtype == np.float32
-            assert np.abs(found - expected).max() < 0.05
+            assert np.abs(found - expected).max() < close
             assert ("channels last" in other.runtime) == ("channels_last" in options)
 
 
-def test_weights_are_not_changed_by_inference(network: HPDDRNet, description: Manifest) -> None:
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    network.train()  # the engine must switch batch norm to its running statistics
-    engine = TorchEngine.from_network(network, description, device="cpu")
-    first = engine.infer(grey_image(16, 16)[None, None]).logits
-    assert np.array_equal(first, engine.infer(grey_image(16, 16)[None, None]).logits)
-    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
-
-
-def test_refusals(tmp_path: Path, network: HPDDRNet, description: Manifest) -> None:
-    path = save_checkpoint(tmp_path / "tiny.safetensors", network, description)
+def test_refusals(checkpoint: Path) -> None:
     for options, words in (
         ({"device": "gpu9"}, "unknown device 'gpu9'"),
         ({"autocast": "int4"}, "autocast one of off, fp16, bf16"),
         ({"input_dtype": "int8"}, "input_dtype is uint8 or float32"),
+        ({"output": "scores"}, "output is logits or labels"),
         ({"compile": "fast"}, "compile one of off, default, max-autotune"),
     ):
         with pytest.raises(UsageError, match=words):
-            TorchEngine(path, **options)  # type: ignore[arg-type]
+            TorchEngine(checkpoint, **options)  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with pytest.raises(NoGpu, match="finds no GPU 'cuda'"):
-            TorchEngine(path, device="cuda")
+            TorchEngine(checkpoint, device="cuda")
+
+
+def test_layer_times_are_of_modules(checkpoint: Path) -> None:
+    with TorchEngine(checkpoint, device="cpu") as engine:
+        times = engine.layer_times(grey_image(32, 32)[None, None], runs=3)
+        modules = list(engine._network.modules())
+    assert {"backbone.stem.0.conv", "backbone.sps.0.pa", "backbone", "decode_head.conv_seg", "output"} <= set(times)
+    assert not any("aux" in name for name in times)  # not called
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 @pytest.mark.parametrize("size", ["1x136x200", "2x128x192"])
@@ -99,51 +81,6 @@ def test_golden_logits(golden: Path, size: str) -> None:
     with TorchEngine(golden / "hpddrnet" / "checkpoint.pth", device="cpu", input_dtype="float32") as engine:
         assert engine.manifest.class_names == ["grains", "pores", "clay"]
         assert np.abs(engine.infer(images).logits - expected).max() < 5e-4
-
-
-def test_labels_only_output_gives_the_same_labels_and_no_logits(
-    network: HPDDRNet, description: Manifest, tmp_path: Path
-) -> None:
-    checkpoint = save_checkpoint(tmp_path / "tiny.safetensors", network, description)
-    image = np.random.default_rng(3).integers(0, 256, (2, 1, 32, 40), dtype=np.uint8)
-    with TorchEngine(checkpoint) as full, TorchEngine(checkpoint, output="labels") as labels_only:
-        expected, found = full.infer(image), labels_only.infer(image)
-    np.testing.assert_array_equal(found.labels, expected.labels)
-    assert found.logits is None
-    assert expected.logits is not None
-    with pytest.raises(UsageError, match="output"):
-        TorchEngine(checkpoint, output="scores")  # type: ignore[arg-type]
-
-
-def test_ties_go_to_the_first_class(network: HPDDRNet, description: Manifest) -> None:
-    engine = TorchEngine.from_network(network, description, device="cpu")
-    engine._score = lambda x: torch.zeros(1, 3, 16, 16)
-    assert not engine.infer(grey_image(16, 16)[None, None]).labels.any()
-
-
-def test_bound_batch_runs_the_same_inference(network: HPDDRNet, description: Manifest) -> None:
-    engine = TorchEngine.from_network(network, description, device="cpu")
-    seen: list[Any] = []
-    compute = engine._compute
-    engine._compute = lambda x: seen.append(compute(x)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
-    images = grey_image(16, 24)[None, None]
-    run = engine.bind(images)
-    run()
-    run()
-    assert len(seen) == 2
-    np.testing.assert_array_equal(seen[1][0].numpy(), engine.infer(images).labels)
-
-
-def test_layer_times_are_of_modules(network: HPDDRNet, description: Manifest) -> None:
-    engine = TorchEngine.from_network(network, description, device="cpu")
-    images = grey_image(32, 32)[None, None]
-    before = engine.infer(images).logits
-    times = engine.layer_times(images, runs=3)
-    assert {"backbone.stem.0.conv", "backbone.sps.0.pa", "backbone", "decode_head.conv_seg", "output"} <= set(times)
-    assert not any("aux" in name for name in times)  # not called
-    assert all(value >= 0 for value in times.values())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
-    np.testing.assert_array_equal(engine.infer(images).logits, before)
 
 
 def test_time_between_children_is_their_parents() -> None:
@@ -187,25 +124,6 @@ def test_whole_network_is_one_graph(small: Path, monkeypatch: pytest.MonkeyPatch
         assert compiled.layer_times(images) == {}
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_compiler_runs(network: HPDDRNet, description: Manifest) -> None:
-    """The real compiler on one convolution instead of the network, with normalisation and arg-max."""
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile on a CPU needs a C++ compiler; g++ is missing")
-    torch.manual_seed(3)
-    score = torch.nn.Conv2d(3, 3, 1).eval()
-    engines = []
-    for compile in ("off", "default"):
-        engine = TorchEngine.__new__(TorchEngine)
-        engine._setup(network, description, device="cpu", compile=compile)
-        engine._score = score
-        engines.append(engine)
-    images = grey_image(16, 24)[None, None]
-    expected, found = (engine.infer(images) for engine in engines)
-    assert np.abs(found.logits - expected.logits).max() < 1e-4
-    np.testing.assert_array_equal(found.labels, expected.labels)
-
-
 @pytest.mark.parametrize("mode", ["default", "max-autotune"])
 def test_compilation_is_of_the_whole_graph(small: Path, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     asked: list[dict[str, Any]] = []
@@ -227,28 +145,38 @@ def test_compilation_is_of_the_whole_graph(small: Path, monkeypatch: pytest.Monk
     assert bool(options["options"].get("max_autotune")) == (mode == "max-autotune")
 
 
-def test_missing_compiler_is_a_sentence(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_compiler_runs(small: Path) -> None:
+    """The real compiler on one convolution instead of the network, with normalisation and arg-max."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile on a CPU needs a C++ compiler; g++ is missing")
+    torch.manual_seed(3)
+    score = torch.nn.Conv2d(3, 3, 1).eval()
+    images = grey_image(16, 24)[None, None]
+    predictions = []
+    for mode in ("off", "default"):
+        with TorchEngine(small, device="cpu", compile=mode) as engine:  # type: ignore[arg-type]
+            engine._score = score
+            predictions.append(engine.infer(images))
+    expected, found = predictions
+    assert np.abs(found.logits - expected.logits).max() < 1e-4
+    np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+def test_the_compilers_errors_and_others(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing compiler is a sentence; what is not the compiler's passes as it is."""
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-    def stand_in(function: Any, **options: Any) -> Any:
-        def run(x: torch.Tensor) -> Any:
-            try:
-                raise InvalidCxxCompiler
-            except InvalidCxxCompiler as exc:
-                raise InductorError(exc, None) from exc
+    missing = InductorError(InvalidCxxCompiler(), None)
+    missing.__cause__ = InvalidCxxCompiler()
+    for raised, kind, says in (
+        (missing, UserError, r"no C\+\+ compiler; install one"),
+        (RuntimeError("shape mismatch"), RuntimeError, "shape mismatch"),
+    ):
 
-        return run
+        def run(x: torch.Tensor, raised: Exception = raised) -> Any:
+            raise raised
 
-    monkeypatch.setattr(torch, "compile", stand_in)
-    engine = TorchEngine(small, device="cpu", compile="default")
-    with pytest.raises(UserError, match=r"no C\+\+ compiler; install one"):
-        engine.infer(grey_image(16, 16)[None, None])
-
-
-def test_foreign_errors_are_not_the_compilers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(x: torch.Tensor) -> Any:
-        raise RuntimeError("shape mismatch")
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        TorchEngine(small, device="cpu", compile="default").infer(grey_image(16, 16)[None, None])
+        monkeypatch.setattr(torch, "compile", lambda function, run=run, **options: run)
+        with pytest.raises(kind, match=says):
+            TorchEngine(small, device="cpu", compile="default").infer(grey_image(16, 16)[None, None])

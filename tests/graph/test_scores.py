@@ -19,6 +19,7 @@ from hpddrnet_trt.export.onnx import ExportOptions, trace
 from hpddrnet_trt.graph.model import save_model
 from hpddrnet_trt.graph.scores import with_scores
 from hpddrnet_trt.inference.runner import ScoresModel
+from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.tiny_export import frames, write_fp16, write_fp32, write_int8
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.toy import manifest, write_toy_onnx
@@ -44,7 +45,8 @@ def test_scores_are_the_networks_logits(tmp_path: Path, classes: int, detail: bo
     )
     path = save_model(trace(network, description, options), tmp_path / "m.onnx", description)
     images = frames(2, 64, 96)
-    with TorchEngine.from_network(network, description, device="cpu") as reference:
+    checkpoint = save_checkpoint(tmp_path / "m.safetensors", network, description)
+    with TorchEngine(checkpoint, device="cpu") as reference:
         expected = reference.infer(images).logits
     with OnnxRuntimeEngine(_scores_file(path), threads=1) as engine:
         assert engine.manifest == description.replace(output=engine.manifest.output)
