@@ -129,7 +129,6 @@ def test_a_row_that_ends_early_gives_its_slots_back(bench: Start) -> None:
     job.check_infer(frames[0])
     job.library.memory = True
     assert len(list(zip(job.engine.infer_many(frames), job.engine.infer_many(frames), strict=True))) == 6
-    contexts = len(job.library.contexts)
     row = job.engine.infer_many(frames)
     next(row)
     row.close()  # type: ignore[attr-defined]  # it is a generator
@@ -140,6 +139,9 @@ def test_a_row_that_ends_early_gives_its_slots_back(bench: Start) -> None:
     job.library.fails = False
     on_the_gpu = [job.cuda.array(images, offset=index) if index % 2 else images for index, images in enumerate(frames)]
     for images, result in zip(frames, job.engine.infer_many(on_the_gpu), strict=True):
+        job.check(images, result.labels)
+    contexts = len(job.library.contexts)
+    for images, result in zip(frames, job.engine.infer_many(frames), strict=True):
         job.check(images, result.labels)
     assert len(job.library.contexts) == contexts
     row = job.engine.infer_many(frames)
