@@ -158,14 +158,12 @@ def test_many_batches_are_in_flight_and_come_in_order(bench: Start, version: str
     job = bench(version=version, slots=3, graphs=graphs)
     frames = _frames(20)
     contexts = len(job.library.contexts)
-    memory = job.engine.device_memory
     results = job.engine.infer_many(iter(frames))
     assert len(job.library.contexts) == contexts  # taken at the first use
     for images, result in zip(frames, results, strict=True):
         job.check(images, result.labels)
     assert job.cuda.most_in_flight == 3
     assert len(job.library.contexts) == contexts + 3
-    assert job.engine.device_memory >= memory + 3 * job.library.SCRATCH
     assert len(job.cuda.graphs) == (3 if graphs else 0)
     allocations = job.cuda.allocations
     again = [result.labels for result in job.engine.infer_many(frames)]
