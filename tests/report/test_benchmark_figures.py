@@ -139,7 +139,7 @@ def test_entries_look_different() -> None:
 
 def test_every_engine_and_precision_has_a_look_of_its_own() -> None:
     assert set(_ENGINE_COLORS) <= set(ENGINES)  # an engine that is not there is drawn in one of the other colours
-    colors = [_color(f"{label} FP32", 0) for label in (*(kind.label for kind in ENGINES.values()), "New engine")]
+    colors = [_color(f"{label} FP32", 0) for label in (*(ENGINES[name].label for name in _ENGINE_COLORS), "New")]
     assert len(set(colors)) == len(colors)
     assert {name.upper() for name in PRECISIONS} <= set(_PRECISIONS)
     assert len({marker for marker, *_ in _PRECISIONS.values()}) == len(_PRECISIONS)
