@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpddrnet_trt.cli.options import Data, Engine, Mode, ModelFile, Split
+from hpddrnet_trt.cli.options import Data, Engine, Mode, ModelFile, Split, write_json
 from hpddrnet_trt.cli.program import app, command, new_app
 from hpddrnet_trt.core.errors import require
 
@@ -58,7 +57,6 @@ def evaluate(
     curves are in it when metrics.csv of the training run lies beside the model.
     """
     from hpddrnet_trt.accuracy import assess, measure_robustness
-    from hpddrnet_trt.core.files import write_text
     from hpddrnet_trt.data.datasets import FolderDataset
     from hpddrnet_trt.engines import model_file
     from hpddrnet_trt.inference import load_segmenter
@@ -80,10 +78,7 @@ def evaluate(
         for path in write_report(assessment, report, curves=curves_beside(file), robustness=robust):
             if path is not None:
                 typer.echo(f"written: {path}")
-    if json_file is not None:
-        record = assessment.record() | ({} if robust is None else {"robustness": robust.record()})
-        write_text(json_file, json.dumps(record, indent=1, allow_nan=False) + "\n")
-        typer.echo(f"written: {json_file}")
+    write_json(json_file, assessment.record() | ({} if robust is None else {"robustness": robust.record()}))
 
 
 # ---------------------------------------------------------------------------------------- datasets

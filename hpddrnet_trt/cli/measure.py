@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpddrnet_trt.cli.options import Data, Split
+from hpddrnet_trt.cli.options import Data, Split, write_json
 from hpddrnet_trt.cli.program import INTERRUPTED, command
 from hpddrnet_trt.core.errors import UsageError
 
@@ -22,9 +21,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the rep
 Publish = Annotated[
     Path | None, typer.Option(help="Also copy the report there, named after the machine's GPU or CPU and the day.")
 ]
-Against = Annotated[
-    Path | None, typer.Option("--against", "--compare", help="An older result.json: also show what changed since.")
-]
+Against = Annotated[Path | None, typer.Option(help="An older result.json: also show what changed since.")]
 
 
 class Measure(StrEnum):
@@ -84,7 +81,6 @@ def benchmark(
             "--baselines", help="Also what others would run: PyTorch AMP and compiled, the plain export with defaults."
         ),
     ] = False,
-    peers: Annotated[bool, typer.Option("--peers", hidden=True, help="The earlier name of --baselines.")] = False,
     against: Against = None,
     publish: Publish = None,
 ) -> None:
@@ -99,7 +95,7 @@ def benchmark(
     old = None if against is None else load_result(against)
     files, images = model_files(models), load_images(data, split)
     entries = entries_for(files)
-    if baselines or peers:
+    if baselines:
         from hpddrnet_trt.benchmark.baselines import baseline_entries
 
         checkpoint = next((file for file in files if file.suffix.lower() in CHECKPOINTS), None)
@@ -182,7 +178,6 @@ def compare(
     Of folders, the files of equal name are compared; A may be masks, where 255 does not count.
     """
     from hpddrnet_trt.accuracy.layers import compare_layers
-    from hpddrnet_trt.core.files import write_text
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.inference import load_segmenter
     from hpddrnet_trt.inference.compare import compare_folders, compare_models
@@ -199,9 +194,7 @@ def compare(
         with load_segmenter(a) as first, load_segmenter(b) as second:
             compared = compare_models(first, second, paths)
     typer.echo(compared.text())
-    if json_file is not None:
-        write_text(json_file, json.dumps(compared.record(), indent=1) + "\n")
-        typer.echo(f"written: {json_file}")
+    write_json(json_file, compared.record())
 
 
 @command(PANEL, "engines")

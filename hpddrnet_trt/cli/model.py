@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hpddrnet_trt.cli.options import Data, Method, ModelFile, OnnxFile, Split
+from hpddrnet_trt.cli.options import Data, Method, ModelFile, OnnxFile, Split, write_json
 from hpddrnet_trt.cli.program import command
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import Manifest
@@ -23,6 +22,7 @@ from hpddrnet_trt.weights import locate
 if TYPE_CHECKING:
     from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
     from hpddrnet_trt.accuracy.candidates import Study
+    from hpddrnet_trt.export.tensorrt import BuildSettings
 
 PANEL = "Make model files"
 
@@ -281,7 +281,7 @@ def _study(
     typer.echo(f"\n{sensitivities.text()}")
     if plot is not None:
         typer.echo(f"written: {draw_sensitivity(sensitivities, plot)}")
-    _write_json(json_file, {"precisions": table.record(), "sensitivity": sensitivities.record()})
+    write_json(json_file, {"precisions": table.record(), "sensitivity": sensitivities.record()})
 
 
 def _choose(
@@ -303,7 +303,7 @@ def _choose(
     if choice.frontier is not None:
         if plot is not None:
             typer.echo(f"written: {draw_frontier(choice.frontier, plot)}")
-        _write_json(json_file, choice.frontier.record())
+        write_json(json_file, choice.frontier.record())
     elif plot is not None or json_file is not None:
         typer.echo("no picture and no figures: everything in low precision keeps the budget; --frontier measures more")
     typer.echo(f"written: {target}")
@@ -336,7 +336,7 @@ class AcceptanceOptions(BudgetOptions):
 
 @dataclass(frozen=True)
 class BuilderOptions:
-    """What TensorRT's builder is told; the names are those of :class:`~hpddrnet_trt.export.tensorrt.BuildSettings`."""
+    """What TensorRT's builder is told."""
 
     timing_cache: Annotated[
         Path | None, typer.Option(help="File that keeps tactic timings between builds.")
@@ -354,6 +354,16 @@ class BuilderOptions:
         bool, typer.Option("--sparsity", help="Use kernels for 2:4 sparse weights where the weights are.")
     ] = False
     version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False
+
+    def settings(self) -> BuildSettings:
+        """The same for the builder."""
+        from hpddrnet_trt.export.tensorrt import BuildSettings
+
+        return BuildSettings(
+            timing_cache=self.timing_cache, compute_capabilities=self.compute_capabilities,
+            workspace_mib=self.workspace_mib, optimization_level=self.optimization_level, tiling=self.tiling,
+            sparsity=self.sparsity, version_compatible=self.version_compatible,
+        )  # fmt: skip
 
 
 @command(PANEL, "build model.int8.onnx --precision int8 --verify DATASET --max-miou-drop 0.3")
@@ -388,13 +398,12 @@ def build(
     from hpddrnet_trt.accuracy.acceptance import WHAT
     from hpddrnet_trt.accuracy.build import build_verified
     from hpddrnet_trt.export.layer_precision import summary
-    from hpddrnet_trt.export.tensorrt import BuildSettings
 
     check = acceptance.check()
     target = output or model.with_name(f"{_plain_stem(model)}.{precision}.engine")
     manifest = build_verified(
         locate(model, ".onnx"), target, precision=precision, acceptance=check, calibration_images=calibration_data,
-        runtime=runtime, shapes=shapes, settings=BuildSettings(**asdict(builder)),
+        runtime=runtime, shapes=shapes, settings=builder.settings(),
     )  # fmt: skip
     if manifest.engine is not None:
         typer.echo(summary(manifest.engine.layer_precision))
@@ -462,11 +471,3 @@ def _check_target(model: Path, target: Path) -> None:
 
     _check_place(target)
     check_target(locate(model, ".onnx"), target)
-
-
-def _write_json(target: Path | None, record: dict[str, Any]) -> None:
-    from hpddrnet_trt.core.files import write_text
-
-    if target is not None:
-        write_text(target, json.dumps(record, indent=1) + "\n")
-        typer.echo(f"written: {target}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.core.text import METRES
 from hpddrnet_trt.engines import ENGINES
 from hpddrnet_trt.results import ALWAYS_POSSIBLE, FORMATS, KINDS
@@ -63,6 +65,13 @@ def parse_kinds(text: str) -> list[str]:
     if "all" in named:
         named |= set(ALWAYS_POSSIBLE)
     return [kind for kind in KINDS if kind in named]
+
+
+def write_json(target: Path | None, record: dict[str, Any]) -> None:
+    """What ``--json`` asks for: the figures of a command as a file, and a line that says so."""
+    if target is not None:
+        write_text(target, json.dumps(record, indent=1) + "\n")
+        typer.echo(f"written: {target}")
 
 
 def _word_or_number(option: str, words: tuple[str, ...], number: str) -> Any:

@@ -40,10 +40,12 @@ GONE = {
 }
 # Options of earlier versions: taken, but not shown.
 OLD_SPELLINGS = {
+    "compare": "against",
     "flavour": "runtime",
     "form": "runtime",
     "licence": "license",
     "optimisation-level": "optimization-level",
+    "peers": "baselines",
     "window": "intensity-range",
 }
 

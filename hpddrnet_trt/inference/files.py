@@ -23,13 +23,20 @@ from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, Percentiles, check
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.results import FORMATS, KINDS, Contents, check_kinds
-from hpddrnet_trt.results.regions import check_background, check_pixel_size
-from hpddrnet_trt.results.tables import FRACTIONS, number, write_rows
+from hpddrnet_trt.results.regions import AreaFraction, check_background, check_pixel_size
+from hpddrnet_trt.results.tables import FRACTIONS, fraction_row, number, write_rows
 
 LOG = logging.getLogger(__name__)
 JOURNAL = "segmentations.jsonl"
 TABLE = "fractions.csv"
 OVERLAYS = "overlays"
+# What the results of an image are called, as far as it is free: its name without ending (``.ome.tif`` is one), its
+# file name, its folder's and its file name.
+NAMINGS: tuple[Callable[[Path], str], ...] = (
+    lambda path: path.stem.removesuffix(".ome") or path.stem,
+    lambda path: path.name,
+    lambda path: f"{path.parent.name}_{path.name}",
+)
 
 
 @dataclass(frozen=True)
@@ -204,12 +211,12 @@ class FileSegmenter:
         }
 
     def name_of(self, source: Path) -> str:
-        """A name for an image that comes alone: that of its results, where there are some; its stem; or, where another
-        image's results are called that, its file name, or its folder's and its file name."""
+        """A name for an image that comes alone: that of its results, where there are some; else the first of
+        :data:`NAMINGS` that no other image's results have."""
         known = self.journal.name_of(source)
         if known is not None:
             return known
-        for naming in (_stem, _file_name, _folder_and_name):
+        for naming in NAMINGS:
             if self.journal.source_of(naming(source)) in (None, str(source)):
                 return naming(source)
         raise UsageError(f"{self.folder} holds results of other images like {source}; choose another output folder")
@@ -425,10 +432,8 @@ def _table_rows(entry: Any) -> Iterator[list[str | int]]:
     for name, fraction in entry["fractions"].items():
         pixels = round(fraction * _pixels(entry))
         area = None if size is None else pixels * size**2
-        yield [
-            entry["name"], name, pixels, number(fraction), number(area, 1e12), number(size, 1e9),
-            entry["job"]["model"], entry["source"],
-        ]  # fmt: skip
+        row = fraction_row(AreaFraction(name, pixels, fraction, area))
+        yield [entry["name"], *row, number(size, 1e9), entry["job"]["model"], entry["source"]]
 
 
 def _result_names(sources: Sequence[Path], work: FileSegmenter) -> dict[Path, str]:
@@ -443,7 +448,8 @@ def _result_names(sources: Sequence[Path], work: FileSegmenter) -> dict[Path, st
     names = {path: name for path, name in known.items() if name is not None}
     new = waiting = [path for path in sources if path not in names]
     root = Path(os.path.commonpath([path.parent for path in sources]))
-    for naming in (_stem, _file_name, _folder_and_name, lambda path: "_".join(path.relative_to(root).parts)):
+    namings: tuple[Callable[[Path], str], ...] = (*NAMINGS, lambda path: "_".join(path.relative_to(root).parts))
+    for naming in namings:
         counts = Counter(naming(path).lower() for path in waiting)  # some file systems ignore case
         taken = {name.lower() for name in names.values()}
         unique = [path for path in waiting if counts[naming(path).lower()] == 1 and naming(path).lower() not in taken]
@@ -458,19 +464,6 @@ def _result_names(sources: Sequence[Path], work: FileSegmenter) -> dict[Path, st
                 f"{work.folder / names[source]} holds the labels of {owner}; choose another output folder for {source}"
             )
     return names
-
-
-def _stem(path: Path) -> str:
-    """The name without its ending; ``.ome.tif`` is one, also among the results."""
-    return path.stem.removesuffix(".ome") or path.stem
-
-
-def _file_name(path: Path) -> str:
-    return path.name
-
-
-def _folder_and_name(path: Path) -> str:
-    return f"{path.parent.name}_{path.name}"
 
 
 def _parsed(line: str) -> dict[str, Any]:

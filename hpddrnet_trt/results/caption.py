@@ -133,7 +133,8 @@ def _bar_item(pen: _Pen, bar: ScaleBar) -> _Item:
 
 def _legend_entry(pen: _Pen, entry: AreaFraction, color: tuple[int, int, int], widest: int) -> _Item:
     side, gap = round(0.85 * pen.size), max(3, pen.size // 3)
-    text = _fitted(pen, entry.name, f"  {_percent(entry.fraction)}", widest - side - gap)
+    percent = "<0.1 %" if 0 < entry.fraction < 5e-4 else f"{100 * entry.fraction:.1f} %"
+    text = _fitted(pen, entry.name, f"  {percent}", widest - side - gap)
 
     def draw(on: ImageDraw.ImageDraw, x: int, middle: int) -> None:
         top = middle - side // 2
@@ -142,10 +143,6 @@ def _legend_entry(pen: _Pen, entry: AreaFraction, color: tuple[int, int, int], w
         pen.write(on, x + side + gap, middle, text)
 
     return _Item(side + gap + pen.length(text), draw)
-
-
-def _percent(fraction: float) -> str:
-    return "<0.1 %" if 0 < fraction < 5e-4 else f"{100 * fraction:.1f} %"
 
 
 def _fitted(pen: _Pen, name: str, ending: str, width: int) -> str:
