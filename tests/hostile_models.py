@@ -214,6 +214,12 @@ def _node(rng: Random, model: onnx.ModelProto) -> onnx.NodeProto:
     return rng.choice(model.graph.node) if model.graph.node else model.graph.node.add()
 
 
+def _set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+
+
 def _operator(rng: Random, model: onnx.ModelProto) -> None:
     kinds = ["Loop", "If", "Scan", "ConstantOfShape", "Expand", "Tile", "Range", "Identity", "MatMul", "Softmax",
              "Conv", "Resize", "Reshape", "Gather", "Transpose", "NonZero", "Einsum", "EyeLike", "RandomNormal",
@@ -223,8 +229,8 @@ def _operator(rng: Random, model: onnx.ModelProto) -> None:
 
 
 def _domain(rng: Random, model: onnx.ModelProto) -> None:
-    known = ["com.microsoft", "hpddrnet", "ai.onnx.ml", "trt", "evil", "ai.onnx.training"]
-    _node(rng, model).domain = rng.choice(known)
+    domains = ["com.microsoft", "hpddrnet", "ai.onnx.ml", "trt", "evil", "ai.onnx.training"]
+    _node(rng, model).domain = rng.choice(domains)
 
 
 def _attribute(rng: Random, model: onnx.ModelProto) -> None:
@@ -256,10 +262,7 @@ def _wiring(rng: Random, model: onnx.ModelProto) -> None:
 def _order(rng: Random, model: onnx.ModelProto) -> None:
     nodes = list(model.graph.node)
     rng.shuffle(nodes)
-    keep = nodes if rng.random() < 0.5 else nodes[: len(nodes) // 2]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in keep]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
+    _set_nodes(model, nodes if rng.random() < 0.5 else nodes[: len(nodes) // 2])
 
 
 def _weights(rng: Random, model: onnx.ModelProto) -> None:
@@ -337,8 +340,7 @@ def _functions(rng: Random, model: onnx.ModelProto) -> None:
     model.opset_import.append(helper.make_opsetid("evil", 1))
     node = _node(rng, model)
     if node.input and node.output:
-        call = helper.make_node("f0", [node.input[0]], [node.output[0]], domain="evil")
-        node.CopyFrom(call)
+        node.CopyFrom(helper.make_node("f0", [node.input[0]], [node.output[0]], domain="evil"))
 
 
 def _graphs_in_graphs(rng: Random, model: onnx.ModelProto) -> None:
@@ -369,9 +371,7 @@ def _endless(_: Random, model: onnx.ModelProto) -> None:
         for place, name in enumerate(node.input):
             if name == source:
                 node.input[place] = "looped"
-    rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend([loop, *rest])
+    _set_nodes(model, [loop, *model.graph.node])
 
 
 def _bomb(rng: Random, model: onnx.ModelProto) -> None:
@@ -417,9 +417,8 @@ def write_case(kind: str, number: int, seeds: Seeds, folder: Path) -> Path:
         else:
             content = damaged_bytes(rng, content)
             if rng.random() < 0.5:  # by someone who knows how to write descriptions
-                record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
                 fields = json.loads(description)
-                fields["engine"] |= record
+                fields["engine"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
                 description = json.dumps(fields).encode()
         sidecar_path(target).write_bytes(description)
     elif kind == "description":

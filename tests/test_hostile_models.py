@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -144,13 +144,11 @@ def _simulated_gpu(onnx_file: Path) -> Iterator[None]:
 
     runtime = mock.Mock(deserialize_cuda_engine=load, spec_set=["deserialize_cuda_engine", "engine_host_code_allowed"])
     library.api.module.Runtime = lambda log: runtime
-    with ExitStack() as stack:
-        for target, value in (
-            ("hpddrnet_trt.engines.cuda.cudart", cuda),
-            ("hpddrnet_trt.engines.cuda.cuda_driver", cuda),
-        ):  # fmt: skip
-            stack.enter_context(mock.patch(target, lambda value=value: value))
-        stack.enter_context(mock.patch.object(tensorrt, "load_tensorrt", return_value=library.api))
+    with (
+        mock.patch.object(cuda_memory, "cudart", return_value=cuda),
+        mock.patch.object(cuda_memory, "cuda_driver", return_value=cuda),
+        mock.patch.object(tensorrt, "load_tensorrt", return_value=library.api),
+    ):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from hpddrnet_trt.core.manifest import Manifest
@@ -90,7 +91,7 @@ def write_loud(path: Path) -> Path:
 
 
 def small_model(
-    nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], shape: tuple[int, ...], channels: int = 3
+    nodes: list[onnx.NodeProto], constants: Mapping[str, npt.ArrayLike], shape: tuple[int, ...], channels: int = 3
 ) -> onnx.ModelProto:
     """FP32 ``image`` of ``shape`` in, ``logits`` out."""
     graph = helper.make_graph(
@@ -98,6 +99,6 @@ def small_model(
         "g",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, (shape[0], channels, *shape[2:]))],
-        constants,
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

@@ -24,6 +24,7 @@ from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.graph.model import save_model
+from hpddrnet_trt.graph.nodes import copied
 from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.result import Segmentation
@@ -160,7 +161,7 @@ class AccuracyEvaluator:
         rounded = uses_half(model)
         with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
             run = manifest.replace(precision="int8" if manifest.quantized_for else "fp32") if rounded else manifest
-            path = save_model(simulate_rounding(model) if rounded else _copy(model), Path(folder) / "it.onnx", run)
+            path = save_model(simulate_rounding(model) if rounded else copied(model), Path(folder) / "it.onnx", run)
             with Segmenter(OnnxRuntimeEngine(path, threads=self._threads)) as candidate:
                 accuracy = self.score(candidate, title)
         return replace(accuracy, runtime=f"{accuracy.runtime}, {RUNTIME_REMARK}") if rounded else accuracy
@@ -226,12 +227,3 @@ def _tile_of(result: Segmentation) -> tuple[int, int] | None:
 
 def _how(tile: tuple[int, int] | None) -> str:
     return "whole" if tile is None else f"in tiles of {tile[0]} x {tile[1]}"
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Saving writes the description into the graph: the caller's stays as it is."""
-    import onnx
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy

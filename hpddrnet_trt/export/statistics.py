@@ -26,6 +26,7 @@ from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export.histograms import BINS, Statistics, histogram, merge
 from hpddrnet_trt.export.images import Crop, inputs
 from hpddrnet_trt.export.statistics_cache import Cache, StatisticsCache
+from hpddrnet_trt.graph.nodes import copied
 
 SAMPLES = 65_536  # values per tensor and crop that enter its histogram
 _FORMAT = 1  # of kept statistics: raise it when the same input would give others
@@ -112,11 +113,8 @@ class _Probe:
     """A session that reduces each named tensor to its extremes and, on request, an even sample."""
 
     def __init__(self, model: Any, tensors: Sequence[str], *, sampled: bool) -> None:
-        import onnx
-
         self._tensors = tensors
-        graph = onnx.ModelProto()
-        graph.CopyFrom(model)
+        graph = copied(model)
         self._input: str = graph.graph.input[0].name
         _reduce_tensors(graph.graph, tensors)
         if sampled:

@@ -22,7 +22,7 @@ from hpddrnet_trt.core.manifest import InputContract, Manifest, ValidationRecord
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey
-from hpddrnet_trt.graph.nodes import class_scores
+from hpddrnet_trt.graph.nodes import class_scores, copied
 
 if TYPE_CHECKING:
     import onnx
@@ -112,8 +112,7 @@ def _with_scores(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
     """A copy of ``model`` that also gives the scores before they are enlarged, and their name."""
     onnx = require("onnx", "export", "check the exported file")
     scores = class_scores(model.graph)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     copy.graph.output.append(onnx.helper.make_tensor_value_info(scores, onnx.TensorProto.FLOAT, None))
     return copy, scores
 

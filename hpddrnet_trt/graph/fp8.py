@@ -70,22 +70,17 @@ def to_fp8(quantized: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelPro
             if name not in weights:
                 raise UsageError(f"the FP32 graph holds no weights called {name!r}; give the one that was quantised")
             axis = int_attribute(node, "axis", 1)
-            _quantize_weights(entries[stored], entries[scale], weights[name].astype(np.float32), axis)
+            values = weights[name].astype(np.float32)
+            steps = weight_steps(values, axis)
+            store(entries[scale], steps)
+            store(entries[stored], _rounded(values / along(steps, axis, values.ndim)))
         elif scale not in done:
             steps = numpy_helper.to_array(entries[scale]) * np.float32(_INT8_MAX / E4M3_MAX)
             store(entries[scale], half_scale(steps))
         done.add(scale)
         if entries[zero].data_type != TensorProto.FLOAT8E4M3FN:
-            _store_fp8(entries[zero], np.zeros(list(entries[zero].dims), np.float32))
+            store(entries[zero], _rounded(np.zeros(list(entries[zero].dims), np.float32)))
     return result
-
-
-def _quantize_weights(
-    stored: onnx.TensorProto, scale: onnx.TensorProto, weights: npt.NDArray[np.float32], axis: int
-) -> None:
-    steps = weight_steps(weights, axis)
-    store(scale, steps)
-    _store_fp8(stored, weights / along(steps, axis, weights.ndim))
 
 
 def weight_steps(weights: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
@@ -105,13 +100,6 @@ def weight_steps(weights: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.
         error = np.square(_rounded(weights / scale).astype(np.float32) * scale - weights).sum(axis=others)
         best, best_error = np.where(error < best_error, steps, best), np.minimum(error, best_error)
     return best
-
-
-def _store_fp8(entry: onnx.TensorProto, values: npt.NDArray[np.float32]) -> None:
-    from onnx import TensorProto, helper
-
-    rounded = _rounded(values)
-    entry.CopyFrom(helper.make_tensor(entry.name, TensorProto.FLOAT8E4M3FN, rounded.shape, rounded.tobytes(), raw=True))
 
 
 def _rounded(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:

@@ -158,41 +158,42 @@ def analyze(model: onnx.ModelProto, kept: Collection[str] = ()) -> QdqReport:
     """Check a quantised graph; ``kept``: convolutions that a mixed-precision search left in floating point."""
     graph = QuantizedGraph(model)
     checker = RuleChecker(graph)
-    groups = _float_groups(graph)
-    regions = [_Region(graph, group) for group in groups if not _runs_in_eight_bits(graph, group)]
-    reformats = [*checker.reformats, *(entry for region in regions for entry in region.reformats())]
+    int8_groups, float_groups = [], []
+    for group in _groups(graph):
+        (int8_groups if _runs_in_eight_bits(graph, group) else float_groups).append(group)
+    regions = [_float_region(graph, group) for group in float_groups]
+    reformats = list(checker.reformats)
+    for region, group in zip(regions, float_groups, strict=True):
+        reformats += _border(graph, group, region.name)
     inside = set().union(*(block.members for block in graph.blocks))
+    stages = []
+    for block in graph.blocks:
+        kinds = {graph.precision(node) for node in block.convolutions}
+        stages.append(
+            Stage(
+                name=_module(block.sum.name) or block.sum.name,
+                convolutions=tuple(node.name for node in block.convolutions),
+                precision=kinds.pop() if len(kinds) == 1 else "mixed",
+                violations=tuple(entry for node, entry in checker.violations if id(node) in block.members),
+                reformats=tuple(entry for sides, entry in reformats if sides <= block.members),
+            )
+        )
     return QdqReport(
         convolutions=tuple(
             Convolution(node.name, graph.precision(node), _reason(graph, node, kept)) for node in graph.convolutions
         ),
-        stages=tuple(
-            Stage(
-                _module(block.sum.name) or block.sum.name,
-                tuple(node.name for node in block.convolutions),
-                _common({graph.precision(node) for node in block.convolutions}),
-                tuple(entry for node, entry in checker.violations if id(node) in block.members),
-                tuple(entry for sides, entry in reformats if sides <= block.members),
-            )
-            for block in graph.blocks
-        ),
-        float_regions=tuple(FloatRegion(region.name, region.reason, region.operators) for region in regions),
+        stages=tuple(stages),
+        float_regions=tuple(regions),
         violations=tuple(entry for node, entry in checker.violations if id(node) not in inside),
         reformats=tuple(
             entry for sides, entry in reformats if not any(sides <= block.members for block in graph.blocks)
         ),
-        int8_operators=dict(
-            Counter(node.op_type for group in groups if _runs_in_eight_bits(graph, group) for node in group)
-        ),
+        int8_operators=dict(Counter(node.op_type for group in int8_groups for node in group)),
     )
 
 
 def _module(name: str) -> str:
     return name.rpartition("/")[0]
-
-
-def _common(kinds: set[str]) -> str:
-    return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
 # ---------------------------------------------------------------------------------- the rules
@@ -236,15 +237,14 @@ class RuleChecker:
             self._break(node, "bias", "its bias is quantised")
         for quantizer in graph.quantizers(node.output[0]) if graph.is_quantized(node) else ():
             # A pair between the convolution and the ReLU or sum that could be in its kernel.
-            behind = graph.behind(quantizer)
-            if len(behind) == 1 and behind[0].op_type == "Relu":
-                self._break(node, "weighted output", f"a pair stands between it and {behind[0].name}")
-            elif (
-                len(behind) == 1
-                and graph.is_sum(behind[0])
-                and not any(kernel.sum is behind[0] for kernel in graph.kernels)
-            ):
-                self._break(node, "weighted output", f"a pair stands between it and the sum {behind[0].name}")
+            readers = graph.behind(quantizer)
+            reader = readers[0] if len(readers) == 1 else None
+            if reader is None:
+                continue
+            if reader.op_type == "Relu":
+                self._break(node, "weighted output", f"a pair stands between it and {reader.name}")
+            elif graph.is_sum(reader) and not any(kernel.sum is reader for kernel in graph.kernels):
+                self._break(node, "weighted output", f"a pair stands between it and the sum {reader.name}")
 
     def _kernel(self, kernel: Kernel) -> None:
         graph = self.graph
@@ -291,7 +291,7 @@ class RuleChecker:
 # ------------------------------------------------------------------------ unquantized regions
 
 
-def _float_groups(graph: QuantizedGraph) -> list[list[Any]]:
+def _groups(graph: QuantizedGraph) -> list[list[Any]]:
     """Operators on the image that are neither pairs nor in a quantised kernel, in connected groups.
 
     Two are connected when one reads the other's result, or both the floating-point result of one kernel.
@@ -356,43 +356,39 @@ def _runs_in_eight_bits(graph: QuantizedGraph, group: Sequence[Any]) -> bool:
     )
 
 
-class _Region:
-    """One unquantized region: what it is called, why it is one, and the conversions at its border."""
+def _float_region(graph: QuantizedGraph, group: Sequence[Any]) -> FloatRegion:
+    """What an unquantized group of operators is called, and why it is one."""
+    operators = dict(Counter(node.op_type for node in group))
+    roles: dict[str, tuple[str, str]] = {}  # by module
+    for node in group:
+        part = group_of(node.name)
+        if graph.inputs.intersection(node.input):
+            roles[_module(node.name)] = _UNQUANTIZED["input"]
+        elif part in _UNQUANTIZED:
+            roles["output" if part == "output" else block_of(node.name)] = _UNQUANTIZED[part]
+    modules = [_module(node.name) or node.name for node in group if node.op_type != "Cast"]
+    named = [f"{module} ({role})" if module else role for module, (role, _) in roles.items()]
+    reason = "; ".join(dict.fromkeys(reason for _, reason in roles.values()))
+    if not roles:
+        convolves = "Conv" in operators
+        reason = "its convolution is in floating point" if convolves else "its values are not quantised on both sides"
+    return FloatRegion(" + ".join(named) or (modules or [group[0].name])[0], reason, operators)
 
-    def __init__(self, graph: QuantizedGraph, group: Sequence[Any]) -> None:
-        self._graph, self._group = graph, group
-        self.operators = dict(Counter(node.op_type for node in group))
-        roles: dict[str, tuple[str, str]] = {}  # by module
-        for node in group:
-            part = group_of(node.name)
-            if graph.inputs.intersection(node.input):
-                roles[_module(node.name)] = _UNQUANTIZED["input"]
-            elif part in _UNQUANTIZED:
-                roles["output" if part == "output" else block_of(node.name)] = _UNQUANTIZED[part]
-        modules = [_module(node.name) or node.name for node in group if node.op_type != "Cast"]
-        named = [f"{module} ({role})" if module else role for module, (role, _) in roles.items()]
-        self.name = " + ".join(named) or (modules or [group[0].name])[0]
-        if "Conv" in self.operators and not roles:
-            self.reason = "its convolution is in floating point"
-        else:
-            reasons = dict.fromkeys(reason for _, reason in roles.values())
-            self.reason = "; ".join(reasons) or "its values are not quantised on both sides"
 
-    def reformats(self) -> Iterator[tuple[frozenset[int], Reformat]]:
-        """Conversions at its border, one per tensor, with the ids of the nodes on both sides."""
-        graph, seen = self._graph, set()
-        for node, name in _entering(graph, self._group):
-            if graph.dequantizer(name) is not None and name not in seen:
-                seen.add(name)
-                source = graph.source(name)
-                sides = frozenset({id(graph.maker.get(source)), id(node)})
-                yield sides, Reformat("dequantise", source, f"into {self.name}")
-        for node, name, outside in _leaving(graph, self._group):
-            for quantizer in outside:
-                if quantizer.op_type == "QuantizeLinear":
-                    behind = graph.behind(quantizer)
-                    reader = behind[0] if len(behind) == 1 else quantizer
-                    yield frozenset({id(node), id(reader)}), Reformat("quantise", name, f"out of {self.name}")
+def _border(graph: QuantizedGraph, group: Sequence[Any], region: str) -> Iterator[tuple[frozenset[int], Reformat]]:
+    """Conversions at the border of an unquantized region, one per tensor, with the ids of the nodes on both sides."""
+    seen: set[str] = set()
+    for node, name in _entering(graph, group):
+        if graph.dequantizer(name) is not None and name not in seen:
+            seen.add(name)
+            source = graph.source(name)
+            yield frozenset({id(graph.maker.get(source)), id(node)}), Reformat("dequantise", source, f"into {region}")
+    for node, name, outside in _leaving(graph, group):
+        for quantizer in outside:
+            if quantizer.op_type == "QuantizeLinear":
+                behind = graph.behind(quantizer)
+                reader = behind[0] if len(behind) == 1 else quantizer
+                yield frozenset({id(node), id(reader)}), Reformat("quantise", name, f"out of {region}")
 
 
 def _reason(graph: QuantizedGraph, node: Any, kept: Collection[str]) -> str:

@@ -99,6 +99,15 @@ def initializers(graph: onnx.GraphProto) -> dict[str, npt.NDArray[np.generic]]:
     return {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
 
 
+def stored_constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Tensor name to its values as the file stores them: of initialisers and of Constant nodes."""
+    stored = {entry.name: entry for entry in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            stored.update((node.output[0], entry.t) for entry in node.attribute if entry.name == "value")
+    return stored
+
+
 def int_attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     """An integer attribute of a node, or the operator's default."""
     return next((int(entry.i) for entry in node.attribute if entry.name == name), default)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.precisions import BY_ONNX_TYPE
-from hpddrnet_trt.graph.nodes import consumers, enlarges, producers
+from hpddrnet_trt.graph.nodes import consumers, enlarges, producers, stored_constants
 
 if TYPE_CHECKING:
     import onnx
@@ -44,11 +44,7 @@ class QuantizedGraph:
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
         self.nodes = list(graph.node)
-        self.entries = {entry.name: entry for entry in graph.initializer}
-        for node in self.nodes:
-            value = next((entry.t for entry in node.attribute if entry.name == "value"), None)
-            if node.op_type == "Constant" and value is not None:
-                self.entries[node.output[0]] = value
+        self.entries = stored_constants(graph)
         self.maker = producers(graph)
         self._readers = consumers(graph)
         self.inputs = {entry.name for entry in graph.input} - self.entries.keys()
@@ -134,20 +130,19 @@ class QuantizedGraph:
         ends = {id(block.sum): block.end for block in self.blocks}
         kernels, taken = [], set()
         for node in filter(self.is_quantized, self.convolutions):
-            result, other, parts = node.output[0], "", []
+            result, summed, other, parts = node.output[0], None, "", []
             total = self._only_reader(result)
             if total is not None and self.is_sum(total) and id(total) not in taken:
-                other = next(name for name in total.input if name != result)
-                if self.is_quantized(ends.get(id(total), self.made_by(other, "Conv") or node)):
-                    result = total.output[0]
+                operand = next(name for name in total.input if name != result)
+                if self.is_quantized(ends.get(id(total), self.made_by(operand, "Conv") or node)):
+                    result, summed, other = total.output[0], total, operand
                     taken.add(id(total))
                     parts.append(total)
             reader = self._only_reader(result)
             if reader is not None and reader.op_type == "Relu":
                 result = reader.output[0]
                 parts.append(reader)
-            takes = bool(parts) and parts[0] is total and total.op_type == "Add"
-            kernels.append(Kernel(node, tuple(parts), result, total if takes else None, other if takes else ""))
+            kernels.append(Kernel(node, tuple(parts), result, summed, other))
         return kernels
 
     def _block(self, total: Any, slot: int) -> Block | None:

@@ -108,16 +108,20 @@ class _Rewriting:
 
     def convert(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """What takes the node's place, in order."""
+        from onnx import helper
+
         if node.op_type == "DequantizeLinear" and node.input[0] in self.constants:
             self._store_dequantized(node)
             return
         if node.op_type == "QuantizeLinear" and self.types[node.output[0]] == self.fp8:
-            yield from self._quantize_fp8(node)
+            scaled = f"{node.output[0]}.scaled"
+            yield helper.make_node("Div", node.input[:2], [scaled], node.name)
+            yield _cast(scaled, node.output[0], self.fp8, saturate=1)
             return
         if node.op_type == "DequantizeLinear" and self.types[node.input[0]] == self.fp8:
             wide = f"{node.output[0]}.wide"
-            scaled = _node("Mul", [wide, node.input[1]], node.output[0], node.name)
-            parts = [_cast(node.input[0], wide, self.fp32), scaled]
+            product = helper.make_node("Mul", [wide, node.input[1]], node.output, node.name)
+            parts = [_cast(node.input[0], wide, self.fp32), product]
         else:
             self._widen(node)
             parts = [node]
@@ -143,10 +147,8 @@ class _Rewriting:
         return node.op_type in _EXACT
 
     def _is_quantized_product(self, node: onnx.NodeProto) -> bool:
-        made = [self.producers.get(name) for name in node.input[:2]]
-        return node.op_type in _PRODUCTS and all(
-            maker is not None and maker.op_type == "DequantizeLinear" for maker in made
-        )
+        makers = [self.producers[name].op_type for name in node.input[:2] if name in self.producers]
+        return node.op_type in _PRODUCTS and makers == ["DequantizeLinear"] * 2
 
     def _store_dequantized(self, node: onnx.NodeProto) -> None:
         """A quantised constant, as the values that the node would give."""
@@ -163,11 +165,6 @@ class _Rewriting:
 
             values = values.astype(tensor_dtype_to_np_dtype(kind)).astype(np.float32)
         self.graph.initializer.append(numpy_helper.from_array(values, name))
-
-    def _quantize_fp8(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-        scaled = f"{node.output[0]}.scaled"
-        yield _node("Div", node.input[:2], scaled, node.name)
-        yield _cast(scaled, node.output[0], self.fp8, saturate=1)
 
     def _widen(self, node: onnx.NodeProto) -> None:
         for attribute in node.attribute:
@@ -187,9 +184,3 @@ def _cast(source: str, target: str, kind: int, **attributes: Any) -> onnx.NodePr
     node = cast(source, target, kind, **attributes)
     node.name = f"{target}/rounding/Cast"  # the typed graph's own cast to this tensor has the other name
     return node
-
-
-def _node(operator: str, inputs: Any, output: str, name: str) -> onnx.NodeProto:
-    from onnx import helper
-
-    return helper.make_node(operator, list(inputs), [output], name)

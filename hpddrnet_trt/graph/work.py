@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError, UserError, require
-from hpddrnet_trt.graph.nodes import copied, int_attribute
+from hpddrnet_trt.graph.nodes import copied, int_attribute, stored_constants
 
 if TYPE_CHECKING:
     import onnx
@@ -131,13 +131,8 @@ class Sizes:
 
         self.shapes: dict[str, Shape] = {} if outer is None else dict(outer.shapes)
         self.values: dict[str, Values] = {} if outer is None else dict(outer.values)
-        constants = {entry.name: entry for entry in graph.initializer}
-        self.shapes.update((name, tuple(entry.dims)) for name, entry in constants.items())
-        for node in graph.node:
-            value = next((entry.t for entry in node.attribute if entry.name == "value"), None)
-            if node.op_type == "Constant" and value is not None:
-                constants[node.output[0]] = value
-        for name, entry in constants.items():
+        for name, entry in stored_constants(graph).items():
+            self.shapes[name] = tuple(entry.dims)
             if math.prod(entry.dims) <= _SMALL:
                 self.values[name] = numpy_helper.to_array(entry)
         for entry in [*graph.input, *graph.value_info, *graph.output]:
@@ -166,7 +161,12 @@ def at_size(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.ModelProto:
     """
     onnx = require("onnx", "export", "count a network's operations")
     fixed = copied(model)
-    _set_input(fixed.graph.input[0], shape)
+    axes = fixed.graph.input[0].type.tensor_type.shape.dim
+    if len(axes) != len(shape) or any(axis.dim_value not in (0, size) for axis, size in zip(axes, shape, strict=True)):
+        wanted = "x".join(axis.dim_param or str(axis.dim_value) for axis in axes)
+        raise UsageError(f"the graph takes {wanted}, not {'x'.join(map(str, shape))}")
+    for axis, size in zip(axes, shape, strict=True):
+        axis.dim_value = size
     for entry in fixed.graph.initializer:  # inference serialises the model anew each time
         if len(entry.raw_data) > 8 * _SMALL:
             entry.ClearField("raw_data")
@@ -180,15 +180,6 @@ def at_size(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.ModelProto:
         fixed = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
         if not _compute_sizes(fixed.graph):
             return fixed
-
-
-def _set_input(entry: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
-    axes = entry.type.tensor_type.shape.dim
-    if len(axes) != len(shape) or any(axis.dim_value not in (0, size) for axis, size in zip(axes, shape, strict=True)):
-        wanted = "x".join(axis.dim_param or str(axis.dim_value) for axis in axes)
-        raise UsageError(f"the graph takes {wanted}, not {'x'.join(map(str, shape))}")
-    for axis, size in zip(axes, shape, strict=True):
-        axis.dim_value = size
 
 
 def _compute_sizes(graph: onnx.GraphProto) -> bool:

@@ -177,7 +177,7 @@ class Scripted:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_values_that_are_finite_come_before_labels_that_are_right(named: bool) -> None:
-    constants = [numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), name) for name in ("v", "w")]
+    constants = {name: np.ones((3, 3, 1, 1), np.float32) for name in ("v", "w")}
     nodes = [
         helper.make_node("Conv", ["image", "v"], ["a"], "one/Conv" if named else ""),
         helper.make_node("Conv", ["a", "w"], ["b"], "two/Conv" if named else ""),

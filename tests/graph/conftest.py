@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 import pytest
 
-from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.nodes import fold_constants, name_nodes
+from tests.graph import residual_onnx
 
 SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
 
@@ -26,6 +26,4 @@ def shipped() -> Any:
 @pytest.fixture(scope="session")
 def quantized(shipped: Any) -> Any:
     """The same with INT8 pairs for TensorRT and invented ranges; not to be changed."""
-    plan = qdq.plan(shipped, "tensorrt")
-    ranges = {name: (-1.0, 2.0 + index / 10) for index, name in enumerate(plan.tensors)}
-    return qdq.quantize(shipped, "tensorrt", plan, ranges)
+    return residual_onnx.quantized(shipped)

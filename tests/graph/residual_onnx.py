@@ -22,6 +22,7 @@ from hpddrnet_trt.core.manifest import (
     NetworkConfig,
     OutputContract,
 )
+from hpddrnet_trt.graph import qdq
 
 QUANTISABLE = ("stem", "first", "second", "shortcut", "classifier")  # convolutions of feature maps
 GATE = "gate"
@@ -147,3 +148,10 @@ def fusion_model() -> onnx.ModelProto:
         constants,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def quantized(model: onnx.ModelProto, plan: qdq.Plan | None = None) -> onnx.ModelProto:
+    """``model`` with INT8 pairs for TensorRT (where ``plan`` says, else everywhere) and invented ranges."""
+    plan = plan or qdq.plan(model, "tensorrt")
+    ranges = {name: (-1.0, 2.0 + index / 10) for index, name in enumerate(plan.tensors)}
+    return qdq.quantize(model, "tensorrt", plan, ranges)

@@ -21,9 +21,10 @@ from hpddrnet_trt.export.statistics import extremes
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import E4M3_MAX, suits_fp8, to_fp8
 from hpddrnet_trt.graph.model import load_model, save_model
-from hpddrnet_trt.graph.nodes import fold_constants, initializers, tensor_types
+from hpddrnet_trt.graph.nodes import copied, fold_constants, initializers, store, tensor_types
 from hpddrnet_trt.graph.precision import half_scale, to_half
 from hpddrnet_trt.graph.rounding import simulate_rounding, uses_half
+from tests.graph.parsed_rtx import Parsed
 from tests.graph.residual_onnx import QUANTISABLE, residual_model
 
 FP8, FP16 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT16
@@ -99,9 +100,8 @@ def test_weights_are_rounded_from_fp32_per_channel(made: Made) -> None:
         found = stored.astype(np.float32) * steps.reshape(-1, 1, 1, 1)
         errors = [np.square(values - kernel).sum(axis=(1, 2, 3)) for values in (found, rounded)]
         assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
-        back = stored.astype(np.float32) * steps.reshape(-1, 1, 1, 1)
         smallest = steps.reshape(-1, 1, 1, 1) * 2.0**-9  # spacing of subnormals
-        assert (np.abs(back - kernel) <= np.maximum(np.abs(kernel) * 2.0**-4, smallest / 2) * (1 + 1e-3)).all()
+        assert (np.abs(found - kernel) <= np.maximum(np.abs(kernel) * 2.0**-4, smallest / 2) * (1 + 1e-3)).all()
 
 
 def test_scales_survive_fp16(made: Made) -> None:
@@ -110,11 +110,10 @@ def test_scales_survive_fp16(made: Made) -> None:
         if node.op_type == "DequantizeLinear":
             assert after[node.input[1]].dtype == np.float16
             np.testing.assert_array_equal(after[node.input[1]].astype(np.float32), before[node.input[1]])
-    tiny = onnx.ModelProto()
-    tiny.CopyFrom(made.model)
+    tiny = copied(made.model)
     for entry in tiny.graph.initializer:
         if entry.name == "second.weight":
-            entry.CopyFrom(numpy_helper.from_array(1e-3 * numpy_helper.to_array(entry), entry.name))
+            store(entry, 1e-3 * numpy_helper.to_array(entry))
     stored = initializers(to_fp8(made.int8, tiny).graph)
     steps = stored["second.weight_scale"]
     assert (steps < 2.0**-14).all()  # subnormal FP16 numbers
@@ -137,15 +136,15 @@ def test_labels_survive(made: Made, tmp_path: Path) -> None:
 
 
 def test_convolutions_without_a_fast_kernel() -> None:
-    def node(**attributes: Any) -> onnx.NodeProto:
-        return helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
+    def suits(*kernel: int, **attributes: Any) -> bool:
+        return suits_fp8(helper.make_node("Conv", ["x", "w"], ["y"], **attributes), kernel)
 
-    assert suits_fp8(node(), [64, 32, 3, 3])
-    assert suits_fp8(node(group=1), [17, 17, 5, 5])
-    assert not suits_fp8(node(), [64, 16, 3, 3])
-    assert not suits_fp8(node(), [3, 64, 1, 1])
-    assert not suits_fp8(node(), [64, 64, 7, 7])  # 49 taps
-    assert not suits_fp8(node(group=64), [64, 64, 3, 3])
+    assert suits(64, 32, 3, 3)
+    assert suits(17, 17, 5, 5, group=1)
+    assert not suits(64, 16, 3, 3)
+    assert not suits(3, 64, 1, 1)
+    assert not suits(64, 64, 7, 7)  # 49 taps
+    assert not suits(64, 64, 3, 3, group=64)
 
 
 def test_layers_of_the_shipped_network() -> None:
@@ -160,13 +159,11 @@ def test_layers_of_the_shipped_network() -> None:
 
 
 def test_refusals(made: Made) -> None:
-    old = onnx.ModelProto()
-    old.CopyFrom(made.int8)
+    old = copied(made.int8)
     old.opset_import[0].version = 18
     with pytest.raises(UsageError, match="opset 19 or later"):
         to_fp8(old, made.model)
-    other = onnx.ModelProto()
-    other.CopyFrom(made.model)
+    other = copied(made.model)
     del other.graph.initializer[:]
     with pytest.raises(UsageError, match=r"no weights called 'stem\.weight'"):
         to_fp8(made.int8, other)
@@ -174,22 +171,9 @@ def test_refusals(made: Made) -> None:
 
 @pytest.mark.parametrize(("target", "builds"), [(None, True), ("SM89", True), ("SM86", False)])
 def test_tensorrt_rtx(made: Made, target: str | None, builds: bool) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    content = to_half(made.fp8).SerializeToString()
-    assert parser.parse(content), [str(parser.get_error(index)) for index in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    profile.set_shape("image", (1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 128, 128))
-    config.add_optimization_profile(profile)
-    if target is not None:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target), 0)
-    assert (builder.build_serialized_network(network, config) is not None) == builds
-    proof = report_from_network(trt, network, (1, 1, 64, 64))
+    parsed = Parsed(to_half(made.fp8))
+    assert (parsed.build((1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 128, 128), target=target) is not None) == builds
+    proof = report_from_network(parsed.trt, parsed.network, (1, 1, 64, 64))
     assert proof["convolutions"] == {"fp8": len(QUANTISABLE), "fp16": 1}  # the gate's stays
     check_report(proof, "fp8", "it")
 

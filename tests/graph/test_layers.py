@@ -18,13 +18,20 @@ from hpddrnet_trt.graph.attention import as_function, in_blocks
 from hpddrnet_trt.graph.layers import GROUPS, block_of, group_of, group_times, short, tensor_owners
 from hpddrnet_trt.models.network import HPDDRNet, network_config
 
-SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
 PARTS = GROUPS[:-2]
+
+
+OWNERS = {
+    "relu_13": "backbone.spatial_branch_layers.0.0.conv1/Relu",
+    "getitem_30": "backbone.spp.shortcut.bn/BatchNormalization",
+    "sigmoid": "backbone.ecas.0/Sigmoid",
+}
 
 
 @pytest.mark.parametrize(
     ("name", "group"),
     [
+        # nodes of an exported file
         ("backbone.stem.0.conv.conv/Conv", "stem"),
         ("backbone.spatial_branch_layers.1.0/Add", "spatial branch"),
         ("backbone.context_branch_layers.2.0.conv3.conv/Conv", "context branch"),
@@ -48,15 +55,7 @@ PARTS = GROUPS[:-2]
         ("", "other"),
         ("heading/Conv", "other"),
         ("outputs", "other"),
-    ],
-)
-def test_names_of_nodes(name: str, group: str) -> None:
-    assert group_of(name) == group
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
+        # TensorRT, as NVIDIA's documentation and tools print them; no GPU was there to profile on
         ("backbone.stem.0.conv.conv/Conv + backbone.stem.0/Relu", "stem"),
         # The sum that a branch's convolution takes in joins the branches: the time is the convolution's.
         ("backbone/Add_10 + backbone.compression_1.conv/Conv + backbone/Relu_4", "bilateral fusion"),
@@ -81,16 +80,7 @@ def test_names_of_nodes(name: str, group: str) -> None:
         ("__myl_Fc_myl0_1 [ONNX Layer: backbone.sps.0.query/MatMul]", "position attention"),
         ("__myl_TranReshMove_myl0_1", "other"),
         ("labels", "output"),
-    ],
-)  # fmt: skip
-def test_names_of_tensorrt(name: str, group: str) -> None:
-    """As NVIDIA's documentation and tools print them; no GPU was there to profile on."""
-    assert group_of(name) == group
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
+        # OpenVINO
         ("backbone.stem.1.conv/Conv/WithoutBiases", "stem"),
         ("output.full_size/Resize_bf16_acdb_f32_abcd_TopK_1077", "conversions"),
         ("backbone.sps.0.cnn/Conv/WithoutBiases_acdb_abcd_backbone.sps.0/Reshape_2", "conversions"),
@@ -102,15 +92,7 @@ def test_names_of_tensorrt(name: str, group: str) -> None:
         ("backbone/Add_13,head.0.bn/BatchNormalization,Multiply_20039,head.0/Relu,relu_46_QuantizeLinear", "head"),
         ("TopK_1077", "output"),
         ("Multiply_47884", "other"),
-    ],
-)
-def test_names_of_openvino(name: str, group: str) -> None:
-    assert group_of(name) == group
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
+        # ONNX Runtime
         ("relu_13_nchwc_kernel_time", "spatial branch"),
         ("getitem_30_bn_nchwc", "pyramid"),
         ("InsertedPrecisionFreeCast_sigmoid_nchwc", "channel attention"),
@@ -123,14 +105,9 @@ def test_names_of_openvino(name: str, group: str) -> None:
         ("/MatmulTransposeFusion/_token_1", "position attention"),
         ("unknown_nchwc", "other"),
     ],
-)
-def test_names_of_onnxruntime(name: str, group: str) -> None:
-    owners = {
-        "relu_13": "backbone.spatial_branch_layers.0.0.conv1/Relu",
-        "getitem_30": "backbone.spp.shortcut.bn/BatchNormalization",
-        "sigmoid": "backbone.ecas.0/Sigmoid",
-    }
-    assert group_of(name, owners) == group
+)  # fmt: skip
+def test_names(name: str, group: str) -> None:
+    assert group_of(name, OWNERS) == group
 
 
 def test_modules_of_pytorch() -> None:
@@ -206,9 +183,8 @@ def _assert_all_parts(times: dict[str, float], owners: dict[str, str]) -> None:
     assert list(sums) == [group for group in GROUPS if group in sums]
 
 
-def test_every_node_of_the_trained_network_has_a_part() -> None:
-    graph = onnx.load(str(SHIPPED)).graph
-    found = {node.name: group_of(node.name) for node in graph.node if node.name}
+def test_every_node_of_the_trained_network_has_a_part(shipped: Any) -> None:
+    found = {node.name: group_of(node.name) for node in shipped.graph.node}
     assert set(found.values()) >= set(PARTS)
     assert [name for name, group in found.items() if group == "other"] == []
 
@@ -220,9 +196,9 @@ def test_any_name_goes_somewhere_and_no_time_is_lost(times: dict[str, float]) ->
     assert sum(sums.values()) == pytest.approx(sum(times.values()))
 
 
-def test_only_onnx_files_know_their_tensors(tmp_path: Path) -> None:
+def test_only_onnx_files_know_their_tensors(graphs: dict[str, Path], tmp_path: Path) -> None:
     assert tensor_owners(tmp_path / "model.engine") == {}
-    assert tensor_owners(SHIPPED)["relu_13"] == "backbone.spatial_branch_layers.0.0.conv1/Relu"
+    assert tensor_owners(graphs["fp32"])["relu_13"] == "backbone.spatial_branch_layers.0.0.conv1/Relu"
 
 
 @pytest.mark.parametrize(

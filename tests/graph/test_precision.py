@@ -31,6 +31,7 @@ from hpddrnet_trt.graph.precision import (
     to_half,
 )
 from hpddrnet_trt.graph.rounding import simulate_rounding
+from tests.graph.parsed_rtx import Parsed
 from tests.tiny_export import small_model, write_loud
 
 FP32, FP16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
@@ -81,32 +82,23 @@ def test_everything_is_fp16_but_what_needs_more(half: onnx.ModelProto) -> None:
     }  # fmt: skip
 
 
-def test_attention_is_bf16_throughout(half: onnx.ModelProto) -> None:
-    graph = half.graph
+@pytest.mark.parametrize("scores", ["bf16", "fp32"])
+def test_attention_is_wider_than_fp16(half: onnx.ModelProto, source: Path, scores: str) -> None:
+    """BF16 throughout; with FP32 scores the product with the values is FP16 again."""
+    graph = half.graph if scores == "bf16" else in_type(to_half(load_model(source)[0]), "fp32").graph
     made, readers = producers(graph), consumers(graph)
     softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
     assert len(softmaxes) == 2
     for softmax in softmaxes:
-        product, (mix,) = made[softmax.input[0]], readers[softmax.output[0]]
-        assert (product.op_type, mix.op_type) == ("MatMul", "MatMul")  # and no cast between the three
-        for name in (*product.input, mix.input[1]):
-            assert (made[name].op_type, made[name].attribute[0].i) == ("Cast", BF16)
-        (after,) = readers[mix.output[0]]
-        assert (after.op_type, after.attribute[0].i) == ("Cast", FP16)
-
-
-def test_scores_can_stay_in_fp32(source: Path) -> None:
-    graph = in_type(to_half(load_model(source)[0]), "fp32").graph
-    made, readers = producers(graph), consumers(graph)
-    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
-    assert len(softmaxes) == 2
-    for softmax in softmaxes:
-        product = made[softmax.input[0]]
+        product, (after,) = made[softmax.input[0]], readers[softmax.output[0]]
         assert product.op_type == "MatMul"  # and no cast between the two
-        for name in product.input:
-            assert made[name].op_type == "Cast"
-            assert made[name].attribute[0].i == FP32
-        (after,) = readers[softmax.output[0]]
+        read = list(product.input)
+        if scores == "bf16":
+            assert after.op_type == "MatMul"  # nor between these
+            read.append(after.input[1])
+            (after,) = readers[after.output[0]]
+        for name in read:
+            assert (made[name].op_type, made[name].attribute[0].i) == ("Cast", {"bf16": BF16, "fp32": FP32}[scores])
         assert (after.op_type, after.attribute[0].i) == ("Cast", FP16)
 
 
@@ -123,8 +115,7 @@ def test_the_image_is_normalized_in_fp32_and_rounded_once(half: onnx.ModelProto)
 
 def test_a_sum_of_grey_levels_and_features_is_no_normalization() -> None:
     """The image's own channels may be joined; what a convolution made of it ends the normalisation."""
-    weight = numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "w")
-    half = numpy_helper.from_array(np.array(0.5, np.float32), "h")
+    constants = {"w": np.ones((3, 3, 1, 1), np.float32), "h": np.float32(0.5)}
     nodes = [
         helper.make_node("Mul", ["image", "h"], ["scaled"], "scaled"),
         helper.make_node("Shape", ["image"], ["size"], "size"),
@@ -136,7 +127,7 @@ def test_a_sum_of_grey_levels_and_features_is_no_normalization() -> None:
         helper.make_node("Concat", ["grey", "scaled"], ["both"], "both", axis=1),
         helper.make_node("Concat", ["both", "product"], ["logits"], "all", axis=1),
     ]
-    model = small_model(nodes, [weight, half], (1, 3, 4, 4), channels=9)
+    model = small_model(nodes, constants, (1, 3, 4, 4), channels=9)
     assert normalization_nodes(model.graph) == {"scaled", "grey", "both"}
 
 
@@ -181,8 +172,8 @@ def test_named_nodes_and_oversized_weights_stay(source: Path) -> None:
 
 
 def test_float_input_and_logits_stay_fp32() -> None:
-    weight = numpy_helper.from_array(np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1), "w")
-    model = small_model([helper.make_node("Conv", ["image", "w"], ["logits"], "c")], [weight], (1, 3, 4, 4))
+    constants = {"w": np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1)}
+    model = small_model([helper.make_node("Conv", ["image", "w"], ["logits"], "c")], constants, (1, 3, 4, 4))
     result = to_half(model)
     onnx.checker.check_model(result, full_check=True)
     assert [node.op_type for node in result.graph.node] == ["Cast", "Conv", "Cast"]
@@ -193,9 +184,9 @@ def test_float_input_and_logits_stay_fp32() -> None:
 
 
 def test_weight_read_in_both_types_is_stored_twice() -> None:
-    weight = numpy_helper.from_array(np.full((3, 1, 1), 0.5, np.float32), "w")
+    constants = {"w": np.full((3, 1, 1), 0.5, np.float32)}
     nodes = [helper.make_node("Max", ["image", "w"], ["a"], "m"), helper.make_node("Add", ["a", "w"], ["logits"], "s")]
-    result = to_half(small_model(nodes, [weight], (1, 3, 4, 4)), ["s"])
+    result = to_half(small_model(nodes, constants, (1, 3, 4, 4)), ["s"])
     assert {entry.name: entry.data_type for entry in result.graph.initializer} == {"w": FP32, "w.fp16": FP16}
     (got,) = run(result, np.ones((1, 3, 4, 4), np.float32))
     np.testing.assert_allclose(got, 1.5, atol=1e-3)
@@ -206,13 +197,9 @@ def test_explicit_int8_graph() -> None:
     rng = np.random.default_rng(0)
     scales = np.array([1e-2, 3e-6], np.float32)  # the second is below the smallest normal FP16 number
     stored = rng.integers(-127, 128, (2, 3, 1, 1)).astype(np.int8)
-    constants = [
-        numpy_helper.from_array(np.array(0.02, np.float32), "sx"),
-        numpy_helper.from_array(np.array(0, np.int8), "zx"),
-        numpy_helper.from_array(stored, "w"),
-        numpy_helper.from_array(scales, "sw"),
-        numpy_helper.from_array(np.zeros(2, np.int8), "zw"),
-    ]
+    constants = {
+        "sx": np.float32(0.02), "zx": np.int8(0), "w": stored, "sw": scales, "zw": np.zeros(2, np.int8),
+    }  # fmt: skip
     nodes = [
         helper.make_node("QuantizeLinear", ["image", "sx", "zx"], ["q"], "q"),
         helper.make_node("DequantizeLinear", ["q", "sx", "zx"], ["x"], "dx"),
@@ -292,52 +279,33 @@ def test_bf16_constants_are_rounded_to_nearest(source: Path, brain: onnx.ModelPr
 
 
 def test_bf16_explicit_int8_graph() -> None:
-    constants = [
-        numpy_helper.from_array(np.array(0.02, np.float32), "s"),
-        numpy_helper.from_array(np.array(0, np.int8), "z"),
-        numpy_helper.from_array(np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1), "w"),
-    ]
+    """BF16 leaves the class scores' convolution in FP32: no Cast may part it from what dequantises for it."""
+    constants = {
+        "s": np.float32(0.02), "z": np.int8(0), "w": np.eye(3, dtype=np.float32)[..., None, None],
+        "sr": np.float32(0.021), "sw": np.array([0.013, 0.017, 0.019], np.float32),
+        "zw": np.zeros(3, np.int8), "wl": np.diag([50, 60, 70]).astype(np.int8)[..., None, None],
+    }  # fmt: skip
     nodes = [
         helper.make_node("QuantizeLinear", ["image", "s", "z"], ["q"], "q"),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["x"], "d"),
         helper.make_node("Conv", ["x", "w"], ["c"], "c"),
         helper.make_node("Relu", ["c"], ["r"], "r"),
-        helper.make_node("Conv", ["r", "w"], ["logits"], "last"),
-    ]
-    result = to_half(small_model(nodes, constants, (1, 3, 4, 4)), kind="bf16")
-    onnx.checker.check_model(result, full_check=True)
-    types = tensor_types(result)
-    assert {types[name] for name in ("s", "x", "c", "r")} == {BF16}
-    assert types["q"] == TensorProto.INT8
-    assert types["logits"] == FP32
-
-
-def test_a_quantized_convolution_in_fp32_keeps_its_pairs() -> None:
-    """BF16 leaves the class scores' convolution in FP32: no Cast may part it from what dequantises for it."""
-    constants = [
-        numpy_helper.from_array(np.array(0.021, np.float32), "s"),
-        numpy_helper.from_array(np.array(0, np.int8), "z"),
-        numpy_helper.from_array(np.array([0.013, 0.017, 0.019], np.float32), "sw"),
-        numpy_helper.from_array(np.zeros(3, np.int8), "zw"),
-        numpy_helper.from_array(np.diag([50, 60, 70]).astype(np.int8).reshape(3, 3, 1, 1), "w"),
-    ]
-    nodes = [
-        helper.make_node("Relu", ["image"], ["r"], "r"),
-        helper.make_node("QuantizeLinear", ["r", "s", "z"], ["q"], "q"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["x"], "d"),
-        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["k"], "dw", axis=0),
-        helper.make_node("Conv", ["x", "k"], ["logits"], "last"),
+        helper.make_node("QuantizeLinear", ["r", "sr", "z"], ["qr"], "qr"),
+        helper.make_node("DequantizeLinear", ["qr", "sr", "z"], ["xr"], "dr"),
+        helper.make_node("DequantizeLinear", ["wl", "sw", "zw"], ["k"], "dw", axis=0),
+        helper.make_node("Conv", ["xr", "k"], ["logits"], "last"),
     ]
     result = to_half(small_model(nodes, constants, (1, 3, 4, 4)), kind="bf16")
     onnx.checker.check_model(result, full_check=True)
     made, types = producers(result.graph), tensor_types(result)
+    assert {types[name] for name in ("s", "x", "c", "r")} == {BF16}
+    assert types["q"] == TensorProto.INT8
     last = made["logits"]
     assert [made[name].op_type for name in last.input] == ["DequantizeLinear"] * 2
     assert {types[name] for name in [*last.input, *last.output]} == {FP32}
-    assert types["r"] == BF16
     # Both sides of the pair have one scale, the one that BF16 can hold.
     values = {entry.name: numpy_helper.to_array(entry) for entry in result.graph.initializer}
-    quantized, dequantized = (values[made[name].input[1]].astype(np.float32) for name in ("q", "x"))
+    quantized, dequantized = (values[made[name].input[1]].astype(np.float32) for name in ("qr", "xr"))
     assert quantized == dequantized != np.float32(0.021)
 
 
@@ -368,13 +336,8 @@ def test_casts_of_constants_are_folded() -> None:
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_tensorrt_rtx_parses_and_builds(half: onnx.ModelProto, brain: onnx.ModelProto, kind: str) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    content = {"fp16": half, "bf16": brain}[kind].SerializeToString()
-    assert parser.parse(content), [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    parsed = Parsed({"fp16": half, "bf16": brain}[kind])
+    trt, network = parsed.trt, parsed.network
     types = [network.get_layer(i).get_output(0).dtype for i in range(network.num_layers)]
     assert types.count({"fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16}[kind]) > 0.8 * len(types)
     proof = report_from_network(trt, network, (1, 1, 64, 96))
@@ -383,4 +346,4 @@ def test_tensorrt_rtx_parses_and_builds(half: onnx.ModelProto, brain: onnx.Model
     assert proof["convolutions"].get("fp32", 0) == (2 if kind == "bf16" else 0)
     operands = {name for row in proof["layers"] for name in row["operands"]}
     assert operands == {"BF16", {"fp16": "HALF", "bf16": "FLOAT"}[kind]}
-    assert builder.build_serialized_network(network, builder.create_builder_config()) is not None
+    assert parsed.build() is not None

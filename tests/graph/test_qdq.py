@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -14,7 +13,7 @@ from onnx import numpy_helper
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.lint import analyze
 from hpddrnet_trt.graph.nodes import name_nodes
-from tests.graph.residual_onnx import QUANTISABLE, STAGE, fusion_model, residual_model
+from tests.graph.residual_onnx import QUANTISABLE, STAGE, fusion_model, quantized, residual_model
 
 # Fixtures of module scope are the same for every example.
 _shared_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -22,23 +21,14 @@ _shared_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_f
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return _named(residual_model(tmp_path_factory.mktemp("plan") / "model.onnx"))
+    model = onnx.load(str(residual_model(tmp_path_factory.mktemp("plan") / "model.onnx")))
+    name_nodes(model)
+    return model
 
 
 @pytest.fixture(scope="module")
 def fusion() -> Any:
     return fusion_model()
-
-
-def _named(path: Path) -> Any:
-    model = onnx.load(str(path))
-    name_nodes(model)
-    return model
-
-
-def _quantized(model: Any, plan: qdq.Plan) -> Any:
-    ranges = {name: (-1.0, 2.0 + index / 10) for index, name in enumerate(plan.tensors)}
-    return qdq.quantize(model, "tensorrt", plan, ranges)
 
 
 def _scales(model: Any) -> dict[str, float]:
@@ -60,11 +50,11 @@ def test_fusion_of_two_branches(fusion: Any) -> None:
     plan = qdq.plan(fusion, "tensorrt")
     assert set(plan.shortcuts) == {"x", "stage", "small", "deeper_relu", "upsampled", "pooled"}
     assert plan.shared == (("stage", "stage_relu"),)
-    quantized = _quantized(fusion, plan)
-    scales = _scales(quantized)
+    eight = quantized(fusion, plan)
+    scales = _scales(eight)
     assert scales["stage"] == scales["stage_relu"]
     assert len(set(scales.values())) == len(scales) - 1
-    found = analyze(quantized)
+    found = analyze(eight)
     assert not found.all_violations
     assert found.stage_reformats == 0
     assert [stage.name for stage in found.stages] == [STAGE, "deeper"]
@@ -106,7 +96,7 @@ def test_any_subset_is_sound(model: Any, fusion: Any, data: st.DataObject) -> No
     assert set(plan.nodes) == names
     assert set(plan.tensors) <= set(full.tensors)
     assert {name for group in plan.shared for name in group} <= set(plan.tensors)
-    found = analyze(_quantized(source, plan), kept=set(full.nodes) - names)
+    found = analyze(quantized(source, plan), kept=set(full.nodes) - names)
     assert {entry.name for entry in found.convolutions if entry.precision == "int8"} == names
     assert not found.all_violations
 

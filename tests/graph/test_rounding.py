@@ -24,7 +24,7 @@ from hpddrnet_trt.export.onnx import store_in_half
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.attention import in_type as attention_in_type
 from hpddrnet_trt.graph.model import load_model
-from hpddrnet_trt.graph.nodes import tensor_types
+from hpddrnet_trt.graph.nodes import copied, tensor_types
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.rounding import simulate_rounding, uses_half
 from tests.graph.residual_onnx import residual_model
@@ -277,8 +277,7 @@ def test_what_needs_simulation(float_model: onnx.ModelProto) -> None:
     assert uses_half(to_half(float_model, kind="bf16"))
     assert uses_half(to_half(quantized(float_model)))
     assert not uses_half(quantized(float_model))
-    stored = onnx.ModelProto()
-    stored.CopyFrom(float_model)
+    stored = copied(float_model)
     store_in_half(stored)
     assert FP16 in {entry.data_type for entry in stored.graph.initializer}
     assert not uses_half(stored)

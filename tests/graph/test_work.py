@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,17 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.export.layer_precision import report_from_network
 from hpddrnet_trt.export.onnx import name_after_modules, quiet
 from hpddrnet_trt.graph.attention import BLOCK_ROWS, as_function, in_blocks
 from hpddrnet_trt.graph.fp8 import to_fp8
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.work import macs_and_bytes
 from hpddrnet_trt.models.network import HPDDRNet, ScaledDotProduct, network_config
+from tests.graph.parsed_rtx import Parsed
 from tests.graph.residual_onnx import fusion_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
 TOTALS = {"hpddrnet-23-slim": (24.70, 24_700_585_088), "ddrnet-23-slim": (18.12, 18_123_915_264)}
 CLASSES = 3
 
@@ -248,19 +247,11 @@ def test_the_model_is_left_as_it_is(shipped: Any) -> None:
 # --- operations
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is missing")
 @pytest.mark.parametrize("shape", [(1, 1, 1024, 1024), (2, 1, 256, 384)])
-def test_multiply_accumulates_are_those_of_the_parsed_network(shape: tuple[int, ...]) -> None:
-    import tensorrt_rtx as trt
-
-    from hpddrnet_trt.export.layer_precision import report_from_network
-
-    logger = trt.Logger(trt.Logger.ERROR)
-    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse(SHIPPED.read_bytes())
-    proof = report_from_network(trt, network, shape)
-    work = macs_and_bytes(onnx.load(str(SHIPPED)), shape)
+def test_multiply_accumulates_are_those_of_the_parsed_network(shipped: Any, shape: tuple[int, ...]) -> None:
+    parsed = Parsed(shipped)
+    proof = report_from_network(parsed.trt, parsed.network, shape)
+    work = macs_and_bytes(shipped, shape)
     assert {name: entry.macs for name, entry in work.items() if entry.macs} == {
         layer["name"]: layer["macs"] for layer in proof["layers"]
     }
