@@ -158,7 +158,8 @@ def analyze(model: onnx.ModelProto, kept: Collection[str] = ()) -> QdqReport:
     """Check a quantised graph; ``kept``: convolutions that a mixed-precision search left in floating point."""
     graph = QuantizedGraph(model)
     checker = RuleChecker(graph)
-    int8_groups, float_groups = [], []
+    int8_groups: list[list[Any]] = []
+    float_groups: list[list[Any]] = []
     for group in _groups(graph):
         (int8_groups if _runs_in_eight_bits(graph, group) else float_groups).append(group)
     regions = [_float_region(graph, group) for group in float_groups]
