@@ -197,3 +197,14 @@ def test_budgets() -> None:
 def test_senseless_budgets(limits: dict[str, float], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Budget(**limits)
+
+
+@pytest.mark.parametrize(
+    ("budget", "inside", "beyond"),
+    [(Budget(max_miou_drop=1.0), 0.009, 0.011), (Budget(min_agreement=0.95), 0.049, 0.051)],
+)
+def test_a_budget_ends_where_it_says(budget: Budget, inside: float, beyond: float) -> None:
+    assert budget.kept_by(accuracy(inside))
+    assert budget.breaches(accuracy(inside)) == []
+    assert not budget.kept_by(accuracy(beyond))
+    assert len(budget.breaches(accuracy(beyond))) == 1
