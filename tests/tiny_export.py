@@ -61,7 +61,7 @@ def write_int8(path: Path, **options: Any) -> Path:
 def pictures(folder: Path, count: int, height: int = 64, width: int = 96) -> list[Path]:
     """Simulated micrographs."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{seed}.png" for seed in range(count)]
+    paths = [folder / f"{seed:02d}.png" for seed in range(count)]
     for seed, path in enumerate(paths):
         Image.fromarray(simulate(height, width, seed)[0]).save(path)
     return paths

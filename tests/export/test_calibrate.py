@@ -27,6 +27,7 @@ from hpddrnet_trt.export.ranges import METHODS
 from hpddrnet_trt.graph import fp8, qdq
 from hpddrnet_trt.weights import locate
 from tests.graph.residual_onnx import GATE, QUANTISABLE, residual_model
+from tests.tiny_export import pictures
 from tests.tiny_onnx import tiny_model
 
 SIZE = 96
@@ -53,12 +54,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Twelve simulated micrographs."""
-    folder = tmp_path_factory.mktemp("micrographs")
-    paths = [folder / f"{seed:02d}.png" for seed in range(12)]
-    for seed, path in enumerate(paths):
-        Image.fromarray(simulate(SIZE, SIZE, seed)[0]).save(path)
-    return paths
+    return pictures(tmp_path_factory.mktemp("micrographs"), 12, SIZE, SIZE)
 
 
 @pytest.fixture(scope="module")

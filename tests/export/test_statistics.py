@@ -45,6 +45,7 @@ from hpddrnet_trt.export.statistics import extremes, measure
 from hpddrnet_trt.export.statistics_cache import StatisticsCache, cache_folder
 from hpddrnet_trt.graph.nodes import name_nodes
 from tests.graph.residual_onnx import residual_model
+from tests.tiny_export import pictures
 
 SIZE = 96
 TENSORS = ["grey", "stem_out", "shortcut", "scores"]
@@ -137,12 +138,7 @@ def test_bytes_of_other_tensors_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Six simulated micrographs."""
-    folder = tmp_path_factory.mktemp("micrographs")
-    paths = [folder / f"{seed:02d}.png" for seed in range(6)]
-    for seed, path in enumerate(paths):
-        Image.fromarray(simulate(SIZE, SIZE, seed)[0]).save(path)
-    return paths
+    return pictures(tmp_path_factory.mktemp("micrographs"), 6, SIZE, SIZE)
 
 
 @pytest.fixture(scope="module")
