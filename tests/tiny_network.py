@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from hpddrnet_trt.core.manifest import ClassInfo, Manifest, NetworkConfig
-from hpddrnet_trt.models.foreign import distinct_colors
+from hpddrnet_trt.core.manifest import ClassInfo, Manifest, NetworkConfig, default_palette
 from hpddrnet_trt.models.network import HPDDRNet
 
 
@@ -36,6 +35,6 @@ def lively(network: HPDDRNet) -> HPDDRNet:
 
 
 def tiny_manifest(network: HPDDRNet, **changes: Any) -> Manifest:
-    colours = distinct_colors(network.config.num_classes)
+    colours = default_palette(network.config.num_classes)
     classes = [ClassInfo(name=f"phase {i}", color=colour) for i, colour in enumerate(colours)]
     return Manifest(network=network.config, classes=classes, **changes)

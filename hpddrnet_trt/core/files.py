@@ -121,6 +121,15 @@ def existing_file(path: str | Path, what: str) -> Path:
     return path
 
 
+def read_file(path: str | Path, what: str) -> bytes:
+    """A file's content; :class:`BadInputFile` when there is none or it may not be read."""
+    path = existing_file(path, what)
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions") from exc
+
+
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's content, as lower-case hexadecimal."""
     return digest_of(path, "sha256")

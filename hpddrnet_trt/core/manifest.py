@@ -11,6 +11,7 @@ for memory that no model needs.
 
 from __future__ import annotations
 
+import colorsys
 import json
 import struct
 from math import prod
@@ -59,6 +60,23 @@ class ClassInfo(_Record):
 
     name: str = Field(min_length=1, max_length=1000)
     color: tuple[ColorValue, ColorValue, ColorValue]
+
+
+# Distinguishable also with colour-vision deficiency (after M. Okabe and K. Ito, 2008).
+_BASE_COLORS = (
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
+    (86, 180, 233), (213, 94, 0), (240, 228, 66), (90, 90, 90),
+)  # fmt: skip
+
+
+def default_palette(count: int) -> list[tuple[int, int, int]]:
+    """``count`` distinguishable RGB colours (0..255); the first are always the same."""
+    colors = list(_BASE_COLORS[:count])
+    for place in range(len(colors), count):
+        hue = (place * 0.618034) % 1.0  # golden ratio: neighbours in the list are far apart in hue
+        red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (place % 2), 0.6 + 0.15 * (place % 3))
+        colors.append((round(red * 255), round(green * 255), round(blue * 255)))
+    return colors
 
 
 class Normalization(_Record):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.files import atomic_path
-from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.data.datasets import (
     FILE_NAME,
     SPLITS,
@@ -28,7 +28,6 @@ from hpddrnet_trt.data.datasets import (
     Sample,
     SplitFiles,
     SplitStatistics,
-    default_palette,
     description_of,
     detect_layout,
     infer_classes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
-from hpddrnet_trt.core.files import existing_file, sha256_of, write_text
-from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
+from hpddrnet_trt.core.files import read_file, sha256_of, write_text
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
 from hpddrnet_trt.data.micrograph import Micrograph, read_mask, read_micrograph, to_grey8
 
@@ -26,12 +25,6 @@ log = logging.getLogger(__name__)
 FILE_NAME = "dataset.json"
 Layout = Literal["folders", "cityscapes"]
 SPLITS = ("train", "val", "test")
-
-# Distinguishable also with colour-vision deficiency (after M. Okabe and K. Ito, 2008).
-_BASE_COLORS = (
-    (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167),
-    (86, 180, 233), (213, 94, 0), (240, 228, 66), (90, 90, 90),
-)  # fmt: skip
 
 
 class _Lenient(BaseModel):
@@ -114,26 +107,14 @@ def _mask_values(classes: list[DescribedClass]) -> list[int]:
     return [place if entry.index is None else entry.index for place, entry in enumerate(classes)]
 
 
-def default_palette(count: int) -> list[tuple[int, int, int]]:
-    """``count`` distinguishable RGB colours (0..255); the first are always the same."""
-    colors = list(_BASE_COLORS[:count])
-    for place in range(len(colors), count):
-        hue = (place * 0.618034) % 1.0  # golden ratio: neighbours in the list are far apart in hue
-        red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (place % 2), 0.6 + 0.15 * (place % 3))
-        colors.append((round(red * 255), round(green * 255), round(blue * 255)))
-    return colors
-
-
 def read_description(path: str | Path) -> DatasetDescription:
     """Read a ``dataset.json``; :class:`BadInputFile` says what is wrong with it."""
-    path = existing_file(path, "dataset description")
+    content = read_file(path, "dataset description")
     try:
-        return DatasetDescription.model_validate_json(path.read_bytes())
+        return DatasetDescription.model_validate_json(content)
     except ValidationError as exc:
         problem = first_problem(exc, "content")
         raise BadInputFile(f"{path} is not a valid dataset description ({problem}); correct it") from exc
-    except OSError as exc:
-        raise BadInputFile(f"{path} cannot be read ({exc.strerror})") from exc
 
 
 def description_of(root: Path) -> DatasetDescription:

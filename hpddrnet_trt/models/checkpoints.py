@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, one_line, require
-from hpddrnet_trt.core.files import existing_file, write_bytes
+from hpddrnet_trt.core.files import existing_file, read_file, sha256_of, write_bytes
 from hpddrnet_trt.core.manifest import (
     METADATA_KEY,
     ClassInfo,
@@ -27,6 +27,7 @@ from hpddrnet_trt.core.manifest import (
     Manifest,
     NetworkConfig,
     Normalization,
+    default_palette,
     parse_manifest,
 )
 from hpddrnet_trt.models.foreign import (
@@ -34,21 +35,10 @@ from hpddrnet_trt.models.foreign import (
     ForeignCheckpoint,
     described_classes,
     described_normalization,
-    distinct_colors,
     infer_config,
     read_foreign,
 )
 from hpddrnet_trt.models.network import HPDDRNet
-
-__all__ = [
-    "ForeignCheckpoint",
-    "convert_checkpoint",
-    "load_any_checkpoint",
-    "load_backbone_weights",
-    "load_checkpoint",
-    "read_foreign",
-    "save_checkpoint",
-]
 
 SUFFIX = ".safetensors"
 _COUNTER = ".num_batches_tracked"
@@ -87,8 +77,8 @@ def load_checkpoint(path: str | Path) -> tuple[HPDDRNet, Manifest]:
     Raises :class:`BadInputFile` when the file is missing, damaged, without a description, or when
     its weights do not fit the network it describes.
     """
-    path = existing_file(path, "checkpoint")
-    content = _read(path)
+    path = Path(path)
+    content = read_file(path, "checkpoint")
     weights, metadata = _parse(content, path)
     if METADATA_KEY not in metadata:
         raise BadInputFile(
@@ -106,7 +96,7 @@ def load_any_checkpoint(path: str | Path) -> tuple[HPDDRNet, Manifest]:
     if not _is_foreign(path):
         return load_checkpoint(path)
     network, manifest = _from_foreign(read_foreign(path), path.stem, None, None)
-    return network, manifest.replace(checkpoint_sha256=hashlib.sha256(_read(path)).hexdigest())
+    return network, manifest.replace(checkpoint_sha256=sha256_of(path))
 
 
 def convert_checkpoint(
@@ -134,7 +124,7 @@ def convert_checkpoint(
     written = save_checkpoint(target, network, manifest)
     for remark in manifest.remarks:
         log.info("%s: %s", source, remark)
-    return manifest.replace(checkpoint_sha256=hashlib.sha256(_read(written)).hexdigest())
+    return manifest.replace(checkpoint_sha256=sha256_of(written))
 
 
 def load_backbone_weights(network: HPDDRNet, path: str | Path) -> list[str]:
@@ -152,11 +142,14 @@ def load_backbone_weights(network: HPDDRNet, path: str | Path) -> list[str]:
         checkpoint = read_foreign(path)
         given, remarks = checkpoint.state_dict, list(checkpoint.remarks)
     else:
-        given, _ = _parse(_read(path), path)
+        given, _ = _parse(read_file(path, "checkpoint"), path)
     if any(key.startswith("backbone.") for key in given):
         given = {key[len("backbone.") :]: value for key, value in given.items() if key.startswith("backbone.")}
     expected = network.backbone.state_dict()
-    absent = tuple(part for part in _SEGMENTATION_ONLY if _has(expected, part) and not _has(given, part))
+    absent = tuple(
+        part for part in _SEGMENTATION_ONLY
+        if any(key.startswith(part) for key in expected) and not any(key.startswith(part) for key in given)
+    )  # fmt: skip
     if absent:
         expected = {key: value for key, value in expected.items() if not key.startswith(absent)}
         remarks.append(f"not in the file, trained from their initial values: {', '.join(part[:-1] for part in absent)}")
@@ -167,10 +160,6 @@ def load_backbone_weights(network: HPDDRNet, path: str | Path) -> list[str]:
     weights = _fitting(expected, wanted, f"the backbone of {network.config.name}", path)
     network.backbone.load_state_dict(weights, strict=False)  # completeness was checked above
     return remarks
-
-
-def _has(names: Mapping[str, Tensor], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
 
 
 def _from_foreign(
@@ -215,7 +204,7 @@ def _class_table(
     if names is None and described is None:
         remarks.append("the file names no classes; they are numbered")
     chosen = names or [entry.name for entry in described or []] or [f"class {index}" for index in range(count)]
-    colors = palette or [entry.color for entry in described or []] or distinct_colors(count)
+    colors = palette or [entry.color for entry in described or []] or default_palette(count)
     try:
         return [ClassInfo(name=name, color=color) for name, color in zip(chosen, colors, strict=True)]
     except ValidationError as exc:
@@ -267,13 +256,6 @@ def _is_foreign(path: Path) -> bool:
     with path.open("rb") as stream:
         head = stream.read(9)
     return head.startswith(ZIP_MAGIC) or (head[:1] == b"\x80" and head[8:9] != b"{")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions") from exc
 
 
 def _parse(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,7 +13,6 @@ PyTorch 1.6, and the older stream of pickles and storages, which published mmseg
 from __future__ import annotations
 
 import ast
-import colorsys
 import io
 import math
 import pickle
@@ -29,9 +28,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hpddrnet_trt.core.errors import BadInputFile, one_line
-from hpddrnet_trt.core.files import existing_file
-from hpddrnet_trt.core.manifest import ClassInfo, NetworkConfig, Normalization
+from hpddrnet_trt.core.errors import BadInputFile, first_problem, one_line
+from hpddrnet_trt.core.files import existing_file, read_file
+from hpddrnet_trt.core.manifest import ClassInfo, NetworkConfig, Normalization, default_palette
 
 MAX_FILE_BYTES = 4 << 30
 MAX_OPCODES = 5_000_000
@@ -106,10 +105,7 @@ def read_torch_file(path: Path) -> Any:
     """
     if path.stat().st_size > MAX_FILE_BYTES:
         raise BadInputFile(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB, too large for a checkpoint")
-    try:
-        data = path.read_bytes()
-    except OSError as exc:
-        raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions") from exc
+    data = read_file(path, "checkpoint")
     if not data.startswith((ZIP_MAGIC, b"\x80")):
         raise BadInputFile(
             f"{path} is not a PyTorch checkpoint (neither a zip archive nor a pickle); "
@@ -252,15 +248,14 @@ def infer_config(checkpoint: ForeignCheckpoint) -> NetworkConfig:
             pam="fusion" if any(name.startswith("backbone.sps.") for name in weights) else "none",
         )
     except ValidationError as exc:
-        first = exc.errors()[0]
         raise BadInputFile(
-            f"{checkpoint.path} describes an impossible network ({first['loc'][0]}: {first['msg']})"
+            f"{checkpoint.path} describes an impossible network ({first_problem(exc, 'network')})"
         ) from exc
 
 
 def described_classes(meta: dict[Any, Any]) -> list[ClassInfo] | None:
     """Class names and palette from ``meta``, as mmengine (``dataset_meta``) or mmcv (``CLASSES``) write
-    them; None where absent or not usable. Classes without a colour get one of :func:`distinct_colors`."""
+    them; None where absent or not usable. Classes without a colour get one of the default palette."""
     dataset = meta.get("dataset_meta")
     source = dataset if isinstance(dataset, dict) else meta
     names = source.get("classes", source.get("CLASSES"))
@@ -271,20 +266,10 @@ def described_classes(meta: dict[Any, Any]) -> list[ClassInfo] | None:
     try:
         return [
             ClassInfo(name=name, color=color)
-            for name, color in zip(names, colors or distinct_colors(len(names)), strict=True)
+            for name, color in zip(names, colors or default_palette(len(names)), strict=True)
         ]
     except ValidationError:
         return None
-
-
-def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """``count`` RGB colours that differ well: hues a golden angle apart, bright and dark in turn."""
-    colors = []
-    for index in range(count):
-        value = 230 if index % 2 == 0 else 150
-        red, green, blue = colorsys.hsv_to_rgb((index * 0.618034) % 1.0, 0.85, value)
-        colors.append((round(red), round(green), round(blue)))
-    return colors
 
 
 def described_normalization(meta: dict[Any, Any]) -> Normalization | None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import BadInputFile, MissingDependency, UserError, require
-from hpddrnet_trt.core.files import atomic_path, check_writable, existing_file, sha256_of, write_bytes, write_text
+from hpddrnet_trt.core.files import atomic_path, check_writable, existing_file, read_file, sha256_of, write_bytes, write_text
 
 
 def test_write_and_replace(tmp_path: Path) -> None:
@@ -88,13 +88,21 @@ def test_a_folder_is_tried_before_it_is_needed(tmp_path: Path, monkeypatch: pyte
         check_writable(tmp_path)
 
 
-def test_existing_file(tmp_path: Path) -> None:
+def test_existing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_bytes(tmp_path / "file", b"")
     assert existing_file(str(path), "image") == path
     with pytest.raises(BadInputFile, match=r"image .*none does not exist; check the path"):
         existing_file(tmp_path / "none", "image")
     with pytest.raises(BadInputFile, match=r"image .* is not a file"):
         existing_file(tmp_path, "image")
+    assert read_file(path, "image") == path.read_bytes()
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(BadInputFile, match=r"cannot be read \(Permission denied\)"):
+        read_file(path, "image")
 
 
 @given(st.binary(max_size=3_000_000))

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.manifest import METADATA_KEY, DataRecord, Normalization, read_manifest
 from hpddrnet_trt.models.checkpoints import (
     convert_checkpoint,
     load_any_checkpoint,
     load_backbone_weights,
     load_checkpoint,
-    read_foreign,
     save_checkpoint,
 )
-from hpddrnet_trt.models.foreign import described_classes, described_normalization, distinct_colors
+from hpddrnet_trt.models.foreign import described_classes, described_normalization, read_foreign
 from hpddrnet_trt.models.network import HPDDRNet
 from tests.tiny_network import tiny_manifest, tiny_network
 
@@ -126,9 +124,6 @@ def test_saving_refuses_nonsense(tmp_path: Path, network: HPDDRNet) -> None:
     with pytest.raises(UsageError, match="hpddrnet-4ch with 4 classes, the network is hpddrnet-4ch with 3"):
         save_checkpoint(tmp_path / "a.safetensors", network, other)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*a\.safetensors"):
-        save_checkpoint(tmp_path / "file" / "a.safetensors", network, tiny_manifest(network))
 
 
 def with_header(content: bytes, change: Any) -> bytes:
@@ -204,15 +199,13 @@ def test_damaged_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataOb
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
 @pytest.mark.parametrize("under", ["state_dict", "model", None])
 def test_layouts(tmp_path: Path, network: HPDDRNet, prefix: str, under: str | None) -> None:
-    path = foreign(tmp_path / "theirs.pth", weights_of(network), prefix=prefix, under=under)
+    weights = weights_of(network)
+    if under is None:  # older files have no batch counters
+        weights = {name: value for name, value in weights.items() if "num_batches" not in name}
+    path = foreign(tmp_path / "theirs.pth", weights, prefix=prefix, under=under)
     loaded, manifest = load_any_checkpoint(path)
     assert manifest.network == network.config
     assert same_output(network, loaded)
-
-
-def test_batch_counters_may_be_absent(tmp_path: Path, network: HPDDRNet) -> None:
-    weights = {name: value for name, value in weights_of(network).items() if "num_batches" not in name}
-    assert same_output(network, load_any_checkpoint(foreign(tmp_path / "a.pth", weights))[0])
 
 
 @pytest.mark.parametrize(
@@ -323,16 +316,6 @@ def test_other_checkpoints(tmp_path: Path, content: Any, message: str) -> None:
         load_any_checkpoint(tmp_path / "a.pth")
 
 
-def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
-    for content in (b"", b"text", b"\x80", b"PK\x03\x04"):
-        (tmp_path / "a.bin").write_bytes(content)
-        with pytest.raises(BadInputFile, match=r"a\.bin"):
-            load_any_checkpoint(tmp_path / "a.bin")
-    for load in (load_checkpoint, load_any_checkpoint):
-        with pytest.raises(BadInputFile, match="does not exist"):
-            load(tmp_path / "none")
-
-
 def test_ours_is_known_by_content(tmp_path: Path, network: HPDDRNet) -> None:
     """Also when the length of its header begins with the first byte of a pickle."""
     path = save_checkpoint(tmp_path / "a.safetensors", network, tiny_manifest(network))
@@ -362,13 +345,10 @@ def test_ours_is_known_by_content(tmp_path: Path, network: HPDDRNet) -> None:
         ("img_norm_cfg = dict(mean=MEAN, std=STD)", None),
         ("img_norm_cfg = __import__('os').abort()", None),
         ("path = '\\d'\nimg_norm_cfg = dict(mean=[1, 2, 3], std=[4, 5, 6])", (1.0, 2.0, 3.0)),
-        ("model = dict(", None),
         ("x = \0", None),
         ("x = " + "(" * 100_000, None),
-        ("x = " + "-" * 100_000 + "1", None),
         ("x = 1" + "+1" * 100_000, None),
         ("x = 1\n" * 300_000, None),
-        (None, None),
         (7, None),
     ],
     ids=lambda value: str(value)[:40],
@@ -394,14 +374,6 @@ def test_normalisation_of_configurations(cfg: Any, mean: tuple[float, ...] | Non
 def test_described_classes(meta: dict[str, Any], names: list[str] | None) -> None:
     classes = described_classes(meta)
     assert ([entry.name for entry in classes] if classes is not None else None) == names
-
-
-@given(st.integers(0, 255))
-def test_colours_are_colours(count: int) -> None:
-    colours = distinct_colors(count)
-    assert len(colours) == count
-    assert all(0 <= value <= 255 for colour in colours for value in colour)
-    assert len(set(colours[:60])) == len(colours[:60])
 
 
 # --- Pretrained backbones
@@ -478,30 +450,3 @@ def test_runner_checkpoint(golden: Path, tmp_path: Path) -> None:
         logits = network(image).numpy()
     # Logits reach 1400 in this hardly trained network: 5e-6 of that is float32's own rounding.
     assert float(np.abs(logits - expected).max()) <= 5e-6 * float(np.abs(expected).max())
-
-
-def flipped(content: bytes, data: st.DataObject) -> bytes:
-    damaged = bytearray(content)
-    for _ in range(data.draw(st.integers(1, 20))):
-        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    return bytes(damaged)
-
-
-@settings(max_examples=40, deadline=None)
-@given(inside=st.booleans(), data=st.data())
-def test_damaged_runner_checkpoint(
-    golden: Path, tmp_path_factory: pytest.TempPathFactory, inside: bool, data: st.DataObject
-) -> None:
-    """Bits flipped anywhere, or in the pickle only with the archive's checksums made right again."""
-    source, path = golden / "runner_ckpt" / "iter_3.pth", tmp_path_factory.getbasetemp() / "damaged.pth"
-    if inside:
-        with zipfile.ZipFile(source) as intact, zipfile.ZipFile(path, "w") as archive:
-            for name in intact.namelist():
-                content = intact.read(name)
-                archive.writestr(name, flipped(content, data) if name.endswith("data.pkl") else content)
-    else:
-        path.write_bytes(flipped(source.read_bytes(), data))
-    try:
-        load_any_checkpoint(path)
-    except UserError as exc:
-        assert str(path) in str(exc)  # noqa: PT017 - either outcome is right

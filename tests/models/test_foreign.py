@@ -31,16 +31,18 @@ SYSTEM = {"little_endian": True, "protocol_version": 1001}
 NO_KEYS = pickle.dumps([], 2)
 
 
+def archive_of(names: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in names.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
 def as_zip(data_pkl: bytes, storages: dict[str, bytes] | None = None) -> bytes:
     """A file as torch.save writes it, around a pickle of one's own."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", data_pkl)
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/version", "3\n")
-        for key, data in (storages or {}).items():
-            archive.writestr(f"archive/data/{key}", data)
-    return buffer.getvalue()
+    names = {"archive/data.pkl": data_pkl, "archive/byteorder": b"little", "archive/version": b"3\n"}
+    return archive_of(names | {f"archive/data/{key}": data for key, data in (storages or {}).items()})
 
 
 def legacy(pickled: bytes, head: bytes | None = None, system: Any = SYSTEM, keys: bytes = NO_KEYS) -> bytes:
@@ -89,9 +91,6 @@ class Reduces:
 class Innocent:
     """A class with an ordinary state."""
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
 
 class DictWith(dict):  # type: ignore[type-arg]
     """A dictionary subclass: built with NEWOBJ and filled with SETITEMS."""
@@ -103,24 +102,18 @@ def attacks(marker: str) -> dict[str, Any]:
     source = f"__import__('os').mkdir({marker!r})"
     return {
         "os.mkdir": call,
-        "os.system": Reduces(os.system, (f"mkdir {marker}",)),
         "subprocess": Reduces(subprocess.check_call, (["mkdir", marker],)),
         "eval": Reduces(builtins.eval, (source,)),
-        "exec": Reduces(builtins.exec, (source,)),
         "in a list": [1, [2, (call,)]],
-        "among weights": {"state_dict": {"backbone.stem.0.conv.weight": call}},
         "beside weights": {"state_dict": {"w": 1.0}, "meta": call},
         "as an argument": Reduces(Innocent, (call,)),
         "in a state": Reduces(Innocent, (), {"a": call}),
-        "as a state": Reduces(Innocent, (), call),
         "dict subclass": DictWith({"a": call}),
         "as list items": Reduces(list, (), None, iter([call])),
         "as dict items": Reduces(dict, (), None, None, iter([("key", call)])),
         "as a dict key": Reduces(dict, (), None, None, iter([((1, call), "value")])),
-        "attribute chain": Reduces(eval, ("getattr(__import__('os'), 'mkdir')(" + repr(marker) + ")",)),
         "map": Reduces(list, (Reduces(map, (os.mkdir, [marker])),)),
         "ordered dict": collections.OrderedDict(a=call),
-        "extended": [collections.OrderedDict(), torch.Size([1]), call],
     }
 
 
@@ -183,15 +176,6 @@ def test_foreign_objects_are_inert(tmp_path: Path, new_format: bool) -> None:
     assert (read_back["set"], read_back["weights"], read_back["default"]) == ({1, 2}, [1.5], {"a": [1]})
 
 
-def test_what_pytorch_blocks_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BadInputFile) as caught:
-        read(tmp_path, as_zip(pickle.dumps(Reduces(os.system, ("true",)), 2)))
-    assert str(caught.value).removeprefix(str(tmp_path / "file.pth")) == (
-        " is damaged, truncated or no PyTorch checkpoint (Trying to load unsupported GLOBAL "
-        f"{os.name}.system whose module {os.name} is blocked.); copy or download it again"
-    )
-
-
 # --- Files that lie
 
 
@@ -213,27 +197,17 @@ def tensor_pickle(
     return b"\x80\x02}" + name + tensor + b"s."
 
 
-def test_the_lying_tensor_can_tell_the_truth(tmp_path: Path) -> None:
-    content = read(tmp_path, as_zip(tensor_pickle(), {"0": struct.pack("<4f", 1, 2, 3, 4)}))
-    assert content["w"].tolist() == [[1, 2], [3, 4]]
-
-
 @pytest.mark.parametrize(
     "claims",
     [
         {"size": (3, 2)},
         {"offset": 1},
         {"offset": -1},
-        {"stride": (3, 1)},
         {"stride": (-2, 1)},
         {"size": (2, -2)},
-        {"size": (2, 2, 2)},
         {"size": (1 << 20, 1 << 20), "stride": (0, 0)},
         {"size": (1 << 40, 1 << 40), "stride": (0, 0)},
-        {"size": (2.0, 2)},
         {"size": 4},
-        {"numel": -4},
-        {"numel": 8},
         {"numel": 1 << 60},
         {"numel": "4"},
         {"key": 1},
@@ -243,6 +217,8 @@ def test_the_lying_tensor_can_tell_the_truth(tmp_path: Path) -> None:
     ids=str,
 )
 def test_lying_tensors(tmp_path: Path, claims: dict[str, Any]) -> None:
+    content = read(tmp_path, as_zip(tensor_pickle(), {"0": struct.pack("<4f", 1, 2, 3, 4)}))
+    assert content["w"].tolist() == [[1, 2], [3, 4]]  # the truth
     path = tmp_path / "file.pth"
     path.write_bytes(as_zip(tensor_pickle(**claims), {"0": bytes(16)}))
     with pytest.raises(BadInputFile, match=r"file\.pth (is damaged, truncated or no PyTorch|claims|holds no weights)"):
@@ -270,17 +246,10 @@ def test_tuples_that_cannot_be_hashed(tmp_path: Path, keyed: bytes, layout: byte
         read(tmp_path, pack(layout % keyed))
 
 
-def test_deep_content(tmp_path: Path) -> None:
-    """Lists nested beyond Python's own limits are harmless."""
+def test_content_that_is_read(tmp_path: Path) -> None:
+    """Lists nested beyond Python's own limits; the older format, of this machine's byte order."""
+    assert read(tmp_path, legacy(pickle.dumps(1, 2), system={"little_endian": True})) == 1
     assert isinstance(read(tmp_path, as_zip(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")), list)
-
-
-def archive_of(names: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in names.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 def overlapping() -> bytes:
@@ -309,8 +278,8 @@ REFUSED = [
     *((as_zip(tensor_pickle(), storages), "damaged")
       for storages in ({}, {"0": bytes(12)}, {"0": bytes(20)}, {"1": bytes(16)})),
     (b"", "not a PyTorch checkpoint"),
+    (as_zip(pickle.dumps(Reduces(os.system, ("true",)), 2)), f"GLOBAL {os.name}.system whose module .* is blocked"),
     (b"hello", "not a PyTorch checkpoint"),
-    (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a PyTorch checkpoint"),
     (b"storages\x00" + bytes(600), "not a PyTorch checkpoint"),  # tar, PyTorch 0.1
     (pickle.dumps({"a": 1}, 2), "no PyTorch checkpoint"),
     (pickle.dumps({"a": 1}, 2) * 5, "Invalid magic number"),
@@ -329,31 +298,13 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(tmp_path: Path, content:
         read(tmp_path, content)
 
 
-def test_the_older_format_of_this_machine_is_read(tmp_path: Path) -> None:
-    """The file of the other byte order above is refused for that alone."""
-    assert read(tmp_path, legacy(pickle.dumps(1, 2), system={"little_endian": True})) == 1
-
-
-def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInputFile, match="does not exist"):
-        read_foreign(tmp_path / "none.pth")
-    with pytest.raises(BadInputFile, match="is not a file"):
-        read_foreign(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(foreign, "MAX_OPCODES", 100)
-        with pytest.raises(BadInputFile, match="too large"):
-            read(tmp_path, as_zip(b"\x80\x02" + b"]" * 200 + b"."))
-    with monkeypatch.context() as patch:
-        patch.setattr(foreign, "MAX_FILE_BYTES", 1 << 10)
-        with pytest.raises(BadInputFile, match="too large for a checkpoint"):
-            read(tmp_path, as_zip(tensor_pickle(), {"0": bytes(2000)}))
-
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(BadInputFile, match=r"file\.pth cannot be read \(Permission denied\)"):
-        read_foreign(tmp_path / "file.pth")
+def test_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign, "MAX_OPCODES", 100)
+    with pytest.raises(BadInputFile, match="its pickle is too large"):
+        read(tmp_path, as_zip(b"\x80\x02" + b"]" * 200 + b"."))
+    monkeypatch.setattr(foreign, "MAX_FILE_BYTES", 1 << 10)
+    with pytest.raises(BadInputFile, match="too large for a checkpoint"):
+        read(tmp_path, as_zip(tensor_pickle(), {"0": bytes(2000)}))
 
 
 # --- Damaged files: success or one readable error, nothing else
@@ -370,13 +321,24 @@ def saved(new_format: bool) -> bytes:
 INTACT = {new_format: saved(new_format) for new_format in (True, False)}
 
 
-@settings(max_examples=300, deadline=None)
-@given(new_format=st.booleans(), data=st.data())
-def test_flipped_bits(tmp_path_factory: pytest.TempPathFactory, new_format: bool, data: st.DataObject) -> None:
-    content = bytearray(INTACT[new_format])
+def flipped(content: bytes, data: st.DataObject) -> bytes:
+    damaged = bytearray(content)
     for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    return bytes(damaged)
+
+
+@settings(max_examples=300, deadline=None)
+@given(kind=st.sampled_from(["zip", "stream", "pickle"]), data=st.data())
+def test_flipped_bits(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:
+    """Anywhere in a file, or in the pickle only, with the archive's checksums made right again."""
     path = tmp_path_factory.getbasetemp() / "flipped.pth"
+    if kind == "pickle":
+        with zipfile.ZipFile(io.BytesIO(INTACT[True])) as intact:
+            names = {name: intact.read(name) for name in intact.namelist()}
+        content = archive_of({name: flipped(c, data) if name.endswith(".pkl") else c for name, c in names.items()})
+    else:
+        content = flipped(INTACT[kind == "zip"], data)
     path.write_bytes(content)
     with contextlib.suppress(BadInputFile):
         read_foreign(path)
