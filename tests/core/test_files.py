@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import BadInputFile, MissingDependency, UserError, require
-from hpddrnet_trt.core.files import atomic_path, check_writable, existing_file, read_file, sha256_of, write_bytes, write_text
+from hpddrnet_trt.core.files import (
+    atomic_path,
+    check_writable,
+    existing_file,
+    read_file,
+    sha256_of,
+    write_bytes,
+    write_text,
+)
 
 
 def test_write_and_replace(tmp_path: Path) -> None:
