@@ -88,7 +88,7 @@ BAD = [
     (["build", "bad.onnx", "--verify", "outside"], "needs a limit"),
     (["build", "bad.onnx", "--verify", "outside", "--max-miou-drop", "-1"], "got -1"),
     (["build", "bad.onnx", "--precision", "auto"], "needs a budget"),
-    (["profile", "none.engine"], "none.engine"),
+    (["inspect", "none.engine", "--layer-times", "x.json"], "none.engine"),
     (["export", "none.onnx", "x.onnx", "--precision", "fp16"], "none.onnx"),
     (["export", "bad.onnx", "x.onnx"], "exported already"),
     (["export", "bad.onnx", "x.onnx", "--precision", "bf16", "--height", "64"], "exported already"),

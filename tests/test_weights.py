@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpddrnet_trt import load_segmenter
-from hpddrnet_trt.accuracy.evaluate import evaluate
+from hpddrnet_trt.accuracy.evaluate import assess
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.data.datasets import FolderDataset
@@ -70,6 +70,6 @@ def test_card_figures_are_those_of_the_file(sem_data: Path) -> None:
     (row,) = re.findall(r"^\| test \|(.*)\|$", card(DEFAULT), flags=re.MULTILINE)
     said = [float(value) for value in row.split("|")[:3]]
     with load_segmenter(DEFAULT) as segmenter:
-        scores = evaluate(segmenter, dataset, "test", progress=False)
+        scores = assess(segmenter, dataset, "test", progress=False).scores
     found = [100 * value for value in (scores.miou, scores.mean_image_micro_iou, scores.pixel_accuracy)]
     assert found == pytest.approx(said, abs=0.05)

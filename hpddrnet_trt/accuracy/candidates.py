@@ -35,7 +35,7 @@ from hpddrnet_trt.export.calibrate import MAX_IMAGES, calibration_record, float_
 from hpddrnet_trt.export.histograms import Statistics, merge
 from hpddrnet_trt.export.ranges import METHODS, Method, ranges_of
 from hpddrnet_trt.export.statistics import measure
-from hpddrnet_trt.export.statistics_cache import Cache, cache_folder
+from hpddrnet_trt.export.statistics_cache import cache_folder
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
@@ -170,58 +170,68 @@ class Study:
         return {name: work.macs / total for name, work in self.operations.items()}
 
 
-@contextmanager
-def open_study(
-    source: Path,
-    data: Path,
-    *,
-    split: str = "val",
-    calibration_images: Sequence[Path] | None = None,
-    method: Method = "max",
-    max_images: int = MAX_IMAGES,
-    size: tuple[int, int] | None = None,
-    frame: tuple[int, int] | None = None,
-    precision: LowPrecision = "int8",
-    reference: Path | None = None,
-    cache: Cache = "user",
-    resume: bool = True,
-) -> Iterator[Study]:
-    """Calibrate the FP32 export ``source`` and open an evaluator on ``split`` of the dataset ``data``.
+@dataclass(frozen=True)
+class StudySettings:
+    """What candidates are calibrated and judged on.
 
-    ``calibration_images``: default is the dataset's training split. ``reference``: what candidates are
-    compared with, default as :func:`~hpddrnet_trt.accuracy.acceptance.reference_for`. ``size``: of the
-    calibration crops; ``frame``: the height and width that operations are counted for, default ``size``.
-    ``cache``: see :mod:`hpddrnet_trt.export.statistics_cache`; with ``resume`` what an earlier run has
-    measured is used. Raises :class:`UsageError` before anything is measured for a split, a frame or a
-    reference that does not do.
+    They are judged on ``split`` of the dataset ``data``. ``calibration_images``: default is the dataset's training
+    split, of which ``max_images`` give the ranges by ``method``. ``reference``: what candidates are compared with,
+    default as :func:`~hpddrnet_trt.accuracy.acceptance.reference_for`. ``size``: height and width of the
+    calibration crops; ``frame``: those that operations are counted for, default ``size``. With ``resume`` the
+    answers of an earlier run are used.
     """
+
+    data: Path
+    split: str = "val"
+    precision: LowPrecision = "int8"
+    calibration_images: Sequence[Path] | None = None
+    method: Method = "max"
+    max_images: int = MAX_IMAGES
+    size: tuple[int, int] | None = None
+    frame: tuple[int, int] | None = None
+    reference: Path | None = None
+    resume: bool = True
+
+
+@contextmanager
+def open_study(source: Path, settings: StudySettings) -> Iterator[Study]:
+    """Calibrate the FP32 export ``source`` and open an evaluator, as ``settings`` say.
+
+    What was measured is kept in the user's cache, see :mod:`hpddrnet_trt.export.statistics_cache`. Raises
+    :class:`UsageError` before anything is measured for a split, a frame or a reference that does not do.
+    """
+    method, split = settings.method, settings.split
     model, manifest = float_model(source)
     name_nodes(model)
-    plan = qdq.plan(model, "tensorrt", precision)
+    plan = qdq.plan(model, "tensorrt", settings.precision)
     contract = input_contract(manifest)
-    dataset = FolderDataset.open(data)
+    dataset = FolderDataset.open(settings.data)
     judged = [sample.image for sample in dataset.split(split)]
-    if calibration_images is None and "train" not in dataset.splits:
-        raise UsageError(f"dataset {data} has no training split to calibrate on; name micrographs with --calib")
-    compared_with = reference_for(reference, source, manifest)
-    images = find_images(data, "train") if calibration_images is None else list(calibration_images)
-    height, width = micrographs.crop_size(contract, size, images)
-    chosen = micrographs.choose_images(images, max_images)
+    images = settings.calibration_images
+    if images is None and "train" not in dataset.splits:
+        raise UsageError(
+            f"dataset {settings.data} has no training split to calibrate on; name micrographs with --calib"
+        )
+    compared_with = reference_for(settings.reference, source, manifest)
+    images = find_images(settings.data, "train") if images is None else list(images)
+    height, width = micrographs.crop_size(contract, settings.size, images)
+    chosen = micrographs.choose_images(images, settings.max_images)
     warn_of_overlap(chosen, judged, f"{dataset.name}/{split}")
     crops = micrographs.plan_crops(chosen, height, width)
-    shown = (height, width) if frame is None else _checked_frame(frame, contract)
+    shown = (height, width) if settings.frame is None else _checked_frame(settings.frame, contract)
     operations = macs_and_bytes(model, (contract.batch.minimum, contract.channels, *shown))
-    measured = measure(model, manifest, plan.tensors, crops, (height, width), cache=cache)
+    measured = measure(model, manifest, plan.tensors, crops, (height, width), cache="user")
     statistics = tuple(of_image for _, of_image in measured)
     ranges = ranges_of(reduce(merge, statistics), method, symmetric=True)
-    config = QuantizationConfig(model, manifest, plan, ranges, precision)
+    config = QuantizationConfig(model, manifest, plan, ranges, settings.precision)
     with (
         load_segmenter(compared_with) as fp32,
         AccuracyEvaluator(dataset, split, fp32) as evaluator,
     ):
+        journal = cache_folder() / "trials" / f"{config.digest()[:24]}.{evaluator.digest[:24]}.json"
         yield Study(
             evaluator=evaluator,
-            cache=CandidateCache(config, evaluator, journal=_journal(config, evaluator, cache) if resume else None),
+            cache=CandidateCache(config, evaluator, journal=journal if settings.resume else None),
             method=method,
             calibration=calibration_record(chosen, crops, (height, width), method),
             statistics=statistics,
@@ -247,13 +257,6 @@ def _checked_frame(frame: tuple[int, int], contract: InputContract) -> tuple[int
                 f"{contract.multiple} within {axis}"
             )
     return frame
-
-
-def _journal(config: QuantizationConfig, evaluator: AccuracyEvaluator, cache: Cache) -> Path | None:
-    if cache is None:
-        return None
-    folder = cache_folder() if cache == "user" else cache
-    return folder / "trials" / f"{config.digest()[:24]}.{evaluator.digest[:24]}.json"
 
 
 @dataclass(frozen=True)

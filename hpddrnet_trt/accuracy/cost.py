@@ -138,7 +138,7 @@ def _after_epilogue(node: Any, readers: Mapping[str, list[Any]]) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds from an engine's layer times, as ``hpddrnet-trt profile`` writes them on a GPU.
+    """Milliseconds from an engine's layer times, as ``hpddrnet-trt inspect --layer-times`` writes them.
 
     ``low`` and ``high``: layer times in milliseconds of the fully quantised and of the FP16 engine.
     A time belongs to every convolution named in the engine's layer (fused layers name all their parts).
@@ -203,7 +203,9 @@ def _read_times(path: Path, layers: Collection[str]) -> tuple[dict[str, float], 
         times = {str(name): float(value) for name, value in content["milliseconds"].items()}
         gpu = str(content["gpu"])
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise BadInputFile(f"{path} holds no layer times; write it on a GPU with: hpddrnet-trt profile ENGINE") from exc
+        raise BadInputFile(
+            f"{path} holds no layer times; write it on a GPU with: hpddrnet-trt inspect ENGINE --layer-times FILE"
+        ) from exc
     if not any(by_convolution(times, layers).values()):
-        raise BadInputFile(f"{path} names no layer of this network; profile engines built from its ONNX files")
+        raise BadInputFile(f"{path} names no layer of this network; time engines built from its ONNX files")
     return times, gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +21,8 @@ from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.core.provenance import command_line
+from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
-from hpddrnet_trt.data.preprocess import Mode
 from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
 
@@ -126,14 +126,14 @@ class Assessment:
         return sum(image.ignored for image in self.images) / sum(image.height * image.width for image in self.images)
 
     def record(self) -> dict[str, Any]:
-        """All figures for JSON; None where a figure does not exist (a class that does not occur)."""
+        """All figures; NaN where one does not exist (a class that does not occur)."""
         return {
             "model": self.origin.file or self.origin.model,
             "data": self.origin.data,
             "split": self.origin.split,
             "mode": self.origin.mode,
             "classes": self.class_names,
-            **plain(asdict(self.scores)),
+            **asdict(self.scores),
             "confusion": self.counts.tolist(),
             "ignored_fraction": self.ignored_fraction,
             "per_image": [_image_record(image) for image in self.images],
@@ -147,7 +147,7 @@ class Assessment:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([*_CSV_COLUMNS, *per_class])
         for image in self.images:
-            record = _image_record(image)
+            record = plain(_image_record(image))
             values = [record[column] for column in _CSV_COLUMNS]
             writer.writerow([*values, *record["iou"], *record["truth_fractions"], *record["predicted_fractions"]])
         return stream.getvalue()
@@ -165,65 +165,27 @@ def fractions(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
     return (counts.sum(axis=1) / total).tolist(), (predicted / total).tolist()
 
 
-def plain(value: Any) -> Any:
-    """``value`` with None for every NaN and infinity in it, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _image_record(image: ImageResult) -> dict[str, Any]:
     truth, predicted = fractions(image.counts)
     scores = image.scores
-    record: dict[str, Any] = plain(
-        {
-            "name": image.name,
-            "group": image.group,
-            "height": image.height,
-            "width": image.width,
-            "ignored_pixels": image.ignored,
-            "miou": scores.miou,
-            "pixel_accuracy": scores.pixel_accuracy,
-            "micro_iou": scores.micro_iou,
-            "iou": scores.iou,
-            "truth_fractions": truth,
-            "predicted_fractions": predicted,
-        }
-    )
-    return record
+    return {
+        "name": image.name,
+        "group": image.group,
+        "height": image.height,
+        "width": image.width,
+        "ignored_pixels": image.ignored,
+        "miou": scores.miou,
+        "pixel_accuracy": scores.pixel_accuracy,
+        "micro_iou": scores.micro_iou,
+        "iou": scores.iou,
+        "truth_fractions": truth,
+        "predicted_fractions": predicted,
+    }
 
 
-def evaluate(
-    segmenter: Segmenter,
-    dataset: FolderDataset,
-    split: str,
-    mode: Mode | None = None,
-    *,
-    progress: bool = True,
-) -> Scores:
-    """Scores of ``segmenter`` on one split; ``mode`` overrides the segmenter's own.
-
-    Images are brought to 8 bits by the dataset, as in training, and keep their own size, as in
-    mmsegmentation's test loop; areas are summed over the split (see :mod:`hpddrnet_trt.core.metrics`).
-
-    Raises :class:`ContractError` when the dataset's classes are not the model's,
-    :class:`UsageError` for an unknown split or a segmenter with a grey window of its own, and
-    :class:`BadInputFile` for a mask that does not fit its image or the classes.
-    """
-    segmenter = fitting(segmenter, dataset, mode)
-    comparison = LabelComparison(len(segmenter.manifest.classes))
-    for _, image, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
-        comparison.update(segmenter.segment(image).labels, mask)
-    return comparison.scores()
-
-
-def fitting(segmenter: Segmenter, dataset: FolderDataset, mode: Mode | None = None) -> Segmenter:
-    """The segmenter, in ``mode`` where one is given, if model and dataset name the same classes in the same order.
-
-    Raises :class:`ContractError` or :class:`UsageError` as :func:`evaluate` does.
-    """
+def check_fit(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    """Raise :class:`ContractError` unless model and dataset name the same classes in the same order, and
+    :class:`UsageError` for a segmenter with a grey window of its own."""
     if segmenter.window is not None:
         raise UsageError(
             "a dataset gives 8-bit images, which a second grey window would change; "
@@ -235,7 +197,6 @@ def fitting(segmenter: Segmenter, dataset: FolderDataset, mode: Mode | None = No
             f"model {segmenter.manifest.name!r} knows the classes {', '.join(model)}, but dataset {dataset.name!r} "
             f"is labelled with {', '.join(data)}; use a dataset with the model's classes in the same order"
         )
-    return segmenter if mode is None else segmenter.with_mode(mode)
 
 
 def samples_of(
@@ -250,21 +211,25 @@ def assess(
     segmenter: Segmenter,
     dataset: FolderDataset,
     split: str,
-    mode: Mode | None = None,
     *,
     worst: int = WORST,
     model_file: str | Path | None = None,
     progress: bool = True,
 ) -> Assessment:
-    """Scores as :func:`~hpddrnet_trt.accuracy.evaluate.evaluate` gives them, and those of every image.
+    """Scores of ``segmenter`` on one split, and those of every image.
+
+    Images are brought to 8 bits by the dataset, as in training, and keep their own size, as in
+    mmsegmentation's test loop; areas are summed over the split (see :mod:`hpddrnet_trt.core.metrics`).
 
     Images are ranked by their own mIoU (over the classes in their truth or prediction; equal ones by
     name). Pictures of the ``worst`` and of the best are kept, reduced to :data:`EDGE` pixels at most:
     memory does not grow with the split. ``model_file`` is named in the result, with its checksum.
 
-    Raises as :func:`~hpddrnet_trt.accuracy.evaluate.evaluate` does.
+    Raises :class:`ContractError` when the dataset's classes are not the model's, :class:`UsageError` for an
+    unknown split or a segmenter with a grey window of its own, and :class:`BadInputFile` for a mask that does
+    not fit its image or the classes.
     """
-    segmenter = fitting(segmenter, dataset, mode)
+    check_fit(segmenter, dataset)
     dataset.split(split)  # an unknown split is told before all files are read
     origin = origin_of(segmenter, dataset, split, model_file)
     total = LabelComparison(len(dataset.classes))

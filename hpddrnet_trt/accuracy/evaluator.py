@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.accuracy.evaluate import fitting, samples_of
+from hpddrnet_trt.accuracy.evaluate import check_fit, samples_of
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import onnx
 
 Labels = npt.NDArray[np.uint8]
-_AGAINST_REFERENCE = "iou_against_reference/"  # evidence: this and the class name
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Accuracy:
             "reference_masked_miou": self.reference_masked_miou,
             "masked_miou_drop_percentage_points": self.drop,
             "agreement": self.agreement,
-            **{f"{_AGAINST_REFERENCE}{name}": value for name, value in self.class_ious.items()},
+            **{f"iou_against_reference/{name}": value for name, value in self.class_ious.items()},
         }
         return ValidationRecord(what=what, runtime=self.runtime, values=values, images=self.images, source=source)
 
@@ -93,24 +92,22 @@ class AccuracyEvaluator:
     """Scores candidates on one split of a dataset against a reference model; use it as a context manager.
 
     ``reference``: the FP32 model, an open segmenter that the caller closes. Raises as
-    :func:`~hpddrnet_trt.accuracy.evaluate.evaluate` does when model and dataset do not fit, and
+    :func:`~hpddrnet_trt.accuracy.evaluate.assess` does when model and dataset do not fit, and
     :class:`UsageError` for a split without images or without a labelled pixel.
 
     Micrographs too large for the reference to run whole are cut into tiles, and then the candidate must take the
     same tiles: other cuts change labels too, which would pass for the cost of the precision.
     """
 
-    def __init__(
-        self, dataset: FolderDataset, split: str, reference: Segmenter, *, threads: int | None = None,
-        progress: bool = True,
-    ) -> None:  # fmt: skip
-        self._dataset, self._split, self._threads, self._progress = dataset, split, threads, progress
+    def __init__(self, dataset: FolderDataset, split: str, reference: Segmenter, *, progress: bool = True) -> None:
+        check_fit(reference, dataset)
+        self._dataset, self._split, self._progress = dataset, split, progress
         self._tiles: dict[int, tuple[int, int] | None] = {}  # by image: of the reference, None where it ran whole
         self._folder = tempfile.TemporaryDirectory(prefix="hpddrnet-trt-")
         try:
             # Of the labels that candidates are compared with, whoever gave them, and of the masks.
             digest = hashlib.sha256(f"{dataset.checksum()} {split} {dataset.class_names}".encode())
-            self.reference = self._measure_reference(fitting(reference, dataset), digest)
+            self.reference = self._measure_reference(reference, digest)
         except BaseException:
             self._folder.cleanup()
             raise
@@ -130,7 +127,7 @@ class AccuracyEvaluator:
         """
         names = self._dataset.class_names
         against_masks, against_reference = LabelComparison(len(names)), LabelComparison(len(names))
-        fitting(candidate, self._dataset)
+        check_fit(candidate, self._dataset)
 
         def add(index: int, image: Labels, mask: Labels) -> None:
             result = candidate.segment(image)
@@ -162,12 +159,9 @@ class AccuracyEvaluator:
         with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
             run = manifest.replace(precision="int8" if manifest.quantized_for else "fp32") if rounded else manifest
             path = save_model(simulate_rounding(model) if rounded else copied(model), Path(folder) / "it.onnx", run)
-            with Segmenter(OnnxRuntimeEngine(path, threads=self._threads)) as candidate:
+            with Segmenter(OnnxRuntimeEngine(path)) as candidate:
                 accuracy = self.score(candidate, title)
         return replace(accuracy, runtime=f"{accuracy.runtime}, {RUNTIME_REMARK}") if rounded else accuracy
-
-    def close(self) -> None:
-        self._folder.cleanup()
 
     def __enter__(self) -> AccuracyEvaluator:
         return self
@@ -175,7 +169,7 @@ class AccuracyEvaluator:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._folder.cleanup()
 
     def _measure_reference(self, reference: Segmenter, digest: hashlib._Hash) -> Scores:
         comparison = LabelComparison(len(self._dataset.class_names))

@@ -33,7 +33,7 @@ from hpddrnet_trt.weights import locate
 if TYPE_CHECKING:
     import onnx
 
-LIMIT = 0.1  # a sound INT8 convolution of nasa-super1 adds 0.1 to 9 %, one with a wrong scale far more
+LIMIT = 0.1  # relative error: a sound INT8 convolution of nasa-super1 adds 0.1 to 9 %, one with a wrong scale far more
 IMAGES = 4
 _SHOWN = 10
 
@@ -66,10 +66,8 @@ class LayerComparison:
         return next((layer for layer in self.layers if not layer.error <= self.limit), None)
 
     def record(self) -> dict[str, Any]:
-        """The same as JSON; null stands for an error that is not finite."""
-        layers = [{**asdict(layer), "error": layer.error if math.isfinite(layer.error) else None}
-                  for layer in self.layers]  # fmt: skip
-        return {**asdict(self), "layers": layers, "first": None if self.first is None else self.first.name}
+        """The same for JSON."""
+        return {**asdict(self), "first": None if self.first is None else self.first.name}
 
     def text(self) -> str:
         """For people: the first layer that goes wrong, the worst ones, and the way the error takes."""
@@ -93,19 +91,12 @@ class LayerComparison:
 
 
 def compare_layers(
-    a: str | Path,
-    b: str | Path,
-    images: Sequence[Path],
-    *,
-    limit: float = LIMIT,
-    max_images: int = IMAGES,
-    size: tuple[int, int] | None = None,
-    tensorrt: bool = False,
+    a: str | Path, b: str | Path, images: Sequence[Path], *, tensorrt: bool = False
 ) -> LayerComparison:
     """Run ONNX file ``b`` beside the reference ``a`` on micrographs and compare every tensor that both have.
 
-    ``images``: at most ``max_images`` of them are used, a crop each of ``size`` (height and width in pixels; default:
-    as the images, where the files are dynamic). ``limit``: relative error above which a layer counts as wrong.
+    ``images``: at most :data:`IMAGES` of them are used, a crop each, as large as the images where the files are
+    dynamic. A layer counts as wrong above :data:`LIMIT`.
     ``tensorrt``: run B on this machine's GPU, with its own types; otherwise what is FP16, BF16 or FP8 in a file is
     rounded so by arithmetic (:mod:`hpddrnet_trt.graph.rounding`).
 
@@ -114,15 +105,13 @@ def compare_layers(
     """
     if not images:
         raise UsageError("no micrograph was given to compare on; give a dataset, a folder or files")
-    if not limit > 0 or max_images < 1:
-        raise UsageError(f"the limit must be positive and at least one image used, got {limit} and {max_images}")
     paths = [locate(a, ".onnx"), locate(b, ".onnx")]
     if wrong := next((path for path in paths if path.suffix.lower() != ".onnx"), None):
         raise UsageError(f"layers of ONNX files are compared, and {wrong} is none; export it, or compare labels")
     loaded = [load_model(path) for path in paths]
     manifest, contract = _shared_input(paths, [manifest for _, manifest in loaded])
-    chosen = micrographs.choose_images(images, max_images)
-    height, width = micrographs.crop_size(contract, size, chosen)
+    chosen = micrographs.choose_images(images, IMAGES)
+    height, width = micrographs.crop_size(contract, None, chosen)
     crops = micrographs.plan_crops(chosen, height, width, len(chosen))
     models = [expanded(model) if model.functions else model for model, _ in loaded]
     tensors = _shared_tensors(models, paths)
@@ -134,7 +123,7 @@ def compare_layers(
         b=_described(paths[1], loaded[1][1]),
         runtime=f"B on {'TensorRT' if tensorrt else 'ONNX Runtime'}{f', {RUNTIME_REMARK}' if simulated else ''}",
         crops=f"{len(crops)} crop{'s' * (len(crops) > 1)} of {height}x{width}",
-        limit=limit,
+        limit=LIMIT,
         layers=tuple(
             LayerError(node.name, node.op_type, block_of(node.name), name, errors[name])
             for name, node in tensors.items()

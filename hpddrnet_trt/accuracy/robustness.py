@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hpddrnet_trt.accuracy.evaluate import Grey8, fitting, plain, samples_of
+from hpddrnet_trt.accuracy.evaluate import Grey8, check_fit, samples_of
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.core.text import percent
 from hpddrnet_trt.data.augment import SHIFTS, Shift
 from hpddrnet_trt.data.datasets import FolderDataset
-from hpddrnet_trt.data.preprocess import Mode
 from hpddrnet_trt.inference import Segmenter
 
 TOLERANCE = 0.05  # of mIoU: what a working range may lose
@@ -105,7 +104,7 @@ class Robustness:
         return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
-        """All figures for JSON; None stands for an infinite value (no noise added) and for missing figures."""
+        """All figures; an infinite value stands for no noise added, NaN for a figure that does not exist."""
         return {
             "seed": self.seed,
             "tolerance": TOLERANCE,
@@ -117,7 +116,6 @@ def measure_robustness(
     segmenter: Segmenter,
     dataset: FolderDataset,
     split: str,
-    mode: Mode | None = None,
     *,
     shifts: Sequence[Shift] = SHIFTS,
     seed: int = 0,
@@ -130,9 +128,9 @@ def measure_robustness(
     take it in one piece, in tiles, or with ``tile="whole"`` not at all, which gives a point without scores, with
     the reason.
 
-    Raises as :func:`~hpddrnet_trt.accuracy.evaluate.evaluate` does.
+    Raises as :func:`~hpddrnet_trt.accuracy.evaluate.assess` does.
     """
-    segmenter = fitting(segmenter, dataset, mode)
+    check_fit(segmenter, dataset)
     dataset.split(split)  # an unknown split is told before all files are read
     runs = [[_Run(shift, value, len(dataset.classes)) for value in shift.values] for shift in shifts]
     flat = [run for sweep in runs for run in sweep]
@@ -179,14 +177,10 @@ def tested(value: float) -> str:
 
 
 def _sweep_record(sweep: Sweep) -> dict[str, Any]:
-    points = [{**asdict(point), "miou": point.miou} for point in sweep.points]
-    record: dict[str, Any] = plain(
-        {
-            "shift": sweep.shift.name,
-            "axis": sweep.shift.axis,
-            "neutral": sweep.shift.neutral,
-            "working_range": sweep.working_range(),
-            "points": points,
-        }
-    )
-    return record
+    return {
+        "shift": sweep.shift.name,
+        "axis": sweep.shift.axis,
+        "neutral": sweep.shift.neutral,
+        "working_range": sweep.working_range(),
+        "points": [{**asdict(point), "miou": point.miou} for point in sweep.points],
+    }

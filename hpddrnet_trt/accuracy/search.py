@@ -65,19 +65,16 @@ class Sensitivity:
     parts: tuple[Part, ...]
     together: Accuracy
 
-    def text(self, most: int | None = None) -> str:
-        """A table, one part a row; ``most``: only the first ones."""
-        rows = self.parts[:most]
-        width = max(len(self.by), *(len(short(part.name)) for part in rows), len("all of them"))
+    def text(self) -> str:
+        """A table, one part a row."""
+        width = max(len(self.by), *(len(short(part.name)) for part in self.parts), len("all of them"))
         lines = [
             f"{self.precision.upper()} in one {self.by} at a time, on {self.source} "
             f"({self.together.images} images, FP32 masked mIoU {100 * self.together.reference_masked_miou:.2f} %)",
             f"{'':>3}  {self.by:<{width}}  {'MACs':>6}  {'masked':>7}  {'labels equal':>12}  {'IoU to FP32':>11}",
         ]
-        for rank, part in enumerate(rows, start=1):
+        for rank, part in enumerate(self.parts, start=1):
             lines.append(f"{rank:>3}  {_row(short(part.name), width, part.accuracy, part.operations)}")
-        if len(rows) < len(self.parts):
-            lines.append(f"     ... and {len(self.parts) - len(rows)} less sensitive ones")
         total = sum(part.operations for part in self.parts)
         lines.append(f"     {_row('all of them', width, self.together, total)}")
         return "\n".join(lines)
@@ -254,7 +251,6 @@ class Choice:
     manifest: Manifest
     accuracy: Accuracy
     frontier: Frontier | None  # None: quantised throughout, no search was needed
-    sensitivity: Sensitivity | None
 
     def text(self) -> str:
         """For people."""
@@ -280,7 +276,7 @@ def choose_precision(
     config = cache.config
     everything = cache.measure(config.layers, half=True)
     logger.info("%s throughout: %s", config.precision.upper(), everything.text())
-    frontier = ranking = None
+    frontier = None
     floating: tuple[str, ...] = ()
     accuracy = everything
     if always_search or not budget.kept_by(everything):
@@ -293,7 +289,7 @@ def choose_precision(
     graph = config.graph(layers, half=True)
     manifest = _described(cache, graph, layers, frontier, calibration, accuracy)
     save_model(graph, target, manifest)
-    return Choice(manifest, accuracy, frontier, ranking)
+    return Choice(manifest, accuracy, frontier)
 
 
 def _described(

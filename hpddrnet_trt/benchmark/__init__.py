@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpddrnet_trt.benchmark.entries import Entry, entries_for
-from hpddrnet_trt.benchmark.images import Image, ImageSet, load_images, parse_size
+from hpddrnet_trt.benchmark.images import Image, ImageSet, load_images
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Settings, load_result, make_settings
 from hpddrnet_trt.benchmark.run import run_benchmark
 from hpddrnet_trt.benchmark.table import format_table
@@ -19,6 +19,5 @@ __all__ = [
     "load_images",
     "load_result",
     "make_settings",
-    "parse_size",
     "run_benchmark",
 ]

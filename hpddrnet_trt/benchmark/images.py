@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +96,6 @@ def _is_dataset(path: str | Path) -> bool:
     except BadInputFile:
         return False
     return True
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``"1024"`` or ``"768x1024"`` (height x width) as (height, width)."""
-    match = re.fullmatch(r"\s*(\d+)\s*(?:[x×]\s*(\d+)\s*)?", text)
-    if match is None:
-        raise UsageError(f"size {text!r} is not understood; write 1024 or 768x1024 (height x width)")
-    return int(match[1]), int(match[2] or match[1])
 
 
 def own_size(images: Sequence[Image]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpddrnet_trt.cli.options import Data, Split, write_json
+from hpddrnet_trt.cli.options import Data, Split, parse_size, write_json
 from hpddrnet_trt.cli.program import INTERRUPTED, command
 from hpddrnet_trt.core.errors import UsageError
 
@@ -54,7 +54,6 @@ class TimingOptions:
 
     def settings(self) -> Settings:
         """The same for the benchmark; :class:`UsageError` for what makes no sense."""
-        from hpddrnet_trt.benchmark.images import parse_size
         from hpddrnet_trt.benchmark.result import make_settings
 
         if self.measure and self.latency_only:
@@ -141,20 +140,6 @@ def _report(result: BenchmarkResult, output: Path, old: BenchmarkResult | None, 
     if publish is not None:
         typer.echo(f"published: {publish_report(written, result, publish)}")
     typer.echo(f"report: {written.html}")
-
-
-@command(PANEL, "profile model.int8.engine --output int8.json")
-def profile(
-    engine: Annotated[Path, typer.Argument(help="Engine file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("layer-times.json"),
-    size: Annotated[str, typer.Option(help="Frame, e.g. 1024x1024.")] = "1024x1024",
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 50,
-) -> None:
-    """Time each layer of an engine on this GPU; choose-precision takes the result with --layer-times."""
-    from hpddrnet_trt.benchmark.images import parse_size
-    from hpddrnet_trt.engines.tensorrt import write_layer_times
-
-    typer.echo(f"written: {write_layer_times(engine, output, parse_size(size), runs=runs)}")
 
 
 @command(PANEL, "compare nasa-super1 model.int8.onnx --images DATASET")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hpddrnet_trt.cli.options import Data, Method, ModelFile, OnnxFile, Split, write_json
+from hpddrnet_trt.cli.options import Data, Method, ModelFile, OnnxFile, Split, parse_size, write_json
 from hpddrnet_trt.cli.program import command
 from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.files import check_writable
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.core.precisions import PRECISIONS, Half, LowPrecision, Precision
 from hpddrnet_trt.core.text import megabytes
@@ -21,7 +20,8 @@ from hpddrnet_trt.weights import locate
 
 if TYPE_CHECKING:
     from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
-    from hpddrnet_trt.accuracy.candidates import Study
+    from hpddrnet_trt.accuracy.candidates import StudySettings
+    from hpddrnet_trt.export.onnx import ExportOptions
     from hpddrnet_trt.export.tensorrt import BuildSettings
 
 PANEL = "Make model files"
@@ -66,6 +66,14 @@ class GraphOptions:
         bool, typer.Option(help="One-channel uint8 input; --no-grey-input takes three normalised float channels.")
     ] = True
 
+    def settings(self) -> ExportOptions:
+        """The same for the export."""
+        from hpddrnet_trt.export.onnx import ExportOptions
+
+        return ExportOptions(
+            self.batch, self.height, self.width, self.attention, self.output, self.confidence, self.grey_input
+        )
+
 
 @command(PANEL, "export nasa-super1 model.onnx --precision fp16 --data micrographs/")
 def export(
@@ -100,7 +108,7 @@ def export(
     """Export a checkpoint to one self-describing ONNX file and compare it with PyTorch."""
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.export.convert import convert_precision
-    from hpddrnet_trt.export.onnx import ExportOptions, export_onnx, ship
+    from hpddrnet_trt.export.onnx import export_onnx, ship
 
     from_onnx = checkpoint.suffix.lower() == ".onnx"
     if from_onnx and (precision == "fp32" or graph != GraphOptions()):
@@ -122,7 +130,7 @@ def export(
         exported = checkpoint
         if not from_onnx:
             exported = target if precision == "fp32" else Path(folder) / target.name
-            manifest = export_onnx(checkpoint, exported, ExportOptions(**asdict(graph)), images=images)
+            manifest = export_onnx(checkpoint, exported, graph.settings(), images=images)
             echo_evidence(manifest)
         if precision != "fp32":
             manifest = convert_precision(exported, target, precision, images=images)
@@ -188,17 +196,16 @@ class StudyOptions:
     ] = None
     resume: Annotated[bool, typer.Option(help="Go on from what an interrupted run has measured.")] = True
 
-    def open(self, model: Path, frame: tuple[int, int] | None) -> AbstractContextManager[Study]:
-        """The study; ``frame``: height and width that operations are counted for."""
-        from hpddrnet_trt.accuracy.candidates import open_study
+    def settings(self, frame: str | None = None) -> StudySettings:
+        """The same for the study; ``frame``: height and width that operations are counted for."""
+        from hpddrnet_trt.accuracy.candidates import StudySettings
         from hpddrnet_trt.data.datasets import find_images
 
         calibration = self.calibration_data
-        return open_study(
-            locate(model, ".onnx"), self.data, split=self.split, precision=self.precision, method=self.method,
-            max_images=self.max_images, size=_size(self.size), frame=frame, reference=self.reference,
-            resume=self.resume,
-            calibration_images=None if calibration is None else find_images(calibration, "train"),
+        return StudySettings(
+            self.data, self.split, self.precision, None if calibration is None else find_images(calibration, "train"),
+            self.method, self.max_images, size=None if self.size is None else parse_size(self.size),
+            frame=None if frame is None else parse_size(frame), reference=self.reference, resume=self.resume,
         )  # fmt: skip
 
 
@@ -214,7 +221,7 @@ class CostOptions:
     ] = None
     layer_times: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Layer times measured on a GPU instead: of the INT8 and of the FP16 engine (`profile`)."),
+        typer.Option(help="Layer times measured on a GPU instead: of the INT8 and of the FP16 engine (`inspect`)."),
     ] = None
 
 
@@ -270,11 +277,11 @@ def choose_precision(
 def _study(
     model: Path, options: StudyOptions, by: Literal["layer", "block"], plot: Path | None, json_file: Path | None
 ) -> None:
-    from hpddrnet_trt.accuracy.candidates import precision_table
+    from hpddrnet_trt.accuracy.candidates import open_study, precision_table
     from hpddrnet_trt.accuracy.search import analyze
     from hpddrnet_trt.report.precision import draw_sensitivity
 
-    with options.open(model, None) as opened:
+    with open_study(locate(model, ".onnx"), options.settings()) as opened:
         table = precision_table(opened)
         typer.echo(table.text())
         sensitivities = analyze(opened.cache, by=by, operations=opened.shares)
@@ -288,13 +295,14 @@ def _choose(
     model: Path, target: Path, options: StudyOptions, budget: Budget, cost: CostOptions, frontier: bool,
     plot: Path | None, json_file: Path | None,
 ) -> None:  # fmt: skip
+    from hpddrnet_trt.accuracy.candidates import open_study
     from hpddrnet_trt.accuracy.cost import check_device, cost_model
     from hpddrnet_trt.accuracy.search import choose_precision
     from hpddrnet_trt.report.precision import draw_frontier
 
     check_device(cost.device, options.precision)
     _check_target(model, target)
-    with options.open(model, _size(cost.frame)) as study:
+    with open_study(locate(model, ".onnx"), options.settings(cost.frame)) as study:
         costs = cost_model(study.cache.config, study.operations, device=cost.device, layer_times=cost.layer_times)
         choice = choose_precision(
             study.cache, target, budget, costs, calibration=study.calibration, always_search=frontier
@@ -423,12 +431,21 @@ def inspect(
     model: ModelFile,
     layers: Annotated[bool, typer.Option("--layers", help="Also every convolution with its precision.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The whole description as JSON.")] = False,
+    layer_times: Annotated[
+        Path | None,
+        typer.Option(help="Instead time each layer of an engine on this GPU, into this file, for choose-precision."),
+    ] = None,
+    size: Annotated[str, typer.Option(help="Frame for --layer-times, e.g. 1024x1024.")] = "1024x1024",
 ) -> None:
     """Print what a model file says about itself: contract, precision by layer, calibration, evidence."""
     from hpddrnet_trt.core.manifest import read_manifest
+    from hpddrnet_trt.engines.tensorrt import write_layer_times
     from hpddrnet_trt.export.describe import describe
 
     file = locate(model)
+    if layer_times is not None:
+        typer.echo(f"written: {write_layer_times(file, layer_times, parse_size(size))}")
+        return
     manifest = read_manifest(file)
     typer.echo(manifest.to_json() if as_json else describe(manifest, file, layers=layers))
 
@@ -440,12 +457,6 @@ def echo_evidence(manifest: Manifest) -> None:
         typer.echo(f"{last.what}, {last.images} images ({last.source}; {last.runtime}):")
         for name, value in last.values.items():
             typer.echo(f"  {name:<28} {value:.6g}")
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    from hpddrnet_trt.benchmark.images import parse_size
-
-    return None if text is None else parse_size(text)
 
 
 def _check_outputs(plot: Path | None, json_file: Path | None) -> None:
@@ -460,9 +471,7 @@ def _check_outputs(plot: Path | None, json_file: Path | None) -> None:
 def _check_place(path: Path) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name the file to write in it")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise UsageError(f"cannot write {path}: {above} is no folder that may be written to; choose another path")
+    check_writable(path.parent)
 
 
 def _check_target(model: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import write_text
-from hpddrnet_trt.core.text import METRES
+from hpddrnet_trt.core.text import METRES, plain
 from hpddrnet_trt.engines import ENGINES
 from hpddrnet_trt.results import ALWAYS_POSSIBLE, FORMATS, KINDS
 from hpddrnet_trt.weights import DEFAULT
@@ -57,6 +57,14 @@ def parse_length(text: str) -> float:
     return metres
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """``"1024"`` or ``"768x1024"`` (height x width) as (height, width)."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?:[x×]\s*(\d+)\s*)?", text)
+    if match is None:
+        raise UsageError(f"size {text!r} is not understood; write 1024 or 768x1024 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def parse_kinds(text: str) -> list[str]:
     """Kinds of file of ``png,rois``; ``all`` stands for every one but confidence, which needs class scores."""
     named = {kind.strip() for kind in text.split(",") if kind.strip()}
@@ -68,9 +76,10 @@ def parse_kinds(text: str) -> list[str]:
 
 
 def write_json(target: Path | None, record: dict[str, Any]) -> None:
-    """What ``--json`` asks for: the figures of a command as a file, and a line that says so."""
+    """What ``--json`` asks for: the figures of a command as a file (null where one does not exist), and a line
+    that says so."""
     if target is not None:
-        write_text(target, json.dumps(record, indent=1) + "\n")
+        write_text(target, json.dumps(plain(record), indent=1, allow_nan=False) + "\n")
         typer.echo(f"written: {target}")
 
 

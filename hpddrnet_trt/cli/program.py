@@ -32,6 +32,7 @@ GONE = {
     "compare-precisions": "`choose-precision --study`",
     "convert-precision": "`export --precision fp16` (or bf16), which also takes FP32 ONNX files",
     "measure-training": "`train`, whose progress bar shows steps per second",
+    "profile": "`inspect ENGINE --layer-times FILE`",
     "report": "`benchmark report`",
     "sensitivity": "`choose-precision --study`",
     "ship": "`export --half-weights`",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 # Metres of every unit of length that a file or a person names.
 METRES = {
@@ -49,6 +51,15 @@ def length(metres: float, digits: int = 4) -> str:
 def micrometres(metres: float) -> float:
     """``metres`` in micrometres, without the last digits' noise: 50e-9 is 0.05, not 0.049999999999999996."""
     return float(f"{metres * 1e6:.12g}")
+
+
+def plain(value: Any) -> Any:
+    """``value`` with None for every NaN and infinity in it, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_square(width: float, height: float, tolerance: float = SQUARE) -> bool:

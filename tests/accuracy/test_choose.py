@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from hpddrnet_trt.accuracy.acceptance import Budget
-from hpddrnet_trt.accuracy.candidates import CandidateCache, Study, open_study
+from hpddrnet_trt.accuracy.candidates import CandidateCache, Study, StudySettings, open_study
 from hpddrnet_trt.accuracy.search import Choice, Frontier, Point, _none_holds, choose_precision
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import read_manifest
@@ -24,7 +24,7 @@ from tests.graph.residual_onnx import QUANTISABLE
 
 @pytest.fixture
 def study(fp32: Path, data: Path) -> Iterator[Study]:
-    with open_study(fp32, data, size=(96, 96)) as found:
+    with open_study(fp32, StudySettings(data, size=(96, 96))) as found:
         yield found
 
 
@@ -84,7 +84,7 @@ def test_from_a_budget_to_an_engine(fp32: Path, data: Path, tmp_path: Path) -> N
 
 def test_a_study_refuses_before_it_measures(fp32: Path, data: Path, tmp_path: Path) -> None:
     def opened(folder: Path, **options: Any) -> None:
-        with open_study(fp32, folder, size=(96, 96), **options):
+        with open_study(fp32, StudySettings(folder, **{"size": (96, 96), **options})):
             pytest.fail("measured")
 
     without_training = tmp_path / "data"
@@ -99,11 +99,10 @@ def test_a_study_refuses_before_it_measures(fp32: Path, data: Path, tmp_path: Pa
 
 def test_judging_what_was_calibrated_on_is_said(fp32: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = sorted((data / "images" / "val").iterdir())
-    with open_study(fp32, data, size=(96, 96), calibration_images=images[:2]):
-        assert "2 of the 3 micrographs of simulated/val" in caplog.text
-    caplog.clear()
-    with open_study(fp32, data, size=(96, 96)):
-        assert "as well" not in caplog.text
+    for calibrated_on, warned in ((images[:2], True), (None, False)):
+        caplog.clear()
+        with open_study(fp32, StudySettings(data, size=(96, 96), calibration_images=calibrated_on)):
+            assert ("2 of the 3 micrographs of simulated/val" in caplog.text) == warned
 
 
 def test_the_best_of_what_fails_is_by_the_limit_that_fails() -> None:

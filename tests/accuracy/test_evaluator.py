@@ -16,7 +16,7 @@ from PIL import Image
 
 from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
 from hpddrnet_trt.accuracy.candidates import CandidateCache, QuantizationConfig
-from hpddrnet_trt.accuracy.evaluate import evaluate, samples_of
+from hpddrnet_trt.accuracy.evaluate import assess, samples_of
 from hpddrnet_trt.accuracy.evaluator import AccuracyEvaluator
 from hpddrnet_trt.accuracy.search import choose_precision
 from hpddrnet_trt.benchmark.run import Scores as BenchmarkScores
@@ -161,7 +161,7 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, config: Quan
         )
     model, manifest = load_model(target)
     with load_segmenter(save_model(simulate_rounding(model), tmp_path / "rounded.onnx", manifest)) as segmenter:
-        scores = evaluate(segmenter, dataset, "val", progress=False)
+        scores = assess(segmenter, dataset, "val", progress=False).scores
         benchmark = BenchmarkScores(["it"], None, len(dataset.classes))
         for _, image, mask in samples_of(dataset, "val", "", progress=False):
             benchmark.add({"it": segmenter.segment(image).labels}, mask)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpddrnet_trt.accuracy.acceptance import WHAT, Budget
-from hpddrnet_trt.accuracy.candidates import CandidateCache, Study, open_study, precision_table
+from hpddrnet_trt.accuracy.candidates import CandidateCache, Study, StudySettings, open_study, precision_table
 from hpddrnet_trt.accuracy.cost import cost_model
 from hpddrnet_trt.accuracy.search import choose_precision
 from hpddrnet_trt.core.errors import UserError
@@ -25,7 +25,8 @@ MODEL = "nasa-super1"
 @pytest.fixture(scope="module")
 def study(sem_data: Path) -> Iterator[Study]:
     model = locate(MODEL, ".onnx")
-    with open_study(model, sem_data / MODEL, split="test", reference=model, max_images=4) as found:
+    settings = StudySettings(sem_data / MODEL, split="test", reference=model, max_images=4)
+    with open_study(model, settings) as found:
         yield found
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpddrnet_trt.benchmark.images import Image, ImageSet, fit, load_images, own_size, parse_size, timing_frames
+from hpddrnet_trt.benchmark.images import Image, ImageSet, fit, load_images, own_size, timing_frames
+from hpddrnet_trt.cli.options import parse_size
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from tests.tiny_onnx import CLASSES
 
