@@ -28,8 +28,6 @@ RUN := runs/$(NAME)
 SHAPES ?= 1x1x256x256:1x1x512x512:4x1x1024x1024
 DATASET := $(or $(DATA),$(RUN)/data)
 
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --max-worker-restart=0
-
 .PHONY: help demo test soak gpu environment clean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
@@ -59,13 +57,10 @@ demo: $(READY)
 	$(CLI) segment $(DATASET) --output $(RUN)/labels --model $(RUN)/model.onnx
 	$(BIN)/python benchmarks/benchmark.py $(RUN) --data $(DATASET) --output $(RUN)/report $(MEASURE)
 
-# Training in a pool of its own: in a worker that has run OpenVINO, ONNX Runtime and the tiles before, the process dies
-# (SIGSEGV, without a trace) in tests whose data loaders have processes, forked or spawned. The cause is not known.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(TEST) --ignore tests/training
-	$(TEST) tests/training
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --max-worker-restart=0
 
 # The live stream under faults for 20,000 frames, and whatever else is marked slow.
 soak: $(READY)

@@ -258,8 +258,6 @@ def _normalization(config: TrainConfig, statistics: SplitStatistics) -> Normaliz
 def _build(config: TrainConfig, data: TrainingData) -> tuple[SegmentationModule, Manifest]:
     start = _starting_point(config, data)
     network = start.network
-    # A quarter faster on a CPU, and what tensor cores want; weights and checkpoints stay the same.
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     manifest = Manifest(
         name=config.run.name,
         network=network.config,

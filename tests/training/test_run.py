@@ -229,6 +229,22 @@ class Deadly(TrainingSamples):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.parametrize("channels", [8, 16])
+def test_narrow_networks_train(tiny: Tiny, channels: int) -> None:
+    """In channels last PyTorch's gradient of their strided 1x1 convolutions destroys the memory of the process."""
+    sizes = ["augmentation.crop=[256, 256]", "data.simulated.size=256", "optimization.max_steps=3"]
+    done = in_a_process(tiny(f"network.channels={channels}", *sizes), "-c", TRAIN)
+    assert done.returncode == 0, done.stderr
+
+
+TRAIN = """
+import sys
+from hpddrnet_trt.training import run
+from hpddrnet_trt.training.config import load_config
+
+run.train(load_config(None, sys.argv[1:]))
+"""
+
 DEADLY = """
 import sys
 from hpddrnet_trt.training import run
@@ -241,8 +257,7 @@ run.train(load_config(None, sys.argv[1:]))
 
 
 def test_death_of_a_worker_is_told(tiny: Tiny) -> None:
-    """In a process of its own: PyTorch answers such a death in a signal handler, and in a process that had run OpenVINO
-    and ONNX Runtime before, the test worker died of it (SIGSEGV without a trace), with forked and spawned loaders."""
+    """In a process of its own, since PyTorch answers such a death in a signal handler."""
     done = in_a_process(tiny("run.workers=1"), "-c", DEADLY)
     assert done.returncode == 1, done.stderr
     assert re.search(r"UserError: a process that loads images died.*lower run\.workers", done.stderr), done.stderr
