@@ -132,13 +132,5 @@ def read_file(path: str | Path, what: str) -> bytes:
 
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's content, as lower-case hexadecimal."""
-    return digest_of(path, "sha256")
-
-
-def digest_of(path: str | Path, algorithm: str) -> str:
-    """Checksum of a file's content by hashlib's name of the algorithm, as lower-case hexadecimal."""
-    digest = hashlib.new(algorithm, usedforsecurity=False)
     with Path(path).open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -164,13 +164,18 @@ def _kind(name: str, *others: str) -> EngineKind:
 
 def engine_status(name: str) -> EngineStatus:
     """Whether the engine ``name`` can run here, without loading its runtime."""
+    from hpddrnet_trt.engines.cuda import find_gpu
+
     kind = _kind(name)
     if importlib.util.find_spec(kind.library) is None:
         return EngineStatus(False, f"not installed; pip install 'hpddrnet-trt[{kind.extra}]'")
     installed = _distributions().get(kind.library)
     number = version(installed[0]) if installed else "unknown version"
-    if kind.gpu and (reason := _no_gpu()):
-        return EngineStatus(False, f"{number} is installed, but {reason}")
+    try:
+        if kind.gpu:
+            find_gpu()
+    except UserError as exc:
+        return EngineStatus(False, f"{number} is installed, but {exc}")
     return EngineStatus(True, number)
 
 
@@ -196,13 +201,3 @@ def _distributions() -> Mapping[str, list[str]]:
     """Names of the distributions by what can be imported from them."""
     return packages_distributions()
 
-
-def _no_gpu() -> str | None:
-    """Why no GPU can be used, or None when one can."""
-    from hpddrnet_trt.engines.cuda import find_gpu
-
-    try:
-        find_gpu()
-    except UserError as exc:
-        return str(exc)
-    return None

@@ -112,16 +112,17 @@ def input_contract(manifest: Manifest) -> InputContract:
     return manifest.input
 
 
-def check_input(images: npt.NDArray[Any], contract: InputContract) -> None:
-    """Raise :class:`ContractError` unless ``images`` follows ``contract``."""
-    if not isinstance(images, np.ndarray) or images.ndim != 4:
-        shape = getattr(images, "shape", None)
+def check_input(images: Any, contract: InputContract, *, on_gpu: bool = False) -> None:
+    """Raise :class:`ContractError` unless ``images``, a numpy array or, ``on_gpu``, another, follows ``contract``."""
+    shape, where = getattr(images, "shape", ()), " on the GPU" if on_gpu else ""
+    if not (on_gpu or isinstance(images, np.ndarray)) or len(shape) != 4:
         raise ContractError(
-            f"expected an array [batch, {contract.channels}, height, width], got {type(images).__name__} {shape}"
+            f"expected an array [batch, {contract.channels}, height, width], "
+            f"got {type(images).__name__} of shape {shape}{where}"
         )
     if images.dtype != np.dtype(contract.dtype):
-        raise ContractError(f"expected dtype {contract.dtype}, got {images.dtype}; convert the image first")
-    check_shape(images.shape, contract)
+        raise ContractError(f"expected dtype {contract.dtype}, got {images.dtype}{where}; convert the image first")
+    check_shape(shape, contract)
 
 
 def check_shape(shape: tuple[int, ...], contract: InputContract) -> None:
@@ -129,11 +130,8 @@ def check_shape(shape: tuple[int, ...], contract: InputContract) -> None:
     batch, channels, height, width = shape
     if channels != contract.channels:
         raise ContractError(f"expected {contract.channels} channel(s), got {channels} in shape {tuple(shape)}")
-    for name, size, axis in (
-        ("batch", batch, contract.batch),
-        ("height", height, contract.height),
-        ("width", width, contract.width),
-    ):
+    for name, size in (("batch", batch), ("height", height), ("width", width)):
+        axis = getattr(contract, name)
         if not axis.admits(size):
             raise ContractError(f"{name} {size} is outside this model's range {axis}; resize, tile, or export again")
     if height % contract.multiple or width % contract.multiple:

@@ -75,8 +75,8 @@ class Gpu:
     compute_capability: str
 
 
-def gpus() -> list[Gpu]:
-    """All NVIDIA GPUs of this machine; raises :class:`NoGpu` when the driver shows none.
+def find_gpu(index: int = 0) -> Gpu:
+    """The GPU with this CUDA index; raises :class:`NoGpu` when the driver shows none.
 
     Asks the CUDA driver only: safe where TensorRT itself would crash without a device.
     """
@@ -87,21 +87,11 @@ def gpus() -> list[Gpu]:
             f"no NVIDIA GPU can be used here (CUDA says {status.name}); run this on a machine with an NVIDIA GPU "
             "and a current driver, or use the ONNX file with the CPU engine"
         )
-    return [_describe(runtime, index) for index in range(count)]
-
-
-def _describe(runtime: Any, index: int) -> Gpu:
+    if not 0 <= index < count:
+        raise NoGpu(f"GPU {index} does not exist, this machine has {count}; choose 0 to {count - 1}")
     properties = check(runtime.cudaGetDeviceProperties(index), f"reading the properties of GPU {index}")
     name = properties.name.decode(errors="replace") if isinstance(properties.name, bytes) else str(properties.name)
     return Gpu(index, name.rstrip("\0"), f"{properties.major}.{properties.minor}")
-
-
-def find_gpu(index: int = 0) -> Gpu:
-    """The GPU with this CUDA index, or :class:`NoGpu`."""
-    present = gpus()
-    if not 0 <= index < len(present):
-        raise NoGpu(f"GPU {index} does not exist, this machine has {len(present)}; choose 0 to {len(present) - 1}")
-    return present[index]
 
 
 def gpu_or_none(index: int = 0) -> Gpu | None:

@@ -6,9 +6,8 @@ import json
 import re
 import tempfile
 import threading
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     import onnx
 
 CUDA = "CUDAExecutionProvider"
-LANES = 2  # batches in flight on a GPU: one computes while another is copied
 WARM_UP = 3  # profiled runs that are not counted
 _PROFILED = "_kernel_time"
 TOKEN_STRIDE = 16  # pixels of the image per token and direction, at the finest of the attentions
@@ -103,24 +101,19 @@ class OnnxRuntimeEngine(EngineBase):
         session = self._checked(images)
         with self._readable_errors(images.shape):
             outputs = session.run(self._names, {self._input: np.ascontiguousarray(images)})
-        return self._prediction(outputs, images.shape)
-
-    def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
-        """Run batches; on CUDA two at a time in bound memory, so that copies and computing overlap."""
-        if self._device == "cpu":
-            return super().infer_many(batches)
-        return self._in_lanes(batches, LANES)
+        return checked_prediction(dict(zip(self._names, outputs, strict=True)), self.manifest, images.shape)
 
     def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
         """One batch, and the outputs, in memory of the device that computes."""
         session = self._checked(images)
         with self._readable_errors(images.shape):
-            bound = self._bound(session, np.ascontiguousarray(images))
+            binding = self._bound(session, images)
 
         def run() -> None:
             self._live()
             with self._readable_errors(images.shape):
-                bound.run()
+                session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
 
         return run
 
@@ -167,9 +160,6 @@ class OnnxRuntimeEngine(EngineBase):
                 self._in_blocks = self._open(blocks=True)
             return self._in_blocks
 
-    def _prediction(self, outputs: list[npt.NDArray[Any]], shape: tuple[int, ...]) -> Prediction:
-        return checked_prediction(dict(zip(self._names, outputs, strict=True)), self.manifest, shape)
-
     @contextmanager
     def _readable_errors(self, shape: tuple[int, ...]) -> Iterator[None]:
         try:
@@ -180,37 +170,19 @@ class OnnxRuntimeEngine(EngineBase):
                 f"({one_line(exc, 'first')}); try a smaller image or batch, or export the model again"
             ) from exc
 
-    def _in_lanes(self, batches: Iterable[npt.NDArray[Any]], lanes: int) -> Iterator[Prediction]:
-        """Each lane is a thread with its own bound memory; ONNX Runtime leaves the interpreter lock while it runs."""
-        bound: list[dict[tuple[int, ...], _Bound]] = [{} for _ in range(lanes)]
-
-        def job(lane: int, images: npt.NDArray[Any]) -> Prediction:
-            session = self._checked(images)
-            source = np.ascontiguousarray(images)
-            with self._readable_errors(images.shape):
-                memory = bound[lane].get(images.shape)
-                if memory is None:
-                    memory = bound[lane][images.shape] = self._bound(session, source)
-                else:
-                    memory.load(source)
-                memory.run()
-                outputs = memory.to_host()
-            return self._prediction(outputs, images.shape)
-
-        waiting: deque[Future[Prediction]] = deque()
-        with ThreadPoolExecutor(lanes, thread_name_prefix="onnxruntime") as pool:
-            for number, images in enumerate(batches):
-                waiting.append(pool.submit(job, number % lanes, images))
-                if len(waiting) == lanes:  # a lane gets its next batch after its last one is done
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-    def _bound(self, session: Any, images: npt.NDArray[Any]) -> _Bound:
-        # On a CPU the value would be the caller's own memory, which later batches must not overwrite.
-        source = images.copy() if self._device == "cpu" else images
-        value = self._ort.OrtValue.ortvalue_from_numpy(source, self._device, self._device_id)
-        return _Bound(session, self._input, value, self._names, (self._device, self._device_id))
+    def _bound(self, session: Any, images: npt.NDArray[Any]) -> Any:
+        """A binding of one input and the outputs to fixed addresses of the device; a run allocates none of them."""
+        # A copy: on a CPU the value would be the caller's own memory.
+        value = self._ort.OrtValue.ortvalue_from_numpy(images.copy(order="C"), self._device, self._device_id)
+        finding, binding = session.io_binding(), session.io_binding()
+        for output in self._names:
+            finding.bind_output(output, self._device, self._device_id)
+        finding.bind_ortvalue_input(self._input, value)
+        session.run_with_iobinding(finding)  # finds out the outputs' shapes
+        binding.bind_ortvalue_input(self._input, value)
+        for output, place in zip(self._names, finding.get_outputs(), strict=True):
+            binding.bind_ortvalue_output(output, place)
+        return binding
 
     def _open(self, *, blocks: bool = False, profile: Path | None = None) -> Any:
         """A session of the file; ``blocks``: attention in blocks, ``profile``: where its profiler writes to."""
@@ -261,34 +233,6 @@ class OnnxRuntimeEngine(EngineBase):
         self._device = "cuda" if self._wanted[0] == CUDA else "cpu"
         self._input = self._session.get_inputs()[0].name
         self._names = expected_outputs(self.manifest, [out.name for out in self._session.get_outputs()], self.path)
-
-
-class _Bound:
-    """One input and the outputs at fixed addresses of ``device`` (``cuda``, 0); a run allocates none of them."""
-
-    def __init__(self, session: Any, name: str, value: Any, outputs: list[str], device: tuple[str, int]) -> None:
-        self._session, self._input = session, value
-        finding = session.io_binding()
-        finding.bind_ortvalue_input(name, value)
-        for output in outputs:
-            finding.bind_output(output, *device)
-        session.run_with_iobinding(finding)  # finds out the outputs' shapes
-        self._binding = session.io_binding()
-        self._binding.bind_ortvalue_input(name, value)
-        for output, value_of_output in zip(outputs, finding.get_outputs(), strict=True):
-            self._binding.bind_ortvalue_output(output, value_of_output)
-
-    def load(self, images: npt.NDArray[Any]) -> None:
-        """Another batch of the same shape."""
-        self._input.update_inplace(images)
-
-    def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
-        self._binding.synchronize_outputs()
-
-    def to_host(self) -> list[npt.NDArray[Any]]:
-        """Copies of the outputs in host memory."""
-        return list(self._binding.copy_outputs_to_cpu())
 
 
 def _operator_times(profile: Path, runs: int) -> dict[str, float]:

@@ -324,10 +324,24 @@ def verify_in_child(
     with OnnxRuntimeEngine(path) as engine:
         expected = engine.infer(images).labels
         comparison = LabelComparison(engine.manifest.network.num_classes)
+    path = Path(path)
+    root = str(Path(hpddrnet_trt.__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "images.npy", Path(folder) / "labels.npy"
         np.save(source, images)
-        _run_child([str(path), str(source), str(target), precision], Path(path), timeout_s)
+        command = [sys.executable, "-m", "hpddrnet_trt.engines.openvino", *map(str, (path, source, target)), precision]
+        try:
+            child = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace",
+                                   timeout=timeout_s, check=False)  # fmt: skip
+        except subprocess.TimeoutExpired as exc:
+            raise UserError(
+                f"OpenVINO did not finish {path} within {timeout_s:.0f} s; use the onnxruntime engine"
+            ) from exc
+        if child.returncode:
+            reason = one_line(child.stderr, "last")
+            died = f"died by signal {-child.returncode}" if child.returncode < 0 else f"failed ({reason})"
+            raise UserError(f"OpenVINO {died} on {path}; use the onnxruntime engine for this file")
         comparison.update(np.load(target), expected)
     share = comparison.agreement
     if not share >= minimum_agreement:
@@ -336,21 +350,6 @@ def verify_in_child(
             f"{minimum_agreement:.2%}; use the onnxruntime engine for this file"
         )
     return share
-
-
-def _run_child(arguments: list[str], path: Path, timeout_s: float) -> None:
-    root = str(Path(hpddrnet_trt.__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-m", "hpddrnet_trt.engines.openvino", *arguments]
-    try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace",
-                               timeout=timeout_s, check=False)  # fmt: skip
-    except subprocess.TimeoutExpired as exc:
-        raise UserError(f"OpenVINO did not finish {path} within {timeout_s:.0f} s; use the onnxruntime engine") from exc
-    if child.returncode:
-        reason = one_line(child.stderr, "last")
-        died = f"died by signal {-child.returncode}" if child.returncode < 0 else f"failed ({reason})"
-        raise UserError(f"OpenVINO {died} on {path}; use the onnxruntime engine for this file")
 
 
 def _child(path: str, source: str, target: str, precision: str) -> int:

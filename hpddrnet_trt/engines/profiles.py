@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract
@@ -17,7 +18,7 @@ from hpddrnet_trt.core.manifest import AxisRange, InputContract
 Shape = tuple[int, int, int, int]
 
 EXAMPLE = "1x1x512x512:4x1x1024x1024:8x1x2048x2048"
-_AXES = ("batch", "channels", "height", "width")
+AXES = ("batch", "channels", "height", "width")
 # Without --shapes a dynamic model is tuned for one 1024x1024 micrograph and admits up to 2048x2048;
 # larger boxes cost memory even for small inputs, because the scratch space is sized for the largest.
 DEFAULT_SIZE = 1024
@@ -40,10 +41,7 @@ class Profile:
 
     def distance(self, shape: Sequence[int]) -> float:
         """How far ``shape`` is from what the profile is tuned for: product of size ratios (1 is equal)."""
-        ratio = 1.0
-        for size, best in zip(shape, self.optimum, strict=True):
-            ratio *= max(size, best) / min(size, best)
-        return ratio
+        return prod(max(size, best) / min(size, best) for size, best in zip(shape, self.optimum, strict=True))
 
     def as_record(self) -> dict[str, list[int]]:
         """The form stored in :class:`~hpddrnet_trt.core.manifest.EngineRecord`."""
@@ -52,14 +50,12 @@ class Profile:
     @classmethod
     def from_record(cls, record: dict[str, list[int]]) -> Profile:
         """Inverse of :meth:`as_record`; raises :class:`ContractError` on a record that is none."""
-        try:
-            boxes = [tuple(int(size) for size in record[key]) for key in ("min", "opt", "max")]
-        except (KeyError, TypeError, ValueError) as exc:
-            raise ContractError(f"the profile {str(record)[:200]} is not valid; build the engine again") from exc
-        if any(len(box) != 4 for box in boxes):
-            raise ContractError(f"the profile {str(record)[:200]} is not of rank 4; build the engine again")
-        if not all(1 <= low <= best <= high for low, best, high in zip(*boxes, strict=True)):
-            raise ContractError(f"the profile {str(record)[:200]} is not in rising order; build the engine again")
+        boxes = [tuple(record.get(key, ())) for key in ("min", "opt", "max")]
+        rising = all(1 <= low <= best <= high for low, best, high in zip(*boxes, strict=False))
+        if not rising or any(len(box) != len(AXES) for box in boxes):
+            raise ContractError(
+                f"the profile {str(record)[:200]} is not of three shapes in rising order; build the engine again"
+            )
         return cls(*boxes)  # type: ignore[arg-type]  # lengths checked above
 
     def __str__(self) -> str:
@@ -84,42 +80,24 @@ def parse_shapes(text: str, contract: InputContract) -> list[Profile]:
         pieces = part.strip().split(":")
         if len(pieces) not in (1, 3):
             raise UsageError(f"--shapes {part!r}: give MIN:OPT:MAX or one shape, e.g. {EXAMPLE}")
-        shapes = [_parse_shape(piece) for piece in pieces]
+        shapes = [_parse_shape(piece.strip(), contract) for piece in pieces]
         profile = Profile(shapes[0], shapes[len(shapes) // 2], shapes[-1])
-        _check(profile, contract)
+        for name, low, best, high in zip(AXES, profile.minimum, profile.optimum, profile.maximum, strict=True):
+            if not low <= best <= high:
+                raise UsageError(
+                    f"--shapes {profile}: {name} {low}:{best}:{high} is not in rising order; "
+                    "write the smallest shape first, then the usual one, then the largest"
+                )
         profiles.append(profile)
     return profiles
 
 
-def _parse_shape(text: str) -> Shape:
-    if not re.fullmatch(r"\s*\d+(x\d+)*\s*", text):
+def _parse_shape(written: str, contract: InputContract) -> Shape:
+    if not re.fullmatch(r"\d+x\d+x\d+x\d+", written):
         raise UsageError(
-            f"--shapes: {text!r} is not a shape; write batch x channels x height x width, e.g. 1x1x1024x1024"
+            f"--shapes: {written!r} is not a shape; write batch x channels x height x width, e.g. 1x1x1024x1024"
         )
-    sizes = [int(size) for size in text.strip().split("x")]
-    if len(sizes) != 4:
-        raise UsageError(
-            f"--shapes: {text!r} has {len(sizes)} number(s), 4 are needed: batch x channels x height x width, "
-            "e.g. 1x1x1024x1024"
-        )
-    return sizes[0], sizes[1], sizes[2], sizes[3]
-
-
-def _check(profile: Profile, contract: InputContract) -> None:
-    for axis, name in enumerate(_AXES):
-        low, best, high = profile.minimum[axis], profile.optimum[axis], profile.maximum[axis]
-        if not low <= best <= high:
-            raise UsageError(
-                f"--shapes {profile}: {name} {low}:{best}:{high} is not in rising order; "
-                "write the smallest shape first, then the usual one, then the largest"
-            )
-    for shape in (profile.minimum, profile.optimum, profile.maximum):
-        _check_shape(shape, contract)
-
-
-def _check_shape(shape: Shape, contract: InputContract) -> None:
-    written = "x".join(map(str, shape))
-    batch, channels, height, width = shape
+    batch, channels, height, width = map(int, written.split("x"))
     if channels != contract.channels:
         raise UsageError(
             f"--shapes: {written} has {channels} channel(s), the model takes {contract.channels}; "
@@ -131,16 +109,14 @@ def _check_shape(shape: Shape, contract: InputContract) -> None:
             raise UsageError(
                 f"--shapes: {written}: {name} {size} is not a multiple of {contract.multiple}; write {nearest}"
             )
-    for name, size, axis in (
-        ("batch", batch, contract.batch),
-        ("height", height, contract.height),
-        ("width", width, contract.width),
-    ):
+    for name, size in (("batch", batch), ("height", height), ("width", width)):
+        axis: AxisRange = getattr(contract, name)
         if not axis.admits(size):
             raise UsageError(
                 f"--shapes: {written}: {name} {size} is outside what the ONNX file admits ({axis}); "
                 "change the number, or export the ONNX file again with another range"
             )
+    return batch, channels, height, width
 
 
 def default_profiles(contract: InputContract) -> list[Profile]:

@@ -24,14 +24,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
 from hpddrnet_trt.core.files import existing_file, write_text
 from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, read_manifest
-from hpddrnet_trt.engines.base import (
-    EngineBase,
-    Prediction,
-    check_input,
-    check_shape,
-    expected_outputs,
-    input_contract,
-)
+from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, expected_outputs, input_contract
 from hpddrnet_trt.engines.cuda import (
     DeviceArray,
     Gpu,
@@ -170,14 +163,12 @@ class TensorRTEngine(EngineBase):
 
     def _submit(self, slot: InferenceStream, images: Any, out: npt.NDArray[np.uint8] | None = None) -> None:
         """Queue one batch from wherever it is."""
-        if not on_device(images):
-            self._check(images)
-            _check_out(out, images.shape)
-            slot.submit(images)
-            return
-        view = self._viewed(slot, images)
-        _check_out(out, view.shape)
-        slot.run_device(view, download=True)
+        batch = self._batch(slot, images)
+        _check_out(out, batch.shape)
+        if isinstance(batch, DeviceArray):
+            slot.run(batch, download=True)
+        else:
+            slot.submit(batch)
 
     def infer_device(
         self,
@@ -218,11 +209,7 @@ class TensorRTEngine(EngineBase):
             if theirs is not None:
                 slot.stream.wait_for(theirs)
             targets = self._targets(slot, out)
-            if on_device(images):
-                views = slot.run_device(self._viewed(slot, images), download=False, targets=targets)
-            else:
-                self._check(images)
-                views = slot.run_host(images, targets)
+            views = slot.run(self._batch(slot, images), targets=targets)
             if theirs is not None:
                 slot.stream.precede(theirs)
                 return {name: replace(view, stream=theirs) for name, view in views.items()}
@@ -317,11 +304,7 @@ class TensorRTEngine(EngineBase):
 
     def _bind(self, images: Any, *, graph: bool) -> ExecutionContext:
         self._check_open()
-        if on_device(images):
-            images = self._viewed(self._slot, images)
-        else:
-            self._check(images)
-        return self._slot.bind(images, graph=graph)
+        return self._slot.bind(self._batch(self._slot, images), graph=graph)
 
     def layer_times(self, images: npt.NDArray[Any] | Any, runs: int = 20) -> dict[str, float]:
         """Median milliseconds of each engine layer, by the layer's name, over ``runs`` inferences of one batch.
@@ -345,19 +328,19 @@ class TensorRTEngine(EngineBase):
                 self._slot.release(execution)
         return {name: median(values) for name, values in times.items()}
 
-    def _check(self, images: Any) -> None:
-        """:func:`check_input`, remembering the shapes that have passed."""
-        if isinstance(images, np.ndarray) and images.dtype == self._dtype and images.shape in self._admitted:
-            return
-        check_input(images, self._contract)
-        if len(self._admitted) < SHAPES_REMEMBERED:
-            self._admitted.add(images.shape)
-
-    def _viewed(self, slot: InferenceStream, images: Any) -> DeviceArray:
-        """A batch on this GPU that follows the contract."""
-        view = view_device_array(images, slot.stream, self._gpu.index)
-        check_device_array(view, self._contract)
-        return view
+    def _batch(self, slot: InferenceStream, images: Any) -> npt.NDArray[Any] | DeviceArray:
+        """``images``, a view of them where they are on the GPU, once they have been found to follow the contract."""
+        if on_device(images):
+            view = view_device_array(images, slot.stream, self._gpu.index)
+            check_input(view, self._contract, on_gpu=True)
+            return view
+        # Remembering the shapes that have passed saves a frame some microseconds.
+        known = isinstance(images, np.ndarray) and images.dtype == self._dtype and images.shape in self._admitted
+        if not known:
+            check_input(images, self._contract)
+            if len(self._admitted) < SHAPES_REMEMBERED:
+                self._admitted.add(images.shape)
+        return images
 
     def _check_open(self) -> None:
         if not self._open:
@@ -447,17 +430,6 @@ def check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isascii() and part.isdigit())
-
-
-def check_device_array(view: DeviceArray, contract: InputContract) -> None:
-    """:func:`~hpddrnet_trt.engines.base.check_input` for an array on the GPU."""
-    if len(view.shape) != 4:
-        raise ContractError(
-            f"expected an array [batch, {contract.channels}, height, width], got shape {view.shape} on the GPU"
-        )
-    if view.dtype != np.dtype(contract.dtype):
-        raise ContractError(f"expected dtype {contract.dtype}, got {view.dtype} on the GPU; convert the image first")
-    check_shape(view.shape, contract)
 
 
 def write_layer_times(path: str | Path, target: str | Path, size: tuple[int, int], *, runs: int = 50) -> Path:

@@ -261,51 +261,44 @@ class InferenceStream:
         if self._graphs and self._is_due(images.shape):
             self._record(execution)
 
-    def run_device(
-        self, view: DeviceArray, *, download: bool, targets: Mapping[str, DeviceArray] | None = None
+    def run(
+        self,
+        batch: npt.NDArray[Any] | DeviceArray,
+        *,
+        download: bool = False,
+        targets: Mapping[str, DeviceArray] | None = None,
     ) -> dict[str, DeviceArray]:
-        """Queue one batch that is on this GPU, in place if aligned; with ``download``, :meth:`collect` may follow.
+        """Queue one batch, in place where it is on this GPU and aligned; the results stay on the GPU.
 
-        ``targets``: arrays of others on this GPU that take the outputs of those names.
+        ``targets``: arrays of others on this GPU that take the outputs of those names, likewise in place.
+        With ``download``, :meth:`collect` may follow.
         """
-        if len(self._borrowed) >= BORROWED:
+        on_gpu = isinstance(batch, DeviceArray)
+        if len(self._borrowed) >= BORROWED or (self._busy and not on_gpu):
             self.finish()
-        execution = self._ready(view.shape)
+        execution = self._ready(batch.shape)
         taken = _fitting(execution, targets)
-        self._borrowed += [view, *taken.values()]
-        self._running, self._shape, self._busy = execution, view.shape, True
-        aligned = view.pointer % ALIGNMENT == 0
-        if not aligned:
-            execution.take(view)
-        return self._run(execution, view.pointer if aligned else None, taken, download)
-
-    def run_host(
-        self, images: npt.NDArray[Any], targets: Mapping[str, DeviceArray] | None = None
-    ) -> dict[str, DeviceArray]:
-        """Queue one batch from the host; the results stay on the GPU, in ``targets`` where given."""
-        if self._busy:
-            self.finish()
-        execution = self._ready(images.shape)
-        taken = _fitting(execution, targets)
-        execution.load(images)
         self._borrowed += taken.values()
-        self._busy = True
-        execution.upload()
-        return self._run(execution, None, taken, False)
-
-    def _run(
-        self, execution: ExecutionContext, source: int | None, targets: dict[str, DeviceArray], download: bool
-    ) -> dict[str, DeviceArray]:
-        """Queue the network with outputs to ``targets``, in place if aligned."""
-        in_place = {name: view.pointer for name, view in targets.items() if view.pointer % ALIGNMENT == 0}
+        self._running, self._shape, self._busy = execution, batch.shape, True
+        source = None
+        if not isinstance(batch, DeviceArray):
+            execution.load(batch)
+            execution.upload()
+        else:
+            self._borrowed.append(batch)
+            if batch.pointer % ALIGNMENT:
+                execution.take(batch)
+            else:
+                source = batch.pointer
+        in_place = {name: view.pointer for name, view in taken.items() if view.pointer % ALIGNMENT == 0}
         execution.enqueue(source, in_place)
-        for name, view in targets.items():
+        for name, view in taken.items():
             if name not in in_place:
                 self.stream.copy(view.pointer, execution.views[name].pointer, view.nbytes)
         if download:
             execution.download()
         handle = self.stream.handle
-        return {**execution.views, **{name: replace(view, stream=handle) for name, view in targets.items()}}
+        return {**execution.views, **{name: replace(view, stream=handle) for name, view in taken.items()}}
 
     def collect(self, labels: npt.NDArray[np.uint8] | None = None) -> Prediction:
         """Wait for the batch and copy its results out; ``labels`` is the array that takes the labels.

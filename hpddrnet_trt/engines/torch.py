@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -301,57 +302,35 @@ def module_times(
     (normalisation, resize to full size, arg-max) is ``output``. ``synchronize`` waits for the device,
     before and after each module, so the sum is more than an undisturbed run.
     """
-    clock = _Clock(synchronize)
     samples: dict[str, list[float]] = defaultdict(list)
-    handles: list[Any] = []
-    for path, module in network.named_modules():
-        handles.append(module.register_forward_pre_hook(clock.enter))
-        handles.append(module.register_forward_hook(clock.leave(path or "network")))
-    try:
-        for number in range(WARM_UP + runs):
-            for path, seconds in clock.measure(run).items():
-                if number >= WARM_UP:
-                    samples[path].append(seconds * 1000)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: median(values) for path, values in samples.items()}
+    own: dict[str, float] = {}  # of one inference
+    open_: list[tuple[float, float]] = []  # of the modules that run: begin, time spent in children so far
 
+    def enter(*_: Any) -> None:
+        synchronize()
+        open_.append((time.perf_counter(), 0.0))
 
-class _Clock:
-    """Nested stop-watches: each measures its own time, its children's taken off."""
-
-    def __init__(self, synchronize: Callable[[], object]) -> None:
-        self._synchronize = synchronize
-        self._open: list[tuple[float, float]] = []  # begin, time spent in children so far
-        self._own: dict[str, float] = {}
-
-    def measure(self, run: Callable[[], object]) -> dict[str, float]:
-        self._own = {}
-        self.enter()
-        run()
-        self._close("output")
-        return self._own
-
-    def enter(self, *_: Any) -> None:
-        self._synchronize()
-        self._open.append((time.perf_counter(), 0.0))
-
-    def leave(self, path: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self._close(path)
-
-        return hook
-
-    def _close(self, path: str) -> None:
-        self._synchronize()
-        begin, inside = self._open.pop()
+    def leave(path: str, *_: Any) -> None:
+        synchronize()
+        begin, inside = open_.pop()
         total = time.perf_counter() - begin
-        # A module that runs twice in one inference counts twice.
-        self._own[path] = self._own.get(path, 0.0) + total - inside
-        if self._open:
-            outer, other = self._open.pop()
-            self._open.append((outer, other + total))
+        own[path] = own.get(path, 0.0) + total - inside  # a module that runs twice in one inference counts twice
+        if open_:
+            outer, other = open_.pop()
+            open_.append((outer, other + total))
+
+    with ExitStack() as hooks:
+        for path, module in network.named_modules():
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(partial(leave, path or "network")).remove)
+        for number in range(WARM_UP + runs):
+            own.clear()
+            enter()
+            run()
+            leave("output")
+            for path, seconds in own.items() if number >= WARM_UP else ():
+                samples[path].append(seconds * 1000)
+    return {path: median(values) for path, values in samples.items()}
 
 
 def _as_source(images: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -125,14 +125,6 @@ def test_unreadable_files(tmp_path: Path, make: Any, message: str) -> None:
         read_manifest(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x01", bytes(8), b"\xff" * 8, struct.pack("<Q", 100) + b"{}"])
-def test_truncated_files(tmp_path: Path, content: bytes) -> None:
-    for name in ("m.safetensors", "m.onnx"):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(BadInputFile, match=name):
-            read_manifest(tmp_path / name)
-
-
 @settings(max_examples=200, deadline=None)
 @given(kind=st.sampled_from(["onnx", "safetensors", "engine"]), data=st.data())
 def test_damaged_bytes(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:
@@ -294,19 +286,3 @@ def test_axis_ranges(minimum: int, span: int | None, size: int) -> None:
     assert axis.admits(size) == (minimum <= size <= upper)
     assert axis.fixed == (minimum if span == 0 else None)
     assert str(axis) == (f"{minimum}" if span == 0 else f"{minimum}..{'any' if span is None else upper}")
-
-
-@given(
-    names=st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=9),
-    mean=st.tuples(*[st.floats(-300, 300)] * 3),
-    std=st.tuples(*[st.floats(1e-3, 300)] * 3),
-    metrics=st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False, allow_infinity=False), max_size=3),
-)
-def test_any_description_survives_json(names: list[str], mean: Any, std: Any, metrics: dict[str, float]) -> None:
-    manifest = Manifest(
-        network=NetworkConfig(num_classes=len(names)),
-        classes=[ClassInfo(name=name, color=(index, 2, 3)) for index, name in enumerate(names)],
-        normalization=Normalization(mean=mean, std=std),
-        metrics=metrics,
-    )
-    assert parse_manifest(manifest.to_json(), "x") == manifest

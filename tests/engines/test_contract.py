@@ -1,4 +1,4 @@
-"""What every engine promises: one set of tests for all of them, beside the short files about each."""
+"""What every engine promises, whichever runtime is behind it; the other files here hold what is one engine's own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UserError
 from hpddrnet_trt.engines import ENGINES, load_engine
-from hpddrnet_trt.engines.base import Engine
+from hpddrnet_trt.engines.base import Engine, checked_prediction
+from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.engines.conftest import Bench
+from tests.threads import in_threads
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.toy import grey_image, manifest, write_toy_onnx
 
@@ -31,74 +35,66 @@ class Subject:
     """An engine whose model gives logits, how to open one that gives labels only, and the truth."""
 
     name: str
+    path: Path
     engine: Engine
     labels_only: Callable[[], Engine]
     scores: Callable[[Images], npt.NDArray[Any]]  # images [N, 1, H, W] to float32 [N, C, H, W]
-    path: Path
+    memory: Callable[[], object] = lambda: None  # what of the engine is still on the GPU
 
     def check(self, images: Images, labels: npt.NDArray[Any]) -> None:
         """Labels are those of the truth's highest scores, but for ties within rounding."""
         scores = self.scores(images)
+        assert (labels.shape, labels.dtype) == ((len(images), *images.shape[2:]), np.uint8)
         taken = np.take_along_axis(scores, labels[:, None].astype(np.int64), axis=1)[:, 0]
-        assert labels.shape == (len(images), *images.shape[2:])
-        assert labels.dtype == np.uint8
         np.testing.assert_allclose(taken, scores.max(axis=1), atol=1e-4)
+
+    @property
+    def runtime(self) -> str:
+        return self.name.split(",")[0]
 
 
 @pytest.fixture(params=NAMES)
 def subject(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
     name: str = request.param
-    engine = name.split(",")[0]
-    if importlib.util.find_spec(ENGINES[engine].library) is None and engine != "tensorrt":
-        pytest.skip(f"{ENGINES[engine].label} is not installed")
-    if engine == "tensorrt":
+    runtime = name.split(",")[0]
+    if runtime == "tensorrt":
         bench: Callable[..., Bench] = request.getfixturevalue("bench")
         job = bench("logits")
-        made = Subject(name, job.engine, lambda: bench().engine, job.truth, job.path)
-    elif engine == "torch":
-        made = _torch(tmp_path, name)
+        made = Subject(name, job.path, job.engine, lambda: bench().engine, job.truth,
+                       lambda: (job.cuda.memory, job.cuda.graphs))  # fmt: skip
+    elif importlib.util.find_spec(ENGINES[runtime].library) is None:
+        pytest.skip(f"{ENGINES[runtime].label} is not installed")
+    elif runtime == "torch":
+        made = _torch(tmp_path)
     else:
         if "three" in name:
             _three_at_a_time(monkeypatch)
-        made = _onnx(tmp_path, name, engine)
+        path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True))
+        labels = write_toy_onnx(tmp_path / "labels.onnx", manifest())
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        made = Subject(name, path, load_engine(path, runtime, threads=1),
+                       lambda: load_engine(labels, runtime, threads=1),
+                       lambda images: np.asarray(session.run(["logits"], {"image": np.array(images)})[0]))  # fmt: skip
     with made.engine:
         yield made
 
 
-def _torch(folder: Path, name: str) -> Subject:
+def _torch(folder: Path) -> Subject:
     import torch
 
-    from hpddrnet_trt.models.checkpoints import save_checkpoint
-
     network = lively(tiny_network())
-    description = tiny_manifest(network)
-    path = save_checkpoint(folder / "m.safetensors", network, description)
-    mean, std = (np.reshape(values, (1, 3, 1, 1)) for values in (description.normalization.mean,
-                                                                 description.normalization.std))  # fmt: skip
+    path = save_checkpoint(folder / "m.safetensors", network, tiny_manifest(network))
+    norm = tiny_manifest(network).normalization
 
     def scores(images: Images) -> npt.NDArray[Any]:
+        rgb = (images - np.reshape(norm.mean, (1, 3, 1, 1))) / np.reshape(norm.std, (1, 3, 1, 1))
         with torch.inference_mode():
-            rgb = torch.from_numpy(((images - mean) / std).astype(np.float32))
-            return np.asarray(network.predict_logits(rgb).numpy())
+            return np.asarray(network.predict_logits(torch.from_numpy(rgb.astype(np.float32))).numpy())
 
-    options = {"device": "cpu", "threads": 1}
+    def opened(output: str) -> Engine:
+        return load_engine(path, "torch", output=output, device="cpu", threads=1)
 
-    def labels_only() -> Engine:
-        return load_engine(path, "torch", output="labels", **options)
-
-    return Subject(name, load_engine(path, "torch", **options), labels_only, scores, path)
-
-
-def _onnx(folder: Path, name: str, engine: str) -> Subject:
-    path = write_toy_onnx(folder / "m.onnx", manifest("logits", confidence=True))
-    labels = write_toy_onnx(folder / "labels.onnx", manifest())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def scores(images: Images) -> npt.NDArray[Any]:
-        return np.asarray(session.run(["logits"], {"image": np.ascontiguousarray(images)})[0])
-
-    opened = load_engine(path, engine, threads=1)
-    return Subject(name, opened, lambda: load_engine(labels, engine, threads=1), scores, path)
+    return Subject("torch", path, opened("logits"), lambda: opened("labels"), scores)
 
 
 def _three_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +118,7 @@ def _images(size: int = 64, count: int = 1, seed: int = 0) -> Images:
     return np.stack([grey_image(size, 64, seed + number) for number in range(count)])[:, None]
 
 
-def _varied(sizes: list[int]) -> list[Images]:
+def _varied(*sizes: int) -> list[Images]:
     return [_images(size, seed=seed) for seed, size in enumerate(sizes)]
 
 
@@ -138,14 +134,10 @@ def test_labels_and_scores_are_the_models(subject: Subject) -> None:
         assert prediction.logits.dtype == np.float32
         np.testing.assert_allclose(prediction.logits, subject.scores(images), atol=1e-4)
         np.testing.assert_array_equal(prediction.labels, prediction.logits.argmax(axis=1))
-        assert prediction.labels.dtype == np.uint8
         if prediction.confidence is not None:
             shares = np.exp(prediction.logits) / np.exp(prediction.logits).sum(axis=1, keepdims=True)
             np.testing.assert_allclose(prediction.confidence, shares.max(axis=1), atol=1e-4)
     assert len(np.unique(prediction.labels)) > 1
-
-
-def test_labels_only(subject: Subject) -> None:
     with subject.labels_only() as engine:
         prediction = engine.infer(_images(64, 2))
     assert (prediction.logits, prediction.confidence) == (None, None)
@@ -183,19 +175,12 @@ def test_what_the_description_does_not_admit_is_refused_and_the_engine_goes_on(s
     subject.check(good, subject.engine.infer(good).labels)
 
 
-def test_a_result_is_the_callers_own(subject: Subject) -> None:
-    batches = _varied([64, 64, 72, 64])
-    predictions = [subject.engine.infer(images) for images in batches]
-    for images, prediction in zip(batches, predictions, strict=True):
-        subject.check(images, prediction.labels)
-
-
 # --- rows of batches
 
 
 @pytest.mark.parametrize("sizes", [[], [64], [64] * 8, [64, 64, 72, 64, 64, 64, 64, 64, 80]])
 def test_a_row_is_as_one_by_one_and_in_order(subject: Subject, sizes: list[int]) -> None:
-    batches = _varied(sizes)
+    batches = _varied(*sizes)
     before = threading.active_count()
     predictions = list(subject.engine.infer_many(iter(batches)))
     assert threading.active_count() == before
@@ -205,18 +190,26 @@ def test_a_row_is_as_one_by_one_and_in_order(subject: Subject, sizes: list[int])
         np.testing.assert_allclose(prediction.logits, expected.logits, atol=1e-5)
 
 
-def test_a_bad_batch_ends_the_row_after_the_results_before_it(subject: Subject) -> None:
-    batches = _varied([64] * 4)
+def test_a_row_that_cannot_go_on_ends_after_the_results_before(subject: Subject) -> None:
+    """A bad batch, and a source with an error of its own."""
+    batches = _varied(*[64] * 4)
     row = iter(subject.engine.infer_many([*batches, _images(68), *batches]))
     for images in batches:
         subject.check(images, next(row).labels)
     with pytest.raises(ContractError, match="multiples of 8"):
         next(row)
+
+    def source() -> Iterator[Images]:
+        yield from batches[:3]
+        raise OSError("camera unplugged")
+
+    with pytest.raises(OSError, match="camera unplugged"):
+        list(subject.engine.infer_many(source()))
     assert len(list(subject.engine.infer_many(batches))) == 4
 
 
 def test_rows_may_be_left_early_nested_and_mixed_with_single_batches(subject: Subject) -> None:
-    batches = _varied([64] * 6)
+    batches = _varied(*[64] * 6)
     rows = zip(subject.engine.infer_many(batches), subject.engine.infer_many(batches[::-1]), strict=True)
     for index, (left, right) in enumerate(rows):
         subject.check(batches[index], left.labels)
@@ -226,16 +219,6 @@ def test_rows_may_be_left_early_nested_and_mixed_with_single_batches(subject: Su
     next(row)
     del row
     assert len(list(subject.engine.infer_many(batches))) == 6
-
-
-def test_a_source_that_fails_passes_its_own_error_on(subject: Subject) -> None:
-    def source() -> Iterator[Images]:
-        yield from _varied([64] * 3)
-        raise OSError("camera unplugged")
-
-    with pytest.raises(OSError, match="camera unplugged"):
-        list(subject.engine.infer_many(source()))
-    assert len(list(subject.engine.infer_many(_varied([64] * 3)))) == 3
 
 
 # --- for measuring
@@ -256,13 +239,55 @@ def test_bound_batches_and_layer_times_disturb_nothing(subject: Subject) -> None
     np.testing.assert_array_equal(subject.engine.infer(images).labels, expected)
 
 
-# --- the end
+# --- threads
+
+
+def test_each_thread_gets_its_own_labels(subject: Subject) -> None:
+    batches = _varied(64, 72, 64, 80, 64, 88)
+    expected = [subject.engine.infer(images).labels for images in batches]
+    assert len({labels.tobytes() for labels in expected}) == len(batches)
+
+    def work(first: int) -> None:
+        """All batches twice, each thread beginning with another; every result is looked at after all have come."""
+        order = [*range(first, len(batches)), *range(first)] * 2
+        images = [batches[index] for index in order]
+        found = list(subject.engine.infer_many(images)) if first % 2 else [subject.engine.infer(one) for one in images]
+        for index, prediction in zip(order, found, strict=True):
+            np.testing.assert_array_equal(prediction.labels, expected[index])
+
+    assert in_threads(*[lambda first=first: work(first) for first in range(6)], timeout_s=120) == []  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_closing_while_others_work(subject: Subject, seed: int) -> None:
+    """They finish what they are at, and then read one sentence; what the engine held is free."""
+    images = _images(seed=seed)
+    expected, run, started = subject.engine.infer(images).labels, subject.engine.bind(images), threading.Event()
+
+    def endless(infer: Callable[[], list[Any]]) -> None:
+        while True:
+            for prediction in infer():
+                np.testing.assert_array_equal(prediction.labels, expected)
+            started.set()
+
+    def close() -> None:
+        started.wait(60)
+        subject.engine.close()
+
+    works = [
+        lambda: [subject.engine.infer(images)], lambda: list(subject.engine.infer_many([images] * 3)),
+        lambda: list(subject.engine.infer_many([images] * 3)), lambda: run() or [],  # type: ignore[func-returns-value]
+    ]  # fmt: skip
+    raised = in_threads(*[lambda work=work: endless(work) for work in works], close, timeout_s=120)  # type: ignore[misc]
+    assert len(raised) == len(works)
+    assert all(isinstance(exc, UserError) and "closed; load" in str(exc) for exc in raised), raised
+    assert not any(subject.memory() or ())  # type: ignore[call-overload]
 
 
 def test_a_closed_engine_says_so(subject: Subject) -> None:
     images = _images()
     run = subject.engine.bind(images)
-    row = iter(subject.engine.infer_many(_varied([64] * 9)))
+    row = iter(subject.engine.infer_many(_varied(*[64] * 9)))
     next(row)
     subject.engine.close()
     subject.engine.close()
@@ -271,17 +296,19 @@ def test_a_closed_engine_says_so(subject: Subject) -> None:
         lambda: subject.engine.layer_times(images), lambda: list(subject.engine.infer_many([images])),
     ]  # fmt: skip
     for call in calls:
-        with pytest.raises(UserError, match="closed"):
+        with pytest.raises(UserError, match="closed; load"):
             call()
+
+
+# --- files
 
 
 def test_damaged_files_are_named(subject: Subject) -> None:
     content = subject.path.read_bytes()
-    name = subject.name.split(",")[0]
     for length in (0, 1, len(content) // 2, len(content) - 60):
         subject.path.write_bytes(content[:length])
         with pytest.raises(BadInputFile, match=subject.path.name):
-            load_engine(subject.path, name if name != "tensorrt" else "auto")
+            load_engine(subject.path, subject.runtime if subject.runtime != "tensorrt" else "auto")
     with pytest.raises(BadInputFile, match="does not exist"):
         load_engine(subject.path.with_name(f"none{subject.path.suffix}"))
 
@@ -290,4 +317,71 @@ def test_threads_are_counted_from_one(subject: Subject) -> None:
     if subject.name == "tensorrt":
         pytest.skip("TensorRT has no such option")
     with pytest.raises(UserError, match="threads must be at least 1"):
-        load_engine(subject.path, subject.name.split(",")[0], threads=0)
+        load_engine(subject.path, subject.runtime, threads=0)
+
+
+def _labels_changed(path: Path, how: Callable[[Any], None], *nodes: Any, **constants: list[int] | int) -> Path:
+    """The toy model with ``nodes`` between what ``how`` renames and its labels."""
+    model = onnx.load(str(write_toy_onnx(path, manifest())))
+    how(model.graph)
+    for name, value in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))
+    place = 1 + max(index for index, node in enumerate(model.graph.node) if node.output[0].startswith("real"))
+    for node in reversed(nodes):
+        model.graph.node.insert(place, node)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("labels", TensorProto.UINT8, [None] * 3))
+    onnx.save(model, str(path))
+    return path
+
+
+def _renamed(output: str) -> Callable[[Any], None]:
+    def rename(graph: Any) -> None:
+        next(node for node in graph.node if node.output[0] == output).output[0] = "real"
+
+    return rename
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_files_that_lie(tmp_path: Path, name: str) -> None:
+    """Labels that are 7 too high, and labels of half the height."""
+    pytest.importorskip(name)
+    images, path = grey_image(16, 24)[None, None], tmp_path / "m.onnx"
+    shifted = _labels_changed(path.with_stem("a"), _renamed("indices"),
+                              helper.make_node("Add", ["real", "seven"], ["indices"]), seven=7)  # fmt: skip
+    halved = _labels_changed(path, _renamed("labels"),
+                             helper.make_node("Slice", ["real", "starts", "ends", "axes", "steps"], ["labels"]),
+                             starts=[0], ends=[2**62], axes=[1], steps=[2])  # fmt: skip
+    for file, says in ((shifted, r"gave the label [789], and has the classes 0 to 2"), (halved, r"shape \(1, 8, 24\)")):
+        with load_engine(file, name, threads=1) as engine:
+            with pytest.raises(BadInputFile, match=says):
+                engine.infer(images)
+            with pytest.raises(BadInputFile, match=says):
+                list(engine.infer_many([images]))
+
+
+def _outputs(**changes: Any) -> dict[str, Any]:
+    return {"labels": np.zeros((1, 16, 24), np.uint8), **changes}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        (_outputs(labels=np.zeros((1, 8, 24), np.uint8)), r"labels has the shape \(1, 8, 24\) instead of \(1, 16, 24"),
+        (_outputs(labels=np.zeros((1, 1, 16, 24), np.uint8)), "has the shape"),
+        (_outputs(labels=np.zeros((1, 16, 24), np.int64)), "its output labels is of type int64"),
+        (_outputs(labels=np.full((1, 16, 24), 3, np.uint8)), "it gave the label 3, and has the classes 0 to 2"),
+        (_outputs(confidence=np.zeros((2, 16, 24), np.float32)), "its output confidence has the shape"),
+        ({"logits": np.zeros((1, 4, 16, 24), np.float32)}, r"its output logits has the shape \(1, 4, 16, 24\)"),
+        ({"logits": np.zeros((1, 3, 16, 24), np.uint8)}, "its output logits is of type uint8"),
+    ],
+)  # fmt: skip
+def test_what_is_not_promised_is_refused(outputs: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInputFile, match=rf"model 'toy' does not do what its description promises .*{says}.*export"):
+        checked_prediction(outputs, manifest(), (1, 1, 16, 24))
+
+
+def test_what_is_promised_passes_uncopied() -> None:
+    outputs = _outputs(confidence=np.ones((1, 16, 24), np.float32), unknown=np.zeros(3))
+    outputs["labels"][0, 3, 4] = 2
+    found = checked_prediction(outputs, manifest(), (1, 1, 16, 24))
+    assert (found.labels is outputs["labels"], found.confidence is outputs["confidence"]) == (True, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from hpddrnet_trt.core.errors import BadInputFile, ContractError, NoGpu, UsageError
-from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.core.errors import BadInputFile, NoGpu, UsageError
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from tests.toy import grey_image, manifest, write_toy_onnx
 
@@ -30,16 +28,6 @@ def test_symmetric_int8_graph_stays_close(tmp_path: Path) -> None:
     with OnnxRuntimeEngine(exact) as first, OnnxRuntimeEngine(quantised) as second:
         difference = np.abs(first.infer(images).logits - second.infer(images).logits).max()
     assert 0 < difference <= 0.05 * 255 / 127 / 2 + 1e-3  # half a step of the grey scale, times the slope
-
-
-def test_foreign_files(tmp_path: Path) -> None:
-    bad = tmp_path / "bad.onnx"
-    for content in (b"\x89PNG\r\n\x1a\n" + bytes(100), b"not a model at all", bytes(64), b"\xff" * 64):
-        bad.write_bytes(content)
-        with pytest.raises(BadInputFile, match="not a readable ONNX file"):
-            read_manifest(bad)
-    with pytest.raises(BadInputFile, match="carries no description"):
-        OnnxRuntimeEngine(write_toy_onnx(bad, manifest(), attach=False))
 
 
 def test_graphs_that_are_refused(tmp_path: Path) -> None:
@@ -70,36 +58,19 @@ def test_devices(tmp_path: Path) -> None:
             OnnxRuntimeEngine(path, device="cuda")
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_lanes_of_bound_memory(tmp_path: Path, lanes: int) -> None:
-    """What CUDA runs, on the CPU: memory is used again, results are nobody else's, the order is kept."""
-    with OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest("logits")), threads=1) as engine:
-        batches = [_batch(seed, size=24 + 8 * (seed // 2 % 2)) for seed in range(9)]
-        originals = [images.copy() for images in batches]
-        before = threading.active_count()
-        found = list(engine._in_lanes(iter(batches), lanes))
-        assert threading.active_count() == before
-        for prediction, images, original in zip(found, batches, originals, strict=True):
-            expected = engine.infer(images)
-            np.testing.assert_array_equal(prediction.labels, expected.labels)
-            np.testing.assert_array_equal(prediction.logits, expected.logits)
-            np.testing.assert_array_equal(images, original)
-        with pytest.raises(ContractError, match="dtype uint8"):
-            list(engine._in_lanes([batches[0], batches[0].astype(np.float32)], lanes))
-
-
 def test_bound_batch_stays_in_place(tmp_path: Path) -> None:
     engine = OnnxRuntimeEngine(write_toy_onnx(tmp_path / "m.onnx", manifest()), threads=1)
     images = _batch(1)
     expected = engine.infer(images).labels
-    bound = engine._bound(engine._session, images)
+    binding = engine._bound(engine._session, images)
     images[:] = 0  # the engine has its own copy
-    bound.run()
-    (first,) = bound._binding.get_outputs()
-    bound.run()
-    (second,) = bound._binding.get_outputs()
-    assert first.data_ptr() == second.data_ptr()
-    np.testing.assert_array_equal(bound.to_host()[0], expected)
+    places = set()
+    for _ in range(3):
+        engine._session.run_with_iobinding(binding)
+        (labels,) = binding.get_outputs()
+        places.add(labels.data_ptr())
+    assert len(places) == 1
+    np.testing.assert_array_equal(labels.numpy(), expected)
 
 
 def test_layer_times_of_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
-from hpddrnet_trt.core.manifest import EngineRecord, InputContract, read_manifest, sidecar_path
+from hpddrnet_trt.core.manifest import EngineRecord, read_manifest, sidecar_path
 from hpddrnet_trt.engines import cuda as cuda_memory
 from hpddrnet_trt.engines.cuda import (
     LEGACY_STREAM,
@@ -36,7 +36,6 @@ from hpddrnet_trt.engines.cuda import (
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import (
     TensorRTEngine,
-    check_device_array,
     check_gpu,
     check_version,
     write_layer_times,
@@ -97,7 +96,7 @@ def _changed(path: Path, **record: Any) -> Path:
 def test_descriptions_that_do_not_fit(copied: Path) -> None:
     for box in ([0, 1, 64, 64], [-1, 1, 64, 64], [2, 1, 64, 64], [1, 1, 10**30, 64]):
         _changed(copied, profiles=[{"min": box, "opt": [1, 1, 64, 64], "max": [1, 1, 64, 64]}])
-        with pytest.raises(ContractError, match="is not in rising order; build the engine again"):
+        with pytest.raises(ContractError, match="in rising order; build the engine again"):
             Profile.from_record(read_manifest(copied).engine.profiles[0])  # type: ignore[union-attr]
     with pytest.raises(BadInputFile, match=r"built with tensorrt-rtx 1\.2\.3\.4, installed is "):
         TensorRTEngine(_changed(copied, version="1.2.3.4"))
@@ -306,17 +305,6 @@ def test_unusable_interfaces(bench: Callable[..., Bench], changes: dict[str, Any
         _viewed(bench, **changes)
 
 
-def test_device_arrays_follow_the_contract() -> None:
-    for shape, dtype, says in (
-        ((8, 8), np.uint8, "got shape"),
-        ((1, 1, 8, 8), np.float32, "expected dtype uint8, got float32 on the GPU"),
-        ((1, 3, 8, 8), np.uint8, "expected 1 channel"),
-        ((1, 1, 8, 9), np.uint8, "multiples of 8"),
-    ):
-        with pytest.raises(ContractError, match=says):
-            check_device_array(DeviceArray(256, shape, np.dtype(dtype), None), InputContract())
-
-
 def test_cuda_errors_are_sentences() -> None:
     errors = cuda_memory.cudart().cudaError_t
     for failed, says in (
@@ -421,20 +409,6 @@ def test_the_current_context_stays_what_it_was(bench: Callable[..., Bench], befo
         assert job.cuda.contexts == before
     assert job.cuda.contexts == before
     assert job.cuda.primary == {1}
-
-
-def test_close_frees_everything_once(bench: Callable[..., Bench]) -> None:
-    job = bench()
-    results = job.engine.infer_device(noise(1, 1, 64, 64))
-    job.engine.infer(noise(1, 1, 64, 64))
-    assert job.cuda.memory
-    job.engine.close()
-    job.engine.close()
-    assert not job.cuda.memory
-    with pytest.raises(ContractError, match="was closed"):
-        job.engine.infer(noise(1, 1, 64, 64))
-    with pytest.raises(ContractError, match="array is gone"):
-        results["labels"].__cuda_array_interface__  # noqa: B018
 
 
 def test_an_engine_that_does_not_load_is_explained(bench: Callable[..., Bench], models: dict[str, Path]) -> None:

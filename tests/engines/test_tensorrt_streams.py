@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import threading
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +21,6 @@ from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.engines.cuda import LEGACY_STREAM, stream_handle
 from tests.engines.conftest import Bench, noise
 from tests.engines.simulated_cuda import ForeignArray, read
-from tests.threads import in_threads
-
-_in_threads = partial(in_threads, timeout_s=60)
 
 Start = Callable[..., Bench]
 THEIRS = 77
@@ -161,63 +156,3 @@ def test_any_mixture_is_right(bench: Start, calls: list[tuple[int, str, str, int
 
 
 # --- threads
-
-
-def test_one_engine_in_many_threads(bench: Start) -> None:
-    job = bench(slots=2)
-
-    def one_by_one(seed: int) -> None:
-        for number in range(12):
-            images = noise(1, 1, 64 + 8 * (number % 2), 64, seed=seed + number)
-            job.check_infer(images)
-
-    def row(seed: int) -> None:
-        batches = [noise(1, 1, 64, 64, seed=seed + number) for number in range(12)]
-        for images, found in zip(batches, job.engine.infer_many(batches), strict=True):
-            job.check(images, found.labels)
-
-    def on_the_gpu(seed: int) -> None:
-        for number in range(12):
-            images = noise(1, 1, 64, 64, seed=seed + number)
-            out = job.cuda.array(np.zeros((1, 64, 64), np.uint8))
-            job.engine.infer_device(images, out=out)
-            job.check(images, read(out))
-
-    assert _in_threads(lambda: one_by_one(0), lambda: one_by_one(100), lambda: row(200), lambda: row(300),
-                       lambda: on_the_gpu(400)) == []  # fmt: skip
-    job.engine.close()
-    assert len(job.cuda.memory) == 12  # the callers' own arrays
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_closing_while_others_work(bench: Start, seed: int) -> None:
-    """They finish what they are at, and then read one sentence; everything is freed."""
-    job = bench()
-    images = noise(1, 1, 64, 64, seed=seed)
-    truth = job.truth(images)
-    run = job.engine.bind(images)
-    started = threading.Event()
-
-    def one_by_one() -> None:
-        while True:
-            np.testing.assert_array_equal(job.engine.infer(images).labels, truth)
-            started.set()
-
-    def rows() -> None:
-        while True:
-            for found in job.engine.infer_many([images] * 3):
-                np.testing.assert_array_equal(found.labels, truth)
-
-    def bound() -> None:
-        while True:
-            run()
-
-    def close() -> None:
-        started.wait(10)
-        job.engine.close()
-
-    raised = _in_threads(one_by_one, rows, rows, bound, close)
-    closed = "this engine was closed; load the file again"
-    assert [repr(exc) for exc in raised] == [repr(ContractError(closed))] * 4
-    assert not job.cuda.memory
-    assert not job.cuda.graphs

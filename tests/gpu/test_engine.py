@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError
 from hpddrnet_trt.core.manifest import sidecar_path
-from hpddrnet_trt.engines.cuda import DeviceBuffer, Gpu, Stream, check, cudart, current_device
+from hpddrnet_trt.engines.cuda import check, cudart
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 from hpddrnet_trt.export.tensorrt import BuildSettings, build_engine
 from tests.tiny_onnx import QUIET, tiny_model
@@ -143,45 +142,6 @@ def test_results_on_the_gpu_reach_pytorch(tmp_path: Path, runtime: str) -> None:
         assert _agreement(engine.infer(two).labels, _truth(source, two.cpu().numpy())) >= AGREEMENT["fp32"]
 
 
-def test_plain_cuda_memory(tmp_path: Path, runtime: str, require_gpu: Gpu) -> None:
-    """Device input and output with nothing but cuda-python."""
-    from hpddrnet_trt.engines.cuda import DeviceArray, PinnedBuffer
-
-    source, target = _built(tmp_path, runtime)
-    images = _images(1, 1, 256, 256)
-    with TensorRTEngine(target) as engine, current_device(require_gpu.index):
-        stream, memory, host = Stream(), DeviceBuffer(images.nbytes), PinnedBuffer(images.nbytes)
-        host.view(images.shape, np.uint8)[...] = images
-        stream.copy(memory.pointer, host.pointer, images.nbytes)
-        batch = DeviceArray(memory.pointer, images.shape, images.dtype, memory, stream.handle)
-        labels = engine.infer_device(batch)["labels"]
-        result = PinnedBuffer(labels.nbytes)
-        stream.copy(result.pointer, labels.pointer, labels.nbytes)
-        stream.synchronize()
-        found = result.view(labels.shape, np.uint8)
-        assert _agreement(found, _truth(source, images)) >= AGREEMENT["fp32"]
-
-
-def test_threads_with_their_own_engines(tmp_path: Path, runtime: str) -> None:
-    source, target = _built(tmp_path, runtime)
-    wrong: list[int] = []
-
-    def work(seed: int) -> None:
-        images = _images(1, 1, 256, 256, seed=seed)
-        truth = _truth(source, images)
-        with TensorRTEngine(target) as engine:
-            wrong.extend(
-                seed for _ in range(20) if _agreement(engine.infer(images).labels, truth) < AGREEMENT["fp32"]
-            )
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
 def test_steady_frames_take_no_more_memory(tmp_path: Path, runtime: str) -> None:
     _, target = _built(tmp_path, runtime)
     images = _images(4, 1, 512, 512)
@@ -194,7 +154,9 @@ def test_steady_frames_take_no_more_memory(tmp_path: Path, runtime: str) -> None
     assert free - after < 16 << 20
 
 
-def test_graphs_equal_plain_runs_equal_onnx_runtime(tmp_path: Path, runtime: str) -> None:
+def test_graphs_equal_plain_runs_equal_onnx_runtime(
+    tmp_path: Path, runtime: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Frames of several shapes, each often enough to come from a graph, and in changing order."""
     source, target = _built(tmp_path, runtime)
     shapes = [(1, 1, 64, 64), (1, 1, 256, 256), (2, 1, 128, 64)]
@@ -204,14 +166,6 @@ def test_graphs_equal_plain_runs_equal_onnx_runtime(tmp_path: Path, runtime: str
             labels = quick.infer(images).labels
             np.testing.assert_array_equal(labels, plain.infer(images).labels)
             assert _agreement(labels, _truth(source, images)) >= AGREEMENT["fp32"]
-
-
-def test_a_graph_is_really_made(tmp_path: Path, runtime: str, caplog: pytest.LogCaptureFixture) -> None:
-    _, target = _built(tmp_path, runtime)
-    with TensorRTEngine(target) as engine:
-        for _ in range(5):
-            engine.infer(_images(1, 1, 256, 256))
-        engine.bind(_images(1, 1, 256, 256))()
     assert "no CUDA graph can be made" not in caplog.text
 
 
