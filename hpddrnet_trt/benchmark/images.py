@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image as PillowImage
 
 from hpddrnet_trt.benchmark.result import Picture
-from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, ClassInfo
 from hpddrnet_trt.data.preprocess import pad
 
@@ -73,12 +73,12 @@ def load_images(path: str | Path, split: str = "test", limit: int | None = None)
     16-bit and float micrographs are windowed to 8 bits, each with its own default window.
     Raises :class:`UsageError` for an empty choice and :class:`BadInputFile` for an unreadable image.
     """
-    from hpddrnet_trt.data.datasets import FolderDataset, image_files
+    from hpddrnet_trt.data.datasets import FolderDataset, dataset_layout, image_files
     from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
 
     if limit is not None and limit < 1:
         raise UsageError(f"the number of images must be at least 1, got {limit}")
-    if _is_dataset(path):
+    if dataset_layout(path) is not None:
         dataset = FolderDataset.open(path)
         samples = dataset.split(split)[:limit]
         pairs = [(sample.name, *dataset.load(sample)) for sample in samples]
@@ -86,16 +86,6 @@ def load_images(path: str | Path, split: str = "test", limit: int | None = None)
         return ImageSet(f"{dataset.name}/{split}", images, dataset.classes)
     files = image_files(path)[:limit]
     return ImageSet(str(path), [Image(file.stem, to_grey8(read_micrograph(file).pixels)[0]) for file in files])
-
-
-def _is_dataset(path: str | Path) -> bool:
-    from hpddrnet_trt.data.datasets import detect_layout
-
-    try:
-        detect_layout(path)
-    except BadInputFile:
-        return False
-    return True
 
 
 def own_size(images: Sequence[Image]) -> tuple[int, int]:

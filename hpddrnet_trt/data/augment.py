@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.preprocess import scaled_size
 
@@ -267,7 +267,6 @@ class Shift:
 
 def contrast(image: Grey8, mask: Grey8, factor: float, rng: np.random.Generator) -> Pair:
     """Grey levels spread about the image's mean by ``factor`` (the detector's gain), cut off at 0 and 255."""
-    _positive("contrast", factor)
     mean = float(image.mean())
     return _rounded((np.arange(256) - mean) * factor + mean)[image], mask
 
@@ -279,7 +278,6 @@ def brightness(image: Grey8, mask: Grey8, offset: float, rng: np.random.Generato
 
 def gamma(image: Grey8, mask: Grey8, exponent: float, rng: np.random.Generator) -> Pair:
     """Grey as a share of white to the power ``exponent``: below 1 lightens, above 1 darkens the middle tones."""
-    _positive("gamma", exponent)
     return _gamma_curve(exponent)[image], mask
 
 
@@ -288,14 +286,12 @@ def noise(image: Grey8, mask: Grey8, dose: float, rng: np.random.Generator) -> P
 
     Counts are Poisson distributed, independently for each pixel; a count of ``dose`` is shown white.
     """
-    _positive("dose", dose)
     counts = rng.poisson(image.astype(np.float32) * np.float32(dose / 255))
     return _rounded(counts * (255 / dose)), mask
 
 
 def defocus(image: Grey8, mask: Grey8, sigma: float, rng: np.random.Generator) -> Pair:
     """Blurred by a round Gaussian probe of standard deviation ``sigma`` pixels; mirrored at the border."""
-    _positive("defocus", sigma)
     reach = math.ceil(4 * sigma)  # what lies beyond holds less than 1e-4 of the probe
     kernel = cv2.getGaussianKernel(2 * reach + 1, sigma, cv2.CV_32F)
     blurred = cv2.sepFilter2D(image.astype(np.float32), cv2.CV_32F, kernel, kernel, borderType=cv2.BORDER_REFLECT)
@@ -310,7 +306,6 @@ def magnification(image: Grey8, mask: Grey8, factor: float, rng: np.random.Gener
     counted at the new size. This changes the scale of things alone: averaging also smooths noise,
     as binning does, and enlarging adds no detail; a microscope would change noise and detail, too.
     """
-    _positive("magnification", factor)
     height, width = scaled_size(image.shape[0], image.shape[1], factor)
     how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
     shifted = np.asarray(cv2.resize(image, (width, height), interpolation=how), dtype=np.uint8)
@@ -348,11 +343,6 @@ SHIFTS = (
         1.0, (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0), magnification, logarithmic=True, resizes=True,
     ),
 )  # fmt: skip
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise UsageError(f"{name} must be a positive number, got {value}")
 
 
 def _gamma_curve(exponent: float) -> Grey8:

@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import dataclass
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.data.datasets import DescribedClass
+from hpddrnet_trt.data.description import DescribedClass
 
 _WIDTH = 100  # of the text for people, characters
 _GREY, _BLUE, _RED = (68, 68, 68), (0, 0, 255), (255, 0, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,24 +21,22 @@ from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.data.datasets import (
-    FILE_NAME,
     SPLITS,
-    DatasetDescription,
     Layout,
     Sample,
     SplitFiles,
-    SplitStatistics,
-    description_of,
     detect_layout,
     infer_classes,
+    nothing_to_learn,
     read_pair,
     scan_split,
     summarise,
     unknown_values,
     without_bar,
 )
-from hpddrnet_trt.data.labels import overlay
-from hpddrnet_trt.data.micrograph import read_mask, read_micrograph, to_grey8
+from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, description_of
+from hpddrnet_trt.data.labels import overlay, read_mask
+from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
 
 _LISTED = 5  # file names that the text shows of a longer list; the JSON has all
 
@@ -135,8 +133,8 @@ def check_dataset(
         scan.add(split, sample)
     report = scan.report(layout, files)
     if contact_sheet is not None:
-        groups = {split: [item for item in entry.samples if item in scan.good] for split, entry in files.items()}
-        draw_contact_sheet(contact_sheet, report.name, report.classes, groups)
+        readable = {split: list(scan.labels[split]) for split in SPLITS}
+        draw_contact_sheet(contact_sheet, report.name, report.classes, readable)
         report.contact_sheet = str(contact_sheet)
     return report
 
@@ -152,7 +150,6 @@ class _Scan:
         self.labels: dict[str, dict[Sample, npt.NDArray[np.int64]]] = defaultdict(dict)
         self.same_pixels: dict[str, list[tuple[str, str]]] = defaultdict(list)  # hash -> (split, file)
         self.groups: dict[str, set[str]] = defaultdict(set)
-        self.good: set[Sample] = set()
 
     def add(self, split: str, sample: Sample) -> None:
         """Read one sample and note everything about it."""
@@ -170,8 +167,9 @@ class _Scan:
         header = f"{pixels.dtype} {pixels.shape} ".encode()
         digest = hashlib.sha256(header + pixels.tobytes()).hexdigest()
         self.same_pixels[digest].append((split, self._name(sample.image)))
-        _count(report.sizes, f"{pixels.shape[1]} x {pixels.shape[0]}")
-        _count(report.pixel_types, str(pixels.dtype))
+        size, kind = f"{pixels.shape[1]} x {pixels.shape[0]}", str(pixels.dtype)
+        report.sizes[size] = report.sizes.get(size, 0) + 1
+        report.pixel_types[kind] = report.pixel_types.get(kind, 0) + 1
         if mask.shape != pixels.shape:
             report.mismatched_sizes.append(
                 f"{self._name(sample.image)} is {pixels.shape[1]} x {pixels.shape[0]}, "
@@ -180,7 +178,6 @@ class _Scan:
             return
         self.grey_levels[split] += np.bincount(to_grey8(pixels)[0].ravel(), minlength=256)
         self.labels[split][sample] = np.bincount(mask.ravel(), minlength=256)
-        self.good.add(sample)
 
     def report(self, layout: Layout, files: dict[str, SplitFiles]) -> DatasetReport:
         """Put the findings together."""
@@ -257,9 +254,7 @@ class _Scan:
         for sample, counts in histograms.items():
             for value in unknown_values(counts, len(classes)):
                 report.unknown_values.setdefault(value, []).append(self._name(sample.mask))
-        statistics: SplitStatistics = summarise(
-            len(histograms), self.grey_levels[split], self._label_counts(split), len(classes)
-        )
+        statistics = summarise(len(histograms), self.grey_levels[split], self._label_counts(split), len(classes))
         report.grey_mean = None if math.isnan(statistics.grey_mean) else round(statistics.grey_mean, 3)
         report.grey_std = None if math.isnan(statistics.grey_std) else round(statistics.grey_std, 3)
         report.class_fractions = [round(share, 6) for share in statistics.class_fractions]
@@ -299,10 +294,9 @@ def _training_problems(train: SplitReport | None, classes: list[ClassInfo]) -> I
     if train is None or not train.images:
         yield "there is no train split"
         return
-    present = [entry.name for entry, share in zip(classes, train.class_fractions, strict=True) if share > 0]
-    if len(present) < 2:
-        content = f"only the class {present[0]!r}" if present else "no labelled pixel"
-        yield f"train: {content} occurs; training needs at least two classes"
+    lack = nothing_to_learn(classes, train.class_fractions)
+    if lack is not None:
+        yield f"train: {lack}"
 
 
 def _split_lines(name: str, report: SplitReport, classes: list[ClassInfo]) -> Iterator[str]:
@@ -323,13 +317,12 @@ def _join(entries: list[str]) -> str:
     return ", ".join(entries[:_LISTED]) + more
 
 
-def _count(counter: dict[str, int], key: str) -> None:
-    counter[key] = Counter(counter)[key] + 1
 
 _TILE = 240  # edge of the square a picture is fitted into, pixels
 _GAP = 12
 _CAPTION = 20
 _PAIRS_PER_ROW = 3
+_PER_SPLIT = 9
 _INK, _PAPER, _FAINT = (20, 20, 20), (250, 250, 250), (110, 110, 110)
 _ALPHA = 0.45
 
@@ -339,15 +332,13 @@ def draw_contact_sheet(
     title: str,
     classes: Sequence[ClassInfo],
     splits: Mapping[str, Sequence[Sample]],
-    *,
-    per_split: int = 9,
-) -> Path:
-    """Write a PNG with up to ``per_split`` evenly chosen samples of each split: picture, overlay, name.
+) -> None:
+    """Write a PNG with up to nine evenly chosen samples of each split: picture, overlay, name.
 
     Label values outside ``classes`` are magenta, ignored pixels (255) stay grey. Samples must be
     readable and of matching size.
     """
-    chosen = {name: _evenly(samples, per_split) for name, samples in splits.items() if samples}
+    chosen = {name: _evenly(samples, _PER_SPLIT) for name, samples in splits.items() if samples}
     width = _GAP + _PAIRS_PER_ROW * (2 * _TILE + 2 * _GAP)
     heading, text, small = (ImageFont.load_default(size) for size in (22, 16, 12))
     legend_rows = _legend_layout(classes, text, width)
@@ -376,7 +367,6 @@ def draw_contact_sheet(
         y += _TILE + _CAPTION + _GAP
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")
-    return Path(target)
 
 
 def _draw_pair(

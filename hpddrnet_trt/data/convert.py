@@ -24,7 +24,8 @@ from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError, one_li
 from hpddrnet_trt.core.files import atomic_folder, sha256_of, write_text
 from hpddrnet_trt.data.catalog import Entry, RemoteFile
 from hpddrnet_trt.data.converters import CONVERTERS, Labelled
-from hpddrnet_trt.data.datasets import FILE_NAME, DatasetDescription, DescribedFile, FolderDataset, unknown_values
+from hpddrnet_trt.data.datasets import FolderDataset, unknown_values
+from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, DescribedFile
 from hpddrnet_trt.data.labels import write_pair
 
 MAX_BYTES = 64 << 30  # unpacked; the largest set of the catalog is far below
@@ -95,7 +96,8 @@ def download(file: RemoteFile, folder: Path, *, timeout_s: float = 30) -> Path:
     known = None if file.sha256 is None else f"sha256:{file.sha256}"
     by_hand = f"or take it from {file.url} by hand and use 'datasets convert'"
     try:
-        with tempfile.TemporaryDirectory(prefix=".download.", dir=_made(folder)) as temporary:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
             path = Path(pooch.retrieve(file.url, known, fname=file.name, path=temporary, downloader=fetch))
             if not is_archive(path):
                 raise BadInputFile(f"{file.url} sent no ZIP or TAR archive (a web page?); look at it, {by_hand}")
@@ -111,11 +113,6 @@ def download(file: RemoteFile, folder: Path, *, timeout_s: float = 30) -> Path:
     except ValueError as exc:  # how pooch says that the checksum is another one
         raise BadInputFile(f"what {file.url} sent is not the published file ({one_line(exc)}); try again") from exc
     return target
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 # Archives that came from elsewhere: nothing lands outside the folder, nothing grows without bound
@@ -214,13 +211,12 @@ def _read_to_the_end(archive: tarfile.TarFile, path: Path) -> None:
 def write_converted(
     entry: Entry, samples: Iterable[Labelled], folder: Path, *, downloads: Iterable[dict[str, Any]] = ()
 ) -> None:
-    """Write ``images|masks/SPLIT/NAME.png`` and ``dataset.json`` into ``folder``, which must be new or empty.
+    """Write ``images|masks/SPLIT/NAME.png`` and ``dataset.json`` into ``folder``, whose content is replaced.
 
     Everything is written beside it and renamed at the end. ``downloads`` goes into ``dataset.json``
     (address, SHA-256). Raises :class:`BadInputFile` for masks that do not fit their image or the
     classes, for two samples of one name, and when there is none.
     """
-    _require_new(folder)
     palette = [known.color or (0, 0, 0) for known in entry.classes]
     with atomic_folder(folder) as temporary:
         files: dict[tuple[str, str], dict[str, Any]] = {}

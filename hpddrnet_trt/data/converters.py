@@ -18,6 +18,7 @@ from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.datasets import SPLITS
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES, decode
+from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
 
 log = logging.getLogger(__name__)
@@ -290,20 +291,16 @@ def split_by_group(groups: Iterable[str], *, val: float = 0.15, test: float = 0.
     }
 
 
-def read_values(path: Path) -> npt.NDArray[Any]:
-    """The stored numbers of a mask, ``[H, W]`` of any integer type; equal RGB channels count as one."""
-    values = _stored(path)
-    if values.ndim == 3:
-        values = values[..., :3] if values.shape[2] > 2 else values[..., :1]
-        if np.any(values != values[..., :1]):
-            raise BadInputFile(f"mask {path} is a colour picture, class numbers were expected; is it the right file?")
-        values = values[..., 0]
-    return values
+def read_values(path: Path) -> npt.NDArray[np.uint8]:
+    """The stored numbers of a mask, see :func:`~hpddrnet_trt.data.labels.read_mask`."""
+    _refuse_pointer(path)
+    return read_mask(path)
 
 
 def read_colors(path: Path) -> npt.NDArray[np.uint8]:
     """The colours of a mask, uint8 RGB ``[H, W, 3]``; opacity is left out, grey becomes three channels."""
-    values = _stored(path)
+    _refuse_pointer(path)
+    values = decode(path, "mask").values
     if values.dtype != np.uint8:
         raise BadInputFile(f"mask {path} holds {values.dtype} values where 8-bit colours were expected")
     if values.ndim == 2:
@@ -358,14 +355,6 @@ def _looked_up(
         labels[here] = label
         known |= here
     return labels, known
-
-
-def _stored(path: Path) -> npt.NDArray[Any]:
-    _refuse_pointer(path)
-    decoded = decode(path, "mask")
-    if decoded.format == "JPEG":
-        raise BadInputFile(f"mask {path} is a JPEG, which alters label values; look for the authors' PNG or TIFF")
-    return decoded.values  # of palette files the numbers, not the colours
 
 
 def _refuse_pointer(path: Path) -> None:

@@ -7,125 +7,24 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
 
-from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
-from hpddrnet_trt.core.files import read_file, sha256_of, write_text
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
-from hpddrnet_trt.data.micrograph import Micrograph, read_mask, read_micrograph, to_grey8
+from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, description_of
+from hpddrnet_trt.data.labels import read_mask
+from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph, to_grey8
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = "dataset.json"
 Layout = Literal["folders", "cityscapes"]
 SPLITS = ("train", "val", "test")
-
-
-class _Lenient(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class DescribedClass(_Lenient):
-    """One class; its mask value is ``index``, or its place in the list when that is left out."""
-
-    name: str = Field(min_length=1)
-    index: int | None = None
-    color: tuple[int, int, int] | None = None
-
-
-class DescribedFile(_Lenient):
-    """One image; images of one ``group`` (specimen, article) belong into one split."""
-
-    split: str
-    name: str
-    group: str | None = None
-
-
-class DatasetDescription(_Lenient):
-    """The part of ``dataset.json`` that the package reads; other keys are left alone.
-
-    ``license`` (or ``licence``, as older versions wrote) is a text, or an object with ``spdx``. ``classes`` may be
-    plain names.
-    """
-
-    name: str | None = None
-    license: str | None = None
-    classes: list[DescribedClass] | None = None
-    ignore_index: int = IGNORE_INDEX
-    pixel_size_m: float | None = None
-    files: list[DescribedFile] = []
-    simulation: dict[str, Any] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise ValueError("it must be a JSON object")
-        data = dict(data)
-        if "licence" in data:
-            data.setdefault("license", data["licence"])
-        if isinstance(data.get("license"), dict):
-            data["license"] = data["license"].get("spdx") or data["license"].get("name")
-        if isinstance(data.get("classes"), list):
-            data["classes"] = [{"name": entry} if isinstance(entry, str) else entry for entry in data["classes"]]
-        return data
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DatasetDescription:
-        if self.ignore_index != IGNORE_INDEX:
-            raise ValueError(f"only {IGNORE_INDEX} can be ignored, it says {self.ignore_index}: rewrite the masks")
-        if self.classes is not None:
-            if not 2 <= len(self.classes) <= IGNORE_INDEX:
-                raise ValueError(f"a dataset has 2 to {IGNORE_INDEX} classes, it lists {len(self.classes)}")
-            indices = _mask_values(self.classes)
-            if sorted(indices) != list(range(len(indices))):
-                raise ValueError(f"class indices must be 0 to {len(indices) - 1}, each once; it lists {indices}")
-            names = [entry.name for entry in self.classes]
-            if len(set(names)) != len(names):
-                raise ValueError(f"class names must differ; it lists {names}")
-        return self
-
-    def class_table(self) -> list[ClassInfo] | None:
-        """The classes in the order of their mask values, with colours filled in; None if not listed."""
-        if self.classes is None:
-            return None
-        by_value = dict(zip(_mask_values(self.classes), self.classes, strict=True))
-        entries = [by_value[value] for value in sorted(by_value)]
-        return [
-            ClassInfo(name=entry.name, color=entry.color or color)
-            for entry, color in zip(entries, default_palette(len(entries)), strict=True)
-        ]
-
-
-def _mask_values(classes: list[DescribedClass]) -> list[int]:
-    return [place if entry.index is None else entry.index for place, entry in enumerate(classes)]
-
-
-def read_description(path: str | Path) -> DatasetDescription:
-    """Read a ``dataset.json``; :class:`BadInputFile` says what is wrong with it."""
-    content = read_file(path, "dataset description")
-    try:
-        return DatasetDescription.model_validate_json(content)
-    except ValidationError as exc:
-        problem = first_problem(exc, "content")
-        raise BadInputFile(f"{path} is not a valid dataset description ({problem}); correct it") from exc
-
-
-def description_of(root: Path) -> DatasetDescription:
-    """What the ``dataset.json`` of ``root`` says; an empty description where there is none."""
-    path = root / FILE_NAME
-    return read_description(path) if path.is_file() else DatasetDescription()
-
-
-def write_description(path: str | Path, description: DatasetDescription) -> Path:
-    """Write ``dataset.json`` atomically."""
-    return write_text(path, description.model_dump_json(exclude_none=True, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -355,13 +254,9 @@ class FolderDataset:
         """:meth:`statistics`, with a :class:`BadInputFile` when there is nothing to learn:
         fewer than two classes occur, or no pixel is labelled."""
         statistics = self.statistics(split, progress=progress)
-        present = [name for name, share in zip(self.class_names, statistics.class_fractions, strict=True) if share > 0]
-        if len(present) < 2:
-            content = f"only the class {present[0]!r}" if present else "no labelled pixel"
-            raise BadInputFile(
-                f"the split {split!r} of dataset {self.root} holds {content}; "
-                "training needs masks with at least two classes"
-            )
+        lack = nothing_to_learn(self.classes, statistics.class_fractions)
+        if lack is not None:
+            raise BadInputFile(f"the split {split!r} of dataset {self.root} holds {lack}")
         return statistics
 
 
@@ -382,6 +277,13 @@ def read_pair(sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uin
             f"{mask.shape[1]} x {mask.shape[0]}; a mask has the size of its image"
         )
     return grey, mask
+
+
+def nothing_to_learn(classes: Sequence[ClassInfo], fractions: Sequence[float]) -> str | None:
+    """What a split holds of which less than two classes occur, for an error; None when there are two."""
+    present = [entry.name for entry, share in zip(classes, fractions, strict=True) if share > 0]
+    content = f"only the class {present[0]!r}" if present else "no labelled pixel"
+    return None if len(present) > 1 else f"{content}; training needs masks with at least two classes"
 
 
 def unknown_values(label_counts: npt.NDArray[np.integer], num_classes: int) -> list[int]:
@@ -504,7 +406,7 @@ def find_images(source: str | Path | Sequence[str | Path], split: str = "train")
     """
     if not isinstance(source, str | Path):
         images = [path for entry in source for path in image_files(entry)]
-    elif (layout := _dataset_layout(Path(source))) is not None:
+    elif (layout := dataset_layout(source)) is not None:
         files = scan_split(Path(source), layout, split, DatasetDescription())
         images = sorted([*(sample.image for sample in files.samples), *files.images_without_mask])
     else:
@@ -514,8 +416,9 @@ def find_images(source: str | Path | Sequence[str | Path], split: str = "train")
     return images
 
 
-def _dataset_layout(folder: Path) -> Layout | None:
+def dataset_layout(source: str | Path) -> Layout | None:
+    """The layout of a dataset folder; None for a plain folder of micrographs, a file or a pattern."""
     try:
-        return detect_layout(folder) if folder.is_dir() else None
-    except BadInputFile:  # a plain folder of micrographs
+        return detect_layout(source)
+    except BadInputFile:
         return None

@@ -19,11 +19,9 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin
 from hpddrnet_trt.core.errors import BadInputFile, MissingDependency
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.data import digital_micrograph
-from hpddrnet_trt.data.decoded import MAX_PIXELS, Decoded, check_size, damaged
+from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, MAX_PIXELS, Decoded, check_size, damaged
 from hpddrnet_trt.data.tiff import SIGNATURES as _TIFF_SIGNATURES
 from hpddrnet_trt.data.tiff import decode_tiff
-
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Decoded", "decode"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dm3", ".dm4")
 
@@ -34,7 +32,6 @@ _PNG_GREY, _PNG_PALETTE = 0, 3  # colour types in a PNG header
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 # A tiny file must not make a decoder take memory for a huge picture that cannot be in it.
 _DEFLATE_RATIO = 1032  # zlib's own limit: 258 bytes from two bits
-_JPEG_PIXELS_PER_BYTE = 600  # each block of 64 pixels takes at least one bit; the rest is room
 
 
 def decode(path: str | Path, what: str = "micrograph", max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -121,7 +118,7 @@ def _png_data_bytes(path: Path, enough: int) -> int:
 def _decode_jpeg(path: Path, what: str, max_pixels: int) -> Decoded:
     with JpegImagePlugin.JpegImageFile(str(path)) as image:
         check_size(path, what, image.width, image.height, max_pixels)
-        if image.width * image.height > _JPEG_PIXELS_PER_BYTE * path.stat().st_size:
+        if image.width * image.height > JPEG_PIXELS_PER_BYTE * path.stat().st_size:
             raise damaged(path, what, f"{image.width} x {image.height} pixels cannot be in {path.stat().st_size} bytes")
         if _scans(path) > _JPEG_SCANS:
             raise damaged(path, what, f"it holds more than {_JPEG_SCANS} scans of the same picture")

@@ -15,7 +15,8 @@ from PIL import Image, PngImagePlugin
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
-from hpddrnet_trt.data.decode import MAX_PIXELS, decode
+from hpddrnet_trt.data.decode import decode
+from hpddrnet_trt.data.decoded import MAX_PIXELS
 
 Palette = Sequence[tuple[int, int, int]]
 IGNORE_COLOR = (255, 255, 255)

@@ -1,7 +1,4 @@
-"""Micrographs: from a file to a two-dimensional grey picture, and from any depth to 8 bits.
-
-Masks and drawings of labels live in :mod:`hpddrnet_trt.data.labels` and are offered here too.
-"""
+"""Micrographs: from a file to a two-dimensional grey picture, and from any depth to 8 bits."""
 
 from __future__ import annotations
 
@@ -16,23 +13,9 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
 from hpddrnet_trt.data import vendors
-from hpddrnet_trt.data.decode import MAX_PIXELS, Decoded, decode
+from hpddrnet_trt.data.decode import decode
+from hpddrnet_trt.data.decoded import MAX_PIXELS, Decoded
 from hpddrnet_trt.data.info_bar import find_info_bar, has_drawn_rows
-from hpddrnet_trt.data.labels import overlay, read_mask, write_label_png, write_label_tiff, write_labels
-
-__all__ = [
-    "InfoBar",
-    "IntensityRange",
-    "Micrograph",
-    "Percentiles",
-    "overlay",
-    "read_mask",
-    "read_micrograph",
-    "to_grey8",
-    "write_label_png",
-    "write_label_tiff",
-    "write_labels",
-]
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +124,7 @@ def _grey(decoded: Decoded, path: Path) -> tuple[npt.NDArray[Any], list[str]]:
     if decoded.palette is None and 1 < decoded.bit_depth < 8:  # 4-bit grey, stored as 0..15
         values = values * np.uint8(255 // ((1 << decoded.bit_depth) - 1))
     if values.ndim == 3:
-        values, colour = _luminance(values, path)
+        values, colour = _grey_of_channels(values, path)
         if colour:
             remarks.append("it has real colour (not a plain micrograph?): its luminance is used")
     if decoded.inverted:
@@ -174,7 +157,7 @@ def _supported_type(values: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
     raise BadInputFile(f"micrograph {path} holds {values.dtype} values; save it as 8-bit, 16-bit or float grey")
 
 
-def _luminance(values: npt.NDArray[Any], path: Path) -> tuple[npt.NDArray[Any], bool]:
+def _grey_of_channels(values: npt.NDArray[Any], path: Path) -> tuple[npt.NDArray[Any], bool]:
     """Reduce ``[H, W, C]`` to grey; the flag says whether there was real colour."""
     if values.shape[2] == 1:
         return values[..., 0], False
@@ -182,13 +165,17 @@ def _luminance(values: npt.NDArray[Any], path: Path) -> tuple[npt.NDArray[Any], 
         raise BadInputFile(
             f"micrograph {path} has {values.shape[2]} channels; save the one to segment as a grey picture"
         )
-    values = np.ascontiguousarray(values)
     spread = values.max(axis=2) - values.min(axis=2)
     full = {"u1": 255.0, "u2": 65535.0}.get(values.dtype.str[1:], float(np.nanmax(np.abs(values))))
     colour = bool(np.nanmax(spread) > _COLOR_TOLERANCE * full / 255)
     if not np.any(spread):
         return values[..., 0], False  # exact for floats too
-    return cv2.cvtColor(values, cv2.COLOR_RGB2GRAY), colour
+    return luminance(values), colour
+
+
+def luminance(rgb: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Grey (ITU-R BT.601) of ``[H, W, 3]`` uint8, uint16, float32, in that type; grey of 8 and 16 bits stays exact."""
+    return cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2GRAY)
 
 
 @dataclass(frozen=True)

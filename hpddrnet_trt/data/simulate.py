@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -41,13 +41,12 @@ from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.files import atomic_folder
-from hpddrnet_trt.data.datasets import (
+from hpddrnet_trt.data.datasets import SPLITS, FolderDataset
+from hpddrnet_trt.data.description import (
     FILE_NAME,
-    SPLITS,
     DatasetDescription,
     DescribedClass,
     DescribedFile,
-    FolderDataset,
     read_description,
     write_description,
 )
@@ -235,8 +234,7 @@ def _lamination(scan: _Scan, rng: np.random.Generator, bedding: float) -> Array:
     return (0.11 * fine + 0.09 * coarse + 0.06 * scan.noise(rng, 60.0)).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class _Grain:
+class _Grain(NamedTuple):
     x: float
     y: float
     radius: float
@@ -294,7 +292,18 @@ def _draw_pores(
     """Lenses in the clay, gaps beside grains, holes in grains; ``labels`` and ``depth`` are drawn into."""
     height, width = scan.extent
     area = height * width
-    draw = _EllipsePainter(scan, roughness, labels, depth, rng)
+
+    def draw(centre: tuple[float, float], a: float, b: float, angle: float, host: int) -> None:
+        """Open an elliptical pore with semi-axes a, b (pixels), only where ``host`` is."""
+        rows, columns = scan.window(centre[0], centre[1], 1.4 * max(a, b) + 2)
+        px, py = scan.x[rows, columns] - np.float32(centre[0]), scan.y[rows, columns] - np.float32(centre[1])
+        cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+        u, v = (cosine * px + sine * py) / np.float32(a), (cosine * py - sine * px) / np.float32(b)
+        inside = u**2 + v**2 + np.float32(0.25) * roughness[rows, columns] < 1
+        inside &= labels[rows, columns] == host
+        labels[rows, columns][inside] = PORE
+        depth[rows, columns][inside] = rng.uniform(0.45, 1.0)
+
     for _ in range(rng.poisson(area * rng.uniform(0.9, 2.2) / 1000)):  # between platelets
         half_length = float(np.clip(rng.lognormal(np.log(7), 0.5), 3, 28))
         thickness = float(rng.uniform(1.2, 2.2) + 0.16 * half_length)
@@ -310,26 +319,6 @@ def _draw_pores(
             offset = rng.normal(0, 0.25 * grain.radius, 2)
             size = float(rng.uniform(1.5, 0.2 * grain.radius + 2))
             draw((grain.x + offset[0], grain.y + offset[1]), size, 0.8 * size, float(rng.uniform(0, np.pi)), GRAIN)
-
-
-@dataclass(frozen=True)
-class _EllipsePainter:
-    scan: _Scan
-    roughness: Array
-    labels: npt.NDArray[np.uint8]
-    depth: Array
-    rng: np.random.Generator
-
-    def __call__(self, centre: tuple[float, float], a: float, b: float, angle: float, host: int) -> None:
-        """Open an elliptical pore with semi-axes a, b (pixels), only where ``host`` is."""
-        rows, columns = self.scan.window(centre[0], centre[1], 1.4 * max(a, b) + 2)
-        px, py = self.scan.x[rows, columns] - np.float32(centre[0]), self.scan.y[rows, columns] - np.float32(centre[1])
-        cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        u, v = (cosine * px + sine * py) / np.float32(a), (cosine * py - sine * px) / np.float32(b)
-        inside = u**2 + v**2 + np.float32(0.25) * self.roughness[rows, columns] < 1
-        inside &= self.labels[rows, columns] == host
-        self.labels[rows, columns][inside] = PORE
-        self.depth[rows, columns][inside] = self.rng.uniform(0.45, 1.0)
 
 
 def _emission(specimen: _Specimen, conditions: Imaging, kind: Kind, escape_length: float) -> Array:

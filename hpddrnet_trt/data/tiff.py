@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +17,7 @@ import tifffile
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data import vendors
-from hpddrnet_trt.data.decoded import Decoded, check_size, damaged
+from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, Decoded, check_size, damaged
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -26,7 +25,6 @@ _UNCOMPRESSED = 1
 # Bytes that one byte can become at most: LZW, Deflate (two numbers), PackBits; LZMA and Zstandard have no bound.
 _PACKED = {5: 3000.0, 8: 1100.0, 32946: 1100.0, 32773: 65.0, 34925: float("inf"), 50000: float("inf")}
 _JPEG = (6, 7)  # these decoders take the size from the stream, so that is checked as well
-_JPEG_RATIO = 600  # pixels per byte: a block of 64 takes at least one bit
 _JPEG_SIZE_MARKERS = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _JPEG_BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
 _LARGE_TILE = 1 << 24  # pixels: 4096 x 4096, padded even for a small picture
@@ -39,7 +37,7 @@ def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
     Raises :class:`BadInputFile`, or whatever tifffile and its codecs stumble over in a damaged file.
     """
     try:
-        structure = read_structure(path)
+        pages = count_pages(path)
     except BadStructure as exc:
         raise damaged(path, what, str(exc)) from exc
     with tifffile.TiffFile(path) as tif:
@@ -56,7 +54,7 @@ def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
             values = np.moveaxis(values, 0, -1)
         if values.ndim not in (2, 3):
             raise damaged(path, what, f"its pixel array has the shape {values.shape}")
-        pages = max(structure.pages, vendors.imagej.images(page))  # ImageJ hides planes behind the first page
+        pages = max(pages, vendors.imagej.images(page))  # ImageJ hides planes behind the first page
         if pages > 1:
             remarks.append(f"the first of {pages} pages is used")
         palette = None
@@ -103,7 +101,7 @@ def _check_data(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, wha
             raise damaged(path, what, "a strip or tile of its pixel data is missing")
         if offset + count > end:
             raise damaged(path, what, f"its pixel data should reach byte {offset + count} but the file has {end}")
-    ratio = 1.0 if page.compression == _UNCOMPRESSED else _PACKED.get(page.compression, _JPEG_RATIO)
+    ratio = 1.0 if page.compression == _UNCOMPRESSED else _PACKED.get(page.compression, JPEG_PIXELS_PER_BYTE)
     needed = math.prod(page.shaped) * int(page.bitspersample) // 8
     held = sum(count for _, count in segments)
     missing = segments[0][0] + needed > end if page.is_contiguous else held * ratio < needed
@@ -162,15 +160,11 @@ class BadStructure(ValueError):
     """The chain of directories makes no sense; the message says where."""
 
 
-@dataclass(frozen=True)
-class TiffStructure:
-    """``pages``: full-size images in the chain (reduced ones, such as thumbnails, do not count)."""
+def count_pages(path: Path) -> int:
+    """Walk all directories of the main chain and count full-size images (thumbnails do not count).
 
-    pages: int
-
-
-def read_structure(path: Path) -> TiffStructure:
-    """Walk all directories of the main chain. Raises :class:`BadStructure`."""
+    Raises :class:`BadStructure`.
+    """
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         order, big, offset = _header(stream)
@@ -188,7 +182,7 @@ def read_structure(path: Path) -> TiffStructure:
             reduced = entries.get(_NEW_SUBFILE_TYPE, (0, 0))[1] & 1
             pages += not reduced or len(seen) == 1
             offset = following
-    return TiffStructure(pages)
+    return pages
 
 
 def _header(stream: BinaryIO) -> tuple[str, bool, int]:

@@ -100,7 +100,7 @@ class LiveSegmentation:
     frame, 0.01 ms at 512 x 512, where no other slot writes into it (fibsem makes a new array for every image).
 
     The slot only enqueues and never raises, whatever arrives and whatever state the stream is in; use the
-    stream's policy ``latest`` or ``reject``, since ``block`` would hold the microscope. ``unreadable``
+    stream's policy ``latest`` or ``reject``, since ``block`` would hold the microscope. ``errors``
     counts what was no image, ``last_error`` says why; all else is in the stream's statistics. The stream
     is the caller's: disconnecting does not close it. Keep a reference, or use it as a context manager.
 
@@ -122,7 +122,7 @@ class LiveSegmentation:
                 )
             self._signals[beam] = signal
         self._lock = threading.Lock()  # both beams may emit at a time
-        self.unreadable = 0
+        self.errors = 0
         self.last_error: str | None = None
 
     def connect(self) -> None:
@@ -165,8 +165,8 @@ class LiveSegmentation:
             self._stream.submit(frame, FrameTag(beam, _acquired(image)), copy=self._copy)
         except Exception as exc:  # whatever it is, it must not end the acquisition
             with self._lock:
-                self.unreadable += 1
-                first = self.unreadable == 1
+                self.errors += 1
+                first = self.errors == 1
                 self.last_error = describe(exc)
             if first:
                 log.exception("an image of the %s beam could not be taken; more of them are only counted", beam)

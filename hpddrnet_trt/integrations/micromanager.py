@@ -24,13 +24,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError, describe, require
 from hpddrnet_trt.core.text import METRES, SQUARE_MEASURED, is_square, micrometres
-from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.data.micrograph import Micrograph, luminance
 
 if TYPE_CHECKING:
     from pymmcore_plus import CMMCorePlus
@@ -158,9 +157,7 @@ def _fits(affine: Sequence[float], size_um: float) -> bool:
 def _grey(image: npt.NDArray[Any], size_m: float | None) -> Micrograph:
     """The frame as it is, or the luminance (ITU-R BT.601) of a colour one: grey stored as RGB comes back exactly."""
     if image.ndim == 3 and image.shape[2] == 3 and image.dtype in (np.uint8, np.uint16):
-        # pymmcore-plus turns Micro-Manager's BGRA into a view with a step; OpenCV wants it in one piece.
-        grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
-        return Micrograph(grey, pixel_size_m=size_m, remarks=(_COLOUR_REMARK,))
+        return Micrograph(luminance(image), pixel_size_m=size_m, remarks=(_COLOUR_REMARK,))
     return Micrograph(image, pixel_size_m=size_m)
 
 

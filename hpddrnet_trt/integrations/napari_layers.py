@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, UserError, one_line
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.core.text import is_square
-from hpddrnet_trt.data.micrograph import Micrograph
+from hpddrnet_trt.data.micrograph import Micrograph, luminance
 from hpddrnet_trt.inference.result import Segmentation
 
 METADATA_KEY = "hpddrnet_trt"  # in ``layer.metadata``
@@ -69,7 +68,7 @@ class LayerPlanes:
         grey = _grey_type(values, self.layer_name)
         remarks: tuple[str, ...] = ()
         if self.rgb:
-            grey = cv2.cvtColor(np.ascontiguousarray(grey[..., :3]), cv2.COLOR_RGB2GRAY)
+            grey = luminance(grey[..., :3])
             remarks = ("the layer has colour: its luminance is used",)
         return Micrograph(grey, None, self.pixel_size_m, remarks=remarks)
 

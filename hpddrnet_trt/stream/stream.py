@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
-from hpddrnet_trt.data.decode import MAX_PIXELS
+from hpddrnet_trt.data.decoded import MAX_PIXELS
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.stream.queue import FrameQueue, Job, bounded
 from hpddrnet_trt.stream.records import Policy, State, StreamResult, StreamStatistics, describe

@@ -33,6 +33,7 @@ from hpddrnet_trt.core.manifest import (
     Normalization,
     OutputContract,
     ValidationRecord,
+    default_palette,
     parse_manifest,
     read_manifest,
     sidecar_path,
@@ -286,3 +287,12 @@ def test_axis_ranges(minimum: int, span: int | None, size: int) -> None:
     assert axis.admits(size) == (minimum <= size <= upper)
     assert axis.fixed == (minimum if span == 0 else None)
     assert str(axis) == (f"{minimum}" if span == 0 else f"{minimum}..{'any' if span is None else upper}")
+
+
+@given(st.integers(2, 255))
+def test_default_palette_is_distinct_and_stable(count: int) -> None:
+    palette = default_palette(count)
+    assert len(palette) == count
+    assert palette[:2] == default_palette(2)
+    assert all(0 <= channel <= 255 for color in palette for channel in color)
+    assert len(set(palette)) >= 0.95 * count

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
-from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.data.augment import (
     SHIFTS,
     Augmentation,
@@ -120,13 +120,6 @@ def test_horizontal_flips_leave_up_and_down_alone() -> None:
     assert any(mirrored)
     assert any(same)
     assert all(one != other for one, other in zip(mirrored, same, strict=True))
-
-
-def test_without_augmentation_a_crop_is_a_crop() -> None:
-    image, mask = np.random.default_rng(0).integers(0, 256, (50, 60), dtype=np.uint8), blobs(50, 60)
-    crop, labels = Augmentation(AugmentConfig.none((50, 60)))(image, mask, np.random.default_rng(3))
-    np.testing.assert_array_equal(crop, image)
-    np.testing.assert_array_equal(labels, mask)
 
 
 def test_crop_larger_than_the_picture_mirrors_and_ignores() -> None:
@@ -266,6 +259,7 @@ def test_every_value_gives_a_pair_of_one_size_and_changes_no_input(
     mask = np.where(image % 5 == 4, 255, image % 5).astype(np.uint8)
     before = image.copy(), mask.copy()
     shifted, labels = shift(image, mask, value, rng())
+    np.testing.assert_array_equal(shift(image, mask, value, rng())[0], shifted)
     assert shifted.dtype == labels.dtype == np.uint8
     assert shifted.shape == labels.shape
     assert set(np.unique(labels)) <= set(np.unique(mask))
@@ -274,13 +268,6 @@ def test_every_value_gives_a_pair_of_one_size_and_changes_no_input(
         np.testing.assert_array_equal(labels, mask)
     np.testing.assert_array_equal(image, before[0])
     np.testing.assert_array_equal(mask, before[1])
-
-
-@sweeps
-def test_the_same_seed_gives_the_same_picture(shift: Shift) -> None:
-    image = grey_image(24, 30, 3)
-    first, again = (shift(image, no_mask(image), shift.values[1], rng(5))[0] for _ in range(2))
-    np.testing.assert_array_equal(first, again)
 
 
 @pytest.mark.parametrize("shift", [shift for shift in SHIFTS if not shift.resizes], ids=lambda shift: shift.name)
@@ -336,19 +323,9 @@ def test_magnification_scales_image_and_mask_together() -> None:
     smaller, labels = magnification(image, mask, 0.5, rng())
     np.testing.assert_array_equal(smaller, image[::2, ::2])
     np.testing.assert_array_equal(labels, mask[::2, ::2])
+    averaged = magnification(np.array([[0, 100], [100, 200]], np.uint8), mask[:2, :2], 0.5, rng())[0]
+    assert averaged.tolist() == [[100]]
     larger, labels = magnification(image, mask, 2.0, rng())
     assert larger.shape == (32, 32)
     np.testing.assert_array_equal(labels, np.kron(mask, np.ones((2, 2))))
     assert [larger[8, 8], larger[8, 24], larger[24, 8], larger[24, 24]] == [0, 100, 200, 30]
-
-
-def test_shrinking_averages_over_areas() -> None:
-    image = np.array([[0, 100], [100, 200]], np.uint8)
-    assert magnification(image, no_mask(image), 0.5, rng())[0].tolist() == [[100]]
-
-
-@pytest.mark.parametrize("apply", [contrast, gamma, noise, defocus, magnification])
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-def test_senseless_values_are_sentences(apply: Any, value: float) -> None:
-    with pytest.raises(UsageError, match="must be a positive number"):
-        apply(grey_image(4, 4), no_mask(np.zeros((4, 4))), value, rng())

@@ -10,7 +10,7 @@ import pytest
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.catalog import ENTRIES, Entry, details, find_entry, overview
 from hpddrnet_trt.data.converters import CONVERTERS
-from hpddrnet_trt.data.datasets import DatasetDescription
+from hpddrnet_trt.data.description import DatasetDescription
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=list(ENTRIES))

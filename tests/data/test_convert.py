@@ -156,13 +156,6 @@ def test_a_different_file_is_never_overwritten(site: Site, tmp_path: Path) -> No
     assert site.asked == 0
 
 
-def test_nobody_there(tmp_path: Path) -> None:
-    pytest.importorskip("pooch", reason="downloads need the extra datasets")
-    with pytest.raises(UserError, match="check the connection") as caught:
-        download(RemoteFile("x", "http://127.0.0.1:9/x"), tmp_path)
-    assert "\n" not in str(caught.value)
-
-
 def test_what_cannot_be_downloaded_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"git lfs install.*datasets convert mudrocknet"):
         get_dataset(find_entry("mudrocknet"), tmp_path / "out")
@@ -222,16 +215,6 @@ def test_the_same_name_in_two_splits_is_two_files(tmp_path: Path) -> None:
     assert (tmp_path / "out/images/train/a.png").is_file()
 
 
-def test_an_interruption_leaves_nothing_behind(tmp_path: Path) -> None:
-    def interrupted() -> Iterator[Labelled]:
-        yield sample()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_converted(ENTRY, interrupted(), tmp_path / "deep/out")
-    assert list((tmp_path / "deep").iterdir()) == []
-
-
 # Archives
 
 
@@ -283,20 +266,16 @@ def test_names_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_in_tar_are_refused(tmp_path: Path, kind: bytes) -> None:
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     path = make_tar(tmp_path / "b.tar", tar_member("way", kind, "/etc"), tar_member("way/evil"))
-    with pytest.raises(BadInputFile, match="link or device"):
-        unpack(path, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_links_in_zip_are_refused(tmp_path: Path) -> None:
     info = zipfile.ZipInfo("way")
     info.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(info, "/etc")
-    with pytest.raises(BadInputFile, match="link or device"):
-        unpack(tmp_path / "a.zip", tmp_path / "out")
+    for one in (path, tmp_path / "a.zip"):
+        with pytest.raises(BadInputFile, match="link or device"):
+            unpack(one, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_too_much_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,19 +313,6 @@ def test_a_size_that_is_declared_too_small_is_noticed(tmp_path: Path) -> None:
         unpack(path, tmp_path / "out")
 
 
-def test_damaged_archives_are_said(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "a.zip", {"a": np.random.default_rng(1).bytes(5_000)})
-    raw = bytearray(path.read_bytes())
-    raw[2_000] ^= 255
-    path.write_bytes(raw)
-    with pytest.raises(BadInputFile, match="damaged"):
-        unpack(path, tmp_path / "out")
-    tar = make_tar(tmp_path / "b.tar", tar_member("x"), content=np.random.default_rng(2).bytes(50_000))
-    tar.write_bytes(tar.read_bytes()[:20_000])
-    with pytest.raises(BadInputFile, match="damaged"):
-        unpack(tar, tmp_path / "out")
-
-
 @pytest.mark.parametrize("second", ["x", "x/y", "x/y/z"])
 def test_a_name_that_occurs_twice_is_refused(tmp_path: Path, second: str) -> None:
     path = make_tar(tmp_path / "b.tar", tar_member("x"), tar_member(second))
@@ -357,7 +323,7 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path: Path, second: str) -> Non
 @given(st.sampled_from(["zip", "gz", "xz", "bz2"]), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 @settings(max_examples=150, deadline=None)
 def test_a_wrong_byte_is_said_or_does_not_matter(kind: str, place: float, change: int) -> None:
-    """One wrong byte anywhere: a sentence, or files that are still right; never another error."""
+    """One wrong byte, or an end, anywhere: a sentence, or files that are still right; never another error."""
     content = bytes(range(256)) * 20
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -371,7 +337,7 @@ def test_a_wrong_byte_is_said_or_does_not_matter(kind: str, place: float, change
                 archive.addfile(member, io.BytesIO(content))
         raw = bytearray(path.read_bytes())
         raw[int(place * len(raw))] ^= change
-        path.write_bytes(raw)
+        path.write_bytes(raw if change < 128 else raw[: int(place * len(raw))])
         try:
             unpack(path, folder / "out")
         except BadInputFile as exc:

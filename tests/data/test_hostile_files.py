@@ -333,7 +333,7 @@ def test_damaged_files_end_in_a_picture_or_in_one_sentence(cases: int) -> None:
     pytest.importorskip("nionswift_plugin.DM_IO")
     pytest.importorskip("resource")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.data.fuzz_micrographs", "--cases", str(cases)],
+        [sys.executable, "-m", "tests.data.fuzz_micrographs", str(cases)],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]

@@ -105,11 +105,8 @@ def test_one_bit_pictures_are_black_and_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_micrograph(tmp_path / "b.png").pixels, black_white * 255)
     np.testing.assert_array_equal(read_micrograph(tmp_path / "b.tif").pixels, black_white * 255)
     np.testing.assert_array_equal(read_micrograph(tmp_path / "w.tif").pixels, ~black_white * np.uint8(255))
-
-
-def test_white_is_zero_tiff_is_inverted(tmp_path: Path) -> None:
-    path = save(tmp_path / "w.tif", GREY16, photometric="miniswhite")
-    np.testing.assert_array_equal(read_micrograph(path).pixels, 65535 - GREY16)
+    deep = save(tmp_path / "deep.tif", GREY16, photometric="miniswhite")
+    np.testing.assert_array_equal(read_micrograph(deep).pixels, 65535 - GREY16)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -179,11 +176,7 @@ def test_any_garbage_gives_one_sentence(tmp_path_factory: pytest.TempPathFactory
         read_micrograph(path)
 
 
-def test_missing_folder_and_foreign_files(tmp_path: Path) -> None:
-    with pytest.raises(BadInputFile, match="does not exist"):
-        read_micrograph(tmp_path / "none.png")
-    with pytest.raises(BadInputFile, match="not a file"):
-        read_micrograph(tmp_path)
+def test_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(BadInputFile, match="neither PNG, JPEG nor TIFF"):
         read_micrograph(tmp_path / "a.png")
@@ -215,6 +208,8 @@ def test_several_detectors_in_one_file_are_refused(tmp_path: Path, channels: int
     path = save(tmp_path / "m.tif", values, photometric="minisblack", planarconfig="contig", extrasamples=None)
     with pytest.raises(BadInputFile, match=f"{channels} channels"):
         read_micrograph(path)
+    with pytest.raises(BadInputFile, match="complex64"):
+        read_micrograph(save(tmp_path / "complex.tif", GREY.astype(np.complex64)))
 
 
 def test_a_picture_with_varying_opacity_says_that_it_is_ignored(tmp_path: Path) -> None:
@@ -234,12 +229,6 @@ def test_volume_uses_the_first_plane(tmp_path: Path) -> None:
     micrograph = read_micrograph(path)
     np.testing.assert_array_equal(micrograph.pixels, GREY)
     assert micrograph.remarks == ("the first of 2 planes is used",)
-
-
-def test_unreadable_kinds_of_values(tmp_path: Path) -> None:
-    path = save(tmp_path / "complex.tif", GREY.astype(np.complex64))
-    with pytest.raises(BadInputFile, match="complex64"):
-        read_micrograph(path)
 
 
 # vendor metadata -----------------------------------------------------------------------------
@@ -267,7 +256,7 @@ def test_vendor_files(sem_data: Path) -> None:
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9)))
 def test_8_bit_passes_unchanged(pixels: np.ndarray) -> None:
     grey, window = to_grey8(pixels)
-    np.testing.assert_array_equal(grey, pixels)
+    assert grey is pixels
     assert window == (0.0, 255.0)
 
 
@@ -318,11 +307,6 @@ def test_constant_picture_and_wrong_arrays() -> None:
     for window in ((5.0, 5.0), (9.0, 1.0), (float("nan"), 1.0)):
         with pytest.raises(ContractError, match="intensity range"):
             to_grey8(np.zeros((2, 2), np.uint16), window)
-
-
-def test_8_bit_is_not_even_copied() -> None:
-    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    assert to_grey8(pixels)[0] is pixels
 
 
 @given(

@@ -162,5 +162,3 @@ def test_impossible_requests(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError):
         write_dataset(tmp_path / "file", progress=False)
-    with pytest.raises(UserError, match="cannot write"):
-        write_dataset(tmp_path / "file" / "data", train=1, val=0, test=0, size=16, progress=False)

@@ -5,7 +5,6 @@ The files are constructed (``vendor_files``); the two real ones are read in ``te
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,29 +307,3 @@ def test_a_missing_reader_names_the_extra(dm: Callable[..., Path], monkeypatch: 
     monkeypatch.setitem(sys.modules, "nionswift_plugin.DM_IO.parse_dm3", None)
     with pytest.raises(MissingDependency, match=r"hpddrnet-trt\[dm\]"):
         read_micrograph(path)
-
-
-# real pictures --------------------------------------------------------------------------------
-
-
-def test_real_pictures_through_every_vendor(tmp_path: Path, sem_data: Path) -> None:
-    """A real micrograph, saved in each vendor's form, comes back with its values and its pixel size."""
-    picture = read_micrograph(next((sem_data / "nasa-super1" / "images").rglob("*.png"))).pixels
-    height, width = picture.shape
-    saved = {
-        FEI: files.fei(tmp_path / "f.tif", picture, files.fei_text(width, height), files.fei_xml(width, height)),
-        "Zeiss": files.zeiss(tmp_path / "z.tif", picture, files.zeiss_text(width, height)),
-        "TESCAN": files.tescan(tmp_path / "t.tif", picture, files.tescan_text(0)),
-        "Hitachi": beside(tmp_path / "h.png", "h.txt", files.hitachi_text(width, height), picture=picture),
-        "JEOL": beside(tmp_path / "j.png", "j.txt", files.jeol_text(width, height), picture=picture),
-    }
-    for vendor, path in saved.items():
-        micrograph = read_micrograph(path)
-        np.testing.assert_array_equal(micrograph.pixels, picture)
-        check(micrograph, 5e-9, vendor)
-
-
-def test_expected_file_lists_what_is_tested(sem_data: Path) -> None:
-    """The table in data/README.md calls exactly these vendors tested on real files."""
-    listing = json.loads((sem_data / "vendor-tiff" / "expected.json").read_text())
-    assert {entry["vendor"].split()[0] for entry in listing["files"]} == {"Zeiss", "Thermo/FEI"}
