@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +29,11 @@ def _result(**changes: Any) -> Segmentation:
     )  # fmt: skip
 
 
-def test_areas() -> None:
-    result = _result()
-    assert result.fractions() == pytest.approx({"grain": 1 - 3600 / 15360, "pore": 1200 / 15360, "clay": 2400 / 15360})
-    assert result.areas_m2() == pytest.approx({"grain": 11760 * 25e-16, "pore": 1200 * 25e-16, "clay": 2400 * 25e-16})
-    assert _result(pixel_size_m=None).areas_m2() is None
-
-
-
 def test_the_old_name_of_saving_labels_warns(tmp_path: Path) -> None:
     with pytest.warns(DeprecationWarning, match=r"is Segmentation\.save now"):
         path = _result().save_labels(tmp_path / "a.png")
     with Image.open(path) as picture:
         assert np.array_equal(np.asarray(picture), LABELS)
-
-
-def test_record_is_json_and_tells_where_labels_come_from() -> None:
-    record = json.loads(json.dumps(_result().record()))
-    assert record["source"] == "a.tif"
-    assert (record["model"], record["model_sha256"], record["time"]) == ("toy", "ab12", ORIGIN.time)
-    assert record["tiling"]["seam_disagreement"] == 0.01
-    assert record["window"] == [0, 255]
-    bare = _result(provenance=None, tiling=None, source=None, pixel_size_m=None).record()
-    assert (bare["model"], bare["source"], bare["pixel_size_m"], bare["tiling"]) == ("toy", None, None, None)
 
 
 def test_words() -> None:

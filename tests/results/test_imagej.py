@@ -85,15 +85,6 @@ def test_files_read_back(tmp_path: Path) -> None:
 
 
 
-def test_a_crooked_outline_with_many_corners(tmp_path: Path) -> None:
-    labels = np.zeros((401, 401), np.uint8)
-    labels[::2] = labels[:, 0] = 1  # a comb
-    labels[1:-1, -1] = 0
-    found = regions(labels, CLASSES, background=["grain"])
-    (roi,) = roifile.roiread(write_rois(tmp_path / "a.zip", found))
-    assert np.array_equal(_winding(_rings(roi), labels.shape) != 0, labels == 1)
-
-
 def test_names_that_a_zip_cannot_hold(tmp_path: Path) -> None:
     classes = [ClassInfo(name="../a/b:c\\*γ′", color=(1, 2, 3))]
     (roi,) = roifile.roiread(write_rois(tmp_path / "a.zip", regions(np.zeros((3, 3), np.uint8), classes)))

@@ -92,26 +92,22 @@ def test_unknown_pixel_size_is_said_and_not_made_up(write: Any) -> None:
 
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (255, 256)])
-def test_small_images_are_one_level(write: Any, shape: tuple[int, int]) -> None:
-    path = write(np.ones(shape, np.uint8), image=np.ones(shape, np.float32), pixel_size_m=SIZE)
-    root = zarr.open_group(str(path), mode="r")
-    assert [pixels.shape for _, pixels in _levels(root["labels/classes"])] == [shape]
-
-
-@pytest.mark.parametrize("options", [{"image": IMAGE, "pixel_size_m": SIZE}, {"image": IMAGE}, {"pixel_size_m": SIZE}])
+@pytest.mark.parametrize(
+    "options", [{"image": IMAGE, "pixel_size_m": SIZE}, {"image": IMAGE}, {"pixel_size_m": SIZE}, {"shape": (3, 700)}]
+)
 def test_others_find_it_valid(write: Any, options: dict[str, Any]) -> None:
-    models = pytest.importorskip("ome_zarr_models")
-    path = write(**options)
-    groups = [zarr.open_group(str(path), mode="r")]
-    if "image" in options:
-        groups.append(groups[0]["labels/classes"])
-    kinds = [type(models.open_ome_zarr(group)).__name__ for group in groups]
-    assert kinds == (["Image", "ImageLabel"] if "image" in options else ["ImageLabel"])
-    yaozarrs = pytest.importorskip("yaozarrs")
-    for group in ("", "labels", "labels/classes")[: 3 if "image" in options else 1]:
+    models, yaozarrs = pytest.importorskip("ome_zarr_models"), pytest.importorskip("yaozarrs")
+    shape = options.pop("shape", None)
+    if shape is not None:
+        options["image"] = np.ones(shape, np.float32)
+    path = write(LABELS if shape is None else np.ones(shape, np.uint8), **options)
+    root = zarr.open_group(str(path), mode="r")
+    groups = {"": root, "labels/classes": root["labels/classes"]} if "image" in options else {"": root}
+    kinds = [type(models.open_ome_zarr(group)).__name__ for group in groups.values()]
+    assert kinds == ["Image", "ImageLabel"][-len(groups) :]
+    for group in (*groups, *(["labels"] if "image" in options else [])):
         yaozarrs.validate_zarr_store(str(path / group))
-
+    assert shape is None or [pixels.shape for _, pixels in _levels(root)] == [shape]  # a small image is one level
 
 
 def test_an_older_one_is_replaced_and_a_failure_leaves_it(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import cv2
 import numpy as np
@@ -108,15 +107,3 @@ def test_refusals() -> None:
                 measure(PICTURE, CLASSES, size)  # type: ignore[operator]
     with pytest.raises(ContractError, match="two-dimensional uint8"):
         area_fractions(PICTURE.astype(np.int64), CLASSES)  # type: ignore[arg-type]
-
-
-
-def test_many_regions_take_seconds() -> None:
-    random = np.random.default_rng(0)
-    picture = np.zeros((2048, 2048), np.uint8)
-    for x, y, radius, index in random.integers((0, 0, 1, 1), (2048, 2048, 5, 3), (20_000, 4)).tolist():
-        cv2.circle(picture, (x, y), radius, index, -1)
-    begin = time.process_time()
-    found = regions(picture, CLASSES, background=["grain"])
-    assert len(found) > 15_000
-    assert time.process_time() - begin < 30  # about 3 s

@@ -13,7 +13,7 @@ import pytest
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.results.regions import area_fractions, regions
-from hpddrnet_trt.results.tables import FRACTIONS, REGIONS, number, write_fractions, write_regions, write_rows
+from hpddrnet_trt.results.tables import FRACTIONS, REGIONS, write_fractions, write_regions, write_rows
 
 CLASSES = [ClassInfo(name='matrix, "γ"', color=(0, 0, 0)), ClassInfo(name="pore", color=(9, 9, 9))]
 LABELS = np.zeros((10, 20), np.uint8)
@@ -55,11 +55,6 @@ def test_regions(tmp_path: Path) -> None:
         else:
             assert float(large["area_um2"]) == pytest.approx(18 * 0.05**2)
             assert float(large["equivalent_diameter_um"]) == pytest.approx(diameter * 0.05)
-
-
-def test_numbers() -> None:
-    values = (None, math.nan, 0.0, 1 / 3, 1e-9)
-    assert list(map(number, values)) == ["", "", "0", "0.33333333", "1e-09"]
 
 
 def test_a_table_is_written_row_by_row_and_whole(tmp_path: Path) -> None:

@@ -142,6 +142,48 @@ class Bench:
                 ends.put(None)
 
 
+class Hostile:
+    """Looks like an array until somebody looks."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        raise RuntimeError("no shape for you")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name} for you")
+
+
+class OnDevice:
+    """An array of another library, which cannot be copied."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (8, 8), "typestr": "|u1", "data": (0, False), "version": 3}
+
+
+# What somebody may hand in as a frame, and what the sentence about it says.
+NO_FRAMES: dict[str, tuple[Any, str]] = {
+    "nothing": (None, "NoneType"),
+    "text": ("frame.tif", "str"),
+    "list": ([[1, 2], [3, 4]], "list"),
+    "colour": (np.zeros((8, 8, 3), np.uint8), "grey image"),
+    "a line": (np.zeros(8, np.uint8), "grey image"),
+    "empty": (np.zeros((0, 8), np.uint8), "empty"),
+    "NaN": (np.full((8, 8), np.nan, np.float32), "NaN"),
+    "infinite": (np.full((8, 8), np.inf), "NaN or infinite"),
+    "complex": (np.zeros((8, 8), np.complex64), "complex64"),
+    "signed": (np.zeros((8, 8), np.int16), "int16"),
+    "objects": (np.asarray([[object()]]), "object"),
+    "a record": (np.zeros((8, 8), [("a", "u1")]), "expected pixels"),
+    "masked": (np.ma.masked_equal(np.zeros((8, 8), np.uint8), 0), "masked array"),
+    "bomb": (np.broadcast_to(np.uint8(0), (1 << 20, 1 << 20)), "too large"),
+    "wide bomb": (np.broadcast_to(np.zeros((), "V1000000"), (1 << 10, 1 << 10)), "too large"),
+    "micrograph of nothing": (Micrograph(None, None), "NoneType"),  # type: ignore[arg-type]
+    "hostile": (Hostile(), "no "),
+    "device array": (OnDevice(), "copy=False"),
+}
+
+
 def until(condition: Callable[[], bool], what: str = "") -> None:
     """Wait for a condition that other threads bring about."""
     deadline = time.monotonic() + PATIENCE_S

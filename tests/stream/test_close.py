@@ -16,6 +16,7 @@ import pytest
 
 from hpddrnet_trt.stream import Policy, State, Stream, StreamResult
 from tests.stream.fakes import PATIENCE_S, Bench, Immediate, check_balance, check_ended, frame, until
+from tests.threads import in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,9 @@ def test_draining_finishes_what_waits(policy: Policy, workers: int) -> None:
     )  # fmt: skip
     taken = [stream.submit(frame(number)) for number in range(1, 6)]
     assert taken == [1, 2, 3, 4, 5]
-    assert stream.close(drain=True)
+    closed = list[bool]()
+    assert in_threads(*[lambda: closed.append(stream.close(drain=True))] * 3, timeout_s=PATIENCE_S) == []
+    assert [*closed, stream.close(drain=False, timeout_s=0)] == [True] * 4
     end = stream.statistics()
     assert (end.processed, end.dropped) == (5, 0)
     assert seen == sorted(seen)
@@ -71,22 +74,6 @@ def test_not_draining_drops_what_waits_and_what_is_undelivered() -> None:
     assert end.undelivered_because == {"discarded": 2}
     assert list(stream.results()) == []
     check_ended(stream)
-
-
-def test_closing_twice_and_from_many_threads() -> None:
-    stream = Stream(lambda: Immediate(0.005), policy="block", on_result=lambda _: None)
-    for number in range(1, 5):
-        stream.submit(frame(number))
-    closed = list[bool]()
-    closers = [threading.Thread(target=lambda: closed.append(stream.close())) for _ in range(5)]
-    for closer in closers:
-        closer.start()
-    for closer in closers:
-        closer.join()
-    assert closed == [True] * 5
-    assert stream.close()
-    assert stream.close(drain=False, timeout_s=0)
-    assert stream.statistics().processed == 4
 
 
 def test_a_second_call_can_only_make_it_end_sooner() -> None:
@@ -190,20 +177,6 @@ def test_closing_while_it_warms_up() -> None:
     assert sizes == [(8, 8)]
 
 
-def test_draining_goes_on_while_the_segmenter_is_opened() -> None:
-    go_on = threading.Event()
-
-    def late() -> Immediate:
-        go_on.wait()
-        return Immediate()
-
-    stream = Stream(late)
-    stream.submit(frame(1))
-    threading.Timer(0.05, go_on.set).start()
-    assert stream.close()
-    assert stream.statistics().processed == 1
-
-
 @pytest.mark.parametrize("drain", [True, False])
 def test_a_hanging_inference_does_not_hang_close(drain: bool) -> None:
     bench, seen = Bench(), list[int]()
@@ -232,16 +205,14 @@ def test_a_hanging_inference_does_not_hang_close(drain: bool) -> None:
 def test_a_hanging_frame_does_not_hide_results_that_are_ready() -> None:
     bench = Bench()
     stream = Stream(bench.open, policy="block", workers=2)
-    stream.submit(frame(1))
-    bench.wait_begun()
-    stream.submit(frame(2))
-    bench.wait_begun()
+    for number in (1, 2):
+        stream.submit(frame(number))
+        bench.wait_begun()
     bench.end(2)
     until(lambda: stream.statistics().processed == 1)
     assert not stream.close(timeout_s=0.05)
     assert [result.frame_id for result in stream.results()] == [2]
     bench.release()
-    until(lambda: stream.close(timeout_s=0))
 
 
 def test_a_hanging_callback_does_not_hang_close() -> None:
@@ -302,28 +273,6 @@ def test_a_slow_worker_stops_when_the_time_is_over_and_the_callback_hangs() -> N
     main.join()
     assert stream.statistics().dropped_because["closed"] > 0
     check_ended(stream)
-
-
-def test_closing_in_the_middle_of_a_burst() -> None:
-    for round_ in range(20):
-        stream = Stream(Immediate, policy=("latest", "block", "reject")[round_ % 3], workers=1 + round_ % 2,
-                        on_result=lambda _: None)  # fmt: skip
-        producers = [threading.Thread(target=_burst, args=[stream]) for _ in range(3)]
-        for producer in producers:
-            producer.start()
-        time.sleep(0.002 * (round_ % 4))
-        assert stream.close(drain=bool(round_ & 4))
-        for producer in producers:
-            producer.join()
-        end = stream.statistics()
-        assert end.submitted == 150
-        assert end.delivered + sum(end.undelivered_because.values()) == end.processed
-        check_ended(stream)
-
-
-def _burst(stream: Stream) -> None:
-    for number in range(1, 51):
-        stream.submit(frame(number))
 
 
 def test_an_exception_in_the_block_drops_what_waits() -> None:
