@@ -93,24 +93,6 @@ def test_dlpack_and_the_callers_stream(bench: Start) -> None:
         segmenter.segment(image, stream=77)
 
 
-def test_labels_go_straight_into_the_callers_array(bench: Start) -> None:
-    started = bench()
-    image, out = _image(64, 128), np.zeros((64, 128), np.uint8)
-    found = Segmenter(started.engine).segment(image, out)
-    assert found.labels is out
-    assert np.array_equal(out, started.truth(image[None, None])[0])
-
-
-def test_large_images_in_tiles(bench: Start) -> None:
-    started = bench("logits")
-    image = _image(70, 250)
-    found = Segmenter(started.engine, tile=128).segment(image)
-    assert found.tiling is not None
-    assert found.tiling.method == "blended scores"
-    whole = Segmenter(started.engine).segment(image)
-    assert (found.labels == whole.labels).mean() > 0.98  # zeros beyond the border of the image, not of a tile
-
-
 def test_images_on_a_gpu_that_cannot_be_used(bench: Start) -> None:
     started = bench()
     array = started.cuda.array
