@@ -132,7 +132,8 @@ def _simulated_gpu(onnx_file: Path) -> Iterator[None]:
     from hpddrnet_trt.engines import cuda as cuda_memory
     from hpddrnet_trt.engines import tensorrt
     from hpddrnet_trt.engines.profiles import Profile
-    from tests.engines.simulated_cuda import SimulatedCuda, SimulatedTensorRT
+    from tests.engines.simulated_cuda import SimulatedCuda
+    from tests.engines.simulated_tensorrt import SimulatedTensorRT
 
     cuda = SimulatedCuda(cuda_memory.cudart())
     profile = Profile((1, 1, 8, 8), (1, 1, 64, 64), (2, 1, 128, 128))

@@ -18,7 +18,8 @@ from hpddrnet_trt.engines import tensorrt as engine_module
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 from hpddrnet_trt.export.tensorrt import build_engine
-from tests.engines.simulated_cuda import SimulatedCuda, SimulatedTensorRT, array_reader
+from tests.engines.simulated_cuda import SimulatedCuda, array_reader
+from tests.engines.simulated_tensorrt import SimulatedTensorRT
 from tests.tiny_onnx import QUIET, tiny_model
 
 SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256,4x1x512x512"

@@ -1,0 +1,170 @@
+"""Enough of TensorRT's runtime, on simulated CUDA, to follow our control flow without a GPU.
+
+An execution context runs the ONNX file on ONNX Runtime, reading and writing only the addresses it was given, in
+scratch memory that it was given. A graph that is launched after its context was changed fails, as NVIDIA's
+documentation warns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from hpddrnet_trt.engines.profiles import Profile
+from hpddrnet_trt.engines.tensorrt_library import RuntimeName, TensorRT
+from tests.engines.simulated_cuda import ALIGNMENT, SimulatedCuda
+
+
+class SimulatedTensorRT:
+    """A simulated library: ``api`` is the real :class:`TensorRT` on a module with the names of one version.
+
+    Engines, contexts and modules have the names that the real ones of that version have, as far as
+    running is concerned, and no others.
+    """
+
+    SCRATCH = 4096
+
+    def __init__(
+        self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], runtime: RuntimeName, version: str
+    ) -> None:
+        self.cuda, self.profiles = cuda, profiles
+        self.session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+        self.outputs = {
+            output.name: {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}[output.type]
+            for output in self.session.get_outputs()
+        }
+        self.loads, self.memory, self.capturable, self.fails = True, True, True, False
+        self.contexts: list[SimulatedContext] = []
+        log = SimpleNamespace(clear=lambda: None, explain=lambda otherwise: otherwise)
+        module = SimpleNamespace(
+            TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
+            nptype=lambda dtype: dtype,
+            IProfiler=SimulatedProfiler,
+            Runtime=self._runtime,
+        )
+        self.api = TensorRT(runtime, module, version, log)
+        module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
+        if self.api.is_rtx:
+            module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+
+    def _runtime(self, log: Any) -> Any:
+        return SimpleNamespace(deserialize_cuda_engine=lambda content: self._engine() if self.loads else None)
+
+    def _engine(self) -> Any:
+        names = ["image", *self.outputs]
+        engine = SimpleNamespace(
+            num_io_tensors=len(names),
+            get_tensor_name=lambda index: names[index],
+            get_tensor_mode=lambda name: "in" if name == "image" else "out",
+            get_tensor_dtype=lambda name: self.outputs[name],
+        )
+        engine.device_memory_size_v2 = self.SCRATCH
+        engine.create_runtime_config = SimulatedRuntimeConfig
+        engine.create_execution_context = self._context
+        return engine
+
+    def _context(self, configuration: Any) -> Any:
+        if self.api.is_rtx:
+            assert configuration.strategy == "ours"
+            assert configuration.dynamic_shapes_kernel_specialization_strategy == "eager"
+        else:
+            assert configuration == "ours"
+        if not self.memory:
+            return None
+        self.contexts.append(SimulatedContext(self))
+        return self.contexts[-1]
+
+
+class SimulatedRuntimeConfig:
+    """``IRuntimeConfig`` of TensorRT-RTX."""
+
+    strategy: Any = None
+    dynamic_shapes_kernel_specialization_strategy: Any = "lazy"
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
+class SimulatedProfiler:
+    """``IProfiler``: the library calls its method once per layer and run."""
+
+
+class SimulatedContext:
+    """Execution context: holds the rules of the real one (profile, shape, memory, addresses before running)."""
+
+    def __init__(self, library: SimulatedTensorRT) -> None:
+        self._library, self._cuda = library, library.cuda
+        self.active_optimization_profile = 0
+        self.shape: Any = None
+        self.addresses: dict[str, int] = {}
+        self.scratch = 0
+        self.state = 0  # changes with whatever a graph depends on
+        self.profiler: Any = None
+        self.runs = 0
+        if library.api.is_rtx:
+            self.is_stream_capturable = lambda stream: library.capturable
+
+    def set_device_memory(self, pointer: int, nbytes: int) -> None:
+        self._cuda.require(pointer, nbytes)
+        assert nbytes >= self._library.SCRATCH
+        self.scratch = pointer
+        self.state += 1
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.active_optimization_profile, self.shape = index, None
+        self.state += 1
+        return 0 <= index < len(self._library.profiles)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if not self._library.profiles[self.active_optimization_profile].admits(shape):
+            return False
+        self.shape = shape
+        self.state += 1
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return [] if self.shape is not None else ["image"]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        batch, _, height, width = self.shape
+        return (batch, height, width) if name == "labels" else (batch, 3, height, width)
+
+    def set_tensor_address(self, name: str, pointer: int) -> bool:
+        assert pointer % ALIGNMENT == 0
+        self.addresses[name] = pointer
+        self.state += 1
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        library = self._library
+        if library.fails:
+            return False
+        if stream in self._cuda.recording and not library.capturable:
+            self._cuda.broken.add(stream)
+            return False
+        shape, addresses, state = self.shape, dict(self.addresses), self.state
+        recorded = stream in self._cuda.recording
+        assert not recorded or self.runs, "a context runs once before it is recorded"
+
+        def compute() -> None:
+            assert not recorded or self.state == state, "the context was changed after its graph was recorded"
+            self._cuda.require(self.scratch, library.SCRATCH)
+            size = int(np.prod(shape))
+            self._cuda.require(addresses["image"], size)
+            image = np.frombuffer(ctypes.string_at(addresses["image"], size), np.uint8).reshape(shape)
+            results = library.session.run(list(library.outputs), {"image": image})
+            for name, result in zip(library.outputs, results, strict=True):
+                self._cuda.require(addresses[name], result.nbytes)
+                ctypes.memmove(addresses[name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+            if self.profiler is not None:
+                self.profiler.report_layer_time("stem + relu", 0.5 if self.runs % 2 else 0.25)
+                self.profiler.report_layer_time("head", 0.125)
+
+        self.runs += 1
+        self._cuda.queue(stream, compute)
+        return True
