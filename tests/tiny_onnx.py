@@ -22,7 +22,7 @@ from hpddrnet_trt.core.manifest import (
     NetworkConfig,
     OutputContract,
 )
-from hpddrnet_trt.export.tensorrt import BuildSettings
+from hpddrnet_trt.export.build_settings import BuildSettings
 
 QUIET = BuildSettings(progress=False)
 CLASSES = [ClassInfo(name=name, color=(40 * index, 0, 0)) for index, name in enumerate(("matrix", "pore", "grain"))]

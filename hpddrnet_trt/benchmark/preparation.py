@@ -55,7 +55,7 @@ def prepare(
     """Export ``checkpoint``, type and calibrate it on ``split`` of ``data``, and build every engine into ``folder``.
 
     Files: FP32, FP16 (also with attention scores in FP32), BF16, INT8 and FP8, and INT8 in ONNX Runtime's own
-    form; an engine of each but the last for the optimisation profiles ``shapes`` and each of ``runtimes``
+    form; an engine of each but the last for the optimization profiles ``shapes`` and each of ``runtimes``
     (see :func:`~hpddrnet_trt.export.tensorrt.build_engine`). What exists is not made again, so an interrupted
     preparation goes on. Raises :class:`BadInputFile` for a missing checkpoint or dataset, :class:`UsageError`
     for a folder with the files of another checkpoint.

@@ -21,8 +21,8 @@ from hpddrnet_trt.weights import locate
 if TYPE_CHECKING:
     from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
     from hpddrnet_trt.accuracy.candidates import StudySettings
+    from hpddrnet_trt.export.build_settings import BuildSettings
     from hpddrnet_trt.export.onnx import ExportOptions
-    from hpddrnet_trt.export.tensorrt import BuildSettings
 
 PANEL = "Make model files"
 
@@ -365,7 +365,7 @@ class BuilderOptions:
 
     def settings(self) -> BuildSettings:
         """The same for the builder."""
-        from hpddrnet_trt.export.tensorrt import BuildSettings
+        from hpddrnet_trt.export.build_settings import BuildSettings
 
         return BuildSettings(
             timing_cache=self.timing_cache, compute_capabilities=self.compute_capabilities,
@@ -389,7 +389,7 @@ def build(
     ] = "auto",
     shapes: Annotated[
         str | None,
-        typer.Option(help="Optimisation profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
+        typer.Option(help="Optimization profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")

@@ -1,4 +1,4 @@
-"""Optimisation profiles: the ``--shapes`` grammar, its checks, and which profile runs an input.
+"""Optimization profiles: the ``--shapes`` grammar, its checks, and which profile runs an input.
 
 A profile is a box of input shapes ``[batch, channels, height, width]`` with one shape inside it that
 the engine is tuned for. Written ``MIN:OPT:MAX``, e.g. ``1x1x512x512:4x1x1024x1024:8x1x2048x2048``;

@@ -7,11 +7,9 @@ by onnxsim. Names in the file follow the network's modules (``backbone.stem.0.co
 from __future__ import annotations
 
 import ast
-import contextlib
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,6 +19,7 @@ import numpy as np
 from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import existing_file, sha256_of
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, AxisRange, InputContract, Manifest, OutputContract
+from hpddrnet_trt.core.quiet import quiet as held_back
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import consumers, initializers, producers, replace_nodes
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     import onnx
 
     from hpddrnet_trt.models.network import HPDDRNet
-
-logger = logging.getLogger(__name__)
 
 OPSET = 20
 ATTENTION_OPSET = 23  # the first with the Attention operator
@@ -377,26 +374,7 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")}
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what the exporter says and is known to be harmless."""
-
-    class NoTorchvision(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            return "torchvision is not installed" not in record.getMessage()
-
-    noisy = logging.getLogger("torch.onnx._internal.exporter._registration")
-    silence = NoTorchvision()
-    chatty = {name: logging.getLogger(name) for name in ("onnx_ir", "onnxscript")}
-    levels = {name: entry.level for name, entry in chatty.items()}
-    noisy.addFilter(silence)
-    for entry in chatty.values():
-        entry.setLevel(logging.WARNING)  # at INFO they report every single rewrite
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
-            yield
-    finally:
-        noisy.removeFilter(silence)
-        for name, entry in chatty.items():
-            entry.setLevel(levels[name])
+def quiet() -> AbstractContextManager[None]:
+    """Silence what the exporter says and is known to be harmless, such as every single rewrite."""
+    registration = "torch.onnx._internal.exporter._registration"  # says that torchvision is missing
+    return held_back(registration, "onnx_ir", "onnxscript", hints=[r".*isinstance\(treespec, LeafSpec\).*"])

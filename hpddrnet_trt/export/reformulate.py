@@ -1,7 +1,6 @@
 """Exact rewrites of the trained network for deployment.
 
-Every rewrite is algebraically exact (rounding apart) and can be switched off, so that each is
-tested on its own against the unmodified network. Folded weights are computed in float64.
+Every rewrite is algebraically exact (rounding apart). Folded weights are computed in float64.
 
 * *Normalisation layers* fold into the convolution before them. Those that follow a sum or a pooling
   stay, reduced to a scale and a shift.
@@ -19,7 +18,6 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -32,16 +30,6 @@ from hpddrnet_trt.models.network import ECA, ConvNormAct, HPDDRNet, NormActConv,
 
 AttentionForm = Literal["matmul", "attention-op"]
 OutputKind = Literal["labels", "logits"]
-
-
-@dataclass(frozen=True)
-class Rewrites:
-    """Which rewrites are applied; all of them by default."""
-
-    fold_norm: bool = True
-    fold_channel_attention: bool = True
-    fold_attention: bool = True
-    phases: bool = True
 
 
 class DeployNetwork(nn.Module):
@@ -67,7 +55,6 @@ class DeployNetwork(nn.Module):
         grey_input: bool = True,
         output: OutputKind = "labels",
         confidence: bool = False,
-        rewrites: Rewrites | None = None,
     ) -> None:
         super().__init__()
         if attention not in ("matmul", "attention-op"):
@@ -76,7 +63,6 @@ class DeployNetwork(nn.Module):
             raise UsageError(f"unknown output {output!r}; choose labels or logits")
         if confidence and output != "labels":
             raise UsageError("a confidence map goes with labels; logits already carry the confidence")
-        rewrites = rewrites or Rewrites()
         source = copy.deepcopy(network).eval().float()
         self.backbone, head = source.backbone, source.decode_head
         self.head, self.detail, self.conv_seg = head.head, head.detail, head.conv_seg
@@ -84,14 +70,12 @@ class DeployNetwork(nn.Module):
             first = self.backbone.get_submodule("stem.0.conv")
             assert isinstance(first, nn.Conv2d)
             self.backbone.set_submodule("stem.0.conv", GreyStem(first, manifest.normalization))
-        _rewrite(self, network.config, attention, rewrites)
+        _rewrite(self, network.config, attention)
         self.output: nn.Module
         if output == "labels":
             if self.conv_seg.out_channels == 2:
                 self.conv_seg = two_class_margin(self.conv_seg)
-            self.output = LabelOutput(
-                confidence, network.config.logit_stride, self.conv_seg.out_channels, rewrites.phases
-            )
+            self.output = LabelOutput(confidence, network.config.logit_stride, self.conv_seg.out_channels)
         else:
             self.output = FullSize(network.config.logit_stride)
         self.requires_grad_(False)
@@ -163,41 +147,31 @@ class FoldedPositionAttention(nn.Module):
     ``A = Wq' Wk / sqrt(C)`` and ``b = bq Wk / sqrt(C)``. Rows of the softmax sum to one, so the last
     two projections fold as well: ``(softmax(.) y) (Wo Wv)' + (Wo bv + bo)``. Keys and values are the
     same tensor, and scaling happens before the product.
-
-    ``fold=False`` keeps the four projections (and still scales the query first).
     """
 
-    def __init__(self, source: PositionAttention, form: AttentionForm = "matmul", fold: bool = True) -> None:
+    def __init__(self, source: PositionAttention, form: AttentionForm = "matmul") -> None:
         super().__init__()
-        self.form, self.folded = form, fold
+        self.form = form
         self.cnn = source.cnn
         pa = source.pa
         wq, bq = _weights(pa.fc_q)
-        wk, bk = _weights(pa.fc_k)
+        wk, _ = _weights(pa.fc_k)
         wv, bv = _weights(pa.fc_v)
         wo, bo = _weights(pa.fc_o)
         scale = 1 / math.sqrt(wq.shape[0])
-        self.key: nn.Module = nn.Identity()
-        self.value: nn.Module = nn.Identity()
-        if fold:
-            self.query = _linear((wq.T @ wk * scale).T, bq @ wk * scale)
-            self.out = _linear(wo @ wv, wo @ bv + bo)
-        else:
-            self.query = _linear(wq * scale, bq * scale)
-            self.key, self.value = _linear(wk, bk), _linear(wv, bv)
-            self.out = _linear(wo, bo)
+        self.query = _linear((wq.T @ wk * scale).T, bq @ wk * scale)
+        self.out = _linear(wo @ wv, wo @ bv + bo)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cnn(x)
         columns = y.flatten(2)  # [N, C, T]
         tokens = columns.transpose(1, 2)
-        query, key, value = self.query(tokens), self.key(tokens), self.value(tokens)
+        query = self.query(tokens)
         if self.form == "attention-op":
-            query, key, value = (part.unsqueeze(1) for part in (query, key, value))  # one head
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+            query, tokens = query.unsqueeze(1), tokens.unsqueeze(1)  # one head
+            mixed = F.scaled_dot_product_attention(query, tokens, tokens, scale=1.0).squeeze(1)
         else:
-            key_columns = columns if self.folded else key.transpose(1, 2)
-            mixed = torch.softmax(query @ key_columns, dim=-1) @ value
+            mixed = torch.softmax(query @ columns, dim=-1) @ tokens
         return self.out(mixed).transpose(1, 2).reshape(y.shape)
 
 
@@ -279,17 +253,17 @@ class LabelOutput(nn.Module):
 
     Up to :data:`MAX_PHASE_CLASSES` classes are enlarged as :class:`Phases` and compared one after the
     other, element by element, which runtimes fuse; only labels are brought to full size. More classes
-    (or ``phases=False``) are resized and go through arg-max.
+    are resized and go through arg-max.
 
     One score channel is the margin of class 1 over class 0 (see :func:`two_class_margin`). With
     ``confidence`` the label's softmax probability follows as float32; it is one over the sum of
     ``exp(score - best score)``, so no softmax over all classes is stored.
     """
 
-    def __init__(self, confidence: bool, stride: int, classes: int, phases: bool = True) -> None:
+    def __init__(self, confidence: bool, stride: int, classes: int) -> None:
         super().__init__()
         self.confidence, self.stride = confidence, stride
-        self.enlarge = Phases(classes, stride) if phases and classes <= MAX_PHASE_CLASSES else FullSize(stride)
+        self.enlarge = Phases(classes, stride) if classes <= MAX_PHASE_CLASSES else FullSize(stride)
 
     def forward(self, scores: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(self.enlarge, FullSize):
@@ -310,8 +284,6 @@ class LabelOutput(nn.Module):
         return (labels, torch.sigmoid(margin.float().abs())) if self.confidence else labels
 
     def _from_resized(self, full: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if full.shape[1] == 1:
-            return self._from_margin(full.squeeze(1))
         labels = full.argmax(dim=1).to(torch.uint8)
         if not self.confidence:
             return labels
@@ -350,20 +322,15 @@ def two_class_margin(classifier: nn.Conv2d) -> nn.Conv2d:
 # ------------------------------------------------------------------------------- rewriting
 
 
-def _rewrite(root: nn.Module, config: NetworkConfig, attention: AttentionForm, rewrites: Rewrites) -> None:
+def _rewrite(root: nn.Module, config: NetworkConfig, attention: AttentionForm) -> None:
     c = config.channels
     eca_channels = (4 * c, 8 * c) if config.eca == "context" else (2 * c, 2 * c)
     for name, module in list(root.named_modules()):
         if isinstance(module, PositionAttention):
-            root.set_submodule(name, FoldedPositionAttention(module, attention, rewrites.fold_attention))
-        elif isinstance(module, ECA) and rewrites.fold_channel_attention:
+            root.set_submodule(name, FoldedPositionAttention(module, attention))
+        elif isinstance(module, ECA):
             stage = int(name.rpartition(".")[2])
             root.set_submodule(name, FoldedECA(module, eca_channels[stage]))
-    if rewrites.fold_norm:
-        _fold_norms(root)
-
-
-def _fold_norms(root: nn.Module) -> None:
     for module in list(root.modules()):
         if isinstance(module, ConvNormAct):
             _fold_pair(module, "conv", "bn")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.core.files import atomic_path, existing_file, write_bytes
+from hpddrnet_trt.core.files import atomic_path, existing_file
 from hpddrnet_trt.core.manifest import (
     EngineRecord,
     InputContract,
@@ -35,11 +35,11 @@ from hpddrnet_trt.engines.tensorrt_library import (
     PORTABLE,
     TensorRT,
     choose_tensorrt,
-    compute_capability,
     progress_monitor,
     readable,
     run_cancellable,
 )
+from hpddrnet_trt.export.build_settings import BuildSettings
 from hpddrnet_trt.export.layer_precision import (
     check_report,
     reformats_from_inspector,
@@ -53,67 +53,9 @@ from hpddrnet_trt.graph.model import load_model, save_model
 
 logger = logging.getLogger(__name__)
 
-Tiling = Literal["none", "fast", "moderate", "full"]
-TILINGS: tuple[Tiling, ...] = get_args(Tiling)
-
 # Runs a candidate (an engine, or the ONNX file it was built from) and returns what it found, or raises
 # UserError: then nothing is written.
 Accept = Callable[[Path], ValidationRecord]
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """How the builder works; the defaults suit every machine.
-
-    ``timing_cache``: file of kernel timings, read if there and written afterwards (runtime tensorrt
-    only). ``compute_capabilities``: GPUs an RTX engine is for, like ``["8.9", "12.0"]``; None is the
-    portable default (8.0 and later). ``workspace_mib``: upper bound of scratch memory in MiB.
-    ``optimization_level``: 0 (quick build) to 5 (fast engine). ``tiling``: how long the builder looks
-    for ways to run neighbouring layers tile by tile in the cache. ``sparsity``: let it use kernels for
-    weights with two zeros in four, which changes nothing for other weights. ``version_compatible``: also runs on
-    later TensorRT versions, somewhat slower (runtime tensorrt only). ``tf32``: let FP32 layers round
-    their inputs to TF32; off, because position attention's scores do not survive it.
-    """
-
-    timing_cache: Path | None = None
-    compute_capabilities: Sequence[str] | None = None
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
-    tiling: Tiling | None = None
-    sparsity: bool = False
-    version_compatible: bool = False
-    tf32: bool = False
-    progress: bool = True
-
-    def check(self, api: TensorRT) -> None:
-        """Raise :class:`UsageError` for what this library cannot do."""
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise UsageError(f"the workspace limit is {self.workspace_mib} MiB; give at least 1, or leave it out")
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise UsageError(f"builder optimization level {self.optimization_level} does not exist; give 0 to 5")
-        if self.tiling is not None and self.tiling not in TILINGS:
-            raise UsageError(f"tiling {self.tiling!r} is unknown; choose {', '.join(TILINGS)}")
-        self._check_library(api)
-
-    def _check_library(self, api: TensorRT) -> None:
-        if self.tiling is not None and not hasattr(api.module, "TilingOptimizationLevel"):
-            raise UsageError(f"{api.label} has no tiling search (TensorRT 10.8 and later have); leave --tiling out")
-        if api.is_rtx and self.version_compatible:
-            raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
-        if not api.is_rtx and self.compute_capabilities:
-            raise UsageError(
-                f"{api.label} builds for the GPU it runs on; leave the compute capabilities out, "
-                "or choose --runtime tensorrt-rtx"
-            )
-        for written in self.compute_capabilities or ():
-            compute_capability(api, written)
-        if api.is_rtx and self.timing_cache is not None:
-            logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
-        if api.is_rtx and (self.optimization_level is not None or self.tiling is not None or self.sparsity):
-            logger.warning(
-                "%s chooses kernels on the machine that runs the engine: optimization level, tiling and sparsity "
-                "do not change the file", api.label,
-            )  # fmt: skip
 
 
 DEFAULTS = BuildSettings()
@@ -163,31 +105,22 @@ def check_build(
 ) -> Manifest:
     """The description of ``source``, where an engine of this precision can be made of it; else raises as the build."""
     existing_file(source, "ONNX file")
-    _check_request(source, target, precision)
-    manifest = _exported(source)
-    _check_precision(source, manifest, precision, images)
-    return manifest
-
-
-def _check_request(source: Path, target: Path, precision: str) -> None:
     if source.suffix.lower() != ".onnx":
         raise UsageError(f"{source} is not an ONNX file; engines are built from the .onnx file of the export")
     if target.suffix != ".engine":
         raise UsageError(f"the engine file {target} must end with .engine; write {target.with_suffix('.engine')}")
     if precision not in get_args(Precision):
         raise UsageError(f"precision {precision!r} is unknown; choose {', '.join(get_args(Precision))}")
-
-
-def _exported(source: Path) -> Manifest:
     manifest = read_manifest(source)
     check_onnx(source, "types")
     if manifest.input is None or manifest.output is None or manifest.precision is None:
         raise BadInputFile(f"{source} does not describe its input, output and precision; export it again")
+    _check_precision(source, manifest, precision, images)
     return manifest
 
 
 def _contract(manifest: Manifest) -> InputContract:
-    assert manifest.input is not None  # _exported has checked
+    assert manifest.input is not None  # check_build has looked
     return manifest.input
 
 
@@ -305,7 +238,7 @@ class _Job:
         started = time.perf_counter()
         plan = memoryview(self._run(builder, network, config))
         seconds = time.perf_counter() - started
-        self._save_timing_cache(config)
+        self.settings.keep_timings(self.api, config)
         activations = self._activation_bytes()  # before the log is cleared
         runs_here = False
         if self.gpu is not None:
@@ -334,59 +267,15 @@ class _Job:
         return network
 
     def _configure(self, builder: Any) -> Any:
-        trt, settings = self.api.module, self.settings
         config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can show later
-        if not settings.tf32:
-            config.clear_flag(trt.BuilderFlag.TF32)
-        if settings.version_compatible:
-            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        if settings.workspace_mib is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
-        if settings.optimization_level is not None:
-            config.builder_optimization_level = settings.optimization_level
-        if settings.tiling is not None:
-            config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, settings.tiling.upper())
-        if settings.sparsity:
-            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-        if self.api.is_rtx and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-            # The engine then never allocates while it runs, which a CUDA graph needs (the flag's documentation).
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        self.settings.apply(self.api, config)
         for profile in self.profiles:
-            self._add_profile(builder, config, profile)
-        self._target_gpus(config)
-        self._load_timing_cache(config)
+            entry = builder.create_optimization_profile()
+            entry.set_shape(INPUT, profile.minimum, profile.optimum, profile.maximum)
+            if config.add_optimization_profile(entry) < 0:
+                reason = self.api.log.explain("no reason given")
+                raise UserError(f"{self.api.label} refuses the profile {profile}: {reason}")
         return config
-
-    def _add_profile(self, builder: Any, config: Any, profile: Profile) -> None:
-        entry = builder.create_optimization_profile()
-        entry.set_shape(INPUT, profile.minimum, profile.optimum, profile.maximum)
-        if config.add_optimization_profile(entry) < 0:
-            reason = self.api.log.explain("no reason given")
-            raise UserError(f"{self.api.label} refuses the profile {profile}: {reason}")
-
-    def _target_gpus(self, config: Any) -> None:
-        targets = list(dict.fromkeys(self.settings.compute_capabilities or ()))
-        if not targets:
-            return
-        config.num_compute_capabilities = len(targets)
-        for index, written in enumerate(targets):
-            if not config.set_compute_capability(compute_capability(self.api, written), index):
-                raise UserError(f"{self.api.label} refuses the compute capability {written}")
-
-    def _load_timing_cache(self, config: Any) -> None:
-        path = self.settings.timing_cache
-        if path is None or self.api.is_rtx:
-            return
-        content = path.read_bytes() if path.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(content), False):
-            logger.warning("the timing cache %s is of another GPU or version: starting a new one", path)
-            config.set_timing_cache(config.create_timing_cache(b""), False)
-
-    def _save_timing_cache(self, config: Any) -> None:
-        path = self.settings.timing_cache
-        if path is not None and not self.api.is_rtx:
-            write_bytes(path, bytes(config.get_timing_cache().serialize()))
 
     def _run(self, builder: Any, network: Any, config: Any) -> Any:
         """Build with a progress bar; Ctrl-C ends the build at its next step."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hpddrnet_trt.core.errors import UsageError, require
-from hpddrnet_trt.graph.nodes import copied, int_attribute, producers, renamed
+from hpddrnet_trt.graph.nodes import copied, int_attribute, producers, renamed, replace_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -164,7 +164,7 @@ def in_type(model: onnx.ModelProto, scores: ScoreType, leave: Collection[str] = 
         if any(node.name in leave for node in attention.nodes):
             continue
         _replace(result.graph, attention, _typed(result.graph, attention, f"attention_{index}", types, scores))
-    _drop_unread_casts(result.graph)
+    replace_nodes(result.graph, result.graph.node)  # without casts that nothing reads any more
     del result.graph.value_info[:]
     return result
 
@@ -229,16 +229,6 @@ def _cast_output(graph: onnx.GraphProto, attention: Attention) -> str:
     name: str = readers[0].output[0]
     graph.node.remove(readers[0])
     return name
-
-
-def _drop_unread_casts(graph: onnx.GraphProto) -> None:
-    while True:
-        read = {name for node in graph.node for name in node.input} | {entry.name for entry in graph.output}
-        unread = [node for node in graph.node if node.op_type == "Cast" and node.output[0] not in read]
-        if not unread:
-            return
-        for node in unread:
-            graph.node.remove(node)
 
 
 def as_function(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -5,7 +5,7 @@ Every pass takes a ``ModelProto`` and gives another; where it changes one in pla
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -151,11 +151,6 @@ def _live(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.Node
             kept.append(node)
             needed.update(name for name in node.input if name)
     return kept[::-1]
-
-
-def count_operators(model: onnx.ModelProto) -> Counter[str]:
-    """How many nodes of each operator the graph has."""
-    return Counter(node.op_type for node in model.graph.node)
 
 
 def name_nodes(model: onnx.ModelProto) -> None:

@@ -49,16 +49,14 @@ point here too.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from hpddrnet_trt.core.precisions import LowPrecision
+from hpddrnet_trt.core.quiet import quiet
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.graph.fp8 import suits_fp8, to_fp8
 from hpddrnet_trt.graph.nodes import consumers, copied, enlarges, producers, replace_nodes
@@ -314,7 +312,8 @@ def quantize(
             "QuantizeBias": False,
             "OpTypesToExcludeOutputQuantization": ["Conv"],
         }
-    with _quiet():
+    # Its remarks (no preprocessing, biases adjusted) go through the root logger.
+    with quiet("", hints=[""], module=r"onnxruntime\.quantization"):
         quantizer = QDQQuantizer(
             source,
             per_channel=True,
@@ -334,20 +333,6 @@ def quantize(
     del result.graph.value_info[:]  # shapes and types of the float graph
     retyped = _LOW[precision].retyped
     return result if retyped is None else retyped(result, model)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The quantiser's remarks (no preprocessing, biases adjusted) go through the root logger: hold them back."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"onnxruntime\.quantization")
-            yield
-    finally:
-        root.setLevel(level)
 
 
 def count_convolutions(model: Any) -> tuple[int, int]:

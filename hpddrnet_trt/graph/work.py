@@ -1,10 +1,10 @@
 """What each operator of a graph computes and moves, counted on the ONNX file itself.
 
 :func:`macs_and_bytes` counts multiply-accumulates and elements; a cost model multiplies the latter with the
-precisions it considers. Counted are convolutions and matrix products, those inside Attention operators, local
-functions and the bodies of Scan and Loop included; not bias and normalisation, residual sums, softmax,
-pooling, resizing. Counts agree with :func:`hpddrnet_trt.export.layer_precision.report_from_network`, which needs
-TensorRT's parser and does not look into Attention operators and loops.
+precisions it considers. Counted are convolutions and matrix products, those inside Attention operators and local
+functions included; not bias and normalisation, residual sums, softmax, pooling, resizing. Counts agree with
+:func:`hpddrnet_trt.export.layer_precision.report_from_network`, which needs TensorRT's parser and does not look
+into Attention operators.
 
 At 1024x1024 the authors' network (three channels, unfolded, no detail step, evaluation mode, 2 to 4
 classes) has 24.70 GMAC as HPDDRNet-23-slim and 18.12 GMAC as DDRNet-23-slim. Of the 24.70, position
@@ -16,7 +16,7 @@ attention is 6.58: both products of the scores 4.83, all four projections 0.54, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -50,55 +50,27 @@ class Work(NamedTuple):
 def macs_and_bytes(model: onnx.ModelProto, shape: Sequence[int]) -> dict[str, Work]:
     """Work of every operator on the image, by node name, at the input shape ``[N, C, H, W]``.
 
-    Nodes of the body of a Scan or Loop are named ``loop/node`` and counted for all turns. Operators
-    that only compute shapes are left out. Raises :class:`UsageError` for a shape that the graph does
-    not take and :class:`UserError` when a size cannot be inferred.
+    Operators that only compute shapes are left out. Raises :class:`UsageError` for a shape that the graph does
+    not take and :class:`UserError` when a size cannot be inferred, or for an operator that runs another graph.
     """
     graph = at_size(model, shape).graph
-    return dict(_counted(graph, Sizes(graph), {graph.input[0].name}, 1, ""))
-
-
-def _counted(
-    graph: onnx.GraphProto, sizes: Sizes, outer: Collection[str], turns: int, prefix: str
-) -> Iterator[tuple[str, Work]]:
-    """Work of a graph or a loop's body, which sees the ``outer`` tensors that depend on the image."""
-    data = set(outer)
+    sizes, data, found = Sizes(graph), {graph.input[0].name}, {}
     for node in graph.node:
-        bodies = [entry.g for entry in node.attribute if entry.HasField("g")]
-        captured = {name for body in bodies for part in body.node for name in part.input}
-        if node.op_type == "Shape" or not data.intersection([*node.input, *captured]):
-            continue
-        data.update(name for name in node.output if name)
-        name = prefix + (node.name or node.output[0])
-        if not bodies:
-            yield name, _work(node, sizes, data, turns)
-        elif node.op_type in ("Loop", "Scan"):
-            inside = {entry.name for entry in bodies[0].input}
-            yield from _counted(
-                bodies[0], Sizes(bodies[0], sizes), data | inside, turns * _turns(node, sizes), f"{name}/"
-            )
-        else:
-            raise UserError(f"the work of {name!r} depends on what is chosen as it runs, no count fits")
+        if any(entry.HasField("g") for entry in node.attribute):
+            raise UserError(f"the work of {node.name!r} depends on what is chosen as it runs, no count fits")
+        if node.op_type != "Shape" and data.intersection(node.input):
+            data.update(name for name in node.output if name)
+            found[node.name or node.output[0]] = _work(node, sizes, data)
+    return found
 
 
-def _turns(node: Any, sizes: Sizes) -> int:
-    """How often a loop's body runs."""
-    if node.op_type == "Loop":
-        if node.input[0] not in sizes.values:
-            raise UserError(f"how often the loop {node.name!r} turns is not fixed by the input size; export it again")
-        return int(sizes.values[node.input[0]].item())
-    scanned = int_attribute(node, "num_scan_inputs", 0)
-    axes = next((list(entry.ints) for entry in node.attribute if entry.name == "scan_input_axes"), [0] * scanned)
-    return sizes.shape(node.input[len(node.input) - scanned])[axes[0]]
-
-
-def _work(node: Any, sizes: Sizes, data: Collection[str], turns: int) -> Work:
+def _work(node: Any, sizes: Sizes, data: Collection[str]) -> Work:
     constants = [name for name in node.input if name in sizes.shapes and name not in data]
     return Work(
-        macs=turns * _macs(node, sizes),
-        inputs=turns * sum(sizes.elements(name) for name in node.input if name in data),
-        weights=turns * sum(map(sizes.elements, constants)),
-        outputs=turns * sum(sizes.elements(name) for name in node.output if name),
+        macs=_macs(node, sizes),
+        inputs=sum(sizes.elements(name) for name in node.input if name in data),
+        weights=sum(map(sizes.elements, constants)),
+        outputs=sum(sizes.elements(name) for name in node.output if name),
     )
 
 
@@ -121,16 +93,13 @@ def _macs(node: Any, sizes: Sizes) -> int:
 
 
 class Sizes:
-    """Shapes of a graph's tensors by name, and the values of small constants, after :func:`at_size`.
+    """Shapes of a graph's tensors by name, and the values of small constants, after :func:`at_size`."""
 
-    A body sees the tensors of the graph around it, ``outer``, too.
-    """
-
-    def __init__(self, graph: onnx.GraphProto, outer: Sizes | None = None) -> None:
+    def __init__(self, graph: onnx.GraphProto) -> None:
         from onnx import numpy_helper
 
-        self.shapes: dict[str, Shape] = {} if outer is None else dict(outer.shapes)
-        self.values: dict[str, Values] = {} if outer is None else dict(outer.values)
+        self.shapes: dict[str, Shape] = {}
+        self.values: dict[str, Values] = {}
         for name, entry in stored_constants(graph).items():
             self.shapes[name] = tuple(entry.dims)
             if math.prod(entry.dims) <= _SMALL:

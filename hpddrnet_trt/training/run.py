@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import platform
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
 from hpddrnet_trt.core.manifest import DataRecord, Manifest, Normalization, read_manifest
+from hpddrnet_trt.core.quiet import quiet
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import SplitStatistics
 from hpddrnet_trt.models.checkpoints import load_backbone_weights, load_checkpoint
@@ -457,20 +457,8 @@ def _saved(folder: Path) -> str:
     return f"the last complete checkpoint is {last}" if last.exists() else "nothing was saved yet"
 
 
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def _quiet_lightning() -> AbstractContextManager[None]:
     """Without Lightning's banners, and without hints that do not apply to this loop."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # Modules in evaluation mode are batch-norm's, frozen on purpose.
-            hints = (".*does not have many workers.*", ".*LeafSpec.* is deprecated.*", ".*in eval mode at the start.*")
-            for message in hints:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    # Modules in evaluation mode are batch-norm's, frozen on purpose.
+    hints = (".*does not have many workers.*", ".*LeafSpec.* is deprecated.*", ".*in eval mode at the start.*")
+    return quiet("lightning.pytorch", "lightning.fabric", hints=hints)

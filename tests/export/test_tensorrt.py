@@ -35,8 +35,9 @@ from hpddrnet_trt.engines.tensorrt_library import (
     readable,
     run_cancellable,
 )
+from hpddrnet_trt.export.build_settings import BuildSettings
 from hpddrnet_trt.export.layer_precision import check_report, report_from_inspector, report_from_network, summary
-from hpddrnet_trt.export.tensorrt import BuildSettings, build_engine
+from hpddrnet_trt.export.tensorrt import build_engine
 from tests.tiny_export import write_fp16
 from tests.tiny_onnx import HIDDEN, tiny_model
 

@@ -16,7 +16,8 @@ from hpddrnet_trt.core.errors import BadInputFile, ContractError
 from hpddrnet_trt.core.manifest import sidecar_path
 from hpddrnet_trt.engines.cuda import check, cudart
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.export.tensorrt import BuildSettings, build_engine
+from hpddrnet_trt.export.build_settings import BuildSettings
+from hpddrnet_trt.export.tensorrt import build_engine
 from tests.tiny_onnx import QUIET, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]
