@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import hashlib
 import importlib.util
 import json
 import logging
-import signal
-import sys
-import threading
-import time
-import types
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,20 +13,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from PIL import Image
 
-from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError
-from hpddrnet_trt.core.manifest import METADATA_KEY, AxisRange, InputContract, Manifest, read_manifest, sidecar_path
-from hpddrnet_trt.engines.profiles import Profile, choose_profile, default_profiles, narrowed, parse_shapes
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.manifest import METADATA_KEY, Manifest, read_manifest, sidecar_path
 from hpddrnet_trt.engines.tensorrt_library import (
-    choose_tensorrt,
-    compute_capability,
     load_tensorrt,
-    readable,
-    run_cancellable,
 )
 from hpddrnet_trt.export.build_settings import BuildSettings
 from hpddrnet_trt.export.layer_precision import check_report, report_from_inspector, report_from_network, summary
@@ -43,11 +29,6 @@ from tests.tiny_onnx import HIDDEN, tiny_model
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
-CONTRACT = InputContract(
-    batch=AxisRange(minimum=1, maximum=8),
-    height=AxisRange(minimum=64, maximum=2048),
-    width=AxisRange(minimum=64, maximum=2048),
 )
 SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256"
 
@@ -62,79 +43,6 @@ def engine_of(source: Path, precision: Any = "fp32", *, target: Path | None = No
 
 def _nothing_written(folder: Path, *kept: Path) -> bool:
     return set(folder.iterdir()) == set(kept)
-
-
-# --- the --shapes grammar
-
-
-def test_profiles_are_parsed() -> None:
-    profiles = parse_shapes("1x1x64x64:2x1x128x256:8x1x2048x2048, 4x1x512x512", CONTRACT)
-    assert profiles == [
-        Profile((1, 1, 64, 64), (2, 1, 128, 256), (8, 1, 2048, 2048)),
-        Profile((4, 1, 512, 512), (4, 1, 512, 512), (4, 1, 512, 512)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("1x1x64x64:1x1x64x64", "give MIN:OPT:MAX or one shape"),
-        ("", "is not a shape"),
-        ("1x1x64x", "is not a shape"),
-        ("-1x1x64x64", "is not a shape"),
-        ("64x64", "is not a shape"),
-        ("1x3x64x64", "takes 1; write 1x1x64x64"),
-        ("1x1x64x70", "width 70 is not a multiple of 8; write 72"),
-        ("1x1x0x64", "height 0 is not a multiple of 8; write 8"),
-        ("9x1x64x64", "batch 9 is outside what the ONNX file admits (1..8)"),
-        ("1x1x4096x64", "height 4096 is outside"),
-        ("1x1x128x64:1x1x64x64:1x1x256x64", "height 128:64:256 is not in rising order"),
-    ],
-)
-def test_bad_shapes_say_what_to_write(text: str, says: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        parse_shapes(text, CONTRACT)
-    assert says in str(caught.value)
-
-
-_sizes = st.tuples(st.integers(1, 8), st.just(1), *[st.integers(8, 256).map(lambda size: size * 8)] * 2)
-
-
-@st.composite
-def _profiles(draw: st.DrawFn) -> Profile:
-    rising = [sorted(axis) for axis in zip(*(draw(_sizes) for _ in range(3)), strict=True)]
-    low, best, high = zip(*rising, strict=True)
-    return Profile(low, best, high)
-
-
-@given(st.lists(_profiles(), min_size=1, max_size=4), _sizes)
-def test_profiles_survive_writing_and_choose_well(profiles: list[Profile], shape: Any) -> None:
-    assert parse_shapes(",".join(map(str, profiles)), CONTRACT) == profiles
-    assert [Profile.from_record(profile.as_record()) for profile in profiles] == profiles
-    hull = narrowed(CONTRACT, profiles)
-    admitting = [profile for profile in profiles if profile.admits(shape)]
-    if not admitting:
-        with pytest.raises(ContractError, match="outside this engine's profile"):
-            choose_profile(profiles, shape)
-        return
-    chosen = profiles[choose_profile(profiles, shape)]
-    assert chosen.admits(shape)
-    assert chosen.distance(shape) == min(profile.distance(shape) for profile in admitting)
-    assert hull.batch.admits(shape[0])
-    assert hull.height.admits(shape[2])
-    assert hull.width.admits(shape[3])
-
-
-def test_default_profile_follows_the_ranges() -> None:
-    assert str(default_profiles(InputContract())[0]) == "1x1x8x8:1x1x1024x1024:1x1x2048x2048"
-    narrow = InputContract(height=AxisRange(minimum=100, maximum=500), width=AxisRange(minimum=3000))
-    assert str(default_profiles(narrow)[0]) == "1x1x104x3000:1x1x496x3000:1x1x496x3000"
-
-
-def test_damaged_profile_record() -> None:
-    for record in ({"min": [1, 1, 8, 8]}, {"min": [1], "opt": [1], "max": [1]}):
-        with pytest.raises(ContractError, match="build the engine again"):
-            Profile.from_record(record)
 
 
 # --- building
@@ -458,108 +366,6 @@ def test_memory_for_activations_is_known_of_one_shape(tmp_path: Path, shapes: st
     assert engine is not None
     assert (engine.activation_bytes is not None) == known
     assert engine.activation_bytes is None or engine.activation_bytes > 0
-
-
-# --- the library behind one face
-
-
-@needs_rtx
-def test_compute_capabilities_are_those_of_the_library() -> None:
-    api = load_tensorrt("tensorrt-rtx")
-    assert compute_capability(api, "8.9") == api.module.ComputeCapability.SM89
-    assert compute_capability(api, "12.0") == api.module.ComputeCapability.SM120
-    with pytest.raises(UsageError, match=r"7\.5, .*8\.9"):
-        compute_capability(api, "current")
-    with pytest.raises(UsageError, match="builds for the GPU it runs on"):
-        BuildSettings(compute_capabilities=["8.9"]).check(
-            type(api)("tensorrt", api.module, api.version, api.log)
-        )
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
-@needs_rtx
-def test_missing_runtime_names_its_extra() -> None:
-    with pytest.raises(MissingDependency, match=r"hpddrnet-trt\[tensorrt\]"):
-        load_tensorrt("tensorrt")
-    assert choose_tensorrt("auto").name == "tensorrt-rtx"
-
-
-@pytest.mark.parametrize(
-    ("version", "says"),
-    [
-        ("8.6.1", r"tensorrt 8\.6\.1 is not supported, 10\.x or 11\.x is needed; install it with: pip install"),
-        ("10.0.1", r"TensorRT 10\.0\.1 is too old, 10\.1 is the oldest that works; update it"),
-        ("12.0.0", r"10\.x or 11\.x is needed"),
-    ],
-)
-def test_other_versions_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch, version: str, says: str) -> None:
-    module = types.ModuleType("tensorrt")
-    module.__version__ = version  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    with pytest.raises(MissingDependency, match=says):
-        load_tensorrt("tensorrt")
-
-
-def test_library_messages_become_readable() -> None:
-    message = (
-        "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (Input tensor image has static dimensions. "
-        "In operator() at /_src/optimizer/api/network.cpp:4067)"
-    )
-    assert readable(message) == "API Usage Error (Input tensor image has static dimensions)"
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C raises, also where a shell started the tests in the background and had it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.set_wakeup_fd(-1)  # a library may have left one, whose number is another file's by now
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@needs_rtx
-@pytest.mark.usefixtures("interruptible")
-def test_interrupt_ends_a_running_build(tmp_path: Path) -> None:
-    """Ctrl-C during the build cancels it at its next step instead of waiting for its end."""
-    from hpddrnet_trt.engines.tensorrt_library import progress_monitor
-
-    api = load_tensorrt("tensorrt-rtx")
-    trt, cancel, plans = api.module, threading.Event(), []
-    builder = trt.Builder(api.log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, api.log)
-    assert parser.parse_from_file(str(tiny_model(tmp_path / "m.onnx", shape=(1, 64, 64))))
-    config = builder.create_builder_config()
-
-    class Bar:
-        """Stands at the first step until the interrupt has come."""
-
-        total, n = 1, 0
-
-        def reset(self, total: int) -> None:
-            _thread.interrupt_main()
-            deadline = time.monotonic() + 5
-            while not cancel.is_set() and time.monotonic() < deadline:
-                time.sleep(0.01)
-
-        def update(self, _: int) -> None: ...
-
-        def set_postfix_str(self, _: str) -> None: ...
-
-    config.progress_monitor = progress_monitor(trt, Bar(), cancel.is_set)
-    with pytest.raises(KeyboardInterrupt):
-        run_cancellable(lambda: plans.append(builder.build_serialized_network(network, config)), cancel)
-    assert cancel.is_set()
-    assert plans == [None]
-
-
-def test_errors_of_the_worker_reach_the_caller() -> None:
-    def work() -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run_cancellable(work, threading.Event())
-    assert run_cancellable(lambda: 7, threading.Event()) == 7
 
 
 # --- what the engine inspector says (its JSON needs a GPU: the forms are those of NVIDIA's documentation)
