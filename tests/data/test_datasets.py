@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.manifest import ClassInfo, default_palette
-from hpddrnet_trt.data.datasets import FolderDataset, image_files
+from hpddrnet_trt.data.datasets import FolderDataset, find_images, image_files
 from hpddrnet_trt.data.description import DatasetDescription
 from hpddrnet_trt.data.labels import write_label_png
 
@@ -312,3 +313,18 @@ def test_groups_in_two_splits_can_be_left_out_of_training(tmp_path: Path) -> Non
     assert separate.checksum() != dataset.checksum()
     with pytest.raises(UsageError, match="every image in split 'val'"):
         dataset.without_shared_groups("val")
+
+
+def test_images_are_found_in_datasets_folders_and_lists(tmp_path: Path) -> None:
+    for kind, split, name in itertools.product(("images", "masks"), ("train", "val"), ("b.png", "a.png")):
+        (tmp_path / kind / split).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / kind / split / name)
+    training = [tmp_path / "images" / "train" / name for name in ("a.png", "b.png")]
+    assert find_images(tmp_path) == training
+    assert {path.parent.name for path in find_images(tmp_path, "val")} == {"val"}
+    with pytest.raises(UsageError, match="no micrograph in split 'test'"):
+        find_images(tmp_path, "test")
+    assert find_images(training[0].parent) == training
+    assert find_images(training[:1]) == training[:1]
+    with pytest.raises(BadInputFile, match="does not exist"):
+        find_images(tmp_path / "nowhere")

@@ -27,7 +27,7 @@ EVIDENCE = ValidationRecord(
 
 
 @pytest.fixture
-def quantised(tmp_path: Path) -> Manifest:
+def quantized(tmp_path: Path) -> Manifest:
     import onnx
 
     manifest = read_manifest(residual_model(tmp_path / "m.onnx"))
@@ -45,8 +45,8 @@ def quantised(tmp_path: Path) -> Manifest:
     )
 
 
-def test_an_onnx_file(quantised: Manifest) -> None:
-    text = describe(quantised, "m.onnx")
+def test_an_onnx_file(quantized: Manifest) -> None:
+    text = describe(quantized, "m.onnx")
     for words in (
         "m.onnx: ONNX file, quantised for TensorRT",
         "dark, middle, bright",
@@ -63,7 +63,7 @@ def test_an_onnx_file(quantised: Manifest) -> None:
         assert words in text, words
 
 
-def test_an_engine_with_its_layers(quantised: Manifest) -> None:
+def test_an_engine_with_its_layers(quantized: Manifest) -> None:
     layer = {"name": "stem", "precision": "int8", "macs": 2_000_000}
     proof = {
         "source": "engine inspector",
@@ -77,7 +77,7 @@ def test_an_engine_with_its_layers(quantised: Manifest) -> None:
         profiles=[{"min": [1, 1, 8, 8], "opt": [1, 1, 16, 16], "max": [2, 1, 16, 16]}], layer_precision=proof,
         build_seconds=3.0,
     )  # fmt: skip
-    manifest = quantised.replace(engine=record)
+    manifest = quantized.replace(engine=record)
     text = describe(manifest, "m.engine", layers=True)
     for words in (
         "m.engine: engine of tensorrt 11.1 for 9.0 (a GPU), 2.5 MB, built in 3.0 s",
@@ -90,8 +90,8 @@ def test_an_engine_with_its_layers(quantised: Manifest) -> None:
     assert "MMAC" not in describe(manifest, "m.engine")
 
 
-def test_a_checkpoint_has_no_contract(quantised: Manifest) -> None:
-    bare = Manifest(network=quantised.network, classes=quantised.classes, remarks=["converted"])
+def test_a_checkpoint_has_no_contract(quantized: Manifest) -> None:
+    bare = Manifest(network=quantized.network, classes=quantized.classes, remarks=["converted"])
     text = describe(bare, "m.safetensors")
     assert text.startswith("m.safetensors: checkpoint")
     assert "input" not in text

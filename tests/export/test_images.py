@@ -11,22 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
-from hpddrnet_trt.data.datasets import find_images
-from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export import images as micrographs
 from hpddrnet_trt.export.images import Crop
+from tests.tiny_export import pictures
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Twelve simulated micrographs."""
-    folder = tmp_path_factory.mktemp("micrographs")
-    paths = [folder / f"{seed:02d}.png" for seed in range(12)]
-    for seed, path in enumerate(paths):
-        Image.fromarray(simulate(48, 48, seed)[0]).save(path)
-    return paths
+    return pictures(tmp_path_factory.mktemp("micrographs"), 12, 48, 48)
 
 
 def test_chosen_images_span_the_grey_levels(tmp_path: Path) -> None:
@@ -63,22 +57,6 @@ def test_the_first_choice_is_typical_and_the_next_is_unlike_it(tmp_path: Path) -
     for path in paths:
         Image.fromarray(np.full((16, 16), int(path.stem), np.uint8)).save(path)
     assert [path.stem for path in micrographs.choose_images(paths, 3)] == ["100", "230", "020"]
-
-
-def test_images_are_found_in_datasets_folders_and_lists(tmp_path: Path, images: list[Path]) -> None:
-    for split in ("train", "val"):
-        for kind in ("images", "masks"):
-            (tmp_path / kind / split).mkdir(parents=True)
-        for name in ("b.png", "a.png"):
-            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images" / split / name)
-    assert [path.parent.name + "/" + path.name for path in find_images(tmp_path)] == ["train/a.png", "train/b.png"]
-    assert {path.parent.name for path in find_images(tmp_path, "val")} == {"val"}
-    with pytest.raises(UsageError, match="no micrograph in split 'test'"):
-        find_images(tmp_path, "test")
-    assert find_images(images[0].parent) == images
-    assert find_images(images[:3]) == images[:3]
-    with pytest.raises(BadInputFile, match="does not exist"):
-        find_images(tmp_path / "nowhere")
 
 
 @given(length=st.integers(1, 3000), crop=st.integers(8, 1024))

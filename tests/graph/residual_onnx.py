@@ -24,7 +24,7 @@ from hpddrnet_trt.core.manifest import (
 )
 from hpddrnet_trt.graph import qdq
 
-QUANTISABLE = ("stem", "first", "second", "shortcut", "classifier")  # convolutions of feature maps
+QUANTIZABLE = ("stem", "first", "second", "shortcut", "classifier")  # convolutions of feature maps
 GATE = "gate"
 STAGE = "stage"  # the residual block of :func:`fusion_model`
 

@@ -15,11 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.protobuf import protobuf_fields
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
-from hpddrnet_trt.engines.openvino import OpenVINOEngine
 from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 from hpddrnet_trt.export.tensorrt import build_engine
 from hpddrnet_trt.graph.check import MAX_GRAPH_DEPTH, MAX_OPSET, _Reader, check_onnx, rewritten
-from tests.tiny_export import pictures, write_fp16, write_fp32
+from tests.tiny_export import pictures, write_fp32
 from tests.tiny_onnx import QUIET
 from tests.toy import manifest, write_toy_onnx
 
@@ -54,10 +53,7 @@ def _inside_a_branch(model: onnx.ModelProto) -> None:
 
 
 def _lying_size(*dims: int) -> Change:
-    def change(model: onnx.ModelProto) -> None:
-        model.graph.initializer[0].dims[:] = dims
-
-    return change
+    return lambda model: model.graph.initializer[0].dims.__setitem__(slice(None), dims)
 
 
 def _calls(names: dict[str, list[str]]) -> Change:
@@ -106,28 +102,19 @@ def _circle(model: onnx.ModelProto) -> None:
     model.graph.node[1].input[0] = model.graph.node[3].output[0]
 
 
-def _wrong_order(model: onnx.ModelProto) -> None:
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(model.graph.node)]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+def _made_of_nothing(operator: str, place: int, shape: list[int], held: str = "") -> Change:
+    """The shape is stored, or ``held`` in that attribute of a Constant node."""
 
-
-def _made_of_nothing(operator: str, place: int, shape: list[int], constant: bool = False) -> Change:
     def change(model: onnx.ModelProto) -> None:
         values = numpy_helper.from_array(np.array(shape, np.int64), "shape")
-        if constant:
-            model.graph.node.append(helper.make_node("Constant", [], ["shape"], value=values))
+        if held:
+            made = {held: shape if held == "value_ints" else values}
+            model.graph.node.append(helper.make_node("Constant", [], ["shape"], **made))
         else:
             model.graph.initializer.append(values)
-        inputs = ["image"] * place + ["shape"]
-        model.graph.node.append(helper.make_node(operator, inputs, ["made"]))
+        model.graph.node.append(helper.make_node(operator, ["image"] * place + ["shape"], ["made"]))
 
     return change
-
-
-def _made_of_listed_sizes(model: onnx.ModelProto) -> None:
-    model.graph.node.append(helper.make_node("Constant", [], ["shape"], value_ints=[2**20, 2**20]))
-    model.graph.node.append(helper.make_node("ConstantOfShape", ["shape"], ["made"]))
 
 
 def _opset(version: int) -> Change:
@@ -139,13 +126,9 @@ def _opset(version: int) -> Change:
 
 def _setting(name: str, *values: int, of: str = "Conv") -> Change:
     def change(model: onnx.ModelProto) -> None:
-        node = helper.make_node(of, ["image"], ["z"], **{name: 1})
-        if values:
-            node.attribute[0].i = values[0]
-        else:
+        node = helper.make_node(of, ["image"], ["z"], **{name: list(values) if len(values) > 1 else [*values, 1][0]})
+        if not values:
             node.attribute[0].ClearField("i")
-        if len(values) > 1:
-            node.attribute[0].CopyFrom(helper.make_attribute(name, list(values)))
         model.graph.node.append(node)
 
     return change
@@ -176,13 +159,12 @@ def _setting(name: str, *values: int, of: str = "Conv") -> Change:
         (_opset(-1), "it asks for version"),
         (lambda model: model.training_info.add(), "instructions for training"),
         (_circle, "an operator reads 'logits', which no operator before it makes"),
-        (_wrong_order, "which no operator before it makes"),
         (lambda model: model.graph.node.append(model.graph.node[0]), "the tensor 'grey' is made twice"),
         (_made_of_nothing("ConstantOfShape", 0, [2**40]), "an operator ConstantOfShape makes 1.1e.12 numbers"),
-        (_made_of_nothing("Expand", 1, [2**20, -(2**20)], constant=True), "an operator Expand makes 1.1e.12 numbers"),
+        (_made_of_nothing("Expand", 1, [2**20, -(2**20)], "value"), "an operator Expand makes 1.1e.12 numbers"),
         (_made_of_nothing("Tile", 1, [2**62]), "an operator Tile makes"),
         (_made_of_nothing("Resize", 3, [1, 1, 2**20, 2**20]), "an operator Resize makes"),
-        (_made_of_listed_sizes, "an operator ConstantOfShape makes 1.1e.12 numbers"),
+        (_made_of_nothing("ConstantOfShape", 0, [2**20, 2**20], "value_ints"), "ConstantOfShape makes 1.1e.12"),
         (_setting("blocksize", 0, of="DepthToSpace"), "'blocksize' of an operator is 0"),
         (_setting("blocksize", of="DepthToSpace"), "'blocksize' of an operator has no value"),
         (_setting("group", -1), "'group' of an operator is -1"),
@@ -215,31 +197,29 @@ def test_limits_are_above_what_is_allowed(tmp_path: Path) -> None:
         check_onnx(tmp_path / "n.onnx")
 
 
-def test_operators_without_their_inputs(tmp_path: Path) -> None:
+def _pad_without_pads(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Pad", ["image"], ["padded"]))
+
+
+def _shape_of_no_whole_numbers(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(2, np.float16), "shape"))
+    model.graph.node.append(helper.make_node("Reshape", ["image", "shape"], ["reshaped"]))
+
+
+@pytest.mark.parametrize(
+    ("depth", "change", "says"),
+    [  # OpenVINO would crash, and the builder of an engine
+        ("operators", _pad_without_pads, r"Pad:19\) has input size 1 not in range"),
+        ("types", _shape_of_no_whole_numbers, "Expected:int64 Actual:float16"),
+    ],
+)
+def test_operators_without_what_they_need(tmp_path: Path, depth: Any, change: Change, says: str) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
-    check_onnx(path, "operators")
-    _damage(path, lambda model: model.graph.node.append(helper.make_node("Pad", ["image"], ["padded"])))
-    check_onnx(path)
-    with pytest.raises(BadInputFile, match=r"m\.onnx is refused: .*Pad:19\) has input size 1 not in range"):
-        check_onnx(path, "operators")
-    pytest.importorskip("openvino", reason="OpenVINO is an optional extra and not installed")
-    with pytest.raises(BadInputFile, match="has input size 1"):
-        OpenVINOEngine(path)  # it would crash
-
-
-def test_a_shape_that_is_no_whole_numbers(tmp_path: Path) -> None:
-    """The builder of an engine would crash."""
-
-    def change(model: onnx.ModelProto) -> None:
-        model.graph.initializer.append(numpy_helper.from_array(np.ones(2, np.float16), "shape"))
-        model.graph.node.append(helper.make_node("Reshape", ["image", "shape"], ["reshaped"]))
-
-    path = write_toy_onnx(tmp_path / "m.onnx", manifest())
-    check_onnx(path, "types")
+    check_onnx(path, depth)
     _damage(path, change)
     check_onnx(path)
-    with pytest.raises(BadInputFile, match=r"m\.onnx is refused: .*Expected:int64 Actual:float16"):
-        check_onnx(path, "types")
+    with pytest.raises(BadInputFile, match=rf"m\.onnx is refused: .*{says}"):
+        check_onnx(path, depth)
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
@@ -262,34 +242,24 @@ def test_what_is_no_onnx_file(tmp_path: Path, content: bytes) -> None:
         OnnxRuntimeEngine(path)
 
 
-def test_our_own_files_pass(tmp_path: Path) -> None:
-    for path in (
-        write_fp32(tmp_path / "a.onnx"), write_fp16(tmp_path / "b.onnx"),
-        write_fp32(tmp_path / "c.onnx", attention="function"),
-        write_toy_onnx(tmp_path / "d.onnx", manifest(), symmetric_int8=True),
-    ):  # fmt: skip
-        check_onnx(path)
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Names of the files whose structure and whose operators were looked into."""
+    seen: dict[str, list[str]] = {"structure": [], "operators": []}
+    walk, checker = _Reader.model, onnx.checker.check_model
 
+    def model(reader: _Reader, size: int) -> None:
+        seen["structure"].append(Path(reader._stream.name).name)
+        walk(reader, size)
 
-class Counted:
-    """Files that were looked into: those of ours should not be, foreign ones once."""
+    def check_model(source: Any, **options: Any) -> None:
+        if isinstance(source, str):
+            seen["operators"].append(Path(source).name)
+        checker(source, **options)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.structure: list[str] = []
-        self.operators: list[str] = []
-        walk, checker = _Reader.model, onnx.checker.check_model
-
-        def model(reader: _Reader, size: int) -> None:
-            self.structure.append(Path(reader._stream.name).name)
-            walk(reader, size)
-
-        def check_model(source: Any, **options: Any) -> None:
-            if isinstance(source, str):
-                self.operators.append(Path(source).name)
-            checker(source, **options)
-
-        monkeypatch.setattr(_Reader, "model", model)
-        monkeypatch.setattr(onnx.checker, "check_model", check_model)
+    monkeypatch.setattr(_Reader, "model", model)
+    monkeypatch.setattr(onnx.checker, "check_model", check_model)
+    return seen
 
 
 def _foreign(path: Path) -> Path:
@@ -299,31 +269,26 @@ def _foreign(path: Path) -> Path:
     return copy
 
 
-def test_calibration_checks_the_file_it_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_checks_the_file_it_is_given_once(tmp_path: Path, counted: dict[str, list[str]]) -> None:
     source, images = _foreign(write_fp32(tmp_path / "m.onnx")), pictures(tmp_path / "images", 2)
-    counted = Counted(monkeypatch)
     calibrate(source, tmp_path / "int8.onnx", images, CalibrationSettings(method="auto", min_agreement=0.1, cache=None))
-    assert counted.structure == ["foreign.onnx"]
-    assert counted.operators == []
     check_onnx(tmp_path / "int8.onnx", "types")  # ours
-    assert counted.structure == ["foreign.onnx"]
+    assert counted == {"structure": ["foreign.onnx"], "operators": []}
 
 
-def test_a_build_checks_the_file_it_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_checks_the_file_it_is_given_once(tmp_path: Path, counted: dict[str, list[str]]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, which builds without a GPU, is missing")
     source = _foreign(write_fp32(tmp_path / "m.onnx"))
-    counted = Counted(monkeypatch)
     options: dict[str, Any] = {"runtime": "tensorrt-rtx", "shapes": "1x1x64x64:1x1x64x64:1x1x64x64"}
     build_engine(source, tmp_path / "m.engine", precision="fp16", settings=QUIET, **options)
-    assert counted.structure == counted.operators == ["foreign.onnx"]
+    assert counted == {"structure": ["foreign.onnx"], "operators": ["foreign.onnx"]}
 
 
-def test_a_file_that_was_changed_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_was_changed_is_checked_again(tmp_path: Path, counted: dict[str, list[str]]) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
-    counted = Counted(monkeypatch)
     for depth in ("structure", "operators", "structure", "types", "operators"):
         check_onnx(path, depth)  # type: ignore[arg-type]
-    assert (len(counted.structure), len(counted.operators)) == (1, 2)  # the types are another question
+    assert {name: len(files) for name, files in counted.items()} == {"structure": 1, "operators": 2}
     _damage(path, _operator("Loop"))
     with pytest.raises(BadInputFile, match="it has a loop"):
         check_onnx(path)
@@ -346,12 +311,8 @@ def test_the_reader_sees_what_protobuf_sees(tmp_path: Path) -> None:
 
 def test_a_change_that_does_not_understand_the_graph_is_a_sentence(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
-
-    def change(model: onnx.ModelProto) -> Any:
-        return model.graph.node[1000]
-
     with pytest.raises(BadInputFile, match=r"m\.onnx is damaged or no ONNX file of this .*index out of range"):
-        rewritten(path, change)
+        rewritten(path, lambda model: model.graph.node[1000])
     assert rewritten(path, lambda model: None) is None
     path.write_bytes(b"\x3a\x05")
     with pytest.raises(BadInputFile, match="is refused: it is cut off"):

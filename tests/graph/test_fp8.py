@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export.layer_precision import check_report, report_from_network
@@ -21,14 +21,14 @@ from hpddrnet_trt.export.statistics import extremes
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.fp8 import E4M3_MAX, suits_fp8, to_fp8
 from hpddrnet_trt.graph.model import load_model, save_model
-from hpddrnet_trt.graph.nodes import copied, fold_constants, initializers, store, tensor_types
+from hpddrnet_trt.graph.nodes import copied, initializers, store, tensor_types
 from hpddrnet_trt.graph.precision import half_scale, to_half
 from hpddrnet_trt.graph.rounding import simulate_rounding, uses_half
+from tests.graph.conftest import SHIPPED
 from tests.graph.parsed_rtx import Parsed
-from tests.graph.residual_onnx import QUANTISABLE, residual_model
+from tests.graph.residual_onnx import QUANTIZABLE, residual_model
 
 FP8, FP16 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT16
-SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
 
 
 class Made:
@@ -88,7 +88,7 @@ def test_activation_scales_map_the_largest_magnitude_to_448(made: Made) -> None:
 
 def test_weights_are_rounded_from_fp32_per_channel(made: Made) -> None:
     values, weights = initializers(made.fp8.graph), initializers(made.model.graph)
-    for layer in QUANTISABLE:
+    for layer in QUANTIZABLE:
         kernel = weights[f"{layer}.weight"].astype(np.float32)
         stored, steps = (values[f"{layer}.weight_{part}"] for part in ("quantized", "scale"))
         assert stored.dtype == ml_dtypes.float8_e4m3fn
@@ -147,15 +147,10 @@ def test_convolutions_without_a_fast_kernel() -> None:
     assert not suits(64, 64, 3, 3, group=64)
 
 
-def test_layers_of_the_shipped_network() -> None:
+def test_layers_of_the_shipped_network(shipped: Any) -> None:
     """All but the first convolution, which sees one channel, and the classifier, which gives three."""
-    model, _ = load_model(SHIPPED)
-    fold_constants(model.graph)
-    planned = qdq.plan(model, "tensorrt").nodes
-    layers = qdq.plan(model, "tensorrt", "fp8").nodes
+    planned, layers = (qdq.plan(shipped, "tensorrt", kind).nodes for kind in ("int8", "fp8"))
     assert set(planned) - set(layers) == {"backbone.stem.0.conv.conv/Conv", "conv_seg/Conv"}
-    assert list(layers) == [node.name for node in model.graph.node if node.name in layers]
-    assert set(layers) == set(qdq.subset(model, "tensorrt", layers).nodes)
 
 
 def test_refusals(made: Made) -> None:
@@ -174,22 +169,20 @@ def test_tensorrt_rtx(made: Made, target: str | None, builds: bool) -> None:
     parsed = Parsed(to_half(made.fp8))
     assert (parsed.build((1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 128, 128), target=target) is not None) == builds
     proof = report_from_network(parsed.trt, parsed.network, (1, 1, 64, 64))
-    assert proof["convolutions"] == {"fp8": len(QUANTISABLE), "fp16": 1}  # the gate's stays
+    assert proof["convolutions"] == {"fp8": len(QUANTIZABLE), "fp16": 1}  # the gate's stays
     check_report(proof, "fp8", "it")
 
 
-def test_real_micrographs(sem_data: Path, tmp_path: Path) -> None:
+def test_real_micrographs(shipped: Any, sem_data: Path, tmp_path: Path) -> None:
     """The shipped network in FP8 and FP16, rounding simulated, against FP32."""
     folder = sem_data / "nasa-super1" / "images"
 
     def crops(split: str) -> list[Any]:
         return [np.asarray(Image.open(path))[None, None, :512, :512] for path in sorted((folder / split).glob("*.png"))]
 
-    model, manifest = load_model(SHIPPED)
-    fold_constants(model.graph)
-    plan = qdq.plan(model, "tensorrt", "fp8")
-    ranges = extremes(model, plan.tensors, crops("train")[:2])
-    typed = to_half(qdq.quantize(model, "tensorrt", plan, ranges, "fp8"))
-    path = save_model(simulate_rounding(typed), tmp_path / "s.onnx", manifest)
+    plan = qdq.plan(shipped, "tensorrt", "fp8")
+    ranges = extremes(shipped, plan.tensors, crops("train")[:2])
+    typed = to_half(qdq.quantize(shipped, "tensorrt", plan, ranges, "fp8"))
+    path = save_model(simulate_rounding(typed), tmp_path / "s.onnx", read_manifest(SHIPPED))
     for image in crops("test"):
         assert np.mean(labels(path, image) == labels(SHIPPED, image)) > 0.995

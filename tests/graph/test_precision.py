@@ -20,7 +20,7 @@ from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.export.layer_precision import check_report, report_from_network
 from hpddrnet_trt.graph.attention import in_type
 from hpddrnet_trt.graph.model import load_model
-from hpddrnet_trt.graph.nodes import consumers, fold_constants, producers, tensor_types
+from hpddrnet_trt.graph.nodes import consumers, initializers, producers, tensor_types
 from hpddrnet_trt.graph.precision import (
     FP16_MAX,
     SMALLEST_SCALE,
@@ -31,12 +31,11 @@ from hpddrnet_trt.graph.precision import (
     to_half,
 )
 from hpddrnet_trt.graph.rounding import simulate_rounding
+from tests.graph.conftest import SHIPPED
 from tests.graph.parsed_rtx import Parsed
 from tests.tiny_export import small_model, write_loud
 
 FP32, FP16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
-SHIPPED = Path(__file__).resolve().parents[2] / "hpddrnet_trt" / "weights" / "nasa-super1.onnx"
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -131,8 +130,8 @@ def test_a_sum_of_grey_levels_and_features_is_no_normalization() -> None:
     assert normalization_nodes(model.graph) == {"scaled", "grey", "both"}
 
 
-def test_honest_fp16_arithmetic(source: Path, half: onnx.ModelProto) -> None:
-    """ONNX's own evaluator rounds every result to FP16, which ONNX Runtime on a CPU does not."""
+def test_honest_fp16_arithmetic(source: Path, half: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX's own evaluator rounds every result to FP16; without BF16 attention it gives no numbers."""
     image = picture()[None, None]
     want, want_confidence = run(onnx.load(str(source)), image)
     labels, confidence = ReferenceEvaluator(half).run(None, {"image": image})
@@ -140,20 +139,12 @@ def test_honest_fp16_arithmetic(source: Path, half: onnx.ModelProto) -> None:
     assert np.isfinite(confidence).all()
     assert np.mean(labels == want) > 0.97
     assert np.mean(np.abs(confidence - want_confidence)) < 0.02
-
-
-def test_scores_in_fp16_would_overflow(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What BF16 is for there: without it the same file gives no numbers."""
-    model, manifest = load_model(source)
-    scores = {node.output[0] for node in model.graph.node if node.name in attention_score_nodes(model.graph)}
     monkeypatch.setattr("hpddrnet_trt.graph.precision.attention_score_nodes", lambda graph: set())
     monkeypatch.setattr("hpddrnet_trt.graph.precision.in_type", lambda model, scores, leave: model)
-    naive = to_half(model)
+    naive = to_half(load_model(source)[0])
     with np.errstate(all="ignore"):
-        _, confidence = ReferenceEvaluator(naive).run(None, {"image": picture()[None, None]})
+        _, confidence = ReferenceEvaluator(naive).run(None, {"image": image})
     assert not np.isfinite(confidence).all()
-    assert scores
-    assert manifest.precision == "fp32"
 
 
 def test_named_nodes_and_oversized_weights_stay(source: Path) -> None:
@@ -177,10 +168,6 @@ def test_float_input_and_logits_stay_fp32() -> None:
     result = to_half(model)
     onnx.checker.check_model(result, full_check=True)
     assert [node.op_type for node in result.graph.node] == ["Cast", "Conv", "Cast"]
-    x = np.random.default_rng(0).normal(size=(1, 3, 4, 4)).astype(np.float32)
-    (got,) = run(result, x)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, x, atol=2e-3)
 
 
 def test_weight_read_in_both_types_is_stored_twice() -> None:
@@ -214,29 +201,22 @@ def test_explicit_int8_graph() -> None:
     assert types["q"] == types["w"] == TensorProto.INT8
     values = {entry.name: numpy_helper.to_array(entry) for entry in result.graph.initializer}
     kept = values["sw"].astype(np.float32)
-    assert (kept >= scales).all() or kept.min() >= SMALLEST_SCALE
-    assert (kept <= np.maximum(scales * (1 + 1 / 16), SMALLEST_SCALE)).all()
     before = stored * scales.reshape(2, 1, 1, 1)
     after = values["w"] * values["sw"].astype(np.float32).reshape(2, 1, 1, 1)
     assert np.abs(after - before)[1].max() <= kept[1] / 2 * (1 + 1e-6)
     np.testing.assert_allclose(after[0], before[0], rtol=1e-3)
-    x = rng.normal(size=(1, 3, 4, 4)).astype(np.float32)
-    np.testing.assert_allclose(run(result, x)[0], run(model, x)[0], atol=2e-2)
 
 
 @given(st.lists(st.floats(2.0**-30, 100, width=32), min_size=1))
 def test_half_scales_are_never_too_small_and_hardly_too_large(wanted: list[float]) -> None:
+    """Beyond the end of FP16 they stay, instead of an infinite scale that makes every value NaN."""
     scales = np.array(wanted, np.float32)
     kept = half_scale(scales)
     assert (kept >= scales).all()
     assert (kept <= np.maximum(scales * (1 + 1 / 16), SMALLEST_SCALE)).all()
     np.testing.assert_array_equal(kept.astype(np.float16).astype(np.float32), kept)
-
-
-def test_scales_beyond_fp16_stay_as_they_are() -> None:
-    """And their nodes in FP32, instead of an infinite scale that makes every value NaN."""
-    scales = np.array([FP16_MAX, np.nextafter(np.float32(FP16_MAX), np.float32(np.inf)), 1e9], np.float32)
-    np.testing.assert_array_equal(half_scale(scales), scales)
+    large = np.array([FP16_MAX, np.nextafter(np.float32(FP16_MAX), np.float32(np.inf)), 1e9], np.float32)
+    np.testing.assert_array_equal(half_scale(large), large)
 
 
 # ------------------------------------------------------------------------------ BF16
@@ -248,34 +228,22 @@ def test_bf16_file(source: Path, brain: onnx.ModelProto) -> None:
     assert list(before.graph.input) == list(model.graph.input)
     assert list(before.graph.output) == list(model.graph.output)
     assert model.opset_import[0].version == 22
-    types = tensor_types(model)
-    full = {
-        node.name
-        for node in model.graph.node
-        if node.op_type != "Cast" and any(types[name] == FP32 for name in node.output)
-    }
-    scores = score_nodes(model.graph)
+    types, scores = tensor_types(model), score_nodes(model.graph)
+    computing = [node for node in model.graph.node if node.op_type != "Cast"]
+    full = {node.name for node in computing if any(types[name] == FP32 for name in node.output)}
     assert "conv_seg/Conv" in scores
     assert full == {"backbone.stem.0.conv/Mul", "backbone.stem.0.conv/Add"} | {
-        node.name for node in model.graph.node if node.name in scores and types[node.output[0]] == FP32
-        and node.op_type != "Cast"
-    }  # fmt: skip
+        node.name for node in computing if node.name in scores and types[node.output[0]] == FP32
+    }
     assert FP16 not in types.values()
-    for node in model.graph.node:
+    for node in computing:
         if node.op_type == "Conv" and node.name not in scores:
             assert {types[name] for name in [*node.input, *node.output]} == {BF16}
-
-
-def test_bf16_constants_are_rounded_to_nearest(source: Path, brain: onnx.ModelProto) -> None:
-    before = {entry.name: numpy_helper.to_array(entry) for entry in onnx.load(str(source)).graph.initializer}
-    found = 0
-    for entry in brain.graph.initializer:
-        values = numpy_helper.to_array(entry)
-        if entry.data_type == BF16:
-            original = before[entry.name.removesuffix(".bf16")]
-            np.testing.assert_allclose(values.astype(np.float32), original, rtol=2.0**-8)
-            found += 1
-    assert found > 50
+    original = initializers(before.graph)
+    rounded = {entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer if entry.data_type == BF16}
+    assert len(rounded) > 50
+    for name, values in rounded.items():
+        np.testing.assert_allclose(values.astype(np.float32), original[name.removesuffix(".bf16")], rtol=2.0**-8)
 
 
 def test_bf16_explicit_int8_graph() -> None:
@@ -312,26 +280,22 @@ def test_bf16_explicit_int8_graph() -> None:
 # ---------------------------------------------------------------------------- real data
 
 
-def test_shipped_network_on_real_micrographs(sem_data: Path) -> None:
-    """Rounding costs the shipped network next to nothing; its weights are stored in FP16 behind casts."""
+def test_shipped_network_on_real_micrographs(shipped: Any, sem_data: Path) -> None:
+    """Rounding costs the shipped network next to nothing."""
     folder = sem_data / "nasa-super1" / "images" / "test"
     images = [np.asarray(Image.open(path))[None, None, :512, :512] for path in sorted(folder.glob("*.png"))]
-    model, _ = load_model(SHIPPED)
-    want = [run(model, image)[0] for image in images]
+    want = [run(shipped, image)[0] for image in images]
     for kind, least in (("fp16", 0.9995), ("bf16", 0.999)):
-        simulation = simulate_rounding(to_half(model, kind=kind))  # type: ignore[arg-type]
+        simulation = simulate_rounding(to_half(shipped, kind=kind))  # type: ignore[arg-type]
         for image, expected in zip(images, want, strict=True):
             assert np.mean(run(simulation, image)[0] == expected) > least
 
 
-def test_casts_of_constants_are_folded() -> None:
-    model, _ = load_model(SHIPPED)
-    casts = sum(node.op_type == "Cast" for node in model.graph.node)
-    fold_constants(model.graph)
-    assert sum(node.op_type == "Cast" for node in model.graph.node) == 3 < casts  # image, comparison, labels
-    assert {entry.data_type for entry in model.graph.initializer} == {FP32, TensorProto.INT64}
-    kernels = {entry.name for entry in to_half(model).graph.initializer if entry.data_type == FP16}
-    assert "conv_seg.weight" in kernels
+def test_casts_of_constants_are_folded(shipped: onnx.ModelProto) -> None:
+    """Its weights are stored in FP16 behind casts."""
+    casts = sum(node.op_type == "Cast" for node in onnx.load(str(SHIPPED)).graph.node)
+    assert sum(node.op_type == "Cast" for node in shipped.graph.node) == 3 < casts  # image, comparison, labels
+    assert {entry.data_type for entry in shipped.graph.initializer} == {FP32, TensorProto.INT64}
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])

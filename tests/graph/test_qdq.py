@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.lint import analyze
 from hpddrnet_trt.graph.nodes import name_nodes
-from tests.graph.residual_onnx import QUANTISABLE, STAGE, fusion_model, quantized, residual_model
+from tests.graph.residual_onnx import QUANTIZABLE, STAGE, fusion_model, quantized, residual_model
 
 # Fixtures of module scope are the same for every example.
 _shared_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -40,7 +40,7 @@ def _scales(model: Any) -> dict[str, float]:
 
 def test_the_block_is_int8_from_end_to_end(model: Any) -> None:
     plan = qdq.plan(model, "tensorrt")
-    assert plan.nodes == QUANTISABLE
+    assert plan.nodes == QUANTIZABLE
     assert set(plan.shortcuts) == {"shortcut", "block"}  # the projection, and what the sum's kernel writes
     assert set(plan.tensors) == {"grey", "stem_out", "first_out", "shortcut", "block", "fused"}
 
@@ -79,9 +79,9 @@ def test_a_branch_that_meets_floating_point_gets_no_pair(fusion: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["tensorrt", "onnxruntime"])
-def test_all_convolutions_are_the_full_plan(model: Any, form: qdq.Form) -> None:
+def test_all_convolutions_are_the_full_plan(model: Any, form: qdq.Runtime) -> None:
     plan = qdq.plan(model, form)
-    convolutions = [name for name in plan.nodes if name in QUANTISABLE]
+    convolutions = [name for name in plan.nodes if name in QUANTIZABLE]
     assert qdq.subset(model, form, convolutions) == plan
 
 
@@ -102,16 +102,16 @@ def test_any_subset_is_sound(model: Any, fusion: Any, data: st.DataObject) -> No
 
 
 @_shared_fixtures
-@given(names=st.sets(st.sampled_from(QUANTISABLE[1:-1])))
+@given(names=st.sets(st.sampled_from(QUANTIZABLE[1:-1])))
 def test_any_cpu_subset_is_part_of_the_plan(model: Any, names: set[str]) -> None:
     full, plan = qdq.plan(model, "onnxruntime"), qdq.subset(model, "onnxruntime", names)
-    assert {name for name in plan.nodes if name in QUANTISABLE} == names
+    assert {name for name in plan.nodes if name in QUANTIZABLE} == names
     assert set(plan.nodes) <= set(full.nodes)
     assert set(plan.tensors) <= set(full.tensors)
 
 
 def test_a_convolution_left_out_reads_exact_values(model: Any) -> None:
-    plan = qdq.subset(model, "tensorrt", [name for name in QUANTISABLE if name != "second"])
+    plan = qdq.subset(model, "tensorrt", [name for name in QUANTIZABLE if name != "second"])
     assert "first_out" not in plan.tensors
     assert not plan.shortcuts  # the sum belongs to the convolution left out
 
