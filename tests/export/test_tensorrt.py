@@ -19,7 +19,13 @@ from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.manifest import EngineRecord, Manifest, read_manifest, sidecar_path
 from hpddrnet_trt.engines.tensorrt_library import load_tensorrt
 from hpddrnet_trt.export.build_settings import BuildSettings
-from hpddrnet_trt.export.layer_precision import check_report, report_from_inspector, report_from_network, summary
+from hpddrnet_trt.export.layer_precision import (
+    check_report,
+    reformats_from_inspector,
+    report_from_inspector,
+    report_from_network,
+    summary,
+)
 from hpddrnet_trt.export.tensorrt import build_engine
 from tests.tiny_export import pictures, write_fp16
 from tests.tiny_onnx import HIDDEN, tiny_model
@@ -347,8 +353,31 @@ def test_inspector_forms(layer: dict[str, Any], precision: str) -> None:
             check_report(proof, "int8", "the engine")
 
 
+COPY = "Reformatting CopyNode for Input Tensor 0 to conv + relu"
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ([{"Name": COPY, "LayerType": "Reformat", "ParameterType": "Reformat"}, _cask("Int8", {})], [COPY]),
+        ([{"Name": "image_cast", "LayerType": "Reformat"}, _cask("Int8", {})], ["image_cast"]),
+        ([{"Name": COPY, "LayerType": "NoOp"}], [COPY]),
+        ([COPY, "conv + relu", COPY.replace("Input", "Output")], [COPY, COPY.replace("Input", "Output")]),
+        ([_cask("Int8", {})], []),
+        ([], []),
+    ],
+)
+def test_conversions_in_the_engine(layers: list[Any], names: list[str]) -> None:
+    found = reformats_from_inspector(json.dumps({"Layers": layers, "Bindings": ["image"]}))
+    assert (found["names"], found["layers"], found["reformats"]) == (names, len(layers), len(names))
+    assert found["share"] == pytest.approx(len(names) / max(len(layers), 1), abs=1e-6)
+    assert "remark" not in found
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv + relu"]}', '{"Layers": [{"LayerType": "kgen"}]}'])
 def test_silent_inspector_falls_back_to_the_parsed_network(text: str) -> None:
     proof = report_from_inspector(text, PARSED)
     assert (proof["source"], proof["convolutions"]) == ("parsed network", PARSED["convolutions"])
     assert "engine inspector" in proof["remark"]
+    if "Layers" not in text:
+        assert "no readable list" in reformats_from_inspector(text)["remark"]
