@@ -71,22 +71,16 @@ BAD = [
     (["train", "--config", "none.yaml"], "none.yaml"),
     (["train", "--config", "bad.yaml"], "run.name"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=empty"], "empty"),
-    (["train", "--config", "{repo}/train/configs/demo.yaml", "optimization.lr=-1"], "optimization.lr"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=outside"], "outside"),
     (["evaluate", "none.onnx", "--data", "outside"], "none.onnx"),
-    (["evaluate", "{checkpoint}", "--data", "empty"], "empty"),
     (["evaluate", "{checkpoint}", "--data", "outside", "--split", "tets"], "tets"),
     (["evaluate", "{checkpoint}", "--data", "outside", "--report", "page.pdf"], "ends in .html"),
-    (["export", "none.safetensors", "x.onnx"], "none.safetensors"),
     (["export", "bad.safetensors", "x.onnx"], "bad.safetensors"),
     (["export", "{checkpoint}", "x.onnx", "--height", "250", "--width", "256"], "250"),
     (["calibrate", "bad.onnx", "x.onnx", "--data", "outside"], "bad.onnx"),
-    (["calibrate", "bad.onnx", "x.onnx", "--data", "empty"], "empty"),
     (["build", "bad.onnx"], "bad.onnx"),
-    (["build", "none.onnx"], "none.onnx"),
     (["build", "bad.onnx", "--max-miou-drop", "0.3"], "--verify DATA"),
     (["build", "bad.onnx", "--verify", "outside"], "needs a limit"),
-    (["build", "bad.onnx", "--verify", "outside", "--max-miou-drop", "-1"], "got -1"),
     (["build", "bad.onnx", "--precision", "auto"], "needs a budget"),
     (["inspect", "none.engine", "--layer-times", "x.json"], "none.engine"),
     (["export", "none.onnx", "x.onnx", "--precision", "fp16"], "none.onnx"),
@@ -100,12 +94,10 @@ BAD = [
     (["choose-precision", "bad.onnx", "--data", "outside"], "--study"),
     (["choose-precision", "nasa-super1", "x.onnx", "--data", "outside"], "needs a limit"),
     (["choose-precision", "nasa-super1", "x.onnx", "--data", "outside", "--max-miou-drop", "1"], "phase 0"),
-    (["choose-precision", "nasa-super1", "x.onnx", "--data", "empty", "--max-miou-drop", "1"], "empty"),
     (["choose-precision", "none.onnx", "x", "--data", "outside", "--max-miou-drop", "1"], "must end with .onnx"),
     (["choose-precision", "bad.onnx", "bad.onnx", "--data", "outside", "--max-miou-drop", "1"], "would overwrite"),
     (["choose-precision", "bad.onnx", "empty", "--data", "outside", "--max-miou-drop", "1"], "empty"),
     (["choose-precision", "bad.onnx", "bad.png/x.onnx", "--data", "outside", "--max-miou-drop", "1"], "bad.png"),
-    (["choose-precision", "bad.onnx", "x.onnx", "--data", "outside", "--max-miou-drop", "1", "--device", "a"], "'a'"),
     (["choose-precision", "bad.onnx", "x.onnx", "--data", "outside", "--max-miou-drop", "1", "--precision", "fp8",
       "--device", "agx-orin"], "has no FP8"),
     (["choose-precision", "bad.onnx", "--study", "--data", "outside", "--json", "empty"], "empty is a folder"),
@@ -114,7 +106,6 @@ BAD = [
     (["calibrate", "nasa-super1", "x", "--data", "outside"], "x.onnx"),
     (["build", "nasa-super1", "--precision", "int8"], "calibrat"),
     (["compare", "nasa-super1", "none.onnx", "--images", "outside"], "none.onnx"),
-    (["compare", "nasa-super1", "nasa-super1", "--images", "empty"], "empty"),
     (["compare", "nasa-super1", "nasa-super1"], "--images"),
     (["compare", "nasa-super1", "{checkpoint}", "--images", "outside"], "phase 0"),
     (["compare", "outside/masks/test", "empty"], "no label map of the same name"),
@@ -134,9 +125,7 @@ BAD = [
     (["segment", "outside/images/test", "--intensity-range", "9", "3"], "black < white"),
     (["segment", "outside/images/test", "--percentiles", "9", "3"], "percentiles"),
     (["segment", "outside/images/test", "--window", "1", "9", "--percentiles", "1", "99"], "not both"),
-    (["export", "none.safetensors", "x.onnx", "--half-weights"], "none.safetensors"),
     (["benchmark", "empty", "--data", "outside"], "empty"),
-    (["benchmark", "{checkpoint}", "--data", "empty"], "empty"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--size", "10x10"], "10"),
     (["benchmark", "{checkpoint}", "--data", "outside", "--measure", "layers", "--latency-only"], "--latency-only"),
     (["benchmark", "bad.onnx", "--data", "outside/images/test", "--baselines"], "--baselines needs a checkpoint"),
@@ -146,12 +135,9 @@ BAD = [
     (["datasets", "check", "none"], "none"),
     (["datasets", "list", "nosuch"], "nosuch"),
     (["datasets", "get", "mudrocknet", "new"], "digitalrocksportal"),
-    (["datasets", "get", "metaldam", "new"], "there is no dataset"),
     (["datasets", "get", "nasa-super1", "outside"], "outside"),
-    (["datasets", "convert", "nasa-super1", "none.zip", "new"], "none.zip"),
     (["datasets", "convert", "nasa-super1", "empty", "new"], "empty"),
     (["convert-checkpoint", "bad.pth", "x.safetensors"], "bad.pth"),
-    (["convert-checkpoint", "none.pth", "x.safetensors"], "none.pth"),
 ]
 
 
@@ -226,13 +212,19 @@ def test_segment_writes_other_kinds_and_ends_with_a_summary(run: Run, checkpoint
 
 def test_all_kinds_are_named_with_others() -> None:
     every = ["png", "tiff", "ome-tiff", "ome-zarr", "rois", "regions"]
-    assert parse_kinds("all") == every
-    assert parse_kinds("all,confidence") == [*every, "confidence"]
     assert parse_kinds("rois, png") == ["png", "rois"]
     assert SegmentOptions(write=parse_kinds("all"), confidence=True).settings().write == [*every, "confidence"]
     with pytest.raises(UsageError, match="not 'jpg'"):
         parse_kinds("all,jpg")
 
+
+def test_a_figure_that_does_not_exist_is_null_in_json(run: Run, tmp_path: Path) -> None:
+    for folder in ("masks", "labels"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.full((8, 8), 255 if folder == "masks" else 0, np.uint8)).save(tmp_path / folder / "a.png")
+    code, _, err = run("compare", "masks", "labels", "--json", "figures.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)["agreement"] is None
 
 
 def test_an_interrupt_ends_with_one_line_and_segment_says_how_far_it_came(
@@ -252,7 +244,6 @@ def test_an_interrupt_ends_with_one_line_and_segment_says_how_far_it_came(
     monkeypatch.setattr("hpddrnet_trt.accuracy.assess", interrupted)
     code, _, err = run("evaluate", checkpoint, "--data", "outside")
     assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
-
 
 
 def test_inspect_prints_the_description(run: Run, checkpoint: Path) -> None:
@@ -353,15 +344,10 @@ def test_recipes_explain_themselves(
 
 
 def test_catalog_is_listed_and_shown(run: Run) -> None:
-    code, listing, _ = run("datasets", "list")
-    assert code == 0
-    assert "nasa-super1" in listing
-    assert "10.1038/s41524-022-00878-5" in listing
-    code, entry, _ = run("datasets", "list", "nasa-super1")
-    assert code == 0
-    assert "MIT" in entry
-    assert "not fetched" in entry
-
+    for name, words in (([], ("nasa-super1", "10.1038/s41524-022-00878-5")), (["nasa-super1"], ("MIT", "not fetched"))):
+        code, out, _ = run("datasets", "list", *name)
+        assert code == 0
+        assert all(word in out for word in words)
 
 
 def test_a_checkpoint_is_shipped_in_two_files(run: Run, checkpoint: Path, tmp_path: Path) -> None:
@@ -374,17 +360,13 @@ def test_a_checkpoint_is_shipped_in_two_files(run: Run, checkpoint: Path, tmp_pa
 
 def test_reports_of_a_saved_result(run: Run, tmp_path: Path) -> None:
     (saved,) = (REPOSITORY / "benchmarks" / "results").glob("amd-epyc-*.json")
-    code, out, err = run("benchmark", "report", saved, "--output", "again", "--publish", "published")
+    code, out, err = run("benchmark", "report", saved, "-o", "again", "--publish", "published", "--against", saved)
     assert code == 0, err
     assert "end-to-end latency" in out
     assert out.splitlines()[-1] == f"report: {Path('again') / 'report.html'}"
     assert (tmp_path / "again" / "report.html").read_text().startswith("<!")
     assert load_result(tmp_path / "again" / "result.json") == load_result(saved)
     assert {path.suffix for path in (tmp_path / "published").iterdir()} == {".json", ".html"}
-
-    code, out, err = run("benchmark", "report", saved, "--output", "compared", "--against", saved)
-    assert code == 0, err
     changes = out.partition("\nsince ")[2]
     assert "no difference" in changes
-    assert "faster" not in changes
-    assert "slower" not in changes
+    assert not any(word in changes for word in ("faster", "slower"))

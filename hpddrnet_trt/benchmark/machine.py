@@ -88,15 +88,15 @@ def describe_machine() -> Machine:
     psutil = require("psutil", "benchmark", "describe the machine and measure memory")
     busy = psutil.cpu_percent(interval=0.5) / 100
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    cores = usable_cores()
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     return Machine(
         system=f"{platform.system()} {platform.release()} ({platform.machine()})",
         python=platform.python_version(),
         cpu=_cpu_name(),
         cores_physical=psutil.cpu_count(logical=False),
-        cores_usable=cores,
+        cores_usable=os.cpu_count() or 1 if affinity is None else len(affinity),
         memory_gib=round(psutil.virtual_memory().total / (1 << 30), 1),
-        gpus=find_gpus(),
+        gpus=[gpu for gpu, _ in find_gpus()],
         libraries=library_versions(),
         load_average=load,
         busy_share=busy,
@@ -116,26 +116,14 @@ def busy_warnings(share: float, when: str) -> list[str]:
     ]
 
 
-def usable_cores() -> int:
-    """Logical cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def find_gpus() -> list[Gpu]:
-    """NVIDIA GPUs in their driver's order; empty without a driver."""
-    return [gpu for gpu, _ in _gpus()]
-
-
 def device_memory_mib() -> float | None:
     """Memory in use on all NVIDIA GPUs together, by all processes; None without a driver."""
-    used = [mib for _, mib in _gpus()]
+    used = [mib for _, mib in find_gpus()]
     return sum(used) if used else None
 
 
-def _gpus() -> list[tuple[Gpu, float]]:
-    """Each GPU that tells its memory, and how much of it is in use, MiB."""
+def find_gpus() -> list[tuple[Gpu, float]]:
+    """Each NVIDIA GPU that tells its memory, in the driver's order, and how much of it is in use, MiB."""
     nvml, gpus = _nvml(), list[tuple[Gpu, float]]()
     for index in range(0 if nvml is None else nvml.nvmlDeviceGetCount()):
         with suppress(nvml.NVMLError):

@@ -11,11 +11,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
@@ -31,7 +33,7 @@ from hpddrnet_trt.benchmark.result import (
     Shape,
     Timing,
 )
-from hpddrnet_trt.benchmark.timing import FAILURES, Frames, Samples, latency_of, ratio_of_medians, time_interleaved
+from hpddrnet_trt.benchmark.timing import FAILURES, Frames, Loop, Samples, ratio_of_medians, time_interleaved
 from hpddrnet_trt.core.errors import describe, require
 from hpddrnet_trt.core.precisions import PRECISIONS
 from hpddrnet_trt.data.preprocess import network_input
@@ -128,12 +130,13 @@ class Measured:
     def timing(self, label: str, reference: str | None, seed: int) -> Timing:
         """Samples, quantiles and the ratio to the reference's own same measure."""
         seconds, shape = self.samples.seconds[label], self.case.shape
-        latency, warmup = latency_of(seconds), self.samples.warmups.get(label)
+        p50, p95, p99 = (float(value) for value in np.percentile(seconds, [50, 95, 99]))
+        warmup = self.samples.warmups.get(label)
         of_reference = None if reference is None else self.samples.seconds.get(reference)
         return Timing(
             **shape._asdict(), samples_ms=[round(1000 * value, 4) for value in seconds],
-            p50_ms=1000 * latency.p50, p95_ms=1000 * latency.p95, p99_ms=1000 * latency.p99,
-            max_ms=1000 * latency.maximum, images_per_s=shape.batch / latency.p50,
+            p50_ms=1000 * p50, p95_ms=1000 * p95, p99_ms=1000 * p99, max_ms=1000 * max(seconds),
+            images_per_s=shape.batch / p50,
             ratio=None if of_reference is None else ratio_of_medians(of_reference, seconds, paired=True, seed=seed),
             warmup=warmup.runs if warmup else None, steady=warmup.steady if warmup else None,
             joules_per_image=self.joules.get(label),
@@ -173,7 +176,7 @@ class Timer:
         Each engine's round lasts at least :data:`ROUND_S`; there are at most :data:`MOST_ROUNDS`.
         ``gpus``: by label the GPU that an engine computes on, where its energy can be read.
         """
-        runners: dict[str, Callable[[object], object]] = {}
+        runners: dict[str, Callable[[None], object]] = {}
         counts: dict[str, int] = {}
         reasons: dict[str, str] = {}
         for label, engine in engines.items():
@@ -182,7 +185,7 @@ class Timer:
             if isinstance(count, str):
                 reasons[label] = count
             else:
-                counts[label], runners[label] = count, _with_count(many, count)
+                counts[label], runners[label] = count, partial(many, count)
         use = {label: EnergyUse(gpus.get(label)) for label in runners}
         samples = self._rounds("throughput", case, runners, [None], around=use.__getitem__)
         for label, seconds in samples.seconds.items():
@@ -196,17 +199,15 @@ class Timer:
 
     def _rounds(
         self, measure: Measure, case: BenchmarkCase, runners: Mapping[str, Callable[[Any], object]],
-        inputs: Sequence[Any], around: Callable[[str], AbstractContextManager[object]] | None = None,
+        inputs: Sequence[Any], around: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
     ) -> Samples:  # fmt: skip
         plan = self._settings
         settle = measure != "throughput"  # choosing the number of batches has warmed up already
         warmup, rounds = (plan.warmup, plan.rounds) if settle else (0, min(plan.rounds, MOST_ROUNDS))
         title = f"{MEASURES[measure]} {case.shape}"
         with tqdm(total=(rounds + warmup) * len(runners), desc=title, unit="run", disable=self._quiet) as bar:
-            samples = time_interleaved(
-                runners, inputs, rounds=rounds, warmup=warmup, settle=settle, seed=plan.seed,
-                pause_s=plan.pause_ms / 1000, on_step=bar.update, around=around, watch=self._watch,
-            )  # fmt: skip
+            loop = Loop(rounds, warmup, settle, plan.pause_ms / 1000, plan.seed)
+            samples = time_interleaved(runners, inputs, loop, on_step=bar.update, around=around, watch=self._watch)
         if not settle:
             samples.warmups.clear()
         return samples
@@ -235,18 +236,15 @@ def batches_per_round(run: Callable[[int], object], clock: Callable[[], float] =
     return LEAST_BATCHES // 2 if elapsed / count > SLOW_S else count
 
 
-def _round_runner(engine: Engine, frames: Sequence[Frames]) -> Callable[[int], object]:
+def _round_runner(engine: Engine, frames: Sequence[Frames]) -> Callable[..., object]:
+    """Runs so many batches; a second argument is ignored."""
     many = end_to_end_stream(engine)
 
-    def run(count: int) -> None:
+    def run(count: int, _: object = None) -> None:
         for _ in many(itertools.islice(itertools.cycle(frames), count)):
             pass
 
     return run
-
-
-def _with_count(run: Callable[[int], object], count: int) -> Callable[[object], object]:
-    return lambda _: run(count)
 
 
 def _or_reason(make: Callable[..., _Made], *given: Any) -> _Made | str:

@@ -40,7 +40,7 @@ from hpddrnet_trt.benchmark.result import (
     Shape,
     Timing,
 )
-from hpddrnet_trt.benchmark.timing import FAILURES, latency_of
+from hpddrnet_trt.benchmark.timing import FAILURES
 from hpddrnet_trt.core.errors import UsageError, UserError, describe
 from hpddrnet_trt.core.files import existing_file, sha256_of
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest
@@ -331,7 +331,7 @@ class _Run:
 
     def _profile(self, label: str, measured: Measured) -> None:
         one = self.candidates[label]
-        median_s = latency_of(measured.samples.seconds[label]).p50
+        median_s = float(np.median(measured.samples.seconds[label]))
         try:
             groups = layer_groups(self.engines[label], one.entry.path, measured.case, median_s)
         except FAILURES as exc:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,6 @@ from hpddrnet_trt.core.errors import UsageError, UserError, describe
 logger = logging.getLogger(__name__)
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W] grey
-Runner = Callable[[Frames], Any]
 Input = TypeVar("Input")
 # What an engine may raise when it cannot do what it was asked; NotImplementedError is a RuntimeError.
 FAILURES = (UserError, RuntimeError, MemoryError, ValueError)
@@ -37,25 +36,6 @@ MIN_ROUNDS_FOR_INTERVAL = 5  # below this a bootstrap interval of a median says 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 WIDE = 0.2  # an interval wider than this share of its ratio is called wide wherever it is shown
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Quantiles of one engine's latencies, in the unit of the samples (linear interpolation)."""
-
-    p50: float
-    p95: float
-    p99: float
-    maximum: float
-
-
-def latency_of(samples: Sequence[float]) -> Latency:
-    """Quantiles of at least one sample."""
-    if not len(samples):
-        raise UsageError("no latency was measured; run at least one round")
-    values = np.asarray(samples, dtype=np.float64)
-    p50, p95, p99 = (float(value) for value in np.percentile(values, [50, 95, 99]))
-    return Latency(p50, p95, p99, float(values.max()))
 
 
 class Ratio(BaseModel):
@@ -96,12 +76,9 @@ def ratio_of_medians(
     if min(len(first), len(second)) < MIN_ROUNDS_FOR_INTERVAL:
         return Ratio(value=value, paired=paired)
     rng = np.random.default_rng(seed)
-    ratios: list[npt.NDArray[np.float64]] = []
-    for count in _blocks(RESAMPLES, max(len(first), len(second))):
-        picks = rng.integers(0, len(first), (count, len(first)))
-        others = picks if paired else rng.integers(0, len(second), (count, len(second)))
-        ratios.append(np.median(first[picks], axis=1) / np.median(second[others], axis=1))
-    low, high = _central(ratios)
+    picks = rng.integers(0, len(first), (RESAMPLES, len(first)))
+    others = picks if paired else rng.integers(0, len(second), (RESAMPLES, len(second)))
+    low, high = _central(np.median(first[picks], axis=1) / np.median(second[others], axis=1))
     # With few distinct latencies the percentile interval can just miss the estimate itself.
     return Ratio(value=value, low=min(low, value), high=max(high, value), paired=paired)
 
@@ -110,22 +87,13 @@ def median_interval(
     values: npt.NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval (Efron 1979) of the median of ``values``."""
-    rng, size = np.random.default_rng(seed), len(values)
-    return _central(
-        [np.median(values[rng.integers(0, size, (count, size))], axis=1) for count in _blocks(resamples, size)]
-    )
+    picks = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    return _central(np.median(values[picks], axis=1))
 
 
-def _blocks(resamples: int, size: int) -> list[int]:
-    """How many resamples of ``size`` values to draw at a time: bounds the memory of many rounds."""
-    block = max(1, 1_000_000 // size)
-    return [min(block, resamples - start) for start in range(0, resamples, block)]
-
-
-def _central(blocks: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
+def _central(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     """The interval that holds :data:`CONFIDENCE` of the values."""
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(np.concatenate(blocks), [tail, 100 - tail])
+    low, high = np.percentile(values, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     return float(low), float(high)
 
 
@@ -168,44 +136,80 @@ class Samples:
         return max((len(values) for values in self.seconds.values()), default=0)
 
 
+@dataclass(frozen=True)
+class Loop:
+    """How runners are timed.
+
+    Warm-up is at least ``warmup`` runs of each and, with ``settle``, as many more as it takes until times are steady
+    (:data:`STEADY_SHARE`), at most :data:`MAX_WARMUP` runs or :data:`MAX_WARMUP_S` more seconds. ``pause_s`` is slept
+    before each timed call: thread pools of the engine that ran before keep spinning for a moment and would be
+    charged to the next one. ``seed``: of the order in each round.
+    """
+
+    rounds: int
+    warmup: int
+    settle: bool = True
+    pause_s: float = 0.0
+    seed: int = 0
+
+
 def time_interleaved(
     runners: Mapping[str, Callable[[Input], object]],
     inputs: Sequence[Input],
+    loop: Loop,
     *,
-    rounds: int,
-    warmup: int,
-    settle: bool = True,
-    seed: int = 0,
-    pause_s: float = 0.0,
     on_step: Callable[[], object] = lambda: None,
-    around: Callable[[str], AbstractContextManager[object]] | None = None,
+    around: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
     watch: AbstractContextManager[object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
     """Warm every runner up, then run each once per round on the same input, in turn.
 
-    Warm-up is at least ``warmup`` runs and, with ``settle``, as many more as it takes until times are
-    steady (:data:`STEADY_SHARE`), at most :data:`MAX_WARMUP` runs or :data:`MAX_WARMUP_S` more seconds.
-    ``pause_s`` is slept before each timed call: thread pools of the engine that ran before keep
-    spinning for a moment and would be charged to the next one. ``on_step`` is called after each timed
-    call and each of the first ``warmup`` runs. ``around(label)`` is entered before the clock starts for
-    a timed call and left after it stopped; ``watch`` is entered around all rounds.
+    ``on_step`` is called after each timed call and each of the first ``warmup`` runs. ``around(label)`` is entered
+    before the clock starts for a timed call and left after it stopped; ``watch`` is entered around all rounds.
 
     A runner that raises leaves the comparison, its reason is kept. Ctrl-C ends the loop; the finished
     rounds stay, the unfinished one is dropped.
     """
     samples = Samples({label: [] for label in runners})
+
+    def step(label: str, given: Input) -> float | None:
+        """Seconds of one call, or None when this runner fails or has failed."""
+        if label in samples.failures:
+            return None
+        start = clock()
+        try:
+            runners[label](given)
+        except FAILURES as exc:
+            # One engine's failure is a row of the report; the others go on.
+            logger.warning("%s failed while being timed: %s", label, exc)
+            samples.failures[label] = describe(exc)
+            return None
+        return clock() - start
+
+    def warm_up(label: str) -> None:
+        times: list[float] = []
+        start = clock()
+        while len(times) < loop.warmup or (loop.settle and not _enough(times, clock() - start)):
+            elapsed = step(label, inputs[len(times) % len(inputs)])
+            if elapsed is None:
+                return
+            times.append(elapsed)
+            if len(times) <= loop.warmup:
+                on_step()
+                start = clock()
+        samples.warmups[label] = WarmUp(len(times), is_steady(times))
+
     try:
         for label in runners:
-            _warm_up(samples, runners, label, inputs, warmup, settle, clock, on_step)
+            warm_up(label)
         with watch or nullcontext():
-            for number, order in enumerate(round_orders(len(runners), rounds, seed)):
+            for number, order in enumerate(round_orders(len(runners), loop.rounds, loop.seed)):
                 labels, done = list(runners), dict[str, float]()
-                for index in order:
-                    label = labels[index]
-                    time.sleep(pause_s)
-                    with around(label) if around is not None else nullcontext():
-                        elapsed = _step(samples, runners, label, inputs[number % len(inputs)], clock)
+                for label in (labels[index] for index in order):
+                    time.sleep(loop.pause_s)
+                    with around(label):
+                        elapsed = step(label, inputs[number % len(inputs)])
                     if elapsed is not None:
                         done[label] = elapsed
                     on_step()
@@ -216,29 +220,6 @@ def time_interleaved(
     for label in samples.failures:
         samples.seconds.pop(label, None)
     return samples
-
-
-def _warm_up(
-    samples: Samples,
-    runners: Mapping[str, Callable[[Input], object]],
-    label: str,
-    inputs: Sequence[Input],
-    minimum: int,
-    settle: bool,
-    clock: Callable[[], float],
-    on_step: Callable[[], object],
-) -> None:
-    times: list[float] = []
-    start = clock()
-    while len(times) < minimum or (settle and not _enough(times, clock() - start)):
-        elapsed = _step(samples, runners, label, inputs[len(times) % len(inputs)], clock)
-        if elapsed is None:
-            return
-        times.append(elapsed)
-        if len(times) <= minimum:
-            on_step()
-            start = clock()
-    samples.warmups[label] = WarmUp(len(times), is_steady(times))
 
 
 def _enough(times: Sequence[float], seconds: float) -> bool:
@@ -252,24 +233,3 @@ def is_steady(times: Sequence[float]) -> bool | None:
     last = float(np.median(times[-STEADY_RUNS:]))
     before = float(np.median(times[-2 * STEADY_RUNS : -STEADY_RUNS]))
     return abs(last - before) <= STEADY_SHARE * before
-
-
-def _step(
-    samples: Samples,
-    runners: Mapping[str, Callable[[Input], object]],
-    label: str,
-    given: Input,
-    clock: Callable[[], float],
-) -> float | None:
-    """Seconds of one call, or None when this runner fails or has failed."""
-    if label in samples.failures:
-        return None
-    start = clock()
-    try:
-        runners[label](given)
-    except FAILURES as exc:
-        # One engine's failure is a row of the report; the others go on.
-        logger.warning("%s failed while being timed: %s", label, exc)
-        samples.failures[label] = describe(exc)
-        return None
-    return clock() - start

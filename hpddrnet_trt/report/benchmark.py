@@ -62,7 +62,7 @@ def write_report(result: BenchmarkResult, folder: str | Path) -> ReportFiles:
     json_file = write_text(folder / "result.json", result.to_json())
     csv_file = write_text(folder / "result.csv", to_csv(result))
     drawn = draw_figures(result)
-    html = write_text(folder / "report.html", _page(result, drawn))
+    html = write_text(folder / "report.html", render_html(result, drawn))
     figures = tuple(write_bytes(folder / FIGURES / f"{one.name}.png", png(one.figure)) for one in drawn)
     return ReportFiles(html, json_file, csv_file, figures)
 
@@ -77,12 +77,8 @@ def publish_report(files: ReportFiles, result: BenchmarkResult, folder: str | Pa
     return write_bytes(Path(folder) / f"{stem}.html", files.html.read_bytes())
 
 
-def render_html(result: BenchmarkResult) -> str:
-    """The page as text."""
-    return _page(result, draw_figures(result))
-
-
-def _page(result: BenchmarkResult, drawn: Sequence[Drawn]) -> str:
+def render_html(result: BenchmarkResult, drawn: Sequence[Drawn]) -> str:
+    """The page as text, with its figures."""
     sections: dict[str, list[tuple[str, str, bool]]] = {SPEED: []}
     for one in drawn:
         wide = one.figure.get_figwidth() > WIDTH

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpddrnet_trt.accuracy.acceptance import WHAT, AcceptanceCheck, Budget, find_reference, reference_for
+from hpddrnet_trt.accuracy.acceptance import WHAT, AcceptanceCheck, Budget, reference_for
 from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, MixedPrecisionRecord, read_manifest, sidecar_path
@@ -110,16 +110,24 @@ def test_the_engine_itself_is_judged_where_it_runs(
     assert seen == [(".engine", "int8", True)]
 
 
-def test_the_reference_is_the_fp32_file_of_the_same_checkpoint(write: Write, tmp_path: Path, fp32: Path) -> None:
+def test_the_reference_is_the_fp32_file_of_the_same_checkpoint(
+    write: Write, tmp_path: Path, fp32: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = write("model.int8.onnx", 8.0)
-    model, manifest = load_model(fp32)
+    described, (model, manifest) = read_manifest(source), load_model(fp32)
     save_model(model, tmp_path / "a-other.onnx", manifest.replace(checkpoint_sha256="of another checkpoint"))
     (tmp_path / "b-foreign.onnx").write_bytes(b"not ours")
-    assert find_reference(source, read_manifest(source)) == tmp_path / "model.onnx"
-    assert find_reference(tmp_path / "model.onnx", manifest) == tmp_path / "model.onnx"
+    for given in (source, tmp_path / "model.onnx"):
+        assert reference_for(None, given, described) == tmp_path / "model.onnx"
     (tmp_path / "model.onnx").unlink()
     with pytest.raises(UsageError, match="--reference"):
-        find_reference(source, read_manifest(source))
+        reference_for(None, source, described)
+    with pytest.raises(UsageError, match=r"the reference .*model\.int8\.onnx is INT8"):
+        reference_for(source, fp32, manifest)
+    assert reference_for(fp32, source, described) == fp32
+    assert not caplog.records
+    assert reference_for(fp32, source, described.replace(checkpoint_sha256="another")) == fp32
+    assert "is of another checkpoint" in caplog.text
 
 
 def test_what_the_gate_needs_is_checked_before_building(
@@ -136,17 +144,6 @@ def test_what_the_gate_needs_is_checked_before_building(
             build_verified(fp32, target, precision="fp16", acceptance=acceptance)
     with pytest.raises(UsageError, match="--precision auto needs a budget"):
         build_verified(fp32, target, precision="auto", acceptance=None)
-
-
-def test_the_reference_is_fp32(write: Write, fp32: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    int8 = write("model.int8.onnx", 8.0)
-    with pytest.raises(UsageError, match=r"the reference .*model\.int8\.onnx is INT8"):
-        reference_for(int8, fp32, read_manifest(fp32))
-    assert reference_for(fp32, int8, read_manifest(int8)) == fp32
-    assert not caplog.records
-    manifest = read_manifest(int8).replace(checkpoint_sha256="another")
-    assert reference_for(fp32, int8, manifest) == fp32
-    assert "is of another checkpoint" in caplog.text
 
 
 @needs_rtx
@@ -170,41 +167,29 @@ def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_pa
     assert "choose-precision" not in str(refused.value)
 
 
-def test_budgets() -> None:
-    """What is over the limits is told; a better candidate keeps any budget, and NaN none."""
+@pytest.mark.parametrize(
+    ("budget", "inside", "beyond"),
+    [
+        (Budget(max_miou_drop=1.0), 0.009, 0.011),
+        (Budget(min_agreement=0.95), 0.049, 0.051),
+        (Budget(max_miou_drop=0), -0.01, 0.0001),  # a better candidate keeps any budget
+        (Budget(max_miou_drop=100), 1.0, float("nan")),
+        (Budget(min_agreement=0), 1.0, float("nan")),
+    ],
+)
+def test_a_budget_ends_where_it_says(budget: Budget, inside: float, beyond: float) -> None:
+    assert budget.kept_by(accuracy(inside))
+    assert not budget.kept_by(accuracy(beyond))
+    assert len(budget.breaches(accuracy(beyond))) == 1
+
+
+def test_budgets_in_words_and_senseless_ones() -> None:
     budget = Budget(max_miou_drop=0.3, min_agreement=0.995)
-    assert budget.kept_by(accuracy(0.002))
-    over = budget.breaches(accuracy(0.01))
-    assert over == [
+    assert budget.breaches(accuracy(0.01)) == [
         "masked mIoU falls by 1.00 points, 0.3 are allowed",
         "labels are equal on 99.00 % of the pixels, 99.5 % are needed",
     ]
     assert str(budget) == "at most 0.3 points of masked mIoU lost and labels equal on at least 99.5 % of the pixels"
-
-    assert Budget(max_miou_drop=0).kept_by(accuracy(-0.01))
-    assert not Budget(max_miou_drop=100).kept_by(accuracy(float("nan")))
-    assert not Budget(min_agreement=0).kept_by(accuracy(float("nan")))
-
-
-@pytest.mark.parametrize(
-    ("limits", "words"),
-    [
-        ({}, "needs a limit"),
-        ({"max_miou_drop": -1.0}, "between 0 and 100, got -1"),
-        ({"min_agreement": 99.0}, "between 0 and 1, got 99"),
-    ],
-)
-def test_senseless_budgets(limits: dict[str, float], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        Budget(**limits)
-
-
-@pytest.mark.parametrize(
-    ("budget", "inside", "beyond"),
-    [(Budget(max_miou_drop=1.0), 0.009, 0.011), (Budget(min_agreement=0.95), 0.049, 0.051)],
-)
-def test_a_budget_ends_where_it_says(budget: Budget, inside: float, beyond: float) -> None:
-    assert budget.kept_by(accuracy(inside))
-    assert budget.breaches(accuracy(inside)) == []
-    assert not budget.kept_by(accuracy(beyond))
-    assert len(budget.breaches(accuracy(beyond))) == 1
+    for drop, agreement, words in ((None, None, "needs a limit"), (-1, None, "0 and 100"), (None, 99, "0 and 1")):
+        with pytest.raises(UsageError, match=words):
+            Budget(drop, agreement)

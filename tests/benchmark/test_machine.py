@@ -39,6 +39,11 @@ def test_the_description_is_complete_and_a_busy_machine_gives_a_warning() -> Non
     assert 0 <= found.busy_share <= 1
     assert busy_warnings(0.05, "while timing") == []
     assert "60% of the processor while timing" in busy_warnings(0.6, "while timing")[0]
+    meter, total = CpuMeter(), 0
+    while meter._own_seconds() - meter._own < 0.3:
+        total += sum(range(1000))
+    assert total
+    assert 0 <= meter.others() <= 1  # what this process does not use
 
 
 def test_peak_memory_is_this_process_only() -> None:
@@ -52,15 +57,6 @@ def test_peak_memory_is_this_process_only() -> None:
     assert resident <= peak < resident + 40
     resident = resident_memory_mib()
     assert peak_memory_mib() >= resident > block.nbytes >> 20
-
-
-def test_others_are_what_this_process_is_not() -> None:
-    meter = CpuMeter()
-    total = 0
-    while meter._own_seconds() - meter._own < 0.3:
-        total += sum(range(1000))
-    assert total
-    assert 0 <= meter.others() <= 1
 
 
 class FakeNvmlError(Exception):
@@ -153,7 +149,7 @@ def test_the_gpu_is_the_first_one_that_engines_see(nvml: FakeNvml, monkeypatch: 
 
 
 def test_gpus_are_what_the_driver_says(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [(gpu.name, gpu.driver, gpu.memory_mib) for gpu in find_gpus()]
+    found = [(gpu.name, gpu.driver, gpu.memory_mib) for gpu, _ in find_gpus()]
     assert found == 2 * [("NVIDIA Stand-in", "580.10", 23034)]
     assert device_memory_mib() == 2 * 812
     nvml.supported = False
@@ -202,17 +198,12 @@ def test_the_watch_looks_from_its_own_thread_only_while_entered(nvml: FakeNvml) 
 
 def test_energy_is_that_between_entering_and_leaving(nvml: FakeNvml) -> None:
     use = EnergyUse(GpuSensor.open())
-    for _ in range(3):
+    for supported, joules in ((True, 1.5), (True, 3.0), (False, None), (True, None)):
+        nvml.supported = supported
         with use:
             pass
-    assert use.joules == pytest.approx(3 * 1.5)  # the stand-in uses 1.5 J from one reading to the next
-    nvml.supported = False
-    with use:
-        pass
-    nvml.supported = True
-    with use:
-        pass
-    assert use.joules is None  # a part is missing: no figure is better than one that is too small
+        # The stand-in uses 1.5 J between two readings; no figure is better than one of which a part is missing.
+        assert use.joules == joules
     nothing = EnergyUse(None)
     with nothing:
         pass

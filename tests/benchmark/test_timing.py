@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hpddrnet_trt.benchmark.timing import (
     MAX_WARMUP,
     MAX_WARMUP_S,
+    Loop,
     Ratio,
     WarmUp,
     is_steady,
-    latency_of,
     ratio_of_medians,
     round_orders,
     time_interleaved,
@@ -28,13 +28,6 @@ from hpddrnet_trt.core.errors import ContractError, UsageError
 
 FRAMES = [np.full((1, 8, 8), value, dtype=np.uint8) for value in (10, 20, 30)]
 latencies = st.lists(st.floats(0.001, 1000), min_size=1, max_size=60)
-
-
-@given(latencies)
-def test_quantiles_are_those_of_numpy(samples: list[float]) -> None:
-    found = latency_of(samples)
-    assert [found.p50, found.p95, found.p99] == pytest.approx(np.quantile(samples, [0.5, 0.95, 0.99]))
-    assert found.maximum == max(samples)
 
 
 @settings(max_examples=25, deadline=None)
@@ -70,8 +63,6 @@ def ends(ratio: Ratio) -> tuple[float, float]:
 
 
 def test_what_was_not_measured_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least one round"):
-        latency_of([])
     for first, second, paired in (([1.0, 2.0], [1.0], True), ([1.0], [], False), ([], [1.0], False)):
         with pytest.raises(UsageError, match="one latency per round"):
             ratio_of_medians(first, second, paired=paired)
@@ -134,7 +125,7 @@ def test_in_each_round_everybody_runs_once_on_the_same_frame() -> None:
     log: list[tuple[str, int]] = []
     steps: list[int] = []
     runners = {name: Recorder(name, log) for name in "abc"}
-    samples = time_interleaved(runners, FRAMES, rounds=7, warmup=2, on_step=lambda: steps.append(1))
+    samples = time_interleaved(runners, FRAMES, Loop(7, 2), on_step=lambda: steps.append(1))
     timed = log[-7 * 3 :]
     for number in range(7):
         names, frames = zip(*timed[3 * number : 3 * number + 3], strict=True)
@@ -149,7 +140,7 @@ def test_in_each_round_everybody_runs_once_on_the_same_frame() -> None:
 def test_one_failure_does_not_stop_the_others() -> None:
     log: list[tuple[str, int]] = []
     runners = {"good": Recorder("good", log), "bad": Recorder("bad", log, fail_at=4)}
-    samples = time_interleaved(runners, FRAMES, rounds=6, warmup=1, settle=False)
+    samples = time_interleaved(runners, FRAMES, Loop(6, 1, settle=False))
     assert samples.failures == {"bad": "the engine gave up"}
     assert {label: len(values) for label, values in samples.seconds.items()} == {"good": 6}
     assert runners["bad"].calls == 4
@@ -163,7 +154,7 @@ def test_an_interrupt_keeps_the_finished_rounds_only() -> None:
         if sum(name == "b" for name, _ in log) == 4:  # one warm-up, two rounds, then Ctrl-C
             raise KeyboardInterrupt
 
-    samples = time_interleaved({"a": Recorder("a", log), "b": interrupted}, FRAMES, rounds=9, warmup=1, settle=False)
+    samples = time_interleaved({"a": Recorder("a", log), "b": interrupted}, FRAMES, Loop(9, 1, settle=False))
     assert samples.interrupted
     assert {label: len(values) for label, values in samples.seconds.items()} == {"a": 2, "b": 2}
 
@@ -198,7 +189,7 @@ def test_an_engine_against_itself_is_a_ratio_of_one() -> None:
         machine = Simulated()
         seconds = noisy_engine(np.random.default_rng(trial))
         runners = {name: machine.runner(seconds) for name in ("one", "other")}
-        samples = time_interleaved(runners, [None], rounds=30, warmup=3, seed=trial, clock=machine.clock)
+        samples = time_interleaved(runners, [None], Loop(30, 3, seed=trial), clock=machine.clock)
         found = ratio_of_medians(samples.seconds["one"], samples.seconds["other"], seed=trial)
         low, high = ends(found)
         inside += low <= 1 <= high
@@ -209,7 +200,7 @@ def test_an_engine_against_itself_is_a_ratio_of_one() -> None:
 def test_warm_up_goes_on_until_times_are_steady() -> None:
     machine = Simulated()
     runner = machine.runner(lambda call: 0.01 * (1 + 5 * 0.7**call))
-    samples = time_interleaved({"a": runner}, [None], rounds=3, warmup=2, clock=machine.clock)
+    samples = time_interleaved({"a": runner}, [None], Loop(3, 2), clock=machine.clock)
     warm = samples.warmups["a"]
     assert warm.steady
     assert 10 < warm.runs < 30
@@ -220,16 +211,16 @@ def test_warm_up_goes_on_until_times_are_steady() -> None:
 def test_warm_up_ends_where_times_never_are_steady() -> None:
     machine = Simulated()
     growing = time_interleaved(
-        {"a": machine.runner(lambda call: 0.001 * 1.1**call)}, [None], rounds=1, warmup=2, clock=machine.clock
+        {"a": machine.runner(lambda call: 0.001 * 1.1**call)}, [None], Loop(1, 2), clock=machine.clock
     )
     assert growing.warmups["a"] == WarmUp(MAX_WARMUP, False)
     # A first run that compiles for a minute does not use up the time for warming up; a slow engine does.
     slow = time_interleaved(
-        {"a": machine.runner(lambda call: 2.5 if call else 60.0)}, [None], rounds=1, warmup=1, clock=machine.clock
+        {"a": machine.runner(lambda call: 2.5 if call else 60.0)}, [None], Loop(1, 1), clock=machine.clock
     )
     assert slow.warmups["a"] == WarmUp(1 + math.ceil(MAX_WARMUP_S / 2.5), None)
     many = time_interleaved(
-        {"a": machine.runner(lambda call: 1.0)}, [None], rounds=1, warmup=80, clock=machine.clock, settle=False
+        {"a": machine.runner(lambda call: 1.0)}, [None], Loop(1, 80, settle=False), clock=machine.clock
     )
     assert many.warmups["a"] == WarmUp(80, True)
 
@@ -246,7 +237,7 @@ def test_only_rounds_are_watched_and_only_timed_calls_have_something_around() ->
     machine = Simulated()
     run = machine.runner(lambda call: 1.0)
     time_interleaved(
-        {"a": lambda given: log.append("a"), "b": run}, [None], rounds=2, warmup=1, settle=False, clock=machine.clock,
+        {"a": lambda given: log.append("a"), "b": run}, [None], Loop(2, 1, settle=False), clock=machine.clock,
         around=noting, watch=noting("watch"),
     )  # fmt: skip
     assert log[:2] == ["a", "+watch"]

@@ -17,6 +17,10 @@ from tests.benchmark import constructed
 from tests.report.pages import Page
 
 
+def page_of(result: BenchmarkResult) -> str:
+    return render_html(result, draw_figures(result))
+
+
 def test_the_page_holds_everything_and_loads_nothing(measured: BenchmarkResult, tmp_path: Path) -> None:
     files = write_report(measured, tmp_path / "report")
     page = Page(files.html.read_text(encoding="utf-8"))
@@ -43,7 +47,7 @@ def test_the_page_holds_everything_and_loads_nothing(measured: BenchmarkResult, 
 
 def test_everything_that_was_measured_is_on_the_page() -> None:
     made = constructed.result()
-    words = Page(render_html(made)).text
+    words = Page(page_of(made)).text
     for said in (
         "TensorRT FP16: 432×", "the speed of PyTorch FP32 at 1024×1024",  # the finding
         "The driver does not report energy.",
@@ -65,7 +69,7 @@ def test_a_weak_measurement_is_said_in_the_headline() -> None:
     slow = made.model_copy(update={"gpu_states": [state], "busy_share": 0.5})
     assert headline(slow).endswith("Measured on a busy machine and on a GPU that slowed itself down: do not quote.")
     assert "do not quote" not in headline(made)
-    assert "slowed down: SW thermal slowdown" in Page(render_html(slow)).text
+    assert "slowed down: SW thermal slowdown" in Page(page_of(slow)).text
 
 
 def test_speed_without_accuracy_is_not_the_finding() -> None:
@@ -86,7 +90,7 @@ def test_only_what_was_measured_is_explained() -> None:
 
 def test_a_report_made_again_from_json_is_the_same_page(tmp_path: Path) -> None:
     files = write_report(constructed.result(constructed.KINDS[:1]), tmp_path)
-    assert render_html(load_result(files.json)) == files.html.read_text(encoding="utf-8")
+    assert page_of(load_result(files.json)) == files.html.read_text(encoding="utf-8")
 
 
 def test_pictures_show_the_labels_and_names_are_escaped(measured: BenchmarkResult) -> None:
@@ -96,7 +100,7 @@ def test_pictures_show_the_labels_and_names_are_escaped(measured: BenchmarkResul
     assert (labels.shape, picture.part) == ((40, 56), "whole image, 40x56")
     assert labels.max() <= 2
     rows = [measured.rows[0].model_copy(update={"label": "<b>bold</b>"}), *measured.rows[1:]]
-    text = render_html(measured.model_copy(update={"rows": rows}))
+    text = page_of(measured.model_copy(update={"rows": rows}))
     assert "<b>bold" not in text
     assert "&lt;b&gt;bold" in text
 
@@ -108,7 +112,7 @@ def test_little_still_makes_a_page(measured: BenchmarkResult, tmp_path: Path) ->
     assert "0 of 2 entries ran" in Page(files.html.read_text(encoding="utf-8")).text
     assert "lonely: built, not run" in format_table(empty)
     rows = [row.model_copy(update={"accuracy": None}) for row in measured.rows]
-    Page(render_html(measured.model_copy(update={"rows": rows, "pictures": []}))).assert_complete_in_itself()
+    Page(page_of(measured.model_copy(update={"rows": rows, "pictures": []}))).assert_complete_in_itself()
 
 
 def test_published_report_is_named_after_device_and_day(measured: BenchmarkResult, tmp_path: Path) -> None:
