@@ -338,7 +338,10 @@ def draw_contact_sheet(
     Label values outside ``classes`` are magenta, ignored pixels (255) stay grey. Samples must be
     readable and of matching size.
     """
-    chosen = {name: _evenly(samples, _PER_SPLIT) for name, samples in splits.items() if samples}
+    chosen = {
+        name: [samples[round(place)] for place in np.linspace(0, len(samples) - 1, min(len(samples), _PER_SPLIT))]
+        for name, samples in splits.items() if samples
+    }  # fmt: skip
     width = _GAP + _PAIRS_PER_ROW * (2 * _TILE + 2 * _GAP)
     heading, text, small = (ImageFont.load_default(size) for size in (22, 16, 12))
     legend_rows = _legend_layout(classes, text, width)
@@ -396,12 +399,6 @@ def _fit(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     return np.asarray(cv2.resize(picture, size, interpolation=way), dtype=np.uint8)
-
-
-def _evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
-    if len(samples) <= count:
-        return list(samples)
-    return [samples[round(place * (len(samples) - 1) / (count - 1))] for place in range(count)]
 
 
 def _legend_layout(

@@ -239,21 +239,21 @@ class FolderDataset:
                     digest.update(f"{split}\n{kind}\n{sample.name}\n{sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
-    def statistics(self, split: str, *, progress: bool = False) -> SplitStatistics:
+    def statistics(self, split: str) -> SplitStatistics:
         """Grey mean and standard deviation and class fractions of one split; reads every file."""
         grey_levels = np.zeros(256, dtype=np.int64)
         labels = np.zeros(256, dtype=np.int64)
         samples = self.split(split)
-        for sample in tqdm(samples, desc=f"statistics of {split}", unit="image", disable=not progress):
+        for sample in samples:
             grey, mask = self.load(sample)
             grey_levels += np.bincount(grey.ravel(), minlength=256)
             labels += np.bincount(mask.ravel(), minlength=256)
         return summarise(len(samples), grey_levels, labels, len(self.classes))
 
-    def training_statistics(self, split: str = "train", *, progress: bool = False) -> SplitStatistics:
+    def training_statistics(self, split: str = "train") -> SplitStatistics:
         """:meth:`statistics`, with a :class:`BadInputFile` when there is nothing to learn:
         fewer than two classes occur, or no pixel is labelled."""
-        statistics = self.statistics(split, progress=progress)
+        statistics = self.statistics(split)
         lack = nothing_to_learn(self.classes, statistics.class_fractions)
         if lack is not None:
             raise BadInputFile(f"the split {split!r} of dataset {self.root} holds {lack}")
