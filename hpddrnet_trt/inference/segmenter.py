@@ -134,16 +134,16 @@ class Segmenter:
 
         Raises :class:`ContractError` for any other array, an empty one, or one with NaN.
         """
-        pixels = _pixels(image)
-        if on_gpu(pixels):
-            result = self._segment_on_device(pixels, image, out, stream)
+        micrograph = _micrograph(image)
+        if on_gpu(micrograph.pixels):
+            result = self._segment_on_device(micrograph, out, stream)
         elif stream is not None:
             raise UsageError("stream goes with an image on a GPU, and this one is in the host's memory; leave it out")
         else:
-            frame = to_frame(pixels, self._contract.channels, self.window)
+            frame = to_frame(micrograph.pixels, self._contract.channels, self.window)
             if out is not None:
                 check_out(out, frame.pixels.shape[:2], frame.pixels)
-            result = self._segment_frame(frame, image, out, progress)
+            result = self._segment_frame(frame, micrograph, out, progress)
         if progress is not None and result.tiling is None:
             progress(1, 1)
         return result
@@ -152,21 +152,21 @@ class Segmenter:
         """Segment several images, equally sized whole ones together; results in the order given."""
         results: dict[int, Segmentation] = {}
         waiting: dict[int, Frame] = {}
-        for index, image in enumerate(images):
-            pixels = _pixels(image)
-            if on_gpu(pixels):
-                results[index] = self._segment_on_device(pixels, image, None, None)
+        micrographs = [_micrograph(image) for image in images]
+        for index, micrograph in enumerate(micrographs):
+            if on_gpu(micrograph.pixels):
+                results[index] = self._segment_on_device(micrograph, None, None)
             else:
-                waiting[index] = to_frame(pixels, self._contract.channels, self.window)
+                waiting[index] = to_frame(micrograph.pixels, self._contract.channels, self.window)
         for indices in _groups(waiting, self.batch_size):
             frames = [waiting[index].pixels for index in indices]
             if len(frames) == 1 or plan_for(self._inference, self.tile, *frames[0].shape[:2]) is not None:
                 for index in indices:
-                    results[index] = self._segment_frame(waiting[index], images[index], None, None)
+                    results[index] = self._segment_frame(waiting[index], micrographs[index], None, None)
             else:
                 outputs = self._inference.labels(frames, self.confidence)
                 for index, output in zip(indices, outputs, strict=True):
-                    results[index] = self._result(output, waiting[index].window, images[index])
+                    results[index] = self._result(output, waiting[index].window, micrographs[index])
         return [results[index] for index in range(len(images))]
 
     def class_scores(self, image: Image, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
@@ -181,7 +181,7 @@ class Segmenter:
         inference = self._with_scores()
         if not inference.gives_logits:
             raise ContractError(f"model {self.manifest.name!r} gives labels only; export it with logits output")
-        pixels = to_frame(_pixels(image), self._contract.channels, self.window).pixels
+        pixels = to_frame(_micrograph(image).pixels, self._contract.channels, self.window).pixels
         plan = plan_for(inference, self.tile, *pixels.shape[:2])
         if plan is None:
             return inference.probabilities([pixels])[0]
@@ -204,17 +204,17 @@ class Segmenter:
     # -- parts -----------------------------------------------------------------------------------
 
     def _segment_frame(
-        self, frame: Frame, image: Image, out: npt.NDArray[np.uint8] | None, progress: Progress | None
+        self, frame: Frame, micrograph: Micrograph, out: npt.NDArray[np.uint8] | None, progress: Progress | None
     ) -> Segmentation:
         shape = frame.pixels.shape[:2]
         plan = plan_for(self._inference, self.tile, *shape)
         if plan is None:
             (output,) = self._inference.labels([frame.pixels], self.confidence, out)
-            return self._result(output, frame.window, image)
+            return self._result(output, frame.window, micrograph)
         labels = np.empty(shape, dtype=np.uint8) if out is None else out
         confidence = np.empty(shape, dtype=np.float32) if self.confidence else None
         report = segment_tiled(self._with_scores(), frame.pixels, plan, labels, confidence, progress)
-        return self._result(InferenceOutput(labels, confidence=confidence), frame.window, image, report)
+        return self._result(InferenceOutput(labels, confidence=confidence), frame.window, micrograph, report)
 
     def _with_scores(self) -> Inference:
         """The model with class scores, where it has them."""
@@ -224,10 +224,10 @@ class Segmenter:
         return self._inference if engine is None else Inference(engine, self.mode, self.resize)
 
     def _segment_on_device(
-        self, pixels: Any, image: Image, out: npt.NDArray[np.uint8] | None, stream: Any
+        self, micrograph: Micrograph, out: npt.NDArray[np.uint8] | None, stream: Any
     ) -> Segmentation:
         """An image that is on the engine's GPU already and fits the model as it is."""
-        kind = type(pixels).__name__
+        kind = type(micrograph.pixels).__name__
         if not hasattr(self.engine, "infer_device"):
             raise ContractError(
                 f"the image is a {kind} on a GPU, which {self._runtime} does not read; copy it to the host first"
@@ -237,18 +237,20 @@ class Segmenter:
                 f"the image is a {kind} on a GPU, where it runs as it is: without mode, resize and window; "
                 "copy it to the host for those"
             )
-        batch, shape = device_batch(pixels)
+        batch, shape = device_batch(micrograph.pixels)
         check_shape((1, 1, *shape), self._contract)
         if out is not None:
             check_out(out, shape, None)
-        return self._result(
-            self._inference.labels_on_device(batch, self.confidence, out, stream), (0.0, 255.0), image
-        )
+        output = self._inference.labels_on_device(batch, self.confidence, out, stream)
+        return self._result(output, (0.0, 255.0), micrograph)
 
     def _result(
-        self, output: InferenceOutput, window: tuple[float, float], image: Image, tiling: TilingReport | None = None
+        self,
+        output: InferenceOutput,
+        window: tuple[float, float],
+        micrograph: Micrograph,
+        tiling: TilingReport | None = None,
     ) -> Segmentation:
-        origin = image if isinstance(image, Micrograph) else None
         provenance = Provenance(
             model=self.manifest.name,
             model_sha256=self.model_sha256,
@@ -265,8 +267,8 @@ class Segmenter:
             manifest=self.manifest,
             confidence=output.confidence,
             window=window,
-            pixel_size_m=None if origin is None else origin.pixel_size_m,
-            source=None if origin is None else origin.source,
+            pixel_size_m=micrograph.pixel_size_m,
+            source=micrograph.source,
             provenance=provenance,
             tiling=tiling,
         )
@@ -317,8 +319,8 @@ def load_segmenter(
         raise
 
 
-def _pixels(image: Image) -> Any:
-    return image.pixels if isinstance(image, Micrograph) else image
+def _micrograph(image: Any) -> Micrograph:
+    return image if isinstance(image, Micrograph) else Micrograph(image)
 
 
 def _groups(frames: Mapping[int, Frame], size: int) -> Iterator[list[int]]:

@@ -18,8 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import UsageError
-
 # Neighbours share at least a quarter of a tile's edge, as in MONAI's sliding window inference
 # (https://monai.readthedocs.io/en/stable/inferers.html); more costs time with the square.
 OVERLAP = 4
@@ -80,30 +78,22 @@ class TilePlan:
         return TilingReport(self.tile, self.overlap, self.tiles, method, seams.disagreement)
 
 
-def plan_tiles(height: int, width: int, tile: tuple[int, int], overlap: int | None = None) -> TilePlan:
-    """As few tiles of ``tile`` = (height, width) as cover the image with at least ``overlap`` pixels in common.
+def plan_tiles(height: int, width: int, tile: tuple[int, int]) -> TilePlan:
+    """As few tiles of ``tile`` = (height, width), at least 4 pixels each, as cover the image.
 
-    They are spread evenly: the first begins at the image's border, the last ends at the other. In a direction
-    in which the image is not larger than a tile there is one, of the image's size. ``overlap`` is by default
-    a quarter of the tile's shorter edge, and at most half of it.
-
-    Raises :class:`UsageError` for sizes that make no plan.
+    Neighbours share at least a quarter of the tile's shorter edge. They are spread evenly: the first begins at the
+    image's border, the last ends at the other. In a direction in which the image is not larger than a tile there is
+    one, of the image's size.
     """
-    if min(height, width, *tile) < 1:
-        raise UsageError(f"an image of {height}x{width} cannot be cut into tiles of {tile[0]}x{tile[1]} pixels")
-    overlap = max(2, min(tile) // OVERLAP) if overlap is None else overlap
+    overlap = max(2, min(tile) // OVERLAP)
     rows, columns = _starts(height, tile[0], overlap), _starts(width, tile[1], overlap)
-    if len(rows) * len(columns) > 1 and not 2 <= overlap <= min(tile) // 2:
-        raise UsageError(
-            f"tiles of {tile[0]}x{tile[1]} pixels cannot overlap by {overlap}; choose 2 to {min(tile) // 2} pixels"
-        )
     return TilePlan(height, width, (min(tile[0], height), min(tile[1], width)), overlap, rows, columns)
 
 
 def _starts(size: int, tile: int, overlap: int) -> tuple[int, ...]:
     if size <= tile:
         return (0,)
-    count = -(-(size - overlap) // max(tile - overlap, 1))
+    count = -(-(size - overlap) // (tile - overlap))
     return tuple(index * (size - tile) // (count - 1) for index in range(count))
 
 

@@ -15,7 +15,6 @@ import os
 import signal
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,10 +128,7 @@ def watch_folder(
         raise UsageError(f"results cannot go to the watched folder {root} itself; choose another output folder")
     if min(settings.settle_s, settings.patience_s) < 0 or settings.poll_s <= 0:
         raise UsageError("settle_s and patience_s must not be negative, and poll_s must be positive")
-    arrivals = Arrivals(
-        root, settle_s=settings.settle_s, patience_s=settings.patience_s, recursive=settings.recursive,
-        leave_out=output,
-    )  # fmt: skip
+    arrivals = Arrivals(root, settings, leave_out=output)
     watch = _Watch(arrivals, FileSegmenter(segmenter, output, results), on_event)
     stop = stop or threading.Event()
     busy_s = time.monotonic()
@@ -284,7 +280,6 @@ class Arrival:
 
 @dataclass(slots=True)
 class _File:
-    folder: str
     sidecars: tuple[str, ...]
     signature: Signature
     since: float  # when this signature was first seen
@@ -296,13 +291,13 @@ class Arrivals:
     """Finds micrographs in ``folder`` that nobody is writing any more.
 
     A file is due when its size and modification time, and those of its sidecars (same name, ``.txt`` or ``.hdr``),
-    have not changed for ``settle_s`` seconds of this computer's clock (a file server's clock may be off). A writer
-    that renames a whole file into place needs no such wait: ``settle_s=0``. Whether it can be decoded, the caller
-    finds out, and says :meth:`unreadable` if not: it is due again at growing intervals until ``patience_s`` seconds
-    have passed without a change. A file that changes after it was taken, or whose sidecar arrives, is due once more.
+    have not changed for ``settings.settle_s`` seconds of this computer's clock (a file server's clock may be off). A
+    writer that renames a whole file into place needs no such wait: 0. Whether it can be decoded, the caller finds out,
+    and says :meth:`unreadable` if not: it is due again at growing intervals until ``settings.patience_s`` seconds have
+    passed without a change. A file that changes after it was taken, or whose sidecar arrives, is due once more.
 
     Left out: hidden names (they start with ``.``), names with other endings (``x.tif.part``), sub-folders unless
-    ``recursive``, links to folders, and everything in ``leave_out`` (our results).
+    ``settings.recursive``, links to folders, and everything in ``leave_out`` (our results).
 
     One poll reads each folder once and asks for size and time only of files that are new or waiting, and of 500
     finished ones in turn: 100,000 finished files cost little more than listing them. Folders that cannot be read are in
@@ -312,41 +307,36 @@ class Arrivals:
     def __init__(
         self,
         folder: str | Path,
+        settings: WatchSettings,
         *,
-        settle_s: float = 2.0,
-        patience_s: float = 60.0,
-        recursive: bool = False,
         leave_out: str | Path | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self._root = os.path.abspath(folder)
-        self._settle_s, self._patience_s, self._recursive = settle_s, patience_s, recursive
+        self._root, self._settings = os.path.abspath(folder), settings
         self._clock = clock or time.monotonic
         self._leave_out = None if leave_out is None else os.path.realpath(leave_out)
         self._files: dict[str, _File] = {}
-        self._resting: OrderedDict[str, None] = OrderedDict()  # files that are not due, in the order of rechecking
+        self._recheck: Iterator[str] = iter(())  # the rest of the round over the files that are not due
         self.lost: dict[Path, str] = {}
 
     @property
     def waiting(self) -> int:
         """How many files are still being written, or due. Those of folders that cannot be read do not count."""
-        lost = {str(folder): reason for folder, reason in self.lost.items()}
-        return sum(file.due is not None and not _within(file.folder, lost) for file in self._files.values())
+        return sum(file.due is not None and not self._is_lost(path) for path, file in self._files.items())
 
     def poll(self) -> list[Arrival]:
         """The files that are due now, the oldest first. One stays due until it is said to be taken or unreadable."""
-        images, lost = self._scan()
-        self.lost = {Path(folder): reason for folder, reason in lost.items()}
+        images = self._scan()
         for path in set(self._files).difference(images):
-            if not _within(self._files[path].folder, lost):
+            if not self._is_lost(path):
                 del self._files[path]
-                self._resting.pop(path, None)
-        rechecked = set(itertools.islice(self._resting, RECHECKED))
-        for path in rechecked:
-            self._resting.move_to_end(path)
+        rechecked = set(itertools.islice(self._recheck, RECHECKED))
+        if len(rechecked) < RECHECKED:
+            self._recheck = iter([path for path, file in self._files.items() if file.due is None])
+            rechecked.update(itertools.islice(self._recheck, RECHECKED - len(rechecked)))
         now = self._clock()
         due = []
-        for path, (folder, sidecars) in images.items():
+        for path, sidecars in images.items():
             file = self._files.get(path)
             if file is not None and file.due is None and file.sidecars == sidecars and path not in rechecked:
                 continue
@@ -355,9 +345,8 @@ class Arrivals:
                 continue
             if file is None or file.signature != signature:
                 again = file is not None and file.taken
-                file = _File(folder, sidecars, signature, now, now + self._settle_s, again)
+                file = _File(sidecars, signature, now, now + self._settings.settle_s, again)
                 self._files[path] = file
-                self._resting.pop(path, None)
             if file.due is not None and file.due <= now:
                 due.append((file.signature[0][1], path, file.taken))
         return [Arrival(Path(path), again) for _, path, again in sorted(due)]
@@ -365,11 +354,10 @@ class Arrivals:
     def taken(self, arrival: Arrival) -> None:
         """It was dealt with, well or not: not due again unless it changes, also if it changed meanwhile."""
         file = self._files.get(str(arrival.path))
-        if file is None:
-            return
-        file.taken = True
-        if not self._moved_on(file, str(arrival.path)):
-            self._rest(file, str(arrival.path))
+        if file is not None:
+            file.taken = True
+            if not self._moved_on(file, str(arrival.path)):
+                file.due = None
 
     def unreadable(self, arrival: Arrival) -> bool:
         """It could not be decoded: True when that is final (until it changes), False when it is due again later."""
@@ -377,15 +365,11 @@ class Arrivals:
         if file is None or self._moved_on(file, str(arrival.path)):
             return False
         waited = self._clock() - file.since
-        if waited >= self._patience_s:
-            self._rest(file, str(arrival.path))
-            return True
-        file.due = file.since + min(max(2 * waited, waited + _FIRST_RETRY_S), self._patience_s)
-        return False
-
-    def _rest(self, file: _File, path: str) -> None:
-        file.due = None
-        self._resting[path] = None
+        patience_s = self._settings.patience_s
+        file.due = file.since + min(max(2 * waited, waited + _FIRST_RETRY_S), patience_s)
+        if waited >= patience_s:
+            file.due = None
+        return file.due is None
 
     def _moved_on(self, file: _File, path: str) -> bool:
         """Whether the file changed since the poll that found it; then it has to settle anew."""
@@ -393,13 +377,16 @@ class Arrivals:
         if signature is None or signature == file.signature:
             return False
         file.signature, file.since = signature, self._clock()
-        file.due = file.since + self._settle_s
+        file.due = file.since + self._settings.settle_s
         return True
 
-    def _scan(self) -> tuple[dict[str, tuple[str, tuple[str, ...]]], dict[str, str]]:
-        """Images with their folder and sidecars; folders that could not be read, with the reason."""
-        images: dict[str, tuple[str, tuple[str, ...]]] = {}
-        lost: dict[str, str] = {}
+    def _is_lost(self, path: str) -> bool:
+        return any(path.startswith(f"{folder}{os.sep}") for folder in self.lost)
+
+    def _scan(self) -> dict[str, tuple[str, ...]]:
+        """Images with their sidecars; folders that could not be read go to ``lost``."""
+        images: dict[str, tuple[str, ...]] = {}
+        self.lost = {}
         folders = [self._root]
         while folders:
             folder = folders.pop()
@@ -408,7 +395,7 @@ class Arrivals:
                     entries = [(entry.path, entry) for entry in listing]
             except OSError as exc:
                 if folder == self._root or not isinstance(exc, FileNotFoundError):  # a deleted sub-folder is no loss
-                    lost[folder] = exc.strerror or type(exc).__name__
+                    self.lost[Path(folder)] = exc.strerror or type(exc).__name__
                 continue
             here, others = [], []
             for path, entry in entries:
@@ -417,10 +404,10 @@ class Arrivals:
                 elif not entry.name.startswith("."):
                     others.append(entry)
             sidecars = _sidecars(others)
-            images |= {path: (folder, _belonging(path, sidecars) if sidecars else ()) for path in here}
-            if self._recursive:
+            images |= {path: _belonging(path, sidecars) if sidecars else () for path in here}
+            if self._settings.recursive:
                 folders += [entry.path for entry in others if self._is_folder(entry)]
-        return images, lost
+        return images
 
     def _is_folder(self, entry: os.DirEntry[str]) -> bool:
         try:
@@ -435,10 +422,6 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
         return ending in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
     except OSError:
         return False
-
-
-def _within(folder: str, lost: Mapping[str, str]) -> bool:
-    return any(folder == above or folder.startswith(above + os.sep) for above in lost)
 
 
 def _signature(path: str, sidecars: tuple[str, ...]) -> Signature | None:

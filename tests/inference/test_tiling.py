@@ -6,19 +6,16 @@ import json
 from itertools import pairwise
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.inference.tiling import Seams, TilePlan, blend, blending_weights, own_parts, plan_tiles
 
 
 @st.composite
 def plans(draw: st.DrawFn, longest: int = 60) -> TilePlan:
     tile = draw(st.integers(4, 40)), draw(st.integers(4, 40))
-    overlap = draw(st.none() | st.integers(2, min(tile) // 2))
-    return plan_tiles(draw(st.integers(1, longest)), draw(st.integers(1, longest)), tile, overlap)
+    return plan_tiles(draw(st.integers(1, longest)), draw(st.integers(1, longest)), tile)
 
 
 def directions(plan: TilePlan) -> tuple[tuple[tuple[int, ...], int, int], ...]:
@@ -42,11 +39,6 @@ def test_as_few_equal_tiles_as_possible_cover_the_image_and_lie_inside_it(plan: 
 def test_plans_by_hand() -> None:
     assert plan_tiles(20, 30, (64, 64)) == TilePlan(20, 30, (20, 30), 16, (0,), (0,))
     assert plan_tiles(20, 100, (64, 64)) == TilePlan(20, 100, (20, 64), 16, (0,), (0, 36))
-    for tile, overlap, words in (
-        ((8, 8), 5, "choose 2 to 4"), ((8, 8), 1, "cannot overlap by 1"), ((8, 16), 8, "8"), ((0, 8), None, "0x8")
-    ):  # fmt: skip
-        with pytest.raises(UsageError, match=words):
-            plan_tiles(100, 100, tile, overlap)
 
 
 @given(plan=plans(longest=90))
