@@ -86,7 +86,7 @@ def test_the_plane_under_the_sliders() -> None:
     assert layer_planes(single, viewer.dims).indices == ((),)
     everything = layer_planes(layer, viewer.dims, all_planes=True)
     assert everything.indices == tuple(np.ndindex(2, 5))
-    short = viewer.add_image(np.zeros((3, 4, 6), np.uint8), name="short")
+    short = viewer.add_image(np.zeros((130, 4, 6), np.uint8), name="short")  # its last plane is 129
     with pytest.raises(UserError, match="'short' has no plane at the sliders' position"):
         layer_planes(short, viewer.dims)
 
@@ -298,7 +298,10 @@ def test_labels_follow_their_source_and_a_second_run_updates_them() -> None:
     source.scale, source.units, source.translate, source.rotate = (4, 4), ("nm", "nm"), (70, 8), 45
     assert_same_place(labels, source)
     labels.name, labels.opacity = "mine", 0.9
+    earlier = ResultLayers(viewer, source, layer_planes(source, viewer.dims))
     source.data, source.name = grey_image(40, 56, seed=8), "renamed"
+    with pytest.raises(UserError, match="got other data while it was segmented"):
+        earlier.add(PlaneResult((), Segmenter(ToyEngine()).segment(grey_image(40, 56))))
     assert segment(viewer, source, first_class=True) is labels
     np.testing.assert_array_equal(labels.data, toy_labels(grey_image(40, 56, seed=8)))
     assert len(viewer.layers) == 2
