@@ -379,9 +379,9 @@ def fuse_attention(model: Any) -> int:
 
     Its CPU plugin runs ``ScaledDotProductAttention`` as one kernel that works on blocks of queries and stores no
     scores; MatMul, Softmax, MatMul it runs as three, with all scores in memory. OpenVINO's own passes recognise
-    the pattern only with heads, so it is replaced here, exactly.
+    the pattern only with heads and without conversions, so it is replaced here, exactly.
 
-    What does not fit (tensors of rank 3, one reader of each, weights that sum to one in each row and are
+    What does not fit (tensors of rank 3, or 4 with heads, one reader of each, weights that sum to one in each row and are
     multiplied from the left) is left as it is.
     """
     openvino = load_openvino()
@@ -401,19 +401,20 @@ def _fuse(softmax: Any, openvino: Any) -> bool:
         return False
     rank, axis = softmax.get_output_partial_shape(0).rank, softmax.get_attributes()["axis"]
     scores, mix = before.get_attributes(), after.get_attributes()
-    if rank.is_dynamic or rank.get_length() != 3 or axis not in (-1, 2):
+    if rank.is_dynamic or rank.get_length() not in (3, 4) or axis not in (-1, rank.get_length() - 1):
         return False
     if scores["transpose_a"] or mix["transpose_a"] or _past_converts(after, _source) != softmax:
         return False
     ops = require("openvino.opset13", "openvino", "run models with OpenVINO")
+    has_heads = rank.get_length() == 4
 
     def part(value: Any, transposed: bool) -> Any:
-        """FP32 ``[N, 1, T, C]`` of a product's operand ``[N, T, C]`` or, transposed, ``[N, C, T]``."""
+        """FP32 ``[N, heads, T, C]`` of a product's operand, transposed or not, ``[N, T, C]`` where it has no heads."""
+        if not has_heads:
+            value = ops.unsqueeze(value, np.array(1, np.int64)).output(0)
         if transposed:
-            value = ops.transpose(value, np.array([0, 2, 1], np.int64)).output(0)
-        if value.get_element_type() != openvino.Type.f32:
-            value = ops.convert(value, "f32").output(0)
-        return ops.unsqueeze(value, np.array(1, np.int64)).output(0)
+            value = ops.transpose(value, np.array([0, 1, 3, 2], np.int64)).output(0)
+        return value if value.get_element_type() == openvino.Type.f32 else ops.convert(value, "f32").output(0)
 
     fused = ops.scaled_dot_product_attention(
         part(before.input_value(0), scores["transpose_a"]),
@@ -423,7 +424,7 @@ def _fuse(softmax: Any, openvino: Any) -> bool:
         attention_mask=np.array(0, np.float32),
         scale=np.array(1, np.float32),
     )
-    result = ops.squeeze(fused, np.array([1], np.int64))
+    result = fused if has_heads else ops.squeeze(fused, np.array([1], np.int64))
     kind = after.output(0).get_element_type()
     if kind != openvino.Type.f32:
         result = ops.convert(result, kind)

@@ -30,6 +30,7 @@ BLOCK_ROWS = 512
 FUNCTION_DOMAIN = "hpddrnet"
 FUNCTION_NAME = "PositionAttention"
 _FUNCTION_VERSION = 1
+_HEAD_AXIS = "attention.head_axis"  # constant: where the axis of the one head is
 
 
 # What may stand between the product of queries and keys and the softmax: casts, a scale, a mask.
@@ -151,12 +152,14 @@ def in_blocks(model: onnx.ModelProto, rows: int = BLOCK_ROWS) -> onnx.ModelProto
 def in_type(model: onnx.ModelProto, scores: ScoreType, leave: Collection[str] = ()) -> onnx.ModelProto:
     """A copy of a typed ``model`` (FP16, INT8, FP8) whose attentions compute in ``scores``.
 
-    ``bf16``: both products and the softmax. TensorRT-RTX 1.7.1 then makes each attention one fused kernel that
-    stores no scores (its builder's log; other TensorRT libraries were not asked), so that memory grows
+    ``bf16``: both products and the softmax, as one head of rank 4, ``[N, 1, T, C]``, which is how NVIDIA documents
+    attention (https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html).
+    TensorRT-RTX 1.7.1 then makes each attention of at most 256 channels one fused kernel that stores no scores (its
+    builder's log, which is the same at rank 3; other TensorRT libraries were not asked), so that memory grows
     linearly with the image. BF16 has the range of FP32, which the scores of trained networks need
-    (measured: 3e5 to 2e7); FP16 has not. ``fp32``: the product of queries and keys and the softmax in FP32,
-    the product with the values in the type that the network has there. An attention that holds one of
-    the nodes in ``leave`` stays as it is. A model without MatMul attention comes back unchanged.
+    (measured: 3e5 to 2e7); FP16 has not. ``fp32``: rank 3 again, the product of queries and keys and the
+    softmax in FP32, the product with the values in the type that the network has there. An attention that holds one
+    of the nodes in ``leave`` stays as it is. A model without MatMul attention comes back unchanged.
     """
     result = copied(model)
     types = {name: element for name, (element, _) in _types(model).items()}
@@ -181,53 +184,66 @@ def uses_bf16(model: onnx.ModelProto) -> bool:
 def _typed(
     graph: onnx.GraphProto, attention: Attention, prefix: str, types: dict[str, int], scores: ScoreType
 ) -> list[onnx.NodeProto]:
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, helper, numpy_helper
 
     made = producers(graph)
     stem = attention.nodes[-1].name.rpartition("/")[0]
-    output = _cast_output(graph, attention)
+    output = _output_of_the_network(graph, attention)
     result_type = types[output]
     score_type = TensorProto.BFLOAT16 if scores == "bf16" else TensorProto.FLOAT
     mix_type = score_type if scores == "bf16" else result_type
     nodes: list[onnx.NodeProto] = []
 
-    def cast(name: str, to: int, what: str) -> str:
-        # What was widened, or cast for the attention alone, is taken as it was before.
-        before = made.get(name)
-        if before is not None and before.op_type == "Cast" and types[name] in (TensorProto.FLOAT, TensorProto.BFLOAT16):
-            name = before.input[0]
-        if types[name] == to:
-            return name
-        target = f"{prefix}.{what}_{scores}"
-        nodes.append(helper.make_node("Cast", [name], [target], name=f"{stem}/Cast_{what}_{scores}", to=to))
+    def add(operator: str, inputs: list[str], target: str, what: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, inputs, [target], name=f"{stem}/{operator}_{what}", **attributes))
         return target
 
+    def operand(name: str, to: int, what: str) -> str:
+        # What was widened, or cast or given a head for the attention alone, is taken as it was before.
+        before = made.get(name)
+        while before is not None and (
+            _HEAD_AXIS in before.input
+            or (before.op_type == "Cast" and types[name] in (TensorProto.FLOAT, TensorProto.BFLOAT16))
+        ):
+            name = before.input[0]
+            before = made.get(name)
+        kind = types[name]
+        if scores == "bf16":
+            name = add("Unsqueeze", [name, _HEAD_AXIS], f"{prefix}.{what}_head", what)
+        return name if kind == to else add("Cast", [name], f"{prefix}.{what}_{scores}", f"{what}_{scores}", to=to)
+
+    if scores == "bf16" and all(entry.name != _HEAD_AXIS for entry in graph.initializer):
+        graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), _HEAD_AXIS))
     product, softmax, mix = (renamed(node, {}) for node in attention.nodes if node.op_type != "Cast")
-    keys, values = cast(attention.keys, score_type, "keys"), cast(attention.values, mix_type, "values")
-    product.input[:] = [cast(attention.query, score_type, "query"), keys]
+    keys, values = operand(attention.keys, score_type, "keys"), operand(attention.values, mix_type, "values")
+    product.input[:] = [operand(attention.query, score_type, "query"), keys]
     softmax.input[0] = product.output[0]
+    if scores == "bf16":
+        del softmax.attribute[:]
+        softmax.attribute.append(helper.make_attribute("axis", -1))
     nodes += [product, softmax]
     weights = softmax.output[0]
-    types[weights] = score_type
-    mix.input[:] = [cast(weights, mix_type, "weights"), values]
+    if mix_type != score_type:
+        weights = add("Cast", [weights], f"{prefix}.weights_{scores}", f"weights_{scores}", to=mix_type)
+    mix.input[:] = [weights, values]
     nodes.append(mix)
+    mix.output[0] = f"{prefix}.mixed_{scores}"
+    if scores == "bf16":
+        add("Squeeze", [mix.output[0], _HEAD_AXIS], f"{prefix}.mixed_tokens", "mixed")
     if mix_type != result_type:
-        mix.output[0] = f"{prefix}.mixed_{scores}"
-        nodes.append(
-            helper.make_node("Cast", [mix.output[0]], [output], name=f"{stem}/Cast_mixed_{scores}", to=result_type)
-        )
-    else:
-        mix.output[0] = output
+        add("Cast", [nodes[-1].output[0]], output, f"mixed_{scores}", to=result_type)
+    nodes[-1].output[0] = output
     return nodes
 
 
-def _cast_output(graph: onnx.GraphProto, attention: Attention) -> str:
-    """The attention's result in the type that the network goes on with; the cast to it leaves the graph."""
-    readers = [node for node in graph.node if attention.output in node.input]
-    if len(readers) != 1 or readers[0].op_type != "Cast":
-        return attention.output
-    name: str = readers[0].output[0]
-    graph.node.remove(readers[0])
+def _output_of_the_network(graph: onnx.GraphProto, attention: Attention) -> str:
+    """The attention's result as the network goes on with it; the squeeze and the cast to it leave the graph."""
+    name = attention.output
+    for operator in ("Squeeze", "Cast"):
+        readers = [node for node in graph.node if name in node.input]
+        if len(readers) == 1 and readers[0].op_type == operator:
+            name = readers[0].output[0]
+            graph.node.remove(readers[0])
     return name
 
 

@@ -133,23 +133,28 @@ def test_equal_attentions_share_a_function() -> None:
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_bf16_attention_takes_what_was_only_widened() -> None:
+def test_bf16_attention_is_one_head_of_rank_4_and_takes_what_was_only_widened() -> None:
     typed = in_type(attention_model(FP16), "bf16")
     onnx.checker.check_model(typed, full_check=True)
+    entries = onnx.shape_inference.infer_shapes(typed).graph.value_info
+    shapes = {entry.name: entry.type.tensor_type.shape for entry in entries}
     (found,) = position_attentions(typed)
     assert [node.op_type for node in found.nodes] == ["MatMul", "Softmax", "MatMul"]  # nothing between them
     made = {node.output[0]: node for node in typed.graph.node}
     for name, source in ((found.query, "query.narrow"), (found.keys, "columns"), (found.values, "tokens")):
         assert made[name].op_type == "Cast"
-        assert list(made[name].input) == [source]
         assert helper.get_node_attr_value(made[name], "to") == BF16
+        head = made[made[name].input[0]]
+        assert (head.op_type, head.input[0]) == ("Unsqueeze", source)
+        assert len(shapes[name].dim) == 4
+        assert shapes[name].dim[1].dim_value == 1
     assert uses_bf16(typed)
     assert not uses_bf16(attention_model(FP16))
 
 
 def test_back_to_fp32_scores_is_the_original() -> None:
     model, feed = attention_model(FP16), tokens(2, 7)
-    back = in_type(in_type(model, "bf16"), "fp32")
+    back = in_type(in_type(in_type(model, "bf16"), "bf16"), "fp32")  # the second time changes nothing
     assert not uses_bf16(back)
     assert sorted(operators(back)) == sorted(operators(model))
     np.testing.assert_array_equal(run(back, feed)[0], run(model, feed)[0])

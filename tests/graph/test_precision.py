@@ -96,6 +96,8 @@ def test_attention_is_wider_than_fp16(half: onnx.ModelProto, source: Path, score
             assert after.op_type == "MatMul"  # nor between these
             read.append(after.input[1])
             (after,) = readers[after.output[0]]
+            assert after.op_type == "Squeeze"
+            (after,) = readers[after.output[0]]
         for name in read:
             assert (made[name].op_type, made[name].attribute[0].i) == ("Cast", {"bf16": BF16, "fp32": FP32}[scores])
         assert (after.op_type, after.attribute[0].i) == ("Cast", FP16)
