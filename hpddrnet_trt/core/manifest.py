@@ -258,6 +258,9 @@ class EngineRecord(_Record):
     layer_precision: dict[str, Any]  # where it comes from and the share of layers per type
     build_seconds: float
     version_compatible: bool = False  # built to run on later TensorRT versions as well
+    refittable: bool = False  # takes other weights of the same network
+    stripped: bool = False  # holds no weights: it runs only after a refit
+    platform: Literal["windows"] | None = None  # the operating system it was built for, where that is another
     # Memory for activations while it runs, by the builder's log; for one fixed shape only: with a range of shapes
     # the log does not count what position attention needs at the largest.
     activation_bytes: int | None = None

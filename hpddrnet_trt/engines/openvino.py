@@ -381,8 +381,8 @@ def fuse_attention(model: Any) -> int:
     scores; MatMul, Softmax, MatMul it runs as three, with all scores in memory. OpenVINO's own passes recognise
     the pattern only with heads and without conversions, so it is replaced here, exactly.
 
-    What does not fit (tensors of rank 3, or 4 with heads, one reader of each, weights that sum to one in each row and are
-    multiplied from the left) is left as it is.
+    What does not fit (tensors of rank 3, or 4 with heads, one reader of each, weights that sum to one in each row
+    and are multiplied from the left) is left as it is.
     """
     openvino = load_openvino()
     count = 0

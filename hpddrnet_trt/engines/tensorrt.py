@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import threading
 import warnings
 from collections import defaultdict, deque
@@ -102,10 +103,7 @@ class TensorRTEngine(EngineBase):
     def _load(self, path: Path, record: EngineRecord, content: bytes) -> None:
         api = self._api
         api.log.clear()
-        self._runtime = api.runtime()
-        if record.version_compatible:
-            # Such a plan carries its own runtime library, which runs on this machine; no other plan may.
-            self._runtime.engine_host_code_allowed = True
+        self._runtime = api.runtime(host_code=record.version_compatible)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise BadInputFile(
@@ -409,7 +407,11 @@ def check_version(path: Path, record: EngineRecord, api: TensorRT) -> None:
 
 
 def check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
-    """Raise :class:`BadInputFile` when the engine was built for other GPUs than ``gpu``."""
+    """Raise :class:`BadInputFile` when the engine was built for other GPUs than ``gpu``, or does not run at all."""
+    if record.platform == "windows" and sys.platform != "win32":
+        raise BadInputFile(f"{path} was built for Windows; run it there, or build the engine again for this machine")
+    if record.stripped:
+        raise BadInputFile(f"{path} was written without its weights; run: hpddrnet-trt refit {path} MODEL.onnx")
     targets = record.compute_capabilities
     here = f"{gpu.name} has compute capability {gpu.compute_capability}"
     if PORTABLE in targets:

@@ -58,11 +58,17 @@ class TensorRT:
     def is_rtx(self) -> bool:
         return self.name == "tensorrt-rtx"
 
-    def runtime(self) -> Any:
-        """A new ``Runtime``. Only where a GPU is known to exist: older versions crash without one."""
+    def runtime(self, *, host_code: bool = False) -> Any:
+        """A new ``Runtime``. Only where a GPU is known to exist: older versions crash without one.
+
+        ``host_code``: let it load version-compatible plans, which carry a runtime library of their own; no other
+        plan may run code on this machine.
+        """
         runtime = self.module.Runtime(self.log)
         if runtime is None:
             raise UserError(f"{self.label} cannot start: {self.log.explain('no reason given')}")
+        if host_code:
+            runtime.engine_host_code_allowed = True
         return runtime
 
     def create_context(self, engine: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +17,29 @@ from hpddrnet_trt.engines.tensorrt_library import TensorRT, compute_capability
 logger = logging.getLogger(__name__)
 
 Tiling = Literal["none", "fast", "moderate", "full"]
-TILINGS: tuple[Tiling, ...] = get_args(Tiling)
+Hardware = Literal["ampere-plus", "same-compute-capability"]
+
+# What TensorRT-RTX's builder lacks: with these flags it makes no engine, or ignores them (1.7.1).
+_TENSORRT_ONLY = {
+    "version_compatible": "version-compatible engines",
+    "hardware_compatible": "hardware-compatible engines (its default one runs on compute capability 8.0 and later)",
+    "for_windows": "engines for another operating system",
+    "stripped": "engines without weights",
+    "refittable": "engines that take other weights",
+}
+# What came with a later TensorRT 10: option and value, the name in the module, the version (read off the bindings).
+_CAME_LATER = (
+    ("tiling", None, "TilingOptimizationLevel", "10.8"),
+    ("for_windows", None, "RuntimePlatform.WINDOWS_AMD64", "10.2"),
+    ("hardware_compatible", "same-compute-capability", "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY", "10.9"),
+)
+_FLAGS = {
+    "version_compatible": ("VERSION_COMPATIBLE",),
+    "sparsity": ("SPARSE_WEIGHTS",),
+    "refittable": ("REFIT",),
+    # Without the second it would take back only the very weights that it was built with.
+    "stripped": ("STRIP_PLAN", "REFIT"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,9 +51,17 @@ class BuildSettings:
     portable default (8.0 and later). ``workspace_mib``: upper bound of scratch memory in MiB.
     ``optimization_level``: 0 (quick build) to 5 (fast engine). ``tiling``: how long the builder looks
     for ways to run neighbouring layers tile by tile in the cache. ``sparsity``: let it use kernels for
-    weights with two zeros in four, which changes nothing for other weights. ``version_compatible``: also runs on
-    later TensorRT versions, somewhat slower (runtime tensorrt only). ``tf32``: let FP32 layers round
-    their inputs to TF32; off, because position attention's scores do not survive it.
+    weights with two zeros in four, which changes nothing for other weights. ``max_aux_streams``: CUDA streams
+    that branches of the network may run on beside the engine's own; 0 for none, None for the library's choice.
+    ``tf32``: let FP32 layers round their inputs to TF32; off, because position attention's scores do not survive it.
+    ``device``: CUDA index of the GPU to build on.
+
+    Runtime tensorrt only: ``version_compatible``: also runs on later TensorRT versions, somewhat slower.
+    ``hardware_compatible``: also runs on other GPUs, somewhat slower: all of compute capability 8.0 and later, or
+    those of the building GPU's. ``for_windows``: for TensorRT on 64-bit Windows; built on Linux, where it does not
+    run. ``refittable``: takes other weights of the same network without a build, see
+    :func:`~hpddrnet_trt.export.refit.refit_engine`, and may be slower. ``stripped``: the same, written without
+    its weights.
     """
 
     timing_cache: Path | None = None
@@ -38,38 +70,62 @@ class BuildSettings:
     optimization_level: int | None = None
     tiling: Tiling | None = None
     sparsity: bool = False
+    max_aux_streams: int | None = None
     version_compatible: bool = False
+    hardware_compatible: Hardware | None = None
+    for_windows: bool = False
+    refittable: bool = False
+    stripped: bool = False
     tf32: bool = False
+    device: int = 0
     progress: bool = True
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether what is built could run on the machine that builds it."""
+        return not (self.for_windows or self.stripped)
+
     def check(self, api: TensorRT) -> None:
-        """Raise :class:`UsageError` for what this library cannot do."""
+        """Raise :class:`UsageError` for what does not exist, or this library cannot do."""
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UsageError(f"the workspace limit is {self.workspace_mib} MiB; give at least 1, or leave it out")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise UsageError(f"builder optimization level {self.optimization_level} does not exist; give 0 to 5")
-        if self.tiling is not None and self.tiling not in TILINGS:
-            raise UsageError(f"tiling {self.tiling!r} is unknown; choose {', '.join(TILINGS)}")
+        if self.max_aux_streams is not None and self.max_aux_streams < 0:
+            raise UsageError(f"the number of auxiliary streams is {self.max_aux_streams}; give 0 or more")
+        for what, value, known in (
+            ("tiling", self.tiling, get_args(Tiling)),
+            ("hardware compatibility", self.hardware_compatible, get_args(Hardware)),
+        ):
+            if value is not None and value not in known:
+                raise UsageError(f"{what} {value!r} is unknown; choose {', '.join(known)}")
         self._check_library(api)
 
     def _check_library(self, api: TensorRT) -> None:
-        if self.tiling is not None and not hasattr(api.module, "TilingOptimizationLevel"):
-            raise UsageError(f"{api.label} has no tiling search (TensorRT 10.8 and later have); leave --tiling out")
-        if api.is_rtx and self.version_compatible:
-            raise UsageError(f"{api.label} cannot build version-compatible engines; leave that option out")
+        for option, what in _TENSORRT_ONLY.items():
+            if api.is_rtx and getattr(self, option):
+                raise UsageError(f"{api.label} cannot build {what}; leave that option out")
+        for option, value, name, version in _CAME_LATER:
+            asked = getattr(self, option)
+            if asked and value in (None, asked) and not _has(api, name):
+                said = f"--{option.replace('_', '-')}{f' {value}' if value else ''}"
+                raise UsageError(f"{api.label} has no {said} (TensorRT {version} and later have); leave it out")
         if not api.is_rtx and self.compute_capabilities:
             raise UsageError(
                 f"{api.label} builds for the GPU it runs on; leave the compute capabilities out, "
                 "or choose --runtime tensorrt-rtx"
             )
+        if self.for_windows and sys.platform != "linux":
+            raise UsageError("engines for Windows are built on Linux; on Windows itself leave that option out")
         for written in self.compute_capabilities or ():
             compute_capability(api, written)
         if api.is_rtx and self.timing_cache is not None:
             logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
-        if api.is_rtx and (self.optimization_level is not None or self.tiling is not None or self.sparsity):
+        chosen = (self.optimization_level, self.tiling, self.max_aux_streams)
+        if api.is_rtx and (self.sparsity or any(value is not None for value in chosen)):
             logger.warning(
-                "%s chooses kernels on the machine that runs the engine: optimization level, tiling and sparsity "
-                "do not change the file", api.label,
+                "%s chooses kernels on the machine that runs the engine: optimization level, tiling, sparsity and "
+                "auxiliary streams do not change the file", api.label,
             )  # fmt: skip
 
     def apply(self, api: TensorRT, config: Any) -> None:
@@ -78,16 +134,25 @@ class BuildSettings:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can show later
         if not self.tf32:
             config.clear_flag(trt.BuilderFlag.TF32)
-        if self.version_compatible:
-            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        for option, flags in _FLAGS.items():
+            for flag in flags if getattr(self, option) else ():
+                config.set_flag(getattr(trt.BuilderFlag, flag))
         if self.workspace_mib is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace_mib << 20)
         if self.optimization_level is not None:
             config.builder_optimization_level = self.optimization_level
         if self.tiling is not None:
             config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, self.tiling.upper())
-        if self.sparsity:
-            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        if self.max_aux_streams is not None:
+            config.max_aux_streams = self.max_aux_streams
+        if self.hardware_compatible is not None:
+            config.hardware_compatibility_level = getattr(
+                trt.HardwareCompatibilityLevel, self.hardware_compatible.upper().replace("-", "_")
+            )
+        if self.for_windows:
+            config.runtime_platform = trt.RuntimePlatform.WINDOWS_AMD64
+            if self.version_compatible:  # the runtime library inside would be this system's
+                config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
         if api.is_rtx and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
             # The engine then never allocates while it runs, which a CUDA graph needs (the flag's documentation).
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -117,3 +182,12 @@ class BuildSettings:
         path = self.timing_cache
         if path is not None and not api.is_rtx:
             write_bytes(path, bytes(config.get_timing_cache().serialize()))
+
+
+def _has(api: TensorRT, name: str) -> bool:
+    """Whether the library has ``Name`` or ``Name.MEMBER``."""
+    try:
+        attrgetter(name)(api.module)
+    except AttributeError:
+        return False
+    return True

@@ -137,7 +137,7 @@ def report_from_inspector(information: str, parsed: dict[str, Any]) -> dict[str,
     (``Format/Datatype`` of TensorRT 10 and the split ``Format`` and ``DataType`` of TensorRT 11 are
     both read). ``parsed``: the report from the network it was built from, kept inside. Where the
     inspector shows no convolution by type (fused into opaque kernels), the parsed report is returned
-    with a remark.
+    with a remark; a remark also says when it shows only some of them.
     """
     try:
         listed = json.loads(information)["Layers"]
@@ -148,7 +148,8 @@ def report_from_inspector(information: str, parsed: dict[str, Any]) -> dict[str,
     if not kinds:
         remark = f"the engine inspector shows {len(listed)} layers but no typed convolution"
         return {**parsed, "remark": remark}
-    convolutions = Counter(kinds)
+    convolutions, total = Counter(kinds), sum(parsed["convolutions"].values())
+    remark = f"the engine inspector shows {len(kinds)} of {total} convolutions by type; the others are in fused nodes"
     return {
         "source": ENGINE_INSPECTOR,
         "convolutions": dict(convolutions),
@@ -157,6 +158,7 @@ def report_from_inspector(information: str, parsed: dict[str, Any]) -> dict[str,
         "layers_in_engine": len(layers),
         "macs_share": parsed["macs_share"],
         "parsed_network": parsed,
+        **({"remark": remark} if len(kinds) < total else {}),
     }
 
 
@@ -185,9 +187,13 @@ def _datatype(text: str) -> str | None:
 
 
 def check_report(report: dict[str, Any], precision: str, label: str) -> None:
-    """Raise :class:`UserError` when nothing in the engine computes in the precision it would be labelled with."""
+    """Raise :class:`UserError` when nothing in the engine computes in the precision it would be labelled with.
+
+    Convolutions that the inspector does not show by type may be in that precision: they are no ground to refuse.
+    """
     convolutions: dict[str, int] = report["convolutions"]
-    if convolutions.get(precision, 0) == 0:
+    all_shown = sum(convolutions.values()) >= sum(report.get("parsed_network", report)["convolutions"].values())
+    if convolutions.get(precision, 0) == 0 and all_shown:
         counted = ", ".join(f"{count} in {kind.upper()}" for kind, count in convolutions.items()) or "none at all"
         raise UserError(
             f"{label} would be labelled {precision.upper()}, but none of its convolutions is ({report['source']}: "

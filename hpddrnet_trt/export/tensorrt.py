@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -28,7 +28,7 @@ from hpddrnet_trt.core.manifest import (
 from hpddrnet_trt.core.precisions import PRECISIONS, Half, LowPrecision, Precision
 from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.data.datasets import find_images
-from hpddrnet_trt.engines.cuda import Gpu, find_gpu, gpu_or_none
+from hpddrnet_trt.engines.cuda import Gpu, current_device, find_gpu, gpu_or_none
 from hpddrnet_trt.engines.profiles import Profile, default_profiles, is_static, narrowed, parse_shapes
 from hpddrnet_trt.engines.tensorrt_library import (
     INPUT,
@@ -90,12 +90,10 @@ def build_engine(
     manifest = check_build(source, target, precision, calibration_images)
     api = choose_tensorrt(runtime)
     settings.check(api)
-    gpu = gpu_or_none() if api.is_rtx else find_gpu()
+    gpu = gpu_or_none(settings.device) if api.is_rtx else find_gpu(settings.device)
     profiles = _profiles(source, manifest, shapes)
-    with ExitStack() as stack:
-        path, ready = stack.enter_context(_in_precision(source, manifest, precision, calibration_images))
-        if _lacks_bf16(settings, api, gpu):
-            path = stack.enter_context(_with_fp32_scores(path, ready))
+    lacks_bf16 = _lacks_bf16(settings, api, gpu)
+    with typed_file(source, manifest, precision, calibration_images, lacks_bf16=lacks_bf16) as (path, ready):
         job = _Job(api, path, source, ready, profiles, settings, gpu, accept)
         return job.build(target, precision)
 
@@ -132,6 +130,23 @@ def _profiles(source: Path, manifest: Manifest, shapes: str | None) -> list[Prof
     if not is_static(contract):
         logger.warning("%s has a dynamic input and no --shapes was given: building for %s", source.name, profiles[0])
     return profiles
+
+
+@contextmanager
+def typed_file(
+    source: Path,
+    manifest: Manifest,
+    precision: Precision,
+    images: str | Path | Sequence[Path] | None,
+    *,
+    lacks_bf16: bool,
+) -> Iterator[tuple[Path, Manifest]]:
+    """The file that the parser reads, and its description: ``source`` in ``precision``, attention as the GPU has it."""
+    with ExitStack() as stack:
+        path, ready = stack.enter_context(_in_precision(source, manifest, precision, images))
+        if lacks_bf16:
+            path = stack.enter_context(_with_fp32_scores(path, ready))
+        yield path, ready
 
 
 @contextmanager
@@ -225,7 +240,8 @@ class _Job:
     def build(self, target: Path, precision: Precision) -> Manifest:
         """Parse, prove, build, prove again where a GPU is, write both files."""
         self.api.log.clear()
-        builder = self.api.module.Builder(self.api.log)
+        with self.on_gpu:
+            builder = self.api.module.Builder(self.api.log)
         network = self._parse(builder)
         label = f"the engine of {self.source.name}"
         try:
@@ -241,8 +257,9 @@ class _Job:
         self.settings.keep_timings(self.api, config)
         activations = self._activation_bytes()  # before the log is cleared
         runs_here = False
-        if self.gpu is not None:
-            runs_here, report = self._inspected(plan, report)
+        if self.gpu is not None and self.settings.runs_here:
+            with self.on_gpu:
+                runs_here, report = self._inspected(plan, report)
             check_report(report, precision, label)
         described = self._describe(plan, report, seconds, precision, activations)
         manifest = self._accepted(plan, described, runs_here=runs_here)
@@ -280,10 +297,15 @@ class _Job:
     def _run(self, builder: Any, network: Any, config: Any) -> Any:
         """Build with a progress bar; Ctrl-C ends the build at its next step."""
         cancel = threading.Event()
+
+        def work() -> Any:
+            with self.on_gpu:  # of this thread
+                return builder.build_serialized_network(network, config)
+
         with tqdm(desc=f"building {self.source.stem}", unit="step", disable=not self.settings.progress) as bar:
             monitor = progress_monitor(self.api.module, bar, cancel.is_set)
             config.progress_monitor = monitor
-            plan = run_cancellable(lambda: builder.build_serialized_network(network, config), cancel)
+            plan = run_cancellable(work, cancel)
             config.progress_monitor = None
         if plan is None:
             raise UserError(
@@ -313,7 +335,7 @@ class _Job:
         """Whether this GPU runs the engine, and proof from the inspector (the parsed one, with a remark, if not)."""
         trt = self.api.module
         self.api.log.clear()
-        engine = self.api.runtime().deserialize_cuda_engine(plan)
+        engine = self.api.runtime(host_code=self.settings.version_compatible).deserialize_cuda_engine(plan)
         context = self.api.create_context(engine) if engine is not None else None
         if engine is None or context is None:
             reason = self.api.log.explain("no reason given")
@@ -327,6 +349,11 @@ class _Job:
         return True, {
             **report_from_inspector(information, parsed), "reformats": reformats_from_inspector(information)
         }  # fmt: skip
+
+    @property
+    def on_gpu(self) -> AbstractContextManager[None]:
+        """Within, the GPU to build on is the current one of the thread."""
+        return nullcontext() if self.gpu is None else current_device(self.gpu.index)
 
     def _accepted(self, plan: memoryview, manifest: Manifest, *, runs_here: bool) -> Manifest:
         """The description with the evidence of whoever accepts the result."""
@@ -363,7 +390,7 @@ class _Job:
         self, plan: memoryview, report: dict[str, Any], seconds: float, precision: Precision, activations: int | None
     ) -> Manifest:
         api = self.api
-        if api.is_rtx:
+        if api.is_rtx or self.settings.hardware_compatible == "ampere-plus":
             targets = list(dict.fromkeys(self.settings.compute_capabilities or [PORTABLE]))
         else:
             targets = [self.gpu.compute_capability] if self.gpu is not None else []
@@ -378,6 +405,9 @@ class _Job:
             layer_precision=report,
             build_seconds=round(seconds, 3),
             version_compatible=self.settings.version_compatible,
+            refittable=self.settings.refittable or self.settings.stripped,
+            stripped=self.settings.stripped,
+            platform="windows" if self.settings.for_windows else None,
             activation_bytes=activations,
         )
         return self.manifest.replace(

@@ -24,7 +24,7 @@ from hpddrnet_trt.export import onnx as onnx_export
 from hpddrnet_trt.export.onnx import ExportOptions, export_network, export_onnx, ship, store_in_half
 from hpddrnet_trt.export.verify import compare_with_pytorch
 from hpddrnet_trt.graph.model import load_model
-from hpddrnet_trt.graph.nodes import consumers, producers
+from hpddrnet_trt.graph.nodes import consumers, producers, store
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
 from tests.graph.parsed_rtx import Parsed
@@ -210,14 +210,17 @@ def test_comparison_is_logged_and_uses_the_micrographs_given(
     assert "labels agree on 100.0000 %" in caplog.text
 
 
-@pytest.mark.parametrize("broken", ["conv_seg.weight", "backbone.sps.1.out.bias", "backbone.stem.0.conv.shift"])
+@pytest.mark.parametrize(
+    "broken", ["conv_seg.weight", "backbone.sps.1.out.bias", "backbone.stem.0.conv.shift", "output.enlarge.conv.weight"]
+)
 def test_broken_graph_leaves_no_file(
     checkpoint: Path, static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    """An exporter that changes one weight by a few percent is found out."""
+    """An exporter that changes one weight by a few percent is found out; behind the scores by the labels alone."""
     model, _ = load_model(static)
     weight = next(entry for entry in model.graph.initializer if entry.name == broken)
-    weight.CopyFrom(numpy_helper.from_array(1.05 * numpy_helper.to_array(weight), weight.name))
+    values = 1.05 * numpy_helper.to_array(weight)
+    store(weight, values[::-1] if broken.startswith("output") else values)
     monkeypatch.setattr(onnx_export, "trace", lambda *_: model)
     with pytest.raises(UserError, match="differs from PyTorch"):
         export_onnx(checkpoint, tmp_path / "broken.onnx", STATIC)

@@ -87,7 +87,11 @@ def test_percentile_leaves_out_one_in_ten_thousand() -> None:
     low, high = range_of(np.concatenate([values, -values]), "percentile")
     assert high == pytest.approx(0.9999, abs=1e-3)
     low, high = range_of(np.concatenate([values, -values * 3]), "percentile", symmetric=False)
-    assert (low, high) == pytest.approx((-2.9994, 0.9998), abs=3e-3)  # half on either side
+    assert (low, high) == pytest.approx((-2.9994, 0.9998), abs=3e-3)
+    for count, reach in ((8, 9), (4, 1)):  # half of 10 values on either side
+        lonely = np.repeat([-9.0, 9.0], count)
+        spread = range_of(np.concatenate([values, -values[:1], lonely]), "percentile", symmetric=False)
+        assert spread[1] == pytest.approx(reach, abs=5e-3)
 
 
 def test_zeros_count_for_percentile_and_not_for_the_others() -> None:

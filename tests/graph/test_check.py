@@ -142,6 +142,7 @@ def _setting(name: str, *values: int, of: str = "Conv") -> Change:
         (lambda model: model.graph.initializer[0].external_data.add(key="location", value="w.bin"), "in another file"),
         (_inside_an_attribute, "in another file"),
         (_inside_a_branch, "is said to hold 1000000000000 numbers"),
+        (_lying_size(200), "a tensor of 5. bytes is said to hold 200 numbers"),
         (_lying_size(2**40), "a tensor of 5. bytes is said to hold 1099511627776 numbers"),
         (_lying_size(2**40, 2**40), "is said to hold 9223372036854775808 numbers"),
         (_lying_size(-1), "negative size"),
