@@ -7,7 +7,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +176,12 @@ def _lacks_bf16(settings: BuildSettings, api: TensorRT, gpu: Gpu | None) -> bool
     targets = settings.compute_capabilities or ()
     if not api.is_rtx and gpu is not None:
         targets = [gpu.compute_capability]
-    return any(_older(written, PRECISIONS["bf16"].least_compute_capability) for written in targets)
+    return without_bf16(targets)
+
+
+def without_bf16(compute_capabilities: Iterable[str]) -> bool:
+    """Whether one of these GPUs does not compute in BF16."""
+    return any(_older(written, PRECISIONS["bf16"].least_compute_capability) for written in compute_capabilities)
 
 
 def _older(capability: str, least: str) -> bool:
@@ -263,9 +268,7 @@ class _Job:
             check_report(report, precision, label)
         described = self._describe(plan, report, seconds, precision, activations)
         manifest = self._accepted(plan, described, runs_here=runs_here)
-        with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
-            engine_file.write_bytes(plan)
-            description.write_text(manifest.to_json(), encoding="utf-8")
+        write_engine(target, plan, manifest)
         logger.info("%s: %s in %.1f s; %s", target, megabytes(plan.nbytes), seconds, summary(report))
         return manifest
 
@@ -275,8 +278,7 @@ class _Job:
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self.api.log)
         if not parser.parse_from_file(str(self.path)):
-            errors = [parser.get_error(index) for index in range(min(parser.num_errors, 3))]
-            reason = "; ".join(_parser_message(error) for error in errors) or self.api.log.explain("no reason given")
+            reason = parser_reason(self.api, parser)
             raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again")
         if network.num_inputs != 1 or network.get_input(0).name != INPUT:
             names = [network.get_input(index).name for index in range(network.num_inputs)]
@@ -416,6 +418,19 @@ class _Job:
             engine=record,
             versions={**self.manifest.versions, api.name: api.version},
         )
+
+
+def write_engine(target: Path, plan: memoryview, manifest: Manifest) -> None:
+    """The engine and its description, both whole or neither."""
+    with atomic_path(target) as engine_file, atomic_path(sidecar_path(target)) as description:
+        engine_file.write_bytes(plan)
+        description.write_text(manifest.to_json(), encoding="utf-8")
+
+
+def parser_reason(api: TensorRT, parser: Any) -> str:
+    """Why an ONNX parser, or a refitter's, has given up."""
+    errors = [parser.get_error(index) for index in range(min(parser.num_errors, 3))]
+    return "; ".join(_parser_message(error) for error in errors) or api.log.explain("no reason given")
 
 
 def _parser_message(error: Any) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from hpddrnet_trt.engines.cuda import Gpu
 from hpddrnet_trt.engines.tensorrt_library import TensorRT, load_tensorrt
 
 NOT_PASSED_ON = {"VERSION_COMPATIBLE", "REFIT", "STRIP_PLAN", "EXCLUDE_LEAN_RUNTIME"}
-WEIGHTS = b"weights of "  # stands for them in a plan, before the name of the ONNX file
+WEIGHTS = b" with the weights of "  # in a refitted plan, before the name of the ONNX file
 
 
 class _Config:
@@ -62,6 +63,8 @@ class SimulatedBuilder:
         rtx = load_tensorrt("tensorrt-rtx")
         self.real, self.told = rtx.module, dict[str, Any]()
         self.layers: list[Any] = []
+        self.missing: list[str] = []
+        self.refitted: str | None = None
         self.api = TensorRT("tensorrt", self, "11.4.0.106", rtx.log)
 
     def __getattr__(self, name: str) -> Any:
@@ -72,6 +75,20 @@ class SimulatedBuilder:
 
     def Runtime(self, log: Any) -> Any:
         return _Runtime(self)
+
+    # --- refitting: ``missing``: weights that the ONNX file is said not to have
+
+    SerializationFlag = SimpleNamespace(EXCLUDE_WEIGHTS="EXCLUDE_WEIGHTS", INCLUDE_REFIT="INCLUDE_REFIT")
+
+    def Refitter(self, engine: Any, log: Any) -> Any:
+        return SimpleNamespace(refit_cuda_engine=lambda: not self.missing, get_missing_weights=lambda: self.missing)
+
+    def OnnxParserRefitter(self, refitter: Any, log: Any) -> Any:
+        def refit_from_file(path: str) -> bool:
+            self.refitted = Path(path).name
+            return not self.missing
+
+        return SimpleNamespace(refit_from_file=refit_from_file, num_errors=0)
 
 
 class _Runtime:
@@ -91,8 +108,30 @@ class _Runtime:
         )
         context = None if "STRIP_PLAN" in flags else SimpleNamespace(set_input_shape=lambda *_: True)
         return SimpleNamespace(
-            create_execution_context=lambda _: context, create_engine_inspector=lambda: inspector, plan=bytes(plan)
-        )
+            create_execution_context=lambda _: context, create_engine_inspector=lambda: inspector, refitted=None,
+            create_serialization_config=lambda: _Serialization(), serialize_with_config=self._serialized(bytes(plan)),
+        )  # fmt: skip
+
+    def _serialized(self, plan: bytes) -> Any:
+        def serialize(config: _Serialization) -> Any:
+            assert self._library.refitted is not None
+            assert config.flags == {"INCLUDE_REFIT"}
+            return memoryview(plan + WEIGHTS + self._library.refitted.encode())
+
+        return serialize
+
+
+class _Serialization:
+    """A stripped engine's is set to leave the weights out."""
+
+    def __init__(self) -> None:
+        self.flags = {"EXCLUDE_WEIGHTS"}
+
+    def set_flag(self, flag: str) -> None:
+        self.flags.add(flag)
+
+    def clear_flag(self, flag: str) -> None:
+        self.flags.discard(flag)
 
 
 @contextmanager
@@ -108,12 +147,12 @@ def simulated_builder(library: SimulatedBuilder, gpus: int = 1) -> Iterator[list
         selected.append(index)
         return nullcontext()
 
-    where = "hpddrnet_trt.export.tensorrt"
-    with (
-        mock.patch(f"{where}.choose_tensorrt", return_value=library.api),
-        mock.patch(f"{where}.find_gpu", find_gpu),
-        mock.patch(f"{where}.current_device", current_device),
-    ):
+    with ExitStack() as stack:
+        for room in ("hpddrnet_trt.export.tensorrt", "hpddrnet_trt.export.refit"):
+            stack.enter_context(mock.patch(f"{room}.find_gpu", find_gpu))
+            stack.enter_context(mock.patch(f"{room}.current_device", current_device))
+        stack.enter_context(mock.patch("hpddrnet_trt.export.tensorrt.choose_tensorrt", return_value=library.api))
+        stack.enter_context(mock.patch("hpddrnet_trt.export.refit.load_tensorrt", return_value=library.api))
         yield selected
 
 
