@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -361,17 +361,24 @@ class BuilderOptions:
     sparsity: Annotated[
         bool, typer.Option("--sparsity", help="Use kernels for 2:4 sparse weights where the weights are.")
     ] = False
-    version_compatible: Annotated[bool, typer.Option(help="Let other TensorRT versions run the engine.")] = False
+    max_aux_streams: Annotated[
+        int | None, typer.Option(min=0, help="CUDA streams for branches beside the engine's own.")
+    ] = None
+    version_compatible: Annotated[bool, typer.Option(help="Let later TensorRT versions run the engine.")] = False
+    hardware_compatible: Annotated[
+        Literal["ampere-plus", "same-compute-capability"] | None,
+        typer.Option(help="Let other GPUs run it: of compute capability 8.0 and later, or of this one's (TensorRT)."),
+    ] = None
+    for_windows: Annotated[bool, typer.Option("--for-windows", help="For TensorRT on Windows, built on Linux.")] = False
+    refittable: Annotated[bool, typer.Option("--refittable", help="Let `refit` give it other weights.")] = False
+    stripped: Annotated[bool, typer.Option("--stripped", help="Write it without weights; `refit` adds them.")] = False
+    device: Annotated[int, typer.Option(min=0, help="Number of the GPU to build on.")] = 0
 
     def settings(self) -> BuildSettings:
         """The same for the builder."""
         from hpddrnet_trt.export.build_settings import BuildSettings
 
-        return BuildSettings(
-            timing_cache=self.timing_cache, compute_capabilities=self.compute_capabilities,
-            workspace_mib=self.workspace_mib, optimization_level=self.optimization_level, tiling=self.tiling,
-            sparsity=self.sparsity, version_compatible=self.version_compatible,
-        )  # fmt: skip
+        return BuildSettings(**asdict(self))
 
 
 @command(PANEL, "build model.int8.onnx --precision int8 --verify DATASET --max-miou-drop 0.3")
@@ -418,6 +425,30 @@ def build(
         if manifest.validation and manifest.validation[-1].what == WHAT:
             echo_evidence(manifest)
         typer.echo(f"written: {target} ({megabytes(manifest.engine.bytes)}, {manifest.engine.build_seconds:.1f} s)")
+
+
+@command(PANEL, "refit model.int8.engine retrained.int8.onnx")
+def refit(
+    engine: Annotated[Path, typer.Argument(help="Engine built with --refittable or --stripped.")],
+    model: OnnxFile,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
+    ] = None,
+    calibration_data: Annotated[
+        Path | None, typer.Option("--calib", help="For int8, fp8 from an FP32 file: micrographs to calibrate on.")
+    ] = None,
+    device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
+) -> None:
+    """Write an engine with the weights of another ONNX file of the same network: retrained, or left out before.
+
+    Kernels stay as they were chosen; nothing is built. Its accuracy is another network's: judge it with `evaluate`.
+    """
+    from hpddrnet_trt.core.manifest import read_manifest
+    from hpddrnet_trt.export.refit import refit_engine
+
+    target = output or model.with_name(f"{_plain_stem(model)}.{read_manifest(engine).precision}.engine")
+    refit_engine(engine, locate(model, ".onnx"), target, calibration_images=calibration_data, device=device)
+    typer.echo(f"written: {target}")
 
 
 def _plain_stem(model: Path) -> str:

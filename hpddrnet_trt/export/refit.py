@@ -34,7 +34,7 @@ def refit_engine(
 
     ``engine`` was built refittable or stripped; ``source_onnx`` is what a build in its precision would take
     (:func:`~hpddrnet_trt.export.tensorrt.build_engine`), converted or calibrated on ``calibration_images`` likewise.
-    Kernels stay as they were chosen, so this takes seconds. What was known of the old weights' accuracy is not taken
+    Kernels stay as they were chosen. What was known of the old weights' accuracy is not taken
     over. Returns the new description. Raises what the build raises, :class:`UsageError` for an engine that takes no
     other weights or a file of another network, and :class:`UserError` where the library refuses; then nothing is
     written.
