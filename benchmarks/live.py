@@ -43,7 +43,8 @@ from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.data.datasets import image_files
-from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.data.intensity import to_grey8
+from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.integrations.fibsem import LiveSegmentation, replay_microscope
 from hpddrnet_trt.integrations.micromanager import MicroManagerFeed, on_emitting_thread, replay_core
 from hpddrnet_trt.stream import State, Stream

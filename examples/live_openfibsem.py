@@ -21,7 +21,8 @@ from typing import Any
 from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.data.datasets import image_files
-from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.data.intensity import to_grey8
+from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.integrations.fibsem import LiveSegmentation, replay_microscope
 from hpddrnet_trt.stream import State, Stream, StreamResult
 

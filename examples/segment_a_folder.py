@@ -18,7 +18,7 @@ from pathlib import Path
 from hpddrnet_trt import load_segmenter, read_micrograph
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.data.datasets import image_files
-from hpddrnet_trt.data.micrograph import to_grey8
+from hpddrnet_trt.data.intensity import to_grey8
 
 
 def main() -> None:

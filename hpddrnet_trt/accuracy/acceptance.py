@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpddrnet_trt.accuracy.evaluate import check_fit
+from hpddrnet_trt.accuracy.evaluate import matched
 from hpddrnet_trt.accuracy.evaluator import Accuracy, AccuracyEvaluator
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
@@ -93,7 +93,7 @@ class AcceptanceCheck:
         dataset = FolderDataset.open(self.data)
         dataset.split(self.split)
         with load_segmenter(reference_for(self.reference, source, read_manifest(source))) as fp32:
-            check_fit(fp32, dataset)
+            matched(fp32, dataset)
 
     def verify(self, candidate: Path, source: Path, target: Path) -> ValidationRecord:
         """Run ``candidate`` (an ONNX file or an engine made from ``source``) and return the evidence.

@@ -29,6 +29,7 @@ from hpddrnet_trt.core.manifest import CalibrationRecord, InputContract, Manifes
 from hpddrnet_trt.core.precisions import LowPrecision
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.data.datasets import FolderDataset, find_images
+from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export import images as micrographs
 from hpddrnet_trt.export.calibrate import MAX_IMAGES, calibration_record, float_model
@@ -217,7 +218,7 @@ def open_study(source: Path, settings: StudySettings) -> Iterator[Study]:
     height, width = micrographs.crop_size(contract, settings.size, images)
     chosen = micrographs.choose_images(images, settings.max_images)
     warn_of_overlap(chosen, judged, f"{dataset.name}/{split}")
-    crops = micrographs.plan_crops(chosen, height, width)
+    crops = micrographs.plan_crops(chosen, height, width, intensity_range=range_of(manifest.intensity))
     shown = (height, width) if settings.frame is None else _checked_frame(settings.frame, contract)
     operations = macs_and_bytes(model, (contract.batch.minimum, contract.channels, *shown))
     measured = measure(model, manifest, plan.tensors, crops, (height, width), cache="user")

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
+from hpddrnet_trt.data.intensity import FullScale, range_of
 from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
 
@@ -183,10 +184,13 @@ def _image_record(image: ImageResult) -> dict[str, Any]:
     }
 
 
-def check_fit(segmenter: Segmenter, dataset: FolderDataset) -> None:
-    """Raise :class:`ContractError` unless model and dataset name the same classes in the same order, and
-    :class:`UsageError` for a segmenter with a grey window of its own."""
-    if segmenter.window is not None:
+def matched(segmenter: Segmenter, dataset: FolderDataset) -> tuple[Segmenter, FolderDataset]:
+    """Both for 8-bit images in the intensity range of the model, which the dataset makes.
+
+    Raises :class:`ContractError` unless they name the same classes in the same order, and :class:`UsageError` for a
+    segmenter with a grey window of its own.
+    """
+    if segmenter.window not in (None, FullScale()):
         raise UsageError(
             "a dataset gives 8-bit images, which a second grey window would change; "
             "evaluate with a segmenter without window"
@@ -197,6 +201,7 @@ def check_fit(segmenter: Segmenter, dataset: FolderDataset) -> None:
             f"model {segmenter.manifest.name!r} knows the classes {', '.join(model)}, but dataset {dataset.name!r} "
             f"is labelled with {', '.join(data)}; use a dataset with the model's classes in the same order"
         )
+    return segmenter.taking_8_bits(), replace(dataset, intensity_range=range_of(segmenter.manifest.intensity))
 
 
 def samples_of(
@@ -229,7 +234,7 @@ def assess(
     unknown split or a segmenter with a grey window of its own, and :class:`BadInputFile` for a mask that does
     not fit its image or the classes.
     """
-    check_fit(segmenter, dataset)
+    segmenter, dataset = matched(segmenter, dataset)
     dataset.split(split)  # an unknown split is told before all files are read
     origin = origin_of(segmenter, dataset, split, model_file)
     total = LabelComparison(len(dataset.classes))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.accuracy.evaluate import check_fit, samples_of
+from hpddrnet_trt.accuracy.evaluate import matched, samples_of
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
@@ -100,7 +100,7 @@ class AccuracyEvaluator:
     """
 
     def __init__(self, dataset: FolderDataset, split: str, reference: Segmenter, *, progress: bool = True) -> None:
-        check_fit(reference, dataset)
+        reference, dataset = matched(reference, dataset)
         self._dataset, self._split, self._progress = dataset, split, progress
         self._tiles: dict[int, tuple[int, int] | None] = {}  # by image: of the reference, None where it ran whole
         self._folder = tempfile.TemporaryDirectory(prefix="hpddrnet-trt-")
@@ -127,7 +127,7 @@ class AccuracyEvaluator:
         """
         names = self._dataset.class_names
         against_masks, against_reference = LabelComparison(len(names)), LabelComparison(len(names))
-        check_fit(candidate, self._dataset)
+        candidate, _ = matched(candidate, self._dataset)
 
         def add(index: int, image: Labels, mask: Labels) -> None:
             result = candidate.segment(image)

@@ -22,6 +22,7 @@ from hpddrnet_trt.core.errors import UsageError, UserError, one_line, require
 from hpddrnet_trt.core.manifest import InputContract, Manifest
 from hpddrnet_trt.core.runtimes import onnxruntime_errors, session
 from hpddrnet_trt.core.text import percent
+from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export import images as micrographs
 from hpddrnet_trt.graph.attention import expanded
@@ -112,7 +113,9 @@ def compare_layers(
     manifest, contract = _shared_input(paths, [manifest for _, manifest in loaded])
     chosen = micrographs.choose_images(images, IMAGES)
     height, width = micrographs.crop_size(contract, None, chosen)
-    crops = micrographs.plan_crops(chosen, height, width, len(chosen))
+    crops = micrographs.plan_crops(
+        chosen, height, width, len(chosen), intensity_range=range_of(manifest.intensity)
+    )
     models = [expanded(model) if model.functions else model for model, _ in loaded]
     tensors = _shared_tensors(models, paths)
     feeds = list(micrographs.batches(crops, height, width, contract, manifest.normalization))

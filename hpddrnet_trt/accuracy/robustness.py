@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hpddrnet_trt.accuracy.evaluate import Grey8, check_fit, samples_of
+from hpddrnet_trt.accuracy.evaluate import Grey8, matched, samples_of
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.core.text import percent
@@ -130,7 +130,7 @@ def measure_robustness(
 
     Raises as :func:`~hpddrnet_trt.accuracy.evaluate.assess` does.
     """
-    check_fit(segmenter, dataset)
+    segmenter, dataset = matched(segmenter, dataset)
     dataset.split(split)  # an unknown split is told before all files are read
     runs = [[_Run(shift, value, len(dataset.classes)) for value in shift.values] for shift in shifts]
     flat = [run for sweep in runs for run in sweep]

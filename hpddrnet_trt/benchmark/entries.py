@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import existing_file
-from hpddrnet_trt.core.manifest import Manifest, read_manifest
+from hpddrnet_trt.core.manifest import IntensityRecord, Manifest, read_manifest
+from hpddrnet_trt.data.intensity import IntensityRange, range_of
 from hpddrnet_trt.engines import CHECKPOINTS, ENGINES, engine_status, engines_for
 from hpddrnet_trt.weights import locate
 
@@ -81,6 +82,18 @@ def model_files(paths: Sequence[str | Path]) -> list[Path]:
             raise BadInputFile(f"{path} holds no model file ({', '.join(MODEL_SUFFIXES)}); train or export one first")
         files += sorted(inside, key=lambda item: (MODEL_SUFFIXES.index(item.suffix), item.name))
     return files
+
+
+def intensity_of(files: Sequence[Path]) -> IntensityRange:
+    """The intensity range in which all models are shown their images; :class:`UsageError` where they have several."""
+    manifests = [manifest for manifest in map(manifest_or_none, files) if manifest is not None]
+    records = [manifest.intensity or IntensityRecord() for manifest in manifests]
+    if len({(record.unit, record.black, record.white) for record in records}) > 1:
+        raise UsageError(
+            "the models were trained on pictures of different intensity ranges, so no picture means the same to all; "
+            "compare models of one training"
+        )
+    return range_of(records[0]) if records else None
 
 
 def manifest_or_none(path: Path) -> Manifest | None:

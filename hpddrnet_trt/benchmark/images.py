@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image as PillowImage
 from hpddrnet_trt.benchmark.result import Picture
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, ClassInfo
+from hpddrnet_trt.data.intensity import IntensityRange
 from hpddrnet_trt.data.preprocess import pad
 
 Grey8 = npt.NDArray[np.uint8]
@@ -67,25 +68,29 @@ class ImageSet:
             )
 
 
-def load_images(path: str | Path, split: str = "test", limit: int | None = None) -> ImageSet:
+def load_images(
+    path: str | Path, split: str = "test", limit: int | None = None, *, intensity_range: IntensityRange = None
+) -> ImageSet:
     """The images of a dataset's ``split`` with their masks, or a file, folder or glob of micrographs.
 
-    16-bit and float micrographs are windowed to 8 bits, each with its own default window.
+    All are brought to 8 bits, in the ``intensity_range`` of the models that will see them.
     Raises :class:`UsageError` for an empty choice and :class:`BadInputFile` for an unreadable image.
     """
     from hpddrnet_trt.data.datasets import FolderDataset, dataset_layout, image_files
-    from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+    from hpddrnet_trt.data.intensity import to_grey8
+    from hpddrnet_trt.data.micrograph import read_micrograph
 
     if limit is not None and limit < 1:
         raise UsageError(f"the number of images must be at least 1, got {limit}")
     if dataset_layout(path) is not None:
-        dataset = FolderDataset.open(path)
+        dataset = replace(FolderDataset.open(path), intensity_range=intensity_range)
         samples = dataset.split(split)[:limit]
         pairs = [(sample.name, *dataset.load(sample)) for sample in samples]
         images = [Image(name, grey, mask) for name, grey, mask in pairs]
         return ImageSet(f"{dataset.name}/{split}", images, dataset.classes)
     files = image_files(path)[:limit]
-    return ImageSet(str(path), [Image(file.stem, to_grey8(read_micrograph(file).pixels)[0]) for file in files])
+    pictures = ((file.stem, to_grey8(read_micrograph(file).pixels, intensity_range).pixels) for file in files)
+    return ImageSet(str(path), [Image(name, grey) for name, grey in pictures])
 
 
 def own_size(images: Sequence[Image]) -> tuple[int, int]:

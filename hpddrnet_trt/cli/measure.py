@@ -84,7 +84,7 @@ def benchmark(
     publish: Publish = None,
 ) -> None:
     """Compare every engine and precision with the PyTorch reference in one interleaved run."""
-    from hpddrnet_trt.benchmark.entries import entries_for, model_files
+    from hpddrnet_trt.benchmark.entries import entries_for, intensity_of, model_files
     from hpddrnet_trt.benchmark.images import load_images, own_size
     from hpddrnet_trt.benchmark.result import load_result
     from hpddrnet_trt.benchmark.run import run_benchmark
@@ -92,7 +92,8 @@ def benchmark(
 
     settings = timing.settings()
     old = None if against is None else load_result(against)
-    files, images = model_files(models), load_images(data, split)
+    files = model_files(models)
+    images = load_images(data, split, intensity_range=intensity_of(files))
     entries = entries_for(files)
     if baselines:
         from hpddrnet_trt.benchmark.baselines import baseline_entries

@@ -134,7 +134,7 @@ class SegmentOptions:
     ] = "auto"
     intensity_range: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="BLACK WHITE", help="Grey values that become black and white, the same for all images."),
+        typer.Option(metavar="BLACK WHITE", help="Grey values of black and white; default: as the model was trained."),
     ] = None
     percentiles: Annotated[
         tuple[float, float] | None,
@@ -179,7 +179,7 @@ class SegmentOptions:
 
     def _window(self) -> Any:
         """The segmenter's ``window``, of which at most one way is given."""
-        from hpddrnet_trt.data.micrograph import Percentiles
+        from hpddrnet_trt.data.intensity import Percentiles
 
         if self.intensity_range is not None and self.percentiles is not None:
             raise UsageError("give either --intensity-range or --percentiles, not both")

@@ -92,6 +92,25 @@ class Normalization(_Record):
         return self
 
 
+class IntensityRecord(_Record):
+    """Which grey values are black and white for the model, as they were in its training.
+
+    ``full-scale``: shares of what a picture's bit depth holds; ``bits`` is the depth of the training pictures.
+    ``value``: grey values in the picture's own unit. ``percentile``: of each picture's pixels, in percent.
+    """
+
+    unit: Literal["full-scale", "value", "percentile"] = "full-scale"
+    black: FiniteFloat = 0.0
+    white: FiniteFloat = 1.0
+    bits: int | None = Field(default=None, ge=8, le=16)
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> IntensityRecord:
+        if not self.black < self.white:
+            raise ValueError(f"an intensity range needs black < white, got {self.black:g} and {self.white:g}")
+        return self
+
+
 class NetworkConfig(_Record):
     """The network's variant as data.
 
@@ -281,6 +300,7 @@ class Manifest(_Record):
     network: NetworkConfig
     classes: list[ClassInfo]
     normalization: Normalization = Normalization()
+    intensity: IntensityRecord | None = None
     data: DataRecord | None = None
     metrics: dict[str, float] = {}  # of the checkpoint, fractions: {"val/miou": 0.81}
     remarks: list[str] = []

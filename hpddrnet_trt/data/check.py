@@ -35,8 +35,9 @@ from hpddrnet_trt.data.datasets import (
     without_bar,
 )
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, description_of
+from hpddrnet_trt.data.intensity import bit_depth, to_grey8
 from hpddrnet_trt.data.labels import overlay, read_mask
-from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.data.micrograph import read_micrograph
 
 _LISTED = 5  # file names that the text shows of a longer list; the JSON has all
 
@@ -47,7 +48,7 @@ class SplitReport:
 
     images: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # "width x height" -> count
-    pixel_types: dict[str, int] = field(default_factory=dict)  # "uint8" -> count
+    pixel_types: dict[str, int] = field(default_factory=dict)  # "8-bit" -> count
     grey_mean: float | None = None
     grey_std: float | None = None
     class_fractions: list[float] = field(default_factory=list)
@@ -167,7 +168,7 @@ class _Scan:
         header = f"{pixels.dtype} {pixels.shape} ".encode()
         digest = hashlib.sha256(header + pixels.tobytes()).hexdigest()
         self.same_pixels[digest].append((split, self._name(sample.image)))
-        size, kind = f"{pixels.shape[1]} x {pixels.shape[0]}", str(pixels.dtype)
+        size, kind = f"{pixels.shape[1]} x {pixels.shape[0]}", _kind(pixels)
         report.sizes[size] = report.sizes.get(size, 0) + 1
         report.pixel_types[kind] = report.pixel_types.get(kind, 0) + 1
         if mask.shape != pixels.shape:
@@ -176,7 +177,9 @@ class _Scan:
                 f"{self._name(sample.mask)} is {mask.shape[1]} x {mask.shape[0]}"
             )
             return
-        self.grey_levels[split] += np.bincount(to_grey8(pixels)[0].ravel(), minlength=256)
+        grey = to_grey8(pixels)
+        report.remarks += [f"{self._name(sample.image)}: {remark}" for remark in grey.remarks]
+        self.grey_levels[split] += np.bincount(grey.pixels.ravel(), minlength=256)
         self.labels[split][sample] = np.bincount(mask.ravel(), minlength=256)
 
     def report(self, layout: Layout, files: dict[str, SplitFiles]) -> DatasetReport:
@@ -205,6 +208,9 @@ class _Scan:
             "scores there may be too good"
             for group, where in sorted(shared.items())
         ]
+        kinds = sorted({kind for split_report in splits.values() for kind in split_report.pixel_types})
+        if len(kinds) > 1:
+            warnings.append(f"pictures of different depth are mixed ({', '.join(kinds)}); see the remarks of each")
         warnings += [f"there is no {name} split" for name in ("val", "test") if name not in splits]
         if self.description.license is None:
             warnings.append(f"no license is stated; write one into {FILE_NAME}")
@@ -280,6 +286,11 @@ def _split_problems(name: str, report: SplitReport) -> Iterator[str]:
     yield from (f"{name}: {sentence}" for sentence in report.unreadable)
     for value, masks in sorted(report.unknown_values.items()):
         yield f"{name}: label value {value} is neither a class nor {IGNORE_INDEX} (ignore), in {_join(masks)}"
+
+
+def _kind(pixels: npt.NDArray[Any]) -> str:
+    depth = bit_depth(pixels)
+    return "float" if depth is None else f"{depth}-bit"
 
 
 def _split_warnings(name: str, report: SplitReport, classes: list[ClassInfo]) -> Iterator[str]:

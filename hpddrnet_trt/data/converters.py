@@ -18,8 +18,9 @@ from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.datasets import SPLITS
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES, decode
+from hpddrnet_trt.data.intensity import to_grey8
 from hpddrnet_trt.data.labels import read_mask
-from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.data.micrograph import read_micrograph
 
 log = logging.getLogger(__name__)
 

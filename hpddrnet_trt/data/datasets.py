@@ -18,8 +18,9 @@ from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, description_of
+from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.labels import read_mask
-from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph, to_grey8
+from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,9 @@ class SplitStatistics:
 class FolderDataset:
     """Micrographs and masks of one folder; open it with :meth:`open`.
 
-    ``remarks`` holds what had to be assumed (class names, for example).
+    ``remarks`` holds what had to be assumed (class names, for example). ``intensity_range``: which grey values are
+    black and white in the 8-bit pictures that :meth:`load` gives, those of the model that they are for
+    (``replace(dataset, intensity_range=range_of(manifest.intensity))``).
     """
 
     root: Path
@@ -135,6 +138,7 @@ class FolderDataset:
     samples: dict[str, list[Sample]]
     pixel_size_m: float | None = None
     remarks: tuple[str, ...] = ()
+    intensity_range: IntensityRange = None
 
     @classmethod
     def open(
@@ -218,7 +222,7 @@ class FolderDataset:
         A mask drawn over the whole file loses the rows of the information bar as the picture does.
         Raises :class:`BadInputFile` for sizes that differ or values outside the classes.
         """
-        grey, mask = read_pair(sample)
+        grey, mask = read_pair(sample, self.intensity_range)
         unknown = unknown_values(np.bincount(mask.ravel(), minlength=256), len(self.classes))
         if unknown:
             raise BadInputFile(
@@ -266,10 +270,12 @@ def without_bar(mask: npt.NDArray[np.uint8], micrograph: Micrograph) -> npt.NDAr
     return mask[: bar[0]] if bar is not None and mask.shape[0] == bar[1] else mask
 
 
-def read_pair(sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def read_pair(
+    sample: Sample, intensity_range: IntensityRange = None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Read picture (as 8-bit grey) and mask of one sample and see that their sizes agree."""
     micrograph = read_micrograph(sample.image)
-    grey, _ = to_grey8(micrograph.pixels)
+    grey = to_grey8(micrograph.pixels, intensity_range).pixels
     mask = without_bar(read_mask(sample.mask), micrograph)
     if grey.shape != mask.shape:
         raise BadInputFile(

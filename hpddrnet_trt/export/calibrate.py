@@ -15,7 +15,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,10 +24,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import UsageError, UserError
-from hpddrnet_trt.core.manifest import CalibrationRecord, InputContract, Manifest, ValidationRecord
+from hpddrnet_trt.core.manifest import CalibrationRecord, Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.precisions import PRECISIONS, LowPrecision
 from hpddrnet_trt.core.runtimes import load_onnxruntime
+from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.export import images as micrographs
@@ -141,7 +142,7 @@ def calibrate(
     settings.check()
     check_target(source_onnx, target_onnx)
     model, manifest = float_model(source_onnx)
-    data = _gather(images, held_out, settings.max_images, input_contract(manifest), settings.size)
+    data = _gather(images, held_out, settings, manifest)
     name_nodes(model)
     plan = qdq.plan(model, settings.runtime, settings.precision)
     if not plan.nodes:
@@ -215,13 +216,12 @@ def _half_types() -> tuple[int, int]:
 def _gather(
     images: Sequence[Path],
     held_out: Sequence[Path] | None,
-    max_images: int,
-    contract: InputContract,
-    size: tuple[int, int] | None,
+    settings: CalibrationSettings,
+    manifest: Manifest,
 ) -> _Data:
     if not images:
         raise UsageError("no calibration image was given; give a dataset, a folder or files of micrographs")
-    height, width = micrographs.crop_size(contract, size, images)
+    height, width = micrographs.crop_size(input_contract(manifest), settings.size, images)
     images = sorted({path.resolve() for path in images})
     if held_out:
         judges = sorted({path.resolve() for path in held_out})
@@ -230,13 +230,14 @@ def _gather(
         pool, judges = micrographs.split_held_out(images)
     independent = bool(pool and judges)
     pool = pool or images
-    chosen = micrographs.choose_images(pool, max_images)
+    chosen = micrographs.choose_images(pool, settings.max_images)
     judges = micrographs.choose_images(judges or chosen, _HELD_OUT_CROPS)
+    plan = partial(micrographs.plan_crops, height=height, width=width, intensity_range=range_of(manifest.intensity))
     return _Data(
         images=chosen,
-        crops=micrographs.plan_crops(chosen, height, width),
+        crops=plan(chosen),
         held_out=judges,
-        held_out_crops=micrographs.plan_crops(judges, height, width, _HELD_OUT_CROPS)[:_HELD_OUT_CROPS],
+        held_out_crops=plan(judges, minimum=_HELD_OUT_CROPS)[:_HELD_OUT_CROPS],
         independent=independent,
         height=height,
         width=width,

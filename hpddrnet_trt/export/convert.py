@@ -19,6 +19,7 @@ from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.precisions import Half
+from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export.images import batches, crop_size, plan_crops
 from hpddrnet_trt.export.statistics import extremes
@@ -238,6 +239,6 @@ def fp16_range_report(model: onnx.ModelProto, manifest: Manifest, images: Sequen
     types = tensor_types(model)
     tensors = [name for name in producers(model.graph) if types.get(name) == TensorProto.FLOAT]
     height, width = crop_size(contract, None, images)
-    crops = plan_crops(images, height, width)
+    crops = plan_crops(images, height, width, intensity_range=range_of(manifest.intensity))
     ranges = extremes(model, tensors, batches(crops, height, width, contract, manifest.normalization))
     return {name: max(abs(low), abs(high)) for name, (low, high) in ranges.items()}

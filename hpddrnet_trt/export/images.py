@@ -19,7 +19,8 @@ from tqdm import tqdm
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
-from hpddrnet_trt.data.micrograph import read_micrograph, to_grey8
+from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
+from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.data.preprocess import network_input, pad
 
 LARGEST_SIZE = 1024  # crop edge in pixels, where neither the model nor the caller says one
@@ -37,6 +38,7 @@ class Crop:
     image: Path
     top: int
     left: int
+    intensity_range: IntensityRange = None  # of the model
 
 
 def crop_size(
@@ -84,9 +86,9 @@ def _axis_size(axis: AxisRange, asked: int | None, usual: int, multiple: int) ->
     return max(min(usual // multiple * multiple, largest), smallest)
 
 
-def read_grey(path: Path) -> Grey:
-    """A micrograph as 8-bit grey levels ``[H, W]``, windowed as the segmenter does by default."""
-    return to_grey8(read_micrograph(path).pixels)[0]
+def read_grey(path: Path, intensity_range: IntensityRange = None) -> Grey:
+    """A micrograph as 8-bit grey levels ``[H, W]``, as a model of that range sees it."""
+    return to_grey8(read_micrograph(path).pixels, intensity_range).pixels
 
 
 def choose_images(images: Sequence[Path], count: int) -> list[Path]:
@@ -138,16 +140,23 @@ def split_held_out(images: Sequence[Path], most: int = 8) -> tuple[list[Path], l
 
 
 def plan_crops(
-    images: Sequence[Path], height: int, width: int, minimum: int = MINIMUM_CROPS, *, each: int | None = None
+    images: Sequence[Path],
+    height: int,
+    width: int,
+    minimum: int = MINIMUM_CROPS,
+    *,
+    each: int | None = None,
+    intensity_range: IntensityRange = None,
 ) -> list[Crop]:
-    """Non-overlapping crops spread over each image, at most ``each`` of every image.
+    """Non-overlapping crops spread over each image, at most ``each`` of every image, for a model of that range.
 
     Without ``each`` so many that there are ``minimum`` in total. The first crop of an image is in its
     centre, every further one far from those before, so fewer crops are the beginning of more. An
     image no larger than the crop gives one. Only image sizes are looked at; files are opened one at a time.
     """
     each = -(-minimum // len(images)) if each is None else each
-    return [Crop(path, *place) for path in images for place in _places(read_grey(path).shape, height, width, each)]
+    places = ((path, _places(read_grey(path).shape, height, width, each)) for path in images)
+    return [Crop(path, top, left, intensity_range) for path, corners in places for top, left in corners]
 
 
 def _places(shape: tuple[int, ...], height: int, width: int, count: int) -> list[tuple[int, int]]:
@@ -197,7 +206,7 @@ def _windows(crops: Sequence[Crop], height: int, width: int) -> Iterator[tuple[C
     path, grey = None, None  # crops of one image follow each other: read it once
     for crop in crops:
         if grey is None or path != crop.image:
-            path, grey = crop.image, read_grey(crop.image)
+            path, grey = crop.image, read_grey(crop.image, crop.intensity_range)
         yield crop, cut(grey, crop, height, width)
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core import runtimes
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.core.manifest import InputContract, Manifest, ValidationRecord
+from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.data.simulate import MIN_SIZE, simulate
 from hpddrnet_trt.export.images import Crop, Grey, cut, read_grey
@@ -158,14 +159,14 @@ def sample_batches(manifest: Manifest, images: Sequence[Path]) -> Iterator[Grey]
         sizes *= 2  # another picture at the one size
     index = 0
     for count, rows, columns in sizes:
-        yield np.stack([_frame(images, index + offset, rows, columns) for offset in range(count)])
+        yield np.stack([_frame(manifest, images, index + offset, rows, columns) for offset in range(count)])
         index += count
 
 
-def _frame(images: Sequence[Path], index: int, height: int, width: int) -> Grey:
+def _frame(manifest: Manifest, images: Sequence[Path], index: int, height: int, width: int) -> Grey:
     if images:
         path = images[index % len(images)]
-        return cut(read_grey(path), Crop(path, 0, 0), height, width)
+        return cut(read_grey(path, range_of(manifest.intensity)), Crop(path, 0, 0), height, width)
     picture, _ = simulate(max(height, MIN_SIZE), max(width, MIN_SIZE), seed=index)
     return picture[:height, :width]
 

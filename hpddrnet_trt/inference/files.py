@@ -19,7 +19,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import check_writable
 from hpddrnet_trt.data.datasets import find_images
-from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, Percentiles, check_info_bar, read_micrograph, to_grey8
+from hpddrnet_trt.data.intensity import FullScale, Percentiles, to_grey8
+from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, check_info_bar, read_micrograph
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.results import FORMATS, KINDS, Contents, check_kinds
@@ -198,7 +199,7 @@ class FileSegmenter:
             "mode": segmenter.mode,
             "resize": segmenter.resize,
             "tile": segmenter.tile,
-            "given_window": asdict(window) if isinstance(window, Percentiles) else window,
+            "given_window": asdict(window) if isinstance(window, Percentiles | FullScale) else window,
             "given_pixel_size_m": settings.pixel_size_m,
             "info_bar": settings.info_bar,
         }
@@ -245,6 +246,8 @@ class FileSegmenter:
             size = float(self.settings.pixel_size_m)
             micrograph = replace(micrograph, pixel_size_m=size, pixel_size_source="given")
         result = self.segmenter.segment(micrograph, progress=progress)
+        for remark in result.remarks:
+            LOG.warning("%s: %s", task.source, remark)
         made, files, regions = dict(task.made), self.outputs(task.name), None
         try:
             for kind in task.missing:
@@ -281,7 +284,7 @@ class FileSegmenter:
             "pixel_size_source": micrograph.pixel_size_source,
             "vendor": micrograph.vendor,
             "info_bar_rows": None if bar is None else list(bar),
-            "remarks": list(micrograph.remarks),
+            "remarks": [*micrograph.remarks, *result.remarks],
             "tiling": None if result.tiling is None else result.tiling.as_dict(),
             "provenance": None if result.provenance is None else result.provenance.as_dict(),
             "seconds": round(seconds, 3),

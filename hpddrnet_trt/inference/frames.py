@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, one_line
-from hpddrnet_trt.data.micrograph import IntensityRange, Micrograph, to_grey8
+from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
+from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.engines.cuda import on_device
 
 PIXEL_KINDS = {1: "u", 2: "uf", 4: "f", 8: "f"}  # bytes per pixel: admitted kinds (unsigned, float)
@@ -32,10 +33,11 @@ Image = npt.NDArray[Any] | Micrograph | DLPackArray | CudaArray
 
 
 class Frame(NamedTuple):
-    """One image ready for the network: uint8 ``[H, W]`` or RGB ``[H, W, 3]``, and its grey window."""
+    """One image ready for the network: uint8 ``[H, W]`` or RGB ``[H, W, 3]``, its grey window, and what was guessed."""
 
     pixels: npt.NDArray[np.uint8]
     window: tuple[float, float]
+    remarks: tuple[str, ...] = ()
 
 
 def on_gpu(image: Any) -> bool:
@@ -54,7 +56,7 @@ def to_frame(image: Any, channels: int, window: IntensityRange) -> Frame:
     """``image`` in 8 bits: a contiguous uint8 array as it is, all else copied only as far as needed.
 
     ``channels`` of the model: one with 3 also takes RGB. ``window`` as of
-    :func:`~hpddrnet_trt.data.micrograph.to_grey8`. Raises :class:`ContractError` for what is no image.
+    :func:`~hpddrnet_trt.data.intensity.to_grey8`. Raises :class:`ContractError` for what is no image.
     """
     pixels = image if isinstance(image, np.ndarray) else _host_array(image)
     if pixels.ndim != 2 and not (pixels.ndim == channels == 3 == pixels.shape[2] and pixels.dtype == np.uint8):
@@ -79,11 +81,8 @@ def _native(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
         raise ContractError(f"expected pixels of type uint8, uint16 or float32, got {pixels.dtype}; convert the image")
     if pixels.dtype.kind != "f":
         return pixels.astype(np.uint16, copy=False)
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is reported
-        pixels = pixels.astype(np.float32, copy=False)
-    if not (np.isfinite(pixels.min()) and np.isfinite(pixels.max())):  # NaN survives both
-        raise ContractError("the image has pixels that are NaN or infinite; replace them first")
-    return pixels
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is told
+        return pixels.astype(np.float32, copy=False)
 
 
 def _host_array(image: Any) -> npt.NDArray[Any]:

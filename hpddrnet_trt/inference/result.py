@@ -53,7 +53,8 @@ class Segmentation:
 
     ``labels`` uint8 ``[H, W]``: index into ``classes``. ``confidence`` float32 ``[H, W]``:
     probability of that class, or None. ``window``: grey values of the original that were mapped to
-    0 and 255. ``pixel_size_m``: metres per pixel, None where unknown. ``source``: the file, where known.
+    0 and 255, ``remarks``: what of that is a guess. ``pixel_size_m``: metres per pixel, None where unknown.
+    ``source``: the file, where known.
     ``provenance``: model, engine and settings; ``tiling``: how a large image was cut and put together, None for one
     that ran whole.
     """
@@ -62,6 +63,7 @@ class Segmentation:
     manifest: Manifest
     confidence: npt.NDArray[np.float32] | None = None
     window: tuple[float, float] = (0.0, 255.0)
+    remarks: tuple[str, ...] = ()
     pixel_size_m: float | None = None
     source: Path | None = None
     provenance: Provenance | None = None

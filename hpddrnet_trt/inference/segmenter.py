@@ -15,7 +15,8 @@ import numpy.typing as npt
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.files import sha256_of
-from hpddrnet_trt.data.micrograph import IntensityRange, Micrograph
+from hpddrnet_trt.data.intensity import FullScale, IntensityRange, range_of
+from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.data.preprocess import MODES, Mode
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, check_shape
@@ -52,8 +53,8 @@ class Segmenter:
       output returns by nearest neighbour, one with logits by bilinear interpolation.
     - ``confidence``: also give the probability of the chosen class.
     - ``window``: grey values that become black and white, the same for all images, or ``Percentiles`` of each
-      image; default: 8-bit images as they are, others by their own percentiles (see
-      :func:`~hpddrnet_trt.data.micrograph.to_grey8`).
+      image; default: as the model was trained, which usually is the full scale of the image's bit depth (see
+      :func:`~hpddrnet_trt.data.intensity.to_grey8`).
     - ``batch_size``: images per inference in :meth:`segment_batch`.
     - ``tile``: ``whole``: an image runs in one piece, or not at all. ``auto``: so it does where the model admits
       its size and its largest view has at most 2048 x 2048 pixels; larger ones are cut into overlapping tiles of
@@ -88,6 +89,8 @@ class Segmenter:
             raise UsageError(f"resize must be two positive numbers of pixels, got {resize}")
         self.engine, self.mode, self.resize, self.window, self.tile = engine, mode, resize, window, tile
         self.manifest = engine.manifest
+        self.intensity_range = range_of(self.manifest.intensity) if window is None else window
+        self._unchanged = isinstance(self.intensity_range, FullScale) and self.intensity_range.whole  # 8-bit images
         self._inference = Inference(engine, mode, resize)
         self._contract = self._inference.contract
         check_tile(tile, self._contract, resize)
@@ -107,10 +110,19 @@ class Segmenter:
 
     def with_mode(self, mode: Mode) -> Segmenter:
         """A segmenter on the same engine with another mode."""
-        return Segmenter(
-            self.engine, mode=mode, resize=self.resize, confidence=self.confidence, window=self.window,
-            batch_size=self.batch_size, tile=self.tile, model_sha256=self.model_sha256, scores=self._scores,
-        )  # fmt: skip
+        return self._with(mode=mode)
+
+    def taking_8_bits(self) -> Segmenter:
+        """A segmenter on the same engine for images that are in the model's intensity range already."""
+        return self._with(window=FullScale())
+
+    def _with(self, **changes: Any) -> Segmenter:
+        same: dict[str, Any] = {
+            "mode": self.mode, "resize": self.resize, "confidence": self.confidence, "window": self.window,
+            "batch_size": self.batch_size, "tile": self.tile, "model_sha256": self.model_sha256,
+            "scores": self._scores,
+        }  # fmt: skip
+        return Segmenter(self.engine, **{**same, **changes})
 
     def segment(
         self,
@@ -140,7 +152,7 @@ class Segmenter:
         elif stream is not None:
             raise UsageError("stream goes with an image on a GPU, and this one is in the host's memory; leave it out")
         else:
-            frame = to_frame(micrograph.pixels, self._contract.channels, self.window)
+            frame = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range)
             if out is not None:
                 check_out(out, frame.pixels.shape[:2], frame.pixels)
             result = self._segment_frame(frame, micrograph, out, progress)
@@ -157,7 +169,7 @@ class Segmenter:
             if on_gpu(micrograph.pixels):
                 results[index] = self._segment_on_device(micrograph, None, None)
             else:
-                waiting[index] = to_frame(micrograph.pixels, self._contract.channels, self.window)
+                waiting[index] = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range)
         for indices in _groups(waiting, self.batch_size):
             frames = [waiting[index].pixels for index in indices]
             if len(frames) == 1 or plan_for(self._inference, self.tile, *frames[0].shape[:2]) is not None:
@@ -166,7 +178,7 @@ class Segmenter:
             else:
                 outputs = self._inference.labels(frames, self.confidence)
                 for index, output in zip(indices, outputs, strict=True):
-                    results[index] = self._result(output, waiting[index].window, micrographs[index])
+                    results[index] = self._result(output, waiting[index], micrographs[index])
         return [results[index] for index in range(len(images))]
 
     def class_scores(self, image: Image, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
@@ -181,7 +193,7 @@ class Segmenter:
         inference = self._with_scores()
         if not inference.gives_logits:
             raise ContractError(f"model {self.manifest.name!r} gives labels only; export it with logits output")
-        pixels = to_frame(_micrograph(image).pixels, self._contract.channels, self.window).pixels
+        pixels = to_frame(_micrograph(image).pixels, self._contract.channels, self.intensity_range).pixels
         plan = plan_for(inference, self.tile, *pixels.shape[:2])
         if plan is None:
             return inference.probabilities([pixels])[0]
@@ -210,11 +222,11 @@ class Segmenter:
         plan = plan_for(self._inference, self.tile, *shape)
         if plan is None:
             (output,) = self._inference.labels([frame.pixels], self.confidence, out)
-            return self._result(output, frame.window, micrograph)
+            return self._result(output, frame, micrograph)
         labels = np.empty(shape, dtype=np.uint8) if out is None else out
         confidence = np.empty(shape, dtype=np.float32) if self.confidence else None
         report = segment_tiled(self._with_scores(), frame.pixels, plan, labels, confidence, progress)
-        return self._result(InferenceOutput(labels, confidence=confidence), frame.window, micrograph, report)
+        return self._result(InferenceOutput(labels, confidence=confidence), frame, micrograph, report)
 
     def _with_scores(self) -> Inference:
         """The model with class scores, where it has them."""
@@ -232,7 +244,7 @@ class Segmenter:
             raise ContractError(
                 f"the image is a {kind} on a GPU, which {self._runtime} does not read; copy it to the host first"
             )
-        if self.mode != "single" or self.resize is not None or self.window is not None:
+        if self.mode != "single" or self.resize is not None or not self._unchanged:
             raise ContractError(
                 f"the image is a {kind} on a GPU, where it runs as it is: without mode, resize and window; "
                 "copy it to the host for those"
@@ -242,12 +254,12 @@ class Segmenter:
         if out is not None:
             check_out(out, shape, None)
         output = self._inference.labels_on_device(batch, self.confidence, out, stream)
-        return self._result(output, (0.0, 255.0), micrograph)
+        return self._result(output, Frame(output.labels, (0.0, 255.0)), micrograph)
 
     def _result(
         self,
         output: InferenceOutput,
-        window: tuple[float, float],
+        frame: Frame,
         micrograph: Micrograph,
         tiling: TilingReport | None = None,
     ) -> Segmentation:
@@ -259,14 +271,15 @@ class Segmenter:
             precision=self.manifest.precision,
             version=__version__,
             mode=self.mode,
-            window=window,
+            window=frame.window,
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
         return Segmentation(
             labels=output.labels,
             manifest=self.manifest,
             confidence=output.confidence,
-            window=window,
+            window=frame.window,
+            remarks=frame.remarks,
             pixel_size_m=micrograph.pixel_size_m,
             source=micrograph.source,
             provenance=provenance,

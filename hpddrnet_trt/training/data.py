@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -23,11 +23,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import UserError
-from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, IntensityRecord
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import FolderDataset, Sample, SplitStatistics
+from hpddrnet_trt.data.intensity import range_of, training_range
+from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.data.preprocess import pad
 from hpddrnet_trt.data.simulate import write_dataset
 from hpddrnet_trt.training.config import SIMULATED, DataSection
@@ -94,13 +97,15 @@ class TrainingData:
 
     dataset: FolderDataset
     statistics: SplitStatistics  # of the training split
+    intensity: IntensityRecord  # of the training split, or of the model that training starts from
     sha256: str
     training_images: int
 
 
-def open_data(section: DataSection, folder: Path) -> TrainingData:
+def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | None = None) -> TrainingData:
     """The dataset that ``section`` names; simulated data are written to ``folder``.
 
+    ``intensity``: the range that pictures are brought to; None: what suits those of the training split.
     Raises :class:`UserError` when a split is missing, and what opening and counting it raises.
     """
     if section.path == SIMULATED:  # written once
@@ -122,11 +127,17 @@ def open_data(section: DataSection, folder: Path) -> TrainingData:
             "groups in split %r and in others: %s; scores will flatter, see data.separate_groups",
             section.train_split, ", ".join(shared),
         )  # fmt: skip
+    if intensity is None:
+        samples = tqdm(dataset.split(section.train_split), desc="intensity range", unit="image", delay=5)
+        intensity, remarks = training_range(read_micrograph(sample.image).pixels for sample in samples)
+        for remark in remarks:
+            log.warning("%s", remark)
+    dataset = replace(dataset, intensity_range=range_of(intensity))
     statistics = dataset.training_statistics(section.train_split)
     absent = [name for name, part in zip(dataset.class_names, statistics.class_fractions, strict=True) if not part]
     if absent:
         log.warning("no pixel of split %r is labelled %s: it is not learned", section.train_split, ", ".join(absent))
-    return TrainingData(dataset, statistics, dataset.checksum(), len(dataset.split(section.train_split)))
+    return TrainingData(dataset, statistics, intensity, dataset.checksum(), len(dataset.split(section.train_split)))
 
 
 class ImageStore:

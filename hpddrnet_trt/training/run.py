@@ -79,7 +79,8 @@ def train(config: TrainConfig) -> TrainResult:
     """
     device = _Device.of(config)
     folder = config.run.path
-    data = open_data(config.data, folder)
+    initial = config.network.initial
+    data = open_data(config.data, folder, None if initial is None else read_manifest(initial).intensity)
     first_step, stored = _find_start(config, folder, data)
     if first_step >= config.optimization.max_steps:
         return _result(config, stored)
@@ -263,6 +264,7 @@ def _build(config: TrainConfig, data: TrainingData) -> tuple[SegmentationModule,
         network=network.config,
         classes=list(data.dataset.classes),
         normalization=start.normalization,
+        intensity=data.intensity,
         data=DataRecord(
             name=data.dataset.name,
             sha256=data.sha256,

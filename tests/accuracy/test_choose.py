@@ -19,7 +19,7 @@ from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.graph.qdq import count_convolutions
 from tests.accuracy.builds import build, needs_rtx
 from tests.accuracy.fakes import FakeCost, accuracy
-from tests.graph.residual_onnx import QUANTISABLE
+from tests.graph.residual_onnx import QUANTIZABLE
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_int8_throughout_where_that_holds(study: Study, tmp_path: Path) -> None:
     assert manifest.calibration.images == 6
     assert manifest.qdq_report is not None
     assert manifest.qdq_report["counts"]["reformats_in_stages"] == 0
-    assert count_convolutions(onnx.load(str(tmp_path / "m.onnx"))) == (len(QUANTISABLE), 6)
+    assert count_convolutions(onnx.load(str(tmp_path / "m.onnx"))) == (len(QUANTIZABLE), 6)
 
 
 def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_layer_that_breaks_the_budget_stays_in_fp16(study: Study, tmp_path: 
     manifest = read_manifest(tmp_path / "m.onnx")
     assert manifest.mixed is not None
     assert {"first", "shortcut"} <= set(manifest.mixed.floating)
-    assert len(manifest.mixed.floating) < len(QUANTISABLE)
+    assert len(manifest.mixed.floating) < len(QUANTIZABLE)
     assert choice.accuracy.drop <= 2.0
     assert manifest.validation[-1].values["masked_miou_drop_percentage_points"] == choice.accuracy.drop
     kept = [entry for entry in manifest.qdq_report["convolutions"] if entry["name"] == "first"]  # type: ignore[index]

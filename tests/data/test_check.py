@@ -33,7 +33,7 @@ def test_sound_dataset(dataset: Path, tmp_path: Path) -> None:
     assert report.problems == []
     assert [split.images for split in report.splits.values()] == [3, 2, 1]
     assert report.splits["train"].sizes == {"64 x 48": 3}
-    assert report.splits["train"].pixel_types == {"uint8": 3}
+    assert report.splits["train"].pixel_types == {"8-bit": 3}
     assert sum(report.splits["train"].class_fractions) == pytest.approx(1, abs=1e-5)
     text = report.text()
     for word in ("simulated-mudrock", "grain", "pore", "clay", "CC0", "fit for training", str(sheet)):

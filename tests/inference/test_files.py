@@ -15,7 +15,7 @@ import tifffile
 from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from hpddrnet_trt.data.micrograph import Percentiles
+from hpddrnet_trt.data.intensity import Percentiles
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.files import (
     FileSegmenter,
