@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from hpddrnet_trt.models.network import HPDDRNet
 
 # FP16 autocast is no baseline: the trained position attention overflows it and every logit becomes NaN.
-AMP = {"autocast": "bf16", "channels_last": True, "cudnn_benchmark": True}
-COMPILED = {"compile": "max-autotune", "cudnn_benchmark": True}
+AMP: dict[str, Any] = {"autocast": "bf16", "channels_last": True, "cudnn_benchmark": True}
+COMPILED: dict[str, Any] = {"compile": "max-autotune", "cudnn_benchmark": True}
 
 
 def baseline_entries(checkpoint: Path, folder: Path, *, size: tuple[int, int], batch: int = 1) -> list[Entry]:

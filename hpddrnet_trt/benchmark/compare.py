@@ -90,7 +90,7 @@ def _context(result: BenchmarkResult) -> dict[str, str]:
 
 
 _Key = tuple[str, Measure, Shape]
-_PLAN = ("rounds", "warmup", "threads", "pause_ms")  # settings that change what a figure means
+_PLAN = ("rounds", "warmup", "threads", "pause_ms", "burst_ms", "alone")  # settings that change what a figure means
 
 
 def _timings(rows: Sequence[Row]) -> dict[_Key, tuple[Row, Timing]]:
@@ -108,7 +108,7 @@ def _change(key: _Key, old: tuple[Row, Timing] | None, new: tuple[Row, Timing] |
             *key, "only new" if old is None else "only old",
             old_ms=old[1].p50_ms if old else None, new_ms=new[1].p50_ms if new else None,
         )  # fmt: skip
-    ratio = ratio_of_medians(old[1].samples_ms, new[1].samples_ms, paired=False, seed=seed)
+    ratio = ratio_of_medians(old[1].by_round, new[1].by_round, paired=False, seed=seed)
     before, after = (_peaks(row, key[2]) for row, _ in (old, new))
     return Change(
         *key, verdict_of(ratio), old[1].p50_ms, new[1].p50_ms, ratio,
@@ -275,7 +275,7 @@ def _compared(
     of_reference = reference.get((str(first.reference), measure, timing.shape))
     ratio = None
     if of_reference is not None:
-        ratio = ratio_of_medians(of_reference[1].samples_ms, timing.samples_ms, paired=False, seed=first.settings.seed)
+        ratio = ratio_of_medians(of_reference[1].by_round, timing.by_round, paired=False, seed=first.settings.seed)
     return timing.model_copy(update={"ratio": ratio})
 
 

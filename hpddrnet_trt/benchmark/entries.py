@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,21 @@ _PLAIN_OPTIONS = {"output", "device", "threads"}  # of the torch engine: none ch
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing to compare: a model file, the engine that runs it and that engine's options."""
+    """One thing to compare: a model file, the engine that runs it and that engine's options.
+
+    ``make``: what writes the file, called before it is first loaded where it does not exist yet. ``only``: the one
+    size and batch (height, width, batch) that it is timed at, None for all.
+    """
 
     label: str
     path: Path
     engine: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
+    make: Callable[[], object] | None = None
+    only: tuple[int, int, int] | None = None
+
+    def takes(self, shape: tuple[int, int, int]) -> bool:
+        return self.only is None or self.only == shape
 
     @property
     def is_torch(self) -> bool:

@@ -28,8 +28,10 @@ from hpddrnet_trt.engines import library_versions
 BUSY_SHARE = 0.15  # share of the processor used by others above which a warning is due
 PERIOD_S = 0.1  # between two looks at the GPU
 THROTTLED_SHARE = 0.01  # of the looks, below which a reason for slowing down is not worth a warning
+IDLE_SHARE = 0.1  # of the looks, above which a GPU has not been kept busy
 _MIB = 1 << 20
-# nvmlClocksEventReason bits. Bit 0 (idle) is left out: it is no slowing down.
+# nvmlClocksEventReason bits. Bit 0 is no slowing down: nothing runs, and the clocks drop.
+_IDLE = 0x001
 _THROTTLE_REASONS = {
     0x002: "application clocks",
     0x004: "power limit",
@@ -54,7 +56,10 @@ class Gpu(BaseModel):
 
 
 class GpuState(BaseModel):
-    """Clocks, power and temperature read while timing; ``throttled``: the driver's reasons for slowing down."""
+    """Clocks, power and temperature read while engines on this GPU were timed.
+
+    ``throttled``: the driver's reasons for slowing down; ``idle_share``: of the looks that found nothing running.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,6 +68,8 @@ class GpuState(BaseModel):
     power_w: float | None  # median
     temperature_c: float | None  # highest
     throttled: list[str]
+    sm_clock_limit_mhz: float | None = None
+    idle_share: float | None = None
 
 
 class Machine(BaseModel):
@@ -238,10 +245,12 @@ class GpuSensor:
         sensor = self._nvml.NVML_TEMPERATURE_GPU
         return self._read(lambda: float(self._nvml.nvmlDeviceGetTemperature(self._handle, sensor)))
 
-    def throttled(self) -> list[str]:
-        """Why the driver holds clocks down at this moment."""
-        bits = self._read(lambda: int(self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle))) or 0
-        return [text for bit, text in _THROTTLE_REASONS.items() if bits & bit]
+    def sm_clock_limit_mhz(self) -> float | None:
+        return self._read(lambda: float(self._nvml.nvmlDeviceGetMaxClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)))
+
+    def clock_reasons(self) -> int:
+        """The driver's bits for what decides the clocks at this moment."""
+        return self._read(lambda: int(self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle))) or 0
 
     def joules(self) -> float | None:
         """Energy of the whole board since the driver was loaded (Volta and newer)."""
@@ -271,7 +280,7 @@ class GpuWatch:
         self._clocks: list[float] = []
         self._powers: list[float] = []
         self._temperatures: list[float] = []
-        self._reasons: dict[str, int] = {}
+        self._reasons: list[int] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -294,7 +303,7 @@ class GpuWatch:
         """What was seen so far; empty without a GPU, or when nothing was timed long enough for a look."""
         if self._gpu is None or not self._clocks:
             return []
-        clocks, looks = (min(self._clocks), median(self._clocks), max(self._clocks)), len(self._clocks)
+        clocks = min(self._clocks), median(self._clocks), max(self._clocks)
         return [
             GpuState(
                 name=self._gpu.name,
@@ -302,12 +311,17 @@ class GpuWatch:
                 power_w=median(self._powers) if self._powers else None,
                 temperature_c=max(self._temperatures, default=None),
                 throttled=[
-                    f"{why} ({count / looks:.0%} of the time)"
-                    for why, count in self._reasons.items()
-                    if count >= THROTTLED_SHARE * looks
+                    f"{why} ({share:.0%} of the time)"
+                    for bit, why in _THROTTLE_REASONS.items()
+                    if (share := self._share(bit)) >= THROTTLED_SHARE
                 ],
+                sm_clock_limit_mhz=self._gpu.sm_clock_limit_mhz(),
+                idle_share=self._share(_IDLE),
             )
         ]
+
+    def _share(self, bit: int) -> float:
+        return sum(bool(reasons & bit) for reasons in self._reasons) / len(self._reasons)
 
     def _watch(self, gpu: GpuSensor) -> None:
         while not self._stop.wait(self._period_s):
@@ -320,8 +334,7 @@ class GpuWatch:
         self._clocks.append(clock)
         self._powers += [] if power is None else [power]
         self._temperatures += [] if temperature is None else [temperature]
-        for reason in gpu.throttled():
-            self._reasons[reason] = self._reasons.get(reason, 0) + 1
+        self._reasons.append(gpu.clock_reasons())
 
 
 class EnergyUse:

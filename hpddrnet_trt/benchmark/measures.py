@@ -1,7 +1,7 @@
 """What is measured of every engine at one size and batch; times are taken in interleaved rounds.
 
-End-to-end latency is what a microscope waits for; inference latency is what others quote (trtexec's
-GPU time, say); throughput is what a folder of images gets. They are never mixed.
+End-to-end latency is what a microscope waits for; inference latency is the network alone, on a GPU by its own events
+(what trtexec calls GPU Compute Time); throughput is what a folder of images gets. They are never mixed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,11 +33,20 @@ from hpddrnet_trt.benchmark.result import (
     Shape,
     Timing,
 )
-from hpddrnet_trt.benchmark.timing import FAILURES, Frames, Loop, Samples, ratio_of_medians, time_interleaved
+from hpddrnet_trt.benchmark.timing import (
+    FAILURES,
+    Burst,
+    Frames,
+    Loop,
+    Samples,
+    on_host,
+    ratio_of_medians,
+    time_interleaved,
+)
 from hpddrnet_trt.core.errors import describe, require
 from hpddrnet_trt.core.precisions import PRECISIONS
 from hpddrnet_trt.data.preprocess import network_input
-from hpddrnet_trt.engines.base import Engine, input_contract
+from hpddrnet_trt.engines.base import Bound, Engine, input_contract
 
 _Made = TypeVar("_Made")
 
@@ -98,16 +107,19 @@ def end_to_end_stream(engine: Engine) -> Callable[[Iterable[Frames]], Iterator[F
     return run
 
 
-def inference_only(engine: Engine, frames: Frames) -> Callable[[object], None]:
-    """The network alone on ``frames``, which are placed where it computes once, here.
+def inference_only(engine: Engine, frames: Frames) -> tuple[Burst[object], bool]:
+    """The network alone on ``frames``, which are placed where it computes once, here; whether the GPU times it.
 
-    The result ignores its argument. Raises :class:`NotImplementedError` when the engine has no such measure.
+    By CUDA events where the engine has them (:class:`~hpddrnet_trt.engines.base.Bound`), else by the host's clock.
+    Raises :class:`NotImplementedError` when the engine has no such measure.
     """
     bind = getattr(engine, "bind", None)
     if bind is None:
         raise NotImplementedError("this engine cannot run the network alone")
-    run: Callable[[], None] = bind(prepared(engine, frames))
-    return lambda _: run()
+    run = bind(prepared(engine, frames))
+    if isinstance(run, Bound):
+        return (lambda _, runs: run.burst(runs)), True
+    return on_host(lambda _: run()), False
 
 
 # -- the three times -------------------------------------------------------------------------------
@@ -115,11 +127,12 @@ def inference_only(engine: Engine, frames: Frames) -> Callable[[object], None]:
 
 @dataclass
 class Measured:
-    """What one measure gave for one case: samples, and joules of one image where they were counted."""
+    """What one measure gave for one case: samples, who was timed by the GPU, and joules of one image where counted."""
 
     measure: Measure
     case: BenchmarkCase
     samples: Samples
+    by_events: set[str] = field(default_factory=set)
     joules: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -127,19 +140,23 @@ class Measured:
         """Labels whose times still changed when warm-up had to end."""
         return [label for label, warmup in self.samples.warmups.items() if warmup.steady is False]
 
-    def timing(self, label: str, reference: str | None, seed: int) -> Timing:
-        """Samples, quantiles and the ratio to the reference's own same measure."""
-        seconds, shape = self.samples.seconds[label], self.case.shape
+    def timing(self, label: str, reference: tuple[Measured, str] | None, seed: int) -> Timing:
+        """Samples, quantiles and the ratio to a reference's same measure, paired if it was timed in these rounds."""
+        samples, shape = self.samples, self.case.shape
+        by_round, warmup, cold = samples.seconds[label], samples.warmups.get(label), samples.cold.get(label)
+        seconds = [value for one in by_round for value in one]
         p50, p95, p99 = (float(value) for value in np.percentile(seconds, [50, 95, 99]))
-        warmup = self.samples.warmups.get(label)
-        of_reference = None if reference is None else self.samples.seconds.get(reference)
+        ratio = None
+        if reference is not None:
+            other = reference[0].samples.seconds[reference[1]]
+            ratio = ratio_of_medians(other, by_round, paired=reference[0] is self, seed=seed)
         return Timing(
-            **shape._asdict(), samples_ms=[round(1000 * value, 4) for value in seconds],
+            **shape._asdict(), samples_ms=[round(1000 * value, 4) for value in seconds], ratio=ratio,
             p50_ms=1000 * p50, p95_ms=1000 * p95, p99_ms=1000 * p99, max_ms=1000 * max(seconds),
-            images_per_s=shape.batch / p50,
-            ratio=None if of_reference is None else ratio_of_medians(of_reference, seconds, paired=True, seed=seed),
-            warmup=warmup.runs if warmup else None, steady=warmup.steady if warmup else None,
-            joules_per_image=self.joules.get(label),
+            images_per_s=shape.batch / p50, warmup=warmup.runs if warmup else None,
+            steady=warmup.steady if warmup else None, joules_per_image=self.joules.get(label),
+            burst=len(by_round[0]), uncounted=samples.uncounted[label], by_events=label in self.by_events,
+            cold_ms=1000 * float(np.median(cold)) if cold and samples.uncounted[label] else None,
         )  # fmt: skip
 
 
@@ -151,22 +168,24 @@ class Timer:
 
     def end_to_end(self, engines: Mapping[str, Engine], case: BenchmarkCase) -> Measured:
         """From host frame to host labels, one batch at a time."""
-        runners = {label: end_to_end(engine) for label, engine in engines.items()}
-        return Measured("end_to_end", case, self._rounds("end_to_end", case, runners, case.frames))
+        bursts = {label: on_host(end_to_end(engine)) for label, engine in engines.items()}
+        return Measured("end_to_end", case, self._rounds("end_to_end", case, engines, bursts, case.frames))
 
     def inference(self, engines: Mapping[str, Engine], case: BenchmarkCase) -> Measured:
         """The network alone, on data that lie where it computes. Engines without it are failures."""
-        runners: dict[str, Callable[[object], None]] = {}
+        bursts: dict[str, Burst[object]] = {}
         reasons: dict[str, str] = {}
+        by_events: set[str] = set()
         for label, engine in engines.items():
             made = _or_reason(inference_only, engine, case.frames[0])
             if isinstance(made, str):
                 reasons[label] = made
             else:
-                runners[label] = made
-        samples = self._rounds("inference", case, runners, [None])
+                bursts[label], on_gpu = made
+                by_events |= {label} if on_gpu else set()
+        samples = self._rounds("inference", case, engines, bursts, [None])
         samples.failures |= reasons
-        return Measured("inference", case, samples)
+        return Measured("inference", case, samples, by_events)
 
     def throughput(
         self, engines: Mapping[str, Engine], case: BenchmarkCase, gpus: Mapping[str, GpuSensor | None]
@@ -176,7 +195,7 @@ class Timer:
         Each engine's round lasts at least :data:`ROUND_S`; there are at most :data:`MOST_ROUNDS`.
         ``gpus``: by label the GPU that an engine computes on, where its energy can be read.
         """
-        runners: dict[str, Callable[[None], object]] = {}
+        bursts: dict[str, Burst[object]] = {}
         counts: dict[str, int] = {}
         reasons: dict[str, str] = {}
         for label, engine in engines.items():
@@ -185,30 +204,34 @@ class Timer:
             if isinstance(count, str):
                 reasons[label] = count
             else:
-                counts[label], runners[label] = count, partial(many, count)
-        use = {label: EnergyUse(gpus.get(label)) for label in runners}
-        samples = self._rounds("throughput", case, runners, [None], around=use.__getitem__)
-        for label, seconds in samples.seconds.items():
-            samples.seconds[label] = [value / counts[label] for value in seconds]
+                counts[label], bursts[label] = count, on_host(partial(many, count))
+        use = {label: EnergyUse(gpus.get(label)) for label in bursts}
+        samples = self._rounds("throughput", case, engines, bursts, [None], around=use.__getitem__)
+        for label, rounds in samples.seconds.items():
+            samples.seconds[label] = [[value / counts[label] for value in one] for one in rounds]
         samples.failures |= reasons
         joules = {}
         for label, used in use.items():
             if label in samples.seconds and used.joules and not samples.interrupted:
                 joules[label] = used.joules / (samples.rounds * counts[label] * case.shape.batch)
-        return Measured("throughput", case, samples, joules)
+        return Measured("throughput", case, samples, joules=joules)
 
     def _rounds(
-        self, measure: Measure, case: BenchmarkCase, runners: Mapping[str, Callable[[Any], object]],
+        self, measure: Measure, case: BenchmarkCase, engines: Mapping[str, Engine], bursts: Mapping[str, Burst[Any]],
         inputs: Sequence[Any], around: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
     ) -> Samples:  # fmt: skip
         plan = self._settings
-        settle = measure != "throughput"  # choosing the number of batches has warmed up already
-        warmup, rounds = (plan.warmup, plan.rounds) if settle else (0, min(plan.rounds, MOST_ROUNDS))
-        title = f"{MEASURES[measure]} {case.shape}"
-        with tqdm(total=(rounds + warmup) * len(runners), desc=title, unit="run", disable=self._quiet) as bar:
-            loop = Loop(rounds, warmup, settle, plan.pause_ms / 1000, plan.seed)
-            samples = time_interleaved(runners, inputs, loop, on_step=bar.update, around=around, watch=self._watch)
-        if not settle:
+        if measure == "throughput":  # choosing the number of batches has warmed up already, and a round is long
+            loop = Loop(min(plan.rounds, MOST_ROUNDS), 0, settle=False, burst_s=0, seed=plan.seed)
+        else:
+            loop = Loop(plan.rounds, plan.warmup, burst_s=plan.burst_ms / 1000, seed=plan.seed)
+        if any(map(runs_on_cpu, engines.values())):  # a GPU that rests slows down
+            loop = replace(loop, pause_s=plan.pause_ms / 1000)
+        title, steps = f"{MEASURES[measure]} {case.shape}", (loop.rounds + loop.warmup) * len(bursts)
+        with tqdm(total=steps, desc=title, unit="turn", disable=self._quiet) as bar:
+            watch = None if all(map(runs_on_cpu, engines.values())) else self._watch
+            samples = time_interleaved(bursts, inputs, loop, on_step=bar.update, around=around, watch=watch)
+        if measure == "throughput":
             samples.warmups.clear()
         return samples
 

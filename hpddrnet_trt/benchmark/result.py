@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpddrnet_trt.benchmark.machine import GpuState, Machine
-from hpddrnet_trt.benchmark.timing import Ratio
+from hpddrnet_trt.benchmark.timing import BURST_S, Ratio
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, ClassInfo
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 Measure = Literal["end_to_end", "inference", "throughput"]  # as the fields of a row
 MEASURES: dict[Measure, str] = {  # what people call them
     "end_to_end": "end-to-end latency",
@@ -73,8 +75,10 @@ class Settings(_Record):
     peak memory is measured beside that of the timed ones, e.g. too large to be timed. ``threads``: CPU
     threads of one inference, None for each engine's own choice.
     ``reference``: label of the entry to compare with, None for the first PyTorch entry that runs.
-    ``pause_ms``: rest before each timed call, see :func:`~hpddrnet_trt.benchmark.timing.time_interleaved`.
-    ``gallery``: images shown in the report."""
+    ``pause_ms``: rest before each turn of an entry on the processor; ``burst_ms``: of its counted runs; see
+    :class:`~hpddrnet_trt.benchmark.timing.Loop`. ``gallery``: images shown in the report.
+    ``alone``: one entry is loaded at a time, in the order of the entries at each size, without a process of its own
+    before. ``minutes``: what has not begun by then is dropped, and said so; None for as long as it takes."""
 
     sizes: tuple[tuple[int, int], ...] = ()
     batches: tuple[int, ...] = Field(default=(1,), min_length=1)
@@ -89,6 +93,9 @@ class Settings(_Record):
     reference: str | None = None
     seed: int = 0
     pause_ms: float = Field(default=20.0, ge=0, le=10_000)
+    burst_ms: float = Field(default=1000 * BURST_S, ge=0, le=10_000)
+    alone: bool = False
+    minutes: float | None = Field(default=None, gt=0)
     gallery: int = Field(default=3, ge=0)
 
     @model_validator(mode="after")
@@ -102,7 +109,7 @@ class Settings(_Record):
 
 
 class Timing(_Shaped):
-    """One measure at one size and batch: milliseconds, one sample per round.
+    """One measure at one size and batch: milliseconds, ``burst`` samples per round.
 
     For latencies a sample is one batch, one at a time; for throughput it is the time of a round of many
     batches in flight, divided by their number, so that all samples mean milliseconds per batch.
@@ -118,6 +125,25 @@ class Timing(_Shaped):
     warmup: int | None = None  # untimed runs before the first timed one
     steady: bool | None = None  # whether times had become steady by then
     joules_per_image: float | None = None  # where the driver reports energy, of the whole GPU
+    burst: int = 1  # counted runs of a turn, one after the other
+    uncounted: int = 0  # runs before them that are not counted
+    cold_ms: float | None = None  # median of the first runs of the turns: after others have run, or a rest
+    by_events: bool = False  # timed by the GPU, between CUDA events
+
+    @model_validator(mode="after")
+    def _whole_rounds(self) -> Timing:
+        if self.burst < 1 or len(self.samples_ms) % self.burst:
+            raise ValueError(f"{len(self.samples_ms)} samples are no rounds of {self.burst}")
+        return self
+
+    @property
+    def rounds(self) -> int:
+        return len(self.samples_ms) // self.burst
+
+    @property
+    def by_round(self) -> npt.NDArray[np.float64]:
+        """Samples as ``[rounds, burst]``."""
+        return np.asarray(self.samples_ms, dtype=np.float64).reshape(-1, self.burst)
 
 
 class Start(_Record):
@@ -227,7 +253,7 @@ class BenchmarkResult(_Record):
     schema_version: int = SCHEMA_VERSION
     created: str  # ISO 8601, UTC
     command: str
-    complete: bool  # False after Ctrl-C: figures are of the finished rounds and images only
+    complete: bool  # False after Ctrl-C, or SIGTERM: figures are of the finished rounds and images only
     settings: Settings
     machine: Machine
     engines: dict[str, str]  # every engine's version, or why it is not available
@@ -316,6 +342,9 @@ def load_result(path: str | Path) -> BenchmarkResult:
             content = _from_version_1(content)
         if version in (1, 2):
             content = _from_version_2(content)
+        if version in (1, 2, 3):  # one run a turn, with a rest before it
+            plan = {"burst_ms": 0.0, **content["settings"]}
+            content = {**content, "schema_version": SCHEMA_VERSION, "settings": plan}
         return BenchmarkResult.model_validate(content)
     except (ValidationError, ValueError, AttributeError, TypeError, KeyError) as exc:
         problem = first_problem(exc, "file") if isinstance(exc, ValidationError) else str(exc)
@@ -345,7 +374,7 @@ def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
             {**{key: roof.get(key) for key in ("height", "width", "batch", "note")}, "milliseconds": roof["floor_ms"]}
             for roof in row.pop("roofs", [])
         ]
-    migrated = {**content, "schema_version": SCHEMA_VERSION, "settings": settings, "rows": rows}
+    migrated = {**content, "settings": settings, "rows": rows}
     rates = migrated.pop("ceilings", None)
     if rates is not None:
         migrated["bound_source"] = f"{rates['device']}, measured: {rates['how']}"

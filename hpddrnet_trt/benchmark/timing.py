@@ -1,8 +1,10 @@
 """The timing loop and its statistics.
 
-Engines are compared in interleaved rounds: in every round each engine runs once on the same
-frame, so that a machine that slows down or is disturbed slows all of them alike. Samples of one
-round belong together, which is why intervals of ratios come from resampling whole rounds.
+Engines are compared in interleaved rounds: in every round each engine has one turn on the same
+frame, so that a machine that slows down or is disturbed slows all of them alike. A turn is a burst of
+runs without a pause, of which the first are not counted: they find the caches, and a GPU the clocks,
+that the engine before has left. Samples of one round belong together, which is why intervals of ratios
+come from resampling whole rounds.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Frames = npt.NDArray[np.uint8]  # [N, H, W] grey
 Input = TypeVar("Input")
+Burst = Callable[[Input, int], Sequence[float]]  # seconds of each of so many runs on one input, without a pause
 # What an engine may raise when it cannot do what it was asked; NotImplementedError is a RuntimeError.
 FAILURES = (UserError, RuntimeError, MemoryError, ValueError)
 
@@ -35,6 +38,9 @@ MAX_WARMUP_S = 10.0  # beyond the least number of runs: the first ones may compi
 MIN_ROUNDS_FOR_INTERVAL = 5  # below this a bootstrap interval of a median says nothing
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+BURST_S = 0.1  # about how long the counted runs of a turn take
+MOST_COUNTED = 50  # runs of a turn
+UNCOUNTED = 2  # first runs of a turn that are not counted, or as many as are, where those are fewer
 WIDE = 0.2  # an interval wider than this share of its ratio is called wide wherever it is shown
 
 
@@ -58,27 +64,27 @@ class Ratio(BaseModel):
 
 
 def ratio_of_medians(
-    reference: Sequence[float], samples: Sequence[float], *, paired: bool = True, seed: int = 0
+    reference: npt.ArrayLike, samples: npt.ArrayLike, *, paired: bool = True, seed: int = 0
 ) -> Ratio:
     """``median(reference) / median(samples)`` with its 95 % percentile bootstrap interval.
 
-    Above 1 means faster than the reference. ``paired``: both sequences hold one latency per round, in
-    the same order; rounds are resampled as pairs, so what disturbed both does not widen the interval.
-    Otherwise the two come from different runs and each is resampled by itself
-    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13).
+    Both are latencies by round: ``[rounds]``, or ``[rounds, runs]`` where a round has several, as many of each
+    engine as it likes. Above 1 means faster than the reference. ``paired``: both hold the same rounds, in the
+    same order; rounds are resampled as pairs, so what disturbed both does not widen the interval. Otherwise the
+    two come from different rounds and each is resampled by itself (Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, chapters 8 and 13).
     """
-    if not len(samples) or not len(reference) or (paired and len(reference) != len(samples)):
-        raise UsageError(
-            f"a ratio needs one latency per round of both engines, got {len(reference)} and {len(samples)}"
-        )
-    first, second = np.asarray(reference, dtype=np.float64), np.asarray(samples, dtype=np.float64)
+    first, second = (np.asarray(one, dtype=np.float64) for one in (reference, samples))
+    if not first.size or not second.size or (paired and len(first) != len(second)):
+        raise UsageError(f"a ratio needs the same rounds of both engines, got {len(first)} and {len(second)}")
+    first, second = first.reshape(len(first), -1), second.reshape(len(second), -1)
     value = float(np.median(first) / np.median(second))
     if min(len(first), len(second)) < MIN_ROUNDS_FOR_INTERVAL:
         return Ratio(value=value, paired=paired)
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, len(first), (RESAMPLES, len(first)))
     others = picks if paired else rng.integers(0, len(second), (RESAMPLES, len(second)))
-    low, high = _central(np.median(first[picks], axis=1) / np.median(second[others], axis=1))
+    low, high = _central(np.median(first[picks], axis=(1, 2)) / np.median(second[others], axis=(1, 2)))
     # With few distinct latencies the percentile interval can just miss the estimate itself.
     return Ratio(value=value, low=min(low, value), high=max(high, value), paired=paired)
 
@@ -123,9 +129,12 @@ class WarmUp(NamedTuple):
 
 @dataclass
 class Samples:
-    """What the loop measured: seconds of each finished round by label, and who failed with which reason."""
+    """What the loop measured: seconds of the counted runs of each finished round by label, those of the first run of
+    each turn (``cold``), how many more were not counted, and who failed with which reason."""
 
-    seconds: dict[str, list[float]]
+    seconds: dict[str, list[list[float]]]
+    cold: dict[str, list[float]] = field(default_factory=dict)
+    uncounted: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     warmups: dict[str, WarmUp] = field(default_factory=dict)
     interrupted: bool = False
@@ -142,19 +151,41 @@ class Loop:
 
     Warm-up is at least ``warmup`` runs of each and, with ``settle``, as many more as it takes until times are steady
     (:data:`STEADY_SHARE`), at most :data:`MAX_WARMUP` runs or :data:`MAX_WARMUP_S` more seconds. ``pause_s`` is slept
-    before each timed call: thread pools of the engine that ran before keep spinning for a moment and would be
-    charged to the next one. ``seed``: of the order in each round.
+    before each turn: thread pools of the engine that ran before keep spinning for a moment and would be charged to
+    the next one. ``burst_s``: about how long the counted runs of a turn take (:func:`turn`); 0 is one run, and none
+    that is not counted. ``seed``: of the order in each round.
     """
 
     rounds: int
     warmup: int
     settle: bool = True
     pause_s: float = 0.0
+    burst_s: float = BURST_S
     seed: int = 0
 
 
+def turn(seconds: float, burst_s: float) -> tuple[int, int]:
+    """How many runs of about ``seconds`` a turn has that are not counted, and how many that are."""
+    counted = max(1, min(MOST_COUNTED, round(burst_s / max(seconds, 1e-9))))
+    return (min(UNCOUNTED, counted) if burst_s else 0), counted
+
+
+def on_host(run: Callable[[Input], object], clock: Callable[[], float] = time.perf_counter) -> Burst[Input]:
+    """Runs timed by the host's clock, one after the other."""
+
+    def burst(given: Input, runs: int) -> list[float]:
+        seconds = []
+        for _ in range(runs):
+            start = clock()
+            run(given)
+            seconds.append(clock() - start)
+        return seconds
+
+    return burst
+
+
 def time_interleaved(
-    runners: Mapping[str, Callable[[Input], object]],
+    bursts: Mapping[str, Burst[Input]],
     inputs: Sequence[Input],
     loop: Loop,
     *,
@@ -163,62 +194,64 @@ def time_interleaved(
     watch: AbstractContextManager[object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
-    """Warm every runner up, then run each once per round on the same input, in turn.
+    """Warm everybody up, then give each a turn per round on the same input.
 
-    ``on_step`` is called after each timed call and each of the first ``warmup`` runs. ``around(label)`` is entered
-    before the clock starts for a timed call and left after it stopped; ``watch`` is entered around all rounds.
+    ``on_step`` is called after each turn and each of the first ``warmup`` runs. ``around(label)`` is entered before a
+    turn and left after it; ``watch`` is entered around all rounds. ``clock``: for the end of warm-up.
 
-    A runner that raises leaves the comparison, its reason is kept. Ctrl-C ends the loop; the finished
+    An engine that raises leaves the comparison, its reason is kept. Ctrl-C ends the loop; the finished
     rounds stay, the unfinished one is dropped.
     """
-    samples = Samples({label: [] for label in runners})
+    samples = Samples({label: [] for label in bursts})
 
-    def step(label: str, given: Input) -> float | None:
-        """Seconds of one call, or None when this runner fails or has failed."""
+    def step(label: str, given: Input, runs: int) -> Sequence[float] | None:
+        """Seconds of each run, or None when this engine fails or has failed."""
         if label in samples.failures:
             return None
-        start = clock()
         try:
-            runners[label](given)
+            return bursts[label](given, runs)
         except FAILURES as exc:
             # One engine's failure is a row of the report; the others go on.
             logger.warning("%s failed while being timed: %s", label, exc)
             samples.failures[label] = describe(exc)
             return None
-        return clock() - start
 
     def warm_up(label: str) -> None:
         times: list[float] = []
         start = clock()
         while len(times) < loop.warmup or (loop.settle and not _enough(times, clock() - start)):
-            elapsed = step(label, inputs[len(times) % len(inputs)])
+            elapsed = step(label, inputs[len(times) % len(inputs)], 1)
             if elapsed is None:
                 return
-            times.append(elapsed)
+            times += elapsed
             if len(times) <= loop.warmup:
                 on_step()
                 start = clock()
         samples.warmups[label] = WarmUp(len(times), is_steady(times))
+        turns[label] = turn(float(np.median(times[-STEADY_RUNS:] or [0.0])), loop.burst_s)
 
+    turns: dict[str, tuple[int, int]] = {}
     try:
-        for label in runners:
+        for label in bursts:
             warm_up(label)
         with watch or nullcontext():
-            for number, order in enumerate(round_orders(len(runners), loop.rounds, loop.seed)):
-                labels, done = list(runners), dict[str, float]()
+            for number, order in enumerate(round_orders(len(bursts), loop.rounds, loop.seed)):
+                labels, done = list(bursts), dict[str, Sequence[float]]()
                 for label in (labels[index] for index in order):
                     time.sleep(loop.pause_s)
                     with around(label):
-                        elapsed = step(label, inputs[number % len(inputs)])
+                        elapsed = step(label, inputs[number % len(inputs)], sum(turns.get(label, (0, 0))))
                     if elapsed is not None:
                         done[label] = elapsed
                     on_step()
                 for label, elapsed in done.items():
-                    samples.seconds[label].append(elapsed)
+                    samples.seconds[label].append(list(elapsed[turns[label][0] :]))
+                    samples.cold.setdefault(label, []).append(elapsed[0])
     except KeyboardInterrupt:
         samples.interrupted = True
     for label in samples.failures:
         samples.seconds.pop(label, None)
+    samples.uncounted = {label: uncounted for label, (uncounted, _) in turns.items()}
     return samples
 
 

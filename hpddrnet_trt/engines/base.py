@@ -29,6 +29,21 @@ class Prediction:
     logits: npt.NDArray[np.float32] | None = None
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A batch bound to a GPU: call it for one inference, ``burst(runs)`` for so many without a pause.
+
+    ``burst`` gives the GPU's own seconds of each, from CUDA events before and after it on its stream. Each is queued
+    while the one before runs, as trtexec does (NVIDIA, TensorRT documentation, "Command-Line Programs").
+    """
+
+    run: Callable[[], None]
+    burst: Callable[[int], list[float]]
+
+    def __call__(self) -> None:
+        self.run()
+
+
 @runtime_checkable
 class Engine(Protocol):
     """A loaded model file. Use it as a context manager, or call :meth:`close`.
@@ -57,7 +72,8 @@ class Engine(Protocol):
         """One batch placed where the engine computes, for measuring the network alone.
 
         Each call of the result runs one inference on it and returns when that is complete; the outputs
-        stay where they are. Valid until :meth:`close`; no other call may run in between.
+        stay where they are. On a GPU the result may be a :class:`Bound`. Valid until :meth:`close`; no other call may
+        run in between.
         """
         ...
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
 from hpddrnet_trt.core.files import existing_file, write_text
 from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, read_manifest
-from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input, expected_outputs, input_contract
+from hpddrnet_trt.engines.base import Bound, EngineBase, Prediction, check_input, expected_outputs, input_contract
 from hpddrnet_trt.engines.cuda import (
     DeviceArray,
     Gpu,
@@ -282,7 +282,7 @@ class TensorRTEngine(EngineBase):
                     slot.finish()  # of a call that ended early
                 self._idle += slots
 
-    def bind(self, images: npt.NDArray[Any] | Any) -> Callable[[], None]:
+    def bind(self, images: npt.NDArray[Any] | Any) -> Bound:
         """One batch placed on the GPU; see :class:`~hpddrnet_trt.engines.base.Engine`.
 
         A call launches a CUDA graph of the network alone (or queues the network) and waits for it.
@@ -298,7 +298,12 @@ class TensorRTEngine(EngineBase):
                 queue()
                 stream.synchronize()
 
-        return run
+        def burst(runs: int) -> list[float]:
+            with self._lock, self._on_gpu:
+                self._check_open()
+                return stream.timed(queue, runs)
+
+        return Bound(run, burst)
 
     def _bind(self, images: Any, *, graph: bool) -> ExecutionContext:
         self._check_open()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError, one_line
 from hpddrnet_trt.core.manifest import InputContract, OutputContract
-from hpddrnet_trt.engines.base import EngineBase, Prediction, check_input
+from hpddrnet_trt.engines.base import Bound, EngineBase, Prediction, check_input
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
 
 AUTOCAST = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -130,7 +130,20 @@ class TorchEngine(EngineBase):
                 self._compute(x)
                 self._synchronize()
 
-        return run
+        def burst(runs: int) -> list[float]:
+            event: Any = torch.cuda.Event
+            pairs = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(runs)]
+            with self._running(x.shape):
+                for place, (start, end) in enumerate(pairs):
+                    start.record()
+                    self._compute(x)
+                    end.record()
+                    if place:
+                        pairs[place - 1][1].synchronize()
+                self._synchronize()
+            return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+        return run if self.device.type == "cpu" else Bound(run, burst)
 
     def layer_times(self, images: npt.NDArray[Any], runs: int = 20) -> dict[str, float]:
         """Milliseconds by module path, see :func:`module_times`.

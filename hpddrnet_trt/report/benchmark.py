@@ -20,6 +20,7 @@ from PIL import Image
 from hpddrnet_trt.benchmark.machine import BUSY_SHARE
 from hpddrnet_trt.benchmark.result import BenchmarkResult, Picture, Settings, at, main_shape
 from hpddrnet_trt.benchmark.table import miou, miou_change, points, ratio_text, sentence, state_of, tables, to_csv
+from hpddrnet_trt.benchmark.timing import MOST_COUNTED, UNCOUNTED
 from hpddrnet_trt.core.files import write_bytes, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.core.text import percent
@@ -199,9 +200,25 @@ def method(result: BenchmarkResult) -> list[str]:
 def _loop(plan: Settings) -> list[str]:
     threads = "each engine's own number of threads" if plan.threads is None else f"{plan.threads} CPU threads each"
     few = f" With {plan.rounds} rounds, p99 lies close to the maximum." if plan.rounds < 200 else ""
+    rest = f"a rest of {plan.pause_ms:g} ms"
+    if plan.burst_ms:
+        turns = [
+            f"A turn is a burst of runs without a pause. About {plan.burst_ms:g} ms of them are counted, at least one "
+            f"run and at most {MOST_COUNTED}; the first {UNCOUNTED} (one, of an engine whose turn has one counted run) "
+            "are not: they find the caches and clocks that others have left. “First of a turn” is the median of the "
+            f"very first ones, what one picture costs now and then. Engines on the processor have {rest} before each "
+            "turn, those on a GPU none.",
+        ]
+        who = "one engine was loaded at a time" if plan.alone else "GPU engines apart from those on the processor"
+        order = f"every engine had a turn on the same frame, in changing order (seed {plan.seed}), {who}; {threads}."
+    else:
+        turns, order = [], (
+            f"every engine ran once on the same frame, in changing order (seed {plan.seed}), with {rest} before each "
+            f"timed run; {threads}."
+        )  # fmt: skip
     return [
-        f"Interleaved: in each of {plan.rounds} rounds every engine ran once on the same frame, in changing order "
-        f"(seed {plan.seed}), with a rest of {plan.pause_ms:g} ms before each timed run; {threads}.",
+        f"{'Rounds' if plan.alone else 'Interleaved'}: in each of {plan.rounds} rounds {order}",
+        *turns,
         f"Warm-up: at least {plan.warmup} untimed runs of each engine and size, more until its times were steady; the "
         "table says where they did not become so.",
         f"Latency is the time of one batch, one at a time; images/s one at a time is the batch over its median.{few}",
@@ -218,8 +235,15 @@ def _other_measures(result: BenchmarkResult) -> list[str]:
         )
     if any(row.inference for row in rows):
         said.append(
-            "Inference latency is measured in interleaved rounds of its own; the call returns when the labels are "
-            "complete."
+            "Inference latency is measured in rounds of its own, by the host's clock: the call returns when the labels "
+            "are complete."
+        )
+    if any(timing.by_events for row in rows for timing in row.inference):
+        said.append(
+            "On a GPU it is by the GPU's own clock, between CUDA events before and after each inference on its stream, "
+            "each queued while the one before runs: what trtexec calls GPU Compute Time (TensorRT entries with a CUDA "
+            "graph, unless their name says without; trtexec's --useCudaGraph). Unlike trtexec's default, no copies run "
+            "beside it."
         )
     if any(timing.joules_per_image is not None for row in rows for timing in row.throughput):
         said.append(

@@ -313,7 +313,7 @@ def far_apart(values: Sequence[float]) -> bool:
 
 def _around(whole: Timing, alone: Timing, seed: int) -> float:
     """Milliseconds around the network; 0 where the two medians, which are of different rounds, do not differ."""
-    ratio = ratio_of_medians(whole.samples_ms, alone.samples_ms, paired=False, seed=seed)
+    ratio = ratio_of_medians(whole.by_round, alone.by_round, paired=False, seed=seed)
     differ = ratio.low is None or ratio.low > 1
     return max(0.0, whole.p50_ms - alone.p50_ms) if differ else 0.0
 

@@ -19,7 +19,8 @@ from hpddrnet_trt.accuracy.candidates import CandidateCache, QuantizationConfig
 from hpddrnet_trt.accuracy.evaluate import assess, samples_of
 from hpddrnet_trt.accuracy.evaluator import AccuracyEvaluator
 from hpddrnet_trt.accuracy.search import choose_precision
-from hpddrnet_trt.benchmark.run import Scores as BenchmarkScores
+from hpddrnet_trt.benchmark.images import Image as BenchmarkImage
+from hpddrnet_trt.benchmark.scores import Scores as BenchmarkScores
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import CalibrationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
@@ -156,10 +157,10 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, config: Quan
     model, manifest = load_model(target)
     with load_segmenter(save_model(simulate_rounding(model), tmp_path / "rounded.onnx", manifest)) as segmenter:
         scores = assess(segmenter, dataset, "val", progress=False).scores
-        benchmark = BenchmarkScores(["it"], None, len(dataset.classes))
-        for _, image, mask in samples_of(dataset, "val", "", progress=False):
-            benchmark.add({"it": segmenter.segment(image).labels}, mask)
-    row = benchmark.accuracy("it")
+        samples = [*samples_of(dataset, "val", "", progress=False)]
+        benchmark = BenchmarkScores([BenchmarkImage(sample.name, image, mask) for sample, image, mask in samples])
+        benchmark.add("it", [segmenter.segment(image).labels for _, image, _ in samples])
+    row = benchmark.accuracy("it", None, len(dataset.classes))
     assert row is not None
     evidence = AcceptanceCheck(dataset.root, budget, "val", fp32).verify(target, fp32, tmp_path / "it.engine").values
     chosen = choice.manifest.validation[-1].values

@@ -44,7 +44,7 @@ def measured(models: Path) -> BenchmarkResult:
     ]
     plan = Settings(
         sizes=((32, 48), (64, 64)), memory_sizes=((96, 96),), batches=(1, 2), rounds=6, warmup=1, threads=1,
-        reference="plain", pause_ms=0, gallery=2,
+        reference="plain", pause_ms=0, burst_ms=1, gallery=2,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "ROUND_S", 0.01)

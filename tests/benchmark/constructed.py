@@ -109,7 +109,7 @@ def result(kinds: tuple[Kind, ...] = KINDS) -> BenchmarkResult:
         ],
         bound_source="Example GPU, from its data sheet",
         gpu_states=[GpuState(name="Example GPU", sm_clock_mhz=(1755, 1980, 1980), power_w=312.0, temperature_c=51,
-                             throttled=[])],
+                             throttled=[], sm_clock_limit_mhz=1980, idle_share=0.02)],
     )  # fmt: skip
 
 
@@ -127,7 +127,8 @@ def _row(kind: Kind, reference: Kind, rng: np.random.Generator) -> Row:
             for edge in (512, 1024, 2048, 4096)
         ],
         end_to_end=timings,
-        inference=[_timing(kind, reference, shape, kind.ms - kind.around, rng) for shape in shapes],
+        inference=[_timing(kind, reference, shape, kind.ms - kind.around, rng, by_events=kind.gpu is not None)
+                   for shape in shapes],
         throughput=[_timing(kind, reference, shape, 0.9 * kind.ms, rng, joules=0.4) for shape in shapes],
         layers=[LayerGroups(height=1024, width=1024, batch=1,
                             groups={name: 1.1 * kind.ms * share for name, share in PARTS.items()})],
@@ -145,7 +146,7 @@ def _mib(at_quoted: float, edge: int, quadratic: float) -> float:
 
 def _timing(
     kind: Kind, reference: Kind, shape: tuple[int, int, int], ms: float, rng: np.random.Generator,
-    joules: float | None = None,
+    joules: float | None = None, by_events: bool = False,
 ) -> Timing:  # fmt: skip
     height, width, batch = shape
     scale = height * width / 1024**2 * batch**0.93
@@ -157,7 +158,8 @@ def _timing(
         height=height, width=width, batch=batch, samples_ms=[round(float(value), 4) for value in samples],
         p50_ms=p50, p95_ms=p95, p99_ms=p99, max_ms=float(samples.max()), images_per_s=1000 * batch / p50,
         ratio=Ratio(value=ratio, low=ratio * (1 - spread), high=ratio * (1 + spread), paired=kind.environment == 0),
-        warmup=6, steady="compiled" not in kind.label, joules_per_image=joules,
+        warmup=6, steady="compiled" not in kind.label, joules_per_image=joules, by_events=by_events,
+        burst=2, uncounted=2, cold_ms=1.2 * p50,
     )  # fmt: skip
 
 

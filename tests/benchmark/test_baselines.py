@@ -68,19 +68,16 @@ def test_labels_are_the_references(
     assert (labels == reference).mean() > least
 
 
-def test_entries_for_their_users(entries: dict[str, Entry]) -> None:
-    compiled = [entry for entry in entries.values() if "compile" in entry.options]
-    assert [entry.label for entry in compiled] == ["PyTorch compiled", "PyTorch compiled AMP"]
-    assert all(entry.options["compile"] == "max-autotune" for entry in compiled)
-    assert [entry.options.get("autocast") for entry in compiled] == [None, "bf16"]
+def test_entries_for_their_users(entries: dict[str, Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = {label: entry.options for label, entry in entries.items() if "compile" in entry.options}
+    assert [(label, given["compile"], given.get("autocast")) for label, given in compiled.items()] == [
+        ("PyTorch compiled", "max-autotune", None), ("PyTorch compiled AMP", "max-autotune", "bf16"),
+    ]  # fmt: skip
     assert all(entry.options["output"] == "labels" for entry in entries.values() if entry.engine == "torch")
     assert not any(entry.can_be_reference for entry in entries.values())
     assert entries["ONNX Runtime plain export"].options["defaults"] is True
-
-
-def test_only_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "export_plain", lambda *_, **__: None)
-    for usable in (True, False):
+    for usable in (True, False):  # only what is installed
         monkeypatch.setattr(baselines, "engine_status", lambda name, usable=usable: EngineStatus(usable, ""))
         made = baseline_entries(CHECKPOINT, tmp_path, size=(64, 96), batch=2)
         assert ("openvino" in {entry.engine for entry in made}) == usable

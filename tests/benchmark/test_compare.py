@@ -36,7 +36,8 @@ def with_samples(row: Row, centre: float, seed: int, rounds: int = 40) -> Row:
     rng, timings = np.random.default_rng(seed), []
     for timing in row.end_to_end:
         samples = (centre * rng.lognormal(0, 0.05, rounds)).tolist()
-        timings.append(timing.model_copy(update={"samples_ms": samples, "p50_ms": float(np.median(samples))}))
+        changed = {"samples_ms": samples, "p50_ms": float(np.median(samples)), "burst": 1}
+        timings.append(timing.model_copy(update=changed))
     return row.model_copy(update={"end_to_end": timings})
 
 

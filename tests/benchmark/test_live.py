@@ -32,27 +32,19 @@ def windows(pairs: list[tuple[int, int]], seconds: float = 2.0) -> list[Window]:
     return made
 
 
-def test_the_ratio_is_paired_so_a_drifting_machine_does_not_matter() -> None:
-    found = rate_ratio(windows([(99, 100), (198, 200), (396, 400), (50, 50)]))
-    assert found.ratio == pytest.approx(0.99)
-    assert (found.with_stream, found.without_stream) == ((198 + 99) / 2 / 2, (200 + 100) / 2 / 2)
-    assert found.interval_95 == (pytest.approx(0.99), pytest.approx(1.0))
-    assert found.held
-
-
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 500)), min_size=1, max_size=12))
-def test_the_interval_holds_the_ratio_and_is_of_the_pairs(pairs: list[tuple[int, int]]) -> None:
+def test_the_ratio_is_of_pairs_so_a_drifting_machine_does_not_matter(pairs: list[tuple[int, int]]) -> None:
     found = rate_ratio(windows(pairs))
     ratios = [attached / alone for attached, alone in pairs]
     assert found.ratio == pytest.approx(np.median(ratios))
     low, high = found.interval_95
     assert min(ratios) - 1e-12 <= low <= high <= max(ratios) + 1e-12
     assert found.held == (found.ratio >= 0.98)
+    assert (found.with_stream, found.without_stream) == tuple(np.median(pairs, axis=0) / 2)  # windows of 2 s
 
 
 def test_windows_that_are_no_pairs_are_refused_and_no_age_is_no_figure() -> None:
-    pair = windows([(1, 1)])
-    for wrong in ([pair[0], pair[0]], []):
+    for wrong in (windows([(1, 1)])[:1] * 2, []):
         with pytest.raises(UsageError, match="in pairs"):
             rate_ratio(wrong)
     assert live.milliseconds([0.1, 0.2, 0.3]) == pytest.approx({"p50": 200, "p95": 290, "p99": 298, "max": 300})

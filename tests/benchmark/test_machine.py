@@ -105,6 +105,9 @@ class FakeNvml:
         self.threads.add(threading.current_thread().name)
         return 1980 if self.looks <= 5 else 1200
 
+    def nvmlDeviceGetMaxClockInfo(self, handle: Any, kind: int) -> int:
+        return self._value(1980)
+
     def nvmlDeviceGetPowerUsage(self, handle: Any) -> int:
         return self._value(650_500)
 
@@ -119,7 +122,7 @@ class FakeNvml:
         return [SimpleNamespace(pid=1, usedGpuMemory=None), SimpleNamespace(pid=os.getpid(), usedGpuMemory=300 << 20)]
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: Any) -> int:
-        return 0x1 if self.looks <= 5 else 0x1 | 0x4 | 0x40
+        return 0x1 if self.looks <= 5 else 0x4 | 0x40
 
     def _value(self, value: int) -> int:
         if not self.supported:
@@ -194,6 +197,8 @@ def test_the_watch_looks_from_its_own_thread_only_while_entered(nvml: FakeNvml) 
     assert (state.power_w, state.temperature_c) == (650.5, 40 + nvml.looks)
     share = f"({(nvml.looks - 5) / nvml.looks:.0%} of the time)"
     assert state.throttled == [f"power limit {share}", f"temperature (hardware) {share}"]
+    assert state.sm_clock_limit_mhz == 1980
+    assert state.idle_share == pytest.approx(5 / nvml.looks)
 
 
 def test_energy_is_that_between_entering_and_leaving(nvml: FakeNvml) -> None:

@@ -24,13 +24,15 @@ from hpddrnet_trt.benchmark.result import Settings, Shape
 from hpddrnet_trt.benchmark.timing import WarmUp
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import InputContract, Manifest, OutputContract
-from hpddrnet_trt.engines.base import EngineBase, Prediction
+from hpddrnet_trt.engines.base import Bound, EngineBase, Prediction
 from hpddrnet_trt.weights import locate
 from tests.tiny_network import tiny_manifest, tiny_network
 
 
 class FakeEngine(EngineBase):
     """Labels are the grey levels modulo 3; counts what it is asked."""
+
+    runtime = "numpy (CPU)"
 
     def __init__(self, manifest: Manifest) -> None:
         contract = InputContract.model_validate({"dtype": "uint8", "channels": 1})
@@ -67,6 +69,15 @@ class Broken(FakeEngine):
         raise UserError("out of memory")
 
 
+class OnGpu(FakeEngine):
+    """Each inference takes a quarter of a second by its events, and no time of the host."""
+
+    runtime = "TensorRT 11 (Example GPU)"
+
+    def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
+        return Bound(lambda: None, lambda runs: [0.25] * runs)
+
+
 @pytest.fixture(scope="module")
 def manifest() -> Manifest:
     return tiny_manifest(tiny_network())
@@ -81,7 +92,7 @@ def case() -> BenchmarkCase:
 @pytest.fixture
 def timer(monkeypatch: pytest.MonkeyPatch) -> Timer:
     monkeypatch.setattr(measures, "ROUND_S", 1e-9)
-    return Timer(Settings(rounds=6, warmup=2, pause_ms=0), GpuWatch(None), quiet=True)
+    return Timer(Settings(rounds=6, warmup=2, pause_ms=0, burst_ms=0), GpuWatch(None), quiet=True)
 
 
 def test_a_stream_of_frames_gives_their_labels_in_order_and_size(manifest: Manifest, case: BenchmarkCase) -> None:
@@ -96,15 +107,42 @@ def test_a_stream_of_frames_gives_their_labels_in_order_and_size(manifest: Manif
 def test_inference_runs_what_was_bound_and_nothing_else(
     manifest: Manifest, case: BenchmarkCase, timer: Timer
 ) -> None:
-    engines = {"good": FakeEngine(manifest), "plain": Plain(manifest), "broken": Broken(manifest)}
+    kinds = {"good": FakeEngine, "plain": Plain, "broken": Broken, "gpu": OnGpu}
+    engines = {label: kind(manifest) for label, kind in kinds.items()}
     found = timer.inference(engines, case)
-    assert list(found.samples.seconds) == ["good"]
+    assert list(found.samples.seconds) == ["good", "gpu"]
     assert engines["good"].bound == 6 + found.samples.warmups["good"].runs
     assert engines["good"].inferences == 0
+    assert found.samples.seconds["gpu"] == [[0.25]] * 6  # what its events say, not the host's clock
+    assert [found.timing(label, None, 0).by_events for label in ("good", "gpu")] == [False, True]
     for steady, named in ((False, ["good"]), (None, []), (True, [])):
         found.samples.warmups["good"] = WarmUp(2, steady)
         assert found.unsteady == named
     assert found.samples.failures == {"plain": "this engine cannot run the network alone", "broken": "out of memory"}
+
+
+def test_latencies_are_of_bursts_and_only_the_processor_rests(
+    manifest: Manifest, case: BenchmarkCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr("hpddrnet_trt.benchmark.timing.time.sleep", rests.append)
+    timer = Timer(Settings(rounds=3, warmup=1, pause_ms=30, burst_ms=50), GpuWatch(None), quiet=True)
+    found = timer.inference({"gpu": OnGpu(manifest)}, case)
+    assert set(rests) == {0}
+    timing = found.timing("gpu", None, 0)
+    assert (timing.burst, timing.uncounted, timing.rounds, timing.cold_ms) == (1, 1, 3, 250)
+    rests.clear()
+    found = timer.end_to_end({"cpu": FakeEngine(manifest), "gpu": OnGpu(manifest)}, case)
+    assert set(rests) == {0.03}
+    timing = found.timing("cpu", (found, "gpu"), 0)
+    assert timing.burst > 1
+    assert timing.uncounted == 2
+    assert len(timing.samples_ms) == 3 * timing.burst
+    other = timer.end_to_end({"gpu": OnGpu(manifest)}, case)
+    apart = found.timing("cpu", (other, "gpu"), 0).ratio
+    assert timing.ratio is not None
+    assert apart is not None
+    assert (timing.ratio.paired, apart.paired) == (True, False)  # the reference was timed in rounds of its own
 
 
 class Counter(GpuSensor):
@@ -127,12 +165,12 @@ def test_throughput_runs_rounds_of_batches_and_counts_their_energy(
     assert engines["good"].streams == [2, 4] + 6 * [4]  # two to warm up and choose, then the rounds
     assert found.joules == {"good": pytest.approx(6 * 3 / (6 * 4 * 2))}
     assert found.samples.failures == {"plain": "this engine does not offer it"}
-    timing = found.timing("good", "unmetered", seed=0)
+    timing = found.timing("good", (found, "unmetered"), seed=0)
     assert timing.joules_per_image == pytest.approx(3 / 8)
     assert (timing.warmup, timing.steady, found.unsteady) == (None, None, [])
     assert timing.images_per_s == pytest.approx(2000 / timing.p50_ms)
     assert timing.ratio is not None
-    assert found.timing("good", "plain", seed=0).ratio is None
+    assert (timing.burst, timing.uncounted, timing.cold_ms) == (1, 0, None)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ def test_every_committed_result_is_read_and_reported(path: Path, tmp_path: Path)
         assert result.bound_source is not None
         assert stored["ceilings"]["device"] in result.bound_source
     assert result.settings.inference == stored["settings"].get("network_only", False)
-    assert (result.schema_version, len(result.rows)) == (3, len(stored["rows"]))
+    assert (result.schema_version, len(result.rows)) == (4, len(stored["rows"]))
+    assert result.settings.burst_ms == 0  # one run a turn then
+    assert {timing.burst for row in result.rows for timing in row.end_to_end} == {1}
     if stored["schema_version"] == 1:  # what was not measured then
         assert result.settings.batches == (stored["settings"]["batch"],)
         assert not result.settings.throughput
@@ -48,7 +50,8 @@ def test_every_committed_result_is_read_and_reported(path: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"schema_version": 4}', "has the format 4 of benchmark results, this version reads up to 3"),
+        ('{"schema_version": 5}', "has the format 5 of benchmark results, this version reads up to 4"),
+        ('{"schema_version": 4}', "not a benchmark result"),
         ('{"schema_version": 3}', "not a benchmark result"),
         ('{"schema_version": 2}', "not a benchmark result"),
         ('{"schema_version": 2, "settings": {}, "rows": [5]}', "not a benchmark result"),

@@ -32,7 +32,7 @@ from tests.benchmark.conftest import image_set
 from tests.tiny_onnx import CLASSES, tiny_model
 
 LATENCY: dict[str, Any] = {"inference": False, "throughput": False, "layers": False}
-QUICK: dict[str, Any] = {"rounds": 5, "warmup": 1, "threads": 1, "pause_ms": 0, "gallery": 0, **LATENCY}
+QUICK: dict[str, Any] = {"rounds": 5, "warmup": 1, "threads": 1, "pause_ms": 0, "burst_ms": 0, "gallery": 0, **LATENCY}
 
 
 def compared(entry: Entry | list[Entry], masks: bool = True, **settings: Any) -> BenchmarkResult:
@@ -52,7 +52,8 @@ def test_every_entry_is_a_row_and_timings_follow_from_their_samples(measured: Be
         shapes = ["32×48", "batch 2 of 32×48", "64×64", "batch 2 of 64×64"]
         assert [str(timing.shape) for timing in timings] == shapes
         for first, second in zip(getattr(plain, measure), timings, strict=True):
-            assert len(second.samples_ms) == 6
+            assert second.rounds == 6
+            assert len(second.samples_ms) == 6 * second.burst
             found = (second.p50_ms, second.p95_ms, second.p99_ms, second.max_ms)
             assert found == pytest.approx(np.percentile(second.samples_ms, (50, 95, 99, 100)), rel=1e-3, abs=1e-4)
             assert second.images_per_s == pytest.approx(1000 * second.batch / second.p50_ms)
@@ -300,28 +301,52 @@ def test_folders_give_their_models_checkpoints_first(tmp_path: Path) -> None:
 
 
 class SimulatedGpu:
-    """A GPU with a data sheet, of which nothing can be read."""
+    """A GPU with a data sheet, which is idle in every second look."""
 
     name = "NVIDIA H200"
 
-    def sm_clock_mhz(self) -> None: ...
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def sm_clock_mhz(self) -> float:
+        return 345.0
+
+    def clock_reasons(self) -> int:
+        self.looks += 1
+        return self.looks % 2
+
+    def sm_clock_limit_mhz(self) -> None: ...
     def power_w(self) -> None: ...
     def temperature_c(self) -> None: ...
     def joules(self) -> None: ...
 
 
-def test_bounds_are_of_entries_on_a_known_gpu(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_on_a_gpu_have_rounds_of_their_own_and_bounds(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[list[str]] = []
+    timed = measures.time_interleaved
+
+    def noting(bursts: Any, *given: Any, **more: Any) -> Any:
+        rounds.append(list(bursts))
+        return timed(bursts, *given, **more)
+
+    monkeypatch.setattr(measures, "time_interleaved", noting)
     monkeypatch.setattr(run.GpuSensor, "open", SimulatedGpu)
-    monkeypatch.setattr(run, "runs_on_cpu", lambda engine: False)
-    entries = [Entry("plain", models / "fp32.onnx"), Entry("small", models / "int8.onnx")]
-    plan: dict[str, Any] = {"sizes": ((32, 48), (64, 64)), "batches": (1, 3)}
+    monkeypatch.setattr("hpddrnet_trt.benchmark.machine.PERIOD_S", 0.001)
+    for module in (run, measures):
+        monkeypatch.setattr(module, "runs_on_cpu", lambda engine: engine.manifest.precision == "fp32")
+    files = {"host": "fp32.onnx", "gpu": "int8.onnx", "b": "int8.onnx"}
+    entries = [Entry(label, models / name) for label, name in files.items()]
+    plan: dict[str, Any] = {"sizes": ((32, 48),), "reference": "host", "burst_ms": 20}
     result = compared(entries, **plan)
+    assert rounds == [["gpu", "b"], ["host"]]
+    host, gpu, _ = result.rows
+    assert [timing.ratio and timing.ratio.paired for timing in (host.end_to_end[0], gpu.end_to_end[0])] == [True, False]
     assert result.bound_source == "NVIDIA H200, from its data sheet"
-    plain, small = result.rows
-    shapes = [timing.shape for timing in plain.end_to_end]
-    assert [bound.shape for bound in plain.bounds] == [bound.shape for bound in small.bounds] == shapes
-    for exact, quantized in zip(plain.bounds, small.bounds, strict=True):
-        assert 0 < quantized.milliseconds < exact.milliseconds
+    assert [bound.shape for bound in gpu.bounds] == [timing.shape for timing in gpu.end_to_end]
+    assert host.bounds == []
+    (state,) = result.gpu_states
+    assert state.idle_share == pytest.approx(0.5, abs=0.3)
+    assert any("had nothing to do in" in warning for warning in result.warnings)
     monkeypatch.setattr(SimulatedGpu, "name", "NVIDIA unknown")
-    unknown = compared(entries[0], **plan)
+    unknown = compared(entries[1], **plan | {"reference": None})
     assert (unknown.bound_source, unknown.rows[0].bounds) == (None, [])

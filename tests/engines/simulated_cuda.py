@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -24,12 +25,13 @@ Work = Callable[[], None]
 
 
 class Marker:
-    """An event's place in the work of a stream."""
+    """An event's place in the work of a stream, and when it was passed."""
 
     passed = False
+    seconds = 0.0
 
     def __call__(self) -> None:
-        self.passed = True
+        self.passed, self.seconds = True, time.perf_counter()
 
 
 def locked(kind: type[Any]) -> type[Any]:
@@ -56,7 +58,7 @@ class SimulatedCuda:
     """
 
     cudaStreamNonBlocking = 1
-    cudaEventDisableTiming = 2
+    cudaEventDefault, cudaEventDisableTiming = 0, 2
 
     def __init__(self, real: Any, name: str = "Simulated", capability: tuple[int, int] = (8, 9)) -> None:
         self.cudaError_t, self.cudaMemcpyKind = real.cudaError_t, real.cudaMemcpyKind
@@ -70,6 +72,7 @@ class SimulatedCuda:
         self._thread = threading.local()
         self.primary: set[int] = set()  # GPUs that have a primary context
         self.events: dict[int, Marker] = {}
+        self.timing: set[int] = set()  # events that may be timed
         self.queues: dict[int, list[Work]] = defaultdict(list)
         self.recording: dict[int, list[Work]] = {}
         self.recorders: dict[int, int] = {}  # stream to the thread that records it, whose calls alone are limited
@@ -169,14 +172,20 @@ class SimulatedCuda:
         self._current()
         return self.ok, self._handle()
 
-    cudaEventCreateWithFlags = cudaStreamCreateWithFlags
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, int]:
+        result = self.cudaStreamCreateWithFlags(flags)
+        if flags == self.cudaEventDefault:
+            self.timing.add(result[1])
+        return result
 
     def cudaStreamDestroy(self, handle: int) -> tuple[Any]:
         self._current()
         self.log.append(("destroy", handle))
         return (self.ok,)
 
-    cudaEventDestroy = cudaStreamDestroy
+    def cudaEventDestroy(self, handle: int) -> tuple[Any]:
+        self.timing.discard(handle)
+        return self.cudaStreamDestroy(handle)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:
         assert stream not in self.recording, "waiting is not allowed while a graph is recorded"
@@ -189,6 +198,21 @@ class SimulatedCuda:
         self.events[event] = marker = Marker()
         self.queue(stream, marker)
         return (self.ok,)
+
+    def cudaEventSynchronize(self, event: int) -> tuple[Any]:
+        marker = self.events[event]
+        source = next((queue for queue in self.queues.values() if marker in queue), [])
+        while not marker.passed:
+            source.pop(0)()
+        return (self.ok,)
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[Any, float]:
+        if not {start, end} <= self.timing:
+            return self.cudaError_t.cudaErrorInvalidResourceHandle, 0.0
+        first, last = self.events[start], self.events[end]
+        assert first.passed
+        assert last.passed, "the real one says cudaErrorNotReady"
+        return self.ok, 1000 * (last.seconds - first.seconds)
 
     def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Any]:
         self.log.append(("wait", stream))

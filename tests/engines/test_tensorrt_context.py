@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -184,6 +185,17 @@ def test_a_bound_batch_moves_no_data(bench: Start, version: str | None, graphs: 
     small()
     names = [name for name, *_ in job.cuda.log]
     assert names == ["launch", "synchronize"] * 4 if graphs else ["synchronize"] * 4
+    # A burst is timed by the GPU, each inference between two events and queued while the one before runs.
+    job.cuda.log.clear()
+    began = time.perf_counter()
+    seconds = run.burst(3)
+    assert len(seconds) == 3
+    assert min(seconds) > 0
+    assert sum(seconds) <= time.perf_counter() - began
+    assert [name for name, *_ in job.cuda.log if name != "destroy"] == [
+        *(["record", *["launch"] * graphs, "record"] * 3), "synchronize",
+    ]  # fmt: skip
+    assert not job.cuda.timing  # no event is left
     job.check_infer(images)
     run()
     job.engine.close()

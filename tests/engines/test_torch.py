@@ -12,6 +12,7 @@ import torch
 
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
 from hpddrnet_trt.core.manifest import Manifest, NetworkConfig
+from hpddrnet_trt.engines.base import Bound
 from hpddrnet_trt.engines.torch import TorchEngine, module_times
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
@@ -48,6 +49,41 @@ def test_what_every_option_computes(checkpoint: Path) -> None:
             assert found.dtype == np.float32
             assert np.abs(found - expected).max() < close
             assert ("channels last" in other.runtime) == ("channels_last" in options)
+
+
+def test_a_burst_on_a_gpu_is_timed_by_events_one_ahead(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch.cuda on the processor: events that count the milliseconds at 5 an event."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+            self.place = 5.0 * log.count("record")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.place - self.place
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: log.append("all"))
+    with TorchEngine(checkpoint, device="cpu") as engine:
+        images = grey_image(16, 16)[None, None]
+        assert not isinstance(engine.bind(images), Bound)  # a processor has no events
+        monkeypatch.setattr(engine, "_on_device", torch.from_numpy)
+        monkeypatch.setattr(engine, "_compute", lambda _: log.append("run"))
+        engine.device = torch.device("cuda")
+        bound = engine.bind(images)
+        assert isinstance(bound, Bound)
+        assert bound.burst(3) == [0.005] * 3
+        assert "-".join(log) == "record-run-record-record-run-record-wait-record-run-record-wait-all"
+        log.clear()
+        bound()
+        assert log == ["run", "all"]
 
 
 def test_refusals(checkpoint: Path) -> None:

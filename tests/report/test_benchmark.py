@@ -55,7 +55,9 @@ def test_everything_that_was_measured_is_on_the_page() -> None:
         "batch 4 of 512×512", "(wide)", "(not interleaved)", "−0.25 points", "row blocks of 1024", "0.400",
         "Times had not become steady when timing began: PyTorch FP32 compiled.",
         "Where the time goes", "Scaling and memory",
-        "clock 1755, 1980, 1980 MHz (lowest, median, highest), 312 W, at most 51 °C", "not slowed down",
+        "clock 1755, 1980, 1980 MHz (lowest, median, highest) of at most 1980 MHz, 312 W, at most 51 °C",
+        "not slowed down", "nothing to do in 2 % of the looks", "between CUDA events", "first of a turn",
+        "Engines on the processor have a rest of 20 ms",
         "roofline bound Example GPU, from its data sheet",
         "Python environment 2", "--merge", "tensorrt 10.9.0", "not with those of another",
     ):  # fmt: skip
@@ -86,6 +88,18 @@ def test_only_what_was_measured_is_explained() -> None:
     for word in ("pipelined", "Inference latency is", "profiler", "roofline bound"):
         assert word in " ".join(method(made))
         assert word not in plain
+
+
+def test_every_page_says_how_its_own_figures_were_taken() -> None:
+    made = constructed.result()
+    for changes, said in (
+        ({"burst_ms": 0.0}, "every engine ran once on the same frame"),  # as results before format 4 are
+        ({"alone": True}, "one engine was loaded at a time"),
+        ({}, "GPU engines apart from those on the processor"),
+    ):
+        text = " ".join(method(made.model_copy(update={"settings": made.settings.model_copy(update=changes)})))
+        assert said in text
+        assert ("burst of runs" in text) == ("burst_ms" not in changes)
 
 
 def test_a_report_made_again_from_json_is_the_same_page(tmp_path: Path) -> None:

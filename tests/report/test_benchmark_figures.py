@@ -124,10 +124,6 @@ def test_the_frontier_is_what_nobody_beats(values: list[tuple[int, int]]) -> Non
         assert (point[1:] in [found[1:] for found in best]) != beaten
 
 
-def test_parts_stand_in_the_networks_order() -> None:
-    assert in_order(["other", "head", "mine", "stem", "head"]) == ["stem", "head", "other", "mine"]
-
-
 def test_entries_look_different() -> None:
     made = constructed.result(constructed.MANY)
     styles = entry_styles(made)
@@ -169,9 +165,9 @@ def test_scaling_lines_go_through_the_measured_values() -> None:
     assert batches == [[1, 4]] * 2
 
 
-def test_shares_keep_a_decimal_when_small() -> None:
+def test_shares_keep_a_decimal_when_small_and_parts_stand_in_the_networks_order() -> None:
     assert [share_text(value) for value in (0.0014, 0.051, 0.0996, 0.124, 1.3)] == [
         "0.1 %", "5.1 %", "10 %", "12 %", "130 %",
     ]  # fmt: skip
-    assert far_apart([1, 21])
-    assert not far_apart([1, 19])
+    assert (far_apart([1, 21]), far_apart([1, 19])) == (True, False)
+    assert in_order(["other", "head", "mine", "stem", "head"]) == ["stem", "head", "other", "mine"]
