@@ -330,7 +330,7 @@ def _given(parameter: Any) -> list[str]:
 @pytest.mark.parametrize(
     "recipe",
     ["train/train.py", "train/evaluate.py", "export/export_onnx.py", "export/calibrate.py", "export/build_engine.py",
-     "export/choose_precision.py", "benchmarks/benchmark.py", "benchmarks/full_suite.py",
+     "export/choose_precision.py", "benchmarks/benchmark.py", "benchmarks/gpu_check.py",
      "benchmarks/live.py"],
 )  # fmt: skip
 def test_recipes_explain_themselves(
