@@ -11,13 +11,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.precisions import BY_TENSORRT_TYPE, PRECISIONS, is_calibrated, product_precision
 
 PARSED_NETWORK = "parsed network"
+MOST_ELEMENTS = 2**31 - 1  # of a tensor
 ENGINE_INSPECTOR = "engine inspector"
 
 
@@ -32,13 +34,8 @@ def report_from_network(trt: Any, network: Any, shape: Sequence[int]) -> dict[st
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     producers = {layer.get_output(slot).name: layer for layer in layers for slot in range(layer.num_outputs)}
-    image = network.get_input(0)
-    declared = tuple(image.shape)
-    image.shape = tuple(shape)  # the library infers all shapes anew
-    try:
+    with _at_shape(network, shape):
         rows = [_row(trt, layer, producers) for layer in layers if _is_product(trt, layer)]
-    finally:
-        image.shape = declared
     return {
         "source": PARSED_NETWORK,
         **_shares(rows),
@@ -48,6 +45,37 @@ def report_from_network(trt: Any, network: Any, shape: Sequence[int]) -> dict[st
         ),
         "layers": rows,
     }
+
+
+@contextmanager
+def _at_shape(network: Any, shape: Sequence[int]) -> Iterator[None]:
+    """The network with its image of this shape; the library infers all shapes anew."""
+    image = network.get_input(0)
+    declared = tuple(image.shape)
+    image.shape = tuple(shape)
+    try:
+        yield
+    finally:
+        image.shape = declared
+
+
+def check_sizes(trt: Any, network: Any, shape: Sequence[int]) -> None:
+    """Raise :class:`UsageError` for an image shape at which a tensor has more elements than TensorRT's kernels address.
+
+    That is 2^31 - 1 ("Volume Limits" of its operators' documentation). BF16 scores of position attention are let pass:
+    TensorRT-RTX 1.7.1 stores none of them, and builds; whether TensorRT does is its own to say.
+    """
+    scores = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.SOFTMAX, trt.LayerType.SHUFFLE)
+    with _at_shape(network, shape):
+        for layer in (network.get_layer(index) for index in range(network.num_layers)):
+            for tensor in (layer.get_output(slot) for slot in range(layer.num_outputs)):
+                fused = tensor.dtype == trt.DataType.BF16 and layer.type in scores
+                elements = math.prod(tensor.shape)
+                if elements > MOST_ELEMENTS and not fused:
+                    raise UsageError(
+                        f"at {'x'.join(map(str, shape))} {layer.name} makes {elements} numbers, more than the "
+                        f"{MOST_ELEMENTS} that TensorRT's kernels address; give a smaller largest batch or size"
+                    )
 
 
 def _is_product(trt: Any, layer: Any) -> bool:

@@ -42,6 +42,7 @@ from hpddrnet_trt.engines.tensorrt_library import (
 from hpddrnet_trt.export.build_settings import BuildSettings
 from hpddrnet_trt.export.layer_precision import (
     check_report,
+    check_sizes,
     reformats_from_inspector,
     report_from_inspector,
     report_from_network,
@@ -50,6 +51,7 @@ from hpddrnet_trt.export.layer_precision import (
 from hpddrnet_trt.graph.attention import in_type, uses_bf16
 from hpddrnet_trt.graph.check import check_onnx
 from hpddrnet_trt.graph.model import load_model, save_model
+from hpddrnet_trt.graph.nodes import fold_constants
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +157,8 @@ def _in_precision(
 ) -> Iterator[tuple[Path, Manifest]]:
     """The ONNX file in the precision asked for, converted or calibrated into a temporary file if need be."""
     if manifest.precision == precision:
-        yield source, manifest
+        with _without_stored_casts(source, manifest) as path:
+            yield path, manifest
         return
     micrographs = [] if images is None else find_images(images)
     with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
@@ -169,6 +172,22 @@ def _in_precision(
 
             low = cast(LowPrecision, precision)  # FP32 files are taken as they are
             yield path, calibrate(source, path, micrographs, CalibrationSettings(precision=low))
+
+
+@contextmanager
+def _without_stored_casts(source: Path, manifest: Manifest) -> Iterator[Path]:
+    """The file itself, or, if it stores weights in FP16 behind casts to FP32, a temporary one that stores FP32.
+
+    A kernel behind a cast is no constant for TensorRT's parser but a second input of its convolution.
+    """
+    model, _ = load_model(source)
+    stored = {entry.name for entry in model.graph.initializer}
+    if not any(node.op_type == "Cast" and node.input[0] in stored for node in model.graph.node):
+        yield source
+        return
+    fold_constants(model.graph)
+    with tempfile.TemporaryDirectory(prefix="hpddrnet-trt-") as folder:
+        yield save_model(model, Path(folder) / source.name, manifest)
 
 
 def _lacks_bf16(settings: BuildSettings, api: TensorRT, gpu: Gpu | None) -> bool:
@@ -251,6 +270,8 @@ class _Job:
         label = f"the engine of {self.source.name}"
         try:
             report = report_from_network(self.api.module, network, self.profiles[0].optimum)
+            for profile in self.profiles:
+                check_sizes(self.api.module, network, profile.maximum)
         except RuntimeError as exc:  # a shape that the library asks for only now, and does not find
             reason = self.api.log.explain(str(exc))
             raise BadInputFile(f"{self.api.label} cannot read {self.source}: {reason}; export the model again") from exc

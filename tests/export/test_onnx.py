@@ -21,10 +21,10 @@ from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.export import onnx as onnx_export
-from hpddrnet_trt.export.onnx import ExportOptions, export_network, export_onnx, ship, store_in_half
+from hpddrnet_trt.export.onnx import ExportOptions, export_network, export_onnx, ship, simplified, store_in_half, trace
 from hpddrnet_trt.export.verify import compare_with_pytorch
 from hpddrnet_trt.graph.model import load_model
-from hpddrnet_trt.graph.nodes import consumers, producers, store
+from hpddrnet_trt.graph.nodes import consumers, producers, store, tensor_types
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
 from tests.graph.parsed_rtx import Parsed
@@ -127,7 +127,18 @@ def test_bytes_touch_only_casts(dynamic: Path) -> None:
     for entry in (*graph.input, *graph.output):
         assert entry.type.tensor_type.elem_type == TensorProto.UINT8
     assert {node.op_type for node in consumers(graph)["image"]} == {"Cast"}
-    assert producers(graph)["labels"].op_type == "Cast"
+
+
+@pytest.mark.parametrize("classes", [2, 3, 9])
+def test_labels_become_bytes_from_floating_point(classes: int) -> None:
+    """TensorRT documents no other way: not from the comparison of two classes, not from an arg-max's integers."""
+    network = lively(tiny_network(num_classes=classes))
+    model = simplified(trace(network, tiny_manifest(network), ExportOptions(1, 64, 64)))
+    cast = producers(model.graph)["labels"]
+    assert (cast.op_type, tensor_types(model)[cast.input[0]]) == ("Cast", TensorProto.FLOAT)
+    half = to_half(model)
+    assert tensor_types(half)[producers(half.graph)["labels"].input[0]] == TensorProto.FLOAT16
+    assert Parsed(half).build() is not None
 
 
 def test_graph_is_lean_and_carries_no_local_paths(static: Path, dynamic: Path) -> None:

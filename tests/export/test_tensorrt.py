@@ -21,13 +21,18 @@ from hpddrnet_trt.engines.tensorrt_library import load_tensorrt
 from hpddrnet_trt.export.build_settings import BuildSettings
 from hpddrnet_trt.export.layer_precision import (
     check_report,
+    check_sizes,
     reformats_from_inspector,
     report_from_inspector,
     report_from_network,
     summary,
 )
+from hpddrnet_trt.export.onnx import store_in_half
 from hpddrnet_trt.export.tensorrt import build_engine
-from tests.tiny_export import pictures, write_fp16
+from hpddrnet_trt.graph.model import save_model
+from hpddrnet_trt.graph.nodes import fold_constants
+from tests.graph.parsed_rtx import Parsed
+from tests.tiny_export import exported, pictures, write_fp16, write_fp32
 from tests.tiny_onnx import HIDDEN, tiny_model
 
 needs_rtx = pytest.mark.skipif(
@@ -173,7 +178,34 @@ def test_memory_for_activations_is_known_of_one_shape(tmp_path: Path, shapes: st
     assert activations is None or activations > 0
 
 
+@needs_rtx
+def test_weights_stored_in_half_are_constants_of_the_engine(tmp_path: Path) -> None:
+    """Kernels behind casts would be second inputs of their convolutions."""
+    model, manifest = exported()
+    store_in_half(model)
+    stored = save_model(model, tmp_path / "m.onnx", manifest)
+    fold_constants(model.graph)
+    plain = save_model(model, tmp_path / "plain.onnx", manifest)
+    plans = []
+    for source in (stored, plain):
+        engine_of(source, shapes="1x1x64x64")
+        plans.append((tmp_path / "m.engine").read_bytes())
+    assert plans[0] == plans[1]
+
+
 # --- refusals
+
+
+def test_tensors_that_kernels_cannot_address(tmp_path: Path) -> None:
+    """Scores of 8 x (2048 / 16)^4 are one more than fits; in BF16 they are never stored."""
+    half = Parsed(onnx.load(str(write_fp16(tmp_path / "half.onnx"))))
+    check_sizes(half.trt, half.network, (8, 1, 2048, 2048))
+    source = write_fp32(tmp_path / "m.onnx")
+    full = Parsed(onnx.load(str(source)))
+    check_sizes(full.trt, full.network, (7, 1, 2048, 2048))
+    with pytest.raises(UsageError, match=r"at 8x1x2048x2048 .*sps.* makes 2147483648 .* smaller largest batch"):
+        engine_of(source, shapes="1x1x64x64,8x1x2048x2048")
+    assert not list(tmp_path.glob("*.engine*"))
 
 
 @needs_rtx
