@@ -429,7 +429,7 @@ def build(
 
 @command(PANEL, "refit model.int8.engine retrained.int8.onnx")
 def refit(
-    engine: Annotated[Path, typer.Argument(help="Engine built with --refittable or --stripped.")],
+    engine: Annotated[Path, typer.Argument(help="Engine built with --refittable, or --stripped.")],
     model: OnnxFile,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
@@ -441,6 +441,7 @@ def refit(
 ) -> None:
     """Write an engine with the weights of another ONNX file of the same network: retrained, or left out before.
 
+    An engine that is stripped and not refittable takes back only the weights that it was built with.
     Kernels stay as they were chosen; nothing is built. Its accuracy is another network's: judge it with `evaluate`.
     """
     from hpddrnet_trt.core.manifest import read_manifest

@@ -279,6 +279,7 @@ class EngineRecord(_Record):
     version_compatible: bool = False  # built to run on later TensorRT versions as well
     refittable: bool = False  # takes other weights of the same network
     stripped: bool = False  # holds no weights: it runs only after a refit
+    weights_sha256: str | None = None  # of the weights left out
     platform: Literal["windows"] | None = None  # the operating system it was built for, where that is another
     # Memory for activations while it runs, by the builder's log; for one fixed shape only: with a range of shapes
     # the log does not count what position attention needs at the largest.

@@ -34,11 +34,10 @@ _CAME_LATER = (
     ("hardware_compatible", "same-compute-capability", "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY", "10.9"),
 )
 _FLAGS = {
-    "version_compatible": ("VERSION_COMPATIBLE",),
-    "sparsity": ("SPARSE_WEIGHTS",),
-    "refittable": ("REFIT",),
-    # Without the second it would take back only the very weights that it was built with.
-    "stripped": ("STRIP_PLAN", "REFIT"),
+    "version_compatible": "VERSION_COMPATIBLE",
+    "sparsity": "SPARSE_WEIGHTS",
+    "refittable": "REFIT",
+    "stripped": "STRIP_PLAN",  # with REFIT it takes other weights, too, else only those that it was built with
 }
 
 
@@ -59,9 +58,10 @@ class BuildSettings:
     Runtime tensorrt only: ``version_compatible``: also runs on later TensorRT versions, somewhat slower.
     ``hardware_compatible``: also runs on other GPUs, somewhat slower: all of compute capability 8.0 and later, or
     those of the building GPU's. ``for_windows``: for TensorRT on 64-bit Windows; built on Linux, where it does not
-    run. ``refittable``: takes other weights of the same network without a build, see
-    :func:`~hpddrnet_trt.export.refit.refit_engine`, and may be slower. ``stripped``: the same, written without
-    its weights.
+    run. ``stripped``: written without its weights, which :func:`~hpddrnet_trt.export.refit.refit_engine` puts back.
+    ``refittable``: that takes other weights of the same network, too, without a build. It may be slower, and NVIDIA
+    warns of it: a matrix product's bias may be lost, even before any refit (documentation of TensorRT 11.3,
+    "Refitting an Engine").
     """
 
     timing_cache: Path | None = None
@@ -119,6 +119,11 @@ class BuildSettings:
             raise UsageError("engines for Windows are built on Linux; on Windows itself leave that option out")
         for written in self.compute_capabilities or ():
             compute_capability(api, written)
+        if self.refittable:
+            logger.warning(
+                "%s may lose the bias of a matrix product in a refittable engine (NVIDIA's documentation of 11.3): "
+                "judge it with --verify", api.label,
+            )  # fmt: skip
         if api.is_rtx and self.timing_cache is not None:
             logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
         chosen = (self.optimization_level, self.tiling, self.max_aux_streams)
@@ -134,8 +139,8 @@ class BuildSettings:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can show later
         if not self.tf32:
             config.clear_flag(trt.BuilderFlag.TF32)
-        for option, flags in _FLAGS.items():
-            for flag in flags if getattr(self, option) else ():
+        for option, flag in _FLAGS.items():
+            if getattr(self, option):
                 config.set_flag(getattr(trt.BuilderFlag, flag))
         if self.workspace_mib is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace_mib << 20)

@@ -16,7 +16,14 @@ from hpddrnet_trt.core.manifest import EngineRecord, Manifest, read_manifest
 from hpddrnet_trt.engines.cuda import current_device, find_gpu
 from hpddrnet_trt.engines.tensorrt import check_gpu, check_version, engine_record, verified_content
 from hpddrnet_trt.engines.tensorrt_library import TensorRT, load_tensorrt
-from hpddrnet_trt.export.tensorrt import check_build, parser_reason, typed_file, without_bf16, write_engine
+from hpddrnet_trt.export.tensorrt import (
+    check_build,
+    parser_reason,
+    typed_file,
+    weights_checksum,
+    without_bf16,
+    write_engine,
+)
 
 # What must be the same for the weights of one file to fit into the other's engine.
 _SAME = ("network", "input_type", "output", "attention", "quantized_for")
@@ -32,18 +39,18 @@ def refit_engine(
 ) -> Manifest:
     """Write ``target``: the engine with the weights of ``source_onnx``, a file of the same network and form.
 
-    ``engine`` was built refittable or stripped; ``source_onnx`` is what a build in its precision would take
-    (:func:`~hpddrnet_trt.export.tensorrt.build_engine`), converted or calibrated on ``calibration_images`` likewise.
-    Kernels stay as they were chosen. What was known of the old weights' accuracy is not taken
-    over. Returns the new description. Raises what the build raises, :class:`UsageError` for an engine that takes no
-    other weights or a file of another network, and :class:`UserError` where the library refuses; then nothing is
-    written.
+    ``engine`` was built refittable, or stripped and takes back the weights that it was built with. ``source_onnx`` is
+    what a build in its precision would take (:func:`~hpddrnet_trt.export.tensorrt.build_engine`), converted or
+    calibrated on ``calibration_images`` likewise. Kernels stay as they were chosen. What was known of the old weights'
+    accuracy is not taken over. Returns the new description. Raises what the build raises, :class:`UsageError` for an
+    engine that takes no other weights or a file of another network, and :class:`UserError` where the library
+    refuses; then nothing is written.
     """
     engine, source, target = Path(engine), Path(source_onnx), Path(target)
     described = read_manifest(engine)
     record = engine_record(engine, described)
-    if not record.refittable:
-        raise UsageError(f"{engine} takes no other weights; build it with --refittable or --stripped")
+    if not (record.refittable or record.stripped):
+        raise UsageError(f"{engine} takes no other weights; build it with --refittable")
     assert described.precision is not None  # written by the build
     manifest = check_build(source, target, described.precision, calibration_images)
     content = verified_content(engine, record)
@@ -58,6 +65,11 @@ def refit_engine(
         if differs := [name for name in _SAME if _form(ready, name) != _form(described, name)]:
             raise UsageError(
                 f"{source} is of another form than {engine} ({', '.join(differs)}); build an engine of it instead"
+            )
+        if not record.refittable and weights_checksum(path) != record.weights_sha256:
+            raise UsageError(
+                f"{engine} takes back only the weights that it was built with, {source} has others; "
+                "build it with --refittable"
             )
         plan = _refitted(api, engine, content, record, path, source)
     new = record.model_copy(

@@ -428,8 +428,9 @@ class _Job:
             layer_precision=report,
             build_seconds=round(seconds, 3),
             version_compatible=self.settings.version_compatible,
-            refittable=self.settings.refittable or self.settings.stripped,
+            refittable=self.settings.refittable,
             stripped=self.settings.stripped,
+            weights_sha256=weights_checksum(self.path) if self.settings.stripped else None,
             platform="windows" if self.settings.for_windows else None,
             activation_bytes=activations,
         )
@@ -439,6 +440,14 @@ class _Job:
             engine=record,
             versions={**self.manifest.versions, api.name: api.version},
         )
+
+
+def weights_checksum(path: Path) -> str:
+    """SHA-256 of an ONNX file's constants with their names, whatever else the file says."""
+    digest = hashlib.sha256()
+    for entry in sorted(load_model(path)[0].graph.initializer, key=lambda entry: str(entry.name)):
+        digest.update(entry.SerializeToString(deterministic=True))
+    return digest.hexdigest()
 
 
 def write_engine(target: Path, plan: memoryview, manifest: Manifest) -> None:

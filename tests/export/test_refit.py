@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import Manifest, NetworkConfig, read_manifest, sidecar_path
 from hpddrnet_trt.export.build_settings import BuildSettings
 from hpddrnet_trt.export.refit import refit_engine
 from hpddrnet_trt.export.tensorrt import build_engine
+from hpddrnet_trt.graph.nodes import store
 from tests.export.simulated_tensorrt import WEIGHTS, SimulatedBuilder, simulated_builder
 from tests.tiny_onnx import tiny_model
 
@@ -32,9 +35,23 @@ def built(folder: Path, library: SimulatedBuilder, **options: Any) -> tuple[Path
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("option", ["refittable", "stripped"])
-def test_retrained_weights(tmp_path: Path, library: SimulatedBuilder, option: str) -> None:
-    engine, before = built(tmp_path, library, **{option: True})
+def test_weights_left_out_come_back(tmp_path: Path, library: SimulatedBuilder) -> None:
+    engine, _ = built(tmp_path, library, stripped=True)
+    other = tiny_model(tmp_path / "other.onnx")
+    model = onnx.load(str(other))
+    store(model.graph.initializer[0], 2 * numpy_helper.to_array(model.graph.initializer[0]))
+    onnx.save(model, str(other))
+    with simulated_builder(library):
+        with pytest.raises(UsageError, match=r"only the weights that it was built with, .*other\.onnx has others"):
+            refit_engine(engine, other, tmp_path / "new.engine")
+        manifest = refit_engine(engine, tmp_path / "m.onnx", tmp_path / "new.engine")
+    assert manifest.engine is not None
+    assert (manifest.engine.stripped, manifest.engine.refittable) == (False, False)
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_retrained_weights(tmp_path: Path, library: SimulatedBuilder, stripped: bool) -> None:
+    engine, before = built(tmp_path, library, refittable=True, stripped=stripped)
     retrained = tiny_model(tmp_path / "new.onnx", name="retrained", checkpoint_sha256="5" * 64)
     target = tmp_path / "new.engine"
     with simulated_builder(library):
