@@ -16,9 +16,10 @@ import hpddrnet_trt
 PACKAGE = Path(hpddrnet_trt.__file__).parent
 # Not there on a microscope PC that runs a TensorRT engine, or slow to load: imported where used.
 HEAVY = ("torch", "torchvision", "lightning", "tensorboard", "safetensors", "onnx", "onnxscript", "onnxsim",
-         "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pycuda", "polygraphy", "matplotlib",
-         "jinja2", "psutil", "skimage", "roifile", "zarr", "ome_zarr", "nion", "niondata", "nionswift_plugin", "fibsem",
-         "pymmcore", "pymmcore_plus", "useq", "napari", "npe2", "qtpy", "magicgui", "psygnal")  # fmt: skip
+         "onnxruntime", "openvino", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "cuda", "pycuda", "polygraphy",
+         "matplotlib", "jinja2", "psutil", "skimage", "roifile", "zarr", "ome_zarr", "nion", "niondata",
+         "nionswift_plugin", "fibsem", "pymmcore", "pymmcore_plus", "useq", "napari", "npe2", "qtpy", "magicgui",
+         "psygnal")  # fmt: skip
 # The parts that are PyTorch. Everything else is for every PC: a new module belongs there unless named here.
 WITH_TORCH = (
     "hpddrnet_trt.models.checkpoints",

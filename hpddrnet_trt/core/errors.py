@@ -31,6 +31,10 @@ class BadInputFile(UserError):
     """A file that cannot be read, is truncated, or is not what it was taken for."""
 
 
+class EngineDoesNotFit(BadInputFile):
+    """An engine file for another version of TensorRT or another GPU, which is built again from its ONNX file."""
+
+
 class ContractError(UserError):
     """An array or a request that a model file's own contract does not admit (shape, dtype, size)."""
 

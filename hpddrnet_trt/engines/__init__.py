@@ -45,6 +45,11 @@ def _openvino_variants(manifest: Manifest | None) -> list[dict[str, Any]]:
     return [{}, {"precision": "bf16"}] if computes_bf16() else [{}]
 
 
+def _version_compatible(manifest: Manifest | None) -> list[dict[str, Any]]:
+    runs = manifest is not None and manifest.engine is not None and manifest.engine.version_compatible
+    return [{}] if runs else []
+
+
 @dataclass(frozen=True)
 class EngineKind:
     """One engine: its name for people, its class, the files it runs, and what it needs.
@@ -89,6 +94,10 @@ ENGINES: dict[str, EngineKind] = {
         "TensorRT", ("tensorrt", "TensorRTEngine"), (".engine",), "tensorrt", "tensorrt", ("tensorrt", "cuda-python"),
         gpu=True,
     ),
+    "tensorrt-lean": EngineKind(
+        "TensorRT lean", ("tensorrt", "LeanTensorRTEngine"), (".engine",), "tensorrt_lean", "tensorrt-lean",
+        ("tensorrt-lean", "cuda-python"), gpu=True, variants=_version_compatible,
+    ),
     "tensorrt-rtx": EngineKind(
         "TensorRT-RTX", ("tensorrt", "TensorRTEngine"), (".engine",), "tensorrt_rtx", "tensorrt-rtx",
         ("tensorrt_rtx", "cuda-python"), gpu=True,
@@ -107,8 +116,8 @@ def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engin
     """Open a model file, or a model that comes with the package by its name, with the engine that suits it.
 
     ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch,
-    ``.onnx``: onnxruntime, ``.engine``: the TensorRT runtime it was built with), or a name in
-    :data:`ENGINES`. ``options`` go to the engine's class; those that are None are left out.
+    ``.onnx``: onnxruntime, ``.engine``: the TensorRT runtime it was built with, its lean runtime where only that is
+    installed), or a name in :data:`ENGINES`. ``options`` go to the engine's class; those that are None are left out.
 
     Raises :class:`UsageError` for an unknown engine, ending or option, and what the engine raises:
     :class:`BadInputFile`, :class:`MissingDependency`, :class:`NoGpu`.

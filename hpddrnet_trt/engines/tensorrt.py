@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, EngineDoesNotFit, UsageError, UserError
 from hpddrnet_trt.core.files import existing_file, write_text
 from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, read_manifest
 from hpddrnet_trt.engines.base import Bound, EngineBase, Prediction, check_input, expected_outputs, input_contract
@@ -37,7 +37,16 @@ from hpddrnet_trt.engines.cuda import (
 )
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt_context import ExecutionContext, InferenceStream, Network
-from hpddrnet_trt.engines.tensorrt_library import INPUT, PORTABLE, TensorRT, layer_profiler, load_tensorrt
+from hpddrnet_trt.engines.tensorrt_library import (
+    INPUT,
+    LEAN,
+    PORTABLE,
+    EngineContexts,
+    TensorRT,
+    installed_library,
+    layer_profiler,
+    load_tensorrt,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +54,7 @@ logger = logging.getLogger(__name__)
 PORTABLE_FROM = "8.0"
 WARM_UP = 5  # profiled runs that are not counted
 SHAPES_REMEMBERED = 1024
+BUILD_AGAIN = "build the engine again from its ONNX file, here (--rebuild does)"
 
 
 class TensorRTEngine(EngineBase):
@@ -59,6 +69,8 @@ class TensorRTEngine(EngineBase):
     leaves the calling thread's current context as it was.
     """
 
+    LIBRARY: ClassVar[str | None] = None  # that is used whatever else is installed
+
     def __init__(self, path: str | Path, *, device: int = 0, graphs: bool = True, slots: int = 2) -> None:
         """Load ``path`` (with its ``.json`` beside it) on the GPU with CUDA index ``device``.
 
@@ -67,10 +79,13 @@ class TensorRTEngine(EngineBase):
         take engines only from where you would take software.
 
         ``graphs``: use CUDA graphs where the engine allows it. ``slots``: batches in flight in
-        :meth:`infer_many`; each needs scratch memory of its own, taken when that is first called.
+        :meth:`infer_many`; each but one needs scratch memory of its own while that runs.
 
-        Raises :class:`BadInputFile` (missing, truncated, changed, other version or GPU),
-        :class:`MissingDependency`, :class:`NoGpu`, :class:`UsageError`, or :class:`UserError` (out of
+        TensorRT-RTX compiles kernels for this GPU; they are kept in ``PATH.kernels`` for the next start. Where only
+        the lean runtime of TensorRT is installed, it runs the engine.
+
+        Raises :class:`BadInputFile` (missing, truncated, changed), its kind :class:`EngineDoesNotFit` (other version
+        or GPU), :class:`MissingDependency`, :class:`NoGpu`, :class:`UsageError`, or :class:`UserError` (out of
         GPU memory).
         """
         if isinstance(device, bool) or not isinstance(device, int):
@@ -82,7 +97,10 @@ class TensorRTEngine(EngineBase):
         self._contract: InputContract = input_contract(self.manifest)
         record = engine_record(path, self.manifest)
         content = verified_content(path, record)
-        self._api = load_tensorrt(record.runtime)
+        library = self.LIBRARY or installed_library(record.runtime)
+        if library == LEAN:
+            check_lean(path, record)
+        self._api = load_tensorrt(library)
         check_version(path, record, self._api)
         self._gpu = find_gpu(device)
         check_gpu(path, record, self._gpu)
@@ -96,8 +114,10 @@ class TensorRTEngine(EngineBase):
         with self._on_gpu:
             self._load(path, record, content)
             self._slot = InferenceStream(self._network, graphs=graphs)
+        self._slot.lock = self._lock  # infer_many uses it, too
         self._slots = [self._slot]  # all there are
-        self._idle: list[InferenceStream] = []  # those of infer_many that no call uses now
+        self._lent = False  # whether an infer_many has the first
+        self._set_aside: Prediction | UserError | None = None  # what infer_many will want of it
         self._open = True
 
     def _load(self, path: Path, record: EngineRecord, content: bytes) -> None:
@@ -106,13 +126,13 @@ class TensorRTEngine(EngineBase):
         self._runtime = api.runtime(host_code=record.version_compatible)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise BadInputFile(
+            raise EngineDoesNotFit(
                 f"{api.label} cannot load {path} on {self._gpu.name}: {api.log.explain('no reason given')}; "
-                "build the engine again on this machine"
+                f"{BUILD_AGAIN}"
             )
         outputs = self._output_types(path, engine)
-        scratch = int(engine.device_memory_size_v2)  # of one running context, for the largest shape of any profile
-        self._network = Network(self.manifest, api, engine, self._profiles, self._dtype, outputs, scratch)
+        contexts = EngineContexts(api, engine, path.with_name(f"{path.name}.kernels"))
+        self._network = Network(self.manifest, api, engine, contexts, self._profiles, self._dtype, outputs)
 
     def _output_types(self, path: Path, engine: Any) -> dict[str, np.dtype[Any]]:
         """Output names and types of the engine; they must be those that the description promises."""
@@ -156,8 +176,17 @@ class TensorRTEngine(EngineBase):
             self._check_open()
             if stream is not None:
                 self._slot.stream.wait_for(stream_handle(stream))
+            self._keep_what_waits()
             self._submit(self._slot, images, out)
             return self._slot.collect(out)
+
+    def _keep_what_waits(self) -> None:
+        """Take the result of a running :meth:`infer_many` out of the slot that is to be used for something else."""
+        if self._lent and self._set_aside is None and self._slot.waits:
+            try:
+                self._set_aside = self._slot.collect()
+            except UserError as exc:
+                self._set_aside = exc
 
     def _submit(self, slot: InferenceStream, images: Any, out: npt.NDArray[np.uint8] | None = None) -> None:
         """Queue one batch from wherever it is."""
@@ -202,6 +231,7 @@ class TensorRTEngine(EngineBase):
             synchronize = synchronise
         with self._lock, self._on_gpu:
             self._check_open()
+            self._keep_what_waits()
             slot = self._slot
             theirs = None if stream is None else stream_handle(stream)
             if theirs is not None:
@@ -229,13 +259,16 @@ class TensorRTEngine(EngineBase):
 
         Results come in the order of the batches, each a result of its own as from :meth:`infer`. A batch
         that fails ends the iteration after the results before it; the engine stays usable. Each slot
-        has a stream, a context and buffers; the calling thread does all the work.
+        has a stream, a context and buffers; the first is that of :meth:`infer`, the others are made when they are
+        needed, as far as there is memory, and freed at the end. The calling thread does all the work.
         """
-        slots = self._borrow()
-        free, waiting = deque(slots), deque[InferenceStream]()
+        slots: list[InferenceStream] = []
+        free, waiting = deque[InferenceStream](), deque[InferenceStream]()
         problem: UserError | None = None
         try:
             for images in batches:
+                if not free and len(slots) < self._parallel:
+                    free += self._another(slots)
                 if not free:
                     yield self._collect(waiting[0])
                     free.append(waiting.popleft())
@@ -258,29 +291,40 @@ class TensorRTEngine(EngineBase):
     def _collect(self, slot: InferenceStream) -> Prediction:
         with slot.lock, self._on_gpu:
             self._check_open()
+            if slot is self._slot and self._set_aside is not None:
+                found, self._set_aside = self._set_aside, None
+                if isinstance(found, UserError):
+                    raise found
+                return found
             return slot.collect()
 
-    def _borrow(self) -> list[InferenceStream]:
-        """Slots for one :meth:`infer_many`: idle ones, and new ones where these are too few."""
+    def _another(self, taken: list[InferenceStream]) -> list[InferenceStream]:
+        """One more slot for an :meth:`infer_many` that has ``taken`` some, or none where the memory ends."""
         with self._lock, self._on_gpu:
             self._check_open()
-            taken = [self._idle.pop() for _ in range(min(self._parallel, len(self._idle)))]
-            try:
-                while len(taken) < self._parallel:
+            if not self._lent:
+                self._lent, slot = True, self._slot
+            else:
+                try:
                     slot = InferenceStream(self._network, graphs=self._graphs)
-                    self._slots.append(slot)
-                    taken.append(slot)
-            except UserError:
-                self._idle += taken
-                raise
-            return taken
+                except UserError as exc:
+                    if not taken:
+                        raise
+                    logger.debug("%d batches in flight instead of %d: %s", len(taken), self._parallel, exc)
+                    return []
+                self._slots.append(slot)
+            taken.append(slot)
+            return [slot]
 
     def _give_back(self, slots: list[InferenceStream]) -> None:
         with self._lock, self._on_gpu:
-            if self._open:
-                for slot in slots:
-                    slot.finish()  # of a call that ended early
-                self._idle += slots
+            for slot in slots if self._open else ():
+                slot.drop()  # of a call that ended early
+                if slot is self._slot:
+                    self._lent, self._set_aside = False, None
+                else:
+                    self._slots.remove(slot)
+                    slot.close()
 
     def bind(self, images: npt.NDArray[Any] | Any) -> Bound:
         """One batch placed on the GPU; see :class:`~hpddrnet_trt.engines.base.Engine`.
@@ -307,6 +351,7 @@ class TensorRTEngine(EngineBase):
 
     def _bind(self, images: Any, *, graph: bool) -> ExecutionContext:
         self._check_open()
+        self._keep_what_waits()
         return self._slot.bind(self._batch(self._slot, images), graph=graph)
 
     def layer_times(self, images: npt.NDArray[Any] | Any, runs: int = 20) -> dict[str, float]:
@@ -355,12 +400,23 @@ class TensorRTEngine(EngineBase):
             if not self._open:
                 return
             self._open = False
-            slots, self._slots, self._idle = self._slots, [], []
+            slots, self._slots = self._slots, []
+            with self._on_gpu:
+                self._network.contexts.save_kernels()
         # Not under the engine's lock: a thread inside a slot may need that to get out.
         for slot in slots:
             with slot.lock, self._on_gpu:
                 slot.close()
         del self._network, self._runtime  # in this order: each needs the next
+
+
+class LeanTensorRTEngine(TensorRTEngine):
+    """An engine that was built to be version-compatible, on TensorRT's lean runtime, a fiftieth of its size.
+
+    Raises :class:`UsageError` for other engines. Has run on simulated libraries only; the real one has been loaded.
+    """
+
+    LIBRARY = LEAN
 
 
 def _check_out(out: npt.NDArray[np.uint8] | None, shape: tuple[int, ...]) -> None:
@@ -404,15 +460,28 @@ def check_version(path: Path, record: EngineRecord, api: TensorRT) -> None:
         return
     if record.version_compatible and _numbers(api.version) >= _numbers(record.version):
         return
-    package = "tensorrt-rtx" if record.runtime == "tensorrt-rtx" else "tensorrt"
-    raise BadInputFile(
-        f"{path} was built with {record.runtime} {record.version}, installed is {api.version}: build the engine again "
-        f"from its ONNX file, or install {package}=={record.version}"
+    raise EngineDoesNotFit(
+        f"{path} was built with {record.runtime} {record.version}, installed is {api.version}: {BUILD_AGAIN}, or "
+        f"install {record.runtime}=={record.version}"
     )
 
 
+def check_lean(path: Path, record: EngineRecord) -> None:
+    """Raise :class:`UsageError` for an engine that TensorRT's lean runtime does not run."""
+    if record.runtime != "tensorrt":
+        raise UsageError(f"{path} was built for {record.runtime}, which the lean runtime does not run; install that")
+    if not record.version_compatible:
+        raise UsageError(
+            f"{path} needs all of TensorRT, of which only the lean runtime is to run it; build it with "
+            "--version-compatible, or: pip install 'hpddrnet-trt[tensorrt]'"
+        )
+
+
 def check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
-    """Raise :class:`BadInputFile` when the engine was built for other GPUs than ``gpu``, or does not run at all."""
+    """Raise :class:`EngineDoesNotFit` when the engine was built for other GPUs than ``gpu``.
+
+    And :class:`BadInputFile` when it does not run on any as it is.
+    """
     if record.platform == "windows" and sys.platform != "win32":
         raise BadInputFile(f"{path} was built for Windows; run it there, or build the engine again for this machine")
     if record.stripped:
@@ -421,15 +490,14 @@ def check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
     here = f"{gpu.name} has compute capability {gpu.compute_capability}"
     if PORTABLE in targets:
         if _numbers(gpu.compute_capability) < _numbers(PORTABLE_FROM):
-            raise BadInputFile(
+            raise EngineDoesNotFit(
                 f"{path} runs on GPUs of compute capability {PORTABLE_FROM} and later, {here}; build it again with "
                 f"--compute-capability {gpu.compute_capability}"
             )
         return
     if gpu.compute_capability not in targets:
-        raise BadInputFile(
-            f"{path} was built for GPUs of compute capability {', '.join(targets)}, {here}; "
-            "build the engine again for this GPU"
+        raise EngineDoesNotFit(
+            f"{path} was built for GPUs of compute capability {', '.join(targets)}, {here}; {BUILD_AGAIN}"
         )
     if record.runtime == "tensorrt" and record.gpu not in (None, gpu.name):
         logger.warning("%s was built on %s and may be slower on %s; build it here", path, record.gpu, gpu.name)

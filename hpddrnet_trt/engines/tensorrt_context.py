@@ -22,7 +22,7 @@ from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.engines.base import Prediction, checked_prediction
 from hpddrnet_trt.engines.cuda import CaptureError, CudaGraph, DeviceArray, DeviceBuffer, PinnedBuffer, Stream
 from hpddrnet_trt.engines.profiles import Profile, choose_profile
-from hpddrnet_trt.engines.tensorrt_library import INPUT, TensorRT
+from hpddrnet_trt.engines.tensorrt_library import INPUT, EngineContexts, TensorRT
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,11 @@ logger = logging.getLogger(__name__)
 # graphs": one context per graph), so every shape with a graph has a context of its own.
 GRAPHS = 4  # shapes that have one, per stream
 WARM_UP = 2  # runs of a shape before it gets a graph
-REPLACE = 16  # runs of a shape before it takes the place of another's: new contexts cost milliseconds
+# Runs of a shape before it takes the place of another's, because a new context costs milliseconds, and before it has
+# kernels compiled (TensorRT-RTX), which has mostly been done beside those runs by then.
+REPLACE = 16
 SHAPES_COUNTED = 256
+CAPTURES = 3  # failed recordings after which a stream runs without graphs: some causes pass, as a lack of memory
 BORROWED = 16  # arrays of others held at a time for work that nobody has waited for
 # TensorRT wants tensor addresses aligned to this many bytes (its API reference, setTensorAddress);
 # cudaMalloc gives that, a slice of somebody's array may not.
@@ -45,36 +48,43 @@ class Network:
     manifest: Manifest
     api: TensorRT
     engine: Any
+    contexts: EngineContexts
     profiles: Sequence[Profile]
     dtype: np.dtype[Any]
     outputs: dict[str, np.dtype[Any]]
-    scratch_bytes: int
 
-    def refusal(self, what: str, shape: Sequence[int]) -> str:
-        """The library's own reason in a sentence about an input ``shape``."""
-        written = "x".join(map(str, shape))
-        return f"{self.api.label} {what} an input of {written}: {self.api.log.explain('no reason given')}"
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels for a shape are compiled when it comes."""
+        return self.api.is_rtx and any(profile.minimum != profile.maximum for profile in self.profiles)
+
+    def refusal(self, what: str, shape: Sequence[int], otherwise: str = "no reason given") -> str:
+        """The library's own reason in a sentence about an input ``shape``, or ``otherwise``."""
+        return f"{self.api.label} {what} an input of {'x'.join(map(str, shape))}: {self.api.log.explain(otherwise)}"
 
 
 class ExecutionContext:
     """One context with device and page-locked buffers, for one input shape at a time.
 
-    Runs on ``stream`` in the memory ``scratch``, which other executions on that stream may share.
+    Runs on ``stream`` in memory from ``scratch``, a function of its size, which other executions on that stream may
+    share. ``specialized``: see :meth:`~hpddrnet_trt.engines.tensorrt_library.EngineContexts.create`.
     """
 
-    def __init__(self, network: Network, stream: Stream, scratch: DeviceBuffer) -> None:
+    def __init__(
+        self, network: Network, stream: Stream, scratch: Callable[[int], DeviceBuffer], *, specialized: bool = False
+    ) -> None:
         """Raises :class:`UserError` when the GPU has too little memory."""
-        self._network, self._stream = network, stream
+        self._network, self._stream, self._take_scratch = network, stream, scratch
         network.api.log.clear()
-        context = network.api.create_context(network.engine)
+        context = network.contexts.create(specialized=specialized)
         if context is None:
             raise UserError(
                 f"the GPU has too little free memory for another execution of this engine "
                 f"({network.api.log.explain('no reason given')}); close other programs that use it, or build the "
                 "engine with smaller --shapes"
             )
-        context.set_device_memory(scratch.pointer, scratch.nbytes)
         self.context: Any = context
+        self._scratch: DeviceBuffer | None = None
         self.shape: tuple[int, ...] | None = None
         self.views: dict[str, DeviceArray] = {}
         self.graph: CudaGraph | None = None
@@ -97,12 +107,22 @@ class ExecutionContext:
         index = choose_profile(network.profiles, shape)
         self.shape, self._frame = None, None
         network.api.log.clear()
-        accepted = context.active_optimization_profile == index or context.set_optimization_profile_async(
-            index, self._stream.handle
-        )
-        self._stream.synchronize()
-        if not (accepted and context.set_input_shape(INPUT, shape)) or context.infer_shapes():
+        try:
+            accepted = context.active_optimization_profile == index or context.set_optimization_profile_async(
+                index, self._stream.handle
+            )
+            self._stream.synchronize()
+            accepted = accepted and context.set_input_shape(INPUT, shape) and not context.infer_shapes()
+        except RuntimeError as exc:  # what present bindings raise where older ones return False
+            raise ContractError(f"{network.refusal('refuses', shape, str(exc))}; build other --shapes") from exc
+        if not accepted:
             raise ContractError(f"{network.refusal('refuses', shape)}; build the engine with other --shapes")
+        # As trtexec sizes it (--allocationStrategy=profile): what this profile needs, not the largest of all.
+        nbytes = int(network.engine.get_device_memory_size_for_profile_v2(index))
+        if self._scratch is None or self._scratch.nbytes < nbytes:
+            self._scratch = None
+            self._scratch = self._take_scratch(nbytes)
+            context.set_device_memory(self._scratch.pointer, self._scratch.nbytes)
         self.views = {name: self._bind_output(name, dtype) for name, dtype in network.outputs.items()}
         self.shape = shape
 
@@ -185,7 +205,7 @@ class ExecutionContext:
         """Free context and buffers; the stream must be idle."""
         if self.graph is not None:
             self.graph.close()
-        self.graph = self.context = None
+        self.graph = self.context = self._scratch = None
         buffers: list[DeviceBuffer | PinnedBuffer] = [*self._device.values(), *self._pinned.values()]
         for buffer in buffers:
             buffer.close()
@@ -218,7 +238,7 @@ class InferenceStream:
     """One stream with its executions: one batch in flight. For one thread at a time, the one that holds ``lock``.
 
     Shapes that come often get a context of their own and a CUDA graph of upload, network and download;
-    all others share one context. Where a graph cannot be made, one message says why and all run without.
+    all others share one context. Where a graph cannot be made, one message says why, and it is tried again later.
     """
 
     def __init__(self, network: Network, *, graphs: bool) -> None:
@@ -226,7 +246,7 @@ class InferenceStream:
         self._network, self._graphs = network, graphs
         self.lock = threading.RLock()
         self.stream = Stream()
-        self._scratch = DeviceBuffer(network.scratch_bytes)
+        self._scratch: DeviceBuffer | None = None
         self._shared: ExecutionContext | None = self.new_execution()
         self._own: OrderedDict[tuple[int, ...], ExecutionContext] = OrderedDict()
         self._runs: dict[tuple[int, ...], int] = {}
@@ -235,10 +255,18 @@ class InferenceStream:
         self._shape: tuple[int, ...] = ()  # of the batch that runs
         self._borrowed: list[DeviceArray] = []  # live while the GPU may read them
         self._busy = False
+        self._failures, self._told = 0, False  # recordings that failed, and whether a message said so
 
-    def new_execution(self) -> ExecutionContext:
+    def new_execution(self, *, specialized: bool = False) -> ExecutionContext:
         """Another context on this stream and scratch memory."""
-        return ExecutionContext(self._network, self.stream, self._scratch)
+        return ExecutionContext(self._network, self.stream, self._scratch_of, specialized=specialized)
+
+    def _scratch_of(self, nbytes: int) -> DeviceBuffer:
+        """Memory that the executions on this stream share; a smaller one lives on while one of them has it."""
+        if self._scratch is None or self._scratch.nbytes < nbytes:
+            self._scratch = None
+            self._scratch = DeviceBuffer(nbytes)
+        return self._scratch
 
     # --- one batch: submit, or run in place; then collect
 
@@ -246,20 +274,19 @@ class InferenceStream:
         """Queue one batch from the host; the result comes from :meth:`collect`."""
         if self._busy:
             self.finish()
-        execution = self._own.get(images.shape)
-        if execution is not None and execution.graph is not None:
-            execution.load(images)
-            self._running, self._shape, self._busy = execution, images.shape, True
-            execution.graph.launch()
-            if len(self._own) > 1:
-                self._own.move_to_end(images.shape)
-            return
-        execution = self._ready(images.shape)
+        own = self._own.get(images.shape)
+        execution = self._ready(images.shape) if own is None else own
         execution.load(images)
-        self._running, self._shape, self._busy = execution, images.shape, True
-        execution.whole()
-        if self._graphs and self._is_due(images.shape):
-            self._record(execution)
+        self._busy = True
+        if own is not None and len(self._own) > 1:
+            self._own.move_to_end(images.shape)
+        if execution.graph is not None:
+            execution.graph.launch()
+        else:
+            execution.whole()
+        self._running, self._shape = execution, images.shape
+        if execution.graph is None and self._graphs and self._is_due(images.shape):
+            self._record(execution, images)
 
     def run(
         self,
@@ -279,7 +306,7 @@ class InferenceStream:
         execution = self._ready(batch.shape)
         taken = _fitting(execution, targets)
         self._borrowed += taken.values()
-        self._running, self._shape, self._busy = execution, batch.shape, True
+        self._busy = True
         source = None
         if not isinstance(batch, DeviceArray):
             execution.load(batch)
@@ -297,6 +324,7 @@ class InferenceStream:
                 self.stream.copy(view.pointer, execution.views[name].pointer, view.nbytes)
         if download:
             execution.download()
+            self._running, self._shape = execution, batch.shape
         handle = self.stream.handle
         return {**execution.views, **{name: replace(view, stream=handle) for name, view in taken.items()}}
 
@@ -305,7 +333,7 @@ class InferenceStream:
 
         Raises :class:`BadInputFile` for results that the description does not promise.
         """
-        execution = self._running
+        execution, self._running = self._running, None
         assert execution is not None
         self.finish()
         results = dict(execution.results)
@@ -318,6 +346,16 @@ class InferenceStream:
             return prediction
         np.copyto(labels, prediction.labels)
         return Prediction(labels, prediction.confidence, prediction.logits)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a batch has been queued whose result nobody has collected."""
+        return self._running is not None
+
+    def drop(self) -> None:
+        """Wait, and forget the result."""
+        self.finish()
+        self._running = None
 
     def finish(self) -> None:
         """Wait for all work of this stream."""
@@ -342,31 +380,62 @@ class InferenceStream:
         if len(self._runs) >= SHAPES_COUNTED:
             self._runs.clear()
         self._runs[shape] = self._runs.get(shape, 0) + 1
-        return self._runs[shape] >= (WARM_UP if len(self._own) < GRAPHS else REPLACE)
+        soon = len(self._own) < GRAPHS and not self._network.compiles
+        return self._runs[shape] >= (WARM_UP if soon else REPLACE)
 
-    def _record(self, execution: ExecutionContext) -> None:
-        """Make a graph of what the shared context has just run; it then belongs to this shape."""
+    def _record(self, execution: ExecutionContext, images: npt.NDArray[Any]) -> None:
+        """Make a graph of what has just run; the context then belongs to this shape."""
         self.finish()
-        execution.graph = self._graph(execution, execution.whole)
-        if execution.graph is None:
-            return
-        if len(self._own) >= GRAPHS:
-            shape, oldest = self._own.popitem(last=False)
-            self._runs.pop(shape, None)
+        own = execution
+        if execution is self._shared and self._network.compiles:
+            own = self._specialized(images) or execution
+            self._running = own
+        own.graph = self._graph(own, own.whole)
+        if own.graph is None:
+            self._runs[images.shape] = WARM_UP - REPLACE
+        if own is not execution or own.graph is not None:
+            self._keep(own, images.shape)
+
+    def _specialized(self, images: npt.NDArray[Any]) -> ExecutionContext | None:
+        """A context that has run this batch with kernels compiled for its very shape; None without memory for it."""
+        own: ExecutionContext | None = None
+        try:
+            own = self.new_execution(specialized=True)
+            own.set_shape(images.shape)
+            own.load(images)
+            own.whole()
+            self.finish()
+        except UserError as exc:
+            logger.debug("no context for this shape alone: %s", exc)
+            if own is not None:
+                self.finish()
+                own.close()
+            return None
+        self._network.contexts.save_kernels()
+        return own
+
+    def _keep(self, own: ExecutionContext, shape: tuple[int, ...]) -> None:
+        """Let a context be the one for ``shape``; the one that was used least recently goes."""
+        if shape not in self._own and len(self._own) >= GRAPHS:
+            rare, oldest = self._own.popitem(last=False)
+            self._runs.pop(rare, None)
             oldest.close()
-        assert execution.shape is not None
-        self._own[execution.shape] = execution
-        self._shared = None
+        self._own[shape] = own
+        if own is self._shared:
+            self._shared = None
 
     def _graph(self, execution: ExecutionContext, record: Callable[[], None]) -> CudaGraph | None:
-        """A graph of an execution that has just run so, or None, from now on, where none can be made."""
+        """A graph of an execution that has just run so, or None where it cannot be made."""
         try:
             if reason := self._network.api.capture_refusal(execution.context, self.stream.handle):
+                self._failures = CAPTURES  # that does not pass
                 raise CaptureError(reason)
             return CudaGraph(self.stream, record)
         except CaptureError as exc:
-            logger.warning("no CUDA graph can be made of this engine, it runs without (%s)", exc)
-            self._graphs = False
+            self._failures += 1
+            level = logging.WARNING if self._graphs and not self._told else logging.DEBUG
+            logger.log(level, "no CUDA graph can be made of this engine, it runs without (%s)", exc)
+            self._told, self._graphs = True, self._failures < CAPTURES
             return None
 
     def bind(self, images: npt.NDArray[Any] | DeviceArray, *, graph: bool) -> ExecutionContext:
@@ -375,7 +444,7 @@ class InferenceStream:
         With ``graph`` it has one of the network alone, where one can be made. Lives until :meth:`release`.
         """
         self.finish()
-        execution = self.new_execution()
+        execution = self.new_execution(specialized=True)
         self._bound.append(execution)
         try:
             execution.set_shape(images.shape)
@@ -409,5 +478,5 @@ class InferenceStream:
         self._running = self._shared = None
         self._own.clear()
         self._bound.clear()
-        self._scratch.close()
+        self._scratch = None
         self.stream.close()

@@ -1,58 +1,67 @@
-"""One view on NVIDIA's two inference libraries: TensorRT (10, 11) and TensorRT for RTX (1).
+"""One view on NVIDIA's inference libraries: TensorRT (10, 11), its lean runtime, and TensorRT for RTX (1).
 
-Both have the same Python classes in modules ``tensorrt`` and ``tensorrt_rtx``. What differs, and what
-both do without raising (return None, log, crash), is kept here. Nothing is imported before use.
+All have the same Python classes, in modules ``tensorrt``, ``tensorrt_lean`` (without a builder: it runs
+version-compatible engines only) and ``tensorrt_rtx``. What differs, and what they do without raising (return None,
+log, crash), is kept here. Nothing is imported before use.
 
 =============================  ====================  ============================
 what                           TensorRT 10, 11       TensorRT-RTX 1
 =============================  ====================  ============================
 GPU to build                   needed                not needed
 context on our memory          allocation strategy   runtime configuration
+kernels                        in the engine         compiled here, kept in a cache
 tiling search                  from 10.8             no effect
 recording CUDA graphs          is tried              a builder flag, can be asked
 =============================  ====================  ============================
 
-Names of TensorRT-RTX were read off 1.7.1, those of TensorRT off the bindings of 10 and 11.
+Names of TensorRT-RTX were read off 1.7.1, of TensorRT off the bindings of 10 and 11, of the lean runtime off 11.4.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hpddrnet_trt.core.errors import MissingDependency, UsageError, UserError, require
+from hpddrnet_trt.core.files import write_bytes
 from hpddrnet_trt.engines.cuda import gpu_or_none
 
 logger = logging.getLogger(__name__)
 
-RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
+RuntimeName = Literal["tensorrt", "tensorrt-rtx"]  # what engines are built for
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+LEAN = "tensorrt-lean"  # runs engines for "tensorrt"
 INPUT = "image"  # name of the engines' one input
 PORTABLE = "portable"  # in place of a compute capability: TensorRT-RTX's default build
 
-_MODULES: dict[RuntimeName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_MAJOR_VERSIONS: dict[RuntimeName, tuple[int, ...]] = {"tensorrt": (10, 11), "tensorrt-rtx": (1,)}
+# By the name of the extra that brings it: the module, its name for people, its major versions.
+_LIBRARIES: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    "tensorrt": ("tensorrt", "TensorRT", (10, 11)),
+    LEAN: ("tensorrt_lean", "TensorRT lean runtime", (10, 11)),
+    "tensorrt-rtx": ("tensorrt_rtx", "TensorRT-RTX", (1,)),
+}
 _OLDEST = (10, 1)  # the first with set_device_memory and device_memory_size_v2
 
 
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported library: ``module`` is ``tensorrt`` or ``tensorrt_rtx``, ``log`` its message collector."""
+    """An imported library: ``name`` of its engines, ``label`` with its version for people, its ``log``.
+
+    ``label`` is like ``TensorRT-RTX 1.7.1``.
+    """
 
     name: RuntimeName
+    label: str
     module: Any
     version: str
     log: Any
-
-    @property
-    def label(self) -> str:
-        """For people, e.g. ``TensorRT-RTX 1.7.1``."""
-        return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {'.'.join(self.version.split('.')[:3])}"
 
     @property
     def is_rtx(self) -> bool:
@@ -72,18 +81,8 @@ class TensorRT:
         return runtime
 
     def create_context(self, engine: Any) -> Any:
-        """A new execution context, or None; it has no scratch memory until ``set_device_memory``."""
-        ours = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not self.is_rtx:
-            return engine.create_execution_context(ours)
-        # By default kernels for a new shape are compiled while substitutes already run, and a CUDA
-        # graph would keep the substitutes: compile at once instead.
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(ours)
-        config.dynamic_shapes_kernel_specialization_strategy = (
-            self.module.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
-        return engine.create_execution_context(config)
+        """A new execution context of an engine that is only looked at, or None; see :class:`EngineContexts`."""
+        return EngineContexts(self, engine).create()
 
     def capture_refusal(self, context: Any, stream: int) -> str | None:
         """Why the library says that a CUDA graph cannot be made of this context, None if it does not say so."""
@@ -97,19 +96,81 @@ def _minor(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def load_tensorrt(runtime: RuntimeName) -> TensorRT:
-    """Import the library of ``runtime``; raises :class:`MissingDependency` naming the extra that brings it."""
-    module = require(_MODULES[runtime], runtime, "build and run TensorRT engines")
+def load_tensorrt(library: str) -> TensorRT:
+    """Import ``tensorrt``, ``tensorrt-lean`` or ``tensorrt-rtx``.
+
+    Raises :class:`MissingDependency` naming the extra that brings it.
+    """
+    name, label, majors = _LIBRARIES[library]
+    module = require(name, library, f"{'run' if library == LEAN else 'build and run'} TensorRT engines")
     version = str(module.__version__)
-    majors = _MAJOR_VERSIONS[runtime]
     if int(version.split(".")[0]) not in majors:
         raise MissingDependency(
-            f"{_MODULES[runtime]} {version} is not supported, {' or '.join(f'{major}.x' for major in majors)} is "
-            f"needed; install it with: pip install 'hpddrnet-trt[{runtime}]'"
+            f"{name} {version} is not supported, {' or '.join(f'{major}.x' for major in majors)} is "
+            f"needed; install it with: pip install 'hpddrnet-trt[{library}]'"
         )
-    if runtime == "tensorrt" and _minor(version) < _OLDEST:
+    if library != "tensorrt-rtx" and _minor(version) < _OLDEST:
         raise MissingDependency(f"TensorRT {version} is too old, 10.1 is the oldest that works; update it")
-    return TensorRT(runtime, module, version, _collector(_MODULES[runtime]))
+    runtime: RuntimeName = "tensorrt-rtx" if library == "tensorrt-rtx" else "tensorrt"
+    label = f"{label} {'.'.join(version.split('.')[:3])}"
+    return TensorRT(runtime, label, module, version, _collector(name))
+
+
+def installed_library(runtime: RuntimeName) -> str:
+    """Which library runs engines for ``runtime`` here: the lean runtime where it is there and TensorRT is not."""
+    only_lean = importlib.util.find_spec("tensorrt") is None and importlib.util.find_spec("tensorrt_lean") is not None
+    return LEAN if runtime == "tensorrt" and only_lean else runtime
+
+
+class EngineContexts:
+    """Makes the execution contexts of one engine, on memory of ours: none has any until ``set_device_memory``.
+
+    TensorRT-RTX compiles kernels on the machine that runs the engine, which takes up to half a minute. All contexts
+    share one runtime configuration and with it what has been compiled, and ``kernels``, a file, keeps it for the next
+    start. TensorRT-RTX itself checks what it reads there: version, GPU and driver must fit (its reference,
+    ``IRuntimeCache.deserialize``). Create with the GPU's context current.
+    """
+
+    def __init__(self, api: TensorRT, engine: Any, kernels: Path | None = None) -> None:
+        self._api, self._engine, self._file = api, engine, kernels
+        self._config: Any = api.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._kernels: Any = None
+        if not api.is_rtx:
+            return
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._config)
+        self._config = config
+        if kernels is not None:
+            self._kernels = config.create_runtime_cache()
+            self._stored = kernels.read_bytes() if kernels.is_file() else b""
+            if self._stored and not self._kernels.deserialize(self._stored):
+                logger.info("%s is of another GPU, driver or version: kernels are compiled again", kernels)
+            config.set_runtime_cache(self._kernels)
+
+    def create(self, *, specialized: bool = False) -> Any:
+        """A new context, or None. ``specialized``: kernels for a new shape are compiled before it runs.
+
+        Else substitutes run meanwhile, which suits shapes that come once; a CUDA graph would keep them.
+        """
+        if self._api.is_rtx:
+            strategies = self._api.module.DynamicShapesKernelSpecializationStrategy
+            self._config.dynamic_shapes_kernel_specialization_strategy = (
+                strategies.EAGER if specialized else strategies.LAZY
+            )
+        return self._engine.create_execution_context(self._config)
+
+    def save_kernels(self) -> None:
+        """Write what has been compiled to the file, if there is more now; where it cannot be written, say so."""
+        if self._kernels is None or self._file is None:
+            return
+        content = bytes(self._kernels.serialize() or b"")
+        if content in (b"", self._stored):
+            return
+        try:
+            write_bytes(self._file, content)
+            self._stored = content
+        except (UserError, OSError) as exc:
+            logger.info("compiled kernels are not kept for the next start (%s)", exc)
 
 
 def choose_tensorrt(runtime: str) -> TensorRT:

@@ -126,6 +126,14 @@ def test_unreadable_files(tmp_path: Path, make: Any, message: str) -> None:
         read_manifest(path)
 
 
+@pytest.mark.parametrize("content", [b"", b"\x01", bytes(8), b"\xff" * 8, struct.pack("<Q", 100) + b"{}"])
+def test_truncated_files(tmp_path: Path, content: bytes) -> None:
+    for name in ("m.safetensors", "m.onnx"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadInputFile, match=name):
+            read_manifest(tmp_path / name)
+
+
 @settings(max_examples=200, deadline=None)
 @given(kind=st.sampled_from(["onnx", "safetensors", "engine"]), data=st.data())
 def test_damaged_bytes(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:

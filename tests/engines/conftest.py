@@ -94,7 +94,7 @@ def bench(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(cuda_memory, "strided_memory_view", lambda: array_reader(cuda))
         profiles = [Profile.from_record(entry) for entry in record["profiles"]]
         library = SimulatedTensorRT(cuda, onnx_file, profiles, record["runtime"], record["version"])
-        monkeypatch.setattr(engine_module, "load_tensorrt", lambda runtime: library.api)
+        monkeypatch.setattr(engine_module, "load_tensorrt", lambda name: library.api)
         return Bench(cuda, library, TensorRTEngine(path, **options), path)
 
     return start

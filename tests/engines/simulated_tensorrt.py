@@ -2,11 +2,13 @@
 
 An execution context runs the ONNX file on ONNX Runtime, reading and writing only the addresses it was given, in
 scratch memory that it was given. A graph that is launched after its context was changed fails, as NVIDIA's
-documentation warns.
+documentation warns. Calls fail as those of present bindings do: some return None or False, some raise RuntimeError.
+TensorRT-RTX compiles kernels: for a context that wants them specialized before a shape runs, which is noted.
 """
 
 from __future__ import annotations
 
+import ast
 import ctypes
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ class SimulatedTensorRT:
     running is concerned, and no others.
     """
 
-    SCRATCH = 4096
+    SCRATCH = (5000, 17000)  # bytes that a context needs with each profile
 
     def __init__(
         self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], runtime: RuntimeName, version: str
@@ -39,7 +41,12 @@ class SimulatedTensorRT:
             for output in self.session.get_outputs()
         }
         self.loads, self.memory, self.capturable, self.fails = True, True, True, False
+        self.raises = ""  # a method of contexts that does
+        self.host_code = False  # whether the plan carries code for the host
         self.contexts: list[SimulatedContext] = []
+        self.configurations: list[SimulatedRuntimeConfig] = []
+        self.refused = 0  # recordings
+        self.compiled: list[tuple[int, ...]] = []  # shapes that had to wait for kernels of their own
         log = SimpleNamespace(clear=lambda: None, explain=lambda otherwise: otherwise)
         module = SimpleNamespace(
             TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
@@ -47,13 +54,21 @@ class SimulatedTensorRT:
             IProfiler=SimulatedProfiler,
             Runtime=self._runtime,
         )
-        self.api = TensorRT(runtime, module, version, log)
+        label = "TensorRT-RTX" if runtime == "tensorrt-rtx" else "TensorRT"
+        self.api = TensorRT(runtime, f"{label} {version}", module, version, log)
         module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
         if self.api.is_rtx:
-            module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+            module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy")
 
     def _runtime(self, log: Any) -> Any:
-        return SimpleNamespace(deserialize_cuda_engine=lambda content: self._engine() if self.loads else None)
+        runtime = SimpleNamespace(engine_host_code_allowed=False)
+
+        def deserialize(content: bytes) -> Any:
+            allowed = runtime.engine_host_code_allowed or not self.host_code
+            return self._engine() if self.loads and allowed else None
+
+        runtime.deserialize_cuda_engine = deserialize
+        return runtime
 
     def _engine(self) -> Any:
         names = ["image", *self.outputs]
@@ -63,20 +78,21 @@ class SimulatedTensorRT:
             get_tensor_mode=lambda name: "in" if name == "image" else "out",
             get_tensor_dtype=lambda name: self.outputs[name],
         )
-        engine.device_memory_size_v2 = self.SCRATCH
-        engine.create_runtime_config = SimulatedRuntimeConfig
+        engine.get_device_memory_size_for_profile_v2 = lambda index: self.SCRATCH[index]
+        if self.api.is_rtx:
+            engine.create_runtime_config = self._configuration
         engine.create_execution_context = self._context
         return engine
 
+    def _configuration(self) -> SimulatedRuntimeConfig:
+        self.configurations.append(SimulatedRuntimeConfig(self.api.version))
+        return self.configurations[-1]
+
     def _context(self, configuration: Any) -> Any:
-        if self.api.is_rtx:
-            assert configuration.strategy == "ours"
-            assert configuration.dynamic_shapes_kernel_specialization_strategy == "eager"
-        else:
-            assert configuration == "ours"
+        assert (configuration.strategy if self.api.is_rtx else configuration) == "ours"
         if not self.memory:
             return None
-        self.contexts.append(SimulatedContext(self))
+        self.contexts.append(SimulatedContext(self, configuration))
         return self.contexts[-1]
 
 
@@ -86,8 +102,37 @@ class SimulatedRuntimeConfig:
     strategy: Any = None
     dynamic_shapes_kernel_specialization_strategy: Any = "lazy"
 
+    def __init__(self, version: str) -> None:
+        self.kernels = SimulatedRuntimeCache(version)
+
+    def create_runtime_cache(self) -> SimulatedRuntimeCache:
+        return SimulatedRuntimeCache(self.kernels.version)
+
+    def set_runtime_cache(self, kernels: SimulatedRuntimeCache) -> bool:
+        self.kernels = kernels
+        return True
+
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy
+
+
+class SimulatedRuntimeCache:
+    """``IRuntimeCache`` of TensorRT-RTX: the shapes that have kernels, for one version."""
+
+    def __init__(self, version: str) -> None:
+        self.version, self.shapes = version, set[tuple[int, ...]]()
+
+    def serialize(self) -> bytes:
+        return repr((self.version, sorted(self.shapes))).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            version, shapes = ast.literal_eval(blob.decode())
+        except (ValueError, SyntaxError):
+            return False
+        if version == self.version:
+            self.shapes |= set(shapes)
+        return bool(version == self.version)
 
 
 class SimulatedProfiler:
@@ -97,13 +142,16 @@ class SimulatedProfiler:
 class SimulatedContext:
     """Execution context: holds the rules of the real one (profile, shape, memory, addresses before running)."""
 
-    def __init__(self, library: SimulatedTensorRT) -> None:
-        self._library, self._cuda = library, library.cuda
+    def __init__(self, library: SimulatedTensorRT, configuration: Any) -> None:
+        self._library, self._cuda, self._configuration = library, library.cuda, configuration
+        # As it was when the context was made.
+        self.specialized = getattr(configuration, "dynamic_shapes_kernel_specialization_strategy", "") == "eager"
         self.active_optimization_profile = 0
         self.shape: Any = None
         self.addresses: dict[str, int] = {}
-        self.scratch = 0
+        self.scratch = (0, 0)
         self.state = 0  # changes with whatever a graph depends on
+        self.queued = 0  # runs that are not done
         self.profiler: Any = None
         self.runs = 0
         if library.api.is_rtx:
@@ -111,16 +159,22 @@ class SimulatedContext:
 
     def set_device_memory(self, pointer: int, nbytes: int) -> None:
         self._cuda.require(pointer, nbytes)
-        assert nbytes >= self._library.SCRATCH
-        self.scratch = pointer
+        self.scratch = (pointer, nbytes)
         self.state += 1
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self._may_raise("set_optimization_profile_async")
+        assert not self.queued, "the context is still to run with what is changed"
         self.active_optimization_profile, self.shape = index, None
         self.state += 1
-        return 0 <= index < len(self._library.profiles)
+        return True
+
+    def _may_raise(self, method: str) -> None:
+        if self._library.raises == method:
+            raise RuntimeError(f"{method} failed")
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert not self.queued, "the context is still to run with what is changed"
         if not self._library.profiles[self.active_optimization_profile].admits(shape):
             return False
         self.shape = shape
@@ -128,6 +182,7 @@ class SimulatedContext:
         return True
 
     def infer_shapes(self) -> list[str]:
+        self._may_raise("infer_shapes")
         return [] if self.shape is not None else ["image"]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -145,15 +200,24 @@ class SimulatedContext:
         if library.fails:
             return False
         if stream in self._cuda.recording and not library.capturable:
+            library.refused += 1
             self._cuda.broken.add(stream)
             return False
-        shape, addresses, state = self.shape, dict(self.addresses), self.state
+        kernels = getattr(self._configuration, "kernels", None)
+        if self.specialized and kernels is not None and self.shape not in kernels.shapes:
+            library.compiled.append(self.shape)
+            kernels.shapes.add(self.shape)
+        shape, addresses, state, scratch = self.shape, dict(self.addresses), self.state, self.scratch
+        assert scratch[1] >= library.SCRATCH[self.active_optimization_profile], "too little scratch memory"
         recorded = stream in self._cuda.recording
         assert not recorded or self.runs, "a context runs once before it is recorded"
 
+        self.queued += not recorded
+
         def compute() -> None:
+            self.queued -= not recorded
             assert not recorded or self.state == state, "the context was changed after its graph was recorded"
-            self._cuda.require(self.scratch, library.SCRATCH)
+            self._cuda.require(*scratch)
             size = int(np.prod(shape))
             self._cuda.require(addresses["image"], size)
             image = np.frombuffer(ctypes.string_at(addresses["image"], size), np.uint8).reshape(shape)

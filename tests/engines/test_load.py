@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
-from importlib.metadata import metadata
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +63,8 @@ def test_every_engine_is_complete(name: str) -> None:
     kind = ENGINES[name]
     if kind.library != "torch" or importlib.util.find_spec("torch"):
         assert "path" in inspect.signature(kind.load_class()).parameters
-    extras = metadata("hpddrnet-trt").get_all("Provides-Extra") or []
-    assert kind.extra in extras
+    project = tomllib.loads((Path(hpddrnet_trt.__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert kind.extra in project["optional-dependencies"]
     assert kind.suffixes
     assert [other for other, entry in ENGINES.items() if entry.label == kind.label] == [name]
 

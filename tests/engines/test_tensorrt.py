@@ -20,9 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpddrnet_trt.core.errors import BadInputFile, ContractError, NoGpu, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, EngineDoesNotFit, NoGpu, UsageError, UserError
 from hpddrnet_trt.core.manifest import EngineRecord, read_manifest, sidecar_path
 from hpddrnet_trt.engines import cuda as cuda_memory
+from hpddrnet_trt.engines import load_engine, tensorrt_library
+from hpddrnet_trt.engines import tensorrt as engine_module
 from hpddrnet_trt.engines.cuda import (
     LEGACY_STREAM,
     DeviceArray,
@@ -174,6 +176,45 @@ def test_version_rules(built: str, installed: str, compatible: bool, runs: bool)
             BadInputFile, match=rf"was built with tensorrt .*, installed is.*tensorrt=={re.escape(built)}"
         ):
             check_version(Path("m.engine"), record, api)
+
+
+# --- the lean runtime
+
+
+def test_which_library_runs_an_engine(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT where it is; its lean runtime where only that is, or when it is asked for, and only what that runs."""
+    job = bench(version="10.13.3.9")
+    asked, there = list[str](), {"tensorrt_lean"}
+    monkeypatch.setattr(engine_module, "load_tensorrt", lambda name: asked.append(name) or job.library.api)
+    monkeypatch.setattr(tensorrt_library.importlib.util, "find_spec", lambda name: name in there or None)
+    for engine in ("auto", "tensorrt-lean"):
+        with pytest.raises(UsageError, match=r"needs all of TensorRT.*--version-compatible, or: pip install"):
+            load_engine(job.path, engine)
+    _changed(job.path, version_compatible=True)
+    load_engine(job.path).close()
+    there.add("tensorrt")
+    for engine in ("auto", "tensorrt-lean"):
+        with load_engine(job.path, engine) as loaded:
+            np.testing.assert_array_equal(loaded.infer(noise(1, 1, 64, 64)).labels, job.truth(noise(1, 1, 64, 64)))
+    assert asked == ["tensorrt-lean", "tensorrt", "tensorrt-lean"]
+    _changed(job.path, runtime="tensorrt-rtx")
+    with pytest.raises(UsageError, match="was built for tensorrt-rtx, which the lean runtime does not run"):
+        load_engine(job.path, "tensorrt-lean")
+
+
+@without_gpu
+def test_the_real_lean_runtime_loads(copied: Path) -> None:
+    """And then says that there is no GPU, before it would crash."""
+    pytest.importorskip("tensorrt_lean", reason="the extra tensorrt-lean is not installed")
+    api = tensorrt_library.load_tensorrt("tensorrt-lean")
+    assert api.label.startswith("TensorRT lean runtime 1")
+    for name in ("Runtime", "TensorIOMode", "IProfiler", "nptype"):
+        assert hasattr(api.module, name)
+    assert hasattr(api.module.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    _changed(copied, runtime="tensorrt", version=api.version, version_compatible=True)
+    for engine in ("auto", "tensorrt-lean"):
+        with pytest.raises(NoGpu, match=r"no NVIDIA GPU can be used here"):
+            load_engine(copied, engine)
 
 
 # --- arrays of other libraries
@@ -336,6 +377,11 @@ def test_profiles_change_and_failures_are_not_the_end(bench: Callable[..., Bench
     with pytest.raises(UserError, match="failed on an input of 1x1x72x72"):
         job.engine.infer(good)
     job.library.fails = False
+    for method in ("set_optimization_profile_async", "infer_shapes"):
+        job.library.raises = method
+        with pytest.raises(ContractError, match=f"refuses an input of 4x1x512x512: {method} failed"):
+            job.engine.infer(noise(4, 1, 512, 512))
+    job.library.raises = ""
     job.check_infer(good)
 
 
@@ -379,6 +425,7 @@ def test_streams_are_ordered(bench: Callable[..., Bench]) -> None:
     with pytest.warns(DeprecationWarning, match="is called synchronize"):
         job.engine.infer_device(borrowed, synchronise=False)
     assert job.cuda.queues[job.engine.stream]  # nobody has waited
+    job.engine.infer_device(job.cuda.array(noise(1, 1, 72, 72)))  # before another size, the engine does
 
 
 def test_arrays_of_another_gpu_are_refused(bench: Callable[..., Bench]) -> None:
@@ -420,6 +467,7 @@ def test_an_engine_that_does_not_load_is_explained(bench: Callable[..., Bench], 
     with pytest.raises(UserError, match="too little free memory"):
         TensorRTEngine(models["labels"])
     job.library.memory = True
-    for compatible in (False, True):  # code for the host is allowed only where the description says so
-        with TensorRTEngine(_changed(job.path, version_compatible=compatible)) as engine:
-            assert getattr(engine._runtime, "engine_host_code_allowed", False) is compatible
+    job.library.host_code = True  # is allowed only where the description says so
+    with pytest.raises(EngineDoesNotFit, match="cannot load"):
+        TensorRTEngine(job.path)
+    TensorRTEngine(_changed(job.path, version_compatible=True)).close()
