@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
+    from hpddrnet_trt.export.rebuild import rebuild_engine
     from hpddrnet_trt.inference import Segmenter, load_segmenter
     from hpddrnet_trt.inference.result import Provenance, Segmentation
     from hpddrnet_trt.stream import State, Stream, StreamResult, StreamStatistics
@@ -24,11 +25,13 @@ __all__ = [
     "__version__",
     "load_segmenter",
     "read_micrograph",
+    "rebuild_engine",
 ]
 
 _HOMES = {
     "Micrograph": "data.micrograph",
     "read_micrograph": "data.micrograph",
+    "rebuild_engine": "export.rebuild",
     "Provenance": "inference.result",
     "Segmentation": "inference.result",
     "Segmenter": "inference",

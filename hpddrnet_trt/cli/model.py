@@ -347,7 +347,8 @@ class BuilderOptions:
     """What TensorRT's builder is told."""
 
     timing_cache: Annotated[
-        Path | None, typer.Option(help="File that keeps tactic timings between builds.")
+        Path | None,
+        typer.Option(help="File that keeps kernel timings between builds (default: in your cache folder), or none."),
     ] = None
     compute_capabilities: Annotated[
         list[str] | None,
@@ -364,7 +365,9 @@ class BuilderOptions:
     max_aux_streams: Annotated[
         int | None, typer.Option(min=0, help="CUDA streams for branches beside the engine's own.")
     ] = None
-    version_compatible: Annotated[bool, typer.Option(help="Let later TensorRT versions run the engine.")] = False
+    version_compatible: Annotated[
+        bool, typer.Option(help="Let later TensorRT versions, and its lean runtime, run the engine.")
+    ] = False
     hardware_compatible: Annotated[
         Literal["ampere-plus", "same-compute-capability"] | None,
         typer.Option(help="Let other GPUs run it: of compute capability 8.0 and later, or of this one's (TensorRT)."),
@@ -373,12 +376,19 @@ class BuilderOptions:
     refittable: Annotated[bool, typer.Option("--refittable", help="Let `refit` give it other weights.")] = False
     stripped: Annotated[bool, typer.Option("--stripped", help="Write it without weights; `refit` adds them.")] = False
     device: Annotated[int, typer.Option(min=0, help="Number of the GPU to build on.")] = 0
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Let FP32 layers round to TF32: position attention loses labels by it.")
+    ] = False
 
     def settings(self) -> BuildSettings:
         """The same for the builder."""
         from hpddrnet_trt.export.build_settings import BuildSettings
+        from hpddrnet_trt.export.statistics_cache import Cache
 
-        return BuildSettings(**asdict(self))
+        timings: Cache = self.timing_cache or "user"
+        if timings == Path("none"):
+            timings = None
+        return BuildSettings(**{**asdict(self), "timing_cache": timings})
 
 
 @command(PANEL, "build model.int8.onnx --precision int8 --verify DATASET --max-miou-drop 0.3")

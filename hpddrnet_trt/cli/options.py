@@ -156,6 +156,9 @@ class SegmentOptions:
             help="Cut off the bar below a picture as found, as its metadata say, not at all, or after so many rows.",
         ),
     ] = "auto"
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build an engine that does not fit this machine again from its ONNX file.")
+    ] = False
     resume: Annotated[bool, typer.Option(help="Leave what this model has written before with these options.")] = True
 
     def settings(self) -> ResultSettings:
@@ -174,7 +177,7 @@ class SegmentOptions:
 
         return load_segmenter(
             self.model, engine=self.engine, mode=self.mode, confidence=self.confidence or "confidence" in self.write,
-            window=self._window(), tile=self.tile,
+            window=self._window(), tile=self.tile, rebuild=self.rebuild,
         )  # fmt: skip
 
     def _window(self) -> Any:

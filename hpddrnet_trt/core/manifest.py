@@ -281,6 +281,8 @@ class EngineRecord(_Record):
     stripped: bool = False  # holds no weights: it runs only after a refit
     weights_sha256: str | None = None  # of the weights left out
     platform: Literal["windows"] | None = None  # the operating system it was built for, where that is another
+    source: str | None = Field(default=None, max_length=1000)  # name of the ONNX file that it was built from
+    settings: dict[str, Any] = {}  # of the builder, those that were not the defaults
     # Memory for activations while it runs, by the builder's log; for one fixed shape only: with a range of shapes
     # the log does not count what position attention needs at the largest.
     activation_bytes: int | None = None

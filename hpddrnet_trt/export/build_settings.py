@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_bytes
+from hpddrnet_trt.engines.cuda import find_gpu
 from hpddrnet_trt.engines.tensorrt_library import TensorRT, compute_capability
+from hpddrnet_trt.export.statistics_cache import Cache, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ class BuildSettings:
     """How the builder works; the defaults suit every machine.
 
     ``timing_cache``: file of kernel timings, read if there and written afterwards (runtime tensorrt
-    only). ``compute_capabilities``: GPUs an RTX engine is for, like ``["8.9", "12.0"]``; None is the
+    only); ``user``: one for this GPU and version in the user's cache folder.
+    ``compute_capabilities``: GPUs an RTX engine is for, like ``["8.9", "12.0"]``; None is the
     portable default (8.0 and later). ``workspace_mib``: upper bound of scratch memory in MiB.
     ``optimization_level``: 0 (quick build) to 5 (fast engine). ``tiling``: how long the builder looks
     for ways to run neighbouring layers tile by tile in the cache. ``sparsity``: let it use kernels for
@@ -64,7 +68,7 @@ class BuildSettings:
     "Refitting an Engine").
     """
 
-    timing_cache: Path | None = None
+    timing_cache: Cache = "user"
     compute_capabilities: Sequence[str] | None = None
     workspace_mib: int | None = None
     optimization_level: int | None = None
@@ -124,7 +128,7 @@ class BuildSettings:
                 "%s may lose the bias of a matrix product in a refittable engine (NVIDIA's documentation of 11.3): "
                 "judge it with --verify", api.label,
             )  # fmt: skip
-        if api.is_rtx and self.timing_cache is not None:
+        if api.is_rtx and isinstance(self.timing_cache, Path):
             logger.warning("%s has no timing cache: %s is ignored", api.label, self.timing_cache)
         chosen = (self.optimization_level, self.tiling, self.max_aux_streams)
         if api.is_rtx and (self.sparsity or any(value is not None for value in chosen)):
@@ -174,8 +178,8 @@ class BuildSettings:
                 raise UserError(f"{api.label} refuses the compute capability {written}")
 
     def _load_timings(self, api: TensorRT, config: Any) -> None:
-        path = self.timing_cache
-        if path is None or api.is_rtx:
+        path = self._timings(api)
+        if path is None:
             return
         content = path.read_bytes() if path.is_file() else b""
         if not config.set_timing_cache(config.create_timing_cache(content), False):
@@ -184,9 +188,27 @@ class BuildSettings:
 
     def keep_timings(self, api: TensorRT, config: Any) -> None:
         """Write the kernel timings of a build that has ended."""
-        path = self.timing_cache
-        if path is not None and not api.is_rtx:
+        path = self._timings(api)
+        if path is None:
+            return
+        try:
             write_bytes(path, bytes(config.get_timing_cache().serialize()))
+        except (UserError, OSError) as exc:  # the engine has been built all the same
+            logger.warning("kernel timings are not kept for the next build (%s)", exc)
+
+    def _timings(self, api: TensorRT) -> Path | None:
+        if api.is_rtx or self.timing_cache is None:
+            return None
+        if self.timing_cache != "user":
+            return Path(self.timing_cache)
+        name = re.sub(r"[^\w.]+", "-", f"{find_gpu(self.device).name}-{api.version}")
+        return cache_folder() / "timings" / f"{name}.cache"
+
+    def record(self) -> dict[str, Any]:
+        """What is not as by default, of what changes the engine."""
+        defaults, own = BuildSettings(), (field.name for field in fields(self))
+        values = {name: getattr(self, name) for name in own if name not in ("timing_cache", "device", "progress")}
+        return {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
 
 def _has(api: TensorRT, name: str) -> bool:

@@ -432,6 +432,8 @@ class _Job:
             stripped=self.settings.stripped,
             weights_sha256=weights_checksum(self.path) if self.settings.stripped else None,
             platform="windows" if self.settings.for_windows else None,
+            source=self.source.name,
+            settings=self.settings.record(),
             activation_bytes=activations,
         )
         return self.manifest.replace(

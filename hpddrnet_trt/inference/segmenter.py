@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import hpddrnet_trt
 from hpddrnet_trt import __version__
-from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.errors import ContractError, EngineDoesNotFit, UsageError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.data.intensity import FullScale, IntensityRange, range_of
 from hpddrnet_trt.data.micrograph import Micrograph
@@ -35,6 +37,8 @@ from hpddrnet_trt.inference.runner import (
 )
 from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.weights import locate
+
+logger = logging.getLogger(__name__)
 
 
 class Segmenter:
@@ -297,18 +301,28 @@ def load_segmenter(
     window: IntensityRange = None,
     batch_size: int = 4,
     tile: Tile = "auto",
+    rebuild: bool = False,
     **options: Any,
 ) -> Segmenter:
     """Open a model (:func:`~hpddrnet_trt.engines.load_engine`) and wrap it as a :class:`Segmenter`.
 
     ``model_path`` is a file, or the name of a model that comes with the package, such as ``nasa-super1``.
     ``options`` go to the engine: ``threads`` of the CPU ones, ``device`` of TensorRT's...
+    ``rebuild``: an engine file for another version of TensorRT or another GPU, which else is an
+    :class:`EngineDoesNotFit`, is built again first (:func:`hpddrnet_trt.rebuild_engine`), which takes minutes.
 
     An ONNX file with labels output is opened a second time with class scores as output when these are needed: for
     other modes than ``single``, for ``confidence``, and to blend the tiles of large images. Other models without
     logits (TensorRT engines with labels output) refuse the first two, and their tiles are cut.
     """
-    loaded = load_engine(model_path, engine, **options)
+    try:
+        loaded = load_engine(model_path, engine, **options)
+    except EngineDoesNotFit as exc:
+        if not rebuild:
+            raise
+        logger.warning("%s: that is done now", exc)
+        hpddrnet_trt.rebuild_engine(model_path)
+        loaded = load_engine(model_path, engine, **options)
     try:
         path = getattr(loaded, "path", None)  # of the engines that run ONNX files
         if loaded.manifest.engine is not None:
