@@ -52,16 +52,18 @@ _OLDEST = (10, 1)  # the first with set_device_memory and device_memory_size_v2
 
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported library: ``name`` of its engines, ``label`` with its version for people, its ``log``.
-
-    ``label`` is like ``TensorRT-RTX 1.7.1``.
-    """
+    """An imported library: ``name`` of its engines, its message collector ``log``, whether it is the lean runtime."""
 
     name: RuntimeName
-    label: str
     module: Any
     version: str
     log: Any
+    lean: bool = False
+
+    @property
+    def label(self) -> str:
+        """For people, e.g. ``TensorRT-RTX 1.7.1``."""
+        return f"{_LIBRARIES[LEAN if self.lean else self.name][1]} {'.'.join(self.version.split('.')[:3])}"
 
     @property
     def is_rtx(self) -> bool:
@@ -101,7 +103,7 @@ def load_tensorrt(library: str) -> TensorRT:
 
     Raises :class:`MissingDependency` naming the extra that brings it.
     """
-    name, label, majors = _LIBRARIES[library]
+    name, _, majors = _LIBRARIES[library]
     module = require(name, library, f"{'run' if library == LEAN else 'build and run'} TensorRT engines")
     version = str(module.__version__)
     if int(version.split(".")[0]) not in majors:
@@ -112,8 +114,7 @@ def load_tensorrt(library: str) -> TensorRT:
     if library != "tensorrt-rtx" and _minor(version) < _OLDEST:
         raise MissingDependency(f"TensorRT {version} is too old, 10.1 is the oldest that works; update it")
     runtime: RuntimeName = "tensorrt-rtx" if library == "tensorrt-rtx" else "tensorrt"
-    label = f"{label} {'.'.join(version.split('.')[:3])}"
-    return TensorRT(runtime, label, module, version, _collector(name))
+    return TensorRT(runtime, module, version, _collector(name), library == LEAN)
 
 
 def installed_library(runtime: RuntimeName) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_bytes
-from hpddrnet_trt.engines.cuda import find_gpu
+from hpddrnet_trt.engines.cuda import gpu_or_none
 from hpddrnet_trt.engines.tensorrt_library import TensorRT, compute_capability
 from hpddrnet_trt.export.statistics_cache import Cache, cache_folder
 
@@ -42,6 +42,7 @@ _FLAGS = {
     "refittable": "REFIT",
     "stripped": "STRIP_PLAN",  # with REFIT it takes other weights, too, else only those that it was built with
 }
+OF_THE_BUILD = ("timing_cache", "device", "progress")  # settings that say nothing of the engine
 
 
 @dataclass(frozen=True)
@@ -201,13 +202,14 @@ class BuildSettings:
             return None
         if self.timing_cache != "user":
             return Path(self.timing_cache)
-        name = re.sub(r"[^\w.]+", "-", f"{find_gpu(self.device).name}-{api.version}")
-        return cache_folder() / "timings" / f"{name}.cache"
+        gpu = gpu_or_none(self.device)
+        name = re.sub(r"[^\w.]+", "-", f"{gpu and gpu.name}-{api.version}")
+        return None if gpu is None else cache_folder() / "timings" / f"{name}.cache"
 
     def record(self) -> dict[str, Any]:
         """What is not as by default, of what changes the engine."""
         defaults, own = BuildSettings(), (field.name for field in fields(self))
-        values = {name: getattr(self, name) for name in own if name not in ("timing_cache", "device", "progress")}
+        values = {name: getattr(self, name) for name in own if name not in OF_THE_BUILD}
         return {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
 

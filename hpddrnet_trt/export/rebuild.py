@@ -16,7 +16,7 @@ from hpddrnet_trt.engines.cuda import find_gpu
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import check_gpu, engine_record
 from hpddrnet_trt.engines.tensorrt_library import PORTABLE
-from hpddrnet_trt.export.build_settings import BuildSettings
+from hpddrnet_trt.export.build_settings import OF_THE_BUILD, BuildSettings
 from hpddrnet_trt.export.tensorrt import build_engine
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def rebuild_engine(path: str | Path, *, progress: bool = True) -> Manifest:
     manifest = read_manifest(path)
     record = engine_record(path, manifest)
     source = _source(path, manifest, record)
-    known = {field.name for field in fields(BuildSettings)} - {"timing_cache", "device", "progress", "compute_capabilities"}
+    known = {field.name for field in fields(BuildSettings)} - {"compute_capabilities", *OF_THE_BUILD}
     given = {name: value for name, value in record.settings.items() if name in known}
     try:
         settings = TypeAdapter(BuildSettings).validate_python(given)

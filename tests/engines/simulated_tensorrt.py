@@ -54,8 +54,7 @@ class SimulatedTensorRT:
             IProfiler=SimulatedProfiler,
             Runtime=self._runtime,
         )
-        label = "TensorRT-RTX" if runtime == "tensorrt-rtx" else "TensorRT"
-        self.api = TensorRT(runtime, f"{label} {version}", module, version, log)
+        self.api = TensorRT(runtime, module, version, log)
         module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
         if self.api.is_rtx:
             module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy")

@@ -145,7 +145,7 @@ def test_kernel_timings_are_kept_in_the_users_cache(
             return self.cache
 
     monkeypatch.setenv("HPDDRNET_CACHE", str(tmp_path))
-    monkeypatch.setattr(build_settings, "find_gpu", lambda device: cuda.Gpu(0, "NVIDIA RTX 4000 (Ada)", "8.9"))
+    monkeypatch.setattr(build_settings, "gpu_or_none", lambda device: cuda.Gpu(0, "NVIDIA RTX 4000 (Ada)", "8.9"))
     api: Any = type("Api", (), {"is_rtx": False, "version": "11.4.0.106", "label": "TensorRT"})()
     settings, file = BuildSettings(), tmp_path / "timings" / "NVIDIA-RTX-4000-Ada-11.4.0.106.cache"
     for stored in (None, b"timings", b"foreign"):
