@@ -1,4 +1,4 @@
-"""From a PNG, JPEG, TIFF or DigitalMicrograph file to an array, with every failure turned into one sentence.
+"""From a PNG, JPEG, BMP, TIFF or DigitalMicrograph file to an array, with every failure turned into one sentence.
 
 The format is told by the file's first bytes, not by its name. Sizes are checked against a limit
 before anything is decompressed, and only these decoders can ever be reached.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, JpegImagePlugin, PngImagePlugin
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin
 
 from hpddrnet_trt.core.errors import BadInputFile, MissingDependency
 from hpddrnet_trt.core.files import existing_file
@@ -23,24 +24,31 @@ from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, MAX_PIXELS, Decoded,
 from hpddrnet_trt.data.tiff import SIGNATURES as _TIFF_SIGNATURES
 from hpddrnet_trt.data.tiff import decode_tiff
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dm3", ".dm4")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dm3", ".dm4")
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
+_BMP_SIGNATURE = b"BM"
+_ORIENTATION = 274  # the tag, in EXIF as in TIFF
 _JPEG_SCANS = 200  # a progressive JPEG has about ten; each costs a pass over the whole picture
 _PNG_GREY, _PNG_PALETTE = 0, 3  # colour types in a PNG header
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_BMP_PIXELS_PER_BYTE = 128  # of its run lengths: two bytes give 255 pixels at most
 # A tiny file must not make a decoder take memory for a huge picture that cannot be in it.
 _DEFLATE_RATIO = 1032  # zlib's own limit: 258 bytes from two bits
 
 
 def decode(path: str | Path, what: str = "micrograph", max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode one file; ``what`` names it in errors ("micrograph", "mask").
+    """Decode one file, upright as viewers show it; ``what`` names it in errors ("micrograph", "mask").
 
     Raises :class:`BadInputFile` when the file is missing, unreadable, truncated, of another
     format, or has more than ``max_pixels`` pixels.
     """
     path = existing_file(path, what)
+    return _upright(_decode(path, what, max_pixels))
+
+
+def _decode(path: Path, what: str, max_pixels: int) -> Decoded:
     try:
         with path.open("rb") as stream:
             head = stream.read(32)
@@ -48,6 +56,8 @@ def decode(path: str | Path, what: str = "micrograph", max_pixels: int = MAX_PIX
             return _decode_png(path, what, max_pixels, head)
         if head.startswith(_JPEG_SIGNATURE):
             return _decode_jpeg(path, what, max_pixels)
+        if head.startswith(_BMP_SIGNATURE):
+            return _decode_bmp(path, what, max_pixels)
         if head.startswith(_TIFF_SIGNATURES):
             return decode_tiff(path, what, max_pixels)
         if digital_micrograph.is_digital_micrograph(head):
@@ -62,7 +72,29 @@ def decode(path: str | Path, what: str = "micrograph", max_pixels: int = MAX_PIX
         raise damaged(path, what, f"{type(exc).__name__}: {exc}") from exc
     if not head:
         raise BadInputFile(f"{what} {path} is an empty file; copy it again")
-    raise BadInputFile(f"{what} {path} is neither PNG, JPEG nor TIFF nor dm3/dm4; convert it to one of these")
+    raise BadInputFile(f"{what} {path} is neither PNG, JPEG, BMP, TIFF nor dm3/dm4; convert it to one of these")
+
+
+def _upright(decoded: Decoded) -> Decoded:
+    """Turned and mirrored as its orientation says (TIFF 6.0, section 8; EXIF 2.3, 4.6.4)."""
+    if decoded.orientation not in range(2, 9):
+        return decoded
+    values = decoded.values
+    if decoded.orientation >= 5:  # stored rows are columns
+        values = np.swapaxes(values, 0, 1)
+    if decoded.orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if decoded.orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    remark = f"its pixels are stored turned or mirrored (orientation {decoded.orientation}): set upright"
+    return replace(decoded, values=np.ascontiguousarray(values), orientation=1, remarks=(*decoded.remarks, remark))
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF, which viewers pass over
+        return 1
 
 
 def _decode_png(path: Path, what: str, max_pixels: int, head: bytes) -> Decoded:
@@ -84,12 +116,13 @@ def _decode_png(path: Path, what: str, max_pixels: int, head: bytes) -> Decoded:
             raise damaged(path, what, f"its pixels need {needed} bytes but {held} are there")
         if image.mode == "I":
             values = values.astype(np.uint16)
+        orientation = _exif_orientation(image)
         palette = None
         if colour_type == _PNG_PALETTE:
             palette = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
     if colour_type == _PNG_GREY and 1 < bit_depth < 8:
         values = values // (255 // ((1 << bit_depth) - 1))  # Pillow stretches 2 and 4 bits to 0..255
-    return Decoded("PNG", values, bit_depth, palette, alpha=colour_type in (4, 6))
+    return Decoded("PNG", values, bit_depth, palette, alpha=colour_type in (4, 6), orientation=orientation)
 
 
 def _deep_colour_png(path: Path, what: str, needed: int) -> npt.NDArray[Any]:
@@ -122,9 +155,22 @@ def _decode_jpeg(path: Path, what: str, max_pixels: int) -> Decoded:
             raise damaged(path, what, f"{image.width} x {image.height} pixels cannot be in {path.stat().st_size} bytes")
         if _scans(path) > _JPEG_SCANS:
             raise damaged(path, what, f"it holds more than {_JPEG_SCANS} scans of the same picture")
+        orientation = _exif_orientation(image)
         image.load()
         plain: Image.Image = image if image.mode in {"L", "RGB"} else image.convert("RGB")
-        return Decoded("JPEG", np.asarray(plain), 8)
+        return Decoded("JPEG", np.asarray(plain), 8, orientation=orientation)
+
+
+def _decode_bmp(path: Path, what: str, max_pixels: int) -> Decoded:
+    with BmpImagePlugin.BmpImageFile(str(path)) as image:
+        check_size(path, what, image.width, image.height, max_pixels)
+        if image.width * image.height > _BMP_PIXELS_PER_BYTE * path.stat().st_size:
+            raise damaged(path, what, f"{image.width} x {image.height} pixels cannot be in {path.stat().st_size} bytes")
+        image.load()
+        palette = image.getpalette("RGB") if image.mode == "P" else None
+        values = np.asarray(image if image.mode in {"1", "L", "P", "RGB", "RGBA"} else image.convert("RGB"))
+    colours = None if palette is None else np.array(palette, dtype=np.uint8).reshape(-1, 3)
+    return Decoded("BMP", values, 1 if image.mode == "1" else 8, colours, alpha=image.mode == "RGBA")
 
 
 def _scans(path: Path) -> int:

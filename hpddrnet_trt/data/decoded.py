@@ -23,15 +23,19 @@ class Decoded:
     ``values``: ``[H, W]`` or ``[H, W, C]`` as stored (palette indices stay indices).
     ``palette``: uint8 ``[n, 3]`` RGB for palette files. ``alpha``: the last channel is opacity.
     ``inverted``: zero means white (TIFF MINISWHITE). ``bit_depth``: bits per sample in the file.
+    ``pages``: full-size pictures in the file, of which this is the first. ``orientation``: as EXIF and TIFF count the
+    eight ways of turning and mirroring; :func:`~hpddrnet_trt.data.decode.decode` gives the picture upright, with 1.
     ``metadata``: what the file's own metadata say about scale and information bar, best source first.
     """
 
-    format: Literal["PNG", "JPEG", "TIFF", "DM"]
+    format: Literal["PNG", "JPEG", "BMP", "TIFF", "DM"]
     values: npt.NDArray[Any]
     bit_depth: int
     palette: npt.NDArray[np.uint8] | None = None
     alpha: bool = False
     inverted: bool = False
+    pages: int = 1
+    orientation: int = 1
     metadata: tuple[VendorMetadata, ...] = ()
     remarks: tuple[str, ...] = ()
 

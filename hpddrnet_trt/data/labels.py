@@ -31,14 +31,24 @@ def read_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[
 
     The stored numbers count, not their colours: palette files give indices, 1-bit files 0 and 1.
     RGB masks are accepted when their channels are equal, wider types when they hold 0..255.
-    Raises :class:`BadInputFile` otherwise, and for JPEG, which does not keep numbers.
+    Raises :class:`BadInputFile` otherwise, for stacks, and for JPEG, which does not keep numbers.
     """
     path = Path(path)
     decoded = decode(path, "mask", max_pixels)
     if decoded.format == "JPEG":
         raise BadInputFile(f"mask {path} is a JPEG, which alters label values; save masks as PNG or TIFF")
+    if decoded.pages > 1:
+        raise BadInputFile(
+            f"mask {path} holds {decoded.pages} pages, of which no one is the labels; "
+            "save one picture with a class index per pixel"
+        )
     values = decoded.values
     if values.ndim == 3 and decoded.alpha and values.shape[2] > 1:
+        if values[..., -1].min() != values[..., -1].max():
+            raise BadInputFile(
+                f"mask {path} is partly transparent, which says nothing about classes; "
+                f"save it without opacity, {IGNORE_INDEX} where it has no label"
+            )
         values = values[..., :-1]
     if values.ndim == 3:
         if np.any(values != values[..., :1]):

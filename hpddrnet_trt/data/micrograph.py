@@ -45,7 +45,7 @@ class Micrograph:
 
 
 def read_micrograph(path: str | Path, *, max_pixels: int = MAX_PIXELS, info_bar: InfoBar = "auto") -> Micrograph:
-    """Read a PNG, JPEG, TIFF (8-bit, 16-bit, float, 1-bit, palette, RGB(A)), dm3 or dm4 file as a grey picture.
+    """Read a PNG, JPEG, BMP, TIFF (8-bit, 16-bit, float, 1-bit, palette, RGB(A)), dm3 or dm4 file as a grey picture.
 
     RGB whose channels are equal becomes that grey; real colour becomes luminance (ITU-R BT.601)
     with a remark. Other integer and float types become float32. The pixel size comes from the metadata of

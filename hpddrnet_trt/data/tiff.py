@@ -6,6 +6,7 @@ them: so the chain of image file directories (TIFF 6.0, section 2; BigTIFF) is w
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import struct
@@ -32,22 +33,23 @@ _SAMPLES = 4  # times the limit of pixels, for colour with opacity or a few plan
 
 
 def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
-    """First full-size image of a TIFF or BigTIFF as stored; see :class:`Decoded`.
+    """First full-size image of a TIFF or BigTIFF as stored; see :class:`Decoded`. Thumbnails before it are passed over.
 
     Raises :class:`BadInputFile`, or whatever tifffile and its codecs stumble over in a damaged file.
     """
     try:
-        pages = count_pages(path)
+        index, pages = full_size_pages(path)
     except BadStructure as exc:
         raise damaged(path, what, str(exc)) from exc
     with tifffile.TiffFile(path) as tif:
-        page = tif.pages.first
+        page = tif.pages[index].aspage()
         check_size(path, what, page.imagewidth, page.imagelength, max_pixels)
         _check_claims(tif, page, path, what, max_pixels)
         values = page.asarray()
         remarks = []
         axes = page.axes
         if axes[0] == "Z":
+            pages = max(pages, values.shape[0])
             remarks.append(f"the first of {values.shape[0]} planes is used")
             values, axes = values[0], axes[1:]
         if axes[0] == "S":
@@ -55,11 +57,12 @@ def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
         if values.ndim not in (2, 3):
             raise damaged(path, what, f"its pixel array has the shape {values.shape}")
         pages = max(pages, vendors.imagej.images(page))  # ImageJ hides planes behind the first page
-        if pages > 1:
+        if pages > 1 and axes == page.axes:
             remarks.append(f"the first of {pages} pages is used")
         palette = None
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
-            palette = (page.colormap >> 8).astype(np.uint8).T
+            # 16 bits by the specification, but some writers put 8 bits there, and readers take them so.
+            palette = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).astype(np.uint8).T
         return Decoded(
             "TIFF",
             values,
@@ -67,6 +70,8 @@ def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
             palette,
             alpha=values.ndim == 3 and _has_opacity(page),
             inverted=page.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
+            pages=pages,
+            orientation=int(page.tags.valueof(_ORIENTATION, 1)),
             metadata=vendors.read_tags(page),
             remarks=tuple(remarks),
         )
@@ -92,10 +97,11 @@ def _check_claims(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, w
 
 def _check_data(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, what: str) -> None:
     end = tif.filehandle.size
-    segments = list(zip(page.dataoffsets, page.databytecounts, strict=False))
     expected = math.prod(page.chunked)
-    if len(segments) != expected:
-        raise damaged(path, what, f"it lists {len(segments)} strips or tiles of pixel data instead of {expected}")
+    if (listed := len(page.dataoffsets)) != expected:
+        raise damaged(path, what, f"it lists {listed} strips or tiles of pixel data instead of {expected}")
+    page.databytecounts = _byte_counts(page, end)
+    segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     for offset, count in segments:
         if offset < 8 or count < 1:  # tifffile would fill such a strip with zeros
             raise damaged(path, what, "a strip or tile of its pixel data is missing")
@@ -104,8 +110,7 @@ def _check_data(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, wha
     ratio = 1.0 if page.compression == _UNCOMPRESSED else _PACKED.get(page.compression, JPEG_PIXELS_PER_BYTE)
     needed = math.prod(page.shaped) * int(page.bitspersample) // 8
     held = sum(count for _, count in segments)
-    missing = segments[0][0] + needed > end if page.is_contiguous else held * ratio < needed
-    if missing:  # where all data follow each other tifffile leaves the counts aside: some writers get them wrong
+    if held * ratio < needed:
         raise damaged(path, what, f"its pixels need {needed} bytes, which cannot be in the {held} that it lists")
     if page.compression in _JPEG:
         largest = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
@@ -117,6 +122,28 @@ def _check_data(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, wha
             f"{what} {path} is compressed with a method that is not supported ({_name(page.compression)}); "
             "save it uncompressed or with LZW or Deflate"
         )
+
+
+def _byte_counts(page: tifffile.TiffPage, end: int) -> tuple[int, ...]:
+    """Bytes of each strip or tile: of uncompressed ones by their size, since some writers get the counts wrong.
+
+    Where counts of compressed ones are missing, all that is before the next one.
+    """
+    if page.compression == _UNCOMPRESSED:
+        width, height = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+        samples = page.samplesperpixel if page.planarconfig == 1 else 1
+        row = (width * samples * page.bitspersample + 7) // 8
+        if page.is_tiled:
+            return (row * height * page.tiledepth,) * len(page.dataoffsets)
+        strips = -(-page.imagelength // height)  # of one plane
+        last = page.imagelength - (strips - 1) * height
+        return tuple(row * (last if i % strips == strips - 1 else height) for i in range(len(page.dataoffsets)))
+    stated = page.tags.valueof(_TILE_BYTE_COUNTS if page.is_tiled else _STRIP_BYTE_COUNTS) is not None
+    counts = tuple(page.databytecounts) if stated or page.compression in _JPEG else ()
+    if len(counts) == len(page.dataoffsets) and min(counts, default=0) > 0:
+        return counts
+    starts = sorted(page.dataoffsets)
+    return tuple([*starts, end][bisect.bisect_right(starts, start)] - start for start in page.dataoffsets)
 
 
 def _check_jpeg(stream: bytes, largest: tuple[int, int], path: Path, what: str) -> None:
@@ -149,7 +176,8 @@ def _has_opacity(page: tifffile.TiffPage) -> bool:
 MAX_PAGES = 65_536
 MAX_TAGS = 4096
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-_NEW_SUBFILE_TYPE = 254
+_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _REDUCED = 254, 255, 2
+_WIDTH, _LENGTH, _ORIENTATION, _STRIP_BYTE_COUNTS, _TILE_BYTE_COUNTS = 256, 257, 274, 279, 325
 _DESCRIPTION = 270
 _BULKY = {273, 279, 324, 325, 330, 347}  # offsets, byte counts and tables, which the decoder loads as Python numbers
 _MAX_BULKY_BYTES = 16 << 20
@@ -160,16 +188,16 @@ class BadStructure(ValueError):
     """The chain of directories makes no sense; the message says where."""
 
 
-def count_pages(path: Path) -> int:
-    """Walk all directories of the main chain and count full-size images (thumbnails do not count).
+def full_size_pages(path: Path) -> tuple[int, int]:
+    """Index of the first full-size image in the main chain of directories, and how many there are.
 
-    Raises :class:`BadStructure`.
+    Thumbnails are marked as reduced, or smaller than another image. Raises :class:`BadStructure`.
     """
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         order, big, offset = _header(stream)
         seen: set[int] = set()
-        pages = 0
+        sizes: list[int] = []  # pixels; 0 for an image marked as reduced
         while offset:
             if offset in seen:
                 raise BadStructure(f"its pages follow each other in a circle (directory at byte {offset} comes again)")
@@ -177,12 +205,13 @@ def count_pages(path: Path) -> int:
                 raise BadStructure(f"it has more than {MAX_PAGES} pages")
             seen.add(offset)
             entries, following = _directory(stream, order, big, offset, size)
-            if len(seen) == 1:
-                _check_bulk(entries)
-            reduced = entries.get(_NEW_SUBFILE_TYPE, (0, 0))[1] & 1
-            pages += not reduced or len(seen) == 1
+            _check_bulk(entries)
+            small = {code: value for code, (_, value) in entries.items()}
+            reduced = small.get(_NEW_SUBFILE_TYPE, 0) & 1 or small.get(_SUBFILE_TYPE) == _REDUCED
+            sizes.append(0 if reduced else small.get(_WIDTH, 0) * small.get(_LENGTH, 0))
             offset = following
-    return pages
+    largest = max(sizes, default=0)
+    return (sizes.index(largest), sizes.count(largest)) if largest else (0, 1)
 
 
 def _header(stream: BinaryIO) -> tuple[str, bool, int]:

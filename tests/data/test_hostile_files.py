@@ -100,7 +100,7 @@ def test_a_chain_of_a_million_pages_ends(tmp_path: Path) -> None:
 def test_a_picture_larger_than_its_pixel_data_is_refused(tmp_path: Path) -> None:
     path = patch_tag(plain(tmp_path / "a.tif"), 257, kind=4, count=1, value=5_000_000)
     patch_tag(path, 278, kind=4, count=1, value=5_000_000)
-    refuse(path, "need 800000000 bytes")
+    refuse(path, "should reach byte 800000176 but the file has")
 
 
 @pytest.mark.parametrize("compression", ["zlib", "lzw", "packbits", "jpeg"])
@@ -148,9 +148,9 @@ def test_senseless_tiles_and_many_samples_are_refused(tmp_path: Path) -> None:
 
 def test_missing_strips_are_no_black_rows(tmp_path: Path) -> None:
     path = plain(tmp_path / "a.tif", rowsperstrip=120)
-    refuse(patch_tag(path, 279, kind=4, value=0), "missing")
+    refuse(patch_tag(path, 273, kind=4, value=0), "missing")
     path = plain(tmp_path / "b.tif", rowsperstrip=60)
-    refuse(patch_tag(path, 279, count=1, kind=4, value=9600), "1 strips or tiles of pixel data instead of 2")
+    refuse(patch_tag(path, 273, count=1, kind=4, value=9600), "1 strips or tiles of pixel data instead of 2")
 
 
 def test_claimed_bulk_is_not_loaded(tmp_path: Path) -> None:

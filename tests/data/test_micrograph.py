@@ -177,7 +177,7 @@ def test_any_garbage_gives_one_sentence(tmp_path_factory: pytest.TempPathFactory
 
 def test_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello")
-    with pytest.raises(BadInputFile, match="neither PNG, JPEG nor TIFF"):
+    with pytest.raises(BadInputFile, match="neither PNG, JPEG, BMP, TIFF"):
         read_micrograph(tmp_path / "a.png")
     (tmp_path / "b.png").touch()
     with pytest.raises(BadInputFile, match="empty file"):
