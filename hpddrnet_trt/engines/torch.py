@@ -160,6 +160,8 @@ class TorchEngine(EngineBase):
     def close(self) -> None:
         self._network = None
         self._score = self._graph = _closed  # they hold the weights, too
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or PyTorch keeps the memory from other libraries of this process
 
     # -- parts -----------------------------------------------------------------------------------
 

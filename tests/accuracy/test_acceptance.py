@@ -172,6 +172,7 @@ def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_pa
     [
         (Budget(max_miou_drop=1.0), 0.009, 0.011),
         (Budget(min_agreement=0.95), 0.049, 0.051),
+        (Budget(max_miou_drop=0), 0.0, 0.0001),
         (Budget(max_miou_drop=0), -0.01, 0.0001),  # a better candidate keeps any budget
         (Budget(max_miou_drop=100), 1.0, float("nan")),
         (Budget(min_agreement=0), 1.0, float("nan")),

@@ -19,6 +19,11 @@ def test_results_come_back_as_they_were(measured: BenchmarkResult, tmp_path: Pat
     path = tmp_path / "result.json"
     path.write_text(measured.to_json())
     assert load_result(path) == measured
+    record = json.loads(measured.to_json())
+    record["rows"][0]["end_to_end"][0]["burst"] += 100
+    path.write_text(json.dumps(record))
+    with pytest.raises(BadInputFile, match="samples are no rounds of"):
+        load_result(path)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

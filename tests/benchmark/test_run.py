@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hpddrnet_trt.benchmark import (
 )
 from hpddrnet_trt.benchmark import probe as probing
 from hpddrnet_trt.benchmark.entries import model_files, precision_of
+from hpddrnet_trt.benchmark.machine import GpuWatch
 from hpddrnet_trt.benchmark.probe import how_it_ended, probe
 from hpddrnet_trt.benchmark.result import Start
 from hpddrnet_trt.core.errors import BadInputFile, UserError
@@ -331,7 +333,7 @@ def test_entries_on_a_gpu_have_rounds_of_their_own_and_bounds(models: Path, monk
 
     monkeypatch.setattr(measures, "time_interleaved", noting)
     monkeypatch.setattr(run.GpuSensor, "open", SimulatedGpu)
-    monkeypatch.setattr("hpddrnet_trt.benchmark.machine.PERIOD_S", 0.001)
+    monkeypatch.setattr(run, "GpuWatch", partial(GpuWatch, period_s=0.001))
     for module in (run, measures):
         monkeypatch.setattr(module, "runs_on_cpu", lambda engine: engine.manifest.precision == "fp32")
     files = {"host": "fp32.onnx", "gpu": "int8.onnx", "b": "int8.onnx"}

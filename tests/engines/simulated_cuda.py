@@ -200,6 +200,7 @@ class SimulatedCuda:
         return (self.ok,)
 
     def cudaEventSynchronize(self, event: int) -> tuple[Any]:
+        self.log.append(("event", event))
         marker = self.events[event]
         source = next((queue for queue in self.queues.values() if marker in queue), [])
         while not marker.passed:

@@ -71,6 +71,7 @@ def test_a_burst_on_a_gpu_is_timed_by_events_one_ahead(checkpoint: Path, monkeyp
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: log.append("all"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("freed"))
     with TorchEngine(checkpoint, device="cpu") as engine:
         images = grey_image(16, 16)[None, None]
         assert not isinstance(engine.bind(images), Bound)  # a processor has no events
@@ -84,6 +85,7 @@ def test_a_burst_on_a_gpu_is_timed_by_events_one_ahead(checkpoint: Path, monkeyp
         log.clear()
         bound()
         assert log == ["run", "all"]
+    assert log[-1] == "freed"
 
 
 def test_refusals(checkpoint: Path) -> None:
