@@ -200,11 +200,11 @@ class SimulatedCuda:
         return (self.ok,)
 
     def cudaEventSynchronize(self, event: int) -> tuple[Any]:
-        self.log.append(("event", event))
         marker = self.events[event]
         source = next((queue for queue in self.queues.values() if marker in queue), [])
         while not marker.passed:
             source.pop(0)()
+        self.log.append(("event", len(source)))  # what is still queued behind it
         return (self.ok,)
 
     def cudaEventElapsedTime(self, start: int, end: int) -> tuple[Any, float]:

@@ -276,6 +276,7 @@ def test_a_bound_batch_moves_no_data(bench: Start, version: str | None, graphs: 
     one = ["record", *["launch"] * graphs, "record"]
     names = [name for name, *_ in job.cuda.log if name != "destroy"]
     assert names == [*one, *one, "event", *one, "event", "synchronize"]
+    assert all(queued for name, queued in job.cuda.log if name == "event")  # one ahead: the GPU need not wait
     assert not job.cuda.timing  # no event is left
     job.check_infer(images)
     run()
