@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import ContractError, UserError
+from hpddrnet_trt.core.errors import ContractError, UserError, one_line
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.engines.base import Prediction, checked_prediction
 from hpddrnet_trt.engines.cuda import CaptureError, CudaGraph, DeviceArray, DeviceBuffer, PinnedBuffer, Stream
@@ -30,9 +30,8 @@ logger = logging.getLogger(__name__)
 # graphs": one context per graph), so every shape with a graph has a context of its own.
 GRAPHS = 4  # shapes that have one, per stream
 WARM_UP = 2  # runs of a shape before it gets a graph
-# Runs of a shape before it takes the place of another's, because a new context costs milliseconds, and before it has
-# kernels compiled (TensorRT-RTX), which has mostly been done beside those runs by then.
-REPLACE = 16
+COMPILE = 6  # ... where it has kernels compiled for it first (TensorRT-RTX)
+REPLACE = 16  # ... before it takes the place of another's: new contexts cost milliseconds
 SHAPES_COUNTED = 256
 CAPTURES = 3  # failed recordings after which a stream runs without graphs: some causes pass, as a lack of memory
 BORROWED = 16  # arrays of others held at a time for work that nobody has waited for
@@ -107,6 +106,7 @@ class ExecutionContext:
         index = choose_profile(network.profiles, shape)
         self.shape, self._frame = None, None
         network.api.log.clear()
+        reason = "no reason given"
         try:
             accepted = context.active_optimization_profile == index or context.set_optimization_profile_async(
                 index, self._stream.handle
@@ -114,9 +114,9 @@ class ExecutionContext:
             self._stream.synchronize()
             accepted = accepted and context.set_input_shape(INPUT, shape) and not context.infer_shapes()
         except RuntimeError as exc:  # what present bindings raise where older ones return False
-            raise ContractError(f"{network.refusal('refuses', shape, str(exc))}; build other --shapes") from exc
+            accepted, reason = False, one_line(exc)
         if not accepted:
-            raise ContractError(f"{network.refusal('refuses', shape)}; build the engine with other --shapes")
+            raise ContractError(f"{network.refusal('refuses', shape, reason)}; build the engine with other --shapes")
         # As trtexec sizes it (--allocationStrategy=profile): what this profile needs, not the largest of all.
         nbytes = int(network.engine.get_device_memory_size_for_profile_v2(index))
         if self._scratch is None or self._scratch.nbytes < nbytes:
@@ -380,8 +380,8 @@ class InferenceStream:
         if len(self._runs) >= SHAPES_COUNTED:
             self._runs.clear()
         self._runs[shape] = self._runs.get(shape, 0) + 1
-        soon = len(self._own) < GRAPHS and not self._network.compiles
-        return self._runs[shape] >= (WARM_UP if soon else REPLACE)
+        first = COMPILE if self._network.compiles else WARM_UP
+        return self._runs[shape] >= (first if len(self._own) < GRAPHS else REPLACE)
 
     def _record(self, execution: ExecutionContext, images: npt.NDArray[Any]) -> None:
         """Make a graph of what has just run; the context then belongs to this shape."""
@@ -392,7 +392,7 @@ class InferenceStream:
             self._running = own
         own.graph = self._graph(own, own.whole)
         if own.graph is None:
-            self._runs[images.shape] = WARM_UP - REPLACE
+            self._runs[images.shape] = -REPLACE  # until it is tried again
         if own is not execution or own.graph is not None:
             self._keep(own, images.shape)
 

@@ -129,11 +129,12 @@ class EngineContexts:
     TensorRT-RTX compiles kernels on the machine that runs the engine, which takes up to half a minute. All contexts
     share one runtime configuration and with it what has been compiled, and ``kernels``, a file, keeps it for the next
     start. TensorRT-RTX itself checks what it reads there: version, GPU and driver must fit (its reference,
-    ``IRuntimeCache.deserialize``). Create with the GPU's context current.
+    ``IRuntimeCache.deserialize``). Create with the GPU's context current. Has run on a simulated library only.
     """
 
     def __init__(self, api: TensorRT, engine: Any, kernels: Path | None = None) -> None:
         self._api, self._engine, self._file = api, engine, kernels
+        self._lock = threading.Lock()
         self._config: Any = api.module.ExecutionContextAllocationStrategy.USER_MANAGED
         self._kernels: Any = None
         if not api.is_rtx:
@@ -143,7 +144,10 @@ class EngineContexts:
         self._config = config
         if kernels is not None:
             self._kernels = config.create_runtime_cache()
-            self._stored = kernels.read_bytes() if kernels.is_file() else b""
+            try:
+                self._stored = kernels.read_bytes()
+            except OSError:  # none yet, or none that can be read
+                self._stored = b""
             if self._stored and not self._kernels.deserialize(self._stored):
                 logger.info("%s is of another GPU, driver or version: kernels are compiled again", kernels)
             config.set_runtime_cache(self._kernels)
@@ -153,25 +157,27 @@ class EngineContexts:
 
         Else substitutes run meanwhile, which suits shapes that come once; a CUDA graph would keep them.
         """
-        if self._api.is_rtx:
-            strategies = self._api.module.DynamicShapesKernelSpecializationStrategy
-            self._config.dynamic_shapes_kernel_specialization_strategy = (
-                strategies.EAGER if specialized else strategies.LAZY
-            )
-        return self._engine.create_execution_context(self._config)
+        with self._lock:  # streams may ask at the same time, for different ones
+            if self._api.is_rtx:
+                strategies = self._api.module.DynamicShapesKernelSpecializationStrategy
+                self._config.dynamic_shapes_kernel_specialization_strategy = (
+                    strategies.EAGER if specialized else strategies.LAZY
+                )
+            return self._engine.create_execution_context(self._config)
 
     def save_kernels(self) -> None:
         """Write what has been compiled to the file, if there is more now; where it cannot be written, say so."""
         if self._kernels is None or self._file is None:
             return
-        content = bytes(self._kernels.serialize() or b"")
-        if content in (b"", self._stored):
-            return
-        try:
-            write_bytes(self._file, content)
-            self._stored = content
-        except (UserError, OSError) as exc:
-            logger.info("compiled kernels are not kept for the next start (%s)", exc)
+        with self._lock:
+            content = bytes(self._kernels.serialize() or b"")
+            if content in (b"", self._stored):
+                return
+            try:
+                write_bytes(self._file, content)
+                self._stored = content
+            except (UserError, OSError) as exc:
+                logger.info("compiled kernels are not kept for the next start (%s)", exc)
 
 
 def choose_tensorrt(runtime: str) -> TensorRT:

@@ -134,6 +134,15 @@ def test_truncated_files(tmp_path: Path, content: bytes) -> None:
             read_manifest(tmp_path / name)
 
 
+def test_an_onnx_file_without_its_last_bytes(tmp_path: Path) -> None:
+    path = onnx_file(tmp_path / "m.onnx", {METADATA_KEY: SMALL.to_json()})
+    content = path.read_bytes()
+    for cut in (1, 5, 20):
+        path.write_bytes(content[:-cut])
+        with pytest.raises(BadInputFile, match="cut off in the middle"):
+            read_manifest(path)
+
+
 @settings(max_examples=200, deadline=None)
 @given(kind=st.sampled_from(["onnx", "safetensors", "engine"]), data=st.data())
 def test_damaged_bytes(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:

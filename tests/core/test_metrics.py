@@ -99,6 +99,8 @@ def test_bad_arrays() -> None:
         with pytest.raises(ContractError, match=f"label value {value} is outside the 2 classes"):
             confusion.update(np.zeros((1, 2), int), np.array([[0, value]]))
     assert (confusion.images, confusion.counts.sum()) == (0, 0)
+    confusion.update(np.array([[0, 2, -1, 200]]), np.array([[0, 0, 0, 255]]))  # labels outside the classes are wrong
+    assert confusion.counts.tolist() == [[1, 0, 2], [0, 0, 0]]
 
 
 def test_table() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ class SimulatedTensorRT:
     """
 
     SCRATCH = (5000, 17000)  # bytes that a context needs with each profile
+    CONTEXT = 3000  # bytes that it takes for itself
 
     def __init__(
         self, cuda: SimulatedCuda, onnx_file: Path, profiles: list[Profile], runtime: RuntimeName, version: str
@@ -45,6 +47,7 @@ class SimulatedTensorRT:
         self.host_code = False  # whether the plan carries code for the host
         self.contexts: list[SimulatedContext] = []
         self.configurations: list[SimulatedRuntimeConfig] = []
+        self.lies = 0  # runs whose results are wrong
         self.refused = 0  # recordings
         self.compiled: list[tuple[int, ...]] = []  # shapes that had to wait for kernels of their own
         log = SimpleNamespace(clear=lambda: None, explain=lambda otherwise: otherwise)
@@ -83,6 +86,10 @@ class SimulatedTensorRT:
         engine.create_execution_context = self._context
         return engine
 
+    def is_capturable(self, stream: int) -> bool:
+        self.refused += not self.capturable
+        return self.capturable
+
     def _configuration(self) -> SimulatedRuntimeConfig:
         self.configurations.append(SimulatedRuntimeConfig(self.api.version))
         return self.configurations[-1]
@@ -92,7 +99,7 @@ class SimulatedTensorRT:
         if not self.memory:
             return None
         self.contexts.append(SimulatedContext(self, configuration))
-        return self.contexts[-1]
+        return ContextHandle(self.contexts[-1])
 
 
 class SimulatedRuntimeConfig:
@@ -138,11 +145,26 @@ class SimulatedProfiler:
     """``IProfiler``: the library calls its method once per layer and run."""
 
 
+class ContextHandle:
+    """What the engine holds of a context: memory of the GPU goes with it, as with the real one."""
+
+    def __init__(self, context: SimulatedContext) -> None:
+        vars(self)["_context"] = context
+        pointer = context.cuda._allocated(SimulatedTensorRT.CONTEXT)
+        weakref.finalize(self, context.cuda.memory.pop, pointer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._context, name, value)
+
+
 class SimulatedContext:
     """Execution context: holds the rules of the real one (profile, shape, memory, addresses before running)."""
 
     def __init__(self, library: SimulatedTensorRT, configuration: Any) -> None:
-        self._library, self._cuda, self._configuration = library, library.cuda, configuration
+        self._library, self.cuda, self._configuration = library, library.cuda, configuration
         # As it was when the context was made.
         self.specialized = getattr(configuration, "dynamic_shapes_kernel_specialization_strategy", "") == "eager"
         self.active_optimization_profile = 0
@@ -154,10 +176,10 @@ class SimulatedContext:
         self.profiler: Any = None
         self.runs = 0
         if library.api.is_rtx:
-            self.is_stream_capturable = lambda stream: library.capturable
+            self.is_stream_capturable = library.is_capturable
 
     def set_device_memory(self, pointer: int, nbytes: int) -> None:
-        self._cuda.require(pointer, nbytes)
+        self.cuda.require(pointer, nbytes)
         self.scratch = (pointer, nbytes)
         self.state += 1
 
@@ -198,9 +220,9 @@ class SimulatedContext:
         library = self._library
         if library.fails:
             return False
-        if stream in self._cuda.recording and not library.capturable:
+        if stream in self.cuda.recording and not library.capturable:
             library.refused += 1
-            self._cuda.broken.add(stream)
+            self.cuda.broken.add(stream)
             return False
         kernels = getattr(self._configuration, "kernels", None)
         if self.specialized and kernels is not None and self.shape not in kernels.shapes:
@@ -208,7 +230,7 @@ class SimulatedContext:
             kernels.shapes.add(self.shape)
         shape, addresses, state, scratch = self.shape, dict(self.addresses), self.state, self.scratch
         assert scratch[1] >= library.SCRATCH[self.active_optimization_profile], "too little scratch memory"
-        recorded = stream in self._cuda.recording
+        recorded = stream in self.cuda.recording
         assert not recorded or self.runs, "a context runs once before it is recorded"
 
         self.queued += not recorded
@@ -216,18 +238,21 @@ class SimulatedContext:
         def compute() -> None:
             self.queued -= not recorded
             assert not recorded or self.state == state, "the context was changed after its graph was recorded"
-            self._cuda.require(*scratch)
+            self.cuda.require(*scratch)
             size = int(np.prod(shape))
-            self._cuda.require(addresses["image"], size)
+            self.cuda.require(addresses["image"], size)
             image = np.frombuffer(ctypes.string_at(addresses["image"], size), np.uint8).reshape(shape)
             results = library.session.run(list(library.outputs), {"image": image})
+            if library.lies:
+                library.lies -= 1
+                results = [np.full_like(result, 99) for result in results]
             for name, result in zip(library.outputs, results, strict=True):
-                self._cuda.require(addresses[name], result.nbytes)
+                self.cuda.require(addresses[name], result.nbytes)
                 ctypes.memmove(addresses[name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
             if self.profiler is not None:
                 self.profiler.report_layer_time("stem + relu", 0.5 if self.runs % 2 else 0.25)
                 self.profiler.report_layer_time("head", 0.125)
 
         self.runs += 1
-        self._cuda.queue(stream, compute)
+        self.cuda.queue(stream, compute)
         return True

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from hpddrnet_trt.core.errors import ContractError, UsageError, UserError
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError, UserError
 from hpddrnet_trt.engines.cuda import CaptureError, CudaGraph, Stream
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
-from hpddrnet_trt.engines.tensorrt_context import CAPTURES, GRAPHS, REPLACE, WARM_UP
+from hpddrnet_trt.engines.tensorrt_context import CAPTURES, COMPILE, GRAPHS, REPLACE, WARM_UP
 from tests.engines.conftest import Bench, noise
 
 Start = Callable[..., Bench]
@@ -39,7 +39,7 @@ def test_a_steady_frame_is_one_launch_one_wait_and_no_allocation(
     bench: Start, version: str | None, graphs: bool
 ) -> None:
     job = bench(version=version, graphs=graphs)
-    warm_up = WARM_UP if version else REPLACE
+    warm_up = WARM_UP if version else COMPILE
     frames = _frames(warm_up + 6)
     for images in frames[:warm_up]:
         job.check_infer(images)
@@ -65,9 +65,11 @@ def test_what_cannot_be_recorded_runs_plainly_and_says_so_once(
     job = bench(version=version)
     job.library.capturable = False
     with caplog.at_level(logging.WARNING):
-        for images in _frames(REPLACE + 2):
+        for images in _frames(4 * REPLACE):
             job.check_infer(images)
     assert caplog.text.count("no CUDA graph can be made of this engine") == 1
+    assert job.library.refused == (CAPTURES if version else 1)  # what the library itself says is not asked again
+    assert version is not None or job.library.contexts[-1].runs > REPLACE  # with kernels of its own all the same
     says = "allocates memory" if version is None else "failed on an input of 1x1x64x64"
     assert says in caplog.text
     assert not job.cuda.graphs
@@ -81,11 +83,11 @@ def test_a_recording_that_failed_is_tried_again(bench: Start, caplog: pytest.Log
     for images in _frames(WARM_UP + 1):
         job.check_infer(images)
     job.library.capturable = True
-    for images in _frames(REPLACE + WARM_UP):
+    for images in _frames(REPLACE + WARM_UP + 1):
         job.check_infer(images)
     assert len(job.cuda.graphs) == 1
     job.library.capturable = False
-    for images in _frames(3 * CAPTURES * REPLACE, 72):
+    for images in _frames(2 * CAPTURES * REPLACE, 72):
         job.check_infer(images)
     assert caplog.text.count("no CUDA graph can be made") == 1
     assert job.library.refused == 1 + CAPTURES - 1  # then no more
@@ -109,10 +111,10 @@ def test_sizes_that_come_once_wait_for_no_compiler(bench: Start, caplog: pytest.
     for size in SIZES:
         job.check_infer(_frames(1, size)[0])
     assert job.library.compiled == []
-    for images in _frames(REPLACE - 2):
+    for images in _frames(COMPILE - 2):
         job.check_infer(images)
     assert job.library.compiled == []
-    for images in _frames(REPLACE):
+    for images in _frames(COMPILE):
         job.check_infer(images)
     job.engine.bind(_frames(1, 72)[0])()
     assert job.library.compiled == [(1, 1, 64, 64), (1, 1, 72, 72)]
@@ -127,13 +129,13 @@ def test_sizes_that_come_once_wait_for_no_compiler(bench: Start, caplog: pytest.
         kernels.write_bytes(stored)
         with TensorRTEngine(job.path) as engine:
             before = len(job.library.compiled)
-            for images in _frames(REPLACE):
+            for images in _frames(COMPILE):
                 job.check(images, engine.infer(images).labels)
             assert len(job.library.compiled) == before + again
     kernels.unlink()
     kernels.mkdir()  # nothing can be written there
     with caplog.at_level(logging.INFO), TensorRTEngine(job.path) as engine:
-        for images in _frames(REPLACE):
+        for images in _frames(COMPILE):
             job.check(images, engine.infer(images).labels)
     assert "compiled kernels are not kept" in caplog.text
 
@@ -141,7 +143,7 @@ def test_sizes_that_come_once_wait_for_no_compiler(bench: Start, caplog: pytest.
 def test_without_memory_for_kernels_of_its_own_a_size_runs_in_the_shared_context(bench: Start) -> None:
     job = bench()
     job.library.memory = False
-    for images in _frames(REPLACE):
+    for images in _frames(COMPILE):
         job.check_infer(images)
     assert (len(job.cuda.graphs), len(job.library.contexts)) == (1, 1)
 
@@ -211,8 +213,17 @@ def test_a_row_that_ends_early_gives_its_slots_back(bench: Start) -> None:
     assert len(list(zip(job.engine.infer_many(frames), job.engine.infer_many(frames), strict=True))) == 6
     row = job.engine.infer_many(frames)
     next(row)
+    next(row)
     row.close()  # type: ignore[attr-defined]  # it is a generator
     assert not any(job.cuda.queues.values())
+    assert not job.engine._slot.waits  # for a row that has gone
+    row = job.engine.infer_many(frames)
+    next(row)
+    next(row)
+    job.library.lies = 1  # in the slot that a single batch now needs: the row hears of it, the batch does not
+    job.check_infer(frames[5])
+    with pytest.raises(BadInputFile, match="gave the label"):
+        list(row)
     job.library.fails = True
     with pytest.raises(UserError, match="failed on an input of 1x1x72x72"):
         list(job.engine.infer_many(_frames(3, 72)))
@@ -235,7 +246,6 @@ def test_many_batches_are_in_flight_and_come_in_order(bench: Start, version: str
     job = bench(version=version, slots=3, graphs=graphs)
     frames = _frames(20)
     job.check_infer(frames[0])
-    alone = len(job.cuda.memory)
     list(job.engine.infer_many(frames[:1]))
     assert len(job.library.contexts) == 1
     row = iter(job.engine.infer_many(frames))
@@ -244,8 +254,9 @@ def test_many_batches_are_in_flight_and_come_in_order(bench: Start, version: str
     found += list(row)
     assert job.cuda.most_in_flight == 3
     assert _scratch(job) == [job.library.SCRATCH[0]]
-    assert len(job.cuda.graphs) == (graphs and version is not None)
-    assert len(job.cuda.memory) == alone
+    assert len(job.cuda.graphs) == graphs
+    job.engine.close()
+    assert not job.cuda.memory
     for images, result in zip(frames, found, strict=True):  # results belong to the caller
         job.check(images, result.labels)
 

@@ -15,7 +15,7 @@ import pytest
 from hpddrnet_trt.core.errors import BadInputFile, ContractError
 from hpddrnet_trt.core.manifest import sidecar_path
 from hpddrnet_trt.engines.cuda import check, cudart
-from hpddrnet_trt.engines.tensorrt import TensorRTEngine
+from hpddrnet_trt.engines.tensorrt import LeanTensorRTEngine, TensorRTEngine
 from hpddrnet_trt.export.build_settings import BuildSettings
 from hpddrnet_trt.export.tensorrt import build_engine
 from tests.tiny_onnx import QUIET, tiny_model
@@ -222,6 +222,28 @@ def test_timing_cache_is_written_and_read(tmp_path: Path, runtime: str) -> None:
     _built(tmp_path, runtime, timing_cache=cache)
     assert cache.stat().st_size > 0
     _built(tmp_path, runtime, timing_cache=cache)
+
+
+def test_compiled_kernels_are_kept_beside_the_engine(tmp_path: Path, runtime: str) -> None:
+    _, target = _built(tmp_path, runtime)
+    kernels = target.with_name(f"{target.name}.kernels")
+    found = []
+    for _ in range(2):
+        with TensorRTEngine(target) as engine:
+            engine.bind(_images(1, 1, 256, 256))()
+            found.append(engine.infer(_images(1, 1, 256, 256)).labels)
+        assert kernels.is_file() == (runtime == "tensorrt-rtx")
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_lean_runtime_gives_the_same_labels(tmp_path: Path, runtime: str) -> None:
+    pytest.importorskip("tensorrt_lean", reason="the extra tensorrt-lean is not installed")
+    if runtime != "tensorrt":
+        pytest.skip("the lean runtime runs engines of TensorRT")
+    _, target = _built(tmp_path, runtime, version_compatible=True)
+    images = _images(1, 1, 256, 256)
+    with TensorRTEngine(target) as engine, LeanTensorRTEngine(target) as lean:
+        np.testing.assert_array_equal(lean.infer(images).labels, engine.infer(images).labels)
 
 
 def test_an_engine_for_another_gpu_is_refused(tmp_path: Path, runtime: str) -> None:
