@@ -471,7 +471,10 @@ def _plain_stem(model: Path) -> str:
 @command(PANEL, "inspect model.int8.engine --layers")
 def inspect(
     model: ModelFile,
-    layers: Annotated[bool, typer.Option("--layers", help="Also every convolution with its precision.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also every convolution, and every layer of an engine, conversions marked.")
+    ] = False,
+    graph: Annotated[Path | None, typer.Option(help="Draw an engine's layers into this file, .svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole description as JSON.")] = False,
     layer_times: Annotated[
         Path | None,
@@ -481,7 +484,7 @@ def inspect(
 ) -> None:
     """Print what a model file says about itself: contract, precision by layer, calibration, evidence."""
     from hpddrnet_trt.core.manifest import read_manifest
-    from hpddrnet_trt.engines.tensorrt import write_layer_times
+    from hpddrnet_trt.engines.tensorrt import engine_record, write_layer_times
     from hpddrnet_trt.export.describe import describe
 
     file = locate(model)
@@ -489,6 +492,11 @@ def inspect(
         typer.echo(f"written: {write_layer_times(file, layer_times, parse_size(size))}")
         return
     manifest = read_manifest(file)
+    if graph is not None:
+        from hpddrnet_trt.report.engine_graph import draw_graph
+
+        typer.echo(f"written: {draw_graph(engine_record(file, manifest), graph, file.name)}")
+        return
     typer.echo(manifest.to_json() if as_json else describe(manifest, file, layers=layers))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, OutputContract, ValidationRecord
 from hpddrnet_trt.core.text import megabytes
+from hpddrnet_trt.engines.tensorrt_library import INPUT
 from hpddrnet_trt.export.layer_precision import summary
 from hpddrnet_trt.graph.lint import report_lines
 
@@ -17,7 +19,7 @@ _INDENT = 13
 def describe(manifest: Manifest, path: str | Path, *, layers: bool = False) -> str:
     """Text for a terminal; ``layers``: also every convolution and matrix product with its precision."""
     lines = [f"{path}: {_kind(manifest)}"]
-    for name, rows in _sections(manifest, layers=layers):
+    for name, rows in _sections(manifest, path, layers=layers):
         for index, row in enumerate(rows):
             lines.append(f"{name if index == 0 else '':<{_INDENT}}{row}")
     return "\n".join(lines)
@@ -37,7 +39,7 @@ def _kind(manifest: Manifest) -> str:
     return f"ONNX file{made_for.get(manifest.quantized_for or '', '')}"
 
 
-def _sections(manifest: Manifest, *, layers: bool) -> Iterator[tuple[str, list[str]]]:
+def _sections(manifest: Manifest, path: str | Path, *, layers: bool) -> Iterator[tuple[str, list[str]]]:
     yield "network", [f"{manifest.network.name} ({manifest.name!r})"]
     yield "classes", [", ".join(manifest.class_names)]
     if manifest.data is not None:
@@ -63,6 +65,7 @@ def _sections(manifest: Manifest, *, layers: bool) -> Iterator[tuple[str, list[s
         ]
     if manifest.engine is not None:
         yield "profiles", [_profile(entry) for entry in manifest.engine.profiles]
+        yield "as trtexec", trtexec(manifest.engine, path)
         if (activations := manifest.engine.activation_bytes) is not None:
             yield "memory", [f"{activations / 2**20:,.0f} MiB for activations, by the builder's log"]
     for index, entry in enumerate(manifest.validation):
@@ -106,7 +109,27 @@ def _layer_precision(record: EngineRecord, *, layers: bool) -> list[str]:
         rows.append(f"reformats in the engine: {counts['reformats']} of {counts['layers']} layers")
     if layers:
         rows += [_layer(entry) for entry in report.get("parsed_network", report).get("layers", [])]
+        graph = report.get("graph", [])
+        rows.append(f"layers of the {report['source']}: {len(graph)}, conversions marked *")
+        rows += [
+            f"{'*' if entry['conversion'] else ' '} {entry['precision']:<5} {entry['type']:<16} {entry['name']}"
+            for entry in graph
+        ]
     return rows
+
+
+def trtexec(record: EngineRecord, path: str | Path) -> list[str]:
+    """Commands of NVIDIA's own tool that time the engine as it is, one for each profile at the shape it is tuned for.
+
+    Options are those of trtexec 10.5 and of ``tensorrt_rtx`` (its name in TensorRT-RTX); neither was run here.
+    """
+    tool = "tensorrt_rtx" if record.runtime == "tensorrt-rtx" else "trtexec"
+    compatible = " --versionCompatible" if record.version_compatible else ""
+    return [
+        f"{tool} --loadEngine={shlex.quote(str(path))} --shapes={INPUT}:{'x'.join(map(str, profile['opt']))}"
+        f"{f' --useProfile={index}' if index else ''}{compatible} --useCudaGraph --noDataTransfers --useSpinWait"
+        for index, profile in enumerate(record.profiles)
+    ]
 
 
 def _layer(entry: dict[str, Any]) -> str:

@@ -44,7 +44,30 @@ def report_from_network(trt: Any, network: Any, shape: Sequence[int]) -> dict[st
             Counter(layer.get_output(slot).dtype.name for layer in layers for slot in range(layer.num_outputs))
         ),
         "layers": rows,
+        "graph": list(_graph(trt, layers, network.get_input(0).name, rows)),
     }
+
+
+def _graph(trt: Any, layers: Sequence[Any], image: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The layers on the image, without those on sizes, for :mod:`hpddrnet_trt.report.engine_graph`."""
+    conversions = {trt.LayerType.CAST, trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE}
+    computes, reached = {row["name"]: row["precision"] for row in rows}, {image}
+    for layer in layers:
+        inputs = [layer.get_input(slot) for slot in range(layer.num_inputs)]
+        read = [tensor.name for tensor in inputs if tensor is not None]  # None: an optional one that is left out
+        if layer.type == trt.LayerType.SHAPE or reached.isdisjoint(read):
+            continue
+        outputs = [layer.get_output(slot) for slot in range(layer.num_outputs)]
+        reached.update(tensor.name for tensor in outputs)
+        result = str(outputs[0].dtype.name)
+        yield {
+            "name": layer.name,
+            "type": layer.type.name,
+            "inputs": read,
+            "outputs": [tensor.name for tensor in outputs],
+            "precision": computes.get(layer.name) or BY_TENSORRT_TYPE.get(result, result.lower()),
+            "conversion": layer.type in conversions,
+        }
 
 
 @contextmanager
@@ -185,8 +208,24 @@ def report_from_inspector(information: str, parsed: dict[str, Any]) -> dict[str,
         "layer_types": dict(Counter(str(layer.get("LayerType", "?")) for layer in layers)),
         "layers_in_engine": len(layers),
         "macs_share": parsed["macs_share"],
-        "parsed_network": parsed,
+        "parsed_network": {key: value for key, value in parsed.items() if key != "graph"},
+        "graph": [_listed_entry(layer) for layer in layers],
         **({"remark": remark} if len(kinds) < total else {}),
+    }
+
+
+def _listed_entry(layer: dict[str, Any]) -> dict[str, Any]:
+    """One layer that the inspector lists, in the form of :func:`_graph`."""
+    inputs, outputs = (
+        [entry for entry in layer.get(side, []) if isinstance(entry, dict)] for side in ("Inputs", "Outputs")
+    )
+    return {
+        "name": str(layer.get("Name", "")),
+        "type": str(layer.get("LayerType", "?")),
+        "inputs": [str(tensor.get("Name", "")) for tensor in inputs],
+        "outputs": [str(tensor.get("Name", "")) for tensor in outputs],
+        "precision": _built_precision(layer) or next(filter(None, map(_datatype, map(_tensor_type, outputs))), ""),
+        "conversion": _reformat_name(layer) is not None,
     }
 
 

@@ -70,12 +70,14 @@ def test_an_engine_with_its_layers(quantized: Manifest) -> None:
         "convolutions": {"int8": 5, "fp16": 1},
         "macs_share": {"int8": 0.9, "fp16": 0.1},
         "parsed_network": {"layers": [layer]},
+        "graph": [{"name": "copy", "type": "Reformat", "precision": "int8", "conversion": True}],
         "reformats": reformats_from_inspector('{"Layers": ["stem", "Reformatting CopyNode for Input Tensor 0"]}'),
     }
     record = EngineRecord(
         runtime="tensorrt", version="11.1", compute_capabilities=["9.0"], gpu="a GPU", sha256="0", bytes=2_500_000,
-        profiles=[{"min": [1, 1, 8, 8], "opt": [1, 1, 16, 16], "max": [2, 1, 16, 16]}], layer_precision=proof,
-        build_seconds=3.0,
+        profiles=[{"min": [1, 1, 8, 8], "opt": [1, 1, 16, 16], "max": [2, 1, 16, 16]},
+                  {key: [4, 1, 16, 16] for key in ("min", "opt", "max")}],
+        layer_precision=proof, build_seconds=3.0, version_compatible=True,
     )  # fmt: skip
     manifest = quantized.replace(engine=record)
     text = describe(manifest, "m.engine", layers=True)
@@ -84,10 +86,16 @@ def test_an_engine_with_its_layers(quantized: Manifest) -> None:
         "int8 5 of 6 convolutions and 90% of all multiply-accumulates",
         "reformats in the engine: 1 of 2 layers",
         "int8        2.0 MMAC  stem",
+        "layers of the engine inspector: 1, conversions marked *",
+        "* int8  Reformat         copy",
         "min 1x1x8x8  opt 1x1x16x16  max 2x1x16x16",
+        "trtexec --loadEngine=m.engine --shapes=image:1x1x16x16 --versionCompatible --useCudaGraph --noDataTransfers",
+        "trtexec --loadEngine=m.engine --shapes=image:4x1x16x16 --useProfile=1 --versionCompatible",
     ):
         assert words in text, words
     assert "MMAC" not in describe(manifest, "m.engine")
+    rtx = manifest.replace(engine=record.model_copy(update={"runtime": "tensorrt-rtx", "version_compatible": False}))
+    assert "tensorrt_rtx --loadEngine='my engine' --shapes=image:1x1x16x16 --useCudaGraph" in describe(rtx, "my engine")
 
 
 def test_a_checkpoint_has_no_contract(quantized: Manifest) -> None:

@@ -88,6 +88,11 @@ def test_engine_description_and_proof(tmp_path: Path, precision: Any, operands: 
     assert parsed["macs_share"] == {precision: 1.0}
     assert parsed["macs"] == 128 * 128 * (9 * HIDDEN + HIDDEN * 3)
     assert [row["operands"] for row in parsed["layers"]] == [[operands] * 2] * 2
+    graph = engine.layer_precision["graph"]
+    if "parsed_network" not in engine.layer_precision:
+        assert {"grey", "labels"} <= {entry["name"] for entry in graph if entry["conversion"]}
+        assert {entry["precision"] for entry in graph if entry["type"] == "CONVOLUTION"} == {precision}
+        assert graph[0]["inputs"] == ["image"]
     assert f"{precision} 2 of 2 convolutions and 100% of all multiply-accumulates" in summary(parsed)
 
 
@@ -380,6 +385,9 @@ def test_inspector_forms(layer: dict[str, Any], precision: str) -> None:
     assert proof["convolutions"] == {precision: 1}
     assert proof["layer_types"] == {"Reformat": 1, layer["LayerType"]: 1}
     assert proof["parsed_network"] == PARSED
+    copy, built = proof["graph"]
+    assert (copy["type"], copy["precision"], copy["conversion"]) == ("Reformat", "", True)
+    assert (built["inputs"], built["precision"], built["conversion"]) == (["x"], precision, False)
     if precision != "int8":
         with pytest.raises(UserError, match=f"labelled INT8, but .* .engine inspector: 1 in {precision.upper()}"):
             check_report(proof, "int8", "the engine")
