@@ -77,13 +77,14 @@ class AcceptanceCheck:
     """Verifies candidates on one split of a dataset.
 
     ``reference``: the checkpoint or FP32 ONNX file to compare with; None looks for it beside the
-    candidate's source (:func:`find_reference`).
+    candidate's source (:func:`find_reference`). ``device``: CUDA index of the GPU that runs an engine.
     """
 
     data: Path
     budget: Budget
     split: str = "test"
     reference: Path | None = None
+    device: int = 0
 
     def check(self, source: Path) -> None:
         """Whether :meth:`verify` could judge what is made from ``source``, before anyone spends minutes on that.
@@ -105,7 +106,7 @@ class AcceptanceCheck:
         reference = reference_for(self.reference, source, manifest)
         dataset = FolderDataset.open(self.data)
         with load_segmenter(reference) as fp32, AccuracyEvaluator(dataset, self.split, fp32) as evaluator:
-            accuracy = _run(evaluator, candidate, manifest)
+            accuracy = _run(evaluator, candidate, manifest, self.device)
             source_text = f"{evaluator.source}, FP32: {reference.name} on {evaluator.reference_runtime}"
         if breaches := self.budget.breaches(accuracy):
             raise UserError(_refusal(breaches, accuracy, evaluator.source, manifest, target))
@@ -119,10 +120,10 @@ class AcceptanceCheck:
         return evidence.model_copy(update={"values": {**evidence.values, **kept}})
 
 
-def _run(evaluator: AccuracyEvaluator, candidate: Path, manifest: Manifest) -> Accuracy:
+def _run(evaluator: AccuracyEvaluator, candidate: Path, manifest: Manifest, device: int) -> Accuracy:
     if candidate.suffix.lower() == ".onnx":
         return evaluator.score_graph(*load_model(candidate), title=f"{manifest.precision} on {evaluator.source}")
-    with load_segmenter(candidate) as segmenter:
+    with load_segmenter(candidate, device=device) as segmenter:
         return evaluator.score(segmenter, title=f"engine on {evaluator.source}")
 
 

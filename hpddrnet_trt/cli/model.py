@@ -329,12 +329,12 @@ class AcceptanceOptions(BudgetOptions):
         Path | None, typer.Option(help="Checkpoint or FP32 ONNX file for --verify; default: found beside MODEL.")
     ] = None
 
-    def check(self) -> AcceptanceCheck | None:
-        """None without --verify; :class:`UsageError` for one without the other."""
+    def check(self, device: int) -> AcceptanceCheck | None:
+        """None without --verify; :class:`UsageError` for one without the other. ``device``: GPU that runs engines."""
         from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck
 
         if self.verify is not None:
-            return AcceptanceCheck(self.verify, self.budget(), self.verify_split, self.reference)
+            return AcceptanceCheck(self.verify, self.budget(), self.verify_split, self.reference, device)
         if self.max_miou_drop is not None or self.min_agreement is not None:
             raise UsageError(
                 "a budget is checked on a dataset: give --verify DATA with --max-miou-drop or --min-agreement"
@@ -424,7 +424,7 @@ def build(
     from hpddrnet_trt.accuracy.build import build_verified
     from hpddrnet_trt.export.layer_precision import summary
 
-    check = acceptance.check()
+    check = acceptance.check(builder.device)
     target = output or model.with_name(f"{_plain_stem(model)}.{precision}.engine")
     manifest = build_verified(
         locate(model, ".onnx"), target, precision=precision, acceptance=check, calibration_images=calibration_data,

@@ -28,10 +28,14 @@ def describe(manifest: Manifest, path: str | Path, *, layers: bool = False) -> s
 def _kind(manifest: Manifest) -> str:
     if manifest.engine is not None:
         record = manifest.engine
+        kinds = {
+            "version-compatible": record.version_compatible, "refittable": record.refittable,
+            "without its weights": record.stripped, f"for {record.platform}": record.platform is not None,
+        }  # fmt: skip
         return (
             f"engine of {record.runtime} {record.version} for {', '.join(record.compute_capabilities)}"
             f"{f' ({record.gpu})' if record.gpu else ''}, {megabytes(record.bytes)}, built in "
-            f"{record.build_seconds:.1f} s"
+            f"{record.build_seconds:.1f} s{''.join(f', {kind}' for kind, holds in kinds.items() if holds)}"
         )
     if manifest.input is None:
         return "checkpoint"

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.inference import load_segmenter
 from tests.accuracy.builds import build, needs_rtx
 from tests.accuracy.fakes import accuracy
 from tests.tiny_onnx import QUIET
@@ -65,6 +67,24 @@ def test_a_broken_calibration_is_refused(write: Write, data: Path, tmp_path: Pat
     assert "0.5 are allowed" in words
     assert "calibrated on 1 image (method max)" in words
     assert f"{tmp_path / 'm.engine'} was not written: calibrate on more" in words
+
+
+def test_an_engine_is_judged_on_the_gpu_it_was_built_on(
+    data: Path, tmp_path: Path, fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-in: the ONNX file runs in the engine's place."""
+    engine, asked = tmp_path / "m.engine", list[dict[str, Any]]()
+    engine.write_bytes(b"a plan")
+    sidecar_path(engine).write_text(read_manifest(fp32).to_json(), encoding="utf-8")
+
+    def load(path: Path, **options: Any) -> Any:
+        asked.append(options)
+        return load_segmenter(fp32 if path == engine else path)
+
+    monkeypatch.setattr("hpddrnet_trt.accuracy.acceptance.load_segmenter", load)
+    check = AcceptanceCheck(data, Budget(max_miou_drop=0.5), reference=fp32, device=1)
+    assert check.verify(engine, fp32, engine).values["agreement"] == 1
+    assert asked == [{}, {"device": 1}]
 
 
 @needs_rtx

@@ -77,12 +77,12 @@ def test_an_engine_with_its_layers(quantized: Manifest) -> None:
         runtime="tensorrt", version="11.1", compute_capabilities=["9.0"], gpu="a GPU", sha256="0", bytes=2_500_000,
         profiles=[{"min": [1, 1, 8, 8], "opt": [1, 1, 16, 16], "max": [2, 1, 16, 16]},
                   {key: [4, 1, 16, 16] for key in ("min", "opt", "max")}],
-        layer_precision=proof, build_seconds=3.0, version_compatible=True,
+        layer_precision=proof, build_seconds=3.0, version_compatible=True, platform="windows",
     )  # fmt: skip
     manifest = quantized.replace(engine=record)
     text = describe(manifest, "m.engine", layers=True)
     for words in (
-        "m.engine: engine of tensorrt 11.1 for 9.0 (a GPU), 2.5 MB, built in 3.0 s",
+        "m.engine: engine of tensorrt 11.1 for 9.0 (a GPU), 2.5 MB, built in 3.0 s, version-compatible, for windows",
         "int8 5 of 6 convolutions and 90% of all multiply-accumulates",
         "reformats in the engine: 1 of 2 layers",
         "int8        2.0 MMAC  stem",
