@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +122,8 @@ def test_the_engine_itself_is_judged_where_it_runs(
         raise UserError("seen")
 
     monkeypatch.setattr(tensorrt._Job, "_inspected", lambda self, plan, parsed: (True, parsed))
-    monkeypatch.setattr(tensorrt, "gpu_or_none", lambda: SimpleNamespace(name="a GPU"))
+    monkeypatch.setattr(tensorrt, "gpu_or_none", lambda index: SimpleNamespace(name="a GPU", index=index))
+    monkeypatch.setattr(tensorrt, "current_device", lambda index: nullcontext())
     with pytest.raises(UserError, match="seen"):
         tensorrt.build_engine(
             write("model.int8.onnx", 8.0), tmp_path / "m.engine", precision="int8", runtime="tensorrt-rtx",
