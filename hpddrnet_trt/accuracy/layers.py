@@ -179,8 +179,8 @@ def _errors(
     def measure(first: Any, second: Any) -> dict[str, bool]:
         """Signal-to-noise ratios of one input, by Polygraphy's own function, as errors; NaN counts as infinite."""
         kept = [name for name in first if np.issubdtype(first[name].dtype, np.floating)]  # no shapes, masks or labels
-        pair = [
-            comparator.IterationResult({name: result[name] for name in kept}, runner_name=result.runner_name)
+        pair = [  # position attention has one axis more in typed files, of its one head
+            comparator.IterationResult({name: np.squeeze(result[name]) for name in kept}, result.runner_name)
             for result in (first, second)
         ]
         compared = comparator.SnrCompareFunc(snr_threshold=0)(*pair)
