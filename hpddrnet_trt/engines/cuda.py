@@ -6,8 +6,9 @@ back, frees page-locked memory in whatever context a garbage collection finds, k
 for itself, and makes a class and an event for each wait for a stream of the caller.
 
 Everything lives in the device's primary context, the one PyTorch, CuPy and (through ``pycuda.autoprimaryctx``)
-PyCUDA share, so their arrays can be used in place. Each call leaves the thread's current context as it found
-it, whichever that is, or none.
+PyCUDA share, so their arrays can be used in place. What lies in a context of a program's own (``pycuda.autoinit``)
+must not be read from this one: the driver tells, and such arrays are copied from context to context. Each call leaves
+the thread's current context as it found it, whichever that is, or none.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -82,6 +83,15 @@ def find_gpu(index: int = 0) -> Gpu:
     """
     runtime = cudart()
     status, count = runtime.cudaGetDeviceCount()
+    if status == runtime.cudaError_t.cudaErrorInsufficientDriver:
+        driver = check(runtime.cudaDriverGetVersion(), "reading the version of the NVIDIA driver")
+        if driver:  # 0: there is none
+            wheels = check(runtime.cudaRuntimeGetVersion(), "reading the version of CUDA")
+            raise NoGpu(
+                f"the NVIDIA driver is made for CUDA {_version(driver)}, and the installed libraries for CUDA "
+                f"{_version(wheels)}; update the driver, or install libraries for the older one: "
+                "pip install tensorrt-cu12 'cuda-python<13'"
+            )
     if status != runtime.cudaError_t.cudaSuccess or not count:
         raise NoGpu(
             f"no NVIDIA GPU can be used here (CUDA says {status.name}); run this on a machine with an NVIDIA GPU "
@@ -94,6 +104,10 @@ def find_gpu(index: int = 0) -> Gpu:
     return Gpu(index, name.rstrip("\0"), f"{properties.major}.{properties.minor}")
 
 
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def gpu_or_none(index: int = 0) -> Gpu | None:
     """:func:`find_gpu`, or None where there is no usable GPU or no ``cuda-python``."""
     try:
@@ -102,20 +116,19 @@ def gpu_or_none(index: int = 0) -> Gpu | None:
         return None
 
 
-class current_device:  # a class because a generator would cost more at every frame
-    """Make the primary context of GPU ``index`` current for this thread inside a ``with``.
+class current_context:  # a class because a generator would cost more at every frame
+    """Make a CUDA context current for this thread inside a ``with``.
 
     What was current before is so again afterwards: it is pushed and popped (CUDA driver API, "Context
     management"). Selecting the previous *device* instead would give a program with a context of its own
-    another one, and make one on a GPU that it does not use. One object serves all threads, nested too; the
-    context lives as long as the process.
+    another one, and make one on a GPU that it does not use. One object serves all threads, nested too.
     """
 
     __slots__ = ("_context", "_pop", "_push")
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, context: Any) -> None:
         driver = cuda_driver()
-        self._context = _primary_context(driver, index)
+        self._context = context
         self._push, self._pop = driver.cuCtxPushCurrent, driver.cuCtxPopCurrent
 
     def __enter__(self) -> None:
@@ -123,6 +136,11 @@ class current_device:  # a class because a generator would cost more at every fr
 
     def __exit__(self, *_: object) -> None:
         check(self._pop(), "going back to the GPU that was selected before")
+
+
+def current_device(index: int) -> current_context:
+    """The primary context of GPU ``index``, which lives as long as the process."""
+    return current_context(_primary_context(cuda_driver(), index))
 
 
 @lru_cache(maxsize=64)  # retained once for each GPU, and never released: TensorRT keeps parts of itself in it
@@ -140,7 +158,7 @@ def freed_with(owner: object, free: Callable[..., Any], *handles: Any) -> Any:
     return finalizer
 
 
-def _free(gpu: current_device, free: Callable[..., Any], *handles: Any) -> None:
+def _free(gpu: current_context, free: Callable[..., Any], *handles: Any) -> None:
     # The garbage collector may run this in any thread, with any context, or none, as the current one.
     with suppress(UserError), gpu:
         for handle in handles:
@@ -171,11 +189,13 @@ def stream_handle(stream: Any) -> int:
 class Stream:
     """A CUDA stream that does not wait for the default stream. Create with the device current.
 
-    ``handle`` is its number, ``object`` what cuda-python takes without converting it at each call.
+    ``handle`` is its number, ``object`` what cuda-python takes without converting it at each call. Streams of other
+    contexts are waited for by the host, since events work within one context only.
     """
 
     def __init__(self) -> None:
-        runtime = cudart()
+        runtime, self._driver = cudart(), cuda_driver()
+        self._context = check(self._driver.cuCtxGetCurrent(), "reading the current CUDA context")
         self.object = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking), "creating a CUDA stream")
         self._event = check(runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming), "creating a CUDA event")
         self.handle = int(self.object)
@@ -188,13 +208,26 @@ class Stream:
 
     def wait_for(self, other: int) -> None:
         """Work queued here from now on starts after the work queued so far on stream ``other``."""
+        context = self._foreign(other)
+        if context is not None:
+            with current_context(context):
+                check(self._driver.cuStreamSynchronize(other), "waiting for another CUDA stream")
+            return
         check(self._runtime.cudaEventRecord(self._event, other), "waiting for another CUDA stream")
         check(self._runtime.cudaStreamWaitEvent(self.object, self._event, 0), "waiting for another CUDA stream")
 
     def precede(self, other: int) -> None:
         """Work queued on stream ``other`` from now on starts after the work queued so far here."""
+        if self._foreign(other) is not None:
+            self.synchronize()
+            return
         check(self._runtime.cudaEventRecord(self._event, self.object), "making another CUDA stream wait")
         check(self._runtime.cudaStreamWaitEvent(other, self._event, 0), "making another CUDA stream wait")
+
+    def _foreign(self, other: int) -> Any:
+        """The context of stream ``other`` where it is not ours; default streams are those of ours."""
+        context = check(self._driver.cuStreamGetCtx(other), "asking for the context of a CUDA stream")
+        return None if int(context) == int(self._context) else context
 
     def synchronize(self) -> None:
         """Block until all work queued on this stream has ended."""
@@ -230,6 +263,30 @@ class Stream:
             self._runtime.cudaMemcpyAsync(target, source, nbytes, self._any_direction, self.object),
             "copying to or from the GPU",
         )
+
+    def read(self, array: DeviceArray, target: int) -> None:
+        """Queue a copy of an array, of whichever context, to an address of this one.
+
+        Of another context all work that is queued there is waited for: whatever stream makes the array has made it.
+        """
+        if array.context is None:
+            self.copy(target, array.pointer, array.nbytes)
+            return
+        with current_context(array.context):
+            check(self._driver.cuCtxSynchronize(), "waiting for the CUDA context of the array")
+        self._between(target, self._context, array.pointer, array.context, array.nbytes)
+
+    def write(self, array: DeviceArray, source: int) -> None:
+        """Queue a copy from an address of this context to an array; into another context it is complete on return."""
+        if array.context is None:
+            self.copy(array.pointer, source, array.nbytes)
+            return
+        self._between(array.pointer, array.context, source, self._context, array.nbytes)
+        self.synchronize()
+
+    def _between(self, target: int, into: Any, source: int, out_of: Any, nbytes: int) -> None:
+        copied = self._driver.cuMemcpyPeerAsync(target, into, source, out_of, nbytes, self.object)
+        check(copied, "copying between two CUDA contexts; make the primary one yours (pycuda.autoprimaryctx)")
 
     def close(self) -> None:
         """Free the stream; what is queued on it still runs."""
@@ -273,8 +330,9 @@ class DeviceArray:
     """A C-contiguous array on the GPU.
 
     ``stream``: CUDA stream that may still be writing it, None when it is complete. ``owner`` keeps the
-    memory alive. Has ``__cuda_array_interface__`` (version 3), so ``torch.as_tensor``,
-    ``cupy.asarray`` and Numba take it without a copy.
+    memory alive. ``context``: the CUDA context that holds it, None for the GPU's primary one and for memory that every
+    context may use; from another it can only be copied (:meth:`Stream.read`, :meth:`Stream.write`). Has
+    ``__cuda_array_interface__`` (version 3), so ``torch.as_tensor``, ``cupy.asarray`` and Numba take it without a copy.
     """
 
     pointer: int
@@ -282,6 +340,7 @@ class DeviceArray:
     dtype: np.dtype[Any]
     owner: Any
     stream: int | None = None
+    context: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -311,12 +370,13 @@ def on_device(images: Any) -> bool:
 
 
 def view_device_array(images: Any, stream: Stream, device: int, *, writable: bool = False) -> DeviceArray:
-    """Use an array on the GPU in place, ordered after the work that is still producing it.
+    """An array on the GPU, in its place, ordered after the work that is still producing it.
 
     Read by ``cuda.core``. DLPack is preferred, because it says exactly on which stream the array is produced (the
     producer makes ``stream`` wait). With the CUDA array interface ``stream`` waits for the stream named there;
-    one that names none (``None``) is taken as complete, as version 3 defines; version 2 (for example PyCUDA)
-    cannot say, so ``stream`` waits for the legacy default stream. ``writable``: also refuse a read-only array.
+    one that names none (``None``) is taken as complete, as version 3 defines. Version 2 (PyTorch) cannot say and PyCUDA
+    names none whatever it has queued: ``stream`` then waits for the legacy default stream. ``writable``: also refuse
+    a read-only array. An array of another context than ours has that as its ``context``.
     Raises :class:`ContractError` for another device, a strided array, or a masked one.
     """
     reader = strided_memory_view()
@@ -331,6 +391,7 @@ def view_device_array(images: Any, stream: Stream, device: int, *, writable: boo
         else:
             view = reader.from_cuda_array_interface(_Version3(images), stream.handle)
         array = as_device_array(view)
+        array = replace(array, context=foreign_context(array.pointer))
     except UserError:
         raise
     except Exception as exc:  # the exporter's, and cuda.core's own, which has no public name
@@ -360,11 +421,29 @@ class _Version3:
         version = interface.get("version", 0)
         if version < 2:
             raise ContractError(f"the input's __cuda_array_interface__ has version {version}; 2 or newer is needed")
-        stream = interface.get("stream") if version >= 3 else LEGACY_STREAM
+        maker = type(getattr(images, "owner", images)).__module__
+        silent = version < 3 or (maker.startswith("pycuda.") and interface.get("stream") is None)
+        stream = LEGACY_STREAM if silent else interface.get("stream")
         if stream == 0:
             raise ContractError("the input's __cuda_array_interface__ names stream 0, which the interface forbids")
+        if foreign_context(int(interface["data"][0])) is not None:
+            stream = None  # an event of ours cannot be recorded there; see Stream.read
         self.__cuda_array_interface__ = {**interface, "version": 3, "stream": stream}
         self.images = images  # the owner of the memory
+
+
+def foreign_context(pointer: int) -> Any:
+    """The CUDA context that holds this memory, None where the current one may use it.
+
+    Memory of pools belongs to no context, and neither does an address that is none; reading it will tell.
+    """
+    driver = cuda_driver()
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT
+    status, context = driver.cuPointerGetAttribute(attribute, pointer)
+    if status or not int(context):
+        return None
+    own = check(driver.cuCtxGetCurrent(), "reading the current CUDA context")
+    return None if int(context) == int(own) else context
 
 
 def _interface(images: Any) -> Mapping[str, Any] | None:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -160,7 +161,7 @@ class ExecutionContext:
         """Queue a copy of a batch on the GPU to where :meth:`upload` would bring it."""
         if self._frame is None:
             self._host_side()
-        self._stream.copy(self._upload[0], view.pointer, view.nbytes)
+        self._stream.read(view, self._upload[0])
 
     def upload(self) -> None:
         """Queue the copy of what :meth:`load` took to the GPU."""
@@ -216,9 +217,14 @@ def _grown(buffers: dict[str, Any], kind: type[Any], name: str, nbytes: int) -> 
     buffer = buffers.get(name)
     if buffer is None or buffer.nbytes < nbytes:
         if buffer is not None:
-            buffer.close()  # waits for the GPU; before the larger one, so that both need not fit
+            buffers.pop(name).close()  # waits for the GPU; before the larger one, so that both need not fit
         buffer = buffers[name] = kind(nbytes)
     return buffer
+
+
+def _usable(array: DeviceArray) -> bool:
+    """Whether the network may read or write it where it lies."""
+    return array.context is None and array.pointer % ALIGNMENT == 0
 
 
 def _fitting(execution: ExecutionContext, targets: Mapping[str, DeviceArray] | None) -> dict[str, DeviceArray]:
@@ -313,15 +319,15 @@ class InferenceStream:
             execution.upload()
         else:
             self._borrowed.append(batch)
-            if batch.pointer % ALIGNMENT:
-                execution.take(batch)
-            else:
+            if _usable(batch):
                 source = batch.pointer
-        in_place = {name: view.pointer for name, view in taken.items() if view.pointer % ALIGNMENT == 0}
+            else:
+                execution.take(batch)
+        in_place = {name: view.pointer for name, view in taken.items() if _usable(view)}
         execution.enqueue(source, in_place)
         for name, view in taken.items():
             if name not in in_place:
-                self.stream.copy(view.pointer, execution.views[name].pointer, view.nbytes)
+                self.stream.write(view, execution.views[name].pointer)
         if download:
             execution.download()
             self._running, self._shape = execution, batch.shape
@@ -470,8 +476,9 @@ class InferenceStream:
         execution.close()
 
     def close(self) -> None:
-        """Free everything."""
-        self.finish()
+        """Free everything, on a GPU that has failed as well: its errors were told where they came."""
+        with suppress(UserError):
+            self.finish()
         shared = [] if self._shared is None else [self._shared]
         for execution in (*shared, *self._own.values(), *self._bound):
             execution.close()

@@ -3,8 +3,9 @@
 Device memory is host memory at checked addresses. Streams are lazy: queued work runs when somebody
 waits for it, so a result that is read too early, or a buffer that is refilled too early, shows; work
 behind an event waits for what was queued before the event. Memory and streams are made and freed with a
-context current, as each thread has its own. What a real GPU adds (timing, real streams, real kernels) is
-tested in tests/gpu.
+context current, as each thread has its own, and memory is reached from the context that holds it only: what
+is read or written from another is an illegal access, after which every call fails, as on a GPU. What a real
+GPU adds (timing, real streams, real kernels) is tested in tests/gpu.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cuda.bindings import driver as real_driver
 
 ALIGNMENT = 256
 Work = Callable[[], None]
+FOREIGN = 5000  # from here on, contexts that programs have made for themselves; below, primary ones by GPU
+
+
+class IllegalAccess(Exception):
+    """Work of a stream touched memory that its context does not hold."""
 
 
 class Marker:
@@ -40,7 +47,8 @@ def locked(kind: type[Any]) -> type[Any]:
     def turn(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *arguments: Any) -> Any:
             with self.lock:
-                return method(self, *arguments)
+                failed = method.__name__.startswith("cu") and not method.__name__.startswith("cuCtx") and self.sticky
+                return (self.sticky, None) if failed else method(self, *arguments)
 
         return call
 
@@ -54,7 +62,8 @@ def locked(kind: type[Any]) -> type[Any]:
 class SimulatedCuda:
     """Stands in for ``cuda.bindings.runtime`` and ``.driver``; ``log`` lists stream operations in order.
 
-    ``contexts``: the calling thread's, the current one last; None is a context of somebody else.
+    ``contexts``: the calling thread's, the current one last; None is a context of somebody else. ``room``: bytes that
+    can be allocated. ``sticky``: the error that every call gives after an illegal access.
     """
 
     cudaStreamNonBlocking = 1
@@ -65,7 +74,10 @@ class SimulatedCuda:
         self.cudaStreamCaptureMode = real.cudaStreamCaptureMode
         self.ok = real.cudaError_t.cudaSuccess
         self.name, self.capability = name, capability
-        self.memory: dict[int, tuple[Any, int]] = {}
+        self.CUpointer_attribute = real_driver.CUpointer_attribute
+        self.memory: dict[int, tuple[Any, int, int]] = {}  # by address: the bytes, how many, and their context
+        self.room, self.sticky = 1 << 40, None
+        self.streams: dict[int, int] = {}  # the context of each
         self.log: list[tuple[Any, ...]] = []
         self.lock = threading.RLock()
         self.count, self.allocations = 2, 0
@@ -97,7 +109,11 @@ class SimulatedCuda:
     def finish(self, stream: int) -> None:
         """Run what is queued."""
         while self.queues[stream]:
-            self.queues[stream].pop(0)()
+            try:
+                self.queues[stream].pop(0)()
+            except IllegalAccess:
+                self.sticky = self.cudaError_t.cudaErrorIllegalAddress
+                self.queues.clear()
 
     def finish_all(self) -> None:
         """Run what is queued on any stream."""
@@ -146,16 +162,19 @@ class SimulatedCuda:
         return (self.ok,)
 
     def cudaMalloc(self, nbytes: int) -> tuple[Any, int]:
-        self._current()
-        return self.ok, self._allocated(nbytes)
+        context = self._current()
+        if nbytes > self.room:
+            return self.cudaError_t.cudaErrorMemoryAllocation, None
+        return self.ok, self._allocated(nbytes, context)
 
-    def _allocated(self, nbytes: int) -> int:
+    def _allocated(self, nbytes: int, context: int = 0) -> int:
         recorders = self.recorders.values()
         assert threading.get_ident() not in recorders, "allocating is not allowed while a graph is recorded"
         raw = ctypes.create_string_buffer(nbytes + ALIGNMENT)
         pointer = -(-ctypes.addressof(raw) // ALIGNMENT) * ALIGNMENT
-        self.memory[pointer] = (raw, nbytes)
+        self.memory[pointer] = (raw, nbytes, context)
         self.allocations += 1
+        self.room -= nbytes
         return pointer
 
     cudaMallocHost = cudaMalloc
@@ -163,14 +182,15 @@ class SimulatedCuda:
     def cudaFree(self, pointer: int) -> tuple[Any]:
         self._current()
         self.finish_all()  # the real one waits as well
-        del self.memory[pointer]  # a double or foreign free is a KeyError
+        self.room += self.memory.pop(pointer)[1]  # a double or foreign free is a KeyError
         return (self.ok,)
 
     cudaFreeHost = cudaFree
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, int]:
-        self._current()
-        return self.ok, self._handle()
+        handle = self._handle()
+        self.streams[handle] = self._current()
+        return self.ok, handle
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, int]:
         result = self.cudaStreamCreateWithFlags(flags)
@@ -191,10 +211,11 @@ class SimulatedCuda:
         assert stream not in self.recording, "waiting is not allowed while a graph is recorded"
         self.log.append(("synchronize", stream))
         self.finish(stream)
-        return (self.ok,)
+        return (self.sticky or self.ok,)
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[Any]:
         self.log.append(("record", stream))
+        assert self.streams.get(stream, 0) < FOREIGN, "an event is recorded on a stream of its own context only"
         self.events[event] = marker = Marker()
         self.queue(stream, marker)
         return (self.ok,)
@@ -230,6 +251,8 @@ class SimulatedCuda:
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: Any, stream: int) -> tuple[Any]:
         def copy() -> None:
             self.require(target, nbytes)
+            if self._found(source):
+                self.require(source, nbytes)
             ctypes.memmove(target, source, nbytes)
 
         self.log.append(("copy", nbytes))
@@ -272,13 +295,66 @@ class SimulatedCuda:
             self.queue(stream, work)
         return (self.ok,)
 
-    def require(self, pointer: int, nbytes: int) -> None:
-        """The whole range must lie in memory that was allocated here and not freed."""
-        assert any(start <= pointer and pointer + nbytes <= start + size for start, (_, size) in self.memory.items())
+    def cuCtxGetCurrent(self) -> tuple[Any, int]:
+        return self.ok, self._current()
 
-    def array(self, values: npt.NDArray[Any], offset: int = 0) -> ForeignArray:
+    def cuCtxSynchronize(self) -> tuple[Any]:
+        for stream, context in list(self.streams.items()):
+            if context == self.contexts[-1]:
+                self.finish(stream)
+        return (self.ok,)
+
+    def cuStreamGetCtx(self, stream: int) -> tuple[Any, int]:
+        return self.ok, self.streams.get(stream, self._current())  # of a default stream the current one
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[Any]:
+        assert self.streams[stream] == self.contexts[-1]
+        return self.cudaStreamSynchronize(stream)  # type: ignore[no-any-return]
+
+    def cuPointerGetAttribute(self, attribute: Any, pointer: int) -> tuple[Any, int | None]:
+        assert attribute is self.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT
+        found = self._found(pointer)
+        return (self.cudaError_t.cudaErrorInvalidValue, None) if found is None else (self.ok, found[2])
+
+    def cuMemcpyPeerAsync(
+        self, target: int, into: int, source: int, out_of: int, nbytes: int, stream: int
+    ) -> tuple[Any]:
+        def copy() -> None:
+            self.require(target, nbytes, into)
+            self.require(source, nbytes, out_of)
+            ctypes.memmove(target, source, nbytes)
+
+        self.log.append(("peer copy", nbytes))
+        self.queue(stream, copy)
+        return (self.ok,)
+
+    def _found(self, pointer: int) -> tuple[Any, int, int] | None:
+        """The allocation that holds this address."""
+        inside = (entry for start, entry in self.memory.items() if start <= pointer < start + entry[1])
+        return next(inside, None)
+
+    def require(self, pointer: int, nbytes: int, context: int | None = None) -> None:
+        """The whole range must lie in memory that was allocated here and not freed, of this or a primary context."""
+        assert any(start <= pointer and pointer + nbytes <= start + size for start, (_, size, _) in self.memory.items())
+        found = self._found(pointer)
+        assert found is not None
+        if found[2] >= FOREIGN if context is None else found[2] != context:
+            raise IllegalAccess
+
+    def context(self) -> int:
+        """A context of a program's own, current for this thread."""
+        self.contexts.append(FOREIGN + self._handle())
+        return self.contexts[-1]  # type: ignore[return-value]
+
+    def stream(self) -> int:
+        """A stream of a program, in the context that is current."""
+        handle = self._handle()
+        self.streams[handle] = self._current()
+        return handle
+
+    def array(self, values: npt.NDArray[Any], offset: int = 0, context: int = 0) -> ForeignArray:
         """An array "on the GPU", as another library would hold it; ``offset`` bytes into its allocation."""
-        pointer = self._allocated(values.nbytes + offset)
+        pointer = self._allocated(values.nbytes + offset, context)
         ctypes.memmove(pointer + offset, values.ctypes.data, values.nbytes)
         return ForeignArray(pointer + offset, values)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.util
-import inspect
 import json
 import logging
 import re
@@ -15,10 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, EngineDoesNotFit, NoGpu, UsageError, UserError
 from hpddrnet_trt.core.manifest import EngineRecord, read_manifest, sidecar_path
@@ -26,14 +20,8 @@ from hpddrnet_trt.engines import cuda as cuda_memory
 from hpddrnet_trt.engines import load_engine, tensorrt_library
 from hpddrnet_trt.engines import tensorrt as engine_module
 from hpddrnet_trt.engines.cuda import (
-    LEGACY_STREAM,
-    DeviceArray,
-    as_device_array,
-    check,
     find_gpu,
     gpu_or_none,
-    on_device,
-    view_device_array,
 )
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import (
@@ -43,7 +31,7 @@ from hpddrnet_trt.engines.tensorrt import (
     write_layer_times,
 )
 from tests.engines.conftest import Bench, noise
-from tests.engines.simulated_cuda import ForeignArray, SimulatedCuda, array_reader, read
+from tests.engines.simulated_cuda import read
 
 StridedMemoryView = pytest.importorskip("cuda.core.utils", reason="cuda-core is not installed").StridedMemoryView
 pytestmark = [
@@ -215,146 +203,6 @@ def test_the_real_lean_runtime_loads(copied: Path) -> None:
     for engine in ("auto", "tensorrt-lean"):
         with pytest.raises(NoGpu, match=r"no NVIDIA GPU can be used here"):
             load_engine(copied, engine)
-
-
-# --- arrays of other libraries
-
-
-class Exporter:
-    """A numpy array that says it is on GPU 0, and takes part in DLPack as PyTorch and CuPy do."""
-
-    def __init__(self, values: npt.NDArray[Any]) -> None:
-        self.values, self.stream = values, 0
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
-
-    def __dlpack__(self, *, stream: int, max_version: tuple[int, int] | None = None) -> Any:
-        self.stream = stream
-        return self.values.__dlpack__(max_version=max_version)
-
-
-OURS: Any = SimpleNamespace(handle=5)  # a stream
-
-
-@given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=4),
-    st.sampled_from([np.uint8, np.float32, np.float16, np.int64, np.bool_]),
-)
-def test_dlpack_is_read(shape: list[int], dtype: Any) -> None:
-    exporter = Exporter(np.arange(np.prod(shape)).astype(dtype).reshape(shape))
-    view = view_device_array(exporter, OURS, 0)
-    assert (view.pointer, view.shape, view.dtype) == (exporter.values.ctypes.data, tuple(shape), exporter.values.dtype)
-    assert exporter.stream == OURS.handle  # the producer makes it wait
-    assert view.stream is None
-
-
-def test_dlpack_offset_strides_and_what_may_not_be_written() -> None:
-    values = np.zeros((4, 6), np.float32)
-    assert view_device_array(Exporter(values[2:]), OURS, 0).pointer == values.ctypes.data + 48
-    assert view_device_array(Exporter(values[:0, ::2]), OURS, 0).shape == (0, 3)
-    for strided in (values[:, ::2], values.T):
-        with pytest.raises(ContractError, match="not C-contiguous; make a contiguous copy"):
-            view_device_array(Exporter(strided), OURS, 0)
-    values.flags.writeable = False
-    view_device_array(Exporter(values), OURS, 0)
-    with pytest.raises(ContractError, match="read-only"):
-        view_device_array(Exporter(values), OURS, 0, writable=True)
-
-
-class Refusing(Exporter):
-    """As PyTorch, which raises for what needs gradients."""
-
-    def __dlpack__(self, **_: Any) -> Any:
-        raise BufferError("requires grad, use detach()")
-
-
-class Gradients:
-    @property
-    def __cuda_array_interface__(self) -> Any:
-        raise RuntimeError("requires grad")
-
-
-def test_which_arrays_are_on_a_gpu() -> None:
-    for here in (np.zeros(3), [1, 2], memoryview(b"x"), SimpleNamespace(__dlpack_device__=lambda: (1, 0))):
-        assert not on_device(here)
-    assert on_device(ForeignArray(4096, np.zeros(3)))
-    assert on_device(SimpleNamespace(__dlpack_device__=lambda: (2, 0)))
-    with pytest.raises(ContractError, match=r"requires grad.*detach"):
-        on_device(Gradients())
-    with pytest.raises(ContractError, match=r"cannot be used in place \(requires grad, use detach\(\)\)"):
-        view_device_array(Refusing(np.zeros(3)), OURS, 0)
-
-
-def test_dlpack_of_pytorch_keeps_the_memory_alive() -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    view = as_device_array(StridedMemoryView.from_dlpack(torch.full((2, 3), 7, dtype=torch.uint8), stream_ptr=-1))
-    gc.collect()
-    assert ctypes.string_at(view.pointer, view.nbytes) == bytes([7] * 6)
-
-
-def test_the_stand_in_for_cuda_core_has_its_names_and_signatures() -> None:
-    stand_in = array_reader(SimulatedCuda(cuda_memory.cudart()))
-    for name in ("from_dlpack", "from_cuda_array_interface"):
-        real = inspect.signature(getattr(StridedMemoryView, name)).parameters
-        ours = inspect.signature(getattr(stand_in, name)).parameters
-        assert [(one.name, one.kind, one.default) for one in ours.values()] == [
-            (one.name, one.kind, one.default) for one in real.values()
-        ]
-    view = stand_in.from_cuda_array_interface(ForeignArray(4096, np.zeros(3)), stream_ptr=5)
-    assert all(hasattr(StridedMemoryView, name) for name in vars(view))
-
-
-def _viewed(bench: Callable[..., Bench], **changes: Any) -> tuple[DeviceArray, Bench]:
-    job = bench()
-    job.cuda.contexts.append(0)
-    job.cuda.log.clear()
-    array = ForeignArray(4096, np.zeros((2, 1, 8, 8), np.uint8), **changes)
-    return view_device_array(array, job.engine._slot.stream, 0), job
-
-
-@pytest.mark.parametrize(
-    ("changes", "waits_for"),
-    [
-        ({}, None),
-        ({"stream": 7}, 7),
-        ({"version": 2}, LEGACY_STREAM),  # cannot say whether work is pending (PyCUDA)
-        ({"strides": (64, 999, 8, 1)}, None),
-    ],
-)
-def test_cuda_array_interface_is_read(bench: Callable[..., Bench], changes: Any, waits_for: int | None) -> None:
-    view, job = _viewed(bench, **changes)
-    assert (view.pointer, view.shape, view.dtype, view.stream) == (4096, (2, 1, 8, 8), np.dtype(np.uint8), None)
-    assert job.cuda.log == ([] if waits_for is None else [("record", waits_for), ("wait", job.engine.stream)])
-    assert view.__cuda_array_interface__["version"] == 3
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"strides": (64, 64, 1, 8)}, "not C-contiguous"),
-        ({"mask": object()}, "mask"),
-        ({"version": 1}, "version 1; 2 or newer"),
-        ({"stream": 0}, "stream 0"),
-        ({"typestr": "nonsense"}, "cannot be used in place"),
-        ({"data": None}, "cannot be used in place"),
-        ({"shape": ("a",)}, "cannot be used in place"),
-    ],
-)
-def test_unusable_interfaces(bench: Callable[..., Bench], changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(ContractError, match=says):
-        _viewed(bench, **changes)
-
-
-def test_cuda_errors_are_sentences() -> None:
-    errors = cuda_memory.cudart().cudaError_t
-    for failed, says in (
-        (errors.cudaErrorMemoryAllocation, r"out of memory while starting.*smaller"),
-        (errors.cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver while starting; install or update"),
-    ):
-        with pytest.raises(UserError, match=says):
-            check((failed, None), "starting")
-    assert [check((errors.cudaSuccess, *values), "") for values in ((3,), (), (1, 2))] == [3, None, (1, 2)]
 
 
 # --- control flow on simulated CUDA
