@@ -208,7 +208,9 @@ class SimulatedCuda:
         return self.cudaStreamDestroy(handle)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:
-        assert stream not in self.recording, "waiting is not allowed while a graph is recorded"
+        if stream in self.recording:
+            self.broken.add(stream)
+            return (self.cudaError_t.cudaErrorStreamCaptureUnsupported,)
         self.log.append(("synchronize", stream))
         self.finish(stream)
         return (self.sticky or self.ok,)
