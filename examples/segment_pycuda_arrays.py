@@ -20,8 +20,8 @@ import numpy as np
 from hpddrnet_trt import read_micrograph
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.data.micrograph import to_grey8
-from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.cuda import find_gpu
+from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     driver = require("pycuda.driver", "pycuda", "make a CUDA stream")
     gpuarray = require("pycuda.gpuarray", "pycuda", "hold arrays on the GPU")
 
-    with load_engine(arguments.model) as engine:
+    with TensorRTEngine(arguments.model) as engine:
         stream = driver.Stream()
         frame_on_gpu = gpuarray.to_gpu_async(frame[None, None], stream=stream)  # [batch, 1, height, width]
         labels = gpuarray.empty((1, *frame.shape), np.uint8)

@@ -6,7 +6,10 @@ import ctypes
 import gc
 import importlib.util
 import inspect
+import runpy
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from hpddrnet_trt.core.errors import ContractError, NoGpu, UserError
 from hpddrnet_trt.engines import cuda as cuda_memory
@@ -34,6 +38,7 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed
 from tests.engines.conftest import Bench, noise  # noqa: E402
 from tests.engines.simulated_cuda import FOREIGN, ForeignArray, SimulatedCuda, array_reader, read  # noqa: E402
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "segment_pycuda_arrays.py"
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds the engine, is missing"
 )
@@ -253,6 +258,56 @@ def test_pycudas_default_stream_is_waited_for_in_the_primary_context(bench: Star
     job.check(images, job.engine.infer(frame).labels)
     assert job.count("peer copy") == 0
     assert job.cuda.memory[pointer][2] < FOREIGN
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("own", [False, True])
+def test_the_example_with_pycudas_arrays(
+    bench: Start, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, images = bench(), noise(1, 1, 64, 64)
+    job.cuda.contexts[:] = [job.cuda.context() if own else 0]
+
+    class Stream:
+        def __init__(self) -> None:
+            self.handle = job.cuda.stream()
+
+        def synchronize(self) -> None:
+            job.cuda.finish(self.handle)
+
+    class GPUArray(ForeignArray):
+        __module__ = "pycuda.gpuarray"
+
+        def __init__(self, values: npt.NDArray[Any]) -> None:
+            self.__cuda_array_interface__ = _gpuarray(job, values, job.cuda.contexts[-1] or 0).__cuda_array_interface__
+
+        def get_async(self, stream: Stream) -> npt.NDArray[Any]:
+            found = np.empty_like(read(self))
+            job.cuda.queue(stream.handle, lambda: np.copyto(found, read(self)))
+            return found
+
+    def to_gpu_async(values: npt.NDArray[Any], stream: Stream) -> GPUArray:
+        array = GPUArray(np.zeros_like(values))
+        pointer = array.__cuda_array_interface__["data"][0]
+        job.cuda.queue(stream.handle, lambda: ctypes.memmove(pointer, values.ctypes.data, values.nbytes))
+        return array
+
+    modules = {
+        "pycuda": None, "pycuda.autoinit": None, "pycuda.autoprimaryctx": None, "pycuda.driver": {"Stream": Stream},
+        "pycuda.gpuarray": {"to_gpu_async": to_gpu_async, "empty": lambda *like: GPUArray(np.zeros(*like))},
+    }  # fmt: skip
+    for name, names in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**names or {}))  # type: ignore[arg-type]
+    Image.fromarray(images[0, 0]).save(tmp_path / "a.png")
+    arguments = [str(job.path), str(tmp_path / "a.png"), *(["--own-context"] if own else [])]
+    monkeypatch.setattr(sys, "argv", ["example", *arguments])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"on Simulated 0, pycuda.{'autoinit' if own else 'autoprimaryctx'}"
+    names = [entry.name for entry in job.engine.manifest.classes]
+    shares = np.bincount(job.truth(images).ravel(), minlength=len(names)) / images.size
+    assert lines == [f"  {name} {share:.1%}" for name, share in zip(names, shares, strict=True)]
+    assert job.count("peer copy") == 2 * own
 
 
 # --- what goes wrong on a GPU

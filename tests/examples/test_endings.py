@@ -49,6 +49,7 @@ def example(name: str, *arguments: str | Path) -> None:
         ("live_openfibsem", ["--replay", "here", "--model", "none"]),
         ("detect_features_openfibsem", ["none", *FEATURES]),
         ("segment_in_napari", ["none"]),
+        ("segment_pycuda_arrays", ["model.engine", "none"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:4]),
 )
