@@ -19,11 +19,8 @@ from hpddrnet_trt.data.intensity import Percentiles
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.files import (
     FileSegmenter,
-    Journal,
     ResultSettings,
     SegmentSummary,
-    Task,
-    modified,
     segment_paths,
 )
 from hpddrnet_trt.results import FORMATS, KINDS
@@ -131,8 +128,8 @@ def test_resume_skips_what_is_done_and_only_that(tmp_path: Path) -> None:
     _write(tmp_path / "in" / "0.png", 5)  # the image changed
     assert run() == (1, 2, 1)
     assert run(checkpoint_sha256="another") == (3, 0, 3)  # another model
-    with (out / "segmentations.jsonl").open("a") as stream:
-        stream.write('{"name": "0", "sou')  # killed while writing
+    with (out / "segmentations.jsonl").open("ab") as stream:  # foreign lines, and one torn by a crash
+        stream.write(b'[]\n{"name": 5, "outputs": {}}\n{"labels": "a.png"}\n\xff\n{"name": "0", "sou')
     (out / "0.png").unlink()
     assert run(checkpoint_sha256="another") == (1, 2, 1)
     assert run(checkpoint_sha256="another") == (0, 3, 0)
@@ -196,6 +193,10 @@ def test_bad_files_are_reported_and_others_go_on(tmp_path: Path, segmenter: Segm
     assert "broken.png" in str(summary)
     assert str(summary).startswith("1 segmented, 0 already done, 2 failed")
     assert _tree(tmp_path / "out") == ["fractions.csv", "good.png", "segmentations.jsonl"]
+    (tmp_path / "other" / "segmentations.jsonl").mkdir(parents=True)
+    (failed,) = _run(segmenter, tmp_path / "in" / "good.png", tmp_path / "other").failed
+    assert "cannot write" in failed[1]
+    assert "segmentations.jsonl" in failed[1]
 
 
 def test_a_result_that_fails_leaves_the_others_and_is_tried_again(
@@ -334,57 +335,4 @@ def test_refusals(tmp_path: Path, segmenter: Segmenter) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_vendor_files_keep_their_scale(tmp_path: Path, sem_data: Path, segmenter: Segmenter) -> None:
-    files = {"fei_helios-g4-pfib_iscan_nobar": 97.6562, "zeiss_merlin_smartsem_nobar": 55.825}
-    out = tmp_path / "out"
-    summary = _run(segmenter, sem_data / "vendor-tiff" / "permissive", out)
-    assert (len(summary.written), summary.failed, summary.weighed_by) == (2, [], "area")
-    for name, nanometres in files.items():
-        rows = [row for row in _table(out) if row["image"] == name]
-        assert sum(float(row["area_um2"]) for row in rows) == pytest.approx(
-            sum(int(row["pixels"]) for row in rows) * (nanometres * 1e-3) ** 2, rel=1e-6
-        )
-        with Image.open(out / f"{name}.png") as labels, Image.open(out / "overlays" / f"{name}.png") as drawing:
-            assert labels.size[0] == drawing.size[0]
-            assert labels.size[1] < drawing.size[1]
-            assert 0.0254 / labels.info["dpi"][0] == pytest.approx(nanometres * 1e-9, rel=1e-6)
-
-
 JOB = {"model": "toy", "given_window": (0.0, 9.0)}
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    (tmp_path / "in.png").write_text("image")
-    return tmp_path / "in.png"
-
-
-def _journal(tmp_path: Path) -> Journal:
-    return Journal(tmp_path / "j.jsonl", JOB)
-
-
-def _add(tmp_path: Path, source: Path) -> None:
-    for file in ("a.png", "a.csv"):
-        (tmp_path / file).touch()
-    outputs = {"png": "a.png", "regions": "a.csv"}
-    task = Task(source, "a", modified(source), {}, [])
-    _journal(tmp_path).add(task, {"outputs": outputs, "settings": {"regions": {"smallest": 1}}})
-
-
-def test_foreign_and_torn_lines_are_passed_over(tmp_path: Path, source: Path) -> None:
-    (tmp_path / "j.jsonl").write_text('[]\n{"name": 5, "outputs": {}}\n{"labels": "a.png"}\n\xff\n{"name": "a", "out')
-    _add(tmp_path, source)
-    lines = (tmp_path / "j.jsonl").read_text().splitlines()
-    assert len(lines) == 6
-    assert json.loads(lines[-1])["job"] == {"model": "toy", "given_window": [0.0, 9.0]}
-    assert [entry["name"] for entry in _journal(tmp_path)] == ["a"]
-    assert _journal(tmp_path).name_of(source) == "a"
-    for file in ("a.png", "a.csv"):
-        (tmp_path / file).unlink()
-    assert (list(_journal(tmp_path)), _journal(tmp_path).name_of(source)) == ([], None)
-
-
-def test_a_journal_that_cannot_be_written_is_an_error(tmp_path: Path, source: Path) -> None:
-    (tmp_path / "j.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*j\.jsonl"):
-        _add(tmp_path, source)

@@ -10,9 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,14 +52,12 @@ def expected(seed: int) -> npt.NDArray[np.uint8]:
     return toy().segment(grey_image(40, 60, seed)).labels
 
 
-def watching(segmenter: Segmenter, folder: Path, output: Path, **options: Any) -> WatchSummary:
-    """:func:`watch_folder` with all settings by name."""
-    kinds: dict[str, Any] = {"results": ResultSettings, "settings": WatchSettings}
-    settings = {
-        name: kind(**{each.name: options.pop(each.name) for each in fields(kind) if each.name in options})
-        for name, kind in kinds.items()
-    }
-    return watch_folder(segmenter, folder, output, **settings, **options)
+def watching(
+    segmenter: Segmenter, folder: Path, output: Path, results: ResultSettings = ResultSettings(),
+    on_event: Callable[[WatchEvent], None] | None = None, stop: threading.Event | None = None, **settings: Any,
+) -> WatchSummary:  # fmt: skip
+    """:func:`watch_folder` with its settings by name."""
+    return watch_folder(segmenter, folder, output, results, WatchSettings(**settings), on_event=on_event, stop=stop)
 
 
 class Clock:
@@ -165,7 +161,7 @@ def test_files_that_grow_in_pieces_are_taken_when_they_are_whole(folder: Path, t
 def test_results_are_those_of_segment(folder: Path, tmp_path: Path) -> None:
     for seed in range(3):
         (folder / f"{seed}.tif").write_bytes(tiff(seed))
-    summary = once(folder, tmp_path / "watched", write=("png", "tiff"))
+    summary = once(folder, tmp_path / "watched", results=ResultSettings(write=("png", "tiff")))
     assert (summary.segmented, summary.already_done, summary.failed, summary.exit_code) == (3, 0, {}, 0)
     segment_paths(toy(), folder, tmp_path / "segmented", ResultSettings(write=("png", "tiff")), progress=False)
     for path in (tmp_path / "segmented").rglob("*.*"):
@@ -238,7 +234,7 @@ def test_a_restart_leaves_what_is_done_and_does_the_rest(folder: Path, tmp_path:
     assert (summary.segmented, summary.already_done) == (2, 2)
     assert len(engine.shapes) == 2
     assert np.array_equal(labels_of(out / "0.png"), expected(7))
-    assert once(folder, out, resume=False).segmented == 4
+    assert once(folder, out, results=ResultSettings(resume=False)).segmented == 4
 
 
 
@@ -343,7 +339,7 @@ def test_settings_that_make_no_sense(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="negative"):
         once(folder, tmp_path / "out", settle_s=-1)
     with pytest.raises(UsageError, match="not 'gif'"):
-        once(folder, tmp_path / "out", write=("gif",))
+        once(folder, tmp_path / "out", results=ResultSettings(write=("gif",)))
 
 
 def test_signals_outside_the_main_thread_are_left_alone() -> None:
@@ -366,60 +362,27 @@ def test_signals_outside_the_main_thread_are_left_alone() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_the_command_until_nothing_comes(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    return write_toy_onnx(tmp_path_factory.mktemp("model") / "toy.onnx", manifest("labels"))
-
-
-@contextmanager
-def command(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    child = subprocess.Popen(
-        [sys.executable, "-m", "hpddrnet_trt", *map(str, arguments)],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.communicate()
-
-
-def test_the_command_until_nothing_comes(folder: Path, tmp_path: Path, model: Path) -> None:
+    model = write_toy_onnx(tmp_path / "toy.onnx", manifest("labels"))
     (folder / "a.tif").write_bytes(tiff(1))
     (folder / "bad.tif").write_bytes(tiff(2)[:500])
     arguments = ("watch", folder, "--output", tmp_path / "out", "--model", model, "--settle", "0", "--patience", "0",
                  "--stop-after", "0", "--write", "tiff,png", "--info-bar", "none", "--tile", "whole",
                  "--percentiles", "1", "99")  # fmt: skip
-    with command(*arguments) as child:
-        output, errors = child.communicate(timeout=120)
-    assert child.returncode == 1, errors
-    assert "Traceback" not in errors
-    lines = output.splitlines()
-    assert any(line.startswith("a.tif") and "grain" in line and "%" in line for line in lines), output
-    assert any(line.startswith("bad.tif") and "failed" in line for line in lines), output
-    assert "1 segmented, 0 already done, 1 failed" in output
+    done = subprocess.run(
+        [sys.executable, "-m", "hpddrnet_trt", *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("a.tif") and "grain" in line and "%" in line for line in lines), lines
+    assert any(line.startswith("bad.tif") and "failed" in line for line in lines), lines
+    assert "1 segmented, 0 already done, 1 failed" in lines
     assert lines[-1].count("bad.tif") == 1  # the reason names it already
     assert (tmp_path / "out" / "a.png").is_file()
     assert (tmp_path / "out" / "a.tif").is_file()
     (entry,) = map(json.loads, (tmp_path / "out" / "segmentations.jsonl").read_text().splitlines())
     assert (entry["job"]["info_bar"], entry["job"]["tile"]) == ("none", "whole")
     assert entry["job"]["given_window"] == {"black": 1, "white": 99}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
-def test_ctrl_c_ends_the_command_with_a_summary(folder: Path, tmp_path: Path, model: Path) -> None:
-    (folder / "a.tif").write_bytes(tiff(1))
-    with command("watch", folder, "--output", tmp_path / "out", "--model", model, "--settle", "0") as child:
-        _wait_until(lambda: (tmp_path / "out" / "fractions.csv").is_file())
-        child.send_signal(signal.SIGINT)
-        output, errors = child.communicate(timeout=120)
-    assert child.returncode == 0, errors
-    assert "1 segmented, 0 already done, 0 failed" in output
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
-import threading
 import time
 from collections import Counter
 from unittest import mock
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,7 +14,7 @@ from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.stream import Policy, Stream, StreamResult, worker
 from hpddrnet_trt.stream.queue import FrameQueue, Job
-from tests.stream.fakes import MANIFEST, Bench, Immediate, check_balance, check_ended, frame, number_of, until
+from tests.stream.fakes import MANIFEST, Bench, check_balance, check_ended, frame, number_of, until
 
 POLICIES = st.sampled_from(["latest", "block", "reject"])
 ENDS: dict[str, BaseException | None] = {
@@ -231,68 +228,3 @@ class TestOneWorker(OneWorker.TestCase):  # type: ignore[name-defined,misc]
 
 class TestSeveralWorkers(SeveralWorkers.TestCase):  # type: ignore[name-defined,misc]
     settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
-
-
-@pytest.mark.parametrize("policy", ["latest", "block", "reject"])
-@pytest.mark.parametrize("workers", [1, 3])
-def test_many_threads_at_once(policy: Policy, workers: int) -> None:
-    """Producers, a consumer that submits again, watchers and faults, all at random moments."""
-    rng, seen, submitted, stop = random.Random(5), list[StreamResult](), Counter[str](), threading.Event()
-    lock = threading.Lock()
-
-    class Unreliable(Immediate):
-        def segment(self, image: object, /) -> Segmentation:
-            time.sleep(rng.choice([0, 0, 0.0005]))
-            found = super().segment(image)
-            if number_of(found) % 50 == 1:
-                raise rng.choice([RuntimeError("lost"), MemoryError("none"), SystemExit()])
-            return found
-
-    def consume(result: StreamResult) -> None:
-        seen.append(result)
-        if result.frame_id % 97 == 0:
-            stream.submit(frame(2), 2)
-            with lock:
-                submitted["again"] += 1
-        if result.frame_id % 31 == 0:
-            raise ValueError("broken display")
-
-    def produce(start: int) -> None:
-        for number in range(start, start + 200):
-            stream.submit(frame(number) if number % 23 else None, number)
-            if number % 40 == 0:
-                time.sleep(0.002)
-
-    def watch() -> None:
-        while not stop.is_set():
-            check_balance(stream)
-            stream.latest()
-            checks.append(1)
-            time.sleep(0.001)
-
-    checks = list[int]()
-    with mock.patch.object(worker, "BACK_OFF_S", 0.0005):
-        stream = Stream(Unreliable, policy=policy, workers=workers, capacity=3, max_restarts=10**6, on_result=consume)
-        watchers = [threading.Thread(target=watch) for _ in range(2)]
-        producers = [threading.Thread(target=produce, args=[1000 * n + 1]) for n in range(4)]
-        for thread in (*watchers, *producers):
-            thread.start()
-        for thread in producers:
-            thread.join()
-        until(lambda: len(checks) > 10, "a look at the accounts")
-        assert stream.close()
-        stop.set()
-        for thread in watchers:
-            thread.join()
-    end = stream.statistics()
-    assert end.submitted == 800 + submitted["again"]
-    assert end.delivered == len(seen)
-    assert end.delivered + sum(end.undelivered_because.values()) == end.processed + end.failed
-    assert [result.frame_id for result in seen] == sorted({result.frame_id for result in seen})
-    for result in seen:
-        assert result.error is not None or number_of(result.segmentation) == result.tag
-    assert end.callback_errors == sum(result.frame_id % 31 == 0 for result in seen)
-    if policy == "block":
-        assert end.dropped_because.keys() <= {"rejected", "closed"}
-        assert end.failed > 20
-    check_ended(stream)

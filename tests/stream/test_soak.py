@@ -199,8 +199,20 @@ def jitter(session: Session, frames: int) -> None:
 
 
 def burst(session: Session, frames: int) -> None:
-    """A producer faster than the engine: no pause at all."""
-    session.submit(frames)
+    """Three producers at once, without a pause."""
+    join(producers(session, frames))
+
+
+def producers(session: Session, frames: int) -> list[threading.Thread]:
+    threads = [threading.Thread(target=session.submit, args=[-(-frames // 3)]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()
 
 
 def engine_error(session: Session, frames: int) -> None:
@@ -247,13 +259,10 @@ def corrupt_frames(session: Session, frames: int) -> None:
 
 def shutdown_mid_burst(session: Session, frames: int) -> None:
     """Three threads submit without a pause when the stream is closed."""
-    producers = [threading.Thread(target=session.submit, args=[-(-frames // 3)]) for _ in range(3)]
-    for producer in producers:
-        producer.start()
+    threads = producers(session, frames)
     time.sleep(session.rng.random() * 0.01)
     session.close(drain=session.rng.random() < 0.5)
-    for producer in producers:
-        producer.join()
+    join(threads)
 
 
 def shutdown_while_hanging(session: Session, frames: int) -> None:
@@ -293,7 +302,7 @@ EPISODES: tuple[Episode, ...] = (
 )  # fmt: skip
 ENDINGS: tuple[Episode, ...] = (shutdown_mid_burst, shutdown_while_hanging, engine_lost)
 STREAMS: tuple[tuple[Policy, int], ...] = (
-    ("latest", 1), ("block", 1), ("latest", 2), ("reject", 1), ("block", 2), ("reject", 2),
+    ("latest", 1), ("block", 1), ("latest", 3), ("reject", 1), ("block", 3), ("reject", 2),
 )  # fmt: skip
 COUNTS = ("submitted", "processed", "dropped", "failed", "delivered", "restarts", "callback_errors")
 
