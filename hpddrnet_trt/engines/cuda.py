@@ -361,12 +361,20 @@ class DeviceArray:
 
 
 def on_device(images: Any) -> bool:
-    """Whether ``images`` is an array on a CUDA GPU (CUDA array interface or DLPack)."""
+    """Whether ``images`` is an array on a CUDA GPU (CUDA array interface or DLPack).
+
+    Raises :class:`ContractError` for one that cannot tell.
+    """
     if isinstance(images, np.ndarray):
         return False
-    if hasattr(images, "__dlpack_device__"):
-        return int(images.__dlpack_device__()[0]) in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED)
-    return _interface(images) is not None
+    try:
+        if hasattr(images, "__dlpack_device__"):
+            return int(images.__dlpack_device__()[0]) in (_DLPACK_CUDA, _DLPACK_CUDA_MANAGED)
+        return _interface(images) is not None
+    except ContractError:
+        raise
+    except Exception as exc:  # another library's code, which raises what it likes
+        raise ContractError(f"the {type(images).__name__} does not say where its memory is ({exc!r})") from exc
 
 
 def view_device_array(images: Any, stream: Stream, device: int, *, writable: bool = False) -> DeviceArray:

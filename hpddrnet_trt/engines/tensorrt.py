@@ -165,8 +165,9 @@ class TensorRTEngine(EngineBase):
         """Run one batch; the result is on the host.
 
         ``images`` follows ``manifest.input``: a numpy array, or an array already on this GPU (PyTorch,
-        CuPy, PyCUDA, Numba: DLPack or CUDA array interface), which is used in place, without a CUDA
-        graph; see :func:`~hpddrnet_trt.engines.cuda.view_device_array` for what it waits for.
+        CuPy, PyCUDA, Numba: DLPack or CUDA array interface), which is used in place (copied, if it is
+        in another CUDA context), without a CUDA graph; see
+        :func:`~hpddrnet_trt.engines.cuda.view_device_array` for what it waits for.
         ``out``: uint8 ``[N, H, W]`` that takes the labels, which are then not allocated anew.
         ``stream``: the CUDA stream that makes ``images``, for arrays that do not say it themselves, see
         :func:`~hpddrnet_trt.engines.cuda.stream_handle`.

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import ContractError, one_line
 from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.engines.cuda import on_device
 
 PIXEL_KINDS = {1: "u", 2: "uf", 4: "f", 8: "f"}  # bytes per pixel: admitted kinds (unsigned, float)
 
@@ -38,18 +37,6 @@ class Frame(NamedTuple):
     pixels: npt.NDArray[np.uint8]
     window: tuple[float, float]
     remarks: tuple[str, ...] = ()
-
-
-def on_gpu(image: Any) -> bool:
-    """Whether ``image`` is an array on a CUDA GPU; :class:`ContractError` where it cannot even tell."""
-    if isinstance(image, np.ndarray):
-        return False
-    try:
-        return on_device(image)
-    except ContractError:
-        raise
-    except Exception as exc:  # another library's code, which raises what it likes
-        raise ContractError(f"the {type(image).__name__} does not say where its memory is ({exc!r})") from exc
 
 
 def to_frame(image: Any, channels: int, window: IntensityRange) -> Frame:

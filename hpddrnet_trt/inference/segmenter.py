@@ -22,7 +22,8 @@ from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.data.preprocess import MODES, Mode
 from hpddrnet_trt.engines import load_engine
 from hpddrnet_trt.engines.base import Engine, check_shape
-from hpddrnet_trt.inference.frames import Frame, Image, check_out, device_batch, on_gpu, to_frame
+from hpddrnet_trt.engines.cuda import on_device
+from hpddrnet_trt.inference.frames import Frame, Image, check_out, device_batch, to_frame
 from hpddrnet_trt.inference.result import Provenance, Segmentation
 from hpddrnet_trt.inference.runner import (
     Inference,
@@ -151,7 +152,7 @@ class Segmenter:
         Raises :class:`ContractError` for any other array, an empty one, or one with NaN.
         """
         micrograph = _micrograph(image)
-        if on_gpu(micrograph.pixels):
+        if on_device(micrograph.pixels):
             result = self._segment_on_device(micrograph, out, stream)
         elif stream is not None:
             raise UsageError("stream goes with an image on a GPU, and this one is in the host's memory; leave it out")
@@ -170,7 +171,7 @@ class Segmenter:
         waiting: dict[int, Frame] = {}
         micrographs = [_micrograph(image) for image in images]
         for index, micrograph in enumerate(micrographs):
-            if on_gpu(micrograph.pixels):
+            if on_device(micrograph.pixels):
                 results[index] = self._segment_on_device(micrograph, None, None)
             else:
                 waiting[index] = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range)

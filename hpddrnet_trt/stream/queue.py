@@ -10,7 +10,7 @@ import heapq
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -65,12 +65,6 @@ class _Closing:
     over: bool = False
 
 
-@dataclass(order=True)
-class _Held:
-    frame_id: int
-    result: StreamResult = field(compare=False)
-
-
 class FrameQueue:
     """The shared state of one stream.
 
@@ -93,7 +87,8 @@ class FrameQueue:
         self._accounts = Accounts()
         self._workers = [_WorkerState() for _ in range(workers)]
         self._waiting: deque[Job] = deque()
-        self._held: list[_Held] = []  # finished before an older frame, which is to be handed out first
+        # Finished before an older frame, which is to be handed out first; a heap by frame id.
+        self._held: list[tuple[int, StreamResult]] = []
         self._newest = 0  # frame id of the newest result that went out
         self._to_push: deque[StreamResult] = deque()
         self._to_pull: deque[StreamResult] = deque()
@@ -267,10 +262,10 @@ class FrameQueue:
             self._outbox().clear()
             self._make_available(result)
         else:
-            heapq.heappush(self._held, _Held(result.frame_id, result))
+            heapq.heappush(self._held, (result.frame_id, result))
             begun = [state.job.frame_id for state in self._workers if state.job is not None]
-            while self._held and all(self._held[0].frame_id < frame_id for frame_id in begun):
-                self._make_available(heapq.heappop(self._held).result)
+            while self._held and all(self._held[0][0] < frame_id for frame_id in begun):
+                self._make_available(heapq.heappop(self._held)[1])
 
     def _make_available(self, result: StreamResult) -> None:
         self._outbox().append(result)
@@ -442,7 +437,7 @@ class FrameQueue:
             self._closing.over = True
             self._drop_waiting("closed")
             if not self._pushed:  # what was ready can still be pulled, though an older frame hangs
-                self._to_pull.extend(held.result for held in sorted(self._held))
+                self._to_pull.extend(result for _, result in sorted(self._held))
                 self._held.clear()
             self._discard(self._to_push)
             self._wake_all()

@@ -105,11 +105,9 @@ class Stream:
         self._queue = FrameQueue(policy, capacity, workers, stall_after_s, pushed=on_result is not None,
                                  callbacks=callbacks, spacing_s=1 / max_rate if max_rate else 0.0)  # fmt: skip
         plan = Plan(open_segmenter, sizes, errors_before_restart, max_restarts, nice)
-        self._threads: list[threading.Thread] = [
-            Worker(self._queue, number, plan, f"hpddrnet-worker-{number}") for number in range(workers)
-        ]
+        self._threads: list[threading.Thread] = [Worker(self._queue, number, plan) for number in range(workers)]
         if callbacks:
-            self._threads.append(Delivery(self._queue, on_result, on_state, "hpddrnet-delivery"))
+            self._threads.append(Delivery(self._queue, on_result, on_state))
         # The threads know the queue, not the stream: one that is forgotten closes itself.
         weakref.finalize(self, self._queue.request_close, True, AT_EXIT_S).atexit = False
         self._at_exit = _CloseAtExit(self)

@@ -58,8 +58,8 @@ class _Fault:
 class Worker(threading.Thread):
     """``number`` is its place in the queue's list of workers."""
 
-    def __init__(self, queue: FrameQueue, number: int, plan: Plan, name: str) -> None:
-        super().__init__(name=name, daemon=True)
+    def __init__(self, queue: FrameQueue, number: int, plan: Plan) -> None:
+        super().__init__(name=f"hpddrnet-worker-{number}", daemon=True)
         self._queue, self._number, self._plan = queue, number, plan
         self._helped = False  # a frame succeeded since the segmenter was opened
         self._warnings = SparseLog(log)
@@ -171,9 +171,8 @@ class Delivery(threading.Thread):
         queue: FrameQueue,
         on_result: Callable[[StreamResult], object] | None,
         on_state: Callable[[State, str | None], object] | None,
-        name: str,
     ) -> None:
-        super().__init__(name=name, daemon=True)
+        super().__init__(name="hpddrnet-delivery", daemon=True)
         self._queue, self._on_result, self._on_state = queue, on_result, on_state
         self._warnings = SparseLog(log)
 
