@@ -19,7 +19,7 @@ import numpy as np
 
 from hpddrnet_trt import read_micrograph
 from hpddrnet_trt.core.errors import UserError, require
-from hpddrnet_trt.data.micrograph import to_grey8
+from hpddrnet_trt.data.intensity import to_grey8
 from hpddrnet_trt.engines.cuda import find_gpu
 from hpddrnet_trt.engines.tensorrt import TensorRTEngine
 
