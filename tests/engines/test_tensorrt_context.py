@@ -27,7 +27,7 @@ def _frames(count: int, size: int = 64) -> list[npt.NDArray[np.uint8]]:
 
 def _scratch(job: Bench) -> list[int]:
     """Sizes of the scratch memory that is allocated."""
-    return [size for _, size in job.cuda.memory.values() if size in job.library.SCRATCH]
+    return [size for _, size, _ in job.cuda.memory.values() if size in job.library.SCRATCH]
 
 
 # --- one frame
