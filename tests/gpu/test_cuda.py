@@ -5,6 +5,7 @@ The stand-in's turns hold it to what the real one must do as well. On a GPU: wri
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import subprocess
 import sys
@@ -62,6 +63,10 @@ class RealProgram:
         check(self.driver.cuMemcpyDtoH(found.ctypes.data, interface["data"][0], found.nbytes), "copying")
         return found
 
+    def fill(self, array: Any, value: int, stream: int) -> None:
+        pointer, nbytes = array.__cuda_array_interface__["data"][0], BYTES.nbytes
+        check(self.driver.cuMemsetD8Async(pointer, value, nbytes, stream), "filling")
+
     def stream(self) -> int:
         return int(check(self.driver.cuStreamCreate(1), "making a stream"))
 
@@ -91,11 +96,15 @@ def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for name, answer in answers.items():
         monkeypatch.setattr(cuda, name, lambda answer=answer: answer)
 
+    def fill(array: Any, value: int, stream: int) -> None:
+        pointer = array.__cuda_array_interface__["data"][0]
+        stand_in.queue(stream, lambda: ctypes.memset(pointer, value, BYTES.nbytes))
+
     def simulated() -> Any:
         context = stand_in.context()
         return SimpleNamespace(
             context=context, array=lambda values: stand_in.array(values, context=context), read=read,
-            stream=stand_in.stream,
+            stream=stand_in.stream, fill=fill,
         )  # fmt: skip
 
     yield simulated
@@ -193,13 +202,15 @@ def test_arrays_of_a_context_of_a_programs_own_are_copied_both_ways(program: Cal
 
 def test_streams_of_a_context_of_a_programs_own_keep_the_order(program: Callable[[], Any]) -> None:
     host = program()
-    other = host.stream()
+    other, theirs = host.stream(), host.array(np.zeros_like(BYTES))
+    host.fill(theirs, 7, other)
     with current_device(0):
         stream, source, target = Stream(), pinned(BYTES), pinned()
         stream.wait_for(other)
         stream.copy(target.pointer, source.pointer, BYTES.nbytes)
         stream.precede(other)
         assert np.array_equal(content(target), BYTES)  # the host has waited
+    assert (host.read(theirs) == 7).all()  # for them as well
 
 
 # --- with other libraries, on a GPU only
