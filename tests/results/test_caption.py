@@ -75,6 +75,10 @@ def test_many_classes_with_long_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert written[-1] == "and 18 more"
     assert len(written) == 14
     assert all(re.fullmatch(r"a class.*\.\.\.  \d\.\d %", text) for text in written[1:-1])
+    shares = {"grain": 1 - 2e-4, "pore": 1e-4, "clay": 0.0}
+    few = [AreaFraction(name, 0, share, None) for name, share in shares.items()]
+    with_caption(np.zeros((10, 500, 3), np.uint8), CLASSES, few)
+    assert written[14:] == ["grain  100.0 %", "pore  <0.1 %", "clay  0.0 %"]
 
 
 def test_letters_that_the_font_lacks() -> None:

@@ -77,8 +77,7 @@ def test_micrograph_with_labels(write: Any) -> None:
 
 def test_shapes_survive_the_pyramid_without_new_classes(write: Any) -> None:
     """Means would put a class between two others."""
-    labels = np.zeros((512, 512), np.uint8)
-    labels[::2] = 2
+    labels = np.random.default_rng(1).integers(0, 2, (512, 512), dtype=np.uint8) * np.uint8(2)
     root = zarr.open_group(str(write(labels)), mode="r")
     assert 1 not in np.unique(_levels(root)[1][1])
 

@@ -90,6 +90,8 @@ def test_regions_are_a_partition_of_the_classes_pixels(labels: np.ndarray) -> No
             columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
         )  # fmt: skip
         assert set(labels[rows, columns]) == {found.class_index[number - 1]}
+        inside = found.numbers[1:-1, 1:-1]
+        assert found.touches_border[number - 1] == ((inside == number).sum() < len(rows))
 
 
 def test_refusals() -> None:
