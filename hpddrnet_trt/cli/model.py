@@ -484,7 +484,8 @@ def inspect(
 ) -> None:
     """Print what a model file says about itself: contract, precision by layer, calibration, evidence."""
     from hpddrnet_trt.core.manifest import read_manifest
-    from hpddrnet_trt.engines.tensorrt import engine_record, write_layer_times
+    from hpddrnet_trt.engines.engine_file import engine_record
+    from hpddrnet_trt.engines.tensorrt import write_layer_times
     from hpddrnet_trt.export.describe import describe
 
     file = locate(model)

@@ -6,10 +6,8 @@ versions crash the process.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import sys
 import threading
 import warnings
 from collections import defaultdict, deque
@@ -24,25 +22,30 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, EngineDoesNotFit, UsageError, UserError
 from hpddrnet_trt.core.files import existing_file, write_text
-from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, read_manifest
+from hpddrnet_trt.core.manifest import EngineRecord, InputContract, read_manifest
 from hpddrnet_trt.engines.base import Bound, EngineBase, Prediction, check_input, expected_outputs, input_contract
 from hpddrnet_trt.engines.cuda import (
     DeviceArray,
-    Gpu,
     current_device,
     find_gpu,
     on_device,
     stream_handle,
     view_device_array,
 )
+from hpddrnet_trt.engines.engine_file import (
+    BUILD_AGAIN,
+    check_gpu,
+    check_lean,
+    check_version,
+    engine_record,
+    verified_content,
+)
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt_context import ExecutionContext, InferenceStream, Network
 from hpddrnet_trt.engines.tensorrt_library import (
     INPUT,
     LEAN,
-    PORTABLE,
     EngineContexts,
-    TensorRT,
     installed_library,
     layer_profiler,
     load_tensorrt,
@@ -50,11 +53,8 @@ from hpddrnet_trt.engines.tensorrt_library import (
 
 logger = logging.getLogger(__name__)
 
-# What a default TensorRT-RTX engine runs on: this compute capability and later (its documentation).
-PORTABLE_FROM = "8.0"
 WARM_UP = 5  # profiled runs that are not counted
 SHAPES_REMEMBERED = 1024
-BUILD_AGAIN = "build the engine again from its ONNX file, here (--rebuild does)"
 
 
 class TensorRTEngine(EngineBase):
@@ -430,82 +430,6 @@ def _check_out(out: npt.NDArray[np.uint8] | None, shape: tuple[int, ...]) -> Non
             f"out must be a writable uint8 array of shape {wanted}, got {type(out).__name__} "
             f"{getattr(out, 'dtype', '')} {getattr(out, 'shape', '')}"
         )
-
-
-def engine_record(path: Path, manifest: Manifest) -> EngineRecord:
-    """The engine's part of the description, or :class:`BadInputFile`."""
-    if manifest.engine is None or not manifest.engine.profiles:
-        raise BadInputFile(f"the description beside {path} is not that of an engine; build the engine again")
-    return manifest.engine
-
-
-def verified_content(path: Path, record: EngineRecord) -> bytes:
-    """The file's bytes if size and checksum are those of the description, else :class:`BadInputFile`."""
-    size = path.stat().st_size
-    if size < record.bytes:
-        raise BadInputFile(
-            f"{path} is truncated ({size} of {record.bytes} bytes); copy it again or build the engine again"
-        )
-    content = path.read_bytes() if size == record.bytes else b""
-    if len(content) != record.bytes or hashlib.sha256(content).hexdigest() != record.sha256:
-        raise BadInputFile(
-            f"{path} is not the engine that {path.name}.json describes (size or checksum differ); "
-            "copy both files again or build the engine again"
-        )
-    return content
-
-
-def check_version(path: Path, record: EngineRecord, api: TensorRT) -> None:
-    """Engines run on the exact library version that built them, version-compatible ones on later ones too."""
-    if api.version == record.version:
-        return
-    if record.version_compatible and _numbers(api.version) >= _numbers(record.version):
-        return
-    raise EngineDoesNotFit(
-        f"{path} was built with {record.runtime} {record.version}, installed is {api.version}: {BUILD_AGAIN}, or "
-        f"install {record.runtime}=={record.version}"
-    )
-
-
-def check_lean(path: Path, record: EngineRecord) -> None:
-    """Raise :class:`UsageError` for an engine that TensorRT's lean runtime does not run."""
-    if record.runtime != "tensorrt":
-        raise UsageError(f"{path} was built for {record.runtime}, which the lean runtime does not run; install that")
-    if not record.version_compatible:
-        raise UsageError(
-            f"{path} needs all of TensorRT, of which only the lean runtime is to run it; build it with "
-            "--version-compatible, or: pip install 'hpddrnet-trt[tensorrt]'"
-        )
-
-
-def check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
-    """Raise :class:`EngineDoesNotFit` when the engine was built for other GPUs than ``gpu``.
-
-    And :class:`BadInputFile` when it does not run on any as it is.
-    """
-    if record.platform == "windows" and sys.platform != "win32":
-        raise BadInputFile(f"{path} was built for Windows; run it there, or build the engine again for this machine")
-    if record.stripped:
-        raise BadInputFile(f"{path} was written without its weights; run: hpddrnet-trt refit {path} MODEL.onnx")
-    targets = record.compute_capabilities
-    here = f"{gpu.name} has compute capability {gpu.compute_capability}"
-    if PORTABLE in targets:
-        if _numbers(gpu.compute_capability) < _numbers(PORTABLE_FROM):
-            raise EngineDoesNotFit(
-                f"{path} runs on GPUs of compute capability {PORTABLE_FROM} and later, {here}; build it again with "
-                f"--compute-capability {gpu.compute_capability}"
-            )
-        return
-    if gpu.compute_capability not in targets:
-        raise EngineDoesNotFit(
-            f"{path} was built for GPUs of compute capability {', '.join(targets)}, {here}; {BUILD_AGAIN}"
-        )
-    if record.runtime == "tensorrt" and record.gpu not in (None, gpu.name):
-        logger.warning("%s was built on %s and may be slower on %s; build it here", path, record.gpu, gpu.name)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isascii() and part.isdigit())
 
 
 def write_layer_times(path: str | Path, target: str | Path, size: tuple[int, int], *, runs: int = 50) -> Path:

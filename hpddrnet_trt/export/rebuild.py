@@ -13,8 +13,8 @@ from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import EngineRecord, Manifest, read_manifest
 from hpddrnet_trt.core.precisions import PRECISIONS
 from hpddrnet_trt.engines.cuda import find_gpu
+from hpddrnet_trt.engines.engine_file import check_gpu, engine_record
 from hpddrnet_trt.engines.profiles import Profile
-from hpddrnet_trt.engines.tensorrt import check_gpu, engine_record
 from hpddrnet_trt.engines.tensorrt_library import PORTABLE
 from hpddrnet_trt.export.build_settings import OF_THE_BUILD, BuildSettings
 from hpddrnet_trt.export.tensorrt import build_engine

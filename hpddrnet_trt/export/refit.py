@@ -14,7 +14,7 @@ from typing import Any
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.manifest import EngineRecord, Manifest, read_manifest
 from hpddrnet_trt.engines.cuda import current_device, find_gpu
-from hpddrnet_trt.engines.tensorrt import check_gpu, check_version, engine_record, verified_content
+from hpddrnet_trt.engines.engine_file import check_gpu, check_version, engine_record, verified_content
 from hpddrnet_trt.engines.tensorrt_library import TensorRT, load_tensorrt
 from hpddrnet_trt.export.tensorrt import (
     check_build,

@@ -318,10 +318,10 @@ def load_segmenter(
     """
     try:
         loaded = load_engine(model_path, engine, **options)
-    except EngineDoesNotFit as exc:
+    except EngineDoesNotFit:
         if not rebuild:
             raise
-        logger.warning("%s: that is done now", exc)
+        logger.warning("%s does not fit this machine any more and is built again, which takes minutes", model_path)
         hpddrnet_trt.rebuild_engine(model_path)
         loaded = load_engine(model_path, engine, **options)
     try:

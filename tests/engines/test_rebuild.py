@@ -48,7 +48,7 @@ def outdated(bench: Callable[..., Bench], models: dict[str, Path]) -> Bench:
 
 def test_who_says_so_once_gets_an_engine_for_this_machine(outdated: Bench, caplog: pytest.LogCaptureFixture) -> None:
     path, before = outdated.path, read_manifest(outdated.path)
-    with pytest.raises(EngineDoesNotFit, match=r"built with tensorrt-rtx 1\.0\.0\.1, .*\(--rebuild does\)"):
+    with pytest.raises(EngineDoesNotFit, match=r"built with tensorrt-rtx 1\.0\.0\.1, .*\(--rebuild does that\)"):
         load_segmenter(path)
     assert read_manifest(path) == before
     with caplog.at_level(logging.WARNING), load_segmenter(path, rebuild=True) as segmenter:

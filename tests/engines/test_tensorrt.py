@@ -23,11 +23,10 @@ from hpddrnet_trt.engines.cuda import (
     find_gpu,
     gpu_or_none,
 )
+from hpddrnet_trt.engines.engine_file import check_gpu, check_version
 from hpddrnet_trt.engines.profiles import Profile
 from hpddrnet_trt.engines.tensorrt import (
     TensorRTEngine,
-    check_gpu,
-    check_version,
     write_layer_times,
 )
 from tests.engines.conftest import Bench, noise

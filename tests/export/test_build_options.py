@@ -12,7 +12,7 @@ import pytest
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.manifest import EngineRecord
 from hpddrnet_trt.engines.cuda import Gpu
-from hpddrnet_trt.engines.tensorrt import check_gpu
+from hpddrnet_trt.engines.engine_file import check_gpu
 from hpddrnet_trt.engines.tensorrt_library import TensorRT
 from hpddrnet_trt.export.build_settings import BuildSettings
 from hpddrnet_trt.export.tensorrt import build_engine
