@@ -35,12 +35,15 @@ help:
 
 environment: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt tests/engines/real_modules.txt
 	@$(or $(PYTHON),false) -c '$(SUITABLE)' || \
 	  { echo "Python 3.11 to 3.13 is needed; call: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
+	@# Real bindings that tests look at, each in a folder of its own (49 MB); without them those tests skip and say so.
+	while read -r folder wheels; do $(PIP) --no-deps --target $(VENV)/real-modules/$$folder $$wheels || \
+	  echo "$$wheels: not to be had here" >&2; done <tests/engines/real_modules.txt
 	@touch $@
 
 demo: $(READY)

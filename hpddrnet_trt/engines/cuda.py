@@ -19,12 +19,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, MissingDependency, NoGpu, UserError, one_line, require
+
+if TYPE_CHECKING:  # types made of the real modules by tests/engines/real_modules.py; Module is the module itself
+    from cuda.bindings import driver, runtime
+    from cuda.core.utils import StridedMemoryView
 
 # Stream handles 1 and 2 are CUDA's legacy and per-thread default streams (CUDA array interface, version 3).
 LEGACY_STREAM = 1
@@ -33,14 +37,16 @@ _DLPACK_CUDA = 2
 _DLPACK_CUDA_MANAGED = 13
 
 
-def cudart() -> Any:
+def cudart() -> runtime.Module:
     """The ``cuda.bindings.runtime`` module, or :class:`MissingDependency`."""
-    return require("cuda.bindings.runtime", "tensorrt", "use an NVIDIA GPU")
+    module: Any = require("cuda.bindings.runtime", "tensorrt", "use an NVIDIA GPU")
+    return module
 
 
-def cuda_driver() -> Any:
+def cuda_driver() -> driver.Module:
     """The ``cuda.bindings.driver`` module, or :class:`MissingDependency`."""
-    return require("cuda.bindings.driver", "tensorrt", "use an NVIDIA GPU")
+    module: Any = require("cuda.bindings.driver", "tensorrt", "use an NVIDIA GPU")
+    return module
 
 
 def check(result: tuple[Any, ...], doing: str) -> Any:
@@ -144,7 +150,7 @@ def current_device(index: int) -> current_context:
 
 
 @lru_cache(maxsize=64)  # retained once for each GPU, and never released: TensorRT keeps parts of itself in it
-def _primary_context(driver: Any, index: int) -> Any:
+def _primary_context(driver: driver.Module, index: int) -> Any:
     doing = f"selecting GPU {index}"
     check(driver.cuInit(0), doing)
     return check(driver.cuDevicePrimaryCtxRetain(check(driver.cuDeviceGet(index), doing)), doing)
@@ -411,7 +417,7 @@ def view_device_array(images: Any, stream: Stream, device: int, *, writable: boo
     return array
 
 
-def strided_memory_view() -> Any:
+def strided_memory_view() -> type[StridedMemoryView]:
     """The class ``cuda.core.utils.StridedMemoryView``, or :class:`MissingDependency`."""
     return require("cuda.core.utils", "tensorrt", "use arrays that are on a GPU").StridedMemoryView
 
@@ -464,7 +470,7 @@ def _interface(images: Any) -> Mapping[str, Any] | None:
     return interface if isinstance(interface, Mapping) else None
 
 
-def as_device_array(view: Any) -> DeviceArray:
+def as_device_array(view: StridedMemoryView) -> DeviceArray:
     """What a ``StridedMemoryView`` holds, which it keeps alive; :class:`ContractError` where it is not in C order."""
     shape, strides = tuple(view.shape), view.strides  # counted in elements
     expected = 1

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,9 @@ from hpddrnet_trt.engines.tensorrt_library import (
     layer_profiler,
     load_tensorrt,
 )
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +137,7 @@ class TensorRTEngine(EngineBase):
         contexts = EngineContexts(api, engine, path.with_name(f"{path.name}.kernels"))
         self._network = Network(self.manifest, api, engine, contexts, self._profiles, self._dtype, outputs)
 
-    def _output_types(self, path: Path, engine: Any) -> dict[str, np.dtype[Any]]:
+    def _output_types(self, path: Path, engine: trt.ICudaEngine) -> dict[str, np.dtype[Any]]:
         """Output names and types of the engine; they must be those that the description promises."""
         trt = self._api.module
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from hpddrnet_trt.engines.base import Prediction, checked_prediction
 from hpddrnet_trt.engines.cuda import CaptureError, CudaGraph, DeviceArray, DeviceBuffer, PinnedBuffer, Stream
 from hpddrnet_trt.engines.profiles import Profile, choose_profile
 from hpddrnet_trt.engines.tensorrt_library import INPUT, EngineContexts, TensorRT
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Network:
 
     manifest: Manifest
     api: TensorRT
-    engine: Any
+    engine: trt.ICudaEngine
     contexts: EngineContexts
     profiles: Sequence[Profile]
     dtype: np.dtype[Any]
@@ -83,7 +86,7 @@ class ExecutionContext:
                 f"({network.api.log.explain('no reason given')}); close other programs that use it, or build the "
                 "engine with smaller --shapes"
             )
-        self.context: Any = context
+        self.context: trt.IExecutionContext = context
         self._scratch: DeviceBuffer | None = None
         self.shape: tuple[int, ...] | None = None
         self.views: dict[str, DeviceArray] = {}
@@ -206,7 +209,7 @@ class ExecutionContext:
         """Free context and buffers; the stream must be idle."""
         if self.graph is not None:
             self.graph.close()
-        self.graph = self.context = self._scratch = None
+        self.graph, self.context, self._scratch = None, cast(Any, None), None
         buffers: list[DeviceBuffer | PinnedBuffer] = [*self._device.values(), *self._pinned.values()]
         for buffer in buffers:
             buffer.close()

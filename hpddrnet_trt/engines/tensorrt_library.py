@@ -27,11 +27,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hpddrnet_trt.core.errors import MissingDependency, UsageError, UserError, require
 from hpddrnet_trt.core.files import write_bytes
 from hpddrnet_trt.engines.cuda import gpu_or_none
+
+if TYPE_CHECKING:  # types made of the real libraries by tests/engines/real_modules.py; Module is the module itself
+    import tensorrt as trt
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class TensorRT:
     """An imported library: ``name`` of its engines, its message collector ``log``, whether it is the lean runtime."""
 
     name: RuntimeName
-    module: Any
+    module: trt.Module
     version: str
     log: Any
     lean: bool = False
@@ -69,7 +72,7 @@ class TensorRT:
     def is_rtx(self) -> bool:
         return self.name == "tensorrt-rtx"
 
-    def runtime(self, *, host_code: bool = False) -> Any:
+    def runtime(self, *, host_code: bool = False) -> trt.Runtime:
         """A new ``Runtime``. Only where a GPU is known to exist: older versions crash without one.
 
         ``host_code``: let it load version-compatible plans, which carry a runtime library of their own; no other
@@ -82,11 +85,11 @@ class TensorRT:
             runtime.engine_host_code_allowed = True
         return runtime
 
-    def create_context(self, engine: Any) -> Any:
+    def create_context(self, engine: trt.ICudaEngine) -> trt.IExecutionContext | None:
         """A new execution context of an engine that is only looked at, or None; see :class:`EngineContexts`."""
         return EngineContexts(self, engine).create()
 
-    def capture_refusal(self, context: Any, stream: int) -> str | None:
+    def capture_refusal(self, context: trt.IExecutionContext, stream: int) -> str | None:
         """Why the library says that a CUDA graph cannot be made of this context, None if it does not say so."""
         asked = getattr(context, "is_stream_capturable", None)
         if asked is None or asked(stream):
@@ -104,7 +107,7 @@ def load_tensorrt(library: str) -> TensorRT:
     Raises :class:`MissingDependency` naming the extra that brings it.
     """
     name, _, majors = _LIBRARIES[library]
-    module = require(name, library, f"{'run' if library == LEAN else 'build and run'} TensorRT engines")
+    module: Any = require(name, library, f"{'run' if library == LEAN else 'build and run'} TensorRT engines")
     version = str(module.__version__)
     if int(version.split(".")[0]) not in majors:
         raise MissingDependency(
@@ -132,7 +135,7 @@ class EngineContexts:
     ``IRuntimeCache.deserialize``). Create with the GPU's context current. Has run on a simulated library only.
     """
 
-    def __init__(self, api: TensorRT, engine: Any, kernels: Path | None = None) -> None:
+    def __init__(self, api: TensorRT, engine: trt.ICudaEngine, kernels: Path | None = None) -> None:
         self._api, self._engine, self._file = api, engine, kernels
         self._lock = threading.Lock()
         self._config: Any = api.module.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -152,7 +155,7 @@ class EngineContexts:
                 logger.info("%s is of another GPU, driver or version: kernels are compiled again", kernels)
             config.set_runtime_cache(self._kernels)
 
-    def create(self, *, specialized: bool = False) -> Any:
+    def create(self, *, specialized: bool = False) -> trt.IExecutionContext | None:
         """A new context, or None. ``specialized``: kernels for a new shape are compiled before it runs.
 
         Else substitutes run meanwhile, which suits shapes that come once; a CUDA graph would keep them.
@@ -160,7 +163,8 @@ class EngineContexts:
         with self._lock:  # streams may ask at the same time, for different ones
             if self._api.is_rtx:
                 strategies = self._api.module.DynamicShapesKernelSpecializationStrategy
-                self._config.dynamic_shapes_kernel_specialization_strategy = (
+                config: trt.IRuntimeConfig = self._config
+                config.dynamic_shapes_kernel_specialization_strategy = (
                     strategies.EAGER if specialized else strategies.LAZY
                 )
             return self._engine.create_execution_context(self._config)
@@ -200,24 +204,27 @@ _ACTIVATIONS = re.compile(r"^Total Activation Memory: (\d+) bytes")
 @cache
 def _collector(module_name: str) -> Any:
     """The one logger of a library: it keeps the first it is given for the life of the process."""
-    trt = require(module_name, "tensorrt", "build and run TensorRT engines")
+    if TYPE_CHECKING:
+        from tensorrt import ILogger
+    else:
+        ILogger = require(module_name, "tensorrt", "build and run TensorRT engines").ILogger
     levels = {
-        trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
-        trt.ILogger.Severity.ERROR: logging.ERROR,
-        trt.ILogger.Severity.WARNING: logging.INFO,  # mostly notes about scales, one per layer
-        trt.ILogger.Severity.INFO: logging.DEBUG,
+        ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
+        ILogger.Severity.ERROR: logging.ERROR,
+        ILogger.Severity.WARNING: logging.INFO,  # mostly notes about scales, one per layer
+        ILogger.Severity.INFO: logging.DEBUG,
     }
 
-    class Collector(trt.ILogger):  # type: ignore[name-defined]
+    class Collector(ILogger):
         """Keeps errors, because the calls they belong to only return None, and a figure that nothing else tells."""
 
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            ILogger.__init__(self)
             self._lock = threading.Lock()
             self._errors: list[str] = []
             self.activation_bytes: int | None = None  # of the last build since `clear`
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: ILogger.Severity, message: str) -> None:
             level = levels.get(severity)
             if level == logging.ERROR:
                 with self._lock:
@@ -252,15 +259,20 @@ def readable(message: str) -> str:
     return re.sub(r"\(\s*\(", "((", message).strip()
 
 
-def progress_monitor(trt: Any, bar: Any, cancelled: Callable[[], bool]) -> Any:
+def progress_monitor(module: trt.Module, bar: Any, cancelled: Callable[[], bool]) -> Any:
     """An ``IProgressMonitor`` that moves a tqdm ``bar`` and ends the build once ``cancelled()`` is true.
 
     Phases are nested; the bar counts the steps of the outermost and names the innermost.
     """
 
-    class Monitor(trt.IProgressMonitor):
+    if TYPE_CHECKING:
+        from tensorrt import IProgressMonitor
+    else:
+        IProgressMonitor = module.IProgressMonitor
+
+    class Monitor(IProgressMonitor):
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
+            IProgressMonitor.__init__(self)
             self._lock = threading.Lock()  # the library calls from several threads
             self._phases: list[str] = []
 
@@ -289,12 +301,17 @@ def progress_monitor(trt: Any, bar: Any, cancelled: Callable[[], bool]) -> Any:
     return Monitor()
 
 
-def layer_profiler(trt: Any) -> Any:
+def layer_profiler(module: trt.Module) -> Any:
     """An ``IProfiler`` that collects (layer, milliseconds) in its list ``layers``."""
 
-    class Profiler(trt.IProfiler):
+    if TYPE_CHECKING:
+        from tensorrt import IProfiler
+    else:
+        IProfiler = module.IProfiler
+
+    class Profiler(IProfiler):
         def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
+            IProfiler.__init__(self)
             self.layers: list[tuple[str, float]] = []
 
         def report_layer_time(self, layer_name: str, ms: float) -> None:
@@ -336,13 +353,12 @@ def run_cancellable(work: Callable[[], Any], cancel: threading.Event) -> Any:
     return outcome[0]
 
 
-def compute_capability(trt: TensorRT, written: str) -> Any:
+def compute_capability(api: TensorRT, written: str) -> Any:
     """``"8.9"`` -> ``ComputeCapability.SM89``; raises :class:`UsageError` listing what the library knows."""
-    known = {
-        f"{name[2:-1]}.{name[-1]}": value
-        for name, value in trt.module.ComputeCapability.__members__.items()
-        if name.startswith("SM")
-    }
+    known: dict[str, Any] = {}
+    if api.is_rtx:
+        members = api.module.ComputeCapability.__members__
+        known = {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}
     if written not in known:
-        raise UsageError(f"compute capability {written!r} is not one that {trt.label} builds for: {', '.join(known)}")
+        raise UsageError(f"compute capability {written!r} is not one that {api.label} builds for: {', '.join(known)}")
     return known[written]

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_bytes
 from hpddrnet_trt.engines.cuda import gpu_or_none
 from hpddrnet_trt.engines.tensorrt_library import TensorRT, compute_capability
 from hpddrnet_trt.export.statistics_cache import Cache, cache_folder
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +141,7 @@ class BuildSettings:
                 "auxiliary streams do not change the file", api.label,
             )  # fmt: skip
 
-    def apply(self, api: TensorRT, config: Any) -> None:
+    def apply(self, api: TensorRT, config: trt.IBuilderConfig) -> None:
         """Tell the builder's configuration; raises :class:`UserError` for a GPU that the library refuses."""
         trt = api.module
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can show later
@@ -169,16 +172,16 @@ class BuildSettings:
         self._target_gpus(api, config)
         self._load_timings(api, config)
 
-    def _target_gpus(self, api: TensorRT, config: Any) -> None:
+    def _target_gpus(self, api: TensorRT, config: trt.IBuilderConfig) -> None:
         targets = list(dict.fromkeys(self.compute_capabilities or ()))
-        if not targets:
+        if not (targets and api.is_rtx):
             return
         config.num_compute_capabilities = len(targets)
         for index, written in enumerate(targets):
             if not config.set_compute_capability(compute_capability(api, written), index):
                 raise UserError(f"{api.label} refuses the compute capability {written}")
 
-    def _load_timings(self, api: TensorRT, config: Any) -> None:
+    def _load_timings(self, api: TensorRT, config: trt.IBuilderConfig) -> None:
         path = self._timings(api)
         if path is None:
             return
@@ -187,7 +190,7 @@ class BuildSettings:
             logger.warning("the timing cache %s is of another GPU or version: starting a new one", path)
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
-    def keep_timings(self, api: TensorRT, config: Any) -> None:
+    def keep_timings(self, api: TensorRT, config: trt.IBuilderConfig) -> None:
         """Write the kernel timings of a build that has ended."""
         path = self._timings(api)
         if path is None:

@@ -13,17 +13,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.precisions import BY_TENSORRT_TYPE, PRECISIONS, is_calibrated, product_precision
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 PARSED_NETWORK = "parsed network"
 MOST_ELEMENTS = 2**31 - 1  # of a tensor
 ENGINE_INSPECTOR = "engine inspector"
 
 
-def report_from_network(trt: Any, network: Any, shape: Sequence[int]) -> dict[str, Any]:
+def report_from_network(trt: trt.Module, network: trt.INetworkDefinition, shape: Sequence[int]) -> dict[str, Any]:
     """Per-layer types of a parsed, strongly typed network, and shares per precision.
 
     ``trt`` is the module, ``shape`` the input shape ``[N, C, H, W]`` at which the multiply-accumulates
@@ -71,7 +74,7 @@ def _graph(trt: Any, layers: Sequence[Any], image: str, rows: Iterable[dict[str,
 
 
 @contextmanager
-def _at_shape(network: Any, shape: Sequence[int]) -> Iterator[None]:
+def _at_shape(network: trt.INetworkDefinition, shape: Sequence[int]) -> Iterator[None]:
     """The network with its image of this shape; the library infers all shapes anew."""
     image = network.get_input(0)
     declared = tuple(image.shape)
@@ -82,7 +85,7 @@ def _at_shape(network: Any, shape: Sequence[int]) -> Iterator[None]:
         image.shape = declared
 
 
-def check_sizes(trt: Any, network: Any, shape: Sequence[int]) -> None:
+def check_sizes(trt: trt.Module, network: trt.INetworkDefinition, shape: Sequence[int]) -> None:
     """Raise :class:`UsageError` for an image shape at which a tensor has more elements than TensorRT's kernels address.
 
     That is 2^31 - 1 ("Volume Limits" of its operators' documentation). BF16 scores of position attention are let pass:
@@ -101,25 +104,26 @@ def check_sizes(trt: Any, network: Any, shape: Sequence[int]) -> None:
                     )
 
 
-def _is_product(trt: Any, layer: Any) -> bool:
+def _is_product(trt: trt.Module, layer: trt.ILayer) -> bool:
     kinds = trt.LayerType
     return layer.type in (kinds.CONVOLUTION, kinds.DECONVOLUTION, kinds.MATRIX_MULTIPLY)
 
 
-def _row(trt: Any, layer: Any, producers: dict[str, Any]) -> dict[str, Any]:
+def _row(trt: trt.Module, layer: trt.ILayer, producers: dict[str, trt.ILayer]) -> dict[str, Any]:
     operands = [_operand_type(trt, layer.get_input(slot), producers) for slot in range(min(layer.num_inputs, 2))]
     kind = layer.type
+    product: Any = layer
     if kind == trt.LayerType.MATRIX_MULTIPLY:
         layer.__class__ = trt.IMatrixMultiplyLayer  # the binding hands out the base class
-        macs = _matrix_multiply_macs(trt, layer)
+        macs = _matrix_multiply_macs(trt, product)
     elif kind == trt.LayerType.CONVOLUTION:
         layer.__class__ = trt.IConvolutionLayer
-        operands += [_weights_type(layer)] if len(operands) == 1 else []
-        macs = _convolution_macs(layer, per_output=True)
+        operands += [_weights_type(product)] if len(operands) == 1 else []
+        macs = _convolution_macs(product, per_output=True)
     else:
         layer.__class__ = trt.IDeconvolutionLayer
-        operands += [_weights_type(layer)] if len(operands) == 1 else []
-        macs = _convolution_macs(layer, per_output=False)
+        operands += [_weights_type(product)] if len(operands) == 1 else []
+        macs = _convolution_macs(product, per_output=False)
     return {
         "name": layer.name,
         "type": kind.name,
@@ -130,7 +134,7 @@ def _row(trt: Any, layer: Any, producers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _operand_type(trt: Any, tensor: Any, producers: dict[str, Any]) -> str:
+def _operand_type(trt: trt.Module, tensor: trt.ITensor, producers: dict[str, trt.ILayer]) -> str:
     """Type name of the values behind an operand: a dequantised tensor counts as what it was before."""
     producer = producers.get(tensor.name)
     if producer is not None and producer.type == trt.LayerType.DEQUANTIZE:
@@ -138,13 +142,14 @@ def _operand_type(trt: Any, tensor: Any, producers: dict[str, Any]) -> str:
     return str(tensor.dtype.name)
 
 
-def _weights_type(layer: Any) -> str:
+def _weights_type(layer: trt.IConvolutionLayer | trt.IDeconvolutionLayer) -> str:
     # A numpy array's type, or the library's own (``DataType.BF16``) where numpy has none.
-    name = str(layer.kernel.dtype).rpartition(".")[2]
+    kernel: Any = layer.kernel
+    name = str(kernel.dtype).rpartition(".")[2]
     return {"float32": "FLOAT", "float16": "HALF"}.get(name, name.upper())
 
 
-def _convolution_macs(layer: Any, *, per_output: bool) -> int:
+def _convolution_macs(layer: trt.IConvolutionLayer | trt.IDeconvolutionLayer, *, per_output: bool) -> int:
     source, result = tuple(layer.get_input(0).shape), tuple(layer.get_output(0).shape)
     window = math.prod(layer.kernel_size_nd)
     if per_output:  # each output value sums kernel x (input channels of its group) products
@@ -152,7 +157,7 @@ def _convolution_macs(layer: Any, *, per_output: bool) -> int:
     return math.prod(source) * window * result[1] // layer.num_groups
 
 
-def _matrix_multiply_macs(trt: Any, layer: Any) -> int:
+def _matrix_multiply_macs(trt: trt.Module, layer: trt.IMatrixMultiplyLayer) -> int:
     left = tuple(layer.get_input(0).shape)
     inner = left[-2] if layer.op0 == trt.MatrixOperation.TRANSPOSE else left[-1]
     return math.prod(layer.get_output(0).shape) * inner

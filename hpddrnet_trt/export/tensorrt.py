@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tqdm import tqdm
 
@@ -52,6 +52,9 @@ from hpddrnet_trt.graph.attention import in_type, uses_bf16
 from hpddrnet_trt.graph.check import check_onnx
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import fold_constants
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +296,7 @@ class _Job:
         logger.info("%s: %s in %.1f s; %s", target, megabytes(plan.nbytes), seconds, summary(report))
         return manifest
 
-    def _parse(self, builder: Any) -> Any:
+    def _parse(self, builder: trt.Builder) -> trt.INetworkDefinition:
         trt = self.api.module
         # TensorRT 10 needs to be told to type strongly; later libraries always do and ignore the flag.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -306,7 +309,7 @@ class _Job:
             raise BadInputFile(f"{self.source} has the inputs {names} instead of [{INPUT!r}]; export the model again")
         return network
 
-    def _configure(self, builder: Any) -> Any:
+    def _configure(self, builder: trt.Builder) -> trt.IBuilderConfig:
         config = builder.create_builder_config()
         self.settings.apply(self.api, config)
         for profile in self.profiles:
@@ -317,11 +320,13 @@ class _Job:
                 raise UserError(f"{self.api.label} refuses the profile {profile}: {reason}")
         return config
 
-    def _run(self, builder: Any, network: Any, config: Any) -> Any:
+    def _run(
+        self, builder: trt.Builder, network: trt.INetworkDefinition, config: trt.IBuilderConfig
+    ) -> trt.IHostMemory:
         """Build with a progress bar; Ctrl-C ends the build at its next step."""
         cancel = threading.Event()
 
-        def work() -> Any:
+        def work() -> trt.IHostMemory | None:
             with self.on_gpu:  # of this thread
                 return builder.build_serialized_network(network, config)
 
@@ -459,13 +464,13 @@ def write_engine(target: Path, plan: memoryview, manifest: Manifest) -> None:
         description.write_text(manifest.to_json(), encoding="utf-8")
 
 
-def parser_reason(api: TensorRT, parser: Any) -> str:
+def parser_reason(api: TensorRT, parser: trt.OnnxParser | trt.OnnxParserRefitter) -> str:
     """Why an ONNX parser, or a refitter's, has given up."""
     errors = [parser.get_error(index) for index in range(min(parser.num_errors, 3))]
     return "; ".join(_parser_message(error) for error in errors) or api.log.explain("no reason given")
 
 
-def _parser_message(error: Any) -> str:
+def _parser_message(error: trt.ParserError) -> str:
     says = readable(error.desc()).rstrip(".")[:400]
     where = f" in {error.node_operator()} {error.node_name()[:100]}" if error.node_operator() else ""
     return f"{says}{where}"
