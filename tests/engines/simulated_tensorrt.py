@@ -150,8 +150,15 @@ class ContextHandle:
 
     def __init__(self, context: SimulatedContext) -> None:
         vars(self)["_context"] = context
-        pointer = context.cuda._allocated(SimulatedTensorRT.CONTEXT)
-        weakref.finalize(self, context.cuda.memory.pop, pointer)
+        cuda = context.cuda
+        with cuda.lock:
+            pointer = cuda._allocated(SimulatedTensorRT.CONTEXT)
+
+        def free() -> None:
+            with cuda.lock:
+                del cuda.memory[pointer]
+
+        weakref.finalize(self, free)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -179,7 +186,8 @@ class SimulatedContext:
             self.is_stream_capturable = library.is_capturable
 
     def set_device_memory(self, pointer: int, nbytes: int) -> None:
-        self.cuda.require(pointer, nbytes)
+        with self.cuda.lock:
+            self.cuda.require(pointer, nbytes)
         self.scratch = (pointer, nbytes)
         self.state += 1
 
