@@ -78,9 +78,10 @@ def check_gpu(path: Path, record: EngineRecord, gpu: Gpu) -> None:
     here = f"{gpu.name} has compute capability {gpu.compute_capability}"
     if PORTABLE in targets:
         if _numbers(gpu.compute_capability) < _numbers(PORTABLE_FROM):
+            with_option = f"build it again with --compute-capability {gpu.compute_capability}"
             raise EngineDoesNotFit(
-                f"{path} runs on GPUs of compute capability {PORTABLE_FROM} and later, {here}; build it again with "
-                f"--compute-capability {gpu.compute_capability}"
+                f"{path} runs on GPUs of compute capability {PORTABLE_FROM} and later, {here}; "
+                f"{with_option if record.runtime == 'tensorrt-rtx' else BUILD_AGAIN}"
             )
         return
     if gpu.compute_capability not in targets:

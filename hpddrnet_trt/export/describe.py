@@ -9,6 +9,7 @@ from typing import Any
 
 from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, OutputContract, ValidationRecord
 from hpddrnet_trt.core.text import megabytes
+from hpddrnet_trt.engines.profiles import default_profiles, is_static
 from hpddrnet_trt.engines.tensorrt_library import INPUT
 from hpddrnet_trt.export.layer_precision import summary
 from hpddrnet_trt.graph.lint import report_lines
@@ -69,9 +70,11 @@ def _sections(manifest: Manifest, path: str | Path, *, layers: bool) -> Iterator
         ]
     if manifest.engine is not None:
         yield "profiles", [_profile(entry) for entry in manifest.engine.profiles]
-        yield "as trtexec", trtexec(manifest.engine, path)
+        yield "as trtexec", _timing_commands(manifest.engine, path)
         if (activations := manifest.engine.activation_bytes) is not None:
             yield "memory", [f"{activations / 2**20:,.0f} MiB for activations, by the builder's log"]
+    elif manifest.input is not None and manifest.quantized_for != "onnxruntime":
+        yield "as trtexec", [_build_command(manifest.input, path)]
     for index, entry in enumerate(manifest.validation):
         yield "" if index else "validation", _validation(entry)
     if manifest.remarks:
@@ -122,7 +125,17 @@ def _layer_precision(record: EngineRecord, *, layers: bool) -> list[str]:
     return rows
 
 
-def trtexec(record: EngineRecord, path: str | Path) -> list[str]:
+def _build_command(contract: InputContract, path: str | Path) -> str:
+    """The command of NVIDIA's own tool that builds an engine of an ONNX file as ``build`` does by default."""
+    (profile,) = default_profiles(contract)
+    boxes = {"min": profile.minimum, "opt": profile.optimum, "max": profile.maximum}
+    shapes = [f"--{name}Shapes={INPUT}:{'x'.join(map(str, box))}" for name, box in boxes.items()]
+    options = ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed", *([] if is_static(contract) else shapes)]
+    files = [f"--onnx={shlex.quote(str(path))}", f"--saveEngine={shlex.quote(str(Path(path).with_suffix('.engine')))}"]
+    return " ".join(["trtexec", *files, *options])
+
+
+def _timing_commands(record: EngineRecord, path: str | Path) -> list[str]:
     """Commands of NVIDIA's own tool that time the engine as it is, one for each profile at the shape it is tuned for.
 
     Options are those of trtexec 10.5 and of ``tensorrt_rtx`` (its name in TensorRT-RTX); neither was run here.

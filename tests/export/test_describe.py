@@ -10,6 +10,7 @@ from hpddrnet_trt.core.manifest import (
     CalibrationRecord,
     DataRecord,
     EngineRecord,
+    InputContract,
     Manifest,
     MixedPrecisionRecord,
     ValidationRecord,
@@ -38,7 +39,8 @@ def quantized(tmp_path: Path) -> Manifest:
         data=DataRecord(name="steel", license="MIT", train_images=10),
         calibration=CalibrationRecord(method="mse", images=7, images_sha256="0", source="here", tool="ours"),
         mixed=MixedPrecisionRecord(
-            budget="a tenth", floating=["conv_seg/Conv"], layers=58, searched_on="steel/val", points=[], cost_source="x"
+            budget="a tenth", floating=["conv_seg/Conv"], layers=58, searched_on="steel/val", candidates=[],
+            cost_source="x",
         ),
         qdq_report=placement.record(),
         validation=[EVIDENCE],
@@ -54,6 +56,8 @@ def test_an_onnx_file(quantized: Manifest) -> None:
         "uint8 [1..any, 1, 8..any, 8..any], grey levels",
         "uint8 labels [batch, height, width]",
         "convolutions as quantised: 2 int8",
+        "trtexec --onnx=m.onnx --saveEngine=m.engine --stronglyTyped --noTF32 --profilingVerbosity=detailed "
+        "--minShapes=image:1x1x8x8 --optShapes=image:1x1x1024x1024 --maxShapes=image:1x1x2048x2048",
         "mse, 7 images (here), ours",
         "1 of 58 layers in FP16 for: a tenth (on steel/val)",
         "conv_seg/Conv",
@@ -64,6 +68,7 @@ def test_an_onnx_file(quantized: Manifest) -> None:
 
 
 def test_an_engine_with_its_layers(quantized: Manifest) -> None:
+    fixed = {"minimum": 8, "maximum": 8}
     layer = {"name": "stem", "precision": "int8", "macs": 2_000_000}
     proof = {
         "source": "engine inspector",
@@ -93,6 +98,9 @@ def test_an_engine_with_its_layers(quantized: Manifest) -> None:
         "trtexec --loadEngine=m.engine --shapes=image:4x1x16x16 --useProfile=1 --versionCompatible",
     ):
         assert words in text, words
+    static = quantized.replace(input=InputContract.model_validate(dict.fromkeys(("batch", "height", "width"), fixed)))
+    assert describe(static, "m.onnx").count("Shapes=") == 0
+    assert "trtexec" not in describe(quantized.replace(quantized_for="onnxruntime"), "m.onnx")
     assert "MMAC" not in describe(manifest, "m.engine")
     rtx = manifest.replace(engine=record.model_copy(update={"runtime": "tensorrt-rtx", "version_compatible": False}))
     assert "tensorrt_rtx --loadEngine='my engine' --shapes=image:1x1x16x16 --useCudaGraph" in describe(rtx, "my engine")
