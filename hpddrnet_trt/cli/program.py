@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import io
 import logging
 import os
 import sys
@@ -182,4 +183,6 @@ def _fail(message: str, code: int) -> int:
 
 def main() -> NoReturn:
     """Entry point of the installed program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     run(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import os
@@ -107,8 +108,22 @@ def write_bytes(target: str | Path, content: bytes) -> Path:
 
 
 def write_text(target: str | Path, content: str) -> Path:
-    """Write UTF-8 ``content`` to ``target`` atomically and return the path."""
-    return write_bytes(target, content.encode("utf-8"))
+    """Write UTF-8 ``content`` to ``target`` atomically and return the path; names of files may hold any bytes."""
+    return write_bytes(target, printable(content).encode("utf-8"))
+
+
+def printable(text: object) -> str:
+    """``text`` with the bytes of a file's name that are no UTF-8 as ``\\xNN``: files and terminals take it."""
+    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+
+
+def decoded_text(content: bytes) -> str:
+    """Text of a file in UTF-8 or, marked by its first bytes, UTF-16 (editors and shells of Windows).
+
+    Raises UnicodeDecodeError, which is a ValueError.
+    """
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig")
 
 
 def existing_file(path: str | Path, what: str) -> Path:

@@ -27,16 +27,17 @@ from hpddrnet_trt.data.datasets import (
     SplitFiles,
     detect_layout,
     infer_classes,
-    nothing_to_learn,
+    passed_over,
     read_pair,
     scan_split,
     summarise,
+    training_problems,
     unknown_values,
     without_bar,
 )
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, description_of
 from hpddrnet_trt.data.intensity import bit_depth, to_grey8
-from hpddrnet_trt.data.labels import overlay, read_mask
+from hpddrnet_trt.data.labels import MaskColors, overlay, read_mask
 from hpddrnet_trt.data.micrograph import read_micrograph
 
 _LISTED = 5  # file names that the text shows of a longer list; the JSON has all
@@ -151,6 +152,7 @@ class _Scan:
         self.labels: dict[str, dict[Sample, npt.NDArray[np.int64]]] = defaultdict(dict)
         self.same_pixels: dict[str, list[tuple[str, str]]] = defaultdict(list)  # hash -> (split, file)
         self.groups: dict[str, set[str]] = defaultdict(set)
+        self.colors = MaskColors()
 
     def add(self, split: str, sample: Sample) -> None:
         """Read one sample and note everything about it."""
@@ -159,7 +161,7 @@ class _Scan:
             self.groups[sample.group].add(split)
         try:
             micrograph = read_micrograph(sample.image)
-            mask = without_bar(read_mask(sample.mask), micrograph)
+            mask = without_bar(read_mask(sample.mask, colors=self.colors), micrograph)
         except BadInputFile as exc:
             report.unreadable.append(str(exc))
             return
@@ -201,7 +203,9 @@ class _Scan:
             problems += _split_problems(name, split_report)
             warnings += _split_warnings(name, split_report, classes)
         problems += [f"the same picture is in different splits (a leak): {_join(group)}" for group in leaks]
-        problems += _training_problems(splits.get("train"), classes)
+        read = {name: entry for name, entry in splits.items() if entry.images}
+        labels = {name: (entry.class_fractions, entry.ignored_fraction) for name, entry in read.items()}
+        problems += training_problems(classes, labels)
         warnings += [f"the same picture occurs twice: {_join(group)}" for group in duplicates]
         warnings += [
             f"images of group {group!r} (one specimen or article) occur in {', '.join(where)}: "
@@ -211,7 +215,10 @@ class _Scan:
         kinds = sorted({kind for split_report in splits.values() for kind in split_report.pixel_types})
         if len(kinds) > 1:
             warnings.append(f"pictures of different depth are mixed ({', '.join(kinds)}); see the remarks of each")
-        warnings += [f"there is no {name} split" for name in ("val", "test") if name not in splits]
+        if "test" not in splits:
+            warnings.append("there is no test split")
+        if folders := passed_over(self.root, layout):
+            warnings.append(f"{', '.join(folders)} passed over: splits are called {', '.join(SPLITS)}")
         if self.description.license is None:
             warnings.append(f"no license is stated; write one into {FILE_NAME}")
         return DatasetReport(
@@ -299,15 +306,6 @@ def _split_warnings(name: str, report: SplitReport, classes: list[ClassInfo]) ->
     absent = [entry.name for entry, count in zip(classes, report.class_images, strict=True) if not count]
     if absent and report.images:
         yield f"{name}: no pixel of {', '.join(absent)}"
-
-
-def _training_problems(train: SplitReport | None, classes: list[ClassInfo]) -> Iterator[str]:
-    if train is None or not train.images:
-        yield "there is no train split"
-        return
-    lack = nothing_to_learn(classes, train.class_fractions)
-    if lack is not None:
-        yield f"train: {lack}"
 
 
 def _split_lines(name: str, report: SplitReport, classes: list[ClassInfo]) -> Iterator[str]:

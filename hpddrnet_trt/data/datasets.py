@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, description_of
 from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
-from hpddrnet_trt.data.labels import read_mask
+from hpddrnet_trt.data.labels import MaskColors, read_mask
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
 
 log = logging.getLogger(__name__)
@@ -91,9 +92,21 @@ def scan_split(root: Path, layout: Layout, split: str, description: DatasetDescr
     )
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files, of linked folders too, each real folder once."""
+    entered: set[str] = set()
+    for place, names, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            names.clear()  # a link back, or two links to one folder
+            continue
+        entered.add(real)
+        yield from (Path(place, name) for name in files)
+
+
 def _keyed(folder: Path, mark: str) -> dict[str, Path]:
     keyed: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+    for path in sorted(_files_below(folder)):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         if hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.stem.endswith(mark) or not path.is_file():
@@ -139,6 +152,7 @@ class FolderDataset:
     pixel_size_m: float | None = None
     remarks: tuple[str, ...] = ()
     intensity_range: IntensityRange = None
+    colors: MaskColors = field(default_factory=MaskColors, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -222,7 +236,7 @@ class FolderDataset:
         A mask drawn over the whole file loses the rows of the information bar as the picture does.
         Raises :class:`BadInputFile` for sizes that differ or values outside the classes.
         """
-        grey, mask = read_pair(sample, self.intensity_range)
+        grey, mask = read_pair(sample, self.intensity_range, self.colors)
         unknown = unknown_values(np.bincount(mask.ravel(), minlength=256), len(self.classes))
         if unknown:
             raise BadInputFile(
@@ -254,15 +268,6 @@ class FolderDataset:
             labels += np.bincount(mask.ravel(), minlength=256)
         return summarise(len(samples), grey_levels, labels, len(self.classes))
 
-    def training_statistics(self, split: str = "train") -> SplitStatistics:
-        """:meth:`statistics`, with a :class:`BadInputFile` when there is nothing to learn:
-        fewer than two classes occur, or no pixel is labelled."""
-        statistics = self.statistics(split)
-        lack = nothing_to_learn(self.classes, statistics.class_fractions)
-        if lack is not None:
-            raise BadInputFile(f"the split {split!r} of dataset {self.root} holds {lack}")
-        return statistics
-
 
 def without_bar(mask: npt.NDArray[np.uint8], micrograph: Micrograph) -> npt.NDArray[np.uint8]:
     """A mask drawn over the whole file loses the rows of the information bar, as its picture did."""
@@ -271,12 +276,12 @@ def without_bar(mask: npt.NDArray[np.uint8], micrograph: Micrograph) -> npt.NDAr
 
 
 def read_pair(
-    sample: Sample, intensity_range: IntensityRange = None
+    sample: Sample, intensity_range: IntensityRange = None, colors: MaskColors | None = None
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Read picture (as 8-bit grey) and mask of one sample and see that their sizes agree."""
+    """Read picture (as 8-bit grey) and mask of one sample and see that their sizes, and the ``colors``, agree."""
     micrograph = read_micrograph(sample.image)
     grey = to_grey8(micrograph.pixels, intensity_range).pixels
-    mask = without_bar(read_mask(sample.mask), micrograph)
+    mask = without_bar(read_mask(sample.mask, colors=colors), micrograph)
     if grey.shape != mask.shape:
         raise BadInputFile(
             f"{sample.image} is {grey.shape[1]} x {grey.shape[0]} pixels but its mask {sample.mask} is "
@@ -285,11 +290,40 @@ def read_pair(
     return grey, mask
 
 
-def nothing_to_learn(classes: Sequence[ClassInfo], fractions: Sequence[float]) -> str | None:
-    """What a split holds of which less than two classes occur, for an error; None when there are two."""
-    present = [entry.name for entry, share in zip(classes, fractions, strict=True) if share > 0]
-    content = f"only the class {present[0]!r}" if present else "no labelled pixel"
-    return None if len(present) > 1 else f"{content}; training needs masks with at least two classes"
+def training_problems(
+    classes: Sequence[ClassInfo],
+    labels: Mapping[str, tuple[Sequence[float], float]],
+    train: str = "train",
+    val: str = "val",
+) -> list[str]:
+    """Why nothing can be trained on a dataset, for its check and for training alike; empty when it can.
+
+    ``labels``: of each split with images, the classes' fractions of its labelled pixels and the fraction of pixels that
+    are ignored.
+    """
+    problems = []
+    for split in (train, val):
+        if split not in labels:
+            problems.append(f"there is no {split} split (there are: {', '.join(labels) or 'none'})")
+            continue
+        fractions, ignored = labels[split]
+        present = [entry.name for entry, share in zip(classes, fractions, strict=True) if share > 0]
+        hint = f" ({ignored:.0%} are {IGNORE_INDEX}, ignore: if that means a class here, rewrite it as 1)"
+        hint = hint if ignored else ""
+        if not present:
+            problems.append(f"{split}: no pixel is labelled{hint}")
+        elif split == train and len(present) == 1:
+            problems.append(
+                f"{split}: only the class {present[0]!r} occurs; training needs masks with at least two classes{hint}"
+            )
+    return problems
+
+
+def passed_over(root: Path, layout: Layout) -> list[str]:
+    """Folders beside the splits that no split is made of, such as ``images/valid``."""
+    above, name = ("images", "*") if layout == "folders" else (".", "*/imgs")
+    folders = (path if layout == "folders" else path.parent for path in sorted((root / above).glob(name)))
+    return [path.relative_to(root).as_posix() for path in folders if path.is_dir() and path.name not in SPLITS]
 
 
 def unknown_values(label_counts: npt.NDArray[np.integer], num_classes: int) -> list[int]:

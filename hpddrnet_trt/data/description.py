@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpddrnet_trt.core.errors import BadInputFile, first_problem
-from hpddrnet_trt.core.files import read_file, write_text
+from hpddrnet_trt.core.files import decoded_text, read_file, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 
 FILE_NAME = "dataset.json"
@@ -98,7 +98,9 @@ def read_description(path: str | Path) -> DatasetDescription:
     """Read a ``dataset.json``; :class:`BadInputFile` says what is wrong with it."""
     content = read_file(path, "dataset description")
     try:
-        return DatasetDescription.model_validate_json(content)
+        return DatasetDescription.model_validate_json(decoded_text(content))
+    except UnicodeDecodeError as exc:
+        raise BadInputFile(f"{path} is not text in UTF-8 or UTF-16; save it as UTF-8") from exc
     except ValidationError as exc:
         problem = first_problem(exc, "content")
         raise BadInputFile(f"{path} is not a valid dataset description ({problem}); correct it") from exc

@@ -188,7 +188,8 @@ def _full_scale_of_counts(counts: npt.NDArray[np.uint16], bits: int | None, kind
         depth = max(depth, shifted)  # so many bits, shifted up to fill the deeper ones
     if largest > 255 and not np.any(counts % 257):
         return _Scale(65535.0, copy=True)  # 8 bits, repeated in both bytes
-    certain = depth in (bits, DEPTHS[-1]) or (depth > DEPTHS[0] and largest >= 1 << (depth - 1))
+    # Whole numbers up to 255 are bytes among floats; 16 bits with so little in them may be of any depth.
+    certain = depth in (bits, DEPTHS[-1]) or (largest >= 1 << (depth - 1) and (depth > DEPTHS[0] or kind == "float"))
     white = float((1 << depth) - (1 << unused))
     remark = (
         f"its {kind} values reach {largest} only: taken as {depth} bits, {white:g} is white; "

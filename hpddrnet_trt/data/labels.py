@@ -26,10 +26,38 @@ _PNG_LARGEST = 2**31 - 1  # pixels per metre that a PNG can state, as a whole nu
 _TIFF_LARGEST = 2**32 - 1  # pixels per centimetre that a TIFF can
 
 
-def read_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+class MaskColors:
+    """The colours of masks that belong together: what has one colour must have one index in all of them.
+
+    Programs that save each picture with a palette of its own number the colours anew in every file.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[int, ...], tuple[int, Path]] = {}  # colour to its index in the mask that had it first
+
+    def add(self, path: Path, indices: npt.NDArray[np.uint8], palette: npt.NDArray[np.uint8]) -> None:
+        """Raise :class:`BadInputFile` when the mask contradicts an earlier one."""
+        occurring = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
+        used = [int(index) for index in occurring if index < len(palette)]
+        colors = [tuple(int(value) for value in palette[index]) for index in used]
+        for index, color in zip(used, colors, strict=True):
+            if colors.count(color) > 1:  # a palette that was not filled in says nothing
+                continue
+            other, where = self._first.setdefault(color, (index, path))
+            if other != index:
+                raise BadInputFile(
+                    f"the colour {color} is class {index} in mask {path} but class {other} in {where}: their palettes "
+                    "differ, so the numbers mean nothing; save all masks with one palette, or as grey pictures"
+                )
+
+
+def read_mask(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, colors: MaskColors | None = None
+) -> npt.NDArray[np.uint8]:
     """Read a mask as class indices, uint8 ``[H, W]``.
 
-    The stored numbers count, not their colours: palette files give indices, 1-bit files 0 and 1.
+    The stored numbers count, not their colours: palette files give indices, 1-bit files 0 and 1. ``colors``: of the
+    masks read before, which this one must not contradict.
     RGB masks are accepted when their channels are equal, wider types when they hold 0..255.
     Raises :class:`BadInputFile` otherwise, for stacks, and for JPEG, which does not keep numbers.
     """
@@ -54,7 +82,10 @@ def read_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[
         if np.any(values != values[..., :1]):
             raise BadInputFile(f"mask {path} is a colour picture; save it with one class index per pixel")
         values = values[..., 0]
-    return _indices(values, path)
+    indices = _indices(values, path)
+    if colors is not None and decoded.palette is not None:
+        colors.add(path, indices, decoded.palette)
+    return indices
 
 
 def _indices(values: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint8]:

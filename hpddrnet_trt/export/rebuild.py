@@ -21,9 +21,6 @@ from hpddrnet_trt.export.tensorrt import build_engine
 
 logger = logging.getLogger(__name__)
 
-# Settings of an engine that is to run on this machine now: its GPUs are asked for anew, and it has its weights.
-NOT_KEPT = ("compute_capabilities", "for_windows", "stripped")
-
 
 def rebuild_engine(path: str | Path, *, progress: bool = True) -> Manifest:
     """Build the engine ``path`` again for this machine: same precision, profiles, settings and runtime.
@@ -39,7 +36,7 @@ def rebuild_engine(path: str | Path, *, progress: bool = True) -> Manifest:
     manifest = read_manifest(path)
     record = engine_record(path, manifest)
     source = _source(path, manifest, record)
-    known = {field.name for field in fields(BuildSettings)} - {*NOT_KEPT, *OF_THE_BUILD}
+    known = {field.name for field in fields(BuildSettings)} - {"compute_capabilities", *OF_THE_BUILD}
     given = {name: value for name, value in record.settings.items() if name in known}
     try:
         settings = TypeAdapter(BuildSettings).validate_python(given)

@@ -39,7 +39,7 @@ _BETWEEN = ("Cast", "Mul", "Div", "Add", "Sub")
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a graph, its operators in order; where it has a head of its own, tensors are ``[N, 1, ...]``.
+    """One attention of a graph, its operators in order.
 
     ``scores``: from the product of queries and keys to the softmax, or an Attention operator alone.
     ``mixing``: from there to the product with the values; empty where the weights go another way.
@@ -251,9 +251,8 @@ def as_function(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of ``model`` whose attentions are calls of model-local functions ``hpddrnet::PositionAttention``.
 
     The function's body is what stood there, so every runtime that knows local functions still runs it; one
-    with a kernel of that name may use that instead. Inputs: query ``[N, T, C]``, keys ``[N, C, T]``,
-    values ``[N, T, C]``; with a head, ``[N, 1, ...]``, where :func:`in_type` gave the tensors one. Raises
-    as :func:`in_blocks` does.
+    with a kernel of that name may use that instead. Inputs: query, keys, values. Raises as
+    :func:`in_blocks` does.
     """
     onnx = require("onnx", "export", "rewrite position attention")
     helper = onnx.helper

@@ -375,7 +375,8 @@ def segment_paths(
     overwrite an input or another image's results), :class:`UserError` when nothing can be written to the folder.
     """
     entries = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    sources = list(dict.fromkeys(path.resolve() for entry in entries for path in find_images(entry, split)))
+    # Absolute, but links stay what the user called them.
+    sources = list(dict.fromkeys(path.absolute() for entry in entries for path in find_images(entry, split)))
     work = FileSegmenter(segmenter, output_folder, settings)
     names = _result_names(sources, work)
     check_writable(work.folder)
@@ -445,7 +446,7 @@ def _result_names(sources: Sequence[Path], work: FileSegmenter) -> dict[Path, st
 
     Raises :class:`UsageError` where this would overwrite an input or another image's results.
     """
-    if work.folder.resolve() in {source.parent for source in sources}:
+    if work.folder.resolve() in {source.parent.resolve() for source in sources}:
         raise UsageError(f"{work.folder} holds the images to segment; choose another output folder")
     known = {path: work.journal.name_of(path) for path in sources}
     names = {path: name for path, name in known.items() if name is not None}

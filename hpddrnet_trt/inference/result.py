@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.core.files import atomic_path, printable
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest
 from hpddrnet_trt.data.labels import overlay
 from hpddrnet_trt.inference.tiling import TilingReport
@@ -98,7 +98,7 @@ class Segmentation:
     def record(self) -> dict[str, Any]:
         """JSON-able: what written files carry beside the labels (file name of the source, classes, provenance)."""
         return {
-            "source": None if self.source is None else self.source.name,
+            "source": None if self.source is None else printable(self.source.name),
             "classes": [entry.name for entry in self.classes],
             "pixel_size_m": self.pixel_size_m,
             "window": list(self.window),

@@ -16,7 +16,7 @@ import tifffile
 
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import ContractError, require
-from hpddrnet_trt.core.files import atomic_folder, atomic_path
+from hpddrnet_trt.core.files import atomic_folder, atomic_path, printable
 from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.core.text import micrometres
 from hpddrnet_trt.data.labels import check_labels, palette_options, scale_options
@@ -54,7 +54,7 @@ def write_ome_tiff(
     metadata: dict[str, Any] = {
         "axes": "YX",
         "Creator": f"hpddrnet-trt {__version__}",
-        "Name": Path(path).name,
+        "Name": printable(Path(path).name),
         "Channel": {"Name": "classes"},
         "MapAnnotation": annotations,
     }
@@ -107,7 +107,7 @@ def write_ome_zarr(
         if image is None:
             _write_labels(root, labels, classes, pixel_size_m, None)
         else:
-            _write_pyramid(root, image, Path(path).name.split(".")[0] or "image", pixel_size_m, "resize")
+            _write_pyramid(root, image, printable(Path(path).name).split(".")[0] or "image", pixel_size_m, "resize")
             group = root.create_group(f"labels/{LABELS}")
             root["labels"].attrs["ome"] = {"version": ZARR_VERSION, "labels": [LABELS]}
             _write_labels(group, labels, classes, pixel_size_m, {"image": "../../"})

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.core.files import atomic_path, printable
 from hpddrnet_trt.data.labels import scale_options
 from hpddrnet_trt.results.regions import AreaFraction, Regions
 
@@ -53,7 +53,8 @@ def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Row]) -> 
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow([printable(value) if isinstance(value, str) else value for value in row])
     return Path(path)
 
 

@@ -28,7 +28,14 @@ from tqdm import tqdm
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, IntensityRecord
 from hpddrnet_trt.data.augment import Augmentation
-from hpddrnet_trt.data.datasets import FolderDataset, Sample, SplitStatistics
+from hpddrnet_trt.data.datasets import (
+    SPLITS,
+    FolderDataset,
+    Sample,
+    SplitStatistics,
+    passed_over,
+    training_problems,
+)
 from hpddrnet_trt.data.intensity import range_of, training_range
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.data.preprocess import pad
@@ -112,13 +119,10 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
         dataset = write_dataset(folder / "data", **section.simulated.model_dump())
     else:
         dataset = FolderDataset.open(section.path, section.layout)
-    for key in ("train_split", "val_split"):
-        split = getattr(section, key)
-        if split not in dataset.splits:
-            raise UserError(
-                f"the dataset {dataset.root} has no images in its split {split!r} (it has: "
-                f"{', '.join(dataset.splits) or 'none'}); add images with masks or set data.{key}"
-            )
+    wanted = (section.train_split, section.val_split)
+    if missing := [split for split in wanted if split not in dataset.splits]:
+        there = f"there is no {missing[0]} split (there are: {', '.join(dataset.splits)})"
+        raise UserError(_unfit(dataset, [there]))
     shared = dataset.shared_groups(section.train_split)
     if section.separate_groups:
         dataset = dataset.without_shared_groups(section.train_split)
@@ -133,11 +137,24 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
         for remark in remarks:
             log.warning("%s", remark)
     dataset = replace(dataset, intensity_range=range_of(intensity))
-    statistics = dataset.training_statistics(section.train_split)
+    figures = {split: dataset.statistics(split) for split in dict.fromkeys(wanted)}
+    labels = {split: (entry.class_fractions, entry.ignored_fraction) for split, entry in figures.items()}
+    if problems := training_problems(dataset.classes, labels, *wanted):
+        raise UserError(_unfit(dataset, problems))
+    statistics = figures[section.train_split]
     absent = [name for name, part in zip(dataset.class_names, statistics.class_fractions, strict=True) if not part]
     if absent:
         log.warning("no pixel of split %r is labelled %s: it is not learned", section.train_split, ", ".join(absent))
     return TrainingData(dataset, statistics, intensity, dataset.checksum(), len(dataset.split(section.train_split)))
+
+
+def _unfit(dataset: FolderDataset, problems: Sequence[str]) -> str:
+    folders = passed_over(dataset.root, dataset.layout)
+    others = f" ({', '.join(folders)} passed over: splits are called {', '.join(SPLITS)})" if folders else ""
+    return (
+        f"the dataset {dataset.root} cannot be trained on: {'; '.join(problems)}{others}; mend it, or name other "
+        "splits with data.train_split and data.val_split"
+    )
 
 
 class ImageStore:

@@ -88,7 +88,7 @@ def test_faulty_files(dataset: Path) -> None:
     assert val.masks_without_image == ["masks/val/val_0001.png"]
     assert len(test.unreadable) == 1
     assert "test_0000.png" in test.unreadable[0]
-    assert len(report.problems) == 5
+    assert len(report.problems) == 6
     json.loads(report.to_json())
 
 
@@ -112,7 +112,7 @@ def test_one_class_only(dataset: Path) -> None:
     for place in range(3):
         rewrite_mask(dataset, f"train/train_{place:04d}.png", np.zeros_like)
     report = check_dataset(dataset, progress=False)
-    assert report.problems == ["train: only the class 'grain'; training needs masks with at least two classes"]
+    assert report.problems == ["train: only the class 'grain' occurs; training needs masks with at least two classes"]
     assert "train: no pixel of pore, clay" in report.warnings
 
 

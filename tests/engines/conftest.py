@@ -95,7 +95,6 @@ def bench(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         profiles = [Profile.from_record(entry) for entry in record["profiles"]]
         library = SimulatedTensorRT(cuda, onnx_file, profiles, record["runtime"], record["version"])
         monkeypatch.setattr(engine_module, "load_tensorrt", lambda name: library.api)
-        monkeypatch.setattr(engine_module, "installed_library", lambda runtime: runtime)  # whatever is installed
         return Bench(cuda, library, TensorRTEngine(path, **options), path)
 
     return start

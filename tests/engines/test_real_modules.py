@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from hpddrnet_trt.core.precisions import BY_TENSORRT_TYPE
-from hpddrnet_trt.export.build_settings import Tiling
+from hpddrnet_trt.export.build_settings import TILINGS
 from tests.engines.real_modules import MODULES, Findings, RealModule, check, members, write_stub
 
 WRONG = """
@@ -54,7 +53,7 @@ def test_every_use_is_one_of_the_real_module(real: RealModule, looked_at: Look) 
     assert len(findings.uses) >= real.least
     if "export/tensorrt.py" in real.files:  # names that the package makes of its own words
         known = members(stub)
-        assert {tiling.upper() for tiling in get_args(Tiling)} <= known["TilingOptimizationLevel"]
+        assert {tiling.upper() for tiling in TILINGS} <= known["TilingOptimizationLevel"]
         assert {"FLOAT", "HALF", "BF16", "INT8", "FP8"} == set(BY_TENSORRT_TYPE) <= known["DataType"]
 
 

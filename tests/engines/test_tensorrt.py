@@ -173,7 +173,6 @@ def test_which_library_runs_an_engine(bench: Callable[..., Bench], monkeypatch: 
     job = bench(version="10.13.3.9")
     asked, there = list[str](), {"tensorrt_lean"}
     monkeypatch.setattr(engine_module, "load_tensorrt", lambda name: asked.append(name) or job.library.api)
-    monkeypatch.setattr(engine_module, "installed_library", tensorrt_library.installed_library)
     monkeypatch.setattr(tensorrt_library.importlib.util, "find_spec", lambda name: name in there or None)
     for engine in ("auto", "tensorrt-lean"):
         with pytest.raises(UsageError, match=r"needs all of TensorRT.*--version-compatible, or: pip install"):

@@ -9,19 +9,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime
 import pytest
-from onnx import numpy_helper
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError
 from hpddrnet_trt.core.manifest import sidecar_path
 from hpddrnet_trt.engines.cuda import check, cudart
 from hpddrnet_trt.engines.tensorrt import LeanTensorRTEngine, TensorRTEngine
 from hpddrnet_trt.export.build_settings import BuildSettings
-from hpddrnet_trt.export.refit import refit_engine
 from hpddrnet_trt.export.tensorrt import build_engine
-from hpddrnet_trt.graph.nodes import store
 from tests.tiny_onnx import QUIET, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("require_gpu")]
@@ -248,46 +244,6 @@ def test_the_lean_runtime_gives_the_same_labels(tmp_path: Path, runtime: str) ->
     images = _images(1, 1, 256, 256)
     with TensorRTEngine(target) as engine, LeanTensorRTEngine(target) as lean:
         np.testing.assert_array_equal(lean.infer(images).labels, engine.infer(images).labels)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"hardware_compatible": "ampere-plus"}, {"hardware_compatible": "same-compute-capability"},
-     {"max_aux_streams": 0}, {"refittable": True}],
-    ids=str,
-)  # fmt: skip
-def test_options_of_the_builder_keep_the_labels(tmp_path: Path, runtime: str, options: dict[str, Any]) -> None:
-    _tensorrt_only(runtime)
-    source, target = _built(tmp_path, runtime, "fp16", **options)
-    images = _images(1, 1, 256, 256)
-    with TensorRTEngine(target) as engine:
-        assert _agreement(engine.infer(images).labels, _truth(source, images)) >= AGREEMENT["fp16"]
-
-
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-@pytest.mark.parametrize("options", [{"stripped": True}, {"refittable": True}], ids=str)
-def test_a_refit_gives_the_other_weights_labels(
-    tmp_path: Path, runtime: str, precision: str, options: dict[str, Any]
-) -> None:
-    """A stripped engine takes its own back, a refittable one those of another file."""
-    _tensorrt_only(runtime)
-    source, target = _built(tmp_path, runtime, precision, **options)
-    if "refittable" in options:
-        model = onnx.load(str(source))
-        bias = next(entry for entry in model.graph.initializer if entry.name == "scores_bias")
-        store(bias, numpy_helper.to_array(bias)[::-1])
-        source = tmp_path / "retrained.onnx"
-        onnx.save(model, str(source))
-    refitted = tmp_path / "refitted.engine"
-    refit_engine(target, source, refitted)
-    images = _images(1, 1, 256, 256)
-    with TensorRTEngine(refitted) as engine:
-        assert _agreement(engine.infer(images).labels, _truth(source, images)) >= AGREEMENT[precision]
-
-
-def _tensorrt_only(runtime: str) -> None:
-    if runtime != "tensorrt":
-        pytest.skip("TensorRT-RTX refuses these options")
 
 
 def test_an_engine_for_another_gpu_is_refused(tmp_path: Path, runtime: str) -> None:

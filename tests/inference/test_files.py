@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,30 @@ def test_refusals(tmp_path: Path, segmenter: Segmenter) -> None:
 
 
 JOB = {"model": "toy", "given_window": (0.0, 9.0)}
+
+
+def test_links_are_called_what_they_are_called(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "store" / "MD5E-s49k.png"), grey_image(16, 24))
+    for name in ("grain_1.png", "grain_2.png"):
+        os.symlink(tmp_path / "store" / "MD5E-s49k.png", tmp_path / "in" / name)
+    summary = segment_paths(Segmenter(ToyEngine(manifest("logits"))), tmp_path / "in", tmp_path / "out", progress=False)
+    assert len(summary.written) == 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["grain_1.png", "grain_2.png"]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_names_that_are_no_utf8_do_not_stop_the_others(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "in").mkdir()
+    content = cv2.imencode(".png", grey_image(16, 24))[1].tobytes()
+    for name in (b"Gr\xf6\xdfe.png", b"b.png"):
+        with open(os.path.join(os.fsencode(tmp_path / "in"), name), "wb") as stream:
+            stream.write(content)
+    segmenter = Segmenter(ToyEngine(manifest("logits")), confidence=True)
+    for again in range(2):
+        settings = ResultSettings(write=(kind,))
+        summary = segment_paths(segmenter, tmp_path / "in", tmp_path / "out", settings, progress=False)
+        assert not summary.failed
+        assert (len(summary.written), len(summary.skipped)) == ((0, 2) if again else (2, 0))
+    assert "Gr\\xf6\\xdfe" in (tmp_path / "out" / "fractions.csv").read_text(encoding="utf-8")

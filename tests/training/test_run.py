@@ -337,7 +337,7 @@ def test_diverging_loss_stops_with_step_and_rate(tiny: Tiny) -> None:
         (["run.devices=3"], r"batch_size=4 cannot be shared evenly by 3 device.*multiple of 3"),
         (["run.precision=16-mixed"], "16-mixed needs a GPU"),
         (["loss.class_weights=[1, 2]"], r"2 values but the data has 3 classes \(grain"),
-        (["data.val_split=validation"], r"no images in its split 'validation' \(it has: train, val, test\)"),
+        (["data.val_split=validation"], r"there is no validation split \(there are: train, val, test\)"),
         (["data.path=/nowhere/at/all"], "/nowhere/at/all"),
     ],
 )

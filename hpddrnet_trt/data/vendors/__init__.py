@@ -12,7 +12,7 @@ from typing import Any
 
 import tifffile
 
-from hpddrnet_trt.data.vendors import fei, hitachi, imagej, jeol, ome, tescan, zeiss
+from hpddrnet_trt.data.vendors import fei, hitachi, imagej, jeol, ome, openfibsem, tescan, zeiss
 from hpddrnet_trt.data.vendors.metadata import VendorInfo, VendorMetadata, resolve
 from hpddrnet_trt.data.vendors.texts import TooLarge, sidecar
 
@@ -22,7 +22,7 @@ __all__ = ["VendorInfo", "VendorMetadata", "imagej", "read_sidecars", "read_tags
 def read_tags(page: tifffile.TiffPage) -> tuple[VendorMetadata, ...]:
     """What all tags of a TIFF's first page say; the resolution tags alone count only when nothing else speaks."""
     statements: list[VendorMetadata] = []
-    for module in (fei, zeiss, tescan, ome, imagej):
+    for module in (fei, zeiss, tescan, openfibsem, ome, imagej):
         statements += _bounded(module.VENDOR, module.read, page)
     return tuple(statements or imagej.read_resolution(page))
 
