@@ -212,7 +212,7 @@ def gallery_image(assessment: Assessment, number: int) -> Gallery:
     """The four panels of the ``number``-th image, from 1."""
     picture, palette = assessment.pictures[number - 1], [entry.color for entry in assessment.classes]
     ignored = picture.truth == IGNORE_INDEX
-    wrong = (picture.predicted != picture.truth) & ~ignored
+    wrong = picture.predicted != picture.truth  # or not labelled, which stripes hide
     reduced = f", shown at 1/{picture.step} of its size" if picture.step > 1 else ""
     result = picture.result
     labelled = int(result.counts.sum())

@@ -190,6 +190,7 @@ def test_columns_without_their_gaps(tmp_path: Path) -> None:
     record.write_text(HEADER + "".join(ROWS) + ROWS[1][:9])  # cut off by a training that goes on
     curves = curves_beside(model)
     assert curves is not None
+    assert curves.columns["lr"] == [(10, 0.001), (20, 0.002)]  # and not the number that was cut off
     assert curves.columns["train/loss"] == [(10, 1.5), (20, 1.2)]
     assert (curves.columns["val/miou"], curves.classes["pore"]) == ([(20, 0.5)], [(20, 0.6)])
     assert list(curves.classes) == ["grain", "pore", "clay"]
