@@ -13,11 +13,10 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -270,7 +269,7 @@ class GpuSensor:
 
 
 class GpuWatch:
-    """Looks at a GPU every :data:`PERIOD_S` from a thread of its own while entered; may be entered again.
+    """Looks at a GPU every :data:`PERIOD_S` from a thread of its own inside :meth:`watching`.
 
     A look is four short calls into the driver that do not hold Python's lock.
     """
@@ -281,23 +280,21 @@ class GpuWatch:
         self._powers: list[float] = []
         self._temperatures: list[float] = []
         self._reasons: list[int] = []
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> GpuWatch:
-        if self._gpu is not None:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._watch, args=(self._gpu,), name="gpu-watch", daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look while in this context; may be entered again."""
+        if self._gpu is None:
+            yield
+            return
+        stop = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(self._gpu, stop), name="gpu-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
     def states(self) -> list[GpuState]:
         """What was seen so far; empty without a GPU, or when nothing was timed long enough for a look."""
@@ -323,8 +320,8 @@ class GpuWatch:
     def _share(self, bit: int) -> float:
         return sum(bool(reasons & bit) for reasons in self._reasons) / len(self._reasons)
 
-    def _watch(self, gpu: GpuSensor) -> None:
-        while not self._stop.wait(self._period_s):
+    def _watch(self, gpu: GpuSensor, stop: threading.Event) -> None:
+        while not stop.wait(self._period_s):
             self._look(gpu)
 
     def _look(self, gpu: GpuSensor) -> None:
@@ -338,22 +335,18 @@ class GpuWatch:
 
 
 class EnergyUse:
-    """Joules between entering and leaving, added up over all uses; None once a reading was missing."""
+    """Joules used inside :meth:`counted`, added up over all uses; None once a reading was missing."""
 
     def __init__(self, gpu: GpuSensor | None) -> None:
         self._gpu = gpu
-        self._start: float | None = None
         self.joules: float | None = None if gpu is None else 0.0
 
-    def __enter__(self) -> EnergyUse:
-        self._start = None if self._gpu is None else self._gpu.joules()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        start = None if self._gpu is None else self._gpu.joules()
+        yield
         end = None if self._gpu is None else self._gpu.joules()
-        if self._start is None or end is None or self.joules is None:
+        if start is None or end is None or self.joules is None:
             self.joules = None
         else:
-            self.joules += end - self._start
+            self.joules += end - start

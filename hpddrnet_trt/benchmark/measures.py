@@ -206,7 +206,7 @@ class Timer:
             else:
                 counts[label], bursts[label] = count, on_host(partial(many, count))
         use = {label: EnergyUse(gpus.get(label)) for label in bursts}
-        samples = self._rounds("throughput", case, engines, bursts, [None], around=use.__getitem__)
+        samples = self._rounds("throughput", case, engines, bursts, [None], around=lambda label: use[label].counted())
         for label, rounds in samples.seconds.items():
             samples.seconds[label] = [[value / counts[label] for value in one] for one in rounds]
         samples.failures |= reasons
@@ -229,7 +229,7 @@ class Timer:
             loop = replace(loop, pause_s=plan.pause_ms / 1000)
         title, steps = f"{MEASURES[measure]} {case.shape}", (loop.rounds + loop.warmup) * len(bursts)
         with tqdm(total=steps, desc=title, unit="turn", disable=self._quiet) as bar:
-            watch = None if all(map(runs_on_cpu, engines.values())) else self._watch
+            watch = None if all(map(runs_on_cpu, engines.values())) else self._watch.watching()
             samples = time_interleaved(bursts, inputs, loop, on_step=bar.update, around=around, watch=watch)
         if measure == "throughput":
             samples.warmups.clear()

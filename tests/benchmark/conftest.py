@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpddrnet_trt.benchmark import BenchmarkResult, Entry, Image, ImageSet, Settings, measures, run_benchmark
+from hpddrnet_trt.benchmark import measures
+from hpddrnet_trt.benchmark.entries import Entry
+from hpddrnet_trt.benchmark.images import Image, ImageSet
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Settings
+from hpddrnet_trt.benchmark.run import run_benchmark
 from tests.tiny_onnx import CLASSES, tiny_model
 
 

@@ -159,7 +159,8 @@ def test_gpus_are_what_the_driver_says(nvml: FakeNvml, monkeypatch: pytest.Monke
     assert (find_gpus(), device_memory_mib()) == ([], None)
     nvml.supported, nvml.driver = True, False
     assert (find_gpus(), device_memory_mib(), GpuSensor.open()) == ([], None, None)
-    with GpuWatch(None) as watch:
+    watch = GpuWatch(None)
+    with watch.watching():
         pass
     assert watch.states() == []
     monkeypatch.setitem(sys.modules, "pynvml", None)
@@ -183,7 +184,7 @@ def test_the_watch_looks_from_its_own_thread_only_while_entered(nvml: FakeNvml) 
     watch = GpuWatch(GpuSensor.open(), period_s=0.001)
     assert watch.states() == []
     for looks in (5, 10):
-        with watch:
+        with watch.watching():
             deadline = time.monotonic() + 20
             while nvml.looks < looks and time.monotonic() < deadline:
                 time.sleep(0.001)
@@ -205,11 +206,11 @@ def test_energy_is_that_between_entering_and_leaving(nvml: FakeNvml) -> None:
     use = EnergyUse(GpuSensor.open())
     for supported, joules in ((True, 1.5), (True, 3.0), (False, None), (True, None)):
         nvml.supported = supported
-        with use:
+        with use.counted():
             pass
         # The stand-in uses 1.5 J between two readings; no figure is better than one of which a part is missing.
         assert use.joules == joules
     nothing = EnergyUse(None)
-    with nothing:
+    with nothing.counted():
         pass
     assert nothing.joules is None

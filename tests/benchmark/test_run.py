@@ -11,21 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpddrnet_trt.benchmark import (
-    BenchmarkResult,
-    Entry,
-    Settings,
-    entries_for,
-    load_images,
-    measures,
-    run,
-    run_benchmark,
-)
+from hpddrnet_trt.benchmark import measures, run
 from hpddrnet_trt.benchmark import probe as probing
-from hpddrnet_trt.benchmark.entries import model_files, precision_of
+from hpddrnet_trt.benchmark.entries import Entry, entries_for, model_files, precision_of
+from hpddrnet_trt.benchmark.images import load_images
 from hpddrnet_trt.benchmark.machine import GpuWatch
 from hpddrnet_trt.benchmark.probe import how_it_ended, probe
-from hpddrnet_trt.benchmark.result import Start
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Settings, Start
+from hpddrnet_trt.benchmark.run import run_benchmark
 from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.engines import EngineStatus, load_engine

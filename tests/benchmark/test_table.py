@@ -8,12 +8,12 @@ import itertools
 
 import pytest
 
-from hpddrnet_trt.benchmark import BenchmarkResult, format_table
-from hpddrnet_trt.benchmark.result import Shape, Timing, main_shape, shared_shape, timed_shapes
+from hpddrnet_trt.benchmark.result import BenchmarkResult, Shape, Timing, main_shape, shared_shape, timed_shapes
 from hpddrnet_trt.benchmark.table import (
     COLUMNS,
     Cell,
     Table,
+    format_table,
     miou_change,
     points,
     ratio_text,

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PillowImage
 
-from hpddrnet_trt.benchmark import BenchmarkResult, format_table, load_result
-from hpddrnet_trt.benchmark.result import GpuState
+from hpddrnet_trt.benchmark.result import BenchmarkResult, GpuState, load_result
+from hpddrnet_trt.benchmark.table import format_table
 from hpddrnet_trt.report.benchmark import ReportFiles, headline, method, publish_report, render_html, write_report
 from hpddrnet_trt.report.benchmark_figures import draw_figures
 from tests.benchmark import constructed
