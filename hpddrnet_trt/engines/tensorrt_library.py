@@ -24,6 +24,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -140,6 +141,7 @@ class EngineContexts:
         self._lock = threading.Lock()
         self._config: Any = api.module.ExecutionContextAllocationStrategy.USER_MANAGED
         self._kernels: Any = None
+        self._stored = b""  # what the file holds
         if not api.is_rtx:
             return
         config = engine.create_runtime_config()
@@ -147,10 +149,8 @@ class EngineContexts:
         self._config = config
         if kernels is not None:
             self._kernels = config.create_runtime_cache()
-            try:
+            with suppress(OSError):  # none yet, or none that can be read
                 self._stored = kernels.read_bytes()
-            except OSError:  # none yet, or none that can be read
-                self._stored = b""
             if self._stored and not self._kernels.deserialize(self._stored):
                 logger.info("%s is of another GPU, driver or version: kernels are compiled again", kernels)
             config.set_runtime_cache(self._kernels)
