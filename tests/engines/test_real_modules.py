@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from hpddrnet_trt.core.precisions import BY_TENSORRT_TYPE
-from hpddrnet_trt.export.build_settings import TILINGS
+from hpddrnet_trt.export.build_settings import _CAME_LATER, _FLAGS, Tiling
 from tests.engines.real_modules import MODULES, Findings, RealModule, check, members, write_stub
 
 WRONG = """
@@ -53,8 +55,24 @@ def test_every_use_is_one_of_the_real_module(real: RealModule, looked_at: Look) 
     assert len(findings.uses) >= real.least
     if "export/tensorrt.py" in real.files:  # names that the package makes of its own words
         known = members(stub)
-        assert {tiling.upper() for tiling in TILINGS} <= known["TilingOptimizationLevel"]
+        assert {tiling.upper() for tiling in get_args(Tiling)} <= known["TilingOptimizationLevel"]
+        assert set(_FLAGS.values()) <= known["BuilderFlag"]
         assert {"FLOAT", "HALF", "BF16", "INT8", "FP8"} == set(BY_TENSORRT_TYPE) <= known["DataType"]
+
+
+@pytest.mark.parametrize("real", [real for real in MODULES if real.libraries is not None], ids=lambda real: real.name)
+def test_what_came_with_a_later_version_is_there_from_then_on(real: RealModule, looked_at: Look) -> None:
+    if (missing := real.missing()) is not None:
+        pytest.skip(missing)
+    known = members(looked_at(real)[0])
+    for *_, name, since in _CAME_LATER:
+        place, _, member = name.partition(".")
+        there = place in known and (not member or member in known[place])
+        assert there == (numbers(str(real.folder)) >= numbers(since)), name
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))
 
 
 def test_what_is_asked_for_exists_in_one_of_them(looked_at: Look) -> None:
