@@ -31,10 +31,11 @@ from hpddrnet_trt.core.manifest import (
     parse_manifest,
 )
 from hpddrnet_trt.models.foreign import (
+    NORM_EPSILON,
     ZIP_MAGIC,
     ForeignCheckpoint,
     described_classes,
-    described_normalization,
+    described_settings,
     infer_config,
     read_foreign,
 )
@@ -169,9 +170,10 @@ def _from_foreign(
     palette: Sequence[tuple[int, int, int]] | None,
 ) -> tuple[HPDDRNet, Manifest]:
     config = infer_config(checkpoint)
-    network = _build(config, checkpoint.state_dict, checkpoint.path)
-    remarks = list(checkpoint.remarks)
-    normalization = described_normalization(checkpoint.meta)
+    settings = described_settings(checkpoint.meta)
+    network = _build(config, _with_epsilon(checkpoint.state_dict, settings.norm_epsilon), checkpoint.path)
+    remarks = [*checkpoint.remarks, *settings.remarks]
+    normalization = settings.normalization
     if normalization is None:
         normalization = Normalization()
         remarks.append("the file names no normalisation; ImageNet's mean and standard deviation are assumed")
@@ -184,6 +186,16 @@ def _from_foreign(
         versions={"hpddrnet_trt": __version__, "torch": str(torch.__version__)},
     )
     return network, manifest
+
+
+def _with_epsilon(weights: Mapping[str, Tensor], epsilon: float | None) -> Mapping[str, Tensor]:
+    """Weights that give under PyTorch's epsilon of batch normalisation what these give under another."""
+    if epsilon is None:
+        return weights
+    return {
+        name: value.double().add(epsilon - NORM_EPSILON).float() if name.endswith(".running_var") else value
+        for name, value in weights.items()
+    }
 
 
 def _class_table(

@@ -20,6 +20,7 @@ import pickletools
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +41,8 @@ ZIP_MAGIC = b"PK\x03\x04"
 UNUSED = ("backbone.ecas.2.", "backbone.sps.2.")
 _WRAPPERS = ("module.", "model.")
 _MAX_CONFIG_CHARACTERS = 1 << 20
+_MAX_DEPTH = 50  # of a configuration
+NORM_EPSILON = 1e-5  # of batch normalisation, PyTorch's
 
 
 class StandIn:
@@ -272,33 +275,104 @@ def described_classes(meta: dict[Any, Any]) -> list[ClassInfo] | None:
         return None
 
 
-def described_normalization(meta: dict[Any, Any]) -> Normalization | None:
-    """Mean and standard deviation from the configuration text in ``meta['cfg']``, or None.
+@dataclass(frozen=True)
+class ForeignSettings:
+    """What the configuration in a foreign checkpoint says beside its weights.
 
-    The text is Python source; it is parsed, never run, and only literals are read.
+    ``normalization``: None where it says nothing usable. ``norm_epsilon``: of the batch normalisations, where it is not
+    PyTorch's. ``remarks``: settings of the trained network, or of its tests, that this network does not have.
     """
-    text = meta.get("cfg")
-    if not isinstance(text, str) or len(text) > _MAX_CONFIG_CHARACTERS:
+
+    normalization: Normalization | None = None
+    norm_epsilon: float | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def described_settings(meta: dict[Any, Any]) -> ForeignSettings:
+    """Settings from the configuration in ``meta``: ``cfg`` of mmengine, ``config`` of mmsegmentation 0.x.
+
+    A text is Python source; it is parsed, never run, and only literals are read.
+    """
+    config: dict[Any, Any] | None = None
+    for key in ("cfg", "config"):
+        config = config or _configuration(meta.get(key))
+    if not config:
+        return ForeignSettings()
+    records = list(_records(config))
+    # The first that is complete: preprocessors come before the steps of pipelines in both versions' files.
+    places = [config.get("model", {}), config] if isinstance(config.get("model"), dict) else [config]
+    preprocessors = [place.get("data_preprocessor") for place in places] + [config.get("img_norm_cfg")]
+    steps = [record for record in records if record.get("type") == "Normalize"]
+    normalization = None
+    for record in [*preprocessors, *steps]:
+        if isinstance(record, dict) and "mean" in record and "std" in record:
+            normalization = _normalization(record)
+            break
+    remarks = []
+    if any(record.get("align_corners") is True for record in records):
+        remarks.append(
+            "its configuration says align_corners=True, but this network enlarges without aligning corners, so labels "
+            "will differ from those it was trained to give: train it again, or compare before use"
+        )
+    activations = {str(record["act_cfg"].get("type")) for record in records if isinstance(record.get("act_cfg"), dict)}
+    if others := sorted(activations - {"ReLU", "None"}):
+        remarks.append(f"its configuration has activations that this network does not have ({', '.join(others)})")
+    if scale := _test_scale(config):
+        remarks.append(f"it was tested on images brought to within {scale[0]} x {scale[1]} pixels (--resize)")
+    norms = [record["norm_cfg"] for record in records if isinstance(record.get("norm_cfg"), dict)]
+    norms += [config["norm_cfg"]] if isinstance(config.get("norm_cfg"), dict) else []
+    epsilons = {float(norm["eps"]) for norm in norms if isinstance(norm.get("eps"), int | float)}
+    epsilon = epsilons.pop() if len(epsilons) == 1 else None
+    if epsilons:
+        remarks.append("its configuration has several values of eps for batch normalisation; PyTorch's is taken")
+    if epsilon is not None and not 0 < epsilon < 1:
+        remarks.append(f"its eps for batch normalisation, {epsilon:g}, makes no sense; PyTorch's is taken")
+        epsilon = None
+    return ForeignSettings(normalization, None if epsilon == NORM_EPSILON else epsilon, tuple(remarks))
+
+
+def _configuration(value: Any) -> dict[Any, Any] | None:
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str) or len(value) > _MAX_CONFIG_CHARACTERS:
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in somebody's configuration
-            config = _literal_assignments(ast.parse(text))
+            return _literal_assignments(ast.parse(value))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    model = config.get("model")
-    places = [model.get("data_preprocessor") if isinstance(model, dict) else None,
-              config.get("data_preprocessor"), config.get("img_norm_cfg")]  # fmt: skip
-    for place in places:
-        if isinstance(place, dict) and "mean" in place and "std" in place:
-            return _normalization(place["mean"], place["std"])
+
+
+def _records(value: Any, depth: int = 0) -> Iterator[dict[Any, Any]]:
+    """All dictionaries inside a configuration."""
+    if depth > _MAX_DEPTH:
+        return
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _records(inner, depth + 1)
+
+
+def _test_scale(config: dict[Any, Any]) -> tuple[int, int] | None:
+    """The size within which its tests bring images (``Resize`` of mmsegmentation 1.x, ``img_scale`` of 0.x)."""
+    steps = list(_records(config.get("test_pipeline")))
+    scales = [step.get("scale") for step in steps if step.get("type") == "Resize" and step.get("keep_ratio") is True]
+    scales += [step.get("img_scale") for step in steps if step.get("type") == "MultiScaleFlipAug"]
+    for scale in scales:
+        if isinstance(scale, list | tuple) and len(scale) == 2 and all(isinstance(edge, int) for edge in scale):
+            return scale[0], scale[1]
     return None
 
 
-def _normalization(mean: Any, std: Any) -> Normalization | None:
+def _normalization(record: dict[Any, Any]) -> Normalization | None:
+    mean, std = record["mean"], record["std"]
+    blue_first = False in (record.get("to_rgb"), record.get("bgr_to_rgb"))
     try:
+        if blue_first:
+            mean, std = mean[::-1], std[::-1]
         normalization = Normalization(mean=mean, std=std)
-    except ValidationError:
+    except (ValidationError, TypeError):
         return None
     values = (*normalization.mean, *normalization.std)
     return normalization if all(math.isfinite(value) for value in values) else None

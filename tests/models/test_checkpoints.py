@@ -6,6 +6,7 @@ import collections
 import hashlib
 import json
 import logging
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from hpddrnet_trt.models.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from hpddrnet_trt.models.foreign import described_classes, described_normalization, read_foreign
+from hpddrnet_trt.models.foreign import described_classes, described_settings, read_foreign
 from hpddrnet_trt.models.network import HPDDRNet
-from tests.tiny_network import tiny_manifest, tiny_network
+from tests.tiny_network import lively, tiny_manifest, tiny_network
 
 CFG = """
 _base_ = ['../x.py']
@@ -339,6 +340,9 @@ def test_ours_is_known_by_content(tmp_path: Path, network: HPDDRNet) -> None:
         ("data_preprocessor = dict(mean=[1, 2, 3], std=(4, 5, 6))", (1.0, 2.0, 3.0)),
         ("img_norm_cfg = {'mean': [1, 2, 3], 'std': [4, 5, 6], 'to_rgb': True}", (1.0, 2.0, 3.0)),
         ("model = dict(data_preprocessor=dict(mean=1))\nimg_norm_cfg = dict(mean=[7,7,7], std=[1,1,1])", (7.0,) * 3),
+        ("img_norm_cfg = dict(mean=[3, 2, 1], std=[6, 5, 4], to_rgb=False)", (1.0, 2.0, 3.0)),
+        ("train_pipeline = [dict(type='Normalize', mean=[1, 2, 3], std=[4, 5, 6], to_rgb=True)]", (1.0, 2.0, 3.0)),
+        ({"model": {"data_preprocessor": {"mean": [1, 2, 3], "std": [4, 5, 6]}}}, (1.0, 2.0, 3.0)),
         ("img_norm_cfg = dict(mean=[1, 2, 3], std=[4, 5, 0])", None),
         ("img_norm_cfg = dict(mean=[1, 2], std=[4, 5])", None),
         ("img_norm_cfg = dict(mean=[1, 2, 1e999], std=[4, 5, 6])", None),
@@ -354,8 +358,40 @@ def test_ours_is_known_by_content(tmp_path: Path, network: HPDDRNet) -> None:
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_normalisation_of_configurations(cfg: Any, mean: tuple[float, ...] | None) -> None:
-    normalization = described_normalization({"cfg": cfg})
-    assert (normalization.mean if normalization else None) == mean
+    for key in ("cfg", "config"):  # mmengine and mmsegmentation 0.x
+        normalization = described_settings({key: cfg}).normalization
+        assert (normalization.mean if normalization else None) == mean
+
+
+@pytest.mark.parametrize(
+    ("cfg", "remark"),
+    [
+        ("model = dict(backbone=dict(align_corners=True))", "align_corners=True"),
+        ("model = dict(decode_head=dict(align_corners=False))", None),
+        ("model = dict(backbone=dict(act_cfg=dict(type='SiLU')))", "activations .* does not have .SiLU"),
+        ("test_pipeline = [dict(type='Resize', scale=(2048, 1024), keep_ratio=True)]", "within 2048 x 1024"),
+        ("test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(512, 256), transforms=[])]", "within 512 x 256"),
+        ("norm_cfg = dict(type='BN', eps=7)", "makes no sense"),
+        ("a = dict(norm_cfg=dict(eps=1e-3))\nb = dict(norm_cfg=dict(eps=1e-4))", "several values of eps"),
+    ],
+)
+def test_settings_that_this_network_does_not_have_are_named(cfg: str, remark: str | None) -> None:
+    settings = described_settings({"config": cfg})
+    assert len(settings.remarks) == (remark is not None)
+    assert remark is None or re.search(remark, settings.remarks[0])
+
+
+def test_epsilon_of_batch_normalisation_goes_into_the_variance(tmp_path: Path) -> None:
+    network = lively(tiny_network()).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 1e-2
+    cfg = "model = dict(backbone=dict(norm_cfg=dict(type='SyncBN', eps=1e-2)))"
+    torch.save({"state_dict": network.state_dict(), "meta": {"cfg": cfg}}, tmp_path / "a.pth")
+    converted, _ = load_checkpoint(tmp_path / "a.pth")
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(converted(image), network(image), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
