@@ -388,7 +388,7 @@ def test_epsilon_of_batch_normalisation_goes_into_the_variance(tmp_path: Path) -
             module.eps = 1e-2
     cfg = "model = dict(backbone=dict(norm_cfg=dict(type='SyncBN', eps=1e-2)))"
     torch.save({"state_dict": network.state_dict(), "meta": {"cfg": cfg}}, tmp_path / "a.pth")
-    converted, _ = load_checkpoint(tmp_path / "a.pth")
+    converted, _ = load_any_checkpoint(tmp_path / "a.pth")
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(converted(image), network(image), rtol=1e-4, atol=1e-4)
