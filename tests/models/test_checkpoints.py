@@ -239,7 +239,9 @@ def test_conversion(tmp_path: Path, network: HPDDRNet, caplog: pytest.LogCapture
     assert manifest.normalization == Normalization(mean=(10.5, 20, 30), std=(40, 50, 60))
     assert manifest.data is not None
     assert manifest.data.license == "CC-BY-4.0"
-    assert manifest.remarks == ["dropped weights that the network never uses: backbone.ecas.2, backbone.sps.2"]
+    dropped, size = manifest.remarks
+    assert dropped == "dropped weights that the network never uses: backbone.ecas.2, backbone.sps.2"
+    assert size == "it was tested on images brought to within 2048 x 1024 pixels (--resize)"
     assert manifest.remarks[0] in caplog.text
     loaded, description = load_checkpoint(tmp_path / "ours.safetensors")
     assert description == manifest
