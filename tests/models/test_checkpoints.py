@@ -239,9 +239,7 @@ def test_conversion(tmp_path: Path, network: HPDDRNet, caplog: pytest.LogCapture
     assert manifest.normalization == Normalization(mean=(10.5, 20, 30), std=(40, 50, 60))
     assert manifest.data is not None
     assert manifest.data.license == "CC-BY-4.0"
-    dropped, size = manifest.remarks
-    assert dropped == "dropped weights that the network never uses: backbone.ecas.2, backbone.sps.2"
-    assert size == "it was tested on images brought to within 2048 x 1024 pixels (--resize)"
+    assert manifest.remarks == ["dropped weights that the network never uses: backbone.ecas.2, backbone.sps.2"]
     assert manifest.remarks[0] in caplog.text
     loaded, description = load_checkpoint(tmp_path / "ours.safetensors")
     assert description == manifest
@@ -480,7 +478,9 @@ def test_runner_checkpoint(golden: Path, tmp_path: Path) -> None:
     manifest = convert_checkpoint(source, tmp_path / "a.safetensors")
     assert manifest.class_names == ["grains", "pores", "clay"]
     assert manifest.normalization == Normalization()
-    assert manifest.remarks == ["dropped weights that the network never uses: backbone.ecas.2, backbone.sps.2"]
+    dropped, size = manifest.remarks
+    assert dropped == "dropped weights that the network never uses: backbone.ecas.2, backbone.sps.2"
+    assert size == "it was tested on images brought to within 2048 x 1024 pixels (--resize)"
     network, _ = load_checkpoint(tmp_path / "a.safetensors")
     image = torch.from_numpy(np.load(golden / "inputs.npz")["x_1x136x200"]).float()
     expected = np.load(golden / "runner_ckpt" / "expected.npz")["logits8_x_1x136x200"]
