@@ -83,7 +83,8 @@ def write_engine(path: Path, source: Path) -> Path:
     profiles = [{"min": [1, 1, 8, 8], "opt": [1, 1, 64, 64], "max": [2, 1, 128, 128]}]
     record = EngineRecord(
         runtime="tensorrt", version="10.9.0.34", compute_capabilities=["8.9"], gpu="Simulated 0", profiles=profiles,
-        sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), layer_precision={}, build_seconds=1.0,
+        sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), build_seconds=1.0,
+        layer_precision={"convolutions": {"fp32": 1}, "macs_share": {"fp32": 1.0}, "source": "simulated"},
     )  # fmt: skip
     sidecar_path(path).write_text(read_manifest(source).replace(engine=record).to_json(), encoding="utf-8")
     return path

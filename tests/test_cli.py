@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shlex
 import sys
@@ -22,6 +23,8 @@ from hpddrnet_trt.cli.program import GONE, OLD_SPELLINGS
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
+from hpddrnet_trt.weights import locate
+from tests.hostile_models import write_engine
 from tests.tiny_network import tiny_manifest, tiny_network
 
 Run = Callable[..., tuple[int, str, str]]
@@ -257,6 +260,17 @@ def test_inspect_prints_the_description(run: Run, checkpoint: Path) -> None:
     code, out, _ = run("inspect", "--json", "nasa-super1")
     assert code == 0
     assert [entry["name"] for entry in json.loads(out)["classes"]] == ["matrix", "secondary", "tertiary"]
+
+
+def test_inspect_says_that_an_engine_is_not_what_its_description_says(run: Run, tmp_path: Path) -> None:
+    engine = write_engine(tmp_path / "a.engine", locate("nasa-super1", ".onnx"))
+    code, out, err = run("inspect", engine)
+    assert code == 0, err
+    assert "engine of tensorrt 10.9" in out
+    os.truncate(engine, 1000)
+    code, _, err = run("inspect", engine)
+    assert code == 1
+    assert "a.engine is truncated (1000 of 2800 bytes)" in err
 
 
 def commands(group: Any, *before: str) -> Iterator[tuple[tuple[str, ...], Any]]:

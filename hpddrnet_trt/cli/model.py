@@ -484,7 +484,7 @@ def inspect(
 ) -> None:
     """Print what a model file says about itself: contract, precision by layer, calibration, evidence."""
     from hpddrnet_trt.core.manifest import read_manifest
-    from hpddrnet_trt.engines.engine_file import engine_record
+    from hpddrnet_trt.engines.engine_file import engine_record, verified_content
     from hpddrnet_trt.engines.tensorrt import write_layer_times
     from hpddrnet_trt.export.describe import describe
 
@@ -493,6 +493,8 @@ def inspect(
         typer.echo(f"written: {write_layer_times(file, layer_times, parse_size(size))}")
         return
     manifest = read_manifest(file)
+    if manifest.engine is not None:
+        verified_content(file, manifest.engine)  # a damaged file is not what its description says
     if graph is not None:
         from hpddrnet_trt.report.engine_graph import draw_graph
 
