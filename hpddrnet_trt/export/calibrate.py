@@ -233,12 +233,21 @@ def _gather(
     chosen = micrographs.choose_images(pool, settings.max_images)
     judges = micrographs.choose_images(judges or chosen, _HELD_OUT_CROPS)
     plan = partial(micrographs.plan_crops, height=height, width=width, intensity_range=range_of(manifest.intensity))
+    crops, spread = micrographs.with_content(planned := plan(chosen), height, width)
+    if not crops:
+        raise UsageError(
+            f"the micrographs to calibrate on hold no content: their grey levels spread by {spread:.1f} of 255 at "
+            f"most, and need {micrographs.FLAT:g} (blanked beam, out of focus?); give pictures like those to segment"
+        )
+    if len(crops) < len(planned):
+        logger.warning("%d of %d calibration crops are flat and left out", len(planned) - len(crops), len(planned))
+    judged, _ = micrographs.with_content(plan(judges, minimum=_HELD_OUT_CROPS)[:_HELD_OUT_CROPS], height, width)
     return _Data(
         images=chosen,
-        crops=plan(chosen),
+        crops=crops,
         held_out=judges,
-        held_out_crops=plan(judges, minimum=_HELD_OUT_CROPS)[:_HELD_OUT_CROPS],
-        independent=independent,
+        held_out_crops=judged or crops[:_HELD_OUT_CROPS],
+        independent=independent and bool(judged),
         height=height,
         width=width,
     )

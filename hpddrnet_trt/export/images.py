@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from hpddrnet_trt.data.preprocess import network_input, pad
 LARGEST_SIZE = 1024  # crop edge in pixels, where neither the model nor the caller says one
 _LOOKED_AT = 9  # images that the usual size is taken from
 MINIMUM_CROPS = 32  # few images are cut into several crops each, up to this many in total
+FLAT = 2.0  # grey levels: crops that spread less hold no content
 SURVEYED = 512  # at most this many images are read to choose from
 
 Grey = npt.NDArray[np.uint8]
@@ -178,6 +180,16 @@ def _starts(length: int, crop: int) -> list[int]:
 def cut(grey: Grey, crop: Crop, height: int, width: int) -> Grey:
     """The pixels of a crop, uint8 ``[height, width]``; a smaller image is continued by reflection."""
     return np.ascontiguousarray(pad(grey[crop.top : crop.top + height, crop.left : crop.left + width], height, width))
+
+
+def with_content(crops: Sequence[Crop], height: int, width: int) -> tuple[list[Crop], float]:
+    """The crops that show something, and the largest spread among all.
+
+    The spread is the standard deviation of grey levels after a mean over 9 x 9 pixels, which leaves a tenth of noise: a
+    blanked beam has 0, noise of 12 grey levels alone 1.3, the flattest real crop of four datasets 2.2.
+    """
+    spreads = [float(cv2.blur(grey, (9, 9)).std()) for _, grey in _windows(crops, height, width)]
+    return [crop for crop, spread in zip(crops, spreads, strict=True) if spread >= FLAT], max(spreads, default=0.0)
 
 
 def batches(

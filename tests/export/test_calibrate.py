@@ -229,21 +229,39 @@ def test_tensorrt_builds_it_strongly_typed(quantized: dict[str, Path]) -> None:
 def test_a_broken_calibration_is_refused_and_a_lost_class_on_request(
     tmp_path: Path, source: Path, images: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    black = tmp_path / "black.png"
-    Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(black)
+    dark = tmp_path / "dark.png"
+    columns = np.linspace(0, 9, SIZE).astype(np.uint8)  # just enough to be no flat picture
+    Image.fromarray(np.tile(columns, (SIZE, 1))).save(dark)
     target = tmp_path / "out" / "int8.onnx"
     options: dict[str, Any] = {"held_out": images, "size": (SIZE, SIZE)}
     with pytest.raises(UserError, match=r"below the agreement of 0\.9 asked for.*was not written.*more varied"):
-        calibrate(source, target, [black], **options)
+        calibrate(source, target, [dark], **options)
     with pytest.raises(UserError, match=r"worst class, '\w+'.*below the IoU per class of 0\.5"):
-        calibrate(source, target, [black], min_agreement=0.0, min_class_iou=0.5, **options)
+        calibrate(source, target, [dark], min_agreement=0.0, min_class_iou=0.5, **options)
     assert not target.exists()
-    manifest = calibrate(source, target, [black], min_agreement=0.0, **options)
+    manifest = calibrate(source, target, [dark], min_agreement=0.0, **options)
     assert any("INT8 changes class" in message for message in caplog.messages)
     values = manifest.validation[-1].values
     per_class = [value for key, value in values.items() if key.startswith("iou_against_fp32/")]
     assert np.mean(per_class) == pytest.approx(values["miou_against_fp32"])
     assert manifest.validation[-1].source.startswith("images not calibrated on")
+
+
+def test_pictures_without_content_are_refused_or_left_out(
+    tmp_path: Path, source: Path, images: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    flat = []
+    for seed, noise in enumerate((0, 3, 12)):
+        values = np.random.default_rng(seed).normal(128, noise, (SIZE, SIZE)).clip(0, 255).astype(np.uint8)
+        flat.append(tmp_path / f"flat-{noise}.png")
+        Image.fromarray(values).save(flat[-1])
+    target = tmp_path / "int8.onnx"
+    with pytest.raises(UsageError, match=r"no content: their grey levels spread by 1\.\d of 255 at most, and need 2"):
+        calibrate(source, target, flat, size=(SIZE, SIZE))
+    assert not target.exists()
+    manifest = calibrate(source, target, [*flat[:1], *images], held_out=flat[1:], size=(SIZE, SIZE))
+    assert any("calibration crops are flat and left out" in message for message in caplog.messages)
+    assert "the calibration images themselves" in manifest.validation[-1].source  # not on the flat ones
 
 
 @pytest.mark.parametrize(
