@@ -40,8 +40,8 @@ STALL_AFTER_S = 0.2
 HANG_S = 30.0  # at most: the soak ends a hang when it has seen what it looks for
 ERRORS_BEFORE_RESTART = 5
 DEADLOCK_S = 120.0  # without an episode that ends
-# MiB of resident memory, from the first to the last quarter: some 400 openings of ONNX Runtime leave 30 behind, here as
-# before; a frame kept each time would be 200.
+# MiB of resident memory, from the first to the last quarter: some 400 openings of ONNX Runtime leave 30 behind; a frame
+# kept each time would be 200.
 FLAT_MIB = 64.0
 FAULTS: dict[str, Callable[[], BaseException]] = {
     "engine error": lambda: RuntimeError("injected engine error"),
