@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple
 
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import UsageError, UserError, require
-from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.engines.base import Engine, Prediction
 from hpddrnet_trt.weights import locate, shipped_models
 
 __all__ = ["ENGINES", "Engine", "EngineKind", "Prediction", "available_engines", "engine_status", "load_engine"]
 
+logger = logging.getLogger(__name__)
 CHECKPOINTS = (".safetensors", ".pth", ".pt")
 _OTHER_LIBRARIES = ("onnx", "numpy", "opencv-python-headless")  # that matter for a result, whatever the engine
 
@@ -77,7 +79,8 @@ class EngineKind:
         return getattr(importlib.import_module(f"hpddrnet_trt.engines.{module}"), name)
 
 
-# By the name that `--engine` and `load_engine` take. The first one that runs a suffix is what `auto` chooses.
+# By the name that `--engine` and `load_engine` take. The first one that runs a suffix is what `auto` chooses (but see
+# `_first_choice`).
 ENGINES: dict[str, EngineKind] = {
     "torch": EngineKind(
         "PyTorch", ("torch", "TorchEngine"), CHECKPOINTS, "torch", "export", ("torch",), variants=_labels_only
@@ -115,20 +118,21 @@ class EngineStatus(NamedTuple):
 def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engine:
     """Open a model file, or a model that comes with the package by its name, with the engine that suits it.
 
-    ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch,
-    ``.onnx``: onnxruntime, ``.engine``: the TensorRT runtime it was built with, its lean runtime where only that is
-    installed), or a name in :data:`ENGINES`. ``options`` go to the engine's class; those that are None are left out.
+    ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch, ``.onnx``: onnxruntime, or
+    openvino where it is installed and the file is quantized for TensorRT, ``.engine``: the TensorRT runtime it was
+    built with, its lean runtime where only that is installed), or a name in :data:`ENGINES`. ``options`` go to the
+    engine's class; those that are None are left out.
 
     Raises :class:`UsageError` for an unknown engine, ending or option, and what the engine raises:
     :class:`BadInputFile`, :class:`MissingDependency`, :class:`NoGpu`.
     """
     path = model_file(path, engine)
-    name = engine_of(path, engine)
+    given = {key: value for key, value in options.items() if value is not None}
+    name = engine_of(path, engine, given)
     kind = ENGINES[name]
     if kind.suffixes == CHECKPOINTS:
         require("torch", kind.extra, f"run the checkpoint {path}")
     cls = kind.load_class()
-    given = {key: value for key, value in options.items() if value is not None}
     known = [key for key in inspect.signature(cls).parameters if key != "path"]
     unknown = [key for key in given if key not in known]
     if unknown:
@@ -143,8 +147,8 @@ def model_file(model: str | Path, engine: str = "auto") -> Path:
     return locate(model, ".safetensors" if kind is not None and kind.suffixes == CHECKPOINTS else ".onnx")
 
 
-def engine_of(path: Path, engine: str = "auto") -> str:
-    """The name of the engine that runs ``path``, by its ending; :class:`UsageError` where there is none."""
+def engine_of(path: Path, engine: str = "auto", options: Collection[str] = ()) -> str:
+    """The name of the engine that runs ``path`` with these options; :class:`UsageError` where there is none."""
     if engine != "auto":
         suffixes = _kind(engine, "auto").suffixes
         if path.suffix.lower() not in suffixes:
@@ -157,6 +161,21 @@ def engine_of(path: Path, engine: str = "auto") -> str:
             f"{path} has none of the known endings of model files ({', '.join(endings)}) and is no model that comes "
             f"with the package ({', '.join(shipped_models())})"
         )
+    return _first_choice(path, suitable, options)
+
+
+def _first_choice(path: Path, suitable: list[str], options: Collection[str]) -> str:
+    """The first engine, except that ONNX Runtime runs the Q/DQ form of TensorRT slower on a CPU than the FP32 file."""
+    if "openvino" not in suitable or not path.is_file() or read_manifest(path).quantized_for != "tensorrt":
+        return suitable[0]
+    if not set(options) <= set(inspect.signature(ENGINES["openvino"].load_class()).parameters):
+        return suitable[0]  # asked for what OpenVINO does not do here, a GPU for example
+    if importlib.util.find_spec("openvino") is not None:
+        return "openvino"
+    logger.warning(
+        "%s is quantized for TensorRT; without one, OpenVINO runs it several times faster than %s: "
+        "pip install 'hpddrnet-trt[openvino]', or calibrate with --runtime onnxruntime", path, suitable[0]
+    )  # fmt: skip
     return suitable[0]
 
 

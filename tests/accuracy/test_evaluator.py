@@ -66,7 +66,7 @@ def test_figures_are_those_of_the_labels(
     path = save_model(graph, tmp_path / "it.onnx", config.described(config.layers[:2], half=False))
     masks, labels = LabelComparison(3), LabelComparison(3)
     dataset = FolderDataset.open(data)
-    with load_segmenter(path) as candidate, load_segmenter(fp32) as reference:
+    with load_segmenter(path, engine="onnxruntime") as candidate, load_segmenter(fp32) as reference:
         for sample in dataset.split("val"):
             image, mask = dataset.load(sample)
             got = candidate.segment(image).labels
@@ -155,7 +155,8 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, config: Quan
             CandidateCache(config, evaluator), target, budget, cost, calibration=record, progress=False
         )
     model, manifest = load_model(target)
-    with load_segmenter(save_model(simulate_rounding(model), tmp_path / "rounded.onnx", manifest)) as segmenter:
+    rounded = save_model(simulate_rounding(model), tmp_path / "rounded.onnx", manifest)
+    with load_segmenter(rounded, engine="onnxruntime") as segmenter:
         scores = assess(segmenter, dataset, "val", progress=False).scores
         samples = [*samples_of(dataset, "val", "", progress=False)]
         benchmark = BenchmarkScores([BenchmarkImage(sample.name, image, mask) for sample, image, mask in samples])

@@ -14,7 +14,14 @@ import pytest
 
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.engines import ENGINES, available_engines, engine_status, library_versions, load_engine
+from hpddrnet_trt.engines import (
+    ENGINES,
+    available_engines,
+    engine_of,
+    engine_status,
+    library_versions,
+    load_engine,
+)
 from tests.toy import manifest, write_toy_onnx
 
 
@@ -24,6 +31,21 @@ def test_file_and_name_choose_the_engine(tmp_path: Path) -> None:
         assert engine.manifest.name == "toy"
     with load_engine("nasa-super1", "torch", device="cpu") as engine:  # a model of the package, as its engine runs it
         assert engine.runtime.startswith("torch ")
+
+
+def test_files_quantized_for_tensorrt_go_to_openvino_or_warn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("openvino")
+    path = write_toy_onnx(tmp_path / "m.onnx", manifest(quantized_for="tensorrt", precision="int8"))
+    assert engine_of(path) == engine_of(path, "auto", {"threads"}) == "openvino"
+    assert engine_of(path, "auto", {"device"}) == "onnxruntime"
+    assert engine_of(path, "onnxruntime") == "onnxruntime"
+    assert caplog.messages == []
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else real(name))
+    assert engine_of(path) == "onnxruntime"
+    assert "pip install 'hpddrnet-trt[openvino]', or calibrate with --runtime onnxruntime" in caplog.messages[0]
 
 
 def test_refusals_name_the_choices(tmp_path: Path) -> None:
