@@ -57,7 +57,7 @@ def test_a_version_compatible_plan_is_read_back_with_permission(tmp_path: Path) 
         ({"max_aux_streams": 0}, set(), {"max_aux_streams": 0}, {}),
         ({"tf32": True}, set(), {}, {}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),  # the same in every process
 )  # fmt: skip
 @pytest.mark.skipif(sys.platform != "linux", reason="engines for Windows are built on Linux")
 def test_what_the_builder_is_told(
