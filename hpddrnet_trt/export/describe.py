@@ -100,7 +100,10 @@ def _output(contract: OutputContract) -> str:
 def _precision(manifest: Manifest, *, layers: bool) -> list[str]:
     rows = [str(manifest.precision).upper()]
     if manifest.engine is not None:
-        rows += _layer_precision(manifest.engine, layers=layers)
+        try:
+            rows += _layer_precision(manifest.engine, layers=layers)
+        except (KeyError, TypeError, AttributeError, ValueError):  # another version's report, or a damaged one
+            rows.append("its description has no readable report of layers; build the engine again for one")
     if manifest.qdq_report is not None:
         rows += report_lines(manifest.qdq_report)
     return rows

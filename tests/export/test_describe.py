@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,3 +113,12 @@ def test_a_checkpoint_has_no_contract(quantized: Manifest) -> None:
     assert text.startswith("m.safetensors: checkpoint")
     assert "input" not in text
     assert "remarks      converted" in text
+
+
+@pytest.mark.parametrize("report", [{}, {"convolutions": []}, {"convolutions": {"int8": "many"}}])
+def test_an_engine_without_a_readable_report_of_layers(quantized: Manifest, report: dict[str, Any]) -> None:
+    record = EngineRecord(
+        runtime="tensorrt", version="11.1", compute_capabilities=["9.0"], sha256="0", bytes=1, layer_precision=report,
+        profiles=[{key: [1, 1, 16, 16] for key in ("min", "opt", "max")}], build_seconds=3.0,
+    )  # fmt: skip
+    assert "no readable report of layers" in describe(quantized.replace(engine=record), "m.engine", layers=True)
