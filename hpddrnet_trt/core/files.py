@@ -114,7 +114,8 @@ def write_text(target: str | Path, content: str) -> Path:
 
 def printable(text: object) -> str:
     """``text`` with the bytes of a file's name that are no UTF-8 as ``\\xNN``: files and terminals take it."""
-    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+    # Not os.fsencode: outside UTF-8 locales that takes no other letters.
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def decoded_text(content: bytes) -> str:

@@ -16,6 +16,7 @@ from hpddrnet_trt.core.files import (
     atomic_path,
     check_writable,
     existing_file,
+    printable,
     read_file,
     sha256_of,
     write_bytes,
@@ -127,3 +128,8 @@ def test_require() -> None:
     message = str(caught.value)
     assert "the Python package 'no_such_package' is needed to fly" in message
     assert message.endswith("pip install 'hpddrnet-trt[export]'")
+
+
+def test_names_of_files_are_printable_whatever_their_bytes_and_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsencode", None)  # which knows the locale's letters only
+    assert printable("Gr\udcf6\udcdfe 倍率.png") == "Gr\\xf6\\xdfe 倍率.png"
