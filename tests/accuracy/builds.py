@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck, Budget
 from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.core.manifest import Manifest
 from tests.tiny_onnx import QUIET
-
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
 
 
 def build(

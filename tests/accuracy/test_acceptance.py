@@ -22,8 +22,9 @@ from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.inference import load_segmenter
-from tests.accuracy.builds import build, needs_rtx
+from tests.accuracy.builds import build
 from tests.accuracy.fakes import accuracy
+from tests.graph.parsed_rtx import needs_rtx
 from tests.tiny_onnx import QUIET
 
 without_gpu = pytest.mark.skipif(gpu_or_none() is not None, reason="shows what happens without a GPU; here is one")

@@ -17,8 +17,9 @@ from hpddrnet_trt.accuracy.search import Choice, Frontier, Point, _none_holds, c
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.graph.qdq import count_convolutions
-from tests.accuracy.builds import build, needs_rtx
+from tests.accuracy.builds import build
 from tests.accuracy.fakes import FakeCost, accuracy
+from tests.graph.parsed_rtx import needs_rtx
 from tests.graph.residual_onnx import QUANTIZABLE
 
 

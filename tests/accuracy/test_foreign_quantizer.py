@@ -17,7 +17,8 @@ from hpddrnet_trt.accuracy.build import build_verified
 from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.core.manifest import METADATA_KEY, read_manifest
 from hpddrnet_trt.graph.model import load_model, save_model
-from tests.accuracy.builds import build, needs_rtx
+from tests.accuracy.builds import build
+from tests.graph.parsed_rtx import needs_rtx
 
 
 def quantized_elsewhere(source: Path, largest: float) -> onnx.ModelProto:

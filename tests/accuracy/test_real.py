@@ -17,7 +17,8 @@ from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.export.calibrate import calibrate
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.weights import locate
-from tests.accuracy.builds import build, needs_rtx
+from tests.accuracy.builds import build
+from tests.graph.parsed_rtx import needs_rtx
 
 MODEL = "nasa-super1"
 

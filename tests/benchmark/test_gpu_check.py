@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from hpddrnet_trt.graph.attention import uses_bf16
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.engines.conftest import SHAPES, Bench, bench, models
+from tests.graph.parsed_rtx import needs_rtx
 from tests.tiny_export import pictures, write_fp32
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.tiny_onnx import CLASSES, QUIET, tiny_model
@@ -32,9 +32,6 @@ from tests.tiny_onnx import CLASSES, QUIET, tiny_model
 __all__ = ["bench", "models"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -23,11 +23,8 @@ from hpddrnet_trt.engines.tensorrt_library import (
     readable,
     run_cancellable,
 )
+from tests.graph.parsed_rtx import needs_rtx
 from tests.tiny_onnx import tiny_model
-
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
 
 
 @needs_rtx

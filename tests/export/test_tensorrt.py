@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 from dataclasses import fields
@@ -31,13 +30,10 @@ from hpddrnet_trt.export.onnx import store_in_half
 from hpddrnet_trt.export.tensorrt import build_engine
 from hpddrnet_trt.graph.model import save_model
 from hpddrnet_trt.graph.nodes import fold_constants
-from tests.graph.parsed_rtx import Parsed
+from tests.graph.parsed_rtx import Parsed, needs_rtx
 from tests.tiny_export import exported, pictures, write_fp16, write_fp32
 from tests.tiny_onnx import HIDDEN, tiny_model
 
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
-)
 SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256"
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import onnx
 import pytest
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx, which builds without a GPU, is missing"
+)
 
 
 class Parsed:
