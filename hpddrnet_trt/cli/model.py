@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from hpddrnet_trt.export.onnx import ExportOptions
 
 PANEL = "Make model files"
+EngineTarget = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
+]
+CalibrationData = Annotated[
+    Path | None, typer.Option("--calib", help="For int8, fp8 from an FP32 file: micrographs to calibrate on.")
+]
 
 
 @command(PANEL, "convert-checkpoint their.pth ours.safetensors --classes grain,pore,clay")
@@ -408,12 +414,8 @@ def build(
         str | None,
         typer.Option(help="Optimization profiles MIN:OPT:MAX, e.g. 1x1x512x512:4x1x1024x1024:8x1x2048x2048."),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
-    ] = None,
-    calibration_data: Annotated[
-        Path | None, typer.Option("--calib", help="For int8, fp8 from an FP32 file: micrographs to calibrate on.")
-    ] = None,
+    output: EngineTarget = None,
+    calibration_data: CalibrationData = None,
 ) -> None:
     """Build a TensorRT engine, prove its precision and write it with its description.
 
@@ -441,12 +443,8 @@ def build(
 def refit(
     engine: Annotated[Path, typer.Argument(help="Engine built with --refittable, or --stripped.")],
     model: OnnxFile,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Engine to write; default MODEL.PRECISION.engine.")
-    ] = None,
-    calibration_data: Annotated[
-        Path | None, typer.Option("--calib", help="For int8, fp8 from an FP32 file: micrographs to calibrate on.")
-    ] = None,
+    output: EngineTarget = None,
+    calibration_data: CalibrationData = None,
     device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
 ) -> None:
     """Write an engine with the weights of another ONNX file of the same network: retrained, or left out before.

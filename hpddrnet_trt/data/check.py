@@ -217,8 +217,8 @@ class _Scan:
             warnings.append(f"pictures of different depth are mixed ({', '.join(kinds)}); see the remarks of each")
         if "test" not in splits:
             warnings.append("there is no test split")
-        if folders := passed_over(self.root, layout):
-            warnings.append(f"{', '.join(folders)} passed over: splits are called {', '.join(SPLITS)}")
+        if others := passed_over(self.root, layout):
+            warnings.append(others)
         if self.description.license is None:
             warnings.append(f"no license is stated; write one into {FILE_NAME}")
         return DatasetReport(

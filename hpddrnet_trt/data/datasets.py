@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -290,6 +290,12 @@ def read_pair(
     return grey, mask
 
 
+def missing_splits(present: Collection[str], *wanted: str) -> list[str]:
+    """A sentence for each of the ``wanted`` splits that is not among those ``present``."""
+    there = f"(there are: {', '.join(present) or 'none'})"
+    return [f"there is no {split} split {there}" for split in wanted if split not in present]
+
+
 def training_problems(
     classes: Sequence[ClassInfo],
     labels: Mapping[str, tuple[Sequence[float], float]],
@@ -301,15 +307,12 @@ def training_problems(
     ``labels``: of each split with images, the classes' fractions of its labelled pixels and the fraction of pixels that
     are ignored.
     """
-    problems = []
-    for split in (train, val):
-        if split not in labels:
-            problems.append(f"there is no {split} split (there are: {', '.join(labels) or 'none'})")
-            continue
+    problems = missing_splits(labels, train, val)
+    for split in (split for split in (train, val) if split in labels):
         fractions, ignored = labels[split]
         present = [entry.name for entry, share in zip(classes, fractions, strict=True) if share > 0]
-        hint = f" ({ignored:.0%} are {IGNORE_INDEX}, ignore: if that means a class here, rewrite it as 1)"
-        hint = hint if ignored else ""
+        share = f"{ignored:.0%} are {IGNORE_INDEX}, ignore"
+        hint = f" ({share}: if that means a class here, rewrite it as 1)" if ignored else ""
         if not present:
             problems.append(f"{split}: no pixel is labelled{hint}")
         elif split == train and len(present) == 1:
@@ -319,11 +322,12 @@ def training_problems(
     return problems
 
 
-def passed_over(root: Path, layout: Layout) -> list[str]:
-    """Folders beside the splits that no split is made of, such as ``images/valid``."""
+def passed_over(root: Path, layout: Layout) -> str | None:
+    """A sentence about folders beside the splits that no split is made of, such as ``images/valid``."""
     above, name = ("images", "*") if layout == "folders" else (".", "*/imgs")
     folders = (path if layout == "folders" else path.parent for path in sorted((root / above).glob(name)))
-    return [path.relative_to(root).as_posix() for path in folders if path.is_dir() and path.name not in SPLITS]
+    names = [path.relative_to(root).as_posix() for path in folders if path.is_dir() and path.name not in SPLITS]
+    return f"{', '.join(names)} passed over: splits are called {', '.join(SPLITS)}" if names else None
 
 
 def unknown_values(label_counts: npt.NDArray[np.integer], num_classes: int) -> list[int]:

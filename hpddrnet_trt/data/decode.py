@@ -20,7 +20,7 @@ from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin
 from hpddrnet_trt.core.errors import BadInputFile, MissingDependency
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.data import digital_micrograph
-from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, MAX_PIXELS, Decoded, check_size, damaged
+from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, MAX_PIXELS, ORIENTATION, Decoded, check_size, damaged
 from hpddrnet_trt.data.tiff import SIGNATURES as _TIFF_SIGNATURES
 from hpddrnet_trt.data.tiff import decode_tiff
 
@@ -29,7 +29,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dm3", ".dm
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _BMP_SIGNATURE = b"BM"
-_ORIENTATION = 274  # the tag, in EXIF as in TIFF
 _JPEG_SCANS = 200  # a progressive JPEG has about ten; each costs a pass over the whole picture
 _PNG_GREY, _PNG_PALETTE = 0, 3  # colour types in a PNG header
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -92,7 +91,7 @@ def _upright(decoded: Decoded) -> Decoded:
 
 def _exif_orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF, which viewers pass over
         return 1
 

@@ -13,6 +13,7 @@ from hpddrnet_trt.core.errors import BadInputFile, one_line
 from hpddrnet_trt.data.vendors.metadata import VendorMetadata
 
 MAX_PIXELS = 1 << 30  # 32768 x 32768: larger than any single frame, smaller than a memory bomb
+ORIENTATION = 274  # the tag, in TIFF as in EXIF
 JPEG_PIXELS_PER_BYTE = 600  # each block of 64 pixels takes at least one bit; the rest is room
 
 

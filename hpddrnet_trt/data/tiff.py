@@ -18,7 +18,7 @@ import tifffile
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data import vendors
-from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, Decoded, check_size, damaged
+from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, ORIENTATION, Decoded, check_size, damaged
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -71,7 +71,7 @@ def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
             alpha=values.ndim == 3 and _has_opacity(page),
             inverted=page.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
             pages=pages,
-            orientation=int(page.tags.valueof(_ORIENTATION, 1)),
+            orientation=int(page.tags.valueof(ORIENTATION, 1)),
             metadata=vendors.read_tags(page),
             remarks=tuple(remarks),
         )
@@ -177,7 +177,7 @@ MAX_PAGES = 65_536
 MAX_TAGS = 4096
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _REDUCED = 254, 255, 2
-_WIDTH, _LENGTH, _ORIENTATION, _STRIP_BYTE_COUNTS, _TILE_BYTE_COUNTS = 256, 257, 274, 279, 325
+_WIDTH, _LENGTH, _STRIP_BYTE_COUNTS, _TILE_BYTE_COUNTS = 256, 257, 279, 325
 _DESCRIPTION = 270
 _BULKY = {273, 279, 324, 325, 330, 347}  # offsets, byte counts and tables, which the decoder loads as Python numbers
 _MAX_BULKY_BYTES = 16 << 20

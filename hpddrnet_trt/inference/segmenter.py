@@ -95,7 +95,6 @@ class Segmenter:
         self.engine, self.mode, self.resize, self.window, self.tile = engine, mode, resize, window, tile
         self.manifest = engine.manifest
         self.intensity_range = range_of(self.manifest.intensity) if window is None else window
-        self._unchanged = isinstance(self.intensity_range, FullScale) and self.intensity_range.whole  # 8-bit images
         self._inference = Inference(engine, mode, resize)
         self._contract = self._inference.contract
         check_tile(tile, self._contract, resize)
@@ -249,7 +248,8 @@ class Segmenter:
             raise ContractError(
                 f"the image is a {kind} on a GPU, which {self._runtime} does not read; copy it to the host first"
             )
-        if self.mode != "single" or self.resize is not None or not self._unchanged:
+        as_it_is = isinstance(self.intensity_range, FullScale) and self.intensity_range.whole
+        if self.mode != "single" or self.resize is not None or not as_it_is:
             raise ContractError(
                 f"the image is a {kind} on a GPU, where it runs as it is: without mode, resize and window; "
                 "copy it to the host for those"

@@ -29,10 +29,10 @@ from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, IntensityRecord
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import (
-    SPLITS,
     FolderDataset,
     Sample,
     SplitStatistics,
+    missing_splits,
     passed_over,
     training_problems,
 )
@@ -120,9 +120,8 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
     else:
         dataset = FolderDataset.open(section.path, section.layout)
     wanted = (section.train_split, section.val_split)
-    if missing := [split for split in wanted if split not in dataset.splits]:
-        there = f"there is no {missing[0]} split (there are: {', '.join(dataset.splits)})"
-        raise UserError(_unfit(dataset, [there]))
+    if missing := missing_splits(dataset.splits, *wanted):
+        raise UserError(_unfit(dataset, missing))
     shared = dataset.shared_groups(section.train_split)
     if section.separate_groups:
         dataset = dataset.without_shared_groups(section.train_split)
@@ -149,11 +148,10 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
 
 
 def _unfit(dataset: FolderDataset, problems: Sequence[str]) -> str:
-    folders = passed_over(dataset.root, dataset.layout)
-    others = f" ({', '.join(folders)} passed over: splits are called {', '.join(SPLITS)})" if folders else ""
+    others = passed_over(dataset.root, dataset.layout)
     return (
-        f"the dataset {dataset.root} cannot be trained on: {'; '.join(problems)}{others}; mend it, or name other "
-        "splits with data.train_split and data.val_split"
+        f"the dataset {dataset.root} cannot be trained on: {'; '.join(problems)}{f' ({others})' if others else ''}; "
+        "mend it, or name other splits with data.train_split and data.val_split"
     )
 
 
