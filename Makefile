@@ -5,6 +5,7 @@
 #   make demo DATA=folder          your own (images|masks/{train,val,test}, see README)
 #   make demo TRAIN="..."          further key=value settings of the training
 #   make demo MEASURE="..."        further options of the benchmark
+#   make docs                      the documentation site, as site/index.html
 #   make soak                      the tests that take minutes: the live stream under faults
 #   make gpu                       figures of an NVIDIA GPU in eight minutes, then its tests (PY=python3: as installed)
 
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CLI := $(BIN)/hpddrnet-trt
 # A machine with an NVIDIA GPU gets the full TensorRT too; TensorRT-RTX builds engines without one.
-EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,results,datasets,dm,fibsem,micromanager,napari,polygraphy,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
+EXTRAS := train,export,benchmark,openvino,tensorrt-rtx,results,datasets,dm,fibsem,micromanager,napari,polygraphy,docs,dev$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
 comma := ,
 
 DATA ?=
@@ -29,9 +30,9 @@ MINUTES ?= 8
 SHAPES ?= 1x1x256x256:1x1x512x512:4x1x1024x1024
 DATASET := $(or $(DATA),$(RUN)/data)
 
-.PHONY: help demo test soak gpu environment clean
+.PHONY: help demo test docs soak gpu environment clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 10
 
 environment: $(READY)
 
@@ -66,6 +67,10 @@ test: $(READY)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --max-worker-restart=0
 
+docs: $(READY)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html -c docs . site
+	@echo "open site/index.html"
+
 # The live stream under faults for 20,000 frames, and whatever else is marked slow.
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests
@@ -80,4 +85,4 @@ gpu: $(if $(PY),,$(READY))
 	exit $$failed
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,54 @@
+"""The documentation site: `make docs` builds it, from Markdown that reads as well in the repository.
+
+The source folder is the repository itself, so that a link between two pages is the same link here and there. Pages are
+listed in docs/index.md; what INCLUDED does not name is no page.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hpddrnet_trt import __version__
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+INCLUDED = [
+    "docs/**.md",
+    "train/README.md",
+    "export/README.md",
+    "benchmarks/README.md",
+    "benchmarks/results/NOTES.md",
+    "hpddrnet_trt/data/README.md",
+    "hpddrnet_trt/weights/*.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "README.md",
+]
+
+project = "HPDDRNet-TRT"
+author = "the authors of HPDDRNet-TRT"
+copyright = "MIT licence"  # Furo's footer
+version = release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+root_doc = "docs/index"
+include_patterns = INCLUDED
+exclude_patterns = [".venv", "runs", "build", "site"]
+
+myst_heading_anchors = 4  # links to headings are the same as in the repository's own view
+myst_links_external_new_tab = False
+suppress_warnings = ["myst.header"]  # included pages begin where they like
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+
+html_theme = "furo"
+html_title = f"HPDDRNet-TRT {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_extra_path = ["_static/index.html"]  # the site's root leads to docs/index.html
+html_copy_source = False
+html_show_sourcelink = False

@@ -1,0 +1,76 @@
+"""The documentation site builds without a warning, and no link of it leads nowhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class Page(HTMLParser):
+    """Addresses that a page refers to, and the places in it that others may refer to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.places: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("href", "src") and value:
+                self.targets.append(value)
+            if name in ("id", "name") and value:
+                self.places.add(value)
+
+
+def dead_links(site: Path) -> list[str]:
+    """Links of a site's pages, within the site, to files or places that do not exist."""
+    pages = {file: Page(file.read_text(encoding="utf-8")) for file in site.rglob("*.html")
+             if not {"_downloads", "_static"} & set(file.relative_to(site).parts)}  # fmt: skip
+    dead = []
+    for file, page in pages.items():
+        for target in page.targets:
+            link = urlsplit(target)
+            if link.scheme or link.netloc:
+                continue
+            there = (file.parent / unquote(link.path)).resolve() if link.path else file
+            anchored = there in pages and link.fragment
+            if not there.exists() or (anchored and unquote(link.fragment) not in pages[there].places):
+                dead.append(f"{file.relative_to(site)}: {target}")
+    return dead
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    missing = [name for name in ("sphinx", "furo", "myst_parser") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site").resolve()
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"]
+    command += ["-b", "html", "-c", "docs", "-d", str(folder / "doctrees"), ".", str(folder / "html")]
+    built = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert built.returncode == 0, built.stderr
+    return folder / "html"
+
+
+def test_every_page_is_built(site: Path) -> None:
+    for page in (REPOSITORY / "docs").rglob("*.md"):
+        assert (site / page.relative_to(REPOSITORY)).with_suffix(".html").is_file(), page
+
+
+def test_no_dead_links(site: Path) -> None:
+    assert dead_links(site) == []
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<a href="b.html#here">1</a><a href="b.html#gone">2</a><img src="c.png">')
+    (tmp_path / "b.html").write_text('<h1 id="here">b</h1><a href="https://example.org/x">3</a><a href="#gone">4</a>')
+    assert sorted(dead_links(tmp_path)) == ["a.html: b.html#gone", "a.html: c.png", "b.html: #gone"]
