@@ -7,7 +7,11 @@ listed in docs/index.md; what INCLUDED does not name is no page.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
 
 from hpddrnet_trt import __version__
 
@@ -52,3 +56,28 @@ html_css_files = ["site.css"]
 html_extra_path = ["_static/index.html"]  # the site's root leads to docs/index.html
 html_copy_source = False
 html_show_sourcelink = False
+
+
+def _command_list() -> str:
+    """The help of every command, as it is printed, in Markdown."""
+    import typer
+
+    from hpddrnet_trt.cli import app
+
+    def pages(command: Any, context: Any) -> Iterator[str]:
+        yield f"## {context.command_path}\n\n```text\n{command.get_help(context)}\n```\n"
+        for name, inner in getattr(command, "commands", {}).items():
+            if not inner.hidden:
+                yield from pages(inner, type(context)(inner, parent=context, info_name=name, max_content_width=100))
+
+    program = typer.main.get_command(app)
+    return "\n".join(pages(program, typer.Context(program, info_name="hpddrnet-trt", max_content_width=100)))
+
+
+def _append_commands(_app: Sphinx, page: str, source: list[str]) -> None:
+    if page == "docs/commands":
+        source[0] += _command_list()
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", _append_commands)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib.util
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,6 +13,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
+import hpddrnet_trt
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -74,3 +79,46 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text('<a href="b.html#here">1</a><a href="b.html#gone">2</a><img src="c.png">')
     (tmp_path / "b.html").write_text('<h1 id="here">b</h1><a href="https://example.org/x">3</a><a href="#gone">4</a>')
     assert sorted(dead_links(tmp_path)) == ["a.html: b.html#gone", "a.html: c.png", "b.html: #gone"]
+
+
+# -- what the pages say about the code ---------------------------------------------------------------
+
+TROUBLESHOOTING = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
+QUOTED = re.findall(r"^- `(.+)`$", TROUBLESHOOTING, flags=re.MULTILINE)
+
+
+@functools.cache
+def texts_of_the_code() -> str:
+    """Every text of the package but its docstrings, a line each, with three dots where a value is put in."""
+
+    def text_of(node: ast.AST) -> str | None:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text_of(part) or "..." for part in node.values)
+        return None
+
+    said = []
+    for file in (REPOSITORY / "hpddrnet_trt").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        said += [text for node in nodes if id(node) not in alone and (text := text_of(node))]
+    return "\n".join(" ".join(text.split()) for text in said)
+
+
+@pytest.mark.parametrize("sentence", QUOTED)
+def test_quoted_messages_are_those_of_the_code(sentence: str) -> None:
+    pattern = ".*".join(re.escape(part.strip()) for part in sentence.split("..."))
+    assert re.search(pattern, texts_of_the_code()), f"no message of the package says: {sentence}"
+
+
+def test_messages_are_quoted() -> None:
+    assert len(QUOTED) > 30
+
+
+def test_public_names_are_in_the_reference() -> None:
+    reference = (REPOSITORY / "docs/api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"auto(?:function|class):: (\w+)", reference))
+    public = set(hpddrnet_trt.__all__) - {"__version__"}
+    assert public <= named
+    assert named - public <= {"Engine", "Prediction", "load_engine"}

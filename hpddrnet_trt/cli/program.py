@@ -119,9 +119,12 @@ def _with_fields(function: Command) -> Command:
         if name in groups:
             hints = get_type_hints(groups[name], include_extras=True)
             shown += [
-                inspect.Parameter(entry.name, each.KEYWORD_ONLY, default=entry.default, annotation=hints[entry.name])
+                inspect.Parameter(
+                    entry.name, each.KEYWORD_ONLY, annotation=hints[entry.name],
+                    default=each.empty if entry.default is dataclasses.MISSING else entry.default,
+                )
                 for entry in dataclasses.fields(groups[name])
-            ]
+            ]  # fmt: skip
         else:
             shown.append(each.replace(kind=each.KEYWORD_ONLY))
 

@@ -398,7 +398,7 @@ def read_manifest(path: str | Path) -> Manifest:
     except OSError as exc:
         raise BadInputFile(f"{path} cannot be read ({exc.strerror}); check its permissions and the disk") from exc
     if text is None:
-        others = ", or see 'Files of other quantizers' in export/README.md" if path.suffix.lower() == ".onnx" else ""
+        others = ", or see docs/modelopt.md" if path.suffix.lower() == ".onnx" else ""
         raise BadInputFile(
             f"{path} carries no description of the model (classes, input contract); "
             f"it was not written by this package: export it again with hpddrnet-trt export{others}"

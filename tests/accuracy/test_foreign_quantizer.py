@@ -1,4 +1,4 @@
-"""A Q/DQ file of another quantizer, described as export/README.md says, goes through build and gate."""
+"""A Q/DQ file of another quantizer, described as docs/modelopt.md says, goes through build and gate."""
 
 from __future__ import annotations
 

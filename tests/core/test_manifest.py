@@ -111,7 +111,7 @@ def test_every_file_carries_it(tmp_path: Path, kind: str, manifest: Manifest) ->
         (lambda p: safetensors_file(p / "m.safetensors", b"{nonsense"), "damaged header"),
         (lambda p: safetensors_file(p / "m.safetensors", b"\xff\xfe{}"), "damaged header"),
         (lambda p: safetensors_file(p / "m.safetensors", {"__metadata__": {METADATA_KEY: "no"}}), "is not valid"),
-        (lambda p: onnx_file(p / "m.onnx", {}), "carries no description.*Files of other quantizers"),
+        (lambda p: onnx_file(p / "m.onnx", {}), "carries no description.*docs/modelopt.md"),
         (lambda p: onnx_file(p / "m.onnx", {METADATA_KEY: "{}"}), r"is not valid \((network|classes)"),
         (lambda p: engine_file(p / "m.engine", None), r"m\.engine\.json is missing; keep it beside m\.engine"),
         (lambda p: engine_file(p / "m.engine", b"\xff"), r"m\.engine\.json cannot be read"),
