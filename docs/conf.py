@@ -33,7 +33,6 @@ INCLUDED = [
 
 project = "HPDDRNet-TRT"
 author = "the authors of HPDDRNet-TRT"
-copyright = "MIT licence"  # Furo's footer
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
@@ -55,7 +54,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_static/index.html"]  # the site's root leads to docs/index.html
 html_copy_source = False
-html_show_sourcelink = False
+html_show_sourcelink = html_show_copyright = False
 
 
 def _command_list() -> str:
