@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import tifffile
 from PIL import Image, PngImagePlugin
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
-from hpddrnet_trt.core.files import atomic_path
+from hpddrnet_trt.core.files import atomic_path, write_bytes
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.decode import decode
 from hpddrnet_trt.data.decoded import MAX_PIXELS
@@ -22,6 +23,7 @@ Palette = Sequence[tuple[int, int, int]]
 IGNORE_COLOR = (255, 255, 255)
 UNKNOWN_COLOR = (255, 0, 255)  # label values outside the classes: meant to hurt the eye
 PNG_KEYWORD = "hpddrnet-trt"  # of the text chunk that holds a label map's provenance
+_LABEL_LEVEL = 3  # of compression: 2.4 ms for 13 kB where 6, the default, takes 5.7 for 9, and 1 takes 1.9 for 17
 _PNG_LARGEST = 2**31 - 1  # pixels per metre that a PNG can state, as a whole number
 _TIFF_LARGEST = 2**32 - 1  # pixels per centimetre that a TIFF can
 
@@ -141,8 +143,21 @@ def write_label_png(
     with atomic_path(path) as temporary:
         image = Image.fromarray(labels)
         image.putpalette(_colours(palette).tobytes())
-        image.save(temporary, format="PNG", **options)
+        image.save(temporary, format="PNG", compress_level=_LABEL_LEVEL, **options)
     return Path(path)
+
+
+def write_rgb_png(path: str | Path, picture: npt.NDArray[np.uint8]) -> Path:
+    """Write RGB uint8 ``[H, W, 3]`` quickly rather than small.
+
+    A coloured micrograph of 1024 x 1024 took 51 ms in this way, 118 with Pillow at its level 1, 382 at its level 6 for
+    4 % less.
+    """
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # of newer versions
+        options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB]
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)
+    return write_bytes(path, encoded.tobytes())
 
 
 def write_pair(
@@ -210,11 +225,15 @@ def overlay(
         )
     if not 0 <= alpha <= 1:
         raise UsageError(f"the overlay's alpha must be between 0 and 1, got {alpha}")
-    # One table per (grey, label) pair: 256 x 256 x 3, then a single look-up.
+    # A table of all pairs of label and grey, then a single look-up: of whole words, six times as fast as of triples.
     grey = np.arange(256, dtype=np.float32)[None, :, None]
     mixed = (1 - alpha) * grey + alpha * _colours(palette).astype(np.float32)[:, None, :]
     mixed[IGNORE_INDEX] = grey[0]
-    return np.rint(mixed).astype(np.uint8)[labels, grey8]
+    table = np.zeros((256, 256, 4), np.uint8)
+    table[..., :3] = np.rint(mixed)
+    pairs = labels.astype(np.uint16) << 8 | grey8
+    drawn = np.take(table.view(np.uint32).ravel(), pairs).view(np.uint8).reshape(*labels.shape, 4)
+    return np.asarray(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), np.uint8)
 
 
 def _colours(palette: Palette) -> npt.NDArray[np.uint8]:

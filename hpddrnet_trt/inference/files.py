@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,7 +24,9 @@ from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.data.intensity import FullScale, Percentiles, to_grey8
 from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, check_info_bar, read_micrograph
 from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.overlap import Held, ReadAhead, WriteBehind
 from hpddrnet_trt.inference.result import Segmentation
+from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.results import FORMATS, KINDS, Contents, check_kinds
 from hpddrnet_trt.results.regions import AreaFraction, check_background, check_pixel_size
 from hpddrnet_trt.results.tables import FRACTIONS, fraction_row, number, write_rows
@@ -166,6 +170,15 @@ class Task:
     missing: Sequence[str]
 
 
+class Written(NamedTuple):
+    """What :meth:`FileSegmenter.write` did: the journal's line, None for nothing, and what ended it early."""
+
+    task: Task
+    entry: Mapping[str, Any] | None
+    error: BaseException | None
+    tiling: TilingReport | None
+
+
 class FileSegmenter:
     """Segments micrograph files into a folder, one at a time, and remembers what is done.
 
@@ -241,14 +254,25 @@ class FileSegmenter:
         was written stays.
         """
         begin = time.perf_counter()
+        micrograph = self.read(task)
+        result = self.segmenter.segment(micrograph, progress=progress)
+        self.record(self.write(task, micrograph, result, begin))
+        return result
+
+    def read(self, task: Task) -> Micrograph:
+        """The image; raises :class:`BadInputFile` for one that cannot be read."""
         micrograph = read_micrograph(task.source, info_bar=self.settings.info_bar)
         if self.settings.pixel_size_m is not None:
             size = float(self.settings.pixel_size_m)
             micrograph = replace(micrograph, pixel_size_m=size, pixel_size_source="given")
-        result = self.segmenter.segment(micrograph, progress=progress)
+        return micrograph
+
+    def write(self, task: Task, micrograph: Micrograph, result: Segmentation, begin: float) -> Written:
+        """Write what is missing, as far as it goes; :meth:`record` is to be told. ``begin``: seconds, of reading it."""
         for remark in result.remarks:
             LOG.warning("%s: %s", task.source, remark)
         made, files, regions = dict(task.made), self.outputs(task.name), None
+        error: BaseException | None = None
         try:
             for kind in task.missing:
                 path = self.folder / files[kind]
@@ -260,10 +284,17 @@ class FileSegmenter:
                         regions = result.regions(**self._regions)
                     form.write(path, Contents(result, regions, micrograph.pixels))
                 made[kind] = files[kind], self._settings_of(kind)
-        finally:
-            if made:
-                self.journal.add(task, self._entry(result, micrograph, made, time.perf_counter() - begin))
-        return result
+        except BaseException as exc:
+            error = exc
+        entry = self._entry(result, micrograph, made, time.perf_counter() - begin) if made else None
+        return Written(task, entry, error, result.tiling)
+
+    def record(self, written: Written) -> None:
+        """Remember in the journal what was written; raises what kept the rest from it."""
+        if written.entry is not None:
+            self.journal.add(written.task, written.entry)
+        if written.error is not None:
+            raise written.error
 
     def _settings_of(self, kind: str) -> dict[str, Any] | None:
         """What this kind of result depends on beside the job."""
@@ -313,10 +344,10 @@ class SegmentSummary:
     """What became of each input.
 
     ``written``: the first file of each segmented image; ``skipped``: inputs that were done before; ``failed``: inputs,
-    each with a sentence that names it and says why. ``seconds``: spent on the segmented ones, reading and writing
-    included. ``fractions``: over the whole area of all images that are done, ``weighed_by`` "area" when all pixel
-    sizes are known, "pixels" otherwise. ``tiled``: how many images were cut into tiles, ``seam_disagreement``: the
-    largest of theirs (:class:`~hpddrnet_trt.inference.tiling.TilingReport`). ``interrupted``: Ctrl-C ended the run.
+    each with a sentence that names it and says why. ``seconds``: from the first reading to the last writing.
+    ``fractions``: over the whole area of all images that are done, ``weighed_by`` "area" when all pixel sizes are
+    known, "pixels" otherwise. ``tiled``: how many images were cut into tiles, ``seam_disagreement``: the largest of
+    theirs (:class:`~hpddrnet_trt.inference.tiling.TilingReport`). ``interrupted``: Ctrl-C ended the run.
     ``files``: what there is for each image, and its place in the folder.
     """
 
@@ -380,22 +411,15 @@ def segment_paths(
     work = FileSegmenter(segmenter, output_folder, settings)
     names = _result_names(sources, work)
     check_writable(work.folder)
-    summary = SegmentSummary()
-    finished: list[str] = []
-    try:
-        with logging_redirect_tqdm():
-            bar = tqdm(sources, desc="segment", unit="image", disable=not progress)
-            for source in bar:
-                task = work.task(source, names[source])
-                if not task.missing:
-                    summary.skipped.append(source)
-                    finished.append(task.name)
-                elif _segmented(work, task, summary, bar):
-                    finished.append(task.name)
-    except KeyboardInterrupt:
-        summary.interrupted = True
-    if finished:
-        summary.fractions, summary.weighed_by = work.overall(finished)
+    with logging_redirect_tqdm(), tqdm(total=len(sources), desc="segment", unit="image", disable=not progress) as bar:
+        run = _Run(work, names, bar)
+        summary = run.summary
+        try:
+            run.segment(sources)
+        except KeyboardInterrupt:
+            summary.interrupted = True
+    if run.finished:
+        summary.fractions, summary.weighed_by = work.overall(run.finished)
         summary.files = {**work.outputs("NAME"), "fractions": TABLE, "journal": JOURNAL}
         try:
             work.write_table()
@@ -404,27 +428,94 @@ def segment_paths(
     return summary
 
 
-def _segmented(work: FileSegmenter, task: Task, summary: SegmentSummary, bar: tqdm[Path]) -> bool:
-    begin = time.perf_counter()
+class _Opened(NamedTuple):
+    """An input as it comes from reading: with its ``micrograph``, unless it is done already or has an ``error``.
 
-    def show(done: int, of: int) -> None:
-        bar.set_postfix_str(f"tile {done} of {of}" if of > 1 else "")
+    ``begin``: seconds, when its reading began."""
 
-    try:
-        result = work.segment(task, progress=show)
-    except (UserError, OSError, MemoryError) as exc:
-        reason = str(exc) or type(exc).__name__
-        if str(task.source) not in reason:
-            reason = f"{task.source}: {reason}"
-        LOG.warning("%s", reason)
-        summary.failed.append((task.source, reason))
-        return False
-    if result.tiling is not None:
-        summary.tiled += 1
-        summary.seam_disagreement = max(summary.seam_disagreement, result.tiling.seam_disagreement)
-    summary.seconds += time.perf_counter() - begin
-    summary.written.append(work.folder / next(iter(work.outputs(task.name).values())))
-    return True
+    task: Task
+    begin: float
+    micrograph: Micrograph | None = None
+    error: BaseException | None = None
+
+    @property
+    def pixels(self) -> int:
+        return 0 if self.micrograph is None else int(self.micrograph.pixels.size)
+
+
+class _Run:
+    """One run over many files: reading, inference and writing at the same time; what became of each, in their order."""
+
+    def __init__(self, work: FileSegmenter, names: Mapping[Path, str], bar: tqdm[Any]) -> None:
+        self.summary = SegmentSummary()
+        self.finished: list[str] = []  # names of what there is now
+        self._work, self._names, self._bar = work, names, bar
+        self._opened: deque[_Opened] = deque()  # read, and not written yet
+
+    def segment(self, sources: Sequence[Path]) -> None:
+        """Segment all that is not done; after Ctrl-C what is segmented is still written."""
+        begin, held = time.perf_counter(), Held()
+        try:
+            with ReadAhead(self._open, sources, held) as opened, WriteBehind(self._settle, held) as behind:
+                images = self._images(opened)
+                with closing(self._work.segmenter.segment_many(images, progress=self._show)) as results:
+                    for result in results:
+                        self._write_done(behind)
+                        one = self._opened.popleft()
+                        behind.put(partial(self._write, one, result), one.pixels)
+                self._write_done(behind)
+        finally:
+            self.summary.seconds = time.perf_counter() - begin
+
+    def _open(self, source: Path) -> tuple[_Opened, int]:
+        task, begin = self._work.task(source, self._names[source]), time.perf_counter()
+        if not task.missing:
+            return _Opened(task, begin), 0
+        try:
+            one = _Opened(task, begin, self._work.read(task))
+        except (UserError, OSError, MemoryError) as exc:
+            return _Opened(task, begin, error=exc), 0
+        return one, one.pixels
+
+    def _images(self, opened: Iterable[_Opened]) -> Iterator[Micrograph]:
+        for one in opened:
+            self._opened.append(one)
+            if one.micrograph is not None:
+                yield one.micrograph
+
+    def _write_done(self, behind: WriteBehind[Written]) -> None:
+        """Pass on what comes next and needs no inference."""
+        while self._opened and self._opened[0].micrograph is None:
+            behind.put(partial(self._write, self._opened.popleft(), None), 0)
+
+    def _write(self, one: _Opened, result: Segmentation | Exception | None) -> Written:
+        if one.micrograph is not None and isinstance(result, Segmentation):
+            return self._work.write(one.task, one.micrograph, result, one.begin)
+        return Written(one.task, None, result if isinstance(result, Exception) else one.error, None)
+
+    def _settle(self, written: Written) -> None:
+        task, summary = written.task, self.summary
+        self._bar.update()
+        try:
+            self._work.record(written)
+        except (UserError, OSError, MemoryError) as exc:
+            reason = str(exc) or type(exc).__name__
+            if str(task.source) not in reason:
+                reason = f"{task.source}: {reason}"
+            LOG.warning("%s", reason)
+            summary.failed.append((task.source, reason))
+            return
+        self.finished.append(task.name)
+        if not task.missing:
+            summary.skipped.append(task.source)
+            return
+        summary.written.append(self._work.folder / next(iter(self._work.outputs(task.name).values())))
+        if written.tiling is not None:
+            summary.tiled += 1
+            summary.seam_disagreement = max(summary.seam_disagreement, written.tiling.seam_disagreement)
+
+    def _show(self, done: int, of: int) -> None:
+        self._bar.set_postfix_str(f"tile {done} of {of}" if of > 1 else "")
 
 
 def _pixels(entry: Any) -> int:

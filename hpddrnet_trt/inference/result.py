@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.files import atomic_path, printable
+from hpddrnet_trt.core.files import printable
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest
-from hpddrnet_trt.data.labels import overlay
+from hpddrnet_trt.data.labels import overlay, write_rgb_png
 from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.results import Contents, format_of
 from hpddrnet_trt.results.caption import with_caption
@@ -143,9 +142,7 @@ class Segmentation:
         drawing = overlay(grey8, self.labels, self.manifest.palette, alpha)
         if caption:
             drawing = with_caption(drawing, self.classes, self.area_fractions(), self.pixel_size_m)
-        with atomic_path(path) as temporary:
-            Image.fromarray(drawing).save(temporary, format="PNG")
-        return path
+        return write_rgb_png(path, drawing)
 
     def __str__(self) -> str:
         """Size, scale and area fractions, for people."""

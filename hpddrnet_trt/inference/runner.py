@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,13 +117,12 @@ class Inference:
         return self.checked(total)
 
     def each(self, images: Iterable[Grey8]) -> Generator[InferenceOutput]:
-        """Equally shaped ``images`` one by one, in order, with scores where the model has them. Without ``resize``.
+        """``images`` one by one, in order, with scores where the model has them. Without ``resize``.
 
         A single view goes through :meth:`Engine.infer_many`, which keeps as many in flight as suits the engine;
-        several images make one inference only where the model's batch is fixed.
+        several images make one inference only where the model's batch is fixed, and they are equally sized.
         """
-        source = iter(images)
-        batches = iter(lambda: list(islice(source, self.contract.batch.minimum)), [])
+        batches = self._batches(images)
         if self.mode == "single":
             yield from self._each_once(batches)
             return
@@ -131,6 +130,22 @@ class Inference:
             scores = self.probabilities(batch)
             for labels, entry in zip(arg_max(scores), scores, strict=True):
                 yield InferenceOutput(labels, entry)
+
+    def _batches(self, images: Iterable[Grey8]) -> Iterator[list[Grey8]]:
+        for _, equal in groupby(images, key=np.shape):
+            while batch := list(islice(equal, self.contract.batch.minimum)):
+                yield batch
+
+    def labels_of_each(self, images: Iterable[Grey8], confidence: bool) -> Generator[InferenceOutput]:
+        """:meth:`labels` of each of ``images``, several in flight. For a single view without ``resize``."""
+        with closing(self.each(images)) as outputs:
+            for labels, logits, certain in outputs:
+                if confidence and logits is not None:
+                    scores = self.checked(softmax(logits[None]))
+                    yield InferenceOutput(arg_max(scores)[0], confidence=scores.max(axis=1)[0])
+                else:
+                    certain = None if certain is None or not confidence else np.ascontiguousarray(certain)
+                    yield InferenceOutput(np.ascontiguousarray(labels), confidence=certain)
 
     def _each_once(self, batches: Iterator[list[Grey8]]) -> Generator[InferenceOutput]:
         sizes: deque[tuple[int, int, int]] = deque()  # images, height and width of each batch in flight

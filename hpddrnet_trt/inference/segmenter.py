@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 import hpddrnet_trt
 from hpddrnet_trt import __version__
-from hpddrnet_trt.core.errors import ContractError, EngineDoesNotFit, UsageError
+from hpddrnet_trt.core.errors import ContractError, EngineDoesNotFit, UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.data.intensity import FullScale, IntensityRange, range_of
 from hpddrnet_trt.data.micrograph import Micrograph
@@ -185,6 +188,22 @@ class Segmenter:
                     results[index] = self._result(output, waiting[index], micrographs[index])
         return [results[index] for index in range(len(images))]
 
+    def segment_many(
+        self, images: Iterable[Image], *, progress: Progress | None = None
+    ) -> Generator[Segmentation | UserError | MemoryError]:
+        """Segment images as they come: results in the order given, and as :meth:`segment` gives them.
+
+        As many are in flight as suits the engine, so ``images`` is asked for more before the first result is there.
+        An image that cannot be segmented gives its error in place of a result, and the others go on.
+        ``progress(done, of)`` is called after every tile of a large image.
+        """
+        prepared = map(self._prepared, images)
+        for together, run in groupby(prepared, key=lambda one: one.together):
+            if together:
+                yield from self._segment_together(run, progress)
+            else:
+                yield from (self._segment_prepared(one, progress) for one in run)
+
     def class_scores(self, image: Image, *, progress: Progress | None = None) -> npt.NDArray[np.float32]:
         """Class probabilities ``[C, H, W]`` of one image on the host, averaged over the mode's views.
 
@@ -218,6 +237,64 @@ class Segmenter:
         self.close()
 
     # -- parts -----------------------------------------------------------------------------------
+
+    def _prepared(self, image: Image) -> _Prepared:
+        micrograph = _micrograph(image)
+        if on_device(micrograph.pixels):
+            return _Prepared(micrograph)
+        try:
+            frame = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range)
+            whole = plan_for(self._inference, self.tile, *frame.pixels.shape[:2]) is None
+        except (UserError, MemoryError) as exc:
+            return _Prepared(micrograph, error=exc)
+        return _Prepared(micrograph, frame, whole and self.mode == "single" and self.resize is None)
+
+    def _segment_prepared(
+        self, one: _Prepared, progress: Progress | None
+    ) -> Segmentation | UserError | MemoryError:
+        try:
+            if one.frame is None:
+                return one.error or self.segment(one.micrograph)
+            return self._segment_frame(one.frame, one.micrograph, None, progress)
+        except (UserError, MemoryError) as exc:
+            return exc
+
+    def _segment_together(
+        self, run: Iterator[_Prepared], progress: Progress | None
+    ) -> Generator[Segmentation | UserError | MemoryError]:
+        """Whole images, several in flight; where one fails, those in flight are done again one by one."""
+        first = list(islice(run, 2))
+        if len(first) == 1:  # nothing to run beside it
+            yield self._segment_prepared(first[0], progress)
+            return
+        source = chain(first, run)
+        in_flight: deque[_Prepared] = deque()
+        broken = False  # whether the source is
+
+        def pixels() -> Iterator[npt.NDArray[np.uint8]]:
+            nonlocal broken
+            broken = True
+            for one in source:
+                broken = False
+                in_flight.append(one)
+                assert one.frame is not None  # that of a whole image
+                yield one.frame.pixels
+                broken = True
+            broken = False
+
+        while True:
+            try:
+                with closing(self._inference.labels_of_each(pixels(), self.confidence)) as outputs:
+                    for output in outputs:
+                        one = in_flight.popleft()
+                        assert one.frame is not None
+                        yield self._result(output, one.frame, one.micrograph)
+                return
+            except (UserError, MemoryError):
+                if broken:
+                    raise
+            while in_flight:
+                yield self._segment_prepared(in_flight.popleft(), progress)
 
     def _segment_frame(
         self, frame: Frame, micrograph: Micrograph, out: npt.NDArray[np.uint8] | None, progress: Progress | None
@@ -345,6 +422,16 @@ def load_segmenter(
     except BaseException:
         loaded.close()
         raise
+
+
+class _Prepared(NamedTuple):
+    """An image of :meth:`Segmenter.segment_many`: as a frame, or why it is none. ``together``: runs whole, in one view,
+    beside others. On a GPU it has no frame."""
+
+    micrograph: Micrograph
+    frame: Frame | None = None
+    together: bool = False
+    error: UserError | MemoryError | None = None
 
 
 def _micrograph(image: Any) -> Micrograph:

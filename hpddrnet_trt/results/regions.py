@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -13,7 +14,7 @@ from hpddrnet_trt.core.errors import UsageError, require
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.data.labels import check_labels
 
-_BLOCK = 1 << 20  # pixels counted at a time: bincount makes 64-bit numbers of them
+_BLOCK = 1 << 20  # pixels counted at a time: OpenCV counts in single precision, exact up to 2^24
 _ROUND = 1e-6  # axes closer than this, relative to the major one, have no direction
 
 
@@ -81,7 +82,7 @@ def area_fractions(
     flat = labels.ravel()
     counts = np.zeros(256, np.int64)
     for start in range(0, flat.size, _BLOCK):
-        counts += np.bincount(flat[start : start + _BLOCK], minlength=256)
+        counts += cv2.calcHist([flat[start : start + _BLOCK]], [0], None, [256], [0, 256]).ravel().astype(np.int64)
     area = None if pixel_size_m is None else check_pixel_size(pixel_size_m) ** 2
     return [
         AreaFraction(entry.name, int(count), float(count / labels.size), None if area is None else float(count * area))
