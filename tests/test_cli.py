@@ -6,7 +6,9 @@ import json
 import os
 import runpy
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from PIL import Image
 from hpddrnet_trt import cli
 from hpddrnet_trt.benchmark.result import load_result
 from hpddrnet_trt.cli.options import SegmentOptions, parse_kinds
-from hpddrnet_trt.cli.program import GONE, OLD_SPELLINGS
+from hpddrnet_trt.cli.program import GONE, OLD_SPELLINGS, _colored
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.models.checkpoints import save_checkpoint
@@ -35,7 +37,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Call the program in an empty folder; gives (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HPDDRNET_DEBUG", raising=False)
+    for name in ("HPDDRNET_DEBUG", "HPDDRNET_QUIET"):
+        monkeypatch.setenv(name, "")  # what a command sets is taken back
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["hpddrnet-trt", *map(str, arguments)])
@@ -239,7 +242,7 @@ def test_an_interrupt_ends_with_one_line_and_segment_says_how_far_it_came(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpddrnet_trt.inference.Segmenter.segment", interrupted)
+    monkeypatch.setattr("hpddrnet_trt.inference.Segmenter.segment_many", interrupted)
     code, out, err = run("segment", "a.png", "--model", checkpoint)
     assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
     assert out.startswith("0 segmented, 0 already done, 0 failed, interrupted: run again to continue")
@@ -247,6 +250,58 @@ def test_an_interrupt_ends_with_one_line_and_segment_says_how_far_it_came(
     monkeypatch.setattr("hpddrnet_trt.accuracy.assess", interrupted)
     code, _, err = run("evaluate", checkpoint, "--data", "outside")
     assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
+
+
+def test_sigterm_ends_segment_with_its_summary(tmp_path: Path, checkpoint: Path) -> None:
+    for index in range(300):
+        Image.fromarray(np.full((64, 64), index % 200, np.uint8)).save(tmp_path / f"{index}.png")
+    command = [sys.executable, "-m", "hpddrnet_trt", "segment", tmp_path, "--model", checkpoint, "--output", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        journal = tmp_path / "out" / "segmentations.jsonl"
+        deadline = time.monotonic() + 60
+        while not journal.is_file() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    done = len(journal.read_text().splitlines())
+    assert 0 < done < 300
+    assert out.startswith(f"{done} segmented, 0 already done, 0 failed, interrupted: run again to continue")
+    assert len(list((tmp_path / "out").glob("*.png"))) == done
+    assert "%|" not in err  # no bar where there is no terminal
+
+
+def test_segment_tells_scripts_and_keeps_quiet(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((48, 64), 90, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    code, out, err = run("segment", "a.png", "b.png", "--model", checkpoint, "--json", "--no-overlay")
+    told = json.loads(out)
+    assert (code, told["output"], [Path(path).name for path in told["written"]]) == (1, "labels", ["a.png"])
+    assert told["failed"][0]["file"].endswith("b.png")
+    assert sum(told["fractions"].values()) == pytest.approx(1)
+    assert "b.png" in err
+    command = [sys.executable, "-m", "hpddrnet_trt", "segment", "a.png", "b.png", "--model", checkpoint, "--no-overlay"]
+    quiet = subprocess.run([*command, "--quiet"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (quiet.returncode, quiet.stderr) == (1, "")
+    assert quiet.stdout.startswith("0 segmented, 1 already done, 1 failed")
+    lines = run("watch", tmp_path, "--model", checkpoint, "--output", "labels", "--json", "--stop-after", "0",
+                "--settle", "0", "--patience", "0", "-q", "--no-overlay")[1].splitlines()  # fmt: skip
+    told = {Path(line["file"]).name: line["event"] for line in map(json.loads, lines)}
+    assert told == {"a.png": "already done", "b.png": "failed"}
+    code, _, err = run("segment", "a.png", "-v", "-q")
+    assert (code, err) == (2, "error: give either --verbose or --quiet, not both\n")
+    code, out, _ = run("inspect", checkpoint, "-v")  # after the command
+    assert code == 0, out
+
+
+def test_messages_have_colour_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert _colored("error", "red") == "error"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert _colored("error", "red") != "error"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert _colored("error", "red") == "error"
 
 
 def test_inspect_prints_the_description(run: Run, checkpoint: Path) -> None:

@@ -19,14 +19,13 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from hpddrnet_trt.accuracy.acceptance import reference_for
 from hpddrnet_trt.accuracy.evaluator import Accuracy, AccuracyEvaluator
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.core.manifest import CalibrationRecord, InputContract, Manifest
 from hpddrnet_trt.core.precisions import LowPrecision
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.data.datasets import FolderDataset, find_images
 from hpddrnet_trt.data.intensity import range_of
@@ -301,7 +300,7 @@ class PrecisionTable:
 def precision_table(study: Study, *, progress: bool = True) -> PrecisionTable:
     """Score every precision on the study's split, the quantised ones with FP16 around them."""
     _, convolutions = count_convolutions(study.cache.config.model)
-    rows = tuple(tqdm(_rows(study), desc="precisions", total=3 + len(METHODS), unit="", disable=not progress))
+    rows = tuple(progress_bar(_rows(study), desc="precisions", total=3 + len(METHODS), unit="", show=progress))
     return PrecisionTable(study.evaluator.source, convolutions, rows)
 
 

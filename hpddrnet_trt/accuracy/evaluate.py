@@ -14,12 +14,12 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
@@ -208,7 +208,7 @@ def samples_of(
     dataset: FolderDataset, split: str, title: str, *, progress: bool = True
 ) -> Iterator[tuple[Sample, Grey8, Grey8]]:
     """Every sample of a split with its 8-bit image and its mask, one at a time, under a progress bar."""
-    for sample in tqdm(dataset.split(split), desc=title, unit="image", disable=not progress):
+    for sample in progress_bar(dataset.split(split), desc=title, unit="image", show=progress):
         yield sample, *dataset.load(sample)
 
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hpddrnet_trt.accuracy.evaluate import Grey8, matched, samples_of
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.text import percent
 from hpddrnet_trt.data.augment import SHIFTS, Shift
 from hpddrnet_trt.data.datasets import FolderDataset
@@ -135,7 +135,7 @@ def measure_robustness(
     runs = [[_Run(shift, value, len(dataset.classes)) for value in shift.values] for shift in shifts]
     flat = [run for sweep in runs for run in sweep]
     total = len(flat) * len(dataset.split(split))
-    with tqdm(total=total, desc=f"robustness on {split}", unit="image", disable=not progress) as bar:
+    with progress_bar(total=total, desc=f"robustness on {split}", unit="image", show=progress) as bar:
         for index, (_, image, mask) in enumerate(samples_of(dataset, split, "", progress=False)):
             unchanged = segmenter.segment(image).labels
             for run in flat:

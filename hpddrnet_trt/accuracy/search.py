@@ -27,6 +27,7 @@ from hpddrnet_trt.accuracy.cost import Cost
 from hpddrnet_trt.accuracy.evaluator import Accuracy
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, Manifest, MixedPrecisionRecord
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.graph.layers import block_of, short
 from hpddrnet_trt.graph.lint import analyze as analyze_pairs
 from hpddrnet_trt.graph.model import save_model
@@ -99,7 +100,7 @@ def analyze(
     parts = parts_of(cache.config.layers, by)
     shares = operations or {}
     measured = []
-    for name, layers in tqdm(parts.items(), desc=f"sensitivity by {by}", unit=by, disable=not progress):
+    for name, layers in progress_bar(parts.items(), desc=f"sensitivity by {by}", unit=by, show=progress):
         share = sum(shares.get(layer, 0.0) for layer in layers)
         measured.append(Part(name, layers, cache.measure(layers), share))
     return Sensitivity(
@@ -177,7 +178,7 @@ def search(
     """
     order = _order(ranking, cache.config.layers, cost)
     counts = sorted({min(step, len(order)) for step in (*_STEPS, len(order))})
-    with tqdm(desc="mixed precision", unit="choice", disable=not progress) as bar:
+    with progress_bar(desc="mixed precision", unit="choice", show=progress) as bar:
         finder = _Finder(cache, budget, cost, bar)
         kept = [count for count in counts if budget.kept_by(finder.measure(order[:count]).accuracy)]
         if kept:

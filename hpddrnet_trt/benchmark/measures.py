@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from hpddrnet_trt.accuracy.cost import DEVICES, Device
 from hpddrnet_trt.benchmark.images import Grey8
@@ -45,6 +44,7 @@ from hpddrnet_trt.benchmark.timing import (
 )
 from hpddrnet_trt.core.errors import describe, require
 from hpddrnet_trt.core.precisions import PRECISIONS
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.engines.base import Bound, Engine, input_contract
 
@@ -228,7 +228,7 @@ class Timer:
         if any(map(runs_on_cpu, engines.values())):  # a GPU that rests slows down
             loop = replace(loop, pause_s=plan.pause_ms / 1000)
         title, steps = f"{MEASURES[measure]} {case.shape}", (loop.rounds + loop.warmup) * len(bursts)
-        with tqdm(total=steps, desc=title, unit="turn", disable=self._quiet) as bar:
+        with progress_bar(total=steps, desc=title, unit="turn", show=not self._quiet) as bar:
             watch = None if all(map(runs_on_cpu, engines.values())) else self._watch.watching()
             samples = time_interleaved(bursts, inputs, loop, on_step=bar.update, around=around, watch=watch)
         if measure == "throughput":

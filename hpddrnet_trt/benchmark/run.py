@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hpddrnet_trt.benchmark.entries import Entry, manifest_or_none, precision_of
 from hpddrnet_trt.benchmark.images import Grey8, ImageSet, own_size, picture, timing_frames
@@ -44,6 +43,7 @@ from hpddrnet_trt.benchmark.timing import FAILURES
 from hpddrnet_trt.core.errors import UsageError, UserError, describe
 from hpddrnet_trt.core.files import existing_file, sha256_of
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.engines import CHECKPOINTS, available_engines, load_engine
 from hpddrnet_trt.engines.base import Engine
@@ -185,7 +185,7 @@ class _Run:
         for one in self.candidates.values():
             one.manifest = manifest_or_none(one.entry.path)
         sizes = probed_sizes(self.cases, self.images.images, self.settings)
-        for one in tqdm(self.candidates.values(), desc="start each engine", unit="engine", disable=self.quiet):
+        for one in progress_bar(self.candidates.values(), desc="start each engine", unit="engine", show=not self.quiet):
             one.startup = start_entry(one.entry, self._options(one.entry), sizes)
         ready = [label for label, one in self.candidates.items() if one.startup.start is not None]
         with self._loaded(ready) as engines:
@@ -206,7 +206,7 @@ class _Run:
             if self.complete:
                 self._score(engines)
                 profiled = self.latencies if self.settings.layers else []
-                for measured in tqdm(profiled, desc="layers", unit="size", disable=self.quiet):
+                for measured in progress_bar(profiled, desc="layers", unit="size", show=not self.quiet):
                     for label in measured.samples.seconds:
                         self._profile(label, measured)
 
@@ -322,7 +322,7 @@ class _Run:
 
     def _score(self, engines: Mapping[str, Engine]) -> None:
         """Labels of the engines on every whole image."""
-        for label, engine in tqdm(engines.items(), desc="accuracy", unit="engine", disable=self.quiet):
+        for label, engine in progress_bar(engines.items(), desc="accuracy", unit="engine", show=not self.quiet):
             planes: list[Grey8] = []
             try:
                 planes.extend(end_to_end(engine)(image.grey[None])[0] for image in self.images.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from hpddrnet_trt.cli.options import SegmentOptions, Split
 from hpddrnet_trt.cli.program import INTERRUPTED, command
+from hpddrnet_trt.core.text import plain
 
 
 @command("Segment micrographs", "segment micrographs/*.tif --output labels --write png,rois")
@@ -16,6 +18,7 @@ def segment(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Micrographs, folders, globs, or a dataset.")],
     options: SegmentOptions,
     split: Split = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="What came of it as one JSON document.")] = False,
 ) -> None:
     """Segment micrographs of any size: label maps, overlays, regions, area fractions.
 
@@ -24,13 +27,16 @@ def segment(
 
     Lengths and areas are in micrometres where the pixel size is known, from the file's metadata or --pixel-size, and
     in pixels only where it is not. OME-Zarr, rois and regions need pip install 'hpddrnet-trt[results]'. A bad file
-    does not stop the others. Ctrl-C keeps what is done; the same command continues.
+    does not stop the others. Ctrl-C or SIGTERM keeps what is done; the same command continues.
     """
     from hpddrnet_trt.inference.files import segment_paths
 
     with options.open_segmenter() as segmenter:
         summary = segment_paths(segmenter, inputs, options.output, options.settings(), split=split)
-    typer.echo(f"{summary}\nwritten to {options.output}" if summary.files else str(summary))
+    if as_json:
+        typer.echo(json.dumps(plain({"output": str(options.output), **summary.record()}), allow_nan=False))
+    else:
+        typer.echo(f"{summary}\nwritten to {options.output}" if summary.files else str(summary))
     if summary.interrupted:
         raise typer.Exit(INTERRUPTED)
     if summary.failed:
@@ -48,6 +54,7 @@ def watch(
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Also watch sub-folders.")] = False,
     stop_after: Annotated[float | None, typer.Option(help="End when nothing came for so many seconds; 0: do what is "
                                                           "there and end. Default: until Ctrl-C.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each event.")] = False,
 ) -> None:  # fmt: skip
     """Segment micrographs as they appear in a folder, one line each, until Ctrl-C.
 
@@ -58,6 +65,9 @@ def watch(
     from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSettings, stop_on_signal, watch_folder
 
     def tell(event: WatchEvent) -> None:
+        if as_json:
+            typer.echo(json.dumps(plain(event.record()), allow_nan=False))
+            return
         if event.happened is Happened.ALREADY_DONE:
             return  # a folder of thousands after a restart
         name = event.path.relative_to(root) if event.path != root else root
@@ -70,10 +80,10 @@ def watch(
     root = folder.resolve()
     settings = WatchSettings(settle, patience, poll, recursive, stop_after)
     with options.open_segmenter() as segmenter, stop_on_signal() as stop:
-        typer.echo(f"watching {folder}; results go to {options.output}; Ctrl-C ends")
+        typer.echo(f"watching {folder}; results go to {options.output}; Ctrl-C ends", err=as_json)
         summary = watch_folder(
             segmenter, folder, options.output, options.settings(), settings, on_event=tell, stop=stop
         )
-    typer.echo(str(summary))
+    typer.echo(str(summary), err=as_json)
     if summary.failed:
         raise typer.Exit(summary.exit_code)

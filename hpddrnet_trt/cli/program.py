@@ -12,8 +12,11 @@ import inspect
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
@@ -21,8 +24,10 @@ from typer.core import TyperGroup
 
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.core.progress import QUIET
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
+PROGRAM_OPTIONS = ("--verbose", "-v", "--quiet", "-q")  # of every command
 MOST_LETTERS = 200  # of a command's first sentence in the list
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -53,7 +58,14 @@ OLD_SPELLINGS = {
 
 
 class CommandList(TyperGroup):
-    """Commands, also of two words, in the panels they were registered with; those that have gone name what to use."""
+    """Commands, also of two words, in the panels they were registered with; those that have gone name what to use.
+
+    Options of the program may also stand after the command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        ours = [arg for arg in args[:end] if arg in PROGRAM_OPTIONS]
+        return super().parse_args(ctx, ours + [arg for arg in args[:end] if arg not in PROGRAM_OPTIONS] + args[end:])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         two_words = " ".join(args[:2])  # such as `benchmark report`
@@ -148,11 +160,26 @@ def _version(show: bool) -> None:
 @app.callback()
 def _common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More messages, and tracebacks of errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, and no messages but errors.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    if verbose and quiet:
+        raise UsageError("give either --verbose or --quiet, not both")
+    _log(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     if verbose:
         os.environ["HPDDRNET_DEBUG"] = "1"
+    if quiet:
+        os.environ[QUIET] = "1"
+
+
+def _log(level: int) -> None:
+    logging.basicConfig(level=level, format=f"{_colored('%(levelname)s', 'yellow')}: %(message)s")
+
+
+def _colored(text: str, color: str) -> str:
+    """In colour where standard error is a terminal and nobody objects (https://no-color.org)."""
+    wanted = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return typer.style(text, fg=color, bold=True) if wanted else text
 
 
 def run(program: Callable[..., Any] | typer.Typer) -> NoReturn:
@@ -161,7 +188,9 @@ def run(program: Callable[..., Any] | typer.Typer) -> NoReturn:
         single = new_app()
         single.command()(program)
         program = single
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        _log(logging.WARNING)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminated) if in_main_thread else None
     try:
         program()
     except UserError as exc:
@@ -176,12 +205,20 @@ def run(program: Callable[..., Any] | typer.Typer) -> NoReturn:
         if exc.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}:
             raise
         sys.exit(_fail(f"{exc.strerror}: {exc.filename or 'output'}; free some space or choose another path", 1))
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     sys.exit(0)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"{_colored('error', 'red')}: {message}", file=sys.stderr)
     return code
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """Batch systems and service managers send SIGTERM: it ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def main() -> NoReturn:

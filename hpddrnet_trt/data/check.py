@@ -15,11 +15,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.datasets import (
     SPLITS,
     Layout,
@@ -131,7 +131,7 @@ def check_dataset(
         raise BadInputFile(f"dataset {root} is empty: no image in any of {', '.join(SPLITS)}")
     scan = _Scan(root, description)
     jobs = [(split, sample) for split in SPLITS for sample in files[split].samples]
-    for split, sample in tqdm(jobs, desc="checking", unit="image", disable=not progress):
+    for split, sample in progress_bar(jobs, desc="checking", unit="image", show=progress):
         scan.add(split, sample)
     report = scan.report(layout, files)
     if contact_sheet is not None:

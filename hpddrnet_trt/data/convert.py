@@ -17,11 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError, one_line, require
 from hpddrnet_trt.core.files import atomic_folder, sha256_of, write_text
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.catalog import Entry, RemoteFile
 from hpddrnet_trt.data.converters import CONVERTERS, Labelled
 from hpddrnet_trt.data.datasets import FolderDataset, unknown_values
@@ -220,7 +220,7 @@ def write_converted(
     palette = [known.color or (0, 0, 0) for known in entry.classes]
     with atomic_folder(folder) as temporary:
         files: dict[tuple[str, str], dict[str, Any]] = {}
-        for sample in tqdm(samples, desc=f"converting {entry.name}", unit="image"):
+        for sample in progress_bar(samples, desc=f"converting {entry.name}", unit="image"):
             _check_sample(entry, sample)
             if (sample.split, sample.name) in files:
                 raise BadInputFile(f"{entry.name}: two images are called {sample.name} in the split {sample.split}")

@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, description_of
 from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
@@ -410,7 +410,7 @@ def _paired_samples(root: Path, layout: Layout, description: DatasetDescription)
 def _inferred_from_files(root: Path, samples: dict[str, list[Sample]]) -> tuple[list[ClassInfo], str]:
     labels = np.zeros(256, dtype=np.int64)
     everything = [sample for split in samples.values() for sample in split]
-    for sample in tqdm(everything, desc="looking for classes", unit="mask", delay=2):
+    for sample in progress_bar(everything, desc="looking for classes", unit="mask", delay=2):
         labels += np.bincount(read_mask(sample.mask).ravel(), minlength=256)
     table, remark = infer_classes(labels, root)
     log.warning("%s", remark)

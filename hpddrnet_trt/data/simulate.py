@@ -37,10 +37,10 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.files import atomic_folder
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.datasets import SPLITS, FolderDataset
 from hpddrnet_trt.data.description import (
     FILE_NAME,
@@ -413,7 +413,7 @@ def write_dataset(
     palette = [entry.color for entry in CLASSES if entry.color is not None]
     jobs = [(split, place) for split in SPLITS for place in range(counts[split])]
     with atomic_folder(folder) as target:
-        for split, place in tqdm(jobs, desc="simulating micrographs", unit="image", disable=not progress):
+        for split, place in progress_bar(jobs, desc="simulating micrographs", unit="image", show=progress):
             # The split's number is part of the seed: no picture can occur in two splits.
             image, mask = simulate(
                 height, width, (seed, SPLITS.index(split), place), kind, magnification=magnification

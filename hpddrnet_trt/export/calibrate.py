@@ -21,12 +21,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import CalibrationRecord, Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.precisions import PRECISIONS, LowPrecision
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.runtimes import load_onnxruntime
 from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.engines.base import input_contract
@@ -302,7 +302,7 @@ class _Reference:
             data.held_out_crops, data.height, data.width, contract, self._manifest.normalization
         )
         total = -(-len(data.held_out_crops) // contract.batch.minimum)
-        yield from tqdm(feed, total=total, desc=purpose, unit="batch")
+        yield from progress_bar(feed, total=total, desc=purpose, unit="batch")
 
     def _record(
         self, labels: list[npt.NDArray[np.uint8]], runtime: str, precision: str, counts: tuple[int, int]

@@ -15,11 +15,11 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.data.preprocess import network_input, pad
@@ -106,7 +106,7 @@ def choose_images(images: Sequence[Path], count: int) -> list[Path]:
     candidates = [ordered[int(index * step)] for index in range(int(len(ordered) / step))]
     if len(ordered) <= 1:
         return ordered[:count]
-    described = tqdm(candidates, desc="surveying grey levels", unit="image")
+    described = progress_bar(candidates, desc="surveying grey levels", unit="image")
     points = np.stack([_describe(read_grey(path)) for path in described])
     points /= np.maximum(points.std(axis=0), 1.0)
     first = int(np.argmin(np.linalg.norm(points - np.median(points, axis=0), axis=1)))

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from hpddrnet_trt.core import runtimes
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.export.histograms import BINS, Statistics, histogram, merge
 from hpddrnet_trt.export.images import Crop, inputs
@@ -57,7 +57,7 @@ def measure(
     kept = StatisticsCache(cache, _graph_digest(model, tensors), tensors)
     probe: _Probe | None = None
     feed = inputs(crops, *size, contract, manifest.normalization)
-    with tqdm(feed, total=len(crops), desc="calibrating", unit="crop") as progress:
+    with progress_bar(feed, total=len(crops), desc="calibrating", unit="crop") as progress:
         for image, group in groupby(progress, key=lambda entry: entry[0].image):
             parts: list[Statistics] = []
             for _, batch in group:

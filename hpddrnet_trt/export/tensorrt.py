@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from tqdm import tqdm
-
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.files import atomic_path, existing_file
 from hpddrnet_trt.core.manifest import (
@@ -26,6 +24,7 @@ from hpddrnet_trt.core.manifest import (
     sidecar_path,
 )
 from hpddrnet_trt.core.precisions import PRECISIONS, Half, LowPrecision, Precision
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.engines.cuda import Gpu, current_device, find_gpu, gpu_or_none
@@ -330,7 +329,7 @@ class _Job:
             with self.on_gpu:  # of this thread
                 return builder.build_serialized_network(network, config)
 
-        with tqdm(desc=f"building {self.source.stem}", unit="step", disable=not self.settings.progress) as bar:
+        with progress_bar(desc=f"building {self.source.stem}", unit="step", show=self.settings.progress) as bar:
             monitor = progress_monitor(self.api.module, bar, cancel.is_set)
             config.progress_monitor = monitor
             plan = run_cancellable(work, cancel)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.core.metrics import LabelComparison
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.inference import Segmenter
@@ -75,7 +74,7 @@ def compare_models(a: Segmenter, b: Segmenter, images: Sequence[Path], *, progre
             f"the models' classes are {', '.join(names)} and {', '.join(others)}; give two files of the same model"
         )
     counts = LabelComparison(len(names))
-    for path in tqdm(images, desc="compare", unit="image", disable=not progress):
+    for path in progress_bar(images, desc="compare", unit="image", show=progress):
         micrograph = read_micrograph(path)
         counts.update(b.segment(micrograph).labels, a.segment(micrograph).labels)
     return ComparedLabels(_described(a), _described(b), tuple(names), counts)

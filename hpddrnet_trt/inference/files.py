@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hpddrnet_trt.core.errors import UsageError, UserError
-from hpddrnet_trt.core.files import check_writable
+from hpddrnet_trt.core.files import check_writable, printable
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.datasets import find_images
 from hpddrnet_trt.data.intensity import FullScale, Percentiles, to_grey8
 from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, check_info_bar, read_micrograph
@@ -366,6 +367,13 @@ class SegmentSummary:
     def exit_code(self) -> int:
         return 1 if self.failed else 0
 
+    def record(self) -> dict[str, Any]:
+        """JSON-able: the fields by their names, ``failed`` as a list of ``file`` and ``reason``."""
+        paths = {name: [printable(path) for path in getattr(self, name)] for name in ("written", "skipped")}
+        failed = [{"file": printable(path), "reason": reason} for path, reason in self.failed]
+        rest = {entry.name: getattr(self, entry.name) for entry in fields(self)[3:]}
+        return {**paths, "failed": failed, **rest}
+
     def __str__(self) -> str:
         lines = [f"{len(self.written)} segmented, {len(self.skipped)} already done, {len(self.failed)} failed"]
         if self.interrupted:
@@ -411,7 +419,7 @@ def segment_paths(
     work = FileSegmenter(segmenter, output_folder, settings)
     names = _result_names(sources, work)
     check_writable(work.folder)
-    with logging_redirect_tqdm(), tqdm(total=len(sources), desc="segment", unit="image", disable=not progress) as bar:
+    with logging_redirect_tqdm(), progress_bar(total=len(sources), desc="segment", unit="image", show=progress) as bar:
         run = _Run(work, names, bar)
         summary = run.summary
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -111,7 +113,7 @@ class WriteBehind(Generic[Picture]):
     """Runs jobs in other threads and hands their results over in the order given: ``finished(result)`` in the caller's.
 
     :meth:`put` waits while more than twice :data:`WRITERS` jobs are under way or ``held`` is full. Leaving the context
-    waits for all jobs, and hands over their results also after an error.
+    waits for all jobs, and hands over their results also after an error. Jobs are not to raise.
     """
 
     def __init__(self, finished: Callable[[Picture], None], held: Held) -> None:
@@ -120,26 +122,18 @@ class WriteBehind(Generic[Picture]):
         self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="write behind")
 
     def put(self, job: Callable[[], Picture], pixels: int) -> None:
-        """Run ``job``; its ``pixels`` are held until it has ended."""
-        self._jobs.append((self._threads.submit(job), pixels))
-        while self._jobs and (self._jobs[0][0].done() or len(self._jobs) > 2 * WRITERS or self._held.full):
-            self._hand_over()
+        """Run ``job``; its ``pixels`` are held until it has ended. Ctrl-C comes through when all is in order again."""
+        with _uninterrupted():
+            self._jobs.append((self._threads.submit(job), pixels))
+            while self._jobs and (self._jobs[0][0].done() or len(self._jobs) > 2 * WRITERS or self._held.full):
+                self._hand_over()
 
     def _hand_over(self) -> None:
         job, pixels = self._jobs[0]
-        try:
-            result = job.result()
-        except KeyboardInterrupt:
-            raise  # of this thread, while it waited: the job goes on
-        except BaseException:
-            self._done(pixels)
-            raise
-        self._done(pixels)
-        self._finished(result)
-
-    def _done(self, pixels: int) -> None:
+        result = job.result()
         self._jobs.popleft()
         self._held.add(-pixels)
+        self._finished(result)
 
     def __enter__(self) -> WriteBehind[Picture]:
         return self
@@ -149,6 +143,27 @@ class WriteBehind(Generic[Picture]):
     ) -> None:
         try:
             while self._jobs:
-                self._hand_over()
+                self._jobs[0][0].exception()  # a second Ctrl-C ends this wait
+                with _uninterrupted():
+                    self._hand_over()
         finally:
             self._threads.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM wait, so that what has been begun is also noted down."""
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        handlers[signal.Signals(came[0])](came[0], None)

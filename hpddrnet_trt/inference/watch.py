@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError, describe
+from hpddrnet_trt.core.files import printable
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings
@@ -56,6 +58,13 @@ class WatchEvent:
     path: Path
     reason: str | None = None
     fractions: Mapping[str, float] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able."""
+        fractions = None if self.fractions is None else dict(self.fractions)
+        return {
+            "event": self.happened.value, "file": printable(self.path), "reason": self.reason, "fractions": fractions
+        }  # fmt: skip
 
 
 @dataclass

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from hpddrnet_trt.core.errors import BadInputFile, UserError, one_line
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.progress import QUIET
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.module import SegmentationModule, learning_rate
@@ -321,7 +322,7 @@ class Progress(pl.Callback):
             initial=trainer.global_step,
             desc=self.name,
             unit="step",
-            disable=not trainer.is_global_zero,
+            disable=not trainer.is_global_zero or bool(os.environ.get(QUIET)),
             mininterval=0.5 if sys.stderr.isatty() else 30,
             dynamic_ncols=True,
         )

@@ -23,10 +23,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, IntensityRecord
+from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import (
     FolderDataset,
@@ -131,7 +131,7 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
             section.train_split, ", ".join(shared),
         )  # fmt: skip
     if intensity is None:
-        samples = tqdm(dataset.split(section.train_split), desc="intensity range", unit="image", delay=5)
+        samples = progress_bar(dataset.split(section.train_split), desc="intensity range", unit="image", delay=5)
         intensity, remarks = training_range(read_micrograph(sample.image).pixels for sample in samples)
         for remark in remarks:
             log.warning("%s", remark)

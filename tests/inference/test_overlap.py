@@ -24,6 +24,7 @@ from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings, segment_paths
 from hpddrnet_trt.inference.overlap import AHEAD, WRITERS, Held, ReadAhead, WriteBehind
 from hpddrnet_trt.inference.result import Segmentation
+from tests.interrupts import deliver
 from tests.toy import ToyEngine, grey_image, manifest
 
 
@@ -290,3 +291,17 @@ def test_a_disk_that_fills_up_fails_the_rest_and_keeps_what_is_there(
     assert not [path for path in out.iterdir() if ".tmp" in path.name]
     again = segment_paths(Segmenter(Pipelined()), folder, out, ResultSettings(overlay=False), progress=False)
     assert (len(again.written), len(again.skipped)) == (3, 3)
+
+
+def test_ctrl_c_during_bookkeeping_comes_afterwards() -> None:
+    done: list[int] = []
+
+    def note(number: int) -> None:
+        deliver()
+        done.append(number)
+
+    with pytest.raises(KeyboardInterrupt), WriteBehind(note, Held()) as behind:  # noqa: PT012
+        for number in range(4 * WRITERS):
+            behind.put(lambda number=number: number, 1)
+    assert done == list(range(len(done)))
+    assert len(done) >= 1
