@@ -306,7 +306,9 @@ def _engines(results: Sequence[BenchmarkResult]) -> dict[str, str]:
 def _warnings(results: Sequence[BenchmarkResult]) -> list[str]:
     warnings = list(dict.fromkeys(warning for result in results for warning in result.warnings))
     if results[0].reference is not None:  # another installation need not have the reference
-        warnings = [warning for warning in warnings if not warning.startswith("no PyTorch reference ran")]
+        about_theirs = ("no PyTorch reference ran", "neither PyTorch nor", "no checkpoint ran in PyTorch")
+        own = results[0].warnings
+        warnings = [warning for warning in warnings if warning in own or not warning.startswith(about_theirs)]
     differing = [name for name in _PLAN if len({getattr(result.settings, name) for result in results}) > 1]
     if differing:
         warnings.append(f"the merged results were measured with different settings: {', '.join(differing)}")

@@ -74,7 +74,8 @@ class Settings(_Record):
     ``roofline``: whether the least time by a GPU's data sheet is counted. ``memory_sizes``: frames whose
     peak memory is measured beside that of the timed ones, e.g. too large to be timed. ``threads``: CPU
     threads of one inference, None for each engine's own choice.
-    ``reference``: label of the entry to compare with, None for the first PyTorch entry that runs.
+    ``reference``: label of the entry to compare with, None for the first PyTorch entry that
+    runs, or the FP32 ONNX file in ONNX Runtime where none does.
     ``pause_ms``: rest before each turn of an entry on the processor; ``burst_ms``: of its counted runs; see
     :class:`~hpddrnet_trt.benchmark.timing.Loop`. ``gallery``: images shown in the report.
     ``alone``: one entry is loaded at a time, in the order of the entries at each size, without a process of its own
@@ -220,6 +221,11 @@ class Row(_Record):
     bounds: list[RooflineBound] = []
     accuracy: Accuracy | None = None
     environment: int = 0  # index into the result's environments
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether others would run it without this package: PyTorch in its ways, the authors' plain export."""
+        return self.label.startswith("PyTorch") or self.label.endswith("plain export")
 
     def measures(self) -> Iterator[tuple[Measure, list[Timing]]]:
         """Each measure's name with its timings."""

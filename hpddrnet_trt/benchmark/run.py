@@ -122,6 +122,15 @@ class _Candidate:
         return precision_of(self.entry, self.manifest)
 
     @property
+    def can_be_reference(self) -> bool:
+        return self.entry.can_be_reference
+
+    @property
+    def can_stand_in(self) -> bool:
+        """The same labels as PyTorch's to within rounding, where no checkpoint or no PyTorch is."""
+        return self.entry.engine == "onnxruntime" and self.precision == "FP32" and not self.entry.options
+
+    @property
     def checkpoint(self) -> str | None:
         """SHA-256 of the checkpoint that the file is, or was made from."""
         if self.entry.path.suffix.lower() in CHECKPOINTS:
@@ -159,11 +168,15 @@ class _Run:
 
     @property
     def reference(self) -> str | None:
-        """The entry that ratios and agreement refer to; None when it did not run."""
+        """The entry that ratios and agreement refer to: PyTorch as it comes, else the FP32 ONNX file in ONNX Runtime.
+
+        None when it did not run.
+        """
         ran = [label for label in self.candidates if label in self._loaded_ever]
         if self.settings.reference is not None:
             return self.settings.reference if self.settings.reference in ran else None
-        return next((label for label in ran if self.candidates[label].entry.can_be_reference), None)
+        ways = ("can_be_reference", "can_stand_in")
+        return next((label for way in ways for label in ran if getattr(self.candidates[label], way)), None)
 
     @property
     def latencies(self) -> list[Measured]:
@@ -459,7 +472,9 @@ class _Run:
                 f"the time of {plan.minutes:.2g} minutes was over; not measured were: {'; '.join(sizes)}"
             )
         if self.reference is None:
-            warnings.append("no PyTorch reference ran, so there are no ratios and no agreement")
+            warnings.append("neither PyTorch nor an FP32 ONNX file ran, so there are no ratios and no agreement")
+        elif self.settings.reference is None and not self.candidates[self.reference].entry.is_torch:
+            warnings.append(f"no checkpoint ran in PyTorch, so the reference is {self.reference}")
         unsteady = [
             f"{label} ({MEASURES[one.measure]}, {one.case.shape})" for one in self.measured for label in one.unsteady
         ]

@@ -77,14 +77,18 @@ class Column:
 
     def cell(self, line: Line) -> Cell | None:
         value = self.value(line)
-        return None if value is None else Cell(self.text(value), self.note(line) if self.note is not None else "")
+        if value is None:
+            return None
+        exact = float(value) if isinstance(value, int | float) else None
+        return Cell(self.text(value), self.note(line) if self.note is not None else "", exact)
 
 
 class Cell(NamedTuple):
-    """A value and what is to be said about it in small print."""
+    """A value and what is to be said about it in small print; ``value``: what it is sorted by instead of its text."""
 
     text: str
     note: str = ""
+    value: float | None = None
 
 
 # -- the columns -----------------------------------------------------------------------------------

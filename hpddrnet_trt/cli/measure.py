@@ -83,7 +83,10 @@ def benchmark(
     against: Against = None,
     publish: Publish = None,
 ) -> None:
-    """Compare every engine and precision with the PyTorch reference in one interleaved run."""
+    """Compare every engine and precision with the PyTorch reference in one interleaved run.
+
+    Without a checkpoint, or without PyTorch, the FP32 ONNX file in ONNX Runtime is the reference.
+    """
     from hpddrnet_trt.benchmark.entries import entries_for, intensity_of, model_files
     from hpddrnet_trt.benchmark.images import load_images, own_size
     from hpddrnet_trt.benchmark.result import load_result
@@ -118,7 +121,7 @@ def benchmark_report(
 ) -> None:
     """Make the report of saved results again; several Python environments of one machine become one report.
 
-    Of several results the first must hold the PyTorch reference.
+    Of several results the first must hold the reference.
     """
     from hpddrnet_trt.benchmark.compare import merge
     from hpddrnet_trt.benchmark.result import load_result

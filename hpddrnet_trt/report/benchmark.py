@@ -18,13 +18,24 @@ import numpy.typing as npt
 from PIL import Image
 
 from hpddrnet_trt.benchmark.machine import BUSY_SHARE
-from hpddrnet_trt.benchmark.result import BenchmarkResult, Picture, Settings, at, main_shape
+from hpddrnet_trt.benchmark.result import (
+    BenchmarkResult,
+    Picture,
+    Row,
+    Settings,
+    Shape,
+    Timing,
+    at,
+    main_shape,
+    shared_shape,
+)
 from hpddrnet_trt.benchmark.table import miou, miou_change, points, ratio_text, sentence, state_of, tables, to_csv
-from hpddrnet_trt.benchmark.timing import MOST_COUNTED, UNCOUNTED
+from hpddrnet_trt.benchmark.timing import MOST_COUNTED, UNCOUNTED, Ratio, ratio_of_medians
 from hpddrnet_trt.core.files import write_bytes, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.core.text import percent
-from hpddrnet_trt.report.benchmark_figures import SPEED, Drawn, draw_figures
+from hpddrnet_trt.report.benchmark_figures import SPEED, TIME, Drawn, draw_figures, in_order
+from hpddrnet_trt.report.choices import QUOTABLE_AGREEMENT, QUOTABLE_LOSS, choices, keeps_labels
 from hpddrnet_trt.report.style import (
     DIFFERENT,
     DIMMED,
@@ -40,7 +51,6 @@ from hpddrnet_trt.report.style import (
     svg_address,
 )
 
-QUOTABLE_LOSS = 0.5  # points of mIoU: an entry that loses more is not praised for its speed
 FIGURES = "figures"  # folder beside the page, one PNG for each figure in it
 
 
@@ -80,15 +90,21 @@ def publish_report(files: ReportFiles, result: BenchmarkResult, folder: str | Pa
 
 def render_html(result: BenchmarkResult, drawn: Sequence[Drawn]) -> str:
     """The page as text, with its figures."""
-    sections: dict[str, list[tuple[str, str, bool]]] = {SPEED: []}
+    sections: dict[str, list[tuple[str, str, str, bool]]] = {SPEED: []}
     for one in drawn:
         wide = one.figure.get_figwidth() > WIDTH
-        sections.setdefault(one.section, []).append((one.caption, svg_address(one.figure), wide))
+        pictures = svg_address(one.figure), svg_address(one.narrow)
+        sections.setdefault(one.section, []).append((one.caption, *pictures, wide))
     return render(
         "benchmark.html.j2",
         filters={"state": state_of},
         result=result,
         headline=headline(result),
+        choices=choices(result),
+        loss=QUOTABLE_LOSS,
+        agreement=QUOTABLE_AGREEMENT,
+        time=TIME,
+        parts=parts_table(result),
         tables=tables(result),
         speed=sections.pop(SPEED),
         sections=sections,
@@ -97,6 +113,26 @@ def render_html(result: BenchmarkResult, drawn: Sequence[Drawn]) -> str:
         different=DIFFERENT,
         gallery=[_gallery(result, *numbered) for numbered in enumerate(result.pictures, 1)],
         method=method(result),
+    )
+
+
+class PartsTable(NamedTuple):
+    """Milliseconds by part of the network, in the network's order; a line: entry, its sum, and each part or None."""
+
+    shape: Shape
+    parts: list[str]
+    lines: list[tuple[str, float, list[float | None]]]
+
+
+def parts_table(result: BenchmarkResult) -> PartsTable | None:
+    """At the size that most entries were profiled at; None where none was."""
+    shape = shared_shape([row.layers for row in result.measured])
+    if shape is None:
+        return None
+    found = [(row.label, times.groups) for row in result.measured if (times := at(row.layers, shape)) is not None]
+    parts = in_order(name for _, groups in found for name in groups)
+    return PartsTable(
+        shape, parts, [(label, sum(groups.values()), [groups.get(part) for part in parts]) for label, groups in found]
     )
 
 
@@ -147,7 +183,7 @@ def _decode(content: str) -> Grey8:
 
 
 def headline(result: BenchmarkResult) -> str:
-    """The finding in one sentence, with its weakness when it has one."""
+    """The finding in one sentence, the best that others would run named first, with its weakness when it has one."""
     weak = []
     if result.busy_share is not None and result.busy_share > BUSY_SHARE:
         weak.append("on a busy machine")
@@ -166,15 +202,30 @@ def _finding(result: BenchmarkResult) -> str:
     ]  # fmt: skip
     if shape is None or not timed:
         return f"{len(result.measured)} of {len(result.rows)} entries ran on this machine."
-    accurate = [(row, timing) for row, timing in timed if (miou_change(result, row) or 0.0) >= -QUOTABLE_LOSS]
-    row, timing = min(accurate or timed, key=lambda pair: pair[1].p50_ms)
-    text = f"{row.label}: {ratio_text(timing.ratio)} the speed of {result.reference} at {shape}, end to end"
+    accurate = [pair for pair in timed if keeps_labels(result, pair[0])] or timed
+    row, timing = _fastest([pair for pair in accurate if not pair[0].is_peer] or accurate)
+    speed = f"{ratio_text(timing.ratio)} the speed of {result.reference}"
+    if peers := [pair for pair in accurate if pair[0].is_peer and pair[0] is not row]:
+        peer, its_timing = _fastest(peers)
+        speed = f"{ratio_text(_between(its_timing, timing, result.settings.seed))} the speed of {peer.label}, the " \
+                f"fastest of what others would run, and {ratio_text(timing.ratio)} that of {result.reference}"
+    text = f"{row.label}: {speed} at {shape}, end to end"
     change = miou_change(result, row)
     if change is not None:
         return f"{text}, mIoU {percent(miou(row.accuracy))} ({points(change)} points)."
     if row.accuracy is not None and row.accuracy.agreement is not None:
         return f"{text}, {percent(row.accuracy.agreement)} of labels the same."
     return text + "."
+
+
+def _fastest(timed: Sequence[tuple[Row, Timing]]) -> tuple[Row, Timing]:
+    return min(timed, key=lambda pair: pair[1].p50_ms)
+
+
+def _between(peer: Timing, own: Timing, seed: int) -> Ratio:
+    """How many times as fast as the peer; by pairs of rounds where both were interleaved with the reference."""
+    paired = all(one.ratio is not None and one.ratio.paired for one in (peer, own)) and peer.rounds == own.rounds
+    return ratio_of_medians(peer.by_round, own.by_round, paired=paired, seed=seed)
 
 
 def method(result: BenchmarkResult) -> list[str]:

@@ -30,6 +30,7 @@ from hpddrnet_trt.report.style import (
     GREEN,
     GREY,
     INDIGO,
+    NARROW,
     OCHRE,
     ORANGE,
     PALE,
@@ -38,6 +39,7 @@ from hpddrnet_trt.report.style import (
     WIDTH,
     YELLOW,
     Named,
+    is_narrow,
     label_axes,
     legend_below,
     logarithmic,
@@ -47,6 +49,7 @@ from hpddrnet_trt.report.style import (
     panels,
     patch_legend,
     plain_numbers,
+    put_title,
     style,
     value_right,
 )
@@ -57,28 +60,32 @@ FAR = "(entries are too far apart for one axis of ms)"
 
 
 class Drawn(NamedTuple):
-    """``name`` is the file's, ``section`` the page's; ``caption`` says what is seen; a matplotlib figure."""
+    """``name`` is the file's, ``section`` the page's; ``caption`` says what is seen.
+
+    Two matplotlib figures of the same: ``figure``, and ``narrow`` with its panels below each other for a telephone.
+    """
 
     name: str
     section: str
     caption: str
     figure: Any
+    narrow: Any
 
 
 def draw_figures(result: BenchmarkResult) -> list[Drawn]:
     """Every figure that this result has data for. Raises :class:`MissingDependency` without matplotlib."""
     with style():
         drawn = [
-            Drawn(name, section, caption, figure)
+            Drawn(name, section, caption, figure, draw(result, True))
             for name, section, draw, caption in _FIGURES
-            if (figure := draw(result)) is not None
+            if (figure := draw(result, False)) is not None
         ]
         sizes: dict[tuple[int, int], Shape] = {}
         for shape in timed_shapes(result):  # of each size the smallest batch: larger ones scatter much the same
             sizes.setdefault(shape[:2], shape)
         drawn += [
             Drawn(f"latency-{shape.height}x{shape.width}", TIME, _LATENCY.format(shape=shape),
-                  latency_figure(result, shape))
+                  latency_figure(result, shape), latency_figure(result, shape, narrow=True))
             for shape in sizes.values()
         ]  # fmt: skip
     return drawn
@@ -150,7 +157,7 @@ class Point(NamedTuple):
     accuracy: float
 
 
-def speed_figure(result: BenchmarkResult) -> Any | None:
+def speed_figure(result: BenchmarkResult, narrow: bool = False) -> Any | None:
     """Left: images per second. Right, where it was measured: mIoU, or agreement without masks, against them."""
     shape = main_shape(result)
     if shape is None:
@@ -162,10 +169,18 @@ def speed_figure(result: BenchmarkResult) -> Any | None:
         for row, timing in timed
         if row.accuracy and (value := row.accuracy.miou if by_miou else row.accuracy.agreement) is not None
     ]
-    figure = new_figure(13.6 if points else WIDTH, max(4.8 if points else 2.6, 1.2 + 0.42 * len(timed)))
-    axes = figure.subplots(1, 2, width_ratios=(1, 1.15)) if points else [figure.subplots()]
+    bars = max(2.6, 1.2 + 0.42 * len(timed))
+    if not points:
+        figure = new_figure(NARROW if narrow else WIDTH, bars)
+        axes = [figure.subplots()]
+    elif narrow:
+        figure = new_figure(NARROW, bars + 4.6)
+        axes = figure.subplots(2, 1, height_ratios=(bars, 4.6))
+    else:
+        figure = new_figure(13.6, max(4.8, bars))
+        axes = figure.subplots(1, 2, width_ratios=(1, 1.15))
     _draw_bars(axes[0], timed, result)
-    axes[0].set_title(f"Speed, end to end, {shape}")
+    put_title(axes[0], f"Speed, end to end, {shape}")
     if points:
         kind = "mIoU" if by_miou else "agreement with the reference"
         label_axes(axes[1], f"Accuracy against speed, {shape}", "images/s, one at a time (right is better)",
@@ -193,7 +208,8 @@ def _draw_bars(axes: Any, timed: Sequence[tuple[Row, Timing]], result: Benchmark
             ratio = f"  {number(timing.ratio.value)}×{' (wide)' if timing.ratio.wide else ''}"
         value_right(axes, timing.images_per_s, place, f"{number(timing.images_per_s)}{ratio}")
     name_bars(axes, [row.label for row, _ in timed])
-    axes.set_xlim(0, 1.32 * max(timing.images_per_s for _, timing in timed))
+    room = 1.75 if is_narrow(axes) else 1.32
+    axes.set_xlim(0, room * max(timing.images_per_s for _, timing in timed))
     axes.set_xlabel("images/s, one at a time (right is better)")
 
 
@@ -226,7 +242,7 @@ _PART_COLORS = (INDIGO, SKY, BLUE, YELLOW, GREEN, ORANGE, PINK, AMBER)
 _HATCHED = {"facecolor": "white", "hatch": "////"}
 
 
-def time_figure(result: BenchmarkResult) -> Any | None:
+def time_figure(result: BenchmarkResult, narrow: bool = False) -> Any | None:
     """Median end-to-end latency, split into inference and everything around it, with the roofline bound as a mark."""
     shape = shared_shape([row.inference for row in result.measured])
     rows = [
@@ -240,13 +256,14 @@ def time_figure(result: BenchmarkResult) -> Any | None:
         return None
     styles, totals = entry_styles(result), [inference + around for _, inference, around in rows]
     shares, bounded = far_apart(totals), False
-    figure = _bar_figure(len(rows), 1.7)
+    figure = _bar_figure(len(rows), 1.7, narrow)
     axes = figure.subplots()
     for place, ((row, inference, around), total) in enumerate(zip(rows, totals, strict=True)):
         scale, color = 100 / total if shares else 1.0, styles[row.label].color
         axes.barh(place, scale * inference, color=color, height=0.7)
         axes.barh(place, scale * around, left=scale * inference, height=0.7, edgecolor=color, **_HATCHED)
-        both = f"{number(inference)} + {number(around)} ms ({share_text(around / total)})"
+        share = "" if narrow else f" ({share_text(around / total)})"
+        both = f"{number(inference)} + {number(around)} ms{share}"
         text = both if around else f"{number(inference)} ms"
         bound, end = at(row.bounds, shape), scale * total
         if bound is not None:
@@ -257,7 +274,7 @@ def time_figure(result: BenchmarkResult) -> Any | None:
             end = max(end, mark)
         value_right(axes, end, place, text)
     _finish_bars(axes, [row for row, *_ in rows], shares, totals, room=1.95 if bounded else 1.55)
-    axes.set_title(f"Inference, and what is around it, {shape}")
+    put_title(axes, f"Inference, and what is around it, {shape}")
     patch_legend(figure, [
         ("inference", {"facecolor": GREY}),
         ("copies, pre- and post-processing, Python", {**_HATCHED, "edgecolor": GREY}),
@@ -266,7 +283,7 @@ def time_figure(result: BenchmarkResult) -> Any | None:
     return figure
 
 
-def groups_figure(result: BenchmarkResult) -> Any | None:
+def groups_figure(result: BenchmarkResult, narrow: bool = False) -> Any | None:
     """Time by part of the network from each runtime's profiler, one stacked bar per entry, in the network's order."""
     shape = shared_shape([row.layers for row in result.measured])
     rows = [
@@ -280,7 +297,7 @@ def groups_figure(result: BenchmarkResult) -> Any | None:
     parts = {name: _part_style(name) for name in order}
     totals = [sum(groups.values()) for _, groups in rows]
     shares = far_apart(totals)
-    figure = _bar_figure(len(rows), 1.7 + 0.22 * (len(order) / 3))
+    figure = _bar_figure(len(rows), 1.7 + 0.22 * (len(order) / (2 if narrow else 3)), narrow)
     axes = figure.subplots()
     for place, ((_, groups), total) in enumerate(zip(rows, totals, strict=True)):
         left, scale = 0.0, 100 / total if shares else 1.0
@@ -290,7 +307,7 @@ def groups_figure(result: BenchmarkResult) -> Any | None:
             left += width
         value_right(axes, left, place, f"{number(total)} ms")
     _finish_bars(axes, [row for row, _ in rows], shares, totals)
-    axes.set_title(f"Time by part of the network, {shape}")
+    put_title(axes, f"Time by part of the network, {shape}")
     patch_legend(figure, parts.items())
     return figure
 
@@ -326,14 +343,15 @@ def _part_style(name: str) -> dict[str, Any]:
     return {"facecolor": _PART_COLORS[index], "edgecolor": "white", "hatch": "///" if turn else None}
 
 
-def _bar_figure(entries: int, extra: float) -> Any:
+def _bar_figure(entries: int, extra: float, narrow: bool) -> Any:
     """A figure with a bar's height for each entry; ``extra``: inches for title, axis and legend."""
-    return new_figure(WIDTH, max(2.6, extra + 0.4 * entries))
+    return new_figure(NARROW if narrow else WIDTH, max(2.6, extra + 0.4 * entries))
 
 
 def _finish_bars(axes: Any, rows: Sequence[Row], shares: bool, totals: Sequence[float], room: float = 1.45) -> None:
     """``room``: width of the axes over that of the longest bar, for the texts beside them."""
     name_bars(axes, [row.label for row in rows])
+    room *= 1.4 if is_narrow(axes) else 1
     axes.set_xlim(0, room * (100 if shares else max(totals)))
     axes.set_xlabel(f"% of the entry's own time {FAR}" if shares else "ms")
     if shares:
@@ -349,7 +367,7 @@ _LATENCY = (
 _LATENCY_RANGE = 4  # latencies farther apart than this are drawn on a logarithmic axis
 
 
-def latency_figure(result: BenchmarkResult, shape: Shape) -> Any:
+def latency_figure(result: BenchmarkResult, shape: Shape, narrow: bool = False) -> Any:
     """Above: box plots of the end-to-end latencies. Below: their cumulative distribution, same colours and axis.
 
     Latencies too far apart for one axis are drawn relative to each entry's own median.
@@ -359,7 +377,7 @@ def latency_figure(result: BenchmarkResult, shape: Shape) -> Any:
     relative = far_apart(medians)
     samples = [np.asarray(timing.samples_ms) * (100 / timing.p50_ms if relative else 1) for _, timing in timed]
     boxes = 0.5 + 0.36 * len(timed)
-    figure = new_figure(WIDTH, boxes + 2.9)
+    figure = new_figure(NARROW if narrow else WIDTH, boxes + 2.9)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(boxes, 2.1))
     parts = above.boxplot(
         samples, positions=range(len(timed)), orientation="horizontal", whis=(5, 95), patch_artist=True, widths=0.62,
@@ -372,7 +390,7 @@ def latency_figure(result: BenchmarkResult, shape: Shape) -> Any:
         below.step(np.concatenate([values[:1], values]), np.linspace(0, 100, len(values) + 1), where="post",
                    linewidth=1.7, color=color, linestyle=styles[label].line)  # fmt: skip
     name_bars(above, [label for label, _ in timed])
-    above.set_title(f"End-to-end latency, {shape}")
+    put_title(above, f"End-to-end latency, {shape}")
     if not relative and max(medians) > _LATENCY_RANGE * min(medians):
         logarithmic(below)
     below.set_ylabel("rounds at or below, %")
@@ -396,14 +414,15 @@ class Curves(NamedTuple):
     slope: bool = True  # faint lines along which it grows linearly with the pixels
 
 
-def scaling_figure(result: BenchmarkResult) -> Any | None:
+def scaling_figure(result: BenchmarkResult, narrow: bool = False) -> Any | None:
     """How latency, rate and memory grow with the frame and with the batch; None with one size and batch."""
     drawn = [panel for panel in scaling_curves(result) if max(map(len, panel.lines.values()), default=0) > 1]
     if not drawn:
         return None
-    styles, columns = entry_styles(result), min(2, len(drawn))
-    legend = 0.12 * len(result.measured) / -(-len(drawn) // columns)
-    figure, grid = panels(len(drawn), WIDTH if columns == 1 else 6.8, 3.7 + legend, columns=columns)
+    styles, columns = entry_styles(result), 1 if narrow else min(2, len(drawn))
+    legend = (0.25 if narrow else 0.12) * len(result.measured) / -(-len(drawn) // columns)
+    figure, grid = panels(len(drawn), NARROW if narrow else WIDTH if columns == 1 else 6.8, 3.7 + legend,
+                          columns=columns)  # fmt: skip
     for axes, panel in zip(grid, drawn, strict=True):
         for label, line in panel.lines.items():
             axes.plot(*zip(*line, strict=True), linestyle=styles[label].line, linewidth=1.5, markersize=6, label=label,
@@ -418,7 +437,7 @@ def scaling_figure(result: BenchmarkResult) -> Any | None:
         if panel.slope:
             _draw_slopes(axes)
         label_axes(axes, panel.title, panel.x, panel.y)
-    legend_below(figure, *grid, columns=2 * columns)
+    legend_below(figure, *grid, columns=1 if narrow else 2 * columns)
     return figure
 
 
@@ -472,7 +491,7 @@ def _draw_slopes(axes: Any) -> None:
     axes.set_ylim(low, high)
 
 
-_FIGURES: tuple[tuple[str, str, Callable[[BenchmarkResult], Any | None], str], ...] = (
+_FIGURES: tuple[tuple[str, str, Callable[[BenchmarkResult, bool], Any | None], str], ...] = (
     ("speed", SPEED, speed_figure,
      "Images per second with the speed-up over the reference, and accuracy against them. Nobody is right of or above "
      "the line: entries on it are worth choosing from, the others are beaten."),

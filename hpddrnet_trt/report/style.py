@@ -30,6 +30,7 @@ DIMMED = (10, 14, 22)  # what is right in a map of differences
 DIFFERENT = (255, 176, 0)  # bright amber: told from grey by brightness alone
 WRAP = 26  # characters of a line of a name
 WIDTH = 7.6  # inches of a figure with one panel
+NARROW = 5.0  # the same for a telephone, as wide as its screen at 72 dpi
 _NAME_SIZE = 8.5
 _STEP = 6  # pixels between places that are tried for a name
 _GAP = 3  # pixels that stay free around a name
@@ -74,8 +75,17 @@ def panels(count: int, width: float, height: float, *, columns: int) -> tuple[An
     return figure, grid[:count]
 
 
+def is_narrow(axes: Any) -> bool:
+    """Whether the axes are of a figure for a telephone."""
+    return bool(axes.get_figure(root=True).get_figwidth() <= NARROW)
+
+
+def put_title(axes: Any, text: str) -> None:
+    axes.set_title(wrapped(text, 30) if is_narrow(axes) else text)
+
+
 def label_axes(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title)
+    put_title(axes, title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
 
@@ -206,10 +216,12 @@ def legend_below(figure: Any, *panels: Any, columns: int = 6) -> None:
 
 
 def patch_legend(figure: Any, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """A legend of areas below, three in a row: names with colours or hatches."""
+    """A legend of areas below, three in a row, as far as they fit: names with colours or hatches."""
     patches = _matplotlib("matplotlib.patches")
     handles = [patches.Patch(label=name, **look) for name, look in entries]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=9)
+    longest = max(len(handle.get_label()) for handle in handles)
+    fitting = 3 if figure.get_figwidth() > NARROW else 2 if longest < 24 else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(fitting, len(handles)), fontsize=9)
 
 
 def png(figure: Any) -> bytes:

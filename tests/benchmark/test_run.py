@@ -98,7 +98,7 @@ def test_without_masks_only_agreement_is_reported(models: Path) -> None:
     assert [entry.name for entry in result.classes] == [entry.name for entry in CLASSES]
 
 
-def test_a_checkpoint_is_the_reference_by_itself_and_without_one_there_are_no_ratios(tmp_path: Path) -> None:
+def test_a_checkpoint_is_the_reference_by_itself_else_the_fp32_file_in_onnx_runtime(tmp_path: Path) -> None:
     from hpddrnet_trt.models.checkpoints import save_checkpoint
     from tests.tiny_network import tiny_manifest, tiny_network
 
@@ -114,7 +114,12 @@ def test_a_checkpoint_is_the_reference_by_itself_and_without_one_there_are_no_ra
     result = compared(entries[1], batches=(3,), sizes=((16, 16),))
     assert result.reference is None
     assert [(str(timing.shape), timing.ratio) for timing in result.rows[0].end_to_end] == [("batch 3 of 16×16", None)]
-    assert any("no PyTorch reference" in warning for warning in result.warnings)
+    assert any("neither PyTorch nor an FP32 ONNX file ran" in warning for warning in result.warnings)
+    files = [tiny_model(tmp_path / "int8.onnx", typing="int8"), tmp_path / "other.onnx"]
+    result = compared([Entry(file.stem, file, "onnxruntime") for file in files], masks=False, sizes=((16, 16),))
+    assert result.reference == "other"
+    assert "no checkpoint ran in PyTorch, so the reference is other" in result.warnings
+    assert [row.end_to_end[0].ratio is not None for row in result.rows] == [True, True]
 
 
 def test_sizes_that_an_engine_does_not_take_leave_the_others(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def made() -> BenchmarkResult:
 
 
 def cells(table: Table, label: str) -> dict[tuple[str, str], Cell | None]:
-    """An entry's cells by group and title of their columns."""
+    """An entry's cells, without what they are sorted by, by group and title of their columns."""
     found = next(cells for line, cells in table.lines if line.row.label == label)
-    return {(column.group, column.title): cell for column, cell in zip(table.columns, found, strict=True)}
+    shown = [None if cell is None else cell._replace(value=None) for cell in found]
+    return {(column.group, column.title): cell for column, cell in zip(table.columns, shown, strict=True)}
 
 
 def at(result: BenchmarkResult, shape: Shape) -> Table:
