@@ -93,7 +93,7 @@ class AcceptanceCheck:
         """
         dataset = FolderDataset.open(self.data)
         dataset.split(self.split)
-        with load_segmenter(reference_for(self.reference, source, read_manifest(source))) as fp32:
+        with load_segmenter(reference_for(self.reference, source, read_manifest(source)), precision="file") as fp32:
             matched(fp32, dataset)
 
     def verify(self, candidate: Path, source: Path, target: Path) -> ValidationRecord:
@@ -105,7 +105,10 @@ class AcceptanceCheck:
         manifest = read_manifest(candidate)
         reference = reference_for(self.reference, source, manifest)
         dataset = FolderDataset.open(self.data)
-        with load_segmenter(reference) as fp32, AccuracyEvaluator(dataset, self.split, fp32) as evaluator:
+        with (
+            load_segmenter(reference, precision="file") as fp32,
+            AccuracyEvaluator(dataset, self.split, fp32) as evaluator,
+        ):
             accuracy = _run(evaluator, candidate, manifest, self.device)
             source_text = f"{evaluator.source}, FP32: {reference.name} on {evaluator.reference_runtime}"
         if breaches := self.budget.breaches(accuracy):
@@ -123,7 +126,7 @@ class AcceptanceCheck:
 def _run(evaluator: AccuracyEvaluator, candidate: Path, manifest: Manifest, device: int) -> Accuracy:
     if candidate.suffix.lower() == ".onnx":
         return evaluator.score_graph(*load_model(candidate), title=f"{manifest.precision} on {evaluator.source}")
-    with load_segmenter(candidate, device=device) as segmenter:
+    with load_segmenter(candidate, precision="file", device=device) as segmenter:
         return evaluator.score(segmenter, title=f"engine on {evaluator.source}")
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpddrnet_trt.accuracy.acceptance import reference_for
 from hpddrnet_trt.accuracy.evaluator import Accuracy, AccuracyEvaluator
+from hpddrnet_trt.core.cache import cache_folder
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.core.manifest import CalibrationRecord, InputContract, Manifest
@@ -35,7 +36,6 @@ from hpddrnet_trt.export.calibrate import MAX_IMAGES, calibration_record, float_
 from hpddrnet_trt.export.histograms import Statistics, merge
 from hpddrnet_trt.export.ranges import METHODS, Method, ranges_of
 from hpddrnet_trt.export.statistics import measure
-from hpddrnet_trt.export.statistics_cache import cache_folder
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.graph.nodes import name_nodes
 from hpddrnet_trt.graph.precision import to_half
@@ -225,7 +225,7 @@ def open_study(source: Path, settings: StudySettings) -> Iterator[Study]:
     ranges = ranges_of(reduce(merge, statistics), method, symmetric=True)
     config = QuantizationConfig(model, manifest, plan, ranges, settings.precision)
     with (
-        load_segmenter(compared_with) as fp32,
+        load_segmenter(compared_with, precision="file") as fp32,
         AccuracyEvaluator(dataset, split, fp32) as evaluator,
     ):
         journal = cache_folder() / "trials" / f"{config.digest()[:24]}.{evaluator.digest[:24]}.json"

@@ -48,7 +48,7 @@ def baseline_entries(checkpoint: Path, folder: Path, *, size: tuple[int, int], b
         Entry("ONNX Runtime plain export", plain, "onnxruntime", {"defaults": True, "device": "auto"}),
     ]
     if engine_status("openvino").usable:
-        entries.append(Entry("OpenVINO plain export", plain, "openvino", {"precision": "default"}))
+        entries.append(Entry("OpenVINO plain export", plain, "openvino", {"defaults": True}))
     return entries
 
 

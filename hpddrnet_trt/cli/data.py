@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpddrnet_trt.cli.options import Data, Engine, Mode, ModelFile, Split, write_json
+from hpddrnet_trt.cli.options import Data, EngineOptions, Mode, ModelFile, Split, write_json
 from hpddrnet_trt.cli.program import app, command, new_app
 from hpddrnet_trt.core.errors import require
 
@@ -38,9 +38,9 @@ def train(
 def evaluate(
     model: ModelFile,
     data: Data,
+    engine: EngineOptions,
     split: Split = "test",
     mode: Mode = "single",
-    engine: Engine = "auto",
     report: Annotated[
         Path | None,
         typer.Option(help="Write a page (.html): confusion, area fractions, worst images, learning curves."),
@@ -65,9 +65,10 @@ def evaluate(
 
     if report is not None:
         check_target(report)
-    file = model_file(model, engine)
+    arguments = engine.arguments("file")
+    file = model_file(model, engine.engine, arguments["precision"])
     dataset = FolderDataset.open(data)
-    with load_segmenter(file, engine=engine, mode=mode) as segmenter:
+    with load_segmenter(file, **arguments, mode=mode) as segmenter:
         assessment = assess(segmenter, dataset, split, model_file=file)
         robust = measure_robustness(segmenter, dataset, split) if robustness else None
         typer.echo(f"{model} on {dataset.name}/{split}, mode {mode}, {segmenter.engine.runtime}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hpddrnet_trt.cli.options import SegmentOptions, Split
+from hpddrnet_trt.cli.options import EngineOptions, SegmentOptions, Split
 from hpddrnet_trt.cli.program import INTERRUPTED, command
 from hpddrnet_trt.core.text import plain
 
@@ -17,6 +17,7 @@ from hpddrnet_trt.core.text import plain
 def segment(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Micrographs, folders, globs, or a dataset.")],
     options: SegmentOptions,
+    engine: EngineOptions,
     split: Split = "test",
     as_json: Annotated[bool, typer.Option("--json", help="What came of it as one JSON document.")] = False,
 ) -> None:
@@ -31,7 +32,7 @@ def segment(
     """
     from hpddrnet_trt.inference.files import segment_paths
 
-    with options.open_segmenter() as segmenter:
+    with options.open_segmenter(engine) as segmenter:
         summary = segment_paths(segmenter, inputs, options.output, options.settings(), split=split)
     if as_json:
         typer.echo(json.dumps(plain({"output": str(options.output), **summary.record()}), allow_nan=False))
@@ -47,6 +48,7 @@ def segment(
 def watch(
     folder: Annotated[Path, typer.Argument(help="Folder in which micrographs appear.")],
     options: SegmentOptions,
+    engine: EngineOptions,
     settle: Annotated[float, typer.Option(help="Seconds without a change after which a file is complete; "
                                                "0 for writers that rename whole files into place.")] = 2.0,
     patience: Annotated[float, typer.Option(help="Seconds after which an unreadable file counts as failed.")] = 60.0,
@@ -79,7 +81,7 @@ def watch(
 
     root = folder.resolve()
     settings = WatchSettings(settle, patience, poll, recursive, stop_after)
-    with options.open_segmenter() as segmenter, stop_on_signal() as stop:
+    with options.open_segmenter(engine) as segmenter, stop_on_signal() as stop:
         typer.echo(f"watching {folder}; results go to {options.output}; Ctrl-C ends", err=as_json)
         summary = watch_folder(
             segmenter, folder, options.output, options.settings(), settings, on_event=tell, stop=stop

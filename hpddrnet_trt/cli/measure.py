@@ -180,7 +180,7 @@ def compare(
         compared = compare_layers(a, b, find_images(images, split), tensorrt=tensorrt)
     else:
         paths = find_images(images, split)
-        with load_segmenter(a) as first, load_segmenter(b) as second:
+        with load_segmenter(a, precision="file") as first, load_segmenter(b, precision="file") as second:
             compared = compare_models(first, second, paths)
     typer.echo(compared.text())
     write_json(json_file, compared.record())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ import typer
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.core.text import METRES, plain
-from hpddrnet_trt.engines import ENGINES
+from hpddrnet_trt.engines import ENGINES, Arithmetic
 from hpddrnet_trt.results import ALWAYS_POSSIBLE, FORMATS, KINDS
 from hpddrnet_trt.weights import DEFAULT
 
@@ -30,10 +31,6 @@ ModelFile = Annotated[
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint (.safetensors), or a shipped model's name.")]
 OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export, or a shipped model's name.")]
-Engine = Annotated[
-    EngineName,
-    typer.Option(help="Runtime; auto chooses by the file's ending."),
-]
 Mode = Annotated[
     Literal["single", "flip", "multiscale"],
     typer.Option(help="One view, its mirror image too, or both at six scales (TensorRT engines need logits for it)."),
@@ -100,12 +97,31 @@ _KINDS_IN_WORDS = ", ".join(f"{kind} ({FORMATS[kind].description})" for kind in 
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """What runs a model."""
+
+    engine: Annotated[EngineName, typer.Option(help="Runtime; auto: the fastest there is for the file.")] = "auto"
+    precision: Annotated[
+        Arithmetic | None,
+        typer.Option(
+            help="What labels are computed in; auto: the fastest that keeps them on this processor; file: what the "
+            "file is in. Default: auto; of evaluate: file."
+        ),
+    ] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference.")] = None
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda|cuda:1", help="Processor, or which GPU.")] = None
+
+    def arguments(self, precision: Arithmetic = "auto") -> dict[str, Any]:
+        """The same for :func:`~hpddrnet_trt.load_segmenter`; ``precision``: where none is given."""
+        return {**asdict(self), "precision": self.precision or precision}
+
+
+@dataclass(frozen=True)
 class SegmentOptions:
     """What every command has that segments micrographs into a folder: which model runs, and what is written."""
 
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("labels")
     model: Annotated[Path, typer.Option(help="Model file, or the name of a shipped model.")] = Path(DEFAULT)
-    engine: Engine = "auto"
     mode: Mode = "single"
     write: Annotated[
         Any,
@@ -171,13 +187,16 @@ class SegmentOptions:
             info_bar=self.info_bar, resume=self.resume,
         )  # fmt: skip
 
-    def open_segmenter(self) -> Segmenter:
-        """The model, opened as these options say."""
+    def open_segmenter(self, engine: EngineOptions) -> Segmenter:
+        """The model, opened as these options say; a line says what ``auto`` took."""
         from hpddrnet_trt.inference import load_segmenter
 
+        if logging.getLogger().isEnabledFor(logging.WARNING):  # not --quiet
+            logging.getLogger("hpddrnet_trt.engines").setLevel(logging.INFO)
         return load_segmenter(
-            self.model, engine=self.engine, mode=self.mode, confidence=self.confidence or "confidence" in self.write,
-            window=self._window(), tile=self.tile, rebuild=self.rebuild,
+            self.model, **engine.arguments(), mode=self.mode,
+            confidence=self.confidence or "confidence" in self.write, window=self._window(), tile=self.tile,
+            rebuild=self.rebuild,
         )  # fmt: skip
 
     def _window(self) -> Any:

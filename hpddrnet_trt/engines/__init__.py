@@ -9,12 +9,13 @@ import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import UsageError, UserError, require
@@ -26,6 +27,10 @@ __all__ = ["ENGINES", "Engine", "EngineKind", "Prediction", "available_engines",
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = (".safetensors", ".pth", ".pt")
+# What labels are computed in. `file`: what the file is in. `auto`: of an ONNX file the fastest way that keeps its
+# labels on this processor (hpddrnet_trt.engines.choice). A precision: of a shipped model its file in it, of another
+# file that precision, which must be its own, but that OpenVINO computes FP32 and FP16 files in BF16 when asked.
+Arithmetic = Literal["file", "auto", "fp32", "fp16", "bf16", "int8", "fp8"]
 _OTHER_LIBRARIES = ("onnx", "numpy", "opencv-python-headless")  # that matter for a result, whatever the engine
 
 
@@ -80,7 +85,7 @@ class EngineKind:
 
 
 # By the name that `--engine` and `load_engine` take. The first one that runs a suffix is what `auto` chooses (but see
-# `_first_choice`).
+# `engine_of` and `Arithmetic`).
 ENGINES: dict[str, EngineKind] = {
     "torch": EngineKind(
         "PyTorch", ("torch", "TorchEngine"), CHECKPOINTS, "torch", "export", ("torch",), variants=_labels_only
@@ -115,40 +120,87 @@ class EngineStatus(NamedTuple):
     detail: str
 
 
-def load_engine(path: str | Path, engine: str = "auto", **options: Any) -> Engine:
+def load_engine(
+    path: str | Path, engine: str = "auto", *, precision: Arithmetic = "file", **options: Any
+) -> Engine:
     """Open a model file, or a model that comes with the package by its name, with the engine that suits it.
 
     ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch, ``.onnx``: onnxruntime, or
     openvino where it is installed and the file is quantized for TensorRT, ``.engine``: the TensorRT runtime it was
-    built with, its lean runtime where only that is installed), or a name in :data:`ENGINES`. ``options`` go to the
-    engine's class; those that are None are left out.
+    built with, its lean runtime where only that is installed), or a name in :data:`ENGINES`. ``precision``: see
+    :data:`Arithmetic`. ``options`` go to the engine's class; those that are None are left out.
 
     Raises :class:`UsageError` for an unknown engine, ending or option, and what the engine raises:
     :class:`BadInputFile`, :class:`MissingDependency`, :class:`NoGpu`.
     """
-    path = model_file(path, engine)
-    given = {key: value for key, value in options.items() if value is not None}
-    name = engine_of(path, engine, given)
+    return opening_of(path, engine, precision, options).open()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model file is opened: the engine's name, and all options of its class."""
+
+    path: Path
+    engine: str
+    options: Mapping[str, Any]
+
+    def open(self, path: Path | None = None) -> Engine:
+        """The engine of the file, or of another form of the same file."""
+        kind = ENGINES[self.engine]
+        if kind.suffixes == CHECKPOINTS:
+            require("torch", kind.extra, f"run the checkpoint {self.path}")
+        loaded: Engine = kind.load_class()(path or self.path, **self.options)
+        return loaded
+
+
+def opening_of(
+    model: str | Path, engine: str = "auto", precision: Arithmetic = "file", options: Mapping[str, Any] | None = None
+) -> Opening:
+    """How :func:`load_engine` opens a model; raises what it says of engines, endings, precisions and options."""
+    if precision not in get_args(Arithmetic):
+        raise UsageError(f"unknown precision {precision!r}; choose one of: {', '.join(get_args(Arithmetic))}")
+    path = model_file(model, engine, precision)
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    on_gpu = str(given.get("device", "cpu")) not in ("cpu", "auto")
+    in_bf16 = engine == "auto" and precision == "bf16" and path.suffix.lower() == ".onnx"
+    name = engine_of(path, "openvino" if in_bf16 else engine, on_gpu=on_gpu)
+    arithmetic = _arithmetic(path, name, precision)
+    if precision in ("auto", "fp32") and engine in ("auto", "openvino") and "openvino" in engines_for(path):
+        from hpddrnet_trt.engines.choice import fastest
+
+        choice = fastest(path, on_gpu=on_gpu, only_fp32=precision == "fp32")
+        if engine in ("auto", choice.engine):
+            name, arithmetic = choice.engine, choice.options
+            logger.info("%s: %s", path.name, choice.why)
+    given |= arithmetic
+    if engine == "auto" or precision != "file":
+        _warn_of_slow_int8(path, name, on_gpu)
     kind = ENGINES[name]
-    if kind.suffixes == CHECKPOINTS:
-        require("torch", kind.extra, f"run the checkpoint {path}")
-    cls = kind.load_class()
-    known = [key for key in inspect.signature(cls).parameters if key != "path"]
+    known = [key for key in inspect.signature(kind.load_class()).parameters if key != "path"]
+    if "device" in given:
+        given |= {"device": _device(given["device"], name)}
+        if "device" not in known and not on_gpu:
+            del given["device"]
     unknown = [key for key in given if key not in known]
     if unknown:
         raise UsageError(f"the {name} engine has no option {', '.join(unknown)}; it has: {', '.join(known)}")
-    loaded: Engine = cls(path, **given)
-    return loaded
+    return Opening(path, name, given)
 
 
-def model_file(model: str | Path, engine: str = "auto") -> Path:
-    """The file of a model that comes with the package, as ``engine`` runs it; any other ``model`` as a path."""
+def model_file(model: str | Path, engine: str = "auto", precision: str = "file") -> Path:
+    """The file of a model that comes with the package, as ``engine`` runs it in ``precision``; any other ``model`` as
+    a path."""
     kind = ENGINES.get(engine)
-    return locate(model, ".safetensors" if kind is not None and kind.suffixes == CHECKPOINTS else ".onnx")
+    if kind is not None and kind.suffixes == CHECKPOINTS:
+        return locate(model, ".safetensors")
+    return locate(model, ".int8.onnx" if precision == "int8" else ".onnx")
 
 
-def engine_of(path: Path, engine: str = "auto", options: Collection[str] = ()) -> str:
-    """The name of the engine that runs ``path`` with these options; :class:`UsageError` where there is none."""
+def engine_of(path: Path, engine: str = "auto", *, on_gpu: bool = False) -> str:
+    """The name of the engine that runs ``path`` as it is; :class:`UsageError` where there is none.
+
+    ``on_gpu``: on a GPU, which OpenVINO does not use here.
+    """
     if engine != "auto":
         suffixes = _kind(engine, "auto").suffixes
         if path.suffix.lower() not in suffixes:
@@ -161,22 +213,50 @@ def engine_of(path: Path, engine: str = "auto", options: Collection[str] = ()) -
             f"{path} has none of the known endings of model files ({', '.join(endings)}) and is no model that comes "
             f"with the package ({', '.join(shipped_models())})"
         )
-    return _first_choice(path, suitable, options)
-
-
-def _first_choice(path: Path, suitable: list[str], options: Collection[str]) -> str:
-    """The first engine, except that ONNX Runtime runs the Q/DQ form of TensorRT slower on a CPU than the FP32 file."""
-    if "openvino" not in suitable or not path.is_file() or read_manifest(path).quantized_for != "tensorrt":
-        return suitable[0]
-    if not set(options) <= set(inspect.signature(ENGINES["openvino"].load_class()).parameters):
-        return suitable[0]  # asked for what OpenVINO does not do here, a GPU for example
-    if importlib.util.find_spec("openvino") is not None:
+    if not on_gpu and _for_tensorrt(path) and importlib.util.find_spec("openvino") is not None:
         return "openvino"
-    logger.warning(
-        "%s is quantized for TensorRT; without one, OpenVINO runs it several times faster than %s: "
-        "pip install 'hpddrnet-trt[openvino]', or calibrate with --runtime onnxruntime", path, suitable[0]
-    )  # fmt: skip
     return suitable[0]
+
+
+def _for_tensorrt(path: Path) -> bool:
+    """Whether an ONNX file is in the Q/DQ form of TensorRT, which ONNX Runtime runs slower than FP32 on a CPU."""
+    return path.suffix.lower() == ".onnx" and path.is_file() and read_manifest(path).quantized_for == "tensorrt"
+
+
+def _warn_of_slow_int8(path: Path, name: str, on_gpu: bool) -> None:
+    if name == "onnxruntime" and not on_gpu and _for_tensorrt(path):
+        logger.warning(
+            "%s is quantized for TensorRT; without one, OpenVINO runs it several times faster than ONNX Runtime: "
+            "pip install openvino and leave the engine to auto, or calibrate with --runtime onnxruntime", path
+        )  # fmt: skip
+
+
+def _arithmetic(path: Path, name: str, precision: Arithmetic) -> dict[str, str]:
+    """The option that makes an engine compute a file in ``precision``; :class:`UsageError` where none does."""
+    if precision in ("file", "auto"):
+        return {}
+    described = path.suffix.lower() in (".onnx", ".engine") and path.is_file()
+    own = (read_manifest(path).precision if described else None) or "fp32"
+    if precision == own:
+        return {"precision": "fp32"} if name == "openvino" and own == "fp32" else {}
+    if precision == "bf16" and name == "openvino" and own in ("fp32", "fp16"):
+        return {"precision": "bf16"}
+    if precision == "bf16" and own == "fp32" and path.suffix.lower() == ".onnx":
+        raise UsageError(f"the {name} engine computes {path} in FP32; OpenVINO can do it in BF16: --engine openvino")
+    made_by = "calibrate" if precision == "int8" else f"export --precision {precision}"
+    raise UsageError(f"{path} is {own.upper()}, which its engine computes in; hpddrnet-trt {made_by} makes a file that "
+                     f"is {precision.upper()}")  # fmt: skip
+
+
+def _device(device: str | int, name: str) -> str | int:
+    """``device`` as the engine takes it: TensorRT a number, the others a word."""
+    text = f"cuda:{device}" if isinstance(device, int) else device
+    place = re.fullmatch(r"cuda(?::(\d{1,3}))?|auto", text)
+    if not ENGINES[name].gpu:
+        return text
+    if place is None:
+        raise UsageError(f"the {name} engine runs on a GPU: give the device as cuda or cuda:1, not {text!r}")
+    return int(place[1] or 0)
 
 
 def engines_for(path: Path) -> list[str]:

@@ -60,6 +60,11 @@ class Engine(Protocol):
         """Runtime, version and device for people, e.g. ``onnxruntime 1.23 (CPU, 2 threads)``."""
         ...
 
+    @property
+    def arithmetic(self) -> str | None:
+        """What the labels are computed in, e.g. ``bf16``: the file's precision, unless the engine chose another."""
+        ...
+
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
         """Run one batch that follows ``manifest.input``; raises :class:`ContractError` otherwise."""
         ...
@@ -99,6 +104,10 @@ class EngineBase:
     """What engines share: one batch at a time, no profiler, the context manager."""
 
     manifest: Manifest
+
+    @property
+    def arithmetic(self) -> str | None:
+        return self.manifest.precision
 
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """OpenVINO: the faster CPU engine on many Intel and AMD machines, an optional extra.
 
-Guards, each for a hazard measured with OpenVINO 2026.4: FP32 files are computed in FP32 (its own
-choice is BF16 where the processor has it), graphs are compiled for one static shape each (INT8 with
+Guards, each for a hazard measured with OpenVINO 2026.4: FP32 files are computed in FP32 unless BF16 is asked for
+(its own choice is BF16, also where that is emulated), graphs are compiled for one static shape each (INT8 with
 dynamic shapes gave wrong labels), and graphs quantised in ONNX Runtime's own form are refused
 (some crashed the process). :func:`verify_in_child` checks a file before it is trusted.
 """
@@ -26,8 +26,10 @@ import numpy.typing as npt
 
 import hpddrnet_trt
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError, one_line, require
+from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.core.metrics import LabelComparison
+from hpddrnet_trt.core.precisions import is_calibrated
 from hpddrnet_trt.core.runtimes import load_openvino
 from hpddrnet_trt.engines.base import (
     EngineBase,
@@ -37,6 +39,7 @@ from hpddrnet_trt.engines.base import (
     expected_outputs,
     input_contract,
 )
+from hpddrnet_trt.engines.compiled import cache_key, compiled
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.graph.check import check_onnx, rewritten
 
@@ -46,8 +49,9 @@ SIDE_BY_SIDE_PIXELS = 1 << 24
 
 _ERRORS = (RuntimeError, ValueError, MemoryError)  # what OpenVINO raises for files and inputs
 
-Precision = Literal["auto", "f32", "bf16", "default"]
+Precision = Literal["auto", "fp32", "bf16"]
 Hint = Literal["LATENCY", "THROUGHPUT"]
+_HINTS = {"fp32": "f32", "bf16": "bf16"}  # what OpenVINO calls them
 
 
 class OpenVINOEngine(EngineBase):
@@ -55,11 +59,12 @@ class OpenVINOEngine(EngineBase):
 
     ``threads``: CPU threads of one inference (default: OpenVINO's choice). ``precision``: what
     floating-point layers are computed in. ``auto``: FP32 for an FP32 file; for one of reduced precision
-    (FP16, BF16, INT8, FP8) BF16 where the processor computes it, else FP32. ``f32`` and ``bf16`` ask for
-    one; ``default`` gives OpenVINO no instruction at all, to compare with. Position attention runs as
-    OpenVINO's fused operator (:func:`fuse_attention`), but for ``default``.
+    (FP16, BF16, INT8, FP8) BF16 where that is faster (:func:`fast_bf16`), else FP32. ``fp32`` and ``bf16`` ask for
+    one. Position attention runs as OpenVINO's fused operator (:func:`fuse_attention`). ``defaults`` gives OpenVINO no
+    instruction at all but ``threads``, to compare with.
 
-    The first inference of a new input shape compiles the graph for it (0.3 s to 2 s);
+    The first inference of a new input shape compiles the graph for it (0.3 s to 2 s), and keeps it for the next
+    start (:mod:`hpddrnet_trt.engines.compiled`; not with ``defaults``);
     :meth:`infer_many` compiles a second one, which runs several batches side by side. Several threads
     may use one engine at once; OpenVINO gives each inference all its threads, one after the other.
 
@@ -68,7 +73,9 @@ class OpenVINOEngine(EngineBase):
     :class:`UserError` when an inference fails.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, precision: Precision = "auto") -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, precision: Precision = "auto", defaults: bool = False
+    ) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         input_contract(self.manifest)
@@ -85,26 +92,28 @@ class OpenVINOEngine(EngineBase):
         self._ov = load_openvino()
         self._threads = threads
         self._core: Any = self._ov.Core()
-        self._has_bf16 = computes_bf16()
-        self._precision = self._choose_precision(precision)
+        self._defaults = defaults
+        self._floats = self._choose_precision(precision)
         present = [name for port in self._read().outputs for name in port.get_names()]
         self._names = expected_outputs(self.manifest, present, self.path)
         self._graphs: OrderedDict[tuple[tuple[int, ...], Hint], _Graph] = OrderedDict()
         self._lock = threading.Lock()  # of the table above
         self._compiling = threading.Lock()  # held for seconds: inferences of known shapes go on
 
-    def _choose_precision(self, asked: Precision) -> Precision:
-        if asked == "bf16" and not self._has_bf16:
-            raise UsageError("this processor does not compute in BF16; choose precision 'f32' or 'auto'")
+    def _choose_precision(self, asked: Precision) -> Literal["fp32", "bf16"]:
+        if self._defaults:
+            return "bf16" if computes_bf16() else "fp32"
+        if asked == "bf16" and not computes_bf16():
+            raise UsageError("this processor does not compute in BF16; choose precision 'fp32' or 'auto'")
         if asked != "auto":
             return asked
-        return "bf16" if self._has_bf16 and self.manifest.precision not in (None, "fp32") else "f32"
+        return "bf16" if self.manifest.precision not in (None, "fp32") and fast_bf16() else "fp32"
 
     @property
     def runtime(self) -> str:
         threads = f", {self._threads} thread{'s' if self._threads > 1 else ''}" if self._threads else ""
-        kind = ", BF16" if self.float_precision == "bf16" else ""
-        kind += ", defaults" if self._precision == "default" else ""
+        kind = ", BF16" if self._floats == "bf16" else ""
+        kind += ", defaults" if self._defaults else ""
         return f"openvino {self._ov.__version__.split('-')[0]} (CPU{threads}{kind})"
 
     def infer(self, images: npt.NDArray[Any]) -> Prediction:
@@ -115,11 +124,14 @@ class OpenVINOEngine(EngineBase):
         return self._finish(*self._start(graph, images))
 
     @property
-    def float_precision(self) -> Literal["f32", "bf16"]:
+    def float_precision(self) -> Literal["fp32", "bf16"]:
         """What floating-point layers are computed in."""
-        if self._precision == "default":
-            return "bf16" if self._has_bf16 else "f32"
-        return "bf16" if self._precision == "bf16" else "f32"
+        return self._floats
+
+    @property
+    def arithmetic(self) -> str:
+        """See :class:`~hpddrnet_trt.engines.base.EngineBase`; of a quantized file its own precision."""
+        return str(self.manifest.precision) if is_calibrated(self.manifest.precision) else self.float_precision
 
     def infer_many(self, batches: Iterable[npt.NDArray[Any]]) -> Iterator[Prediction]:
         """Run batches side by side, each on few threads: more of them per second than one after the other.
@@ -271,19 +283,27 @@ class OpenVINOEngine(EngineBase):
             return self._graphs.get(key)
 
     def _compile(self, shape: tuple[int, ...], hint: Hint, more: Mapping[str, Any] | None = None) -> Any:
-        model = self._read()
-        model.reshape({model.inputs[0]: self._ov.PartialShape(list(shape))})
         settings: dict[str, Any] = dict(more or {})
-        if self._precision != "default":
-            fuse_attention(model)
-            settings |= {"INFERENCE_PRECISION_HINT": self._precision, "PERFORMANCE_HINT": hint}
+        if not self._defaults:
+            settings |= {"INFERENCE_PRECISION_HINT": _HINTS[self._floats], "PERFORMANCE_HINT": hint}
         elif hint == "THROUGHPUT":
             settings["PERFORMANCE_HINT"] = hint
         if hint == "THROUGHPUT":
             settings["PERFORMANCE_HINT_NUM_REQUESTS"] = max(2, SIDE_BY_SIDE_PIXELS // (shape[0] * shape[2] * shape[3]))
         if self._threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self._threads
-        return self._live().compile_model(model, "CPU", settings)
+        core = self._live()
+
+        def compile_graph() -> Any:
+            model = self._read()
+            model.reshape({model.inputs[0]: self._ov.PartialShape(list(shape))})
+            if not self._defaults:
+                fuse_attention(model)
+            return core.compile_model(model, "CPU", settings)
+
+        if more or self._defaults:
+            return compile_graph()
+        return compiled(core, cache_key(sha256_of(self.path), shape, settings), settings, compile_graph)
 
 
 class _Graph:
@@ -366,10 +386,41 @@ def _child(path: str, source: str, target: str, precision: str) -> int:
     return 0
 
 
-@cache  # asking starts OpenVINO's CPU plugin, and the processor stays the same
+@cache  # compiles a small graph, and the processor stays the same
+def bf16_kernel() -> str:
+    """The kernel that OpenVINO convolves with in BF16 on this processor, ``brgconv_avx512_amx_bf16``; "" for none.
+
+    Its list of capabilities does not tell: it names BF16 also where that is emulated (2026.4).
+    """
+    openvino = load_openvino()
+    ops = require("openvino.opset13", "openvino", "run models with OpenVINO")
+    image = ops.parameter([1, 64, 16, 16], np.float32)
+    convolved = ops.convolution(image, np.ones((64, 64, 3, 3), np.float32), [1, 1], [1, 1], [1, 1], [1, 1])
+    model = openvino.Model([ops.softmax(convolved, 1)], [image])
+    try:
+        graph = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    except RuntimeError:  # it may find no kernel at all
+        return ""
+    kernels = {
+        layer.get_rt_info()["primitiveType"].astype(str)
+        for layer in graph.get_runtime_model().get_ops()
+        if layer.get_rt_info()["layerType"].astype(str) == "Convolution"
+    }
+    return next((kernel for kernel in kernels if kernel.endswith("bf16")), "")
+
+
 def computes_bf16() -> bool:
     """Whether OpenVINO computes in BF16 on this processor."""
-    return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return bf16_kernel() != ""
+
+
+def fast_bf16() -> bool:
+    """Whether BF16 is faster than FP32 here: where the processor has AMX.
+
+    Measured on one processor, limited by ``ONEDNN_MAX_CPU_ISA``: 2.7 times FP32 with AMX, 0.66 with AVX-512 BF16,
+    0.14 with AVX-512 alone (HPDDRNet-23-slim, 512x512, OpenVINO 2026.4).
+    """
+    return "amx" in bf16_kernel()
 
 
 def _names_in_file(compiled: Any) -> dict[str, str]:

@@ -11,11 +11,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from hpddrnet_trt.core.cache import cache_folder
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_bytes
 from hpddrnet_trt.engines.cuda import gpu_or_none
 from hpddrnet_trt.engines.tensorrt_library import TensorRT, compute_capability
-from hpddrnet_trt.export.statistics_cache import Cache, cache_folder
+from hpddrnet_trt.export.statistics_cache import Cache
 
 if TYPE_CHECKING:
     import tensorrt as trt

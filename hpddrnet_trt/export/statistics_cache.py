@@ -1,6 +1,6 @@
 """Statistics of activations kept on disk, so that no micrograph is measured twice.
 
-The folder is ``calibration`` in the user's cache folder (:func:`cache_folder`), with one folder per
+The folder is ``calibration`` in the user's cache folder (:mod:`hpddrnet_trt.core.cache`), with one folder per
 graph and one file per crop, about 0.1 MB each for HPDDRNet. Deleting any of it is safe at any
 time and only costs the time to measure again; above :data:`LIMIT_BYTES` the files that were not
 used for longest go by themselves.
@@ -8,14 +8,12 @@ used for longest go by themselves.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from hpddrnet_trt.core.cache import cache_folder, prune, used_now
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.files import write_bytes
 from hpddrnet_trt.export.histograms import Statistics, from_bytes, to_bytes
@@ -24,18 +22,6 @@ logger = logging.getLogger(__name__)
 
 LIMIT_BYTES = 512 * 2**20
 Cache = Path | Literal["user"] | None  # a folder, the user's cache folder, or none
-
-
-def cache_folder() -> Path:
-    """``HPDDRNET_CACHE`` when set, else the place that the operating system has for caches of a user."""
-    if chosen := os.environ.get("HPDDRNET_CACHE"):
-        return Path(chosen)
-    home = Path.home()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "hpddrnet-trt" / "cache"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "hpddrnet-trt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "hpddrnet-trt"
 
 
 class StatisticsCache:
@@ -65,8 +51,7 @@ class StatisticsCache:
         except ValueError as exc:
             logger.warning("%s is damaged (%s): measuring again", path, exc)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # last used now, see prune
+        used_now(path)
         return statistics
 
     def store(self, key: str, statistics: Statistics) -> None:
@@ -82,20 +67,8 @@ class StatisticsCache:
 
     def prune(self, limit: int | None = None) -> None:
         """Delete the files of any graph that were not used for longest, down to the limit in bytes."""
-        if self._root is None or not self._grown:
-            return
-        files = []
-        for path in self._root.rglob("*"):
-            with contextlib.suppress(OSError):  # another run may have deleted it
-                if path.is_file():
-                    files.append((path.stat().st_mtime, path.stat().st_size, path))
-        excess = sum(size for _, size, _ in files) - (LIMIT_BYTES if limit is None else limit)
-        for _, size, path in sorted(files):
-            if excess <= 0:
-                break
-            with contextlib.suppress(OSError):
-                path.unlink()
-                excess -= size
+        if self._root is not None and self._grown:
+            prune(self._root, LIMIT_BYTES if limit is None else limit)
 
     def _path(self, root: Path, key: str) -> Path:
         return root / self._graph / f"{key}.npz"

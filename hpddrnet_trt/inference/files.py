@@ -209,7 +209,7 @@ class FileSegmenter:
             "model": segmenter.manifest.name,
             "model_sha256": segmenter.model_sha256,  # one checkpoint may have become several INT8 files
             "checkpoint_sha256": segmenter.manifest.checkpoint_sha256,
-            "precision": segmenter.manifest.precision,
+            "precision": segmenter.engine.arithmetic,
             "mode": segmenter.mode,
             "resize": segmenter.resize,
             "tile": segmenter.tile,

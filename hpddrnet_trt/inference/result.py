@@ -26,9 +26,9 @@ class Provenance:
     """Where a label map comes from: enough to make it again, and to tell two of them apart.
 
     ``model``: its name. ``model_sha256``: checksum of the model file that ran; ``checkpoint_sha256``: of the
-    checkpoint it was made from; None where not known. ``engine``: runtime, device and version in words.
-    ``version``: of this package. ``mode``: views averaged. ``window``: grey values of the original that became 0 and
-    255. ``time``: end of the inference, UTC, ISO 8601.
+    checkpoint it was made from; None where not known. ``engine``: runtime, device and version in words;
+    ``precision``: what the labels were computed in. ``version``: of this package. ``mode``: views averaged.
+    ``window``: grey values of the original that became 0 and 255. ``time``: end of the inference, UTC, ISO 8601.
     """
 
     model: str

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
-from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +22,7 @@ from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.data.intensity import FullScale, IntensityRange, range_of
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.data.preprocess import MODES, Mode
-from hpddrnet_trt.engines import load_engine
+from hpddrnet_trt.engines import Arithmetic, opening_of
 from hpddrnet_trt.engines.base import Engine, check_shape
 from hpddrnet_trt.engines.cuda import on_device
 from hpddrnet_trt.inference.frames import Frame, Image, check_out, device_batch, to_frame
@@ -40,7 +39,6 @@ from hpddrnet_trt.inference.runner import (
     segment_tiled,
 )
 from hpddrnet_trt.inference.tiling import TilingReport
-from hpddrnet_trt.weights import locate
 
 logger = logging.getLogger(__name__)
 
@@ -350,7 +348,7 @@ class Segmenter:
             model_sha256=self.model_sha256,
             checkpoint_sha256=self.manifest.checkpoint_sha256,
             engine=self._runtime,
-            precision=self.manifest.precision,
+            precision=self.engine.arithmetic,
             version=__version__,
             mode=self.mode,
             window=frame.window,
@@ -373,6 +371,9 @@ def load_segmenter(
     model_path: str | Path,
     *,
     engine: str = "auto",
+    precision: Arithmetic = "auto",
+    threads: int | None = None,
+    device: str | int | None = None,
     mode: Mode = "single",
     resize: tuple[int, int] | None = None,
     confidence: bool = False,
@@ -384,33 +385,38 @@ def load_segmenter(
 ) -> Segmenter:
     """Open a model (:func:`~hpddrnet_trt.engines.load_engine`) and wrap it as a :class:`Segmenter`.
 
-    ``model_path`` is a file, or the name of a model that comes with the package, such as ``nasa-super1``.
-    ``options`` go to the engine: ``threads`` of the CPU ones, ``device`` of TensorRT's...
-    ``rebuild``: an engine file for another version of TensorRT or another GPU, which else is an
-    :class:`EngineDoesNotFit`, is built again first (:func:`hpddrnet_trt.rebuild_engine`), which takes minutes.
+    - ``model_path``: a file, or the name of a model that comes with the package, such as ``nasa-super1``.
+    - ``engine``: a name in :data:`~hpddrnet_trt.engines.ENGINES`, or ``auto``.
+    - ``precision``: what labels are computed in. ``auto``: of an ONNX file the fastest way that keeps the labels on
+      this processor, as :mod:`hpddrnet_trt.engines.choice` finds it; ``file``: what the file is in; or one of them
+      (``fp32``, ``bf16``, ``int8``). The result's provenance says what it was.
+    - ``threads``: CPU threads of one inference (default: the engine's choice); not for TensorRT.
+    - ``device``: ``cpu``, ``cuda``, ``cuda:1`` or a GPU's number, where the engine can choose.
+    - ``rebuild``: an engine file for another version of TensorRT or another GPU, which else is an
+      :class:`EngineDoesNotFit`, is built again first (:func:`hpddrnet_trt.rebuild_engine`), which takes minutes.
+    - ``options``: others of the engine's class.
 
-    An ONNX file with labels output is opened a second time with class scores as output when these are needed: for
-    other modes than ``single``, for ``confidence``, and to blend the tiles of large images. Other models without
-    logits (TensorRT engines with labels output) refuse the first two, and their tiles are cut.
+    The rest is :class:`Segmenter`'s. An ONNX file with labels output is opened a second time with class scores as
+    output when these are needed: for other modes than ``single``, for ``confidence``, and to blend the tiles of large
+    images. Other models without logits (TensorRT engines with labels output) refuse the first two, and their tiles are
+    cut.
     """
+    opening = opening_of(model_path, engine, precision, {"threads": threads, "device": device, **options})
     try:
-        loaded = load_engine(model_path, engine, **options)
+        loaded = opening.open()
     except EngineDoesNotFit:
         if not rebuild:
             raise
         logger.warning("%s does not fit this machine any more and is built again, which takes minutes", model_path)
         hpddrnet_trt.rebuild_engine(model_path)
-        loaded = load_engine(model_path, engine, **options)
+        loaded = opening.open()
     try:
         path = getattr(loaded, "path", None)  # of the engines that run ONNX files
-        if loaded.manifest.engine is not None:
-            checksum = loaded.manifest.engine.sha256
-        else:
-            checksum = sha256_of(path or locate(model_path, ".safetensors"))
+        checksum = loaded.manifest.engine.sha256 if loaded.manifest.engine is not None else sha256_of(opening.path)
         output = loaded.manifest.output
         scores = None
         if path is not None and output is not None and output.kind == "labels":
-            scores = ScoresModel(path, loaded.manifest, partial(load_engine, engine=engine, **options))
+            scores = ScoresModel(path, loaded.manifest, opening.open)
             needed = mode != "single" or (confidence and not output.confidence)
             if needed and (with_scores := scores.engine()) is not None:
                 loaded.close()

@@ -45,10 +45,10 @@ def test_half_files_agree_with_onnxruntime(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest())
-    with pytest.raises(UsageError, match=r"precision 'fp16' is unknown; choose one of: auto, f32, bf16, default"):
+    with pytest.raises(UsageError, match=r"precision 'fp16' is unknown; choose one of: auto, fp32, bf16"):
         OpenVINOEngine(path, precision="fp16")  # type: ignore[arg-type]
     monkeypatch.setattr(module, "computes_bf16", lambda: False)
-    with pytest.raises(UsageError, match="does not compute in BF16; choose precision 'f32' or 'auto'"):
+    with pytest.raises(UsageError, match="does not compute in BF16; choose precision 'fp32' or 'auto'"):
         OpenVINOEngine(path, precision="bf16")
     model = onnx.load(str(path))
     model.graph.node[1].op_type, model.graph.node[1].domain = "NoSuchOperator", "elsewhere"
@@ -80,33 +80,35 @@ def test_a_child_tries_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("asked", "file", "has_bf16", "chosen"),
     [
-        ("auto", "fp32", True, "f32"),
+        ("auto", "fp32", True, "fp32"),
         ("auto", "fp16", True, "bf16"),
         ("auto", "int8", True, "bf16"),
-        ("auto", "fp16", False, "f32"),
-        ("f32", "fp16", True, "f32"),
+        ("auto", "fp16", False, "fp32"),
+        ("fp32", "fp16", True, "fp32"),
         ("bf16", "fp32", True, "bf16"),
-        ("default", "fp32", False, "f32"),
+        ("default", "fp32", False, "fp32"),
         ("default", "fp32", True, "bf16"),
     ],
 )
 def test_precision_follows_file_and_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, file: Any, has_bf16: bool, chosen: str
 ) -> None:
-    monkeypatch.setattr(module, "computes_bf16", lambda: has_bf16)
+    monkeypatch.setattr(module, "bf16_kernel", lambda: "brgconv_avx512_amx_bf16" if has_bf16 else "")
     path = write_toy_onnx(tmp_path / "m.onnx", manifest(precision=file))
-    with OpenVINOEngine(path, threads=1, precision=asked) as engine:
+    options: Any = {"defaults": True} if asked == "default" else {"precision": asked}
+    with OpenVINOEngine(path, threads=1, **options) as engine:
         assert engine.float_precision == chosen
         assert ("BF16" in engine.runtime) == (chosen == "bf16")
         assert ("defaults" in engine.runtime) == (asked == "default")
 
 
-@pytest.mark.parametrize("precision", ["f32", "bf16", "default"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "default"])
 def test_every_precision_gives_the_labels(network: Path, precision: Any) -> None:
     if precision == "bf16" and not module.computes_bf16():
         pytest.skip("this processor does not compute in BF16")
     images = frames(1, 64, 96)
-    with OpenVINOEngine(network, threads=1, precision=precision) as engine, OnnxRuntimeEngine(network) as other:
+    options: Any = {"defaults": True} if precision == "default" else {"precision": precision}
+    with OpenVINOEngine(network, threads=1, **options) as engine, OnnxRuntimeEngine(network) as other:
         found, expected = engine.infer(images).labels, other.infer(images).labels
         low = engine.float_precision == "bf16"
     assert len(np.unique(expected)) > 1

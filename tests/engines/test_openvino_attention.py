@@ -48,7 +48,7 @@ def test_both_attentions_are_fused(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 64, 96), (2, 72, 40)])
 def test_labels_are_those_of_onnxruntime(folder: Path, name: str, least: float, shape: tuple[int, int, int]) -> None:
     path, images = folder / f"{name}.onnx", frames(*shape)
-    with OpenVINOEngine(path, threads=1, precision="f32") as engine, OnnxRuntimeEngine(path, threads=1) as other:
+    with OpenVINOEngine(path, threads=1, precision="fp32") as engine, OnnxRuntimeEngine(path, threads=1) as other:
         found, expected = engine.infer(images).labels, other.infer(images).labels
     assert len(np.unique(expected)) > 1
     # Typed activations turn the last bits of a sum into whole steps, which this small random network enlarges.

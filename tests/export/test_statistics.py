@@ -26,13 +26,14 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
+from hpddrnet_trt.core.cache import cache_folder
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.export import statistics, statistics_cache
 from hpddrnet_trt.export.histograms import BINS, Histogram, Statistics, from_bytes, histogram, merge, to_bytes
 from hpddrnet_trt.export.images import plan_crops
 from hpddrnet_trt.export.statistics import extremes, measure
-from hpddrnet_trt.export.statistics_cache import StatisticsCache, cache_folder
+from hpddrnet_trt.export.statistics_cache import StatisticsCache
 from hpddrnet_trt.graph.nodes import copied, name_nodes, store
 from tests.graph.residual_onnx import residual_model
 from tests.tiny_export import pictures

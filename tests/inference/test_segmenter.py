@@ -149,14 +149,14 @@ def test_provenance(tmp_path: Path) -> None:
         result = segmenter.segment(image)
         found = result.provenance
         single = segmenter.with_mode("single").segment(image).provenance
-        runtime = segmenter.engine.runtime
+        runtime, arithmetic = segmenter.engine.runtime, segmenter.engine.arithmetic
     assert (result.source, result.pixel_size_m) == (tmp_path / "a.tif", 5e-9)
     assert [entry.name for entry in result.classes] == ["grain", "pore", "clay"]
     assert found is not None
     assert timedelta(seconds=-1) < datetime.fromisoformat(found.time) - before < timedelta(seconds=60)
     assert found == Provenance(
         model="toy", model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(), checkpoint_sha256="c" * 64,
-        engine=runtime, precision="fp32", version=__version__, mode="flip",
+        engine=runtime, precision=arithmetic, version=__version__, mode="flip",
         window=(10.0, 200.0), time=found.time,
     )  # fmt: skip
     assert single == replace(found, mode="single", time=single.time if single else "")
