@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hpddrnet_trt.cli.options import EngineOptions, SegmentOptions, Split
+from hpddrnet_trt.cli.options import EngineOptions, SegmentOptions, Split, parse_length
 from hpddrnet_trt.cli.program import INTERRUPTED, command
 from hpddrnet_trt.core.text import plain
 
@@ -19,8 +20,18 @@ def segment(
     options: SegmentOptions,
     engine: EngineOptions,
     split: Split = "test",
+    stack: Annotated[
+        bool | None,
+        typer.Option("--stack/--no-stack", help="Files of a folder are slices of a stack, too; or none are: of a "
+                                                "TIFF with several pages the first is taken. Default: such TIFFs are."),
+    ] = None,
+    z_spacing: Annotated[
+        float | None,
+        typer.Option(metavar="LENGTH", parser=parse_length, help="From one slice to the next with its unit (10nm), "
+                                                                 "instead of what the files say."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="What came of it as one JSON document.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Segment micrographs of any size: label maps, overlays, regions, area fractions.
 
     Without --model the model that comes with the package is used: nickel-base superalloys (matrix,
@@ -28,12 +39,14 @@ def segment(
 
     Lengths and areas are in micrometres where the pixel size is known, from the file's metadata or --pixel-size, and
     in pixels only where it is not. OME-Zarr, rois and regions need pip install 'hpddrnet-trt[results]'. A bad file
-    does not stop the others. Ctrl-C or SIGTERM keeps what is done; the same command continues.
+    does not stop the others. The pages of a TIFF are slices of a stack, whose labels become one TIFF, OME-TIFF or
+    OME-Zarr beside a folder with a PNG of each slice. Ctrl-C or SIGTERM keeps what is done; the same command continues.
     """
-    from hpddrnet_trt.inference.files import segment_paths
+    from hpddrnet_trt.inference.folder import segment_paths
 
     with options.open_segmenter(engine) as segmenter:
-        summary = segment_paths(segmenter, inputs, options.output, options.settings(), split=split)
+        settings = replace(options.settings(), stack=stack, spacing_m=z_spacing)
+        summary = segment_paths(segmenter, inputs, options.output, settings, split=split)
     if as_json:
         typer.echo(json.dumps(plain({"output": str(options.output), **summary.record()}), allow_nan=False))
     else:

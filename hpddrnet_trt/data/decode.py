@@ -37,17 +37,21 @@ _BMP_PIXELS_PER_BYTE = 128  # of its run lengths: two bytes give 255 pixels at m
 _DEFLATE_RATIO = 1032  # zlib's own limit: 258 bytes from two bits
 
 
-def decode(path: str | Path, what: str = "micrograph", max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode(
+    path: str | Path, what: str = "micrograph", max_pixels: int = MAX_PIXELS, page: int | None = None
+) -> Decoded:
     """Decode one file, upright as viewers show it; ``what`` names it in errors ("micrograph", "mask").
+
+    ``page``: which picture of a TIFF's :class:`~hpddrnet_trt.data.tiff.Series`; by default the first.
 
     Raises :class:`BadInputFile` when the file is missing, unreadable, truncated, of another
     format, or has more than ``max_pixels`` pixels.
     """
     path = existing_file(path, what)
-    return _upright(_decode(path, what, max_pixels))
+    return _upright(_decode(path, what, max_pixels, page))
 
 
-def _decode(path: Path, what: str, max_pixels: int) -> Decoded:
+def _decode(path: Path, what: str, max_pixels: int, page: int | None) -> Decoded:
     try:
         with path.open("rb") as stream:
             head = stream.read(32)
@@ -58,7 +62,7 @@ def _decode(path: Path, what: str, max_pixels: int) -> Decoded:
         if head.startswith(_BMP_SIGNATURE):
             return _decode_bmp(path, what, max_pixels)
         if head.startswith(_TIFF_SIGNATURES):
-            return decode_tiff(path, what, max_pixels)
+            return decode_tiff(path, what, max_pixels, page)
         if digital_micrograph.is_digital_micrograph(head):
             return digital_micrograph.decode_dm(path, what, max_pixels)
     except (BadInputFile, MissingDependency):

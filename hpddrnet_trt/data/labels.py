@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import cv2
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import tifffile
@@ -24,6 +28,7 @@ IGNORE_COLOR = (255, 255, 255)
 UNKNOWN_COLOR = (255, 0, 255)  # label values outside the classes: meant to hurt the eye
 PNG_KEYWORD = "hpddrnet-trt"  # of the text chunk that holds a label map's provenance
 _LABEL_LEVEL = 3  # of compression: 2.4 ms for 13 kB where 6, the default, takes 5.7 for 9, and 1 takes 1.9 for 17
+_MOST_IN_MEMORY = 1 << 27  # bytes of colour values
 _PNG_LARGEST = 2**31 - 1  # pixels per metre that a PNG can state, as a whole number
 _TIFF_LARGEST = 2**32 - 1  # pixels per centimetre that a TIFF can
 
@@ -148,16 +153,29 @@ def write_label_png(
 
 
 def write_rgb_png(path: str | Path, picture: npt.NDArray[np.uint8]) -> Path:
-    """Write RGB uint8 ``[H, W, 3]`` quickly rather than small.
+    """Write RGB uint8 ``[H, W, 3]`` as PNG, quickly: each byte less the one of the pixel before it, by libdeflate.
 
-    A coloured micrograph of 1024 x 1024 took 51 ms in this way, 118 with Pillow at its level 1, 382 at its level 6 for
-    4 % less.
+    A coloured micrograph of 512 x 512 took 5 ms and 205 kB; with Pillow 30 ms and 251 kB at level 1, 97 ms and 231 kB
+    at level 6. (PNG specification, https://www.w3.org/TR/png-3, filter type 1 of every row.) Very large pictures go
+    through Pillow, which takes no copies.
     """
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
-    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # of newer versions
-        options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB]
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)
-    return write_bytes(path, encoded.tobytes())
+    if picture.size > _MOST_IN_MEMORY:
+        with atomic_path(path) as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG", compress_level=1)
+        return Path(path)
+    height, width, _ = picture.shape
+    flat = picture.reshape(height, 3 * width)
+    rows = np.empty((height, 1 + 3 * width), np.uint8)
+    rows[:, 0] = 1
+    rows[:, 1:4] = flat[:, :3]
+    np.subtract(flat[:, 3:], flat[:, :-3], out=rows[:, 4:])
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    packed = imagecodecs.deflate_encode(rows.tobytes(), level=1, raw=False)
+    parts = [
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
+    ]
+    return write_bytes(path, b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 def write_pair(
@@ -225,15 +243,20 @@ def overlay(
         )
     if not 0 <= alpha <= 1:
         raise UsageError(f"the overlay's alpha must be between 0 and 1, got {alpha}")
-    # A table of all pairs of label and grey, then a single look-up: of whole words, six times as fast as of triples.
+    pairs = labels.astype(np.uint16) << 8 | grey8
+    drawn = np.take(_mixed(tuple(map(tuple, palette)), alpha), pairs).view(np.uint8).reshape(*labels.shape, 4)
+    return np.asarray(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), np.uint8)
+
+
+@lru_cache(maxsize=4)
+def _mixed(palette: tuple[tuple[int, int, int], ...], alpha: float) -> npt.NDArray[np.uint32]:
+    """The colour of every pair of label and grey, ``[65536]``: words are looked up six times as fast as triples."""
     grey = np.arange(256, dtype=np.float32)[None, :, None]
     mixed = (1 - alpha) * grey + alpha * _colours(palette).astype(np.float32)[:, None, :]
     mixed[IGNORE_INDEX] = grey[0]
     table = np.zeros((256, 256, 4), np.uint8)
     table[..., :3] = np.rint(mixed)
-    pairs = labels.astype(np.uint16) << 8 | grey8
-    drawn = np.take(table.view(np.uint32).ravel(), pairs).view(np.uint8).reshape(*labels.shape, 4)
-    return np.asarray(cv2.cvtColor(drawn, cv2.COLOR_RGBA2RGB), np.uint8)
+    return table.view(np.uint32).ravel()
 
 
 def _colours(palette: Palette) -> npt.NDArray[np.uint8]:

@@ -44,7 +44,9 @@ class Micrograph:
     pixel_size_source: str | None = None
 
 
-def read_micrograph(path: str | Path, *, max_pixels: int = MAX_PIXELS, info_bar: InfoBar = "auto") -> Micrograph:
+def read_micrograph(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, info_bar: InfoBar = "auto", page: int | None = None
+) -> Micrograph:
     """Read a PNG, JPEG, BMP, TIFF (8-bit, 16-bit, float, 1-bit, palette, RGB(A)), dm3 or dm4 file as a grey picture.
 
     RGB whose channels are equal becomes that grey; real colour becomes luminance (ITU-R BT.601)
@@ -54,14 +56,15 @@ def read_micrograph(path: str | Path, *, max_pixels: int = MAX_PIXELS, info_bar:
 
     ``info_bar``: what is cut off below. ``"auto"``: what the metadata say, checked against the picture, or else a
     bar found in the picture; ``"metadata"``: only what they say; ``"none"``: nothing; a number: that many rows are
-    kept. Remarks are also logged.
+    kept. ``page``: which slice of a stack (:mod:`hpddrnet_trt.data.stack`); by default a file's first picture. Remarks
+    are also logged.
 
     Raises :class:`BadInputFile` for anything that cannot be read, :class:`UsageError` for a senseless ``info_bar``
     and :class:`~hpddrnet_trt.core.errors.MissingDependency` for a dm3 or dm4 file without the extra ``dm``.
     """
     path = Path(path)
     check_info_bar(info_bar)
-    decoded = decode(path, "micrograph", max_pixels)
+    decoded = decode(path, "micrograph", max_pixels, page)
     pixels, picture_remarks = _grey(decoded, path)
     height, width = pixels.shape
     info = vendors.resolve([*decoded.metadata, *vendors.read_sidecars(path, (width, height))])

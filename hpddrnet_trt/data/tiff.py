@@ -10,15 +10,18 @@ import bisect
 import math
 import os
 import struct
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import tifffile
 
 from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.data import vendors
 from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, ORIENTATION, Decoded, check_size, damaged
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -32,22 +35,40 @@ _LARGE_TILE = 1 << 24  # pixels: 4096 x 4096, padded even for a small picture
 _SAMPLES = 4  # times the limit of pixels, for colour with opacity or a few planes
 
 
-def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
-    """First full-size image of a TIFF or BigTIFF as stored; see :class:`Decoded`. Thumbnails before it are passed over.
+class Series(NamedTuple):
+    """The pictures of a TIFF that belong together: full-size, of one kind, of the first channel.
+
+    ``places``: their pages in the chain of directories or, where ``hidden``, their numbers behind the first page
+    (``first``), where ImageJ keeps planes without a directory. ``channels``: how many there are in the file.
+    ``spacing_m``: metres from one slice to the next, where the file says so. ``pages``: all full-size ones, of any
+    kind. ``metadata``: of the first.
+    """
+
+    first: int
+    places: tuple[int, ...]
+    hidden: bool
+    channels: int
+    spacing_m: float | None
+    pages: int
+    metadata: tuple[VendorMetadata, ...]
+
+
+def decode_tiff(path: Path, what: str, max_pixels: int, page: int | None = None) -> Decoded:
+    """Full-size image of a TIFF or BigTIFF as stored; see :class:`Decoded`. Thumbnails are passed over.
+
+    ``page``: number in the :class:`Series`; by default the first, with a remark that there are others.
 
     Raises :class:`BadInputFile`, or whatever tifffile and its codecs stumble over in a damaged file.
     """
-    try:
-        index, pages = full_size_pages(path)
-    except BadStructure as exc:
-        raise damaged(path, what, str(exc)) from exc
+    series = tiff_series(path, what)
+    place = series.places[page or 0]  # an IndexError where the file has changed
     with tifffile.TiffFile(path) as tif:
-        page = tif.pages[index].aspage()
-        check_size(path, what, page.imagewidth, page.imagelength, max_pixels)
-        _check_claims(tif, page, path, what, max_pixels)
-        values = page.asarray()
-        remarks = []
-        axes = page.axes
+        first = tif.pages[series.first if series.hidden else place].aspage()
+        check_size(path, what, first.imagewidth, first.imagelength, max_pixels)
+        _check_claims(tif, first, path, what, max_pixels)
+        values = _hidden_plane(tif, first, place) if series.hidden and place else first.asarray()
+        pages, remarks = series.pages, []
+        axes = first.axes
         if axes[0] == "Z":
             pages = max(pages, values.shape[0])
             remarks.append(f"the first of {values.shape[0]} planes is used")
@@ -56,25 +77,68 @@ def decode_tiff(path: Path, what: str, max_pixels: int) -> Decoded:
             values = np.moveaxis(values, 0, -1)
         if values.ndim not in (2, 3):
             raise damaged(path, what, f"its pixel array has the shape {values.shape}")
-        pages = max(pages, vendors.imagej.images(page))  # ImageJ hides planes behind the first page
-        if pages > 1 and axes == page.axes:
+        if page is None and pages > 1 and axes == first.axes:
             remarks.append(f"the first of {pages} pages is used")
+        if page is not None and series.channels > 1:
+            remarks.append(f"the first of {series.channels} channels is used")
         palette = None
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
+        if first.photometric == tifffile.PHOTOMETRIC.PALETTE and first.colormap is not None:
             # 16 bits by the specification, but some writers put 8 bits there, and readers take them so.
-            palette = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).astype(np.uint8).T
+            palette = (first.colormap >> (8 if first.colormap.max() > 255 else 0)).astype(np.uint8).T
         return Decoded(
             "TIFF",
             values,
-            int(page.bitspersample),
+            int(first.bitspersample),
             palette,
-            alpha=values.ndim == 3 and _has_opacity(page),
-            inverted=page.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
+            alpha=values.ndim == 3 and _has_opacity(first),
+            inverted=first.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
             pages=pages,
-            orientation=int(page.tags.valueof(ORIENTATION, 1)),
-            metadata=vendors.read_tags(page),
+            orientation=int(first.tags.valueof(ORIENTATION, 1)),
+            metadata=series.metadata,
             remarks=tuple(remarks),
         )
+
+
+def tiff_series(path: Path, what: str = "micrograph") -> Series:
+    """What of a TIFF belongs together; raises :class:`BadInputFile`, or what tifffile stumbles over."""
+    state = os.stat(path)
+    try:
+        return _series(path, state.st_size, state.st_mtime_ns, state.st_ino)
+    except BadStructure as exc:
+        raise damaged(path, what, str(exc)) from exc
+
+
+@lru_cache(maxsize=8)  # every slice asks
+def _series(path: Path, *state: int) -> Series:
+    chain = full_size_pages(path)
+    with tifffile.TiffFile(path) as tif:
+        first = tif.pages[chain.alike[0]].aspage()
+        metadata, said = vendors.read_tags(first), vendors.read_planes(first)
+        planes = vendors.imagej.images(first)  # ImageJ hides planes behind the first page
+        hidden = len(chain.alike) == 1 and planes > 1 and _holds_planes(tif, first, planes)
+        places = tuple(range(planes)) if hidden else chain.alike
+        if said.channels > 1 and said.pages == len(places):
+            places = tuple(places[number] for number in said.first_channel())
+        channels = said.channels if len(places) * said.channels == said.pages else 1
+        pages = max(chain.pages, planes)
+    return Series(chain.alike[0], places, hidden, channels, said.spacing_m, pages, metadata)
+
+
+def _holds_planes(tif: tifffile.TiffFile, page: tifffile.TiffPage, planes: int) -> bool:
+    """Whether the file can hold so many planes one behind the other, without compression."""
+    if page.compression != _UNCOMPRESSED or page.dtype is None or page.bitspersample % 8 or not page.dataoffsets:
+        return False
+    return bool(page.dataoffsets[0] + planes * _plane_bytes(page) <= tif.filehandle.size)
+
+
+def _plane_bytes(page: tifffile.TiffPage) -> int:
+    return int(math.prod(page.shape)) * int(page.bitspersample) // 8
+
+
+def _hidden_plane(tif: tifffile.TiffFile, page: tifffile.TiffPage, plane: int) -> npt.NDArray[Any]:
+    tif.filehandle.seek(page.dataoffsets[0] + plane * _plane_bytes(page))
+    kind = np.dtype(page.dtype).newbyteorder(tif.byteorder)
+    return np.frombuffer(tif.filehandle.read(_plane_bytes(page)), kind).reshape(page.shape)
 
 
 def _check_claims(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, what: str, max_pixels: int) -> None:
@@ -176,7 +240,8 @@ def _has_opacity(page: tifffile.TiffPage) -> bool:
 MAX_PAGES = 65_536
 MAX_TAGS = 4096
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _REDUCED = 254, 255, 2
+_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _REDUCED, _REDUCED_OR_MASK = 254, 255, 2, 5
+_BITS, _SAMPLES_PER_PIXEL, _FORMAT = 258, 277, 339
 _WIDTH, _LENGTH, _STRIP_BYTE_COUNTS, _TILE_BYTE_COUNTS = 256, 257, 279, 325
 _DESCRIPTION = 270
 _BULKY = {273, 279, 324, 325, 330, 347}  # offsets, byte counts and tables, which the decoder loads as Python numbers
@@ -188,16 +253,24 @@ class BadStructure(ValueError):
     """The chain of directories makes no sense; the message says where."""
 
 
-def full_size_pages(path: Path) -> tuple[int, int]:
-    """Index of the first full-size image in the main chain of directories, and how many there are.
+class Chain(NamedTuple):
+    """Full-size images of the main chain of directories: ``pages`` of any kind, and where those like the first are."""
 
-    Thumbnails are marked as reduced, or smaller than another image. Raises :class:`BadStructure`.
+    pages: int
+    alike: tuple[int, ...]
+
+
+def full_size_pages(path: Path) -> Chain:
+    """The full-size images of a file.
+
+    Thumbnails and masks are marked as such, or smaller than another image. Raises :class:`BadStructure`.
     """
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         order, big, offset = _header(stream)
         seen: set[int] = set()
         sizes: list[int] = []  # pixels; 0 for an image marked as reduced
+        kinds: list[tuple[int, ...]] = []
         while offset:
             if offset in seen:
                 raise BadStructure(f"its pages follow each other in a circle (directory at byte {offset} comes again)")
@@ -207,11 +280,18 @@ def full_size_pages(path: Path) -> tuple[int, int]:
             entries, following = _directory(stream, order, big, offset, size)
             _check_bulk(entries)
             small = {code: value for code, (_, value) in entries.items()}
-            reduced = small.get(_NEW_SUBFILE_TYPE, 0) & 1 or small.get(_SUBFILE_TYPE) == _REDUCED
-            sizes.append(0 if reduced else small.get(_WIDTH, 0) * small.get(_LENGTH, 0))
+            other = small.get(_NEW_SUBFILE_TYPE, 0) & _REDUCED_OR_MASK or small.get(_SUBFILE_TYPE) == _REDUCED
+            sizes.append(0 if other else small.get(_WIDTH, 0) * small.get(_LENGTH, 0))
+            samples = small.get(_SAMPLES_PER_PIXEL, 1)
+            # What several samples have each stands elsewhere in the file.
+            kind = (small.get(_BITS, 1), small.get(_FORMAT, 1)) if samples == 1 else ()
+            kinds.append((small.get(_WIDTH, 0), samples, *kind))
             offset = following
     largest = max(sizes, default=0)
-    return (sizes.index(largest), sizes.count(largest)) if largest else (0, 1)
+    if not largest:
+        return Chain(1, (0,))
+    full = [index for index, pixels in enumerate(sizes) if pixels == largest]
+    return Chain(len(full), tuple(index for index in full if kinds[index] == kinds[full[0]]))
 
 
 def _header(stream: BinaryIO) -> tuple[str, bool, int]:

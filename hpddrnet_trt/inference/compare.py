@@ -15,7 +15,7 @@ from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.inference import Segmenter
-from hpddrnet_trt.inference.files import JOURNAL
+from hpddrnet_trt.inference.journal import JOURNAL
 from hpddrnet_trt.results import format_of
 
 ENDINGS = (".png", ".tif", ".tiff")  # of label maps

@@ -1,39 +1,32 @@
-"""Segment files and folders of micrographs: what ``hpddrnet-trt segment`` does, and what it remembers of it."""
+"""Segment files of micrographs into a folder: what is written for each, and what is remembered of it."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from hpddrnet_trt.core.errors import UsageError, UserError
-from hpddrnet_trt.core.files import check_writable, printable
-from hpddrnet_trt.core.progress import progress_bar
-from hpddrnet_trt.data.datasets import find_images
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.files import printable
 from hpddrnet_trt.data.intensity import FullScale, Percentiles, to_grey8
+from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.data.micrograph import InfoBar, Micrograph, check_info_bar, read_micrograph
+from hpddrnet_trt.data.stack import Stack
 from hpddrnet_trt.inference import Segmenter
-from hpddrnet_trt.inference.overlap import Held, ReadAhead, WriteBehind
+from hpddrnet_trt.inference.journal import JOURNAL, Journal, SliceOf, Task, modified
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.results import FORMATS, KINDS, Contents, check_kinds
 from hpddrnet_trt.results.regions import AreaFraction, check_background, check_pixel_size
+from hpddrnet_trt.results.stacks import LabelStack
 from hpddrnet_trt.results.tables import FRACTIONS, fraction_row, number, write_rows
 
 LOG = logging.getLogger(__name__)
-JOURNAL = "segmentations.jsonl"
 TABLE = "fractions.csv"
 OVERLAYS = "overlays"
 # What the results of an image are called, as far as it is free: its name without ending (``.ome.tif`` is one), its
@@ -54,6 +47,10 @@ class ResultSettings:
     - ``background``: classes that rois and regions leave out; ``smallest``: least pixels of a region.
     - ``pixel_size_m``: metres, instead of what the files say.
     - ``info_bar``: what is cut off below the picture, as of :func:`~hpddrnet_trt.data.micrograph.read_micrograph`.
+      Of the slices of a stack as many rows are kept as of the first.
+    - ``stack``: which pictures are slices of a stack (:mod:`hpddrnet_trt.data.stack`), whose labels become one file:
+      the pages of a TIFF (None), those and the files of each folder (True), none (False: a TIFF's first page).
+    - ``spacing_m``: metres from one slice to the next, instead of what the files say.
     - ``resume``: leave what the same model file has made with the same settings from the same, unchanged file.
     """
 
@@ -63,6 +60,8 @@ class ResultSettings:
     smallest: int = 1
     pixel_size_m: float | None = None
     info_bar: InfoBar = "auto"
+    stack: bool | None = None
+    spacing_m: float | None = None
     resume: bool = True
 
     def check(self, segmenter: Segmenter) -> None:
@@ -78,97 +77,10 @@ class ResultSettings:
             raise UsageError(f"the smallest region has at least 1 pixel, got {self.smallest}")
         if self.pixel_size_m is not None:
             check_pixel_size(self.pixel_size_m)
+        if self.spacing_m is not None and not self.spacing_m > 0:
+            raise UsageError(f"the distance of slices is positive, got {self.spacing_m}")
         if "confidence" in self.write and not segmenter.confidence:
             raise UsageError("the segmenter gives no confidence; open it with confidence=True")
-
-
-class Journal:
-    """One JSON line per finished image, appended; of several lines with one ``name`` the last counts.
-
-    ``job``: what results depend on beside the image (model, mode, window ...). A result counts as done when it was
-    made by the same job from the same, unchanged file, and is still there. A line torn by a crash is ignored.
-    """
-
-    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
-        self._path = path
-        self._job = json.loads(json.dumps(job))  # as it is read back
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._names: dict[str, str] = {}  # by source
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        self._torn = bool(text) and not text.endswith("\n")
-        for entry in map(_parsed, text.splitlines()):
-            if isinstance(entry.get("name"), str) and isinstance(entry.get("outputs"), dict):
-                self._keep(entry)
-
-    def __getitem__(self, name: str) -> Mapping[str, Any]:
-        """The last line of ``name``; KeyError when there is none."""
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        """The lines of images of which something is still there, in the order of their first line."""
-        return (entry for name, entry in self._entries.items() if self.source_of(name) is not None)
-
-    def source_of(self, name: str) -> str | None:
-        """The image that the files called ``name`` belong to, as far as recorded and still there."""
-        entry = self._entries.get(name)
-        if entry is None or not any((self._path.parent / str(file)).exists() for file in entry["outputs"].values()):
-            return None
-        return str(entry.get("source"))
-
-    def name_of(self, source: Path) -> str | None:
-        """What the results of this image are called, as far as recorded and still there."""
-        name = self._names.get(str(source))
-        return name if name is not None and self.source_of(name) == str(source) else None
-
-    def made(self, name: str, source: Path, modified_ns: int | None) -> dict[str, tuple[str, Any]]:
-        """Outputs of ``name`` that this job has made from ``source`` as it is now: see :class:`Task`."""
-        entry = self._entries.get(name)
-        if entry is None or entry.get("job") != self._job or entry.get("source") != str(source):
-            return {}
-        if entry.get("source_mtime_ns") != modified_ns:
-            return {}
-        return {
-            kind: (str(file), entry.get("settings", {}).get(kind))
-            for kind, file in entry["outputs"].items()
-            if (self._path.parent / str(file)).exists()
-        }
-
-    def add(self, task: Task, entry: Mapping[str, Any]) -> None:
-        """Append a line; raises :class:`UserError` when the disk does not take it."""
-        about = {"name": task.name, "source": str(task.source), "source_mtime_ns": task.modified_ns, "job": self._job}
-        line = {**about, **entry}
-        self._keep(line)
-        try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(("\n" if self._torn else "") + json.dumps(line) + "\n")
-            self._torn = False
-        except OSError as exc:
-            raise UserError(f"cannot write {self._path}: {exc.strerror}; free some space and run again") from exc
-
-    def _keep(self, entry: dict[str, Any]) -> None:
-        self._entries[entry["name"]] = entry
-        self._names[str(entry.get("source"))] = entry["name"]
-
-
-def modified(path: Path) -> int | None:
-    """Time of the last change in nanoseconds, None for a file that is gone."""
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return None
-
-
-@dataclass(frozen=True)
-class Task:
-    """One image and what of its results there is: ``made``, by kind the file in the folder and the settings that this
-    kind depends on in addition (None for most), and the kinds that are ``missing``. ``modified_ns``: of ``source``,
-    before it is read: what it becomes later is not done."""
-
-    source: Path
-    name: str
-    modified_ns: int | None
-    made: Mapping[str, tuple[str, Any]]
-    missing: Sequence[str]
 
 
 class Written(NamedTuple):
@@ -185,7 +97,9 @@ class FileSegmenter:
 
     Written for an image that is called ``NAME``, as ``settings`` say: NAME with the ending of each kind of file
     (:data:`hpddrnet_trt.results.FORMATS`), the overlay as ``overlays/NAME.png``, and one line of
-    ``segmentations.jsonl``.
+    ``segmentations.jsonl``. The slices of a stack are called ``NAME/0001`` and so on; kinds of file that hold a stack
+    are written once, by :meth:`write_stack`, from the slices' label maps (PNG, always written). TIFF if none is asked
+    for.
 
     Raises :class:`UsageError` or :class:`~hpddrnet_trt.core.errors.MissingDependency` for what cannot be written.
     """
@@ -198,6 +112,10 @@ class FileSegmenter:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"output {self.folder} is a file; give a folder")
         self._kinds = [kind for kind in KINDS if kind in settings.write] + ["overlay"] * settings.overlay
+        self._stack_kinds = [kind for kind in KINDS if kind in settings.write and FORMATS[kind].write_stack] or ["tiff"]
+        others = [kind for kind in self._kinds if kind not in self._stack_kinds]
+        self._slice_kinds = list(dict.fromkeys(["png", *others]))
+        self._first_slices: dict[Path, tuple[int, int]] = {}  # height and width of the first of each stack
         self._regions: dict[str, Any] = {"background": sorted(settings.background), "smallest": settings.smallest}
         self.journal = Journal(self.folder / JOURNAL, self._job())
 
@@ -218,11 +136,11 @@ class FileSegmenter:
             "info_bar": settings.info_bar,
         }
 
-    def outputs(self, name: str) -> dict[str, str]:
+    def outputs(self, name: str, of: Literal["image", "slice", "stack"] = "image") -> dict[str, str]:
         """The files in the folder that an image called ``name`` gets, by kind."""
+        kinds = {"image": self._kinds, "slice": self._slice_kinds, "stack": self._stack_kinds}[of]
         return {
-            kind: f"{OVERLAYS}/{name}.png" if kind == "overlay" else name + FORMATS[kind].ending
-            for kind in self._kinds
+            kind: f"{OVERLAYS}/{name}.png" if kind == "overlay" else name + FORMATS[kind].ending for kind in kinds
         }
 
     def name_of(self, source: Path) -> str:
@@ -238,13 +156,28 @@ class FileSegmenter:
 
     def task(self, source: Path, name: str, *, anew: bool = False) -> Task:
         """What there is to do for ``source``: what is missing, or everything if ``anew`` or without ``resume``."""
-        modified_ns = modified(source)
-        made = self.journal.made(name, source, modified_ns)
+        return self._task(Task(source, name, modified(source), {}, self._kinds), anew)
+
+    def slice_task(self, part: SliceOf) -> Task:
+        """:meth:`task` of a slice."""
+        source, _ = part.stack.slices[part.number]
+        return self._task(Task(source, part.names[part.number], modified(source), {}, self._slice_kinds, part), False)
+
+    def stack_task(self, part: SliceOf, *, anew: bool) -> Task:
+        """:meth:`task` of the files that hold the whole stack of ``part``."""
+        times = [modified(path) for path in {path for path, _ in part.stack.slices}]
+        latest = max((time for time in times if time is not None), default=None)
+        return self._task(Task(part.stack.source, part.name, latest, {}, self._stack_kinds), anew, part)
+
+    def _task(self, task: Task, anew: bool, stack: SliceOf | None = None) -> Task:
+        made = self.journal.made(task.name, task.source, task.modified_ns)
         if anew or not self.settings.resume:
-            missing = self._kinds
+            missing = task.missing
         else:
-            missing = [kind for kind in self._kinds if kind not in made or made[kind][1] != self._settings_of(kind)]
-        return Task(source, name, modified_ns, {kind: made[kind] for kind in made if kind not in missing}, missing)
+            missing = [
+                kind for kind in task.missing if kind not in made or made[kind][1] != self._settings_of(kind, stack)
+            ]
+        return replace(task, made={kind: made[kind] for kind in made if kind not in missing}, missing=missing)
 
     def segment(self, task: Task, *, progress: Callable[[int, int], None] | None = None) -> Segmentation:
         """Segment an image and write what is missing, and a line of the journal.
@@ -261,18 +194,44 @@ class FileSegmenter:
         return result
 
     def read(self, task: Task) -> Micrograph:
-        """The image; raises :class:`BadInputFile` for one that cannot be read."""
-        micrograph = read_micrograph(task.source, info_bar=self.settings.info_bar)
+        """The image; raises :class:`BadInputFile` for one that cannot be read, or is of another size than its stack."""
+        part = task.slice
+        if part is None:
+            micrograph = read_micrograph(task.source, info_bar=self.settings.info_bar)
+        else:
+            micrograph = self._read_slice(part.stack, part.number)
         if self.settings.pixel_size_m is not None:
             size = float(self.settings.pixel_size_m)
             micrograph = replace(micrograph, pixel_size_m=size, pixel_size_source="given")
         return micrograph
 
+    def _read_slice(self, stack: Stack, number: int) -> Micrograph:
+        """A slice without as many rows of information bar as the first: a bar is not found in every picture."""
+        path, page = stack.slices[number]
+        if number == 0:
+            micrograph = read_micrograph(path, page=page, info_bar=self.settings.info_bar)
+            height, width = micrograph.pixels.shape
+            self._first_slices[stack.source] = height, width
+            return micrograph
+        if stack.source not in self._first_slices:
+            self._read_slice(stack, 0)
+        height, width = self._first_slices[stack.source]
+        micrograph = read_micrograph(path, page=page, info_bar="none")
+        rows, columns = micrograph.pixels.shape
+        if columns != width or rows < height:
+            raise BadInputFile(
+                f"slice {number + 1} of {stack.source} has {columns} x {rows} pixels and the first {width} x {height}; "
+                "segment them without --stack, or save them in one size"
+            )
+        bar = (height, rows) if rows > height else None
+        return replace(micrograph, pixels=np.ascontiguousarray(micrograph.pixels[:height]), info_bar_rows=bar)
+
     def write(self, task: Task, micrograph: Micrograph, result: Segmentation, begin: float) -> Written:
         """Write what is missing, as far as it goes; :meth:`record` is to be told. ``begin``: seconds, of reading it."""
         for remark in result.remarks:
             LOG.warning("%s: %s", task.source, remark)
-        made, files, regions = dict(task.made), self.outputs(task.name), None
+        made, regions = dict(task.made), None
+        files = self.outputs(task.name, "image" if task.slice is None else "slice")
         error: BaseException | None = None
         try:
             for kind in task.missing:
@@ -297,8 +256,49 @@ class FileSegmenter:
         if written.error is not None:
             raise written.error
 
-    def _settings_of(self, kind: str) -> dict[str, Any] | None:
+    def write_stack(self, task: Task, part: SliceOf) -> None:
+        """Write what is missing of :meth:`stack_task` from the labels of its slices, and a line of the journal.
+
+        Raises :class:`UserError` when the disk does not take it.
+        """
+        entries = [self.journal[name] for name in part.names]
+        first, files, made = entries[0], self.outputs(part.name, "stack"), dict(task.made)
+        sizes = {entry["pixel_size_m"] for entry in entries}
+        paths = [self.folder / str(entry["outputs"]["png"]) for entry in entries]
+        record = {
+            "source": printable(part.stack.source.name),
+            "classes": [entry.name for entry in self.segmenter.manifest.classes],
+            "pixel_size_m": first["pixel_size_m"],
+            **(first["provenance"] or {"model": self.segmenter.manifest.name}),
+        }
+        labels = LabelStack(
+            (len(entries), *first["size"]),
+            lambda number: read_mask(paths[number]),
+            self.segmenter.manifest.classes,
+            first["pixel_size_m"] if len(sizes) == 1 else None,
+            self._spacing(part),
+            record,
+        )
+        try:
+            for kind in task.missing:
+                write = FORMATS[kind].write_stack
+                assert write is not None  # of a kind that holds stacks
+                write(self.folder / files[kind], labels)
+                made[kind] = files[kind], self._settings_of(kind, part)
+        finally:
+            if made:
+                outputs = {kind: file for kind, (file, _) in made.items()}
+                settings = {kind: settings for kind, (_, settings) in made.items()}
+                self.journal.add(task, {"outputs": outputs, "settings": settings, "slices": len(entries)})
+
+    def _spacing(self, part: SliceOf) -> float | None:
+        given = self.settings.spacing_m
+        return part.stack.spacing_m if given is None else float(given)
+
+    def _settings_of(self, kind: str, stack: SliceOf | None = None) -> dict[str, Any] | None:
         """What this kind of result depends on beside the job."""
+        if stack is not None:
+            return {"spacing_m": self._spacing(stack), "slices": len(stack.stack.slices)}
         return self._regions if kind != "overlay" and FORMATS[kind].holds == "regions" else None
 
     def _entry(
@@ -323,8 +323,8 @@ class FileSegmenter:
         }
 
     def write_table(self) -> Path:
-        """Write ``fractions.csv``: one row for each class of each image whose results are in the folder."""
-        header = ("image", *FRACTIONS, "pixel_size_nm", "model", "source")
+        """Write ``fractions.csv``: one row for each class of each image, or slice, whose results are in the folder."""
+        header = ("image", *FRACTIONS, "pixel_size_nm", "model", "source", "slice")
         return write_rows(self.folder / TABLE, header, (row for entry in self.journal for row in _table_rows(entry)))
 
     def overall(self, names: Iterable[str]) -> tuple[dict[str, float], Literal["area", "pixels"]]:
@@ -340,238 +340,17 @@ class FileSegmenter:
         return {name: share / sum(weights) for name, share in shares.items()}, "area" if by_area else "pixels"
 
 
-@dataclass
-class SegmentSummary:
-    """What became of each input.
-
-    ``written``: the first file of each segmented image; ``skipped``: inputs that were done before; ``failed``: inputs,
-    each with a sentence that names it and says why. ``seconds``: from the first reading to the last writing.
-    ``fractions``: over the whole area of all images that are done, ``weighed_by`` "area" when all pixel sizes are
-    known, "pixels" otherwise. ``tiled``: how many images were cut into tiles, ``seam_disagreement``: the largest of
-    theirs (:class:`~hpddrnet_trt.inference.tiling.TilingReport`). ``interrupted``: Ctrl-C ended the run.
-    ``files``: what there is for each image, and its place in the folder.
-    """
-
-    written: list[Path] = field(default_factory=list)
-    skipped: list[Path] = field(default_factory=list)
-    failed: list[tuple[Path, str]] = field(default_factory=list)
-    seconds: float = 0.0
-    fractions: dict[str, float] = field(default_factory=dict)
-    weighed_by: Literal["area", "pixels"] = "pixels"
-    tiled: int = 0
-    seam_disagreement: float = 0.0
-    interrupted: bool = False
-    files: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.failed else 0
-
-    def record(self) -> dict[str, Any]:
-        """JSON-able: the fields by their names, ``failed`` as a list of ``file`` and ``reason``."""
-        paths = {name: [printable(path) for path in getattr(self, name)] for name in ("written", "skipped")}
-        failed = [{"file": printable(path), "reason": reason} for path, reason in self.failed]
-        rest = {entry.name: getattr(self, entry.name) for entry in fields(self)[3:]}
-        return {**paths, "failed": failed, **rest}
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.written)} segmented, {len(self.skipped)} already done, {len(self.failed)} failed"]
-        if self.interrupted:
-            lines[0] += ", interrupted: run again to continue"
-        lines += [f"  {reason}" for _, reason in self.failed]
-        if self.written:
-            lines.append(f"{self.seconds / len(self.written):.2f} s an image")
-        if self.tiled:
-            lines.append(
-                f"{self.tiled} in tiles, which disagree about {100 * self.seam_disagreement:.2g} % of the pixels that "
-                "two of them see, at most"
-            )
-        if self.fractions:
-            shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.fractions.items())
-            lines.append(f"overall, by {self.weighed_by}: {shares}")
-        widest = max(map(len, self.files), default=0)
-        lines += [f"  {what:<{widest}}  {where}" for what, where in self.files.items()]
-        return "\n".join(lines)
-
-
-def segment_paths(
-    segmenter: Segmenter,
-    inputs: str | Path | Sequence[str | Path],
-    output_folder: str | Path,
-    settings: ResultSettings = ResultSettings(),
-    *,
-    split: str = "test",
-    progress: bool = True,
-) -> SegmentSummary:
-    """Segment micrographs and write their results.
-
-    ``inputs``: files, folders, patterns, or datasets, of which one ``split`` is taken. Written to ``output_folder``:
-    what :class:`FileSegmenter` says, and ``fractions.csv`` with one row for each class of each image. Inputs that
-    share a name keep their ending or folder in the results' name; results that are there keep theirs.
-
-    A bad image does not stop the others: it is reported in the summary. Ctrl-C ends the run; what is done stays, and
-    the summary says so. Raises :class:`UsageError` when nothing can be started (no images, a result that would
-    overwrite an input or another image's results), :class:`UserError` when nothing can be written to the folder.
-    """
-    entries = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    # Absolute, but links stay what the user called them.
-    sources = list(dict.fromkeys(path.absolute() for entry in entries for path in find_images(entry, split)))
-    work = FileSegmenter(segmenter, output_folder, settings)
-    names = _result_names(sources, work)
-    check_writable(work.folder)
-    with logging_redirect_tqdm(), progress_bar(total=len(sources), desc="segment", unit="image", show=progress) as bar:
-        run = _Run(work, names, bar)
-        summary = run.summary
-        try:
-            run.segment(sources)
-        except KeyboardInterrupt:
-            summary.interrupted = True
-    if run.finished:
-        summary.fractions, summary.weighed_by = work.overall(run.finished)
-        summary.files = {**work.outputs("NAME"), "fractions": TABLE, "journal": JOURNAL}
-        try:
-            work.write_table()
-        except (UserError, OSError) as exc:  # a spreadsheet program locks the table that it shows
-            LOG.warning("the table of area fractions could not be written: %s", exc)
-    return summary
-
-
-class _Opened(NamedTuple):
-    """An input as it comes from reading: with its ``micrograph``, unless it is done already or has an ``error``.
-
-    ``begin``: seconds, when its reading began."""
-
-    task: Task
-    begin: float
-    micrograph: Micrograph | None = None
-    error: BaseException | None = None
-
-    @property
-    def pixels(self) -> int:
-        return 0 if self.micrograph is None else int(self.micrograph.pixels.size)
-
-
-class _Run:
-    """One run over many files: reading, inference and writing at the same time; what became of each, in their order."""
-
-    def __init__(self, work: FileSegmenter, names: Mapping[Path, str], bar: tqdm[Any]) -> None:
-        self.summary = SegmentSummary()
-        self.finished: list[str] = []  # names of what there is now
-        self._work, self._names, self._bar = work, names, bar
-        self._opened: deque[_Opened] = deque()  # read, and not written yet
-
-    def segment(self, sources: Sequence[Path]) -> None:
-        """Segment all that is not done; after Ctrl-C what is segmented is still written."""
-        begin, held = time.perf_counter(), Held()
-        try:
-            with ReadAhead(self._open, sources, held) as opened, WriteBehind(self._settle, held) as behind:
-                images = self._images(opened)
-                with closing(self._work.segmenter.segment_many(images, progress=self._show)) as results:
-                    for result in results:
-                        self._write_done(behind)
-                        one = self._opened.popleft()
-                        behind.put(partial(self._write, one, result), one.pixels)
-                self._write_done(behind)
-        finally:
-            self.summary.seconds = time.perf_counter() - begin
-
-    def _open(self, source: Path) -> tuple[_Opened, int]:
-        task, begin = self._work.task(source, self._names[source]), time.perf_counter()
-        if not task.missing:
-            return _Opened(task, begin), 0
-        try:
-            one = _Opened(task, begin, self._work.read(task))
-        except (UserError, OSError, MemoryError) as exc:
-            return _Opened(task, begin, error=exc), 0
-        return one, one.pixels
-
-    def _images(self, opened: Iterable[_Opened]) -> Iterator[Micrograph]:
-        for one in opened:
-            self._opened.append(one)
-            if one.micrograph is not None:
-                yield one.micrograph
-
-    def _write_done(self, behind: WriteBehind[Written]) -> None:
-        """Pass on what comes next and needs no inference."""
-        while self._opened and self._opened[0].micrograph is None:
-            behind.put(partial(self._write, self._opened.popleft(), None), 0)
-
-    def _write(self, one: _Opened, result: Segmentation | Exception | None) -> Written:
-        if one.micrograph is not None and isinstance(result, Segmentation):
-            return self._work.write(one.task, one.micrograph, result, one.begin)
-        return Written(one.task, None, result if isinstance(result, Exception) else one.error, None)
-
-    def _settle(self, written: Written) -> None:
-        task, summary = written.task, self.summary
-        self._bar.update()
-        try:
-            self._work.record(written)
-        except (UserError, OSError, MemoryError) as exc:
-            reason = str(exc) or type(exc).__name__
-            if str(task.source) not in reason:
-                reason = f"{task.source}: {reason}"
-            LOG.warning("%s", reason)
-            summary.failed.append((task.source, reason))
-            return
-        self.finished.append(task.name)
-        if not task.missing:
-            summary.skipped.append(task.source)
-            return
-        summary.written.append(self._work.folder / next(iter(self._work.outputs(task.name).values())))
-        if written.tiling is not None:
-            summary.tiled += 1
-            summary.seam_disagreement = max(summary.seam_disagreement, written.tiling.seam_disagreement)
-
-    def _show(self, done: int, of: int) -> None:
-        self._bar.set_postfix_str(f"tile {done} of {of}" if of > 1 else "")
-
-
 def _pixels(entry: Any) -> int:
     return int(entry["size"][0] * entry["size"][1])
 
 
 def _table_rows(entry: Any) -> Iterator[list[str | int]]:
-    size = entry["pixel_size_m"]
-    for name, fraction in entry["fractions"].items():
+    size, stack = entry.get("pixel_size_m"), entry.get("stack") or {}
+    for name, fraction in entry.get("fractions", {}).items():  # a stack itself has none
         pixels = round(fraction * _pixels(entry))
         area = None if size is None else pixels * size**2
         row = fraction_row(AreaFraction(name, pixels, fraction, area))
-        yield [entry["name"], *row, number(size, 1e9), entry["job"]["model"], entry["source"]]
-
-
-def _result_names(sources: Sequence[Path], work: FileSegmenter) -> dict[Path, str]:
-    """A name for the results of each input: the one they have; else its stem; where inputs share one, file name, then
-    folder and file name, then the path below their common folder. Independent of the order of the inputs.
-
-    Raises :class:`UsageError` where this would overwrite an input or another image's results.
-    """
-    if work.folder.resolve() in {source.parent.resolve() for source in sources}:
-        raise UsageError(f"{work.folder} holds the images to segment; choose another output folder")
-    known = {path: work.journal.name_of(path) for path in sources}
-    names = {path: name for path, name in known.items() if name is not None}
-    new = waiting = [path for path in sources if path not in names]
-    root = Path(os.path.commonpath([path.parent for path in sources]))
-    namings: tuple[Callable[[Path], str], ...] = (*NAMINGS, lambda path: "_".join(path.relative_to(root).parts))
-    for naming in namings:
-        counts = Counter(naming(path).lower() for path in waiting)  # some file systems ignore case
-        taken = {name.lower() for name in names.values()}
-        unique = [path for path in waiting if counts[naming(path).lower()] == 1 and naming(path).lower() not in taken]
-        names.update({path: naming(path) for path in unique})
-        waiting = [path for path in waiting if path not in names]
-    if waiting:
-        raise UsageError(f"{waiting[0]} and another input would be written to the same name; segment them separately")
-    for source in new:
-        owner = work.journal.source_of(names[source])
-        if owner is not None and owner != str(source):
-            raise UsageError(
-                f"{work.folder / names[source]} holds the labels of {owner}; choose another output folder for {source}"
-            )
-    return names
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
+        yield [
+            stack.get("name", entry["name"]), *row, number(size, 1e9), entry["job"]["model"], entry["source"],
+            stack.get("slice", ""),
+        ]  # fmt: skip

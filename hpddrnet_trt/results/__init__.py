@@ -20,6 +20,7 @@ from hpddrnet_trt.core.errors import UsageError, require
 if TYPE_CHECKING:
     from hpddrnet_trt.core.manifest import ClassInfo
     from hpddrnet_trt.results.regions import AreaFraction, Regions
+    from hpddrnet_trt.results.stacks import LabelStack
 
 
 class Result(Protocol):
@@ -53,6 +54,24 @@ class Contents:
     def origin(self) -> dict[str, Any]:
         """The options of writers that say scale and origin."""
         return {"pixel_size_m": self.result.pixel_size_m, "provenance": self.result.record()}
+
+
+def _tiff_stack(path: Path, stack: LabelStack) -> Path:
+    from hpddrnet_trt.results.stacks import write_tiff_stack
+
+    return write_tiff_stack(path, stack)
+
+
+def _ome_tiff_stack(path: Path, stack: LabelStack) -> Path:
+    from hpddrnet_trt.results.stacks import write_ome_tiff_stack
+
+    return write_ome_tiff_stack(path, stack)
+
+
+def _ome_zarr_stack(path: Path, stack: LabelStack) -> Path:
+    from hpddrnet_trt.results.stacks import write_ome_zarr_stack
+
+    return write_ome_zarr_stack(path, stack)
 
 
 def _labels(path: Path, contents: Contents) -> Path:
@@ -108,7 +127,7 @@ class Format:
     ``description``: a word or two for people. ``endings``: of its files, in lower case; the first is what ``segment``
     gives them. ``write``: its writer. ``modules``: what of the extra ``results`` it needs. ``holds``: what the file is
     made of; ``fractions`` are of a single image, where ``segment`` writes one table of all. ``image``: whether the
-    micrograph goes in too.
+    micrograph goes in too. ``write_stack``: writer of the labels of a whole stack, None where each slice gets a file.
     """
 
     description: str
@@ -117,18 +136,21 @@ class Format:
     modules: tuple[str, ...] = ()
     holds: Literal["labels", "regions", "confidence", "fractions"] = "labels"
     image: bool = False
+    write_stack: Callable[[Path, LabelStack], Path] | None = None
 
     @property
     def ending(self) -> str:
         return self.endings[0]
 
 
-_REGIONS = "skimage.measure"
+_REGIONS, _ZARR = "skimage.measure", ("zarr", "ome_zarr.writer")
 FORMATS: dict[str, Format] = {
     "png": Format("palette", (".png",), _labels),
-    "tiff": Format("palette", (".tif", ".tiff"), _labels),
-    "ome-tiff": Format("OME-XML", (".ome.tif", ".ome.tiff"), _ome_tiff),
-    "ome-zarr": Format("with micrograph", (".ome.zarr",), _ome_zarr, ("zarr", "ome_zarr.writer"), image=True),
+    "tiff": Format("palette", (".tif", ".tiff"), _labels, write_stack=_tiff_stack),
+    "ome-tiff": Format("OME-XML", (".ome.tif", ".ome.tiff"), _ome_tiff, write_stack=_ome_tiff_stack),
+    "ome-zarr": Format(
+        "with micrograph", (".ome.zarr",), _ome_zarr, _ZARR, image=True, write_stack=_ome_zarr_stack
+    ),
     "rois": Format("ImageJ", (".rois.zip", ".zip"), _rois, (_REGIONS, "roifile"), "regions"),
     "regions": Format("CSV", (".regions.csv",), _regions, (_REGIONS,), "regions"),
     "confidence": Format("TIFF", (".confidence.tif",), _confidence, holds="confidence"),

@@ -28,7 +28,7 @@ MICROMETRE = "\u00b5m"
 ZARR_VERSION = "0.5"
 LABELS = "classes"  # name of the label image in OME-Zarr
 OWN = "hpddrnet-trt"  # key of our own attributes, beside "ome"
-_CHUNK = 1024  # pixels along each side
+CHUNK = 1024  # pixels along each side
 _SMALLEST = 256  # the pyramid ends when the shorter side would fall below
 
 
@@ -46,32 +46,43 @@ def write_ome_tiff(
     ``hpddrnet-trt/classes`` (index: name) and ``hpddrnet-trt/provenance`` (values that are no text as JSON).
     """
     check_labels(labels)
-    names = {str(index): entry.name for index, entry in enumerate(classes)}
-    annotations = [{"Namespace": CLASSES, "Description": "class of each pixel value", "Value": names}]
-    if provenance:
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in provenance.items()}
-        annotations.append({"Namespace": PROVENANCE, "Description": "where the labels come from", "Value": texts})
-    metadata: dict[str, Any] = {
-        "axes": "YX",
-        "Creator": f"hpddrnet-trt {__version__}",
-        "Name": printable(Path(path).name),
-        "Channel": {"Name": "classes"},
-        "MapAnnotation": annotations,
-    }
-    if pixel_size_m is not None:
-        size = micrometres(pixel_size_m)
-        metadata |= {"PhysicalSizeX": size, "PhysicalSizeXUnit": MICROMETRE}
-        metadata |= {"PhysicalSizeY": size, "PhysicalSizeYUnit": MICROMETRE}
     with atomic_path(path) as temporary:
         tifffile.imwrite(
             temporary,
             labels,
             ome=True,
-            metadata=metadata,
+            metadata=ome_metadata(Path(path).name, "YX", classes, pixel_size_m, provenance),
             **palette_options([entry.color for entry in classes]),
             **scale_options(pixel_size_m),
         )
     return Path(path)
+
+
+def ome_metadata(
+    name: str,
+    axes: str,
+    classes: Sequence[ClassInfo],
+    pixel_size_m: float | None,
+    provenance: Mapping[str, Any] | None,
+    spacing_m: float | None = None,
+) -> dict[str, Any]:
+    """What tifffile is told to write into the OME-XML."""
+    names = {str(index): entry.name for index, entry in enumerate(classes)}
+    annotations = [{"Namespace": CLASSES, "Description": "class of each pixel value", "Value": names}]
+    if provenance:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in provenance.items()}
+        annotations.append({"Namespace": PROVENANCE, "Description": "where the labels come from", "Value": texts})
+    sizes = {"X": pixel_size_m, "Y": pixel_size_m, "Z": spacing_m}
+    known = {axis: micrometres(size) for axis, size in sizes.items() if size is not None}
+    return {
+        "axes": axes,
+        "Creator": f"hpddrnet-trt {__version__}",
+        "Name": printable(name),
+        "Channel": {"Name": "classes"},
+        "MapAnnotation": annotations,
+        **{f"PhysicalSize{axis}": size for axis, size in known.items()},
+        **{f"PhysicalSize{axis}Unit": MICROMETRE for axis in known},
+    }
 
 
 def write_ome_zarr(
@@ -97,11 +108,6 @@ def write_ome_zarr(
         raise ContractError(f"the micrograph {image.shape} and its labels {labels.shape} differ in size")
     zarr = require("zarr", "results", "write OME-Zarr")
     require("ome_zarr.writer", "results", "write OME-Zarr")
-    own = {
-        "scale_unit": "pixel" if pixel_size_m is None else "micrometer",
-        "classes": [entry.name for entry in classes],
-        "provenance": dict(provenance or {}),
-    }
     with atomic_folder(path) as folder:
         root = zarr.open_group(str(folder), mode="w", zarr_format=3)
         if image is None:
@@ -111,8 +117,19 @@ def write_ome_zarr(
             group = root.create_group(f"labels/{LABELS}")
             root["labels"].attrs["ome"] = {"version": ZARR_VERSION, "labels": [LABELS]}
             _write_labels(group, labels, classes, pixel_size_m, {"image": "../../"})
-        root.attrs[OWN] = own
+        root.attrs[OWN] = own_attributes(classes, pixel_size_m, provenance)
     return Path(path)
+
+
+def own_attributes(
+    classes: Sequence[ClassInfo], pixel_size_m: float | None, provenance: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What an OME-Zarr of ours says beside the standard."""
+    return {
+        "scale_unit": "pixel" if pixel_size_m is None else "micrometer",
+        "classes": [entry.name for entry in classes],
+        "provenance": dict(provenance or {}),
+    }
 
 
 def _write_labels(
@@ -123,6 +140,11 @@ def _write_labels(
     source: dict[str, str] | None,
 ) -> None:
     _write_pyramid(group, labels, LABELS, pixel_size_m, "nearest")
+    describe_labels(group, classes, source)
+
+
+def describe_labels(group: Any, classes: Sequence[ClassInfo], source: dict[str, str] | None = None) -> None:
+    """Say of an OME-Zarr image that it holds labels, and which."""
     description: dict[str, Any] = {
         "version": ZARR_VERSION,
         "colors": [{"label-value": index, "rgba": [*entry.color, 255]} for index, entry in enumerate(classes)],
@@ -138,7 +160,7 @@ def _write_pyramid(
 ) -> None:
     writer = require("ome_zarr.writer", "results", "write OME-Zarr")
     methods = require("ome_zarr.scale", "results", "write OME-Zarr").Methods
-    steps = range(1, int(np.log2(max(1.0, min(pixels.shape) / _SMALLEST))) + 1)
+    steps = range(1, reductions(pixels.shape) + 1)
     size = 1.0 if pixel_size_m is None else micrometres(pixel_size_m)
     writer.write_image(
         pixels,
@@ -150,5 +172,10 @@ def _write_pyramid(
         axes_units=None if pixel_size_m is None else {"y": "micrometer", "x": "micrometer"},
         scale_factors=[2**step for step in steps],
         method=methods(method),
-        storage_options={"chunks": tuple(min(_CHUNK, side) for side in pixels.shape)},
+        storage_options={"chunks": tuple(min(CHUNK, side) for side in pixels.shape)},
     )
+
+
+def reductions(shape: Sequence[int]) -> int:
+    """How often a pyramid halves an image of ``shape`` = (height, width)."""
+    return int(np.log2(max(1.0, min(shape) / _SMALLEST)))

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
+from hpddrnet_trt.data import labels
 from hpddrnet_trt.data.labels import (
     IGNORE_COLOR,
     UNKNOWN_COLOR,
@@ -22,6 +23,7 @@ from hpddrnet_trt.data.labels import (
     write_label_png,
     write_label_tiff,
     write_labels,
+    write_rgb_png,
 )
 
 PALETTE = [(10, 20, 30), (200, 100, 0), (0, 0, 250)]
@@ -119,3 +121,17 @@ def test_overlay_mixes_exactly() -> None:
         overlay(grey[1:], labels, PALETTE)
     with pytest.raises(UsageError, match="alpha"):
         overlay(grey, labels, PALETTE, alpha=40)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_colour_pictures_are_written_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    if large:
+        monkeypatch.setattr(labels, "_MOST_IN_MEMORY", 0)
+    for shape in ((1, 1, 3), (7, 13, 3), (64, 1, 3)):
+        picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        write_rgb_png(tmp_path / "a.png", picture)
+        with Image.open(tmp_path / "a.png") as found:
+            found.verify()  # the checksums
+        with Image.open(tmp_path / "a.png") as found:
+            assert found.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(found), picture)

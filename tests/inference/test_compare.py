@@ -11,7 +11,8 @@ import pytest
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.compare import compare_folders, compare_models
-from hpddrnet_trt.inference.files import ResultSettings, segment_paths
+from hpddrnet_trt.inference.files import ResultSettings
+from hpddrnet_trt.inference.folder import segment_paths
 from tests.toy import CLASSES, ToyEngine, grey_image, manifest
 
 

@@ -18,12 +18,8 @@ from PIL import Image
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.data.intensity import Percentiles
 from hpddrnet_trt.inference import Segmenter
-from hpddrnet_trt.inference.files import (
-    FileSegmenter,
-    ResultSettings,
-    SegmentSummary,
-    segment_paths,
-)
+from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings
+from hpddrnet_trt.inference.folder import SegmentSummary, segment_paths
 from hpddrnet_trt.results import FORMATS, KINDS
 from tests.toy import ToyEngine, grey_image, manifest
 

@@ -21,7 +21,8 @@ from hpddrnet_trt.core.manifest import AxisRange, InputContract
 from hpddrnet_trt.data import labels
 from hpddrnet_trt.engines.base import Prediction
 from hpddrnet_trt.inference import Segmenter
-from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings, segment_paths
+from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings
+from hpddrnet_trt.inference.folder import segment_paths
 from hpddrnet_trt.inference.overlap import AHEAD, WRITERS, Held, ReadAhead, WriteBehind
 from hpddrnet_trt.inference.result import Segmentation
 from tests.interrupts import deliver

@@ -24,7 +24,9 @@ from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.inference import Segmenter, watch
-from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings, Task, segment_paths
+from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings
+from hpddrnet_trt.inference.folder import segment_paths
+from hpddrnet_trt.inference.journal import Task
 from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSettings, WatchSummary, stop_on_signal, watch_folder
 from tests.interrupts import deliver
 from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx

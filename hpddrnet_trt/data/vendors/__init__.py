@@ -13,10 +13,10 @@ from typing import Any
 import tifffile
 
 from hpddrnet_trt.data.vendors import fei, hitachi, imagej, jeol, ome, openfibsem, tescan, zeiss
-from hpddrnet_trt.data.vendors.metadata import VendorInfo, VendorMetadata, resolve
+from hpddrnet_trt.data.vendors.metadata import Planes, VendorInfo, VendorMetadata, resolve
 from hpddrnet_trt.data.vendors.texts import TooLarge, sidecar
 
-__all__ = ["VendorInfo", "VendorMetadata", "imagej", "read_sidecars", "read_tags", "resolve"]
+__all__ = ["Planes", "VendorInfo", "VendorMetadata", "imagej", "read_planes", "read_sidecars", "read_tags", "resolve"]
 
 
 def read_tags(page: tifffile.TiffPage) -> tuple[VendorMetadata, ...]:
@@ -25,6 +25,11 @@ def read_tags(page: tifffile.TiffPage) -> tuple[VendorMetadata, ...]:
     for module in (fei, zeiss, tescan, openfibsem, ome, imagej):
         statements += _bounded(module.VENDOR, module.read, page)
     return tuple(statements or imagej.read_resolution(page))
+
+
+def read_planes(page: tifffile.TiffPage) -> Planes:
+    """How OME or ImageJ say that the planes of a file lie."""
+    return ome.planes(page) or imagej.planes(page) or Planes()
 
 
 def read_sidecars(picture: Path, stored: tuple[int, int]) -> tuple[VendorMetadata, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tifffile
 
-from hpddrnet_trt.data.vendors.metadata import VendorMetadata, metres, whole
+from hpddrnet_trt.data.vendors.metadata import Planes, VendorMetadata, metres, number, whole
 from hpddrnet_trt.data.vendors.texts import TooLarge, decoded, ini_sections, tag_bytes
 
 VENDOR = "ImageJ"
@@ -53,6 +53,16 @@ def read_resolution(page: tifffile.TiffPage) -> list[VendorMetadata]:
 def images(page: tifffile.TiffPage) -> int:
     """How many images ImageJ says are in the file; it may keep all but the first without directories."""
     return whole(_description(page).get("images")) or 1
+
+
+def planes(page: tifffile.TiffPage) -> Planes | None:
+    """How ImageJ orders them: channels first, then slices, then frames."""
+    values = _description(page)
+    if not values:
+        return None
+    channels, slices, frames = (whole(values.get(key)) or 1 for key in ("channels", "slices", "frames"))
+    unit = values.get("unit", "").replace(_ESCAPED_MICRO, "µ")
+    return Planes({"C": channels, "Z": slices, "T": frames}, "CZT", metres(number(values.get("spacing")), unit))
 
 
 def _description(page: tifffile.TiffPage) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from hpddrnet_trt.core.text import METRES, is_square
@@ -59,6 +59,29 @@ class VendorMetadata:
         if bar_rows is not None and 0 < bar_rows < stored[1]:
             self.picture_rows = stored[1] - bar_rows
             self.rows_follow = False
+
+
+@dataclass(frozen=True)
+class Planes:
+    """How the planes of a file lie: ``sizes`` of the axes C (channel), Z and T, ``order`` from the fastest to the
+    slowest, and metres from one slice to the next."""
+
+    sizes: Mapping[str, int] = field(default_factory=lambda: {"C": 1, "Z": 1, "T": 1})
+    order: str = "CZT"
+    spacing_m: float | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.sizes["C"]
+
+    @property
+    def pages(self) -> int:
+        return math.prod(self.sizes.values())
+
+    def first_channel(self) -> list[int]:
+        """Numbers of the first channel's planes."""
+        step = math.prod(self.sizes[axis] for axis in self.order[: self.order.index("C")])
+        return [number for number in range(self.pages) if number // step % self.channels == 0]
 
 
 @dataclass(frozen=True)
