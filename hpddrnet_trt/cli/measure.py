@@ -134,10 +134,10 @@ def benchmark_report(
 def _report(result: BenchmarkResult, output: Path, old: BenchmarkResult | None, publish: Path | None) -> None:
     from hpddrnet_trt.benchmark.compare import compare, differences, format_changes
     from hpddrnet_trt.benchmark.table import format_table
-    from hpddrnet_trt.report.benchmark import publish_report, write_report
+    from hpddrnet_trt.report.benchmark import headline, publish_report, write_report
 
     written = write_report(result, output)
-    typer.echo(format_table(result))
+    typer.echo(f"{format_table(result)}\n{headline(result)}")
     if old is not None:
         changes = compare(old, result)
         typer.echo(f"\nsince {old.created}:\n{format_changes(changes, differences(old, result))}")

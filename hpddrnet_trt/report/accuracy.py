@@ -16,6 +16,7 @@ from hpddrnet_trt.core.files import check_writable, write_bytes, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.core.text import percent, scaled
 from hpddrnet_trt.report.accuracy_figures import (
+    COLUMNS,
     Curves,
     confusion_figure,
     curves_figure,
@@ -193,16 +194,20 @@ def largest_confusions(assessment: Assessment, limit: int = 6) -> list[Confusion
     return sorted(pairs, key=lambda pair: -pair.pixels)[:limit]
 
 
-def _figures(assessment: Assessment, curves: Curves | None, robustness: Robustness | None) -> dict[str, str]:
-    drawn: dict[str, Any] = {
-        "confusion": confusion_figure(assessment),
-        "fractions": fractions_figure(assessment),
+def _figures(
+    assessment: Assessment, curves: Curves | None, robustness: Robustness | None
+) -> dict[str, list[str]]:
+    """Addresses of each figure; of those with several panels a second one, for a narrow screen."""
+    drawn: dict[str, list[Any]] = {
+        "confusion": [confusion_figure(assessment)],
+        "fractions": [fractions_figure(assessment, columns) for columns in (COLUMNS, 1)],
     }
     if curves is not None:
-        drawn["curves"] = curves_figure(curves, assessment.origin.best_step)
+        best = assessment.origin.best_step
+        drawn["curves"] = [curves_figure(curves, best, columns) for columns in (COLUMNS, 1)]
     if robustness is not None:
-        drawn["robustness"] = robustness_figure(robustness)
-    return {name: svg_address(figure) for name, figure in drawn.items()}
+        drawn["robustness"] = [robustness_figure(robustness, columns) for columns in (COLUMNS, 1)]
+    return {name: [svg_address(figure) for figure in figures] for name, figures in drawn.items()}
 
 
 # -- the gallery -----------------------------------------------------------------------------------

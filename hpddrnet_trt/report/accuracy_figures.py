@@ -35,7 +35,7 @@ from hpddrnet_trt.report.style import (
 # the paper: they stay in the pictures.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _MEAN = {"color": BLACK, "linewidth": 2.6, "marker": "o", "markersize": 5, "label": "mIoU"}
-_COLUMNS, _WIDTH = 3, 4.0  # panels side by side, inches
+COLUMNS, _WIDTH = 3, 4.0  # panels side by side (1 on a telephone), inches of each
 LEARNING_CURVES = "metrics.csv"  # written by hpddrnet_trt.training.callbacks.Records
 _NEEDED = {"step", "lr", "train/loss", "val/loss", "val/miou"}
 _CLASS = "val/iou/"
@@ -122,21 +122,21 @@ def confusion_figure(assessment: Assessment) -> Any:
     return figure
 
 
-def fractions_figure(assessment: Assessment) -> Any:
+def fractions_figure(assessment: Assessment, columns: int = COLUMNS) -> Any:
     """Area fraction of each class in each image, predicted against true; a panel per class."""
     names = assessment.class_names
     measured = [image for image in assessment.images if image.counts.any()]
     with style():
-        figure, grid = panels(len(names), _WIDTH, 3.5, columns=_COLUMNS)
+        figure, grid = panels(len(names), _WIDTH, 3.5, columns=columns)
         for index, (axes, name) in enumerate(zip(grid, names, strict=True)):
             _draw_fractions(axes, measured, index, name)
     return figure
 
 
-def curves_figure(curves: Curves, best_step: int | None = None) -> Any:
+def curves_figure(curves: Curves, best_step: int | None = None, columns: int = COLUMNS) -> Any:
     """Loss, IoU and learning rate by step; a line at the step of the model that was kept."""
     with style():
-        figure, (loss, iou, rate) = panels(3, _WIDTH, 3.8, columns=_COLUMNS)
+        figure, (loss, iou, rate) = panels(3, _WIDTH, 3.8, columns=columns)
         for name, label, look in (("train/loss", "training", GREY), ("val/loss", "validation", BLUE)):
             loss.plot(*_points(curves.columns[name]), color=look, linewidth=1.6, label=label)
         loss.set_ylim(bottom=0)
@@ -152,17 +152,17 @@ def curves_figure(curves: Curves, best_step: int | None = None) -> Any:
         label_axes(rate, "Learning rate", "training step", "rate, 1/1000")
         for axes in (loss, iou, rate) if best_step is not None else ():
             axes.axvline(best_step, color=GREY, linestyle="--", linewidth=1.1, label="step of this model")
-        legend_below(figure, loss, iou)
+        legend_below(figure, loss, iou, columns=2 * columns)
     return figure
 
 
-def robustness_figure(robustness: Robustness) -> Any:
+def robustness_figure(robustness: Robustness, columns: int = COLUMNS) -> Any:
     """IoU against each shift; the working range is shaded, the unchanged point ringed."""
     with style():
-        figure, grid = panels(len(robustness.sweeps), _WIDTH, 3.7, columns=_COLUMNS)
+        figure, grid = panels(len(robustness.sweeps), _WIDTH, 3.7, columns=columns)
         for axes, sweep in zip(grid, robustness.sweeps, strict=True):
             _draw_sweep(axes, sweep, robustness.class_names)
-        legend_below(figure, grid[0])
+        legend_below(figure, grid[0], columns=2 * columns)
     return figure
 
 
