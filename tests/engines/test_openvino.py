@@ -31,6 +31,23 @@ def test_compiled_shapes_are_bounded(tmp_path: Path) -> None:
         assert [shape[2] for shape, _ in engine._graphs] == [24, 32, 40, 8]
 
 
+def test_as_many_run_side_by_side_as_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = OpenVINOEngine._compile
+
+    def compiled(self: OpenVINOEngine, *arguments: Any) -> Any:
+        model = real(self, *arguments)
+        asked.append(int(model.get_property("PERFORMANCE_HINT_NUM_REQUESTS")))
+        return model
+
+    monkeypatch.setattr(OpenVINOEngine, "_compile", compiled)
+    monkeypatch.setattr("hpddrnet_trt.engines.openvino.SIDE_BY_SIDE_PIXELS", 5 * 64 * 64)
+    with OpenVINOEngine(write_toy_onnx(tmp_path / "toy.onnx", manifest())) as engine:
+        assert len(list(engine.infer_many([_images(64)] * 3))) == 3
+        assert len(list(engine.infer_many([_images(256)] * 3))) == 3
+    assert asked == [5, 2]
+
+
 def test_half_files_agree_with_onnxruntime(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True), half=True)
     with OpenVINOEngine(path, threads=1) as engine, OnnxRuntimeEngine(path) as other:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,25 @@ def test_ctrl_c_during_bookkeeping_comes_afterwards() -> None:
             behind.put(lambda number=number: number, 1)
     assert done == list(range(len(done)))
     assert len(done) >= 1
+
+
+def test_of_pictures_that_fill_the_room_one_is_held_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Told(FileSegmenter):
+        def read(self, task: Any) -> Any:
+            events.append(f"read {task.name}")
+            return super().read(task)
+
+        def write(self, task: Any, *arguments: Any) -> Any:
+            written = super().write(task, *arguments)
+            events.append(f"wrote {task.name}")
+            return written
+
+    monkeypatch.setattr("hpddrnet_trt.inference.folder.FileSegmenter", Told)
+    monkeypatch.setattr("hpddrnet_trt.inference.folder.Held", partial(Held, limit=600))
+    folder = _folder(tmp_path / "in", 4)
+    assert len(segment_paths(Segmenter(Pipelined(), tile=16), folder, tmp_path / "out", progress=False).written) == 4
+    assert events == [f"{what} {index:02d}" for index in range(4) for what in ("read", "wrote")]
