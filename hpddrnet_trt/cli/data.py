@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,6 +91,7 @@ datasets = new_app(
 )  # fmt: skip
 app.add_typer(datasets, rich_help_panel=PANEL)
 
+FORMATS = "labelme, cvat, coco, qupath, imagej, cvat-masks, masks"  # of data/importer.py, a test holds it
 DatasetName = Annotated[str, typer.Argument(help="Name in the catalog, e.g. nasa-super1.")]
 NewFolder = Annotated[Path, typer.Argument(help="Dataset folder to write; new or empty.")]
 
@@ -135,6 +137,44 @@ def convert_dataset(
 def _echo_dataset(dataset: FolderDataset) -> None:
     counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in dataset.splits)
     typer.echo(f"written: {dataset.root} ({counts}); look at it with: hpddrnet-trt datasets check {dataset.root}")
+
+
+@command("Commands", "datasets import annotated data/mine --class 255=pore", name="import", group=datasets)
+def import_dataset(
+    source: Annotated[Path, typer.Argument(help="Folder or archive of pictures with their masks or annotations.")],
+    folder: NewFolder,
+    form: Annotated[str | None, typer.Option("--format", help=f"{FORMATS}; recognized by itself if left out.")] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="WHAT=NAME", help="Name a label, value, range, colour; `ignore` for 255."),
+    ] = None,
+    specimen: Annotated[
+        str | None,
+        typer.Option(help="Regular expression that finds the specimen in a picture's path; `none`: split by picture."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, if they lie elsewhere.")] = None,
+    mask_mark: Annotated[str, typer.Option(help="What the names of masks end in, e.g. _phases.")] = "",
+    nearest: Annotated[bool, typer.Option("--nearest", help="Take other colours and values as the nearest.")] = False,
+    keep_empty: Annotated[
+        bool, typer.Option("--keep-empty", help="Take pictures on which nothing is drawn as background.")
+    ] = False,
+) -> None:
+    """Make a dataset of what annotation programs leave: labelme, CVAT, COCO, QuPath, ImageJ, napari, masks.
+
+    Nothing of SOURCE is changed. Every picture is accounted for, on the screen and in dataset.json;
+    contact-sheet.png shows pictures with their labels. --class may be given several times and orders
+    the classes: pore_1=pore, 255=pore, 1-65535=pore, '#ff0000=pore', unlabeled=matrix.
+    """
+    from hpddrnet_trt.data.class_names import parse_rule
+    from hpddrnet_trt.data.importer import CONTACT_SHEET, ImportSettings, import_folder
+
+    rules = tuple(parse_rule(text) for text in classes or [])
+    settings = ImportSettings(rules, specimen, images, mask_mark, nearest, keep_empty)
+    confirm = typer.confirm if sys.stdin.isatty() else lambda question: False
+    dataset, report = import_folder(source, folder, form=form, settings=settings, confirm=confirm)
+    typer.echo(report.text())
+    typer.echo(f"look at {dataset.root / CONTACT_SHEET}")
+    _echo_dataset(dataset)
 
 
 @command("Commands", "datasets check DATASET --contact-sheet sheet.png", name="check", group=datasets)

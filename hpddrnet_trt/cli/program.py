@@ -45,6 +45,7 @@ GONE = {
     "show": "`datasets list NAME`",
     "simulate": "`datasets simulate`",
 }
+OTHER_NAMES = {"dataset": "datasets"}  # of commands
 # Options of earlier versions: taken, but not shown.
 OLD_SPELLINGS = {
     "compare": "against",
@@ -68,6 +69,7 @@ class CommandList(TyperGroup):
         return super().parse_args(ctx, ours + [arg for arg in args[:end] if arg not in PROGRAM_OPTIONS] + args[end:])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        args = [OTHER_NAMES.get(args[0], args[0]), *args[1:]]
         two_words = " ".join(args[:2])  # such as `benchmark report`
         if two_words in self.commands:
             return two_words, self.commands[two_words], args[2:]

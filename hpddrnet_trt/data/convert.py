@@ -42,7 +42,7 @@ def get_dataset(entry: Entry, folder: str | Path, *, downloads: str | Path | Non
     file. Raises :class:`UsageError` for an entry that must be fetched by hand, and what :func:`download` raises.
     """
     folder = Path(folder)
-    _require_new(folder)
+    require_new(folder)
     if entry.file is None:
         raise UsageError(f"{entry.name} cannot be downloaded by itself: {entry.how_to_get}")
     archive = download(entry.file, Path(downloads) if downloads is not None else folder.parent / "downloads")
@@ -52,25 +52,25 @@ def get_dataset(entry: Entry, folder: str | Path, *, downloads: str | Path | Non
 def convert_dataset(entry: Entry, source: str | Path, folder: str | Path) -> FolderDataset:
     """Convert what is already at hand, a folder or an archive, into ``folder`` and open the result."""
     source, folder = Path(source), Path(folder)
-    _require_new(folder)
-    if not source.is_dir() and not is_archive(source):
-        raise BadInputFile(f"{source} is neither a folder nor a ZIP or TAR archive; give what the authors publish")
+    require_new(folder)
     return _convert(entry, source, folder, [])
 
 
 def _convert(entry: Entry, source: Path, folder: Path, downloads: list[dict[str, Any]]) -> FolderDataset:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _as_folder(source, folder) as root:
+    with as_folder(source, folder) as root:
         write_converted(entry, CONVERTERS[entry.name](root), folder, downloads=downloads)
     return FolderDataset.open(folder)
 
 
 @contextmanager
-def _as_folder(source: Path, beside: Path) -> Iterator[Path]:
-    """The source itself, or a temporary folder with the archive unpacked."""
+def as_folder(source: Path, beside: Path) -> Iterator[Path]:
+    """The source itself, or a temporary folder with the archive unpacked; :class:`BadInputFile` if it is neither."""
     if source.is_dir():
         yield source
         return
+    if not is_archive(source):
+        raise BadInputFile(f"{source} is neither a folder nor a ZIP or TAR archive; give what the authors publish")
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent) as temporary:
         unpack(source, Path(temporary) / source.stem)
         yield Path(temporary)
@@ -241,7 +241,7 @@ def write_converted(
         write_text(temporary / FILE_NAME, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def _require_new(folder: Path) -> None:
+def require_new(folder: Path) -> None:
     """Raise :class:`UsageError` when ``folder`` exists and is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not an empty folder; choose a new one, nothing is overwritten")
