@@ -6,15 +6,19 @@ import ast
 import functools
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import typer
 
 import hpddrnet_trt
+from hpddrnet_trt.cli import app
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -122,3 +126,38 @@ def test_public_names_are_in_the_reference() -> None:
     public = set(hpddrnet_trt.__all__) - {"__version__"}
     assert public <= named
     assert named - public <= {"Engine", "Prediction", "load_engine"}
+
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")),
+         *(REPOSITORY / f"{stage}/README.md" for stage in ("train", "export", "benchmarks"))]  # fmt: skip
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The words of every call of the program in a page, in code on a line of its own or within one."""
+    calls = re.findall(r"(?:^ *|`)hpddrnet-trt ([a-z][^`\n]*)", text.replace("\\\n", " "), flags=re.MULTILINE)
+    return [shlex.split(call, comments=True) for call in calls]
+
+
+def unknown_in(call: list[str]) -> set[str]:
+    """Options that the called command does not have, or the command itself where there is none of that name."""
+    program: Any = typer.main.get_command(app)
+    command, words = program, call
+    context = program.make_context("hpddrnet-trt", [], resilient_parsing=True)
+    while hasattr(command, "commands") and words:
+        name, command, words = command.resolve_command(context, words)  # None where there is none
+        if command is None:
+            return {str(name or call[0])}
+    everywhere = {name for parameter in program.params for name in parameter.opts} | {"--help"}
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return {word for word in words if word.startswith("-")} - known - everywhere
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_commands_of_the_pages_exist(page: Path) -> None:
+    calls = commands_in(page.read_text(encoding="utf-8"))
+    assert {" ".join(call): unknown for call in calls if (unknown := unknown_in(call))} == {}
+
+
+def test_wrong_commands_are_found() -> None:
+    text = "a `hpddrnet-trt segment x --y`\n```\nhpddrnet-trt builds m 1   # word\n  hpddrnet-trt -v\n```\n"
+    assert [unknown_in(call) for call in commands_in(text)] == [{"--y"}, {"builds"}]
