@@ -439,3 +439,19 @@ def test_reports_of_a_saved_result(run: Run, tmp_path: Path) -> None:
     changes = out.partition("\nsince ")[2]
     assert "no difference" in changes
     assert not any(word in changes for word in ("faster", "slower"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("seg", ["segment"]), ("segment --eng", ["--engine"]), ("segment --engine openv", ["openvino"]),
+     ("datasets ch", ["check"])],
+)  # fmt: skip
+def test_shells_complete_commands_options_and_values(
+    run: Run, monkeypatch: pytest.MonkeyPatch, typed: str, offered: list[str]
+) -> None:
+    words = ["hpddrnet-trt", *typed.split()]
+    monkeypatch.setenv("_HPDDRNET_TRT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", " ".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    code, out, _ = run()
+    assert (code, out.split()) == (0, offered)

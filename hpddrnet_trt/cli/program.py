@@ -92,16 +92,17 @@ class CommandList(TyperGroup):
 
 def new_app(**options: Any) -> typer.Typer:
     """A program, or a command with commands of its own; ``options`` are Typer's."""
-    return typer.Typer(
-        cls=CommandList, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-        context_settings={"token_normalize_func": lambda name: OLD_SPELLINGS.get(name, name)}, **options,
-    )  # fmt: skip
+    return typer.Typer(**{
+        "cls": CommandList, "add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None,
+        "context_settings": {"token_normalize_func": lambda name: OLD_SPELLINGS.get(name, name)}, **options,
+    })  # fmt: skip
 
 
 app = new_app(
     name="hpddrnet-trt",
     help="Semantic segmentation of SEM micrographs: train, export, calibrate, build, run and measure.",
     no_args_is_help=True,
+    add_completion=True,
 )
 
 
