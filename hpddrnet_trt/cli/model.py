@@ -35,7 +35,7 @@ CalibrationData = Annotated[
 
 @command(PANEL, "convert-checkpoint their.pth ours.safetensors --classes grain,pore,clay")
 def convert_checkpoint(
-    source: Annotated[Path, typer.Argument(help="Checkpoint of HPDDRNet or mmsegmentation (.pth).")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint of HPDDRNet, DDRNet, mmsegmentation or PaddleSeg.")],
     target: Annotated[Path, typer.Argument(help="Checkpoint to write (.safetensors).")],
     classes: Annotated[
         str | None, typer.Option(help="Comma-separated class names; default: as stored in the checkpoint.")
@@ -43,7 +43,7 @@ def convert_checkpoint(
     name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the training data.")] = None,
 ) -> None:
-    """Turn a checkpoint of the HPDDRNet / mmsegmentation world into ours; executes nothing from the file."""
+    """Turn a checkpoint of HPDDRNet, DDRNet, mmsegmentation or PaddleSeg into ours; executes nothing from the file."""
     from hpddrnet_trt.models.checkpoints import convert_checkpoint as run_conversion
 
     names = [part.strip() for part in classes.split(",")] if classes else None

@@ -7,7 +7,6 @@ weights and their description in one file, and nothing in it can run.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from hpddrnet_trt.core.manifest import (
     DataRecord,
     Manifest,
     NetworkConfig,
-    Normalization,
     default_palette,
     parse_manifest,
 )
@@ -37,9 +35,11 @@ from hpddrnet_trt.models.foreign import (
     described_classes,
     described_settings,
     infer_config,
+    parse_safetensors,
     read_foreign,
 )
-from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.models.layouts import in_our_layout
+from hpddrnet_trt.models.network import Head, HPDDRNet
 
 SUFFIX = ".safetensors"
 _COUNTER = ".num_batches_tracked"
@@ -80,7 +80,7 @@ def load_checkpoint(path: str | Path) -> tuple[HPDDRNet, Manifest]:
     """
     path = Path(path)
     content = read_file(path, "checkpoint")
-    weights, metadata = _parse(content, path)
+    weights, metadata = parse_safetensors(content, path)
     if METADATA_KEY not in metadata:
         raise BadInputFile(
             f"{path} carries no description of the model (classes, network); it was not written by this package: "
@@ -109,8 +109,9 @@ def convert_checkpoint(
     palette: Sequence[tuple[int, int, int]] | None = None,
     license: str | None = None,
 ) -> Manifest:
-    """Write our format from a checkpoint of mmsegmentation or of the HPDDRNet authors.
+    """Write our format from a checkpoint of mmsegmentation, the HPDDRNet or DDRNet authors, or PaddleSeg.
 
+    Their names of weights are told apart by content: see :mod:`hpddrnet_trt.models.layouts`.
     ``name`` of the model (default: the source's file name); ``classes`` and ``palette`` (RGB, 0..255)
     replace what the file says; ``license`` of the data the model was trained on. Returns the
     description, whose ``remarks`` tell what was dropped or assumed.
@@ -143,7 +144,7 @@ def load_backbone_weights(network: HPDDRNet, path: str | Path) -> list[str]:
         checkpoint = read_foreign(path)
         given, remarks = checkpoint.state_dict, list(checkpoint.remarks)
     else:
-        given, _ = _parse(read_file(path, "checkpoint"), path)
+        given, _ = in_our_layout(parse_safetensors(read_file(path, "checkpoint"), path)[0])
     if any(key.startswith("backbone.") for key in given):
         given = {key[len("backbone.") :]: value for key, value in given.items() if key.startswith("backbone.")}
     expected = network.backbone.state_dict()
@@ -171,12 +172,13 @@ def _from_foreign(
 ) -> tuple[HPDDRNet, Manifest]:
     config = infer_config(checkpoint)
     settings = described_settings(checkpoint.meta)
-    network = _build(config, _with_epsilon(checkpoint.state_dict, settings.norm_epsilon), checkpoint.path)
     remarks = [*checkpoint.remarks, *settings.remarks]
+    weights = _with_auxiliary(_with_epsilon(checkpoint.state_dict, settings.norm_epsilon), config, remarks)
+    network = _build(config, weights, checkpoint.path)
     normalization = settings.normalization
     if normalization is None:
-        normalization = Normalization()
-        remarks.append("the file names no normalisation; ImageNet's mean and standard deviation are assumed")
+        normalization = checkpoint.layout.normalization
+        remarks.append(f"the file names no normalisation; {checkpoint.layout.normalized_by} are assumed")
     manifest = Manifest(
         name=name,
         network=config,
@@ -196,6 +198,20 @@ def _with_epsilon(weights: Mapping[str, Tensor], epsilon: float | None) -> Mappi
         name: value.double().add(epsilon - NORM_EPSILON).float() if name.endswith(".running_var") else value
         for name, value in weights.items()
     }
+
+
+def _with_auxiliary(weights: Mapping[str, Tensor], config: NetworkConfig, remarks: list[str]) -> Mapping[str, Tensor]:
+    """``weights`` with an auxiliary classifier where the file has none at all, as after training without."""
+    hidden = weights.get("decode_head.head.0.conv.weight")
+    # Its size is that of what the file does hold, so nothing larger than the file is made.
+    fits = hidden is not None and hidden.shape == (config.head_channels, 4 * config.channels, 3, 3)
+    if not fits or any(name.startswith("decode_head.aux_") for name in weights):
+        return weights
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        new = Head(config).state_dict()
+    remarks.append("the file has no auxiliary classifier, which only training uses; it starts anew")
+    return {**{f"decode_head.{name}": value for name, value in new.items() if name.startswith("aux_")}, **weights}
 
 
 def _class_table(
@@ -268,20 +284,6 @@ def _is_foreign(path: Path) -> bool:
     with path.open("rb") as stream:
         head = stream.read(9)
     return head.startswith(ZIP_MAGIC) or (head[:1] == b"\x80" and head[8:9] != b"{")
-
-
-def _parse(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    library = _safetensors()
-    error = require("safetensors", "train", "read checkpoints").SafetensorError
-    try:
-        tensors = library.load(content)
-    except (error, ValueError, KeyError) as exc:
-        raise BadInputFile(
-            f"{path} is not a safetensors file or is truncated ({one_line(exc)}); copy it again, or convert a foreign "
-            "checkpoint with: hpddrnet-trt convert-checkpoint"
-        ) from exc
-    length = int.from_bytes(content[:8], "little")
-    return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
 
 
 def _safetensors() -> Any:

@@ -1,8 +1,9 @@
-"""Checkpoints of mmsegmentation and of the HPDDRNet authors: their layout, in our terms.
+"""Checkpoints of mmsegmentation, the HPDDRNet and DDRNet authors and PaddleSeg, in our terms.
 
-Weights are named ``backbone.*`` and ``decode_head.*``, possibly behind ``module.`` or ``model.``, and
-lie at the top of the file or under ``state_dict`` or ``model``. A full mmengine runner checkpoint
-(with optimizer, schedulers, message hub) is read like any other; only weights and ``meta`` are used.
+Weights are named ``backbone.*`` and ``decode_head.*``, or as :mod:`hpddrnet_trt.models.layouts` lists, possibly
+behind ``module.`` or ``model.``, and lie at the top of the file or under ``state_dict`` or ``model``. A full mmengine
+runner checkpoint (with optimizer, schedulers, message hub) is read like any other; only weights and ``meta`` are used.
+Arrays of NumPy (``.npz``) and safetensors files are read as well, which is how weights leave Paddle.
 
 A pickle is a program: the standard unpickler imports whatever a file names and calls it. Here PyTorch's
 own reader of weights reads it, which imports nothing; what it does not know (NumPy scalars, mmengine's history
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import math
 import pickle
 import pickletools
@@ -25,13 +27,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hpddrnet_trt.core.errors import BadInputFile, first_problem, one_line
+from hpddrnet_trt.core.errors import BadInputFile, first_problem, one_line, require
 from hpddrnet_trt.core.files import existing_file, read_file
-from hpddrnet_trt.core.manifest import ClassInfo, NetworkConfig, Normalization, default_palette
+from hpddrnet_trt.core.manifest import METADATA_KEY, ClassInfo, NetworkConfig, Normalization, default_palette
+from hpddrnet_trt.models.layouts import MMSEGMENTATION, Layout, in_our_layout
 
 MAX_FILE_BYTES = 4 << 30
 MAX_OPCODES = 5_000_000
@@ -40,6 +44,10 @@ ZIP_MAGIC = b"PK\x03\x04"
 # Created by the authors' constructor, saved in every checkpoint, called by no forward pass.
 UNUSED = ("backbone.ecas.2.", "backbone.sps.2.")
 _WRAPPERS = ("module.", "model.")
+_LOSSES = ("loss.", "criterion.")  # beside a wrapped network: weights of classes
+PADDLE_LINE = (
+    "python -c \"import numpy, paddle; numpy.savez('model.npz', **paddle.load('model.pdparams', return_numpy=True))\""
+)
 _MAX_CONFIG_CHARACTERS = 1 << 20
 _MAX_DEPTH = 50  # of a configuration
 NORM_EPSILON = 1e-5  # of batch normalisation, PyTorch's
@@ -59,29 +67,30 @@ class StandIn:
 class ForeignCheckpoint:
     """What a foreign file holds.
 
-    ``state_dict``: weights by their name in the layout above, without wrapper prefixes and without
-    the unused modules, floating point as float32. ``meta``: the file's own ``meta`` dictionary of
-    plain values and stand-ins. ``remarks``: what was dropped or changed, one sentence each.
+    ``state_dict``: weights by our names, without wrapper prefixes and without the unused modules, floating point as
+    float32; ``layout``: where the file's names come from. ``meta``: the file's own ``meta`` dictionary of plain values
+    and stand-ins. ``remarks``: what was dropped or changed, one sentence each.
     """
 
     path: Path
     state_dict: dict[str, Tensor]
     meta: dict[Any, Any] = field(repr=False)
     remarks: list[str]
+    layout: Layout = MMSEGMENTATION
 
 
 def read_foreign(path: str | Path) -> ForeignCheckpoint:
-    """Read a ``.pth`` checkpoint without executing anything in it.
+    """Read a checkpoint (``.pth``, ``.npz``, ``.safetensors``; its content decides) without executing anything in it.
 
     Raises :class:`BadInputFile` when the file is missing, too large, damaged, or holds no weights.
     """
     path = existing_file(path, "checkpoint")
-    content = read_torch_file(path)
+    content = _content_of(path)
     weights = _weights_of(content)
     if not weights:
         raise BadInputFile(
             f"{path} holds no weights (a dictionary of tensors, possibly under 'state_dict'); "
-            "give a checkpoint of mmsegmentation or of HPDDRNet"
+            "give a checkpoint of mmsegmentation, HPDDRNet, DDRNet or PaddleSeg"
         )
     claimed, size = sum(value.numel() * value.element_size() for value in weights.values()), path.stat().st_size
     if claimed > 2 * size:  # many names for the same bytes would fill the memory
@@ -96,8 +105,60 @@ def read_foreign(path: str | Path) -> ForeignCheckpoint:
         for name, value in weights.items()
         if not name.startswith(UNUSED)
     }
+    state_dict, layout = in_our_layout(state_dict)
+    remarks += [layout.remark] if layout.remark else []
     meta = content.get("meta") if isinstance(content, dict) else None
-    return ForeignCheckpoint(path, state_dict, meta if isinstance(meta, dict) else {}, remarks)
+    return ForeignCheckpoint(path, state_dict, meta if isinstance(meta, dict) else {}, remarks, layout)
+
+
+def _content_of(path: Path) -> Any:
+    """What the file holds: whatever ``torch.save`` was given, or tensors by their names."""
+    with path.open("rb") as stream:
+        head = stream.read(300)
+    first_name = head[30 : 30 + int.from_bytes(head[26:28], "little")]  # of a zip archive
+    if head.startswith(ZIP_MAGIC) and first_name.endswith(b".npy"):
+        return _read_arrays(path)
+    if head[8:9] == b"{":
+        tensors, metadata = parse_safetensors(_limited(path), path)
+        if METADATA_KEY in metadata:
+            raise BadInputFile(f"{path} is a checkpoint of this package already; use it as it is")
+        return tensors
+    if path.suffix == ".pdparams":
+        raise BadInputFile(f"{path} is Paddle's own format; where Paddle is installed, save its arrays: {PADDLE_LINE}")
+    return read_torch_file(path)
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    """Arrays of numbers in a file that ``numpy.savez`` wrote."""
+    data = _limited(path)
+    try:
+        names = [entry.filename for entry in _stored(data).infolist()]
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            loaded = {name.removesuffix(".npy"): arrays[name.removesuffix(".npy")] for name in names}
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
+            for name, array in loaded.items()
+            if array.dtype.kind in "fiu"
+        }
+    except Exception as exc:  # a damaged file makes zipfile and NumPy raise of every kind
+        raise BadInputFile(
+            f"{path} is damaged or no archive of NumPy's arrays ({one_line(exc)}); write it again with numpy.savez"
+        ) from exc
+
+
+def parse_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; :class:`BadInputFile` when it is none."""
+    library = require("safetensors.torch", "train", "read checkpoints")
+    error = require("safetensors", "train", "read checkpoints").SafetensorError
+    try:
+        tensors = library.load(content)
+    except (error, ValueError, KeyError) as exc:
+        raise BadInputFile(
+            f"{path} is not a safetensors file or is truncated ({one_line(exc)}); copy it again, or convert a foreign "
+            "checkpoint with: hpddrnet-trt convert-checkpoint"
+        ) from exc
+    length = int.from_bytes(content[:8], "little")
+    return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
 
 
 def read_torch_file(path: Path) -> Any:
@@ -106,9 +167,7 @@ def read_torch_file(path: Path) -> Any:
     Classes and functions that the file names become :class:`StandIn`. Raises :class:`BadInputFile` when it
     is too large, damaged, in another format, or calls what PyTorch blocks altogether (``os.system``).
     """
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise BadInputFile(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB, too large for a checkpoint")
-    data = read_file(path, "checkpoint")
+    data = _limited(path)
     if not data.startswith((ZIP_MAGIC, b"\x80")):
         raise BadInputFile(
             f"{path} is not a PyTorch checkpoint (neither a zip archive nor a pickle); "
@@ -130,14 +189,26 @@ def read_torch_file(path: Path) -> Any:
         ) from exc
 
 
-def _names_in_zip(data: bytes) -> set[str]:
+def _limited(path: Path) -> bytes:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise BadInputFile(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB, too large for a checkpoint")
+    return read_file(path, "checkpoint")
+
+
+def _stored(data: bytes) -> zipfile.ZipFile:
+    """A zip archive, held against records that unfold to more than the file has."""
     archive = zipfile.ZipFile(io.BytesIO(data))
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("it holds compressed records, which PyTorch never writes")
+        raise ValueError("it holds compressed records, which neither PyTorch nor numpy.savez writes")
     if sum(entry.file_size for entry in entries) > len(data):
         raise ValueError("its records claim more bytes than the file has")
-    pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+    return archive
+
+
+def _names_in_zip(data: bytes) -> set[str]:
+    archive = _stored(data)
+    pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ValueError("it is a zip archive without the one data.pkl of a PyTorch file")
     return _names_in_pickle(io.BytesIO(archive.read(pickles[0])))[0]
@@ -216,10 +287,13 @@ def _is_weight(value: Any) -> bool:
 
 
 def _without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip ``module.`` and ``model.`` while all names carry them."""
-    while (prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in weights)), None)) is not None:
-        weights = {name[len(prefix) :]: value for name, value in weights.items()}
-    return weights
+    """Strip ``module.`` and ``model.`` while all names carry them, but for those of a loss, which go."""
+    while True:
+        network = {name: value for name, value in weights.items() if not name.startswith(_LOSSES)}
+        prefix = next((p for p in _WRAPPERS if network and all(name.startswith(p) for name in network)), None)
+        if prefix is None:
+            return weights
+        weights = {name[len(prefix) :]: value for name, value in network.items()}
 
 
 def infer_config(checkpoint: ForeignCheckpoint) -> NetworkConfig:
@@ -235,11 +309,16 @@ def infer_config(checkpoint: ForeignCheckpoint) -> NetworkConfig:
         weight = weights.get(name)
         return weight.shape[axis] if weight is not None and weight.ndim > axis else default
 
+    if any(name.startswith(("layer3_1.", "backbone.stem.2.2.")) for name in weights):  # three blocks in a stage of two
+        raise BadInputFile(
+            f"{checkpoint.path} holds a deeper network, such as DDRNet-39, but this package has DDRNet-23 and "
+            "DDRNet-23-slim only"
+        )
     if not any(name.startswith("backbone.stem.") for name in weights):
         examples = ", ".join(list(weights)[:3])
         raise BadInputFile(
-            f"{checkpoint.path} holds no HPDDRNet or DDRNet in mmsegmentation's layout (weights named backbone.* "
-            f"and decode_head.*); it has {examples}"
+            f"{checkpoint.path} holds no HPDDRNet or DDRNet with weights named as in mmsegmentation (backbone.*, "
+            f"decode_head.*), the DDRNet repository or PaddleSeg (conv1.*, layer3_.*); it has {examples}"
         )
     try:
         return NetworkConfig(
@@ -249,6 +328,7 @@ def infer_config(checkpoint: ForeignCheckpoint) -> NetworkConfig:
             num_classes=width("decode_head.conv_seg.weight", 0, 2),
             eca="context" if any(name.startswith("backbone.ecas.") for name in weights) else "none",
             pam="fusion" if any(name.startswith("backbone.sps.") for name in weights) else "none",
+            pool_border=checkpoint.layout.pool_border,
         )
     except ValidationError as exc:
         raise BadInputFile(
