@@ -22,7 +22,8 @@ from hpddrnet_trt.data.simulate import write_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = [
-    "network.channels=8", "network.ppm_channels=16", "network.head_channels=16", "augmentation.crop=[64, 64]",
+    "network={channels: 8, ppm_channels: 16, head_channels: 16, detail: true, pool_border: ignored}",
+    "augmentation.crop=[64, 64]",
     "optimization.max_steps=30", "optimization.warmup_steps=5", "optimization.ema_decay=0.9", "run.val_every=30",
     "run.checkpoint_every=30", "run.workers=0", "run.progress=false", "data.simulated.size=128",
 ]  # fmt: skip

@@ -11,7 +11,9 @@ import typer
 
 from hpddrnet_trt.cli.options import Data, EngineOptions, Mode, ModelFile, Split, write_json
 from hpddrnet_trt.cli.program import app, command, new_app
-from hpddrnet_trt.core.errors import require
+from hpddrnet_trt.core.errors import UsageError, require
+from hpddrnet_trt.training import DEFAULT_RECIPE, recipe_file
+from hpddrnet_trt.training import recipes as known_recipes
 
 if TYPE_CHECKING:
     from hpddrnet_trt.data.datasets import FolderDataset
@@ -19,20 +21,70 @@ if TYPE_CHECKING:
 PANEL = "Train and score"
 
 
-@command(PANEL, "train --config train/configs/demo.yaml run.steps=2000")
+@command(PANEL, "train micrographs/ --recipe small-data optimization.max_steps=500")
 def train(
-    config: Annotated[Path, typer.Option(help="YAML file, e.g. train/configs/demo.yaml.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override settings.")] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FOLDER] [KEY=VALUE]...", help="Dataset folder, and settings to override."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"Settings by name, see `recipes`; {DEFAULT_RECIPE} if left out.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings instead of a recipe.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Go on from this checkpoint (.safetensors), or a shipped model's name."),
+    ] = None,
 ) -> None:
-    """Train a network; an interrupted run continues where it stopped when called again."""
+    """Train a network on a dataset folder; an interrupted run continues where it stopped when called again.
+
+    Sizes, steps and rates that a recipe leaves open come from the pictures and this machine.
+    """
+    if recipe is not None and config is not None:
+        raise UsageError("give either --recipe or --config, not both")
+    source = config or recipe_file(recipe or DEFAULT_RECIPE)
+    given = arguments or []
+    folders, settings = [text for text in given if "=" not in text], [text for text in given if "=" in text]
+    if len(folders) > 1:
+        raise UsageError(f"one dataset folder is trained on, not {len(folders)} ({', '.join(folders)})")
     for module in ("torch", "lightning", "tensorboard", "safetensors"):
         require(module, "train", "train a network")
-    from hpddrnet_trt.training.config import load_config
+    from hpddrnet_trt.training.plan import plan_run
     from hpddrnet_trt.training.run import train as run_training
 
-    logging.getLogger("hpddrnet_trt.training").setLevel(logging.INFO)  # says what it continues from
-    result = run_training(load_config(config, settings or []))
+    log = logging.getLogger("hpddrnet_trt.training")
+    log.setLevel(logging.INFO)  # says what it continues from, and how long it will take
+    folder = Path(folders[0]) if folders else None
+    result = run_training(plan_run(source, folder, settings, start=start))
     typer.echo(f"best mIoU {result.metrics['val/miou']:.4f} at step {result.metrics['step']:.0f}: {result.checkpoint}")
+    if folder is not None:
+        _finish(result.checkpoint, folder)
+
+
+def _finish(checkpoint: Path, folder: Path) -> None:
+    """Export what was trained, and say what can be done with it."""
+    from hpddrnet_trt.data.datasets import find_images
+    from hpddrnet_trt.export.onnx import export_onnx
+
+    model = checkpoint.with_suffix(".onnx")
+    export_onnx(checkpoint, model, images=find_images(folder, "val"))
+    typer.echo(f"exported: {model}")
+    typer.echo(f"next: hpddrnet-trt segment MICROGRAPHS --model {model}")
+    typer.echo(f"      hpddrnet-trt evaluate {model} --data {folder} --split val --report {model.with_suffix('.html')}")
+
+
+@command(PANEL, "recipes small-data")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print the settings of this one.")] = None,
+) -> None:
+    """List the recipes that `train --recipe` takes, or print one: a file to copy and change for --config."""
+    if name is not None:
+        typer.echo(recipe_file(name).read_text(encoding="utf-8").rstrip())
+        return
+    known = known_recipes()
+    width = max(map(len, known))
+    for each, purpose in known.items():
+        typer.echo(f"{each:{width}}  {purpose}")
 
 
 @command(PANEL, "evaluate model.onnx --data DATASET --report page.html")

@@ -195,7 +195,7 @@ def run(program: Callable[..., Any] | typer.Typer) -> NoReturn:
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if in_main_thread else None
     try:
-        program()
+        program(prog_name=app.info.name if program is app else None)
     except UserError as exc:
         if os.environ.get("HPDDRNET_DEBUG"):
             raise

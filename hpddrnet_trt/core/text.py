@@ -42,6 +42,13 @@ def scaled(count: float) -> str:
     return f"{count:g}"
 
 
+def duration(seconds: float) -> str:
+    """A time for people, e.g. ``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def length(metres: float, digits: int = 4) -> str:
     """A length in the unit that suits it, e.g. ``5 nm``, ``1.25 µm``, with at most so many significant digits."""
     unit = next((unit for unit in _SHOWN if metres >= METRES[unit] * (1 - 1e-9)), _SHOWN[-1])

@@ -164,6 +164,22 @@ def load_backbone_weights(network: HPDDRNet, path: str | Path) -> list[str]:
     return remarks
 
 
+def with_classes(network: HPDDRNet, known: Sequence[int | None]) -> HPDDRNet:
+    """A network of the same weights for other classes: ``known`` holds the index that each of them has in ``network``,
+    None for one that is new, whose rows of the two classifiers are drawn as for a new network."""
+    other = HPDDRNet(network.config.model_copy(update={"num_classes": len(known)}))
+    weights = network.state_dict()
+    with torch.no_grad():
+        for name, value in other.state_dict().items():
+            if "cls_seg" not in name and "conv_seg" not in name:
+                value.copy_(weights[name])
+                continue
+            for index, before in enumerate(known):
+                if before is not None:
+                    value[index] = weights[name][before]
+    return other
+
+
 def _from_foreign(
     checkpoint: ForeignCheckpoint,
     name: str,

@@ -146,7 +146,11 @@ class ECA(nn.Module):
 
 
 class ScaledDotProduct(nn.Module):
-    """Single-head self-attention over tokens ``[N, T, C]`` with biased projections."""
+    """Single-head self-attention over tokens ``[N, T, C]`` with biased projections.
+
+    Trained in FP32 also under autocast: scores reach 1e5 and more, and those of a rounded product point the gradients
+    of everything before it elsewhere.
+    """
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
@@ -157,6 +161,12 @@ class ScaledDotProduct(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.training and torch.is_autocast_enabled(tokens.device.type):
+            with torch.autocast(tokens.device.type, enabled=False):
+                return self._attend(tokens.float())
+        return self._attend(tokens)
+
+    def _attend(self, tokens: Tensor) -> Tensor:
         scores = self.fc_q(tokens) @ self.fc_k(tokens).transpose(1, 2) / math.sqrt(tokens.shape[-1])
         return self.fc_o(self.dropout(torch.softmax(scores, dim=-1)) @ self.fc_v(tokens))
 

@@ -17,6 +17,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,17 +29,18 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UserError, one_line
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import Manifest
-from hpddrnet_trt.core.progress import QUIET
+from hpddrnet_trt.core.progress import QUIET, progress_bar
+from hpddrnet_trt.core.text import duration
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.module import SegmentationModule, learning_rate
 
 LAST = "last.ckpt"
+_SLOW_STEPS, _TIMED_STEPS = 2, 4  # the first of a process are slower; an estimate is made from the next
 log = logging.getLogger(__name__)
 
 
@@ -307,25 +309,22 @@ class Checkpoints(pl.Callback):
 
 
 class Progress(pl.Callback):
-    """A bar with step, loss, validation mIoU and time left; one line a half minute where there is no terminal."""
+    """A bar with step, loss and validation mIoU on a terminal; and, anywhere, lines that say how long it will take:
+    measured on the first steps, and after each validation."""
 
     def __init__(self, name: str, max_steps: int) -> None:
         self.name = name
         self.max_steps = max_steps
         self._bar: Any = None
         self._loss = math.nan
-        self._refreshed = 0.0
+        self._began: tuple[int, float] | None = None  # step and time, once the first steps of this process are done
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar = tqdm(
-            total=self.max_steps,
-            initial=trainer.global_step,
-            desc=self.name,
-            unit="step",
-            disable=not trainer.is_global_zero or bool(os.environ.get(QUIET)),
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-        )
+        self._first = trainer.global_step
+        self._bar = progress_bar(
+            show=trainer.is_global_zero, total=self.max_steps, initial=trainer.global_step, desc=self.name,
+            unit="step", mininterval=0.5,
+        )  # fmt: skip
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -333,17 +332,22 @@ class Progress(pl.Callback):
         assert isinstance(pl_module, SegmentationModule)
         loss = sum(pl_module.losses)
         self._loss = loss if math.isnan(self._loss) else 0.95 * self._loss + 0.05 * loss
-        if step_done(trainer, batch_idx):
-            self._describe(pl_module, refresh=False)
-            self._bar.update()
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str("validating")
+        if not step_done(trainer, batch_idx):
+            return
+        self._bar.set_postfix(self._figures(pl_module), refresh=False)
+        self._bar.update()
+        done = trainer.global_step - self._first
+        if done == _SLOW_STEPS:
+            self._began = (trainer.global_step, time.monotonic())
+        elif done == _SLOW_STEPS + _TIMED_STEPS and trainer.global_step < self.max_steps:
+            self._say(trainer, f"{self._second_per_step(trainer):.2f} s a step, about {self._left(trainer)} in all")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._bar is not None:
-            self._describe(pl_module, refresh=True)
+        if self._bar is None or not isinstance(pl_module, SegmentationModule):
+            return
+        figures = ", ".join(f"{name} {value}" for name, value in self._figures(pl_module).items())
+        left = f"; {self._left(trainer)} left" if self._began and trainer.global_step < self.max_steps else ""
+        self._say(trainer, f"step {trainer.global_step} of {self.max_steps}: {figures}{left}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
@@ -351,12 +355,23 @@ class Progress(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
 
-    def _describe(self, pl_module: pl.LightningModule, refresh: bool) -> None:
-        assert isinstance(pl_module, SegmentationModule)
+    def _figures(self, module: SegmentationModule) -> dict[str, str]:
         shown = {"loss": f"{self._loss:.3f}"}
-        if pl_module.scores is not None:
-            shown["mIoU"] = f"{pl_module.scores.miou:.3f}"
-        self._bar.set_postfix(shown, refresh=refresh)
+        if module.scores is not None:
+            shown["mIoU"] = f"{module.scores.miou:.3f}"
+        return shown
+
+    def _second_per_step(self, trainer: pl.Trainer) -> float:
+        assert self._began is not None
+        step, begin = self._began
+        return (time.monotonic() - begin) / max(1, trainer.global_step - step)
+
+    def _left(self, trainer: pl.Trainer) -> str:
+        return duration(self._second_per_step(trainer) * (self.max_steps - trainer.global_step))
+
+    def _say(self, trainer: pl.Trainer, text: str) -> None:
+        if trainer.is_global_zero and not os.environ.get(QUIET):
+            self._bar.write(f"{self.name}: {text}", file=sys.stderr)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -43,7 +43,8 @@ class NetworkSection(_Section):
     detail: bool | None = None  # logits at 1/4, see models.network.Detail
     pool_border: Literal["zeros", "ignored"] | None = None  # see models.network.DAPPM
     pretrained: Path | None = None  # checkpoint whose backbone training starts from, ours or mmsegmentation's
-    # Checkpoint of ours that training starts from as a whole; the other keys and data.normalization are then its own.
+    # Checkpoint of ours, or a shipped model's name, that training starts from as a whole: the other keys are then its
+    # own, and with the same classes the normalisation, too.
     initial: Path | None = None
 
     @model_validator(mode="after")
@@ -228,13 +229,27 @@ def renamed(content: Mapping[str, Any]) -> dict[str, Any]:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and apply ``section.key=value`` overrides; every key is checked.
 
-    Parameters: ``path`` the file, or None for the defaults; ``overrides`` values are read as YAML. Keys of the
-    first version (``optimisation``) are still read.
+    Parameters: ``path`` the file, or None for the defaults; ``overrides`` values are read as YAML. What a recipe leaves
+    open (``auto``) is for :func:`hpddrnet_trt.training.plan.plan_run`.
     Raises :class:`UsageError` naming the key, the value and what is allowed.
     """
-    content = {} if path is None else renamed(_read_yaml(existing_file(path, "configuration file")))
+    content = read_settings(path)
     for override in overrides:
-        _apply(content, override)
+        apply_override(content, override)
+    return checked(content, path)
+
+
+def read_settings(path: str | Path | None) -> dict[str, Any]:
+    """The sections of a YAML file, or none, unchecked; keys of the first version (``optimisation``) are still read.
+
+    Raises :class:`UsageError` for what is not YAML.
+    """
+    return {} if path is None else renamed(_read_yaml(existing_file(path, "configuration file")))
+
+
+def checked(content: Mapping[str, Any], path: str | Path | None = None) -> TrainConfig:
+    """The configuration of what :func:`read_settings` read; :class:`UsageError` naming the key, the value and what is
+    allowed."""
     source = "the configuration" if path is None else str(path)
     try:
         return TrainConfig.model_validate(content)
@@ -254,7 +269,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set what ``section.key=value`` says; :class:`UsageError` for another form."""
     key, equals, text = override.partition("=")
     parts = [_RENAMED.get(part, part) for part in key.strip().split(".")]
     if not equals or not all(parts):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpddrnet_trt.core.errors import UserError
-from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, IntensityRecord
+from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, IntensityRecord, Manifest
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import (
@@ -109,10 +109,11 @@ class TrainingData:
     training_images: int
 
 
-def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | None = None) -> TrainingData:
+def open_data(section: DataSection, folder: Path, start: Manifest | None = None) -> TrainingData:
     """The dataset that ``section`` names; simulated data are written to ``folder``.
 
-    ``intensity``: the range that pictures are brought to; None: what suits those of the training split.
+    ``start``: the model that training goes on from. Where it tells apart the same classes, pictures are brought to its
+    intensity range, otherwise to what suits those of the training split.
     Raises :class:`UserError` when a split is missing, and what opening and counting it raises.
     """
     if section.path == SIMULATED:  # written once
@@ -121,7 +122,7 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
         dataset = FolderDataset.open(section.path, section.layout)
     wanted = (section.train_split, section.val_split)
     if missing := missing_splits(dataset.splits, *wanted):
-        raise UserError(_unfit(dataset, missing))
+        raise UserError(unfit(dataset, missing))
     shared = dataset.shared_groups(section.train_split)
     if section.separate_groups:
         dataset = dataset.without_shared_groups(section.train_split)
@@ -130,6 +131,7 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
             "groups in split %r and in others: %s; scores will flatter, see data.separate_groups",
             section.train_split, ", ".join(shared),
         )  # fmt: skip
+    intensity = None if start is None or start.class_names != dataset.class_names else start.intensity
     if intensity is None:
         samples = progress_bar(dataset.split(section.train_split), desc="intensity range", unit="image", delay=5)
         intensity, remarks = training_range(read_micrograph(sample.image).pixels for sample in samples)
@@ -139,7 +141,7 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
     figures = {split: dataset.statistics(split) for split in dict.fromkeys(wanted)}
     labels = {split: (entry.class_fractions, entry.ignored_fraction) for split, entry in figures.items()}
     if problems := training_problems(dataset.classes, labels, *wanted):
-        raise UserError(_unfit(dataset, problems))
+        raise UserError(unfit(dataset, problems))
     statistics = figures[section.train_split]
     absent = [name for name, part in zip(dataset.class_names, statistics.class_fractions, strict=True) if not part]
     if absent:
@@ -147,7 +149,8 @@ def open_data(section: DataSection, folder: Path, intensity: IntensityRecord | N
     return TrainingData(dataset, statistics, intensity, dataset.checksum(), len(dataset.split(section.train_split)))
 
 
-def _unfit(dataset: FolderDataset, problems: Sequence[str]) -> str:
+def unfit(dataset: FolderDataset, problems: Sequence[str]) -> str:
+    """The sentence that refuses a dataset."""
     others = passed_over(dataset.root, dataset.layout)
     return (
         f"the dataset {dataset.root} cannot be trained on: {'; '.join(problems)}{f' ({others})' if others else ''}; "

@@ -181,7 +181,8 @@ class SegmentationModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, masks = batch
-        coarse = self.logits(self.normalize(images), rounded=True)
+        with torch.autocast(images.device.type, enabled=False):  # as the checkpoint will be used
+            coarse = self.logits(self.normalize(images), rounded=True)
         assert isinstance(coarse, Tensor)
         logits = resize(coarse.float(), images.shape[-2], images.shape[-1])
         labelled = float((masks != IGNORE_INDEX).sum())

@@ -24,7 +24,7 @@ from hpddrnet_trt.core.manifest import DataRecord, Manifest, Normalization, read
 from hpddrnet_trt.core.quiet import quiet
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import SplitStatistics
-from hpddrnet_trt.models.checkpoints import load_backbone_weights, load_checkpoint
+from hpddrnet_trt.models.checkpoints import load_backbone_weights, load_checkpoint, with_classes
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.callbacks import (
     LAST,
@@ -53,6 +53,7 @@ from hpddrnet_trt.training.losses import (
 )
 from hpddrnet_trt.training.module import SegmentationData, SegmentationModule
 from hpddrnet_trt.training.qat import FakeQuantization
+from hpddrnet_trt.weights import locate
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     device = _Device.of(config)
     folder = config.run.path
-    initial = config.network.initial
-    data = open_data(config.data, folder, None if initial is None else read_manifest(initial).intensity)
+    data = open_data(config.data, folder, None if config.network.initial is None else read_manifest(_initial(config)))
     first_step, stored = _find_start(config, folder, data)
     if first_step >= config.optimization.max_steps:
         return _result(config, stored)
@@ -94,9 +94,19 @@ def train(config: TrainConfig) -> TrainResult:
     if not first_step:
         _observe(config, module, datamodule)
     resume_from = folder / LAST if first_step else None
+    log.info("%s", _in_words(config, data))
     with stop.listening(), _readable_failures(folder), _quiet_lightning():
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
     return _result(config, read_training_checkpoint(folder / LAST))
+
+
+def _in_words(config: TrainConfig, data: TrainingData) -> str:
+    step, (height, width), threads = config.optimization, config.augmentation.crop, config.run.threads
+    return (
+        f"{data.training_images} pictures, {len(data.dataset.classes)} classes: {step.max_steps} steps of "
+        f"{step.batch_size} crops of {height}x{width}, learning rate {step.lr:.2g}, "
+        f"{threads or torch.get_num_threads()} threads, in {config.run.path}"
+    )
 
 
 # ------------------------------------------------------------------------- devices
@@ -187,7 +197,7 @@ def _starting_point(config: TrainConfig, data: TrainingData) -> _Start:
     """
     torch.manual_seed(config.run.seed)
     if config.network.initial is not None:
-        return _whole(config, config.network.initial, data)
+        return _whole(config, _initial(config), data)
     if config.quantization.enabled:
         raise UsageError(
             "quantization.enabled fine-tunes a trained network; give its checkpoint with "
@@ -197,23 +207,34 @@ def _starting_point(config: TrainConfig, data: TrainingData) -> _Start:
     return _Start(network, _normalization(config, data.statistics), _pretrain(network, config.network.pretrained))
 
 
+def _initial(config: TrainConfig) -> Path:
+    return locate(str(config.network.initial), ".safetensors")
+
+
 def _whole(config: TrainConfig, path: Path, data: TrainingData) -> _Start:
     network, manifest = load_checkpoint(path)
+    _check_settings(config, path, manifest)
+    remarks = [*manifest.remarks, f"training started from {path.name} (SHA-256 {str(manifest.checkpoint_sha256)[:12]})"]
     names = [entry.name for entry in data.dataset.classes]
-    if manifest.class_names != names:
+    if manifest.class_names == names:
+        if manifest.data is not None and manifest.data.sha256 not in (None, data.sha256):
+            log.warning(
+                "%s was trained on other images or masks (%s); what it has seen may be in the validation split",
+                path, manifest.data.name,
+            )  # fmt: skip
+        return _Start(network.train(), manifest.normalization, remarks)
+    if config.quantization.enabled:
         raise UsageError(
             f"{path} tells apart {', '.join(manifest.class_names)}, but the classes of {data.dataset.root} are "
-            f"{', '.join(names)}; give a network with the same classes in this order, or start from its "
-            "backbone with network.pretrained"
+            f"{', '.join(names)}; quantization.enabled fine-tunes a network for its own classes in their order"
         )
-    _check_settings(config, path, manifest)
-    if manifest.data is not None and manifest.data.sha256 not in (None, data.sha256):
-        log.warning(
-            "%s was trained on other images or masks (%s); what it has seen may be in the validation split",
-            path, manifest.data.name,
-        )  # fmt: skip
-    remark = f"training started from {path.name} (SHA-256 {str(manifest.checkpoint_sha256)[:12]})"
-    return _Start(network.train(), manifest.normalization, [*manifest.remarks, remark])
+    known = [manifest.class_names.index(name) if name in manifest.class_names else None for name in names]
+    fresh = [name for name, index in zip(names, known, strict=True) if index is None]
+    remark = f"new to it: {', '.join(fresh) or 'no class'}; the rest of the network is kept"
+    log.info("starting from %s, which tells apart %s; %s", path.name, ", ".join(manifest.class_names), remark)
+    # Other classes mean other micrographs: what is black, white and usual is theirs.
+    normalization = _normalization(config, data.statistics)
+    return _Start(with_classes(network, known).train(), normalization, [*remarks, remark])
 
 
 def _check_settings(config: TrainConfig, path: Path, manifest: Manifest) -> None:

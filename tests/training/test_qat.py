@@ -419,5 +419,5 @@ def test_other_classes_are_told(source: Path, tmp_path: Path) -> None:
     description = json.loads((other / "dataset.json").read_text())
     description["classes"][0]["name"] = "quartz"
     (other / "dataset.json").write_text(json.dumps(description))
-    with pytest.raises(UsageError, match=r"tells apart grain, .* are quartz, .*network\.pretrained"):
+    with pytest.raises(UsageError, match=r"tells apart grain, .* are quartz, .*for its own classes"):
         train(tuning(tmp_path, source, f"data.path={other}"))
