@@ -31,8 +31,9 @@ WITH_TORCH = (
 )
 # From the ground up. A module imports its own floor and lower ones; longest matching name counts.
 FLOORS = (
-    ("core", "weights"),
+    ("core",),
     ("errors",),  # the address by which core.errors is documented
+    ("weights",),
     ("models",),
     ("graph",),
     ("data",),

@@ -65,7 +65,7 @@ def origin_of(segmenter: Segmenter, dataset: FolderDataset, split: str, model_fi
         file=None if model_file is None else str(model_file),
         sha256=None if model_file is None else sha256_of(model_file),
         network=manifest.network.name,
-        precision=manifest.precision,
+        precision=segmenter.engine.arithmetic,
         trained_on=None if manifest.data is None else manifest.data.name,
         best_step=None if step is None else int(step),
         data=dataset.name,

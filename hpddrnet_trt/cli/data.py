@@ -124,7 +124,9 @@ def evaluate(
     with load_segmenter(file, **arguments, mode=mode) as segmenter:
         assessment = assess(segmenter, dataset, split, model_file=file)
         robust = measure_robustness(segmenter, dataset, split) if robustness else None
-        typer.echo(f"{model} on {dataset.name}/{split}, mode {mode}, {segmenter.engine.runtime}")
+        runs = segmenter.engine
+        computed = f", {runs.arithmetic.upper()}" if runs.arithmetic else ""
+        typer.echo(f"{model} on {dataset.name}/{split}, mode {mode}, {runs.runtime}{computed}")
     typer.echo(assessment.scores.table(assessment.class_names))
     if robust is not None:
         typer.echo(f"\n{robust.table()}")

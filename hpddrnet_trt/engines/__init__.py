@@ -21,7 +21,7 @@ import hpddrnet_trt
 from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.engines.base import Engine, Prediction
-from hpddrnet_trt.weights import locate, shipped_models
+from hpddrnet_trt.weights import CHECKPOINT, INT8, locate, shipped_models
 
 __all__ = ["ENGINES", "Engine", "EngineKind", "Prediction", "available_engines", "engine_status", "load_engine"]
 
@@ -192,8 +192,8 @@ def model_file(model: str | Path, engine: str = "auto", precision: str = "file")
     a path."""
     kind = ENGINES.get(engine)
     if kind is not None and kind.suffixes == CHECKPOINTS:
-        return locate(model, ".safetensors")
-    return locate(model, ".int8.onnx" if precision == "int8" else ".onnx")
+        return locate(model, CHECKPOINT)
+    return locate(model, INT8 if precision == "int8" else ".onnx")
 
 
 def engine_of(path: Path, engine: str = "auto", *, on_gpu: bool = False) -> str:

@@ -38,7 +38,7 @@ from hpddrnet_trt.core.errors import MissingDependency, UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of, write_text
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.precisions import is_calibrated
-from hpddrnet_trt.core.runtimes import load_onnxruntime, load_openvino
+from hpddrnet_trt.core.runtimes import load_openvino
 from hpddrnet_trt.data.simulate import simulate
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.weights import FOLDER as SHIPPED
@@ -102,10 +102,7 @@ def _checked_way(path: Path, manifest: Manifest, only_fp32: bool) -> Way:
     from hpddrnet_trt.engines.openvino import fast_bf16
 
     floats: list[Literal["bf16", "fp32"]] = ["fp32"] if only_fp32 or not fast_bf16() else ["bf16", "fp32"]
-    try:
-        key = cache_key("choice", CHECK_VERSION, sha256_of(path), load_onnxruntime().__version__, floats)
-    except MissingDependency:
-        return "fp32", None
+    key = cache_key("choice", CHECK_VERSION, sha256_of(path), floats)
     try:
         kept = cache_folder() / FOLDER / f"{key}.json"
     except RuntimeError:  # a user without a home
@@ -131,7 +128,9 @@ def _try(path: Path, manifest: Manifest, floats: Sequence[Literal["bf16", "fp32"
     try:
         with OnnxRuntimeEngine(path) as engine:
             wanted = [engine.infer(picture).labels for picture in pictures]
-    except UsageError:  # BF16 files, for which it has no kernels: nothing to compare with, and no other way either
+    except MissingDependency:  # nothing to compare with
+        return "fp32", None
+    except UsageError:  # BF16 files, for which it has no kernels: no other way either
         return floats[0], None
     pixels = np.bincount(np.concatenate([labels.ravel() for labels in wanted]), minlength=2)
     classes_meet = np.sort(pixels)[-2] >= MIN_SECOND_CLASS * pixels.sum()

@@ -100,7 +100,8 @@ def test_a_large_micrograph(example: Example, tmp_path: Path, monkeypatch: pytes
         with Image.open(tmp_path / "labels.png") as picture:
             labels = np.asarray(picture)
         truth = any_size.segment(image).labels
-        assert (labels[1:-1, 1:-1] == truth[1:-1, 1:-1]).all()  # this model sees zeros beyond the border
+        # This model sees zeros beyond the border, and `auto` may compute it in BF16.
+        assert (labels[1:-1, 1:-1] == truth[1:-1, 1:-1]).mean() > 0.98
         assert lines[0].startswith(f"a.png: {width} x {height} pixels")
         assert any(line.startswith(last) for line in lines)
         assert lines[-1] == f"written to {tmp_path / 'labels.png'}"
