@@ -32,7 +32,7 @@ def specimens(paths: Sequence[str], rule: str | None = None) -> tuple[dict[str, 
     beginnings = {path: _beginnings(PurePosixPath(path).stem) for path in paths}
     for least in (3, 2):
         for length in range(max(map(len, beginnings.values()), default=0)):
-            groups = {path: _joined(folders[path], each[: length + 1][-1]) for path, each in beginnings.items()}
+            groups = {path: f"{folders[path]}/{each[: length + 1][-1]}".strip("/") for path, each in beginnings.items()}
             if _tells(groups, least):
                 return groups, f"by specimen, told by how the names begin ({_some(groups)})"
     return {}, "by picture: neither folders nor names tell specimens (if there are several, say how with --specimen)"
@@ -61,10 +61,6 @@ def _beginnings(stem: str) -> list[str]:
     return [stem[: word.end()] for word in re.finditer(r"[^\W\d_]+|\d+", stem)] or [stem]
 
 
-def _joined(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
 def _tells(groups: Mapping[str, str], least: int) -> bool:
     return least <= len(set(groups.values())) <= len(groups) / 2
 
@@ -78,7 +74,7 @@ def split_pictures(groups: Mapping[str, str]) -> dict[str, str]:
     """``train``, ``val`` or ``test`` for each picture; pictures of one group stay together.
 
     The groups with the fewest pictures, among equals in the order of the SHA-256 of their names, become test until it
-    has 15 % of the pictures, the next ones val. Two groups become train and val, a single one train.
+    has about 15 % of the pictures, the next ones val. Two groups become train and val, a single one train.
     """
     sizes = Counter(groups.values())
     hashes = {group: hashlib.sha256(group.encode("utf-8", "replace")).hexdigest() for group in sizes}
@@ -86,7 +82,7 @@ def split_pictures(groups: Mapping[str, str]) -> dict[str, str]:
     splits: dict[str, str] = {}
     for split, kept in (("test", 2), ("val", 1)):  # groups that must be left for the others
         taken = 0
-        while len(ordered) > kept and taken < _SHARE * len(groups):
+        while len(ordered) > kept and (not taken or taken + sizes[ordered[0]] / 2 <= _SHARE * len(groups)):
             group = ordered.pop(0)
             splits[group] = split
             taken += sizes[group]

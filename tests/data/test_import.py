@@ -485,7 +485,7 @@ def test_specimens(paths: list[str], rule: str | None, groups: list[str], how: s
     ("sizes", "expected"),
     [
         ([20], (20, 0, 0)), ([5, 3], (5, 3, 0)), ([9, 1, 1, 1, 1], (9, 2, 2)), ([1] * 20, (14, 3, 3)),
-        ([1, 1], (1, 1, 0)),
+        ([1, 1], (1, 1, 0)), ([8, 4, 4, 4, 4, 4], (20, 4, 4)),
     ],
 )
 def test_splits_keep_specimens_together(sizes: list[int], expected: tuple[int, int, int]) -> None:
