@@ -161,7 +161,7 @@ class FileSegmenter:
     def slice_task(self, part: SliceOf) -> Task:
         """:meth:`task` of a slice."""
         source, _ = part.stack.slices[part.number]
-        return self._task(Task(source, part.names[part.number], modified(source), {}, self._slice_kinds, part), False)
+        return self._task(Task(source, part.own_name, modified(source), {}, self._slice_kinds, part), False)
 
     def stack_task(self, part: SliceOf, *, anew: bool) -> Task:
         """:meth:`task` of the files that hold the whole stack of ``part``."""

@@ -205,7 +205,9 @@ class _Run:
                 yield source
                 continue
             parts = [SliceOf(stack, self._names[source], number) for number in range(len(stack.slices))]
-            LOG.info("%s is a stack of %d slices", source, len(parts))
+            if self._work.settings.stack is None:
+                told = "%s: its %d pages are segmented as a stack (--no-stack: only the first)"
+                LOG.warning(told, source, len(parts))
             self._stacks.append(parts[0])
             self._bar.total = (self._bar.total or 0) + len(parts) - 1
             yield from parts

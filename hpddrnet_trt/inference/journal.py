@@ -111,10 +111,17 @@ class SliceOf:
     number: int
 
     @property
+    def own_name(self) -> str:
+        """Of the results of this slice, in the folder that is called like the stack."""
+        return self._name(self.number)
+
+    @property
     def names(self) -> list[str]:
-        """Of the results of all slices, in the folder that is called like the stack."""
-        digits = max(4, len(str(len(self.stack.slices))))
-        return [f"{self.name}/{number:0{digits}d}" for number in range(1, len(self.stack.slices) + 1)]
+        """:attr:`own_name` of all slices."""
+        return [self._name(number) for number in range(len(self.stack.slices))]
+
+    def _name(self, number: int) -> str:
+        return f"{self.name}/{number + 1:0{max(4, len(str(len(self.stack.slices))))}d}"
 
 
 @dataclass(frozen=True)

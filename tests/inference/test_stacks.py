@@ -150,11 +150,12 @@ def stack(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_stack_in_and_out(tmp_path: Path, stack: Path) -> None:
+def test_a_stack_in_and_out(tmp_path: Path, stack: Path, caplog: pytest.LogCaptureFixture) -> None:
     Image.fromarray(SLICES[0]).save(stack.parent / "alone.png")
     summary = _run(stack.parent, tmp_path / "out")
     assert summary.exit_code == 0, summary
     assert len(summary.written) == 6
+    assert f"{stack}: its 5 pages are segmented as a stack (--no-stack: only the first)" in caplog.text
     out = tmp_path / "out"
     assert _tree(out) == [
         "alone.png", "fractions.csv", "overlays/alone.png", *(f"overlays/run/{n:04d}.png" for n in range(1, 6)),
