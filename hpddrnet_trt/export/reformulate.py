@@ -1,12 +1,14 @@
 """Exact rewrites of the trained network for deployment.
 
-Every rewrite is algebraically exact (rounding apart). Folded weights are computed in float64.
+Every rewrite is algebraically exact, rounding apart; of a low rank, less than a half-precision weight's rounding is
+left out (:data:`RANK_TOLERANCE`). Folded weights are computed in float64.
 
 * *Normalisation layers* fold into the convolution before them. Those that follow a sum or a pooling
   stay, reduced to a scale and a shift.
 * *Channel attention*: the 1-D convolution along the channels is a 1x1 convolution with a banded
   weight matrix, which needs no transposition.
-* *Position attention*: four projections become two, see :class:`FoldedPositionAttention`.
+* *Position attention*: four projections become two, or narrow ones where the trained weights have a low rank, see
+  :class:`FoldedPositionAttention`.
 * *Grey input*: see :class:`GreyStem`.
 * *Labels*: see :class:`Phases` and :class:`LabelOutput`.
 * The auxiliary head is dropped.
@@ -138,8 +140,13 @@ class GreyStem(nn.Module):
 # ----------------------------------------------------------------------------- attention
 
 
+# Singular values below this share of the largest are left out: a quarter of the rounding of an FP16 weight (2^-11).
+RANK_TOLERANCE = 2.0**-13
+RANK_STEP = 32  # ranks are rounded up to it: what a matrix unit (AMX, tensor cores) takes of one row at a time
+
+
 class FoldedPositionAttention(nn.Module):
-    """Position attention with two projections instead of four, ``[N, C, H, W]`` in and out.
+    """Position attention with its projections folded, ``[N, C, H, W]`` in and out.
 
     With y the output of the 3x3 convolution as T tokens of C channels, the trained module computes
     ``softmax((y Wq' + bq)(y Wk' + bk)' / sqrt(C)) (y Wv' + bv) Wo' + bo``. Softmax ignores terms that
@@ -147,6 +154,11 @@ class FoldedPositionAttention(nn.Module):
     ``A = Wq' Wk / sqrt(C)`` and ``b = bq Wk / sqrt(C)``. Rows of the softmax sum to one, so the last
     two projections fold as well: ``(softmax(.) y) (Wo Wv)' + (Wo bv + bo)``. Keys and values are the
     same tensor, and scaling happens before the product.
+
+    Weight decay leaves trained ``[A; b]`` and ``Wo Wv`` with few singular values that count (nasa-super1: at most 32 of
+    128 and of 256). Where that is at most half of C, the matrix is split in two of that rank, ``L R``: keys are
+    ``y R'`` and queries ``y L + l``; values are ``y R'`` and the output ``(softmax(.) (y R')) L'``. The products over
+    all pairs of tokens, nearly all of the work, then have that many channels instead of C.
     """
 
     def __init__(self, source: PositionAttention, form: AttentionForm = "matmul") -> None:
@@ -159,20 +171,36 @@ class FoldedPositionAttention(nn.Module):
         wv, bv = _weights(pa.fc_v)
         wo, bo = _weights(pa.fc_o)
         scale = 1 / math.sqrt(wq.shape[0])
-        self.query = _linear((wq.T @ wk * scale).T, bq @ wk * scale)
-        self.out = _linear(wo @ wv, wo @ bv + bo)
+        query, keys = _low_rank(torch.cat([wq.T @ wk, bq[None] @ wk]) * scale)
+        out, values = _low_rank(wo @ wv)
+        self.query = _linear(query[:-1].T, query[-1])
+        self.keys = nn.Identity() if keys is None else _linear(keys)
+        self.values = nn.Identity() if values is None else _linear(values)
+        self.out = _linear(out, wo @ bv + bo)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cnn(x)
         columns = y.flatten(2)  # [N, C, T]
         tokens = columns.transpose(1, 2)
-        query = self.query(tokens)
+        query, keys, values = self.query(tokens), self.keys(tokens), self.values(tokens)
         if self.form == "attention-op":
-            query, tokens = query.unsqueeze(1), tokens.unsqueeze(1)  # one head
-            mixed = F.scaled_dot_product_attention(query, tokens, tokens, scale=1.0).squeeze(1)
+            query, keys, values = query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)  # one head
+            mixed = F.scaled_dot_product_attention(query, keys, values, scale=1.0).squeeze(1)
         else:
-            mixed = torch.softmax(query @ columns, dim=-1) @ tokens
+            rows = columns if keys is tokens else keys.transpose(1, 2)  # [N, channels of keys, T]
+            mixed = torch.softmax(query @ rows, dim=-1) @ values
         return self.out(mixed).transpose(1, 2).reshape(y.shape)
+
+
+def _low_rank(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Two matrices whose product is ``matrix``, of the rank that counts; itself and None where that saves nothing."""
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    counting = int((singular > RANK_TOLERANCE * singular[0]).sum())
+    rank = RANK_STEP * max(1, math.ceil(counting / RANK_STEP))
+    if rank > matrix.shape[1] // 2:
+        return matrix, None
+    root = singular[:rank].sqrt()  # on both sides, so that neither leaves the range of FP16
+    return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
 class FoldedECA(nn.Module):
@@ -409,7 +437,9 @@ def _weights(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return linear.weight.detach().double(), linear.bias.detach().double()
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0])
-    linear.weight, linear.bias = nn.Parameter(weight.float().contiguous()), nn.Parameter(bias.float())
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight.float().contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.float())
     return linear

@@ -25,7 +25,9 @@ from hpddrnet_trt.export.reformulate import (
     LabelOutput,
     Phases,
 )
+from hpddrnet_trt.models.checkpoints import load_checkpoint
 from hpddrnet_trt.models.network import VARIANTS, HPDDRNet, PositionAttention, network_config
+from hpddrnet_trt.weights import locate
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +98,39 @@ def test_position_attention_with_large_scores(form: str) -> None:
         got, want = folded(x), source(x)
     assert want.std() > 0.1
     assert float((got - want).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["matmul", "attention-op"])
+@pytest.mark.parametrize("rank", [1, 40, 65])
+def test_projections_of_low_rank_are_narrow(rank: int, form: str) -> None:
+    """As weight decay leaves them: few singular values that count, the rest below an FP16 weight's rounding."""
+    source = lively(PositionAttention(128)).eval()  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(rank)
+    for layer in (source.pa.fc_k, source.pa.fc_o):
+        full = torch.randn(128, 128, generator=generator) / 128
+        low = torch.randn(128, rank, generator=generator) @ torch.randn(rank, 128, generator=generator) / 32
+        layer.weight.data = low + 1e-6 * full
+    x = torch.randn(2, 128, 9, 13, generator=generator)
+    folded = FoldedPositionAttention(source, form).eval()  # type: ignore[arg-type]
+    widths = {name: layer.weight.shape[0] for name, layer in folded.named_modules() if isinstance(layer, nn.Linear)}
+    narrow = {1: 32, 40: 64, 65: None}[rank]  # in steps; more than half of the channels saves nothing
+    kept = {"query": 128, "out": 128}
+    assert widths == (kept if narrow is None else {"query": narrow, "keys": narrow, "values": narrow, "out": 128})
+    with torch.inference_mode():
+        got, want = folded(x), source(x)
+    assert want.std() > 0.1
+    assert float((got - want).abs().max()) < 1e-3 * float(want.std())
+
+
+def test_the_shipped_model_has_narrow_attention() -> None:
+    """What its speed rests on: the products over all pairs of tokens have 32 channels, not 128 and 256."""
+    network, _ = load_checkpoint(locate("nasa-super1", ".safetensors"))
+    for module in network.modules():
+        if isinstance(module, PositionAttention):
+            folded = FoldedPositionAttention(module)
+            assert isinstance(folded.keys, nn.Linear)
+            assert isinstance(folded.values, nn.Linear)
+            assert (folded.keys.out_features, folded.values.out_features) == (32, 32)
 
 
 # ------------------------------------------------------------------------------- grey input
