@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpddrnet_trt.benchmark.timing import (
+    BURST_S,
     MAX_WARMUP,
     MAX_WARMUP_S,
     MOST_COUNTED,
@@ -166,7 +167,13 @@ def test_in_each_round_everybody_has_a_turn_on_the_same_frame() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "burst_s", "expected"),
-    [(0.001, 0.1, (2, MOST_COUNTED)), (0.01, 0.1, (2, 10)), (0.08, 0.1, (1, 1)), (3.0, 0.1, (1, 1)), (0.01, 0, (0, 1))],
+    [
+        (0.001, BURST_S, (2, MOST_COUNTED)),
+        (0.01, 0.1, (2, 10)),
+        (0.08, BURST_S, (2, 3)),
+        (3.0, BURST_S, (1, 1)),
+        (0.01, 0, (0, 1)),
+    ],
 )
 def test_the_length_of_a_turn(seconds: float, burst_s: float, expected: tuple[int, int]) -> None:
     assert turn(seconds, burst_s) == expected
