@@ -227,8 +227,8 @@ def import_dataset(
     confirm = typer.confirm if sys.stdin.isatty() else lambda question: False
     dataset, report = import_folder(source, folder, form=form, settings=settings, confirm=confirm)
     typer.echo(report.text())
-    typer.echo(f"look at {dataset.root / CONTACT_SHEET}")
-    _echo_dataset(dataset)
+    sheet = dataset.root / CONTACT_SHEET
+    typer.echo(f"written: {dataset.root}; look at {sheet}, then: hpddrnet-trt train {dataset.root}")
 
 
 @command("Commands", "datasets check DATASET --contact-sheet sheet.png", name="check", group=datasets)

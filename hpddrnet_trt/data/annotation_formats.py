@@ -193,7 +193,7 @@ def read_coco(tree: Tree) -> Found:
                 partial(tree.picture, name, path),
                 partial(_coco_shapes, of_image[number], entry, found),
                 size=partial(_size, entry, "width", "height"),
-                split=split_of(path.parent.name, path.stem),
+                split=split_of(*tree.name(path).split("/")),
             )
     return found
 

@@ -99,15 +99,14 @@ class Found:
         except (UserError, *FAULTS) as exc:
             self.left_out[source] = describe(exc)
             return
-        split = split or split_of(*path.parts[-3:-1])
         labels = partial(paint, drawn, small_on_top)
         self.pictures.append(Annotated(path, labels, f"{source}, {path.name}", stated, split))
 
-    def mentions(self, path: Path, tree: Tree) -> bool:
-        """True for a picture that has labels or was left out: it is accounted for."""
-        name = tree.name(path)
-        told = [source for entry in self.pictures for source in entry.source.split(", ")]
-        return any(entry.picture == path for entry in self.pictures) or name in self.left_out or name in told
+    def unmentioned(self, tree: Tree) -> list[str]:
+        """The pictures that neither have labels nor were left out."""
+        told = {part for entry in self.pictures for part in entry.source.split(", ")} | self.left_out.keys()
+        told |= {tree.name(entry.picture) for entry in self.pictures}
+        return [name for name in map(tree.name, tree.pictures) if name not in told]
 
 
 class Tree:
@@ -115,17 +114,19 @@ class Tree:
 
     def __init__(self, root: Path, scratch: Path, images: Path | None = None) -> None:
         self.root, self.scratch = root, scratch
+        self._places = [root, scratch, *([] if images is None else [images])]
         self.files = list(_files(root))
         elsewhere = [] if images is None else [path for path in _files(images) if path not in set(self.files)]
         pictures = (path for path in self.files + elsewhere if path.suffix.lower() in IMAGE_SUFFIXES)
         self.pictures = [path for path in pictures if not _NOT_MEANT.intersection(path.parts)]
         self._by_name: dict[str, list[Path]] = {}
         for path in self.pictures:
-            for key in {path.name.casefold(), path.stem.casefold()}:
+            for key in {path.name.casefold(), path.stem.casefold(), path.stem.casefold().removesuffix(".ome")}:
                 self._by_name.setdefault(key, []).append(path)
 
     def name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
+        """A file's path within the source, or within the folder of pictures."""
+        return next(path.relative_to(place).as_posix() for place in self._places if path.is_relative_to(place))
 
     def ending(self, *endings: str) -> list[Path]:
         return [path for path in self.files if path.suffix.lower() in endings]

@@ -14,6 +14,7 @@ from hpddrnet_trt.data.annotations import UNLABELED, Color, Found
 BACKGROUND, IGNORE = "background", "ignore"
 _MOST_CLASSES = 32  # values or colours that are still taken for classes
 _SHOWN = 8  # of a longer list
+_FEW_CLASSES = 5  # more numbers may be those of objects
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def class_table(
         share = sum(counts[label] for label in labels) / sum(counts.values())
         title = f"class {classes.index(name)}, {name}" if name != IGNORE else f"{IGNORE_INDEX}, ignored"
         notes.append(f"{title}: {_listed(labels)} ({share:.2%} of the pixels)")
+    if len({name.casefold() for name in classes}) < len(classes):
+        notes.append("some classes differ only in capitals; --class LABEL=NAME makes them one")
     if absent := [name for name in dict.fromkeys(stated) if name not in {*classes, BACKGROUND, IGNORE, ""}]:
         notes.append(f"named by the source but nowhere drawn: {_listed(absent)}")
     return ClassTable(indices, _colored(classes, names, found), notes)
@@ -97,7 +100,7 @@ def class_table(
 def _plain(name: str) -> str:
     """``_background_``, ``__ignore__`` and ``Ignore*``, as programs write them, are the two names with a meaning."""
     plain = name.strip("_* ").casefold()
-    return plain if plain in (BACKGROUND, IGNORE) else name.strip()
+    return plain if plain in (BACKGROUND, IGNORE) else name.strip() or "nameless"
 
 
 def _name(label: str, rules: Sequence[Rule], found: Found) -> str | None:
@@ -155,6 +158,8 @@ def _guessed(
         return {"0": BACKGROUND, "255": "foreground"}
     if kind == "values" and plain == [str(value) for value in range(len(plain))] and len(plain) <= _MOST_CLASSES:
         notes.append(f"the values 0 to {len(plain) - 1} are taken as classes without names; --class 1=NAME names one")
+        if len(plain) > _FEW_CLASSES:
+            notes.append(f"if they are numbers of objects, --class 0=background --class 1-{plain[-1]}=NAME is right")
         return {label: f"class {label}" for label in plain} | {"255": IGNORE}
     if len(unnamed) > _MOST_CLASSES:
         hint = (

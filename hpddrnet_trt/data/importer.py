@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError, describe
 from hpddrnet_trt.core.files import atomic_folder, printable, write_text
+from hpddrnet_trt.core.progress import progress_bar
+from hpddrnet_trt.core.quiet import quiet
 from hpddrnet_trt.data.annotation_formats import (
     holds_cvat,
     holds_json,
@@ -30,7 +31,7 @@ from hpddrnet_trt.data.annotation_formats import (
     read_qupath,
     read_rois,
 )
-from hpddrnet_trt.data.annotations import FAULTS, UNLABELED, Annotated, Found, Labels, Tree
+from hpddrnet_trt.data.annotations import FAULTS, UNLABELED, Annotated, Found, Labels, Tree, split_of
 from hpddrnet_trt.data.check import draw_contact_sheet
 from hpddrnet_trt.data.class_names import ClassTable, Rule, class_table
 from hpddrnet_trt.data.convert import as_folder, require_new
@@ -168,7 +169,8 @@ def _first(survey: _Survey, found: Found) -> str:
     reasons = [f"{name}: {reason}" for name, reason in found.left_out.items()]
     reasons += [f"{name} has no labels" for name in survey.without_labels]
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    return f" ({reasons[0]}{more})" if reasons else "; give pictures with their masks or annotations"
+    hint = "" if found.pictures else "; masks are told by folder (masks/) or name (NAME_mask.png, --mask-mark)"
+    return f" ({reasons[0]}{more}){hint if found.values else ''}" if reasons else "; give pictures with their masks"
 
 
 class _Survey:
@@ -181,13 +183,15 @@ class _Survey:
         self.contested = 0
         self.without_labels: list[str] = []
         seen: dict[str, str] = {}
-        for entry in tqdm(found.pictures, desc="looking through", unit="image", delay=1):
+        for entry in progress_bar(found.pictures, desc="looking through", unit="image"):
             name = tree.name(entry.picture)
             try:
                 micrograph, labels = read_annotated(entry)
                 digest = hashlib.sha256(str(micrograph.pixels.shape).encode() + micrograph.pixels.tobytes()).hexdigest()
                 if digest in seen:
                     raise BadInputFile(f"the same picture is imported with {seen[digest]}")
+                if name in self.kept:
+                    raise BadInputFile(f"another picture is imported under the same path, {self.kept[name].picture}")
             except (UserError, OSError, MemoryError, *FAULTS) as exc:
                 found.left_out[entry.source] = describe(exc)
                 continue
@@ -200,7 +204,7 @@ class _Survey:
             self.counts.update(present)
             self.contested += labels.contested
             self.kept[name] = entry
-        self.without_labels += [tree.name(path) for path in tree.pictures if not found.mentions(path, tree)]
+        self.without_labels += found.unmentioned(tree)
 
     def notes(self) -> Iterator[str]:
         """What was left of the shapes."""
@@ -230,7 +234,8 @@ def read_annotated(entry: Annotated) -> tuple[Micrograph, Labels]:
 
 def _splits(entries: Mapping[str, Annotated], groups: Mapping[str, str], how: str) -> tuple[dict[str, str], str]:
     """The split that the source has, where it gives every picture one and some to validate on; else a new one."""
-    given = {name: entry.split for name, entry in entries.items() if entry.split is not None}
+    found = {name: entry.split or split_of(*name.split("/")[:-1]) for name, entry in entries.items()}
+    given = {name: split for name, split in found.items() if split is not None}
     if len(given) == len(entries) and {"train", "val"} <= set(given.values()):
         return given, "as the source has it"
     if given:
@@ -251,8 +256,10 @@ def _write(
 ) -> None:
     palette = [entry.color for entry in table.classes]
     files, sizes = [], set()
-    for (path, entry), name in zip(tqdm(entries.items(), desc="importing", unit="image"), _names(entries), strict=True):
-        micrograph, labels = read_annotated(entry)
+    steps = progress_bar(list(entries.items()), desc="importing", unit="image")
+    for (path, entry), name in zip(steps, _names(entries), strict=True):
+        with quiet("hpddrnet_trt.data.micrograph"):  # its remarks have been made
+            micrograph, labels = read_annotated(entry)
         pixels = micrograph.pixels
         indices = np.array([table.indices.get(label, 0) for label in labels.names], np.uint8)
         image = pixels if pixels.dtype in (np.uint8, np.uint16) else to_grey8(pixels).pixels

@@ -21,7 +21,7 @@ from hpddrnet_trt.data.labels import MaskColors
 _MASK = r"(?:cp[-_ ])?(?:masks?|labels?|lbl|gt|ground[-_ ]?truth|(?:simple )?seg(?:mentation)?|annot(?:ation)?s?)"
 _MASK_FOLDER = re.compile(rf"(?:.*[-_ ])?(?:{_MASK}|segmentationclass(?:raw|png)?)(?:[-_ ].*)?", re.I)
 _MASK_NAME = re.compile(rf"(?:(?:{_MASK})[-_. ]+(?P<after>.+)|(?P<before>.+?)[-_. ]+(?:{_MASK}))", re.I)
-_PICTURE_NAME = re.compile(r"(?P<before>.+?)[-_. ]+(?:image|img|raw|picture)", re.I)
+_PICTURE_NAME = re.compile(r"(?:image|img|picture)[-_. ]+(?P<after>.+)|(?P<before>.+?)[-_. ]+(?:image|img|raw)", re.I)
 _PICTURE_FOLDER = re.compile(r"images?|imgs?|pictures?|raw|micrographs?|jpegimages|data|default", re.I)
 _MOST_GREYS = 32  # grey levels of a colour picture that can be classes; more are a micrograph painted over
 _SMOOTH = 64  # colours of a file that are still taken for a mask when two files have one name
@@ -66,7 +66,7 @@ def read_masks(tree: Tree, *, mark: str = "", by_color: bool = False, lossy: boo
     by_color = _by_color([mask for _, mask in pairs], by_color or bool(found.known), found)
     for picture, mask in pairs:
         labels = partial(_read, mask, by_color, lossy)
-        split = split_of(*tree.name(mask).split("/")[:-1], *tree.name(picture).split("/")[:-1])
+        split = split_of(*tree.name(mask).split("/")[:-1])
         found.pictures.append(Annotated(picture, labels, f"{tree.name(picture)}, {tree.name(mask)}", None, split))
     return found
 
@@ -93,7 +93,7 @@ def _key(name: str, mark: str) -> tuple[bool, str]:
     elif marked := _MASK_NAME.fullmatch(stem):
         is_mask, stem = True, marked["after"] or marked["before"]
     if marked := _PICTURE_NAME.fullmatch(stem):
-        stem = marked["before"]
+        stem = marked["after"] or marked["before"]
     return is_mask, "/".join([*kept, stem]).casefold()
 
 

@@ -555,3 +555,23 @@ def test_the_command_lists_all_formats() -> None:
     from hpddrnet_trt.cli.data import FORMATS as named
 
     assert named == ", ".join(FORMATS)
+
+
+def test_pictures_of_one_name_in_folders_of_specimens(tmp_path: Path, pairs: Pairs) -> None:
+    for specimen, (first, second) in {"A": ("S1_1", "S1_2"), "B": ("S2_1", "S2_2")}.items():
+        writers.labelme(tmp_path / "source" / specimen, {"1": pairs[first], "2": pairs[second]}, CLASSES, embed=True)
+    dataset, report = imported(tmp_path / "source")
+    assert sorted(pixels(dataset)) == ["A-1", "A-2", "B-1", "B-2"]
+    np.testing.assert_array_equal(pixels(dataset)["B-2"][1], pairs["S2_2"][1])
+    assert "by specimen, told by the folders (2: A, B); 2 train, 2 val, 0 test" in report.split
+    assert [sample.group for sample in dataset.split("val")] in (["A", "A"], ["B", "B"])
+
+
+def test_coco_split_by_files_and_labels_without_a_name(tmp_path: Path, pairs: Pairs) -> None:
+    for split, names in {"train": ("S1_1", "S1_2"), "valid": ("S2_1",), "test": ("S3_1",)}.items():
+        of_split = {name: pairs[name] for name in names}
+        writers.coco(tmp_path / "source" / split, of_split, ["background", "", "Pore"], "runs")
+    dataset, report = imported(tmp_path / "source")
+    assert report.split == "as the source has it"
+    assert [sample.name for sample in dataset.split("val")] == ["S2_1"]
+    assert dataset.class_names == ["background", "nameless", "Pore"]
