@@ -75,7 +75,13 @@ test: $(READY)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --max-worker-restart=0
 
-docs: $(READY)
+DOCS_READY := $(VENV)/.docs-ready
+$(DOCS_READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_READY)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html -c docs . site
 	@echo "open site/index.html"
 
