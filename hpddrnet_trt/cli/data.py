@@ -145,7 +145,7 @@ datasets = new_app(
 )  # fmt: skip
 app.add_typer(datasets, rich_help_panel=PANEL)
 
-FORMATS = "labelme, cvat, coco, qupath, imagej, cvat-masks, masks"  # of data/importer.py, a test holds it
+FORMATS = "labelme, cvat, coco, qupath, imagej, masks"  # of data/importer.py, a test holds it
 DatasetName = Annotated[str, typer.Argument(help="Name in the catalog, e.g. nasa-super1.")]
 NewFolder = Annotated[Path, typer.Argument(help="Dataset folder to write; new or empty.")]
 

@@ -73,7 +73,10 @@ def detect_layout(root: str | Path, layout: str | None = None) -> Layout:
         if layout is None
         else " + ".join(place.format("SPLIT") for place, _ in _LAYOUTS[layout])
     )
-    raise BadInputFile(f"{root} holds no dataset; expected {expected}, SPLIT being one of {', '.join(SPLITS)}")
+    raise BadInputFile(
+        f"{root} holds no dataset; expected {expected}, SPLIT being one of {', '.join(SPLITS)}; "
+        "`hpddrnet-trt dataset import` makes one of other layouts"
+    )
 
 
 def scan_split(root: Path, layout: Layout, split: str, description: DatasetDescription) -> SplitFiles:

@@ -40,7 +40,7 @@ from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, DescribedClass
 from hpddrnet_trt.data.intensity import to_grey8
 from hpddrnet_trt.data.labels import write_pair
-from hpddrnet_trt.data.mask_pairs import holds_cvat_masks, read_masks
+from hpddrnet_trt.data.mask_pairs import read_masks
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
 from hpddrnet_trt.data.specimens import specimens, split_pictures
 
@@ -84,7 +84,6 @@ FORMATS: dict[str, Format] = {
     "coco": Format("COCO JSON", partial(holds_json, kind="coco"), lambda tree, _: read_coco(tree)),
     "qupath": Format("QuPath GeoJSON", partial(holds_json, kind="qupath"), lambda tree, _: read_qupath(tree)),
     "imagej": Format("ImageJ ROIs", holds_rois, lambda tree, _: read_rois(tree)),
-    "cvat-masks": Format("CVAT segmentation masks or Pascal VOC", holds_cvat_masks, _masks),
     "masks": Format("pictures with masks", lambda tree: False, _masks),  # what is left
 }
 

@@ -87,7 +87,9 @@ def read_mask(
         values = values[..., :-1]
     if values.ndim == 3:
         if np.any(values != values[..., :1]):
-            raise BadInputFile(f"mask {path} is a colour picture; save it with one class index per pixel")
+            raise BadInputFile(
+                f"mask {path} is a colour picture; save it with one class index per pixel, or use `dataset import`"
+            )
         values = values[..., 0]
     indices = _indices(values, path)
     if colors is not None and decoded.palette is not None:

@@ -27,17 +27,12 @@ _MOST_GREYS = 32  # grey levels of a colour picture that can be classes; more ar
 _SMOOTH = 64  # colours of a file that are still taken for a mask when two files have one name
 
 
-def holds_cvat_masks(tree: Tree) -> bool:
-    """True for the layout of CVAT's 'Segmentation mask' (and of Pascal VOC)."""
-    return any("SegmentationClass" in path.parts for path in tree.pictures)
-
-
 def read_masks(tree: Tree, *, mark: str = "", by_color: bool = False, lossy: bool = False) -> Found:
     """Pair pictures with their masks by folder and name.
 
     Masks lie in a folder called like one (``masks``, ``labels``, ``train_annot``, ...) or have a name like one
     (``NAME_mask``, ``NAME-labels``, ``mask_NAME``, ...; ``mark`` is one more ending); of two files with one name, the
-    one with few colours is the mask. ``labelmap.txt`` names the colours. ``by_color``:
+    one with few colours is the mask. ``labelmap.txt`` of CVAT's segmentation masks names the colours. ``by_color``:
     colours count, also where a palette has numbers for them. ``lossy``: take JPEG masks and smoothed borders.
     """
     found = Found(values=True)

@@ -65,7 +65,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Pairs], None], tuple[str, ...]]] =
     "labelme, embedded": ("labelme", lambda folder, pairs: writers.labelme(folder, pairs, CLASSES, embed=True), ()),
     "CVAT polygons": ("cvat", lambda folder, pairs: writers.cvat(folder, pairs, CLASSES), ()),
     "CVAT masks": ("cvat", lambda folder, pairs: writers.cvat(folder, pairs, CLASSES, masks=True), ()),
-    "CVAT segmentation": ("cvat-masks", lambda folder, pairs: writers.cvat_masks(folder, pairs, CLASSES, COLORS), ()),
+    "CVAT segmentation": ("masks", lambda folder, pairs: writers.cvat_masks(folder, pairs, CLASSES, COLORS), ()),
     "COCO polygons": ("coco", lambda folder, pairs: writers.coco(folder, pairs, CLASSES, "polygons"), ()),
     "COCO runs": ("coco", lambda folder, pairs: writers.coco(folder, pairs, CLASSES, "runs"), ()),
     "COCO compressed": ("coco", lambda folder, pairs: writers.coco(folder, pairs, CLASSES, "compressed"), ()),
