@@ -57,10 +57,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A folder in which the stages have run, up to the engines."""
     folder = tmp_path_factory.mktemp("job")
-    config = REPOSITORY / "train" / "configs" / "demo.yaml"
-    call(folder, REPOSITORY / "train/train.py", "--config", config, "run.name=t", f"data.path={data}", *TINY)
-    (folder / "t.safetensors").write_bytes((folder / "runs" / "t" / "t.safetensors").read_bytes())
-    call(folder, REPOSITORY / "export/export_onnx.py", "t.safetensors", "model.onnx")
+    said = call(folder, REPOSITORY / "train/train.py", data, "--recipe", "demo", "run.name=t", *TINY)
+    assert "next: hpddrnet-trt segment MICROGRAPHS --model runs/t/t.onnx" in said
+    for name, made in (("t.safetensors", "t.safetensors"), ("model.onnx", "t.onnx")):
+        (folder / name).write_bytes((folder / "runs" / "t" / made).read_bytes())
     for name, form in (("model.int8.onnx", "tensorrt"), ("model.int8-cpu.onnx", "onnxruntime")):
         # A network of 30 steps is unsure of many pixels: what is tested here is the path, not accuracy.
         call(

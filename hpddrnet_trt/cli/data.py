@@ -55,22 +55,27 @@ def train(
     log = logging.getLogger("hpddrnet_trt.training")
     log.setLevel(logging.INFO)  # says what it continues from, and how long it will take
     folder = Path(folders[0]) if folders else None
-    result = run_training(plan_run(source, folder, settings, start=start))
+    planned = plan_run(source, folder, settings, start=start)
+    result = run_training(planned)
     typer.echo(f"best mIoU {result.metrics['val/miou']:.4f} at step {result.metrics['step']:.0f}: {result.checkpoint}")
     if folder is not None:
-        _finish(result.checkpoint, folder)
+        _finish(result.checkpoint, folder, planned.data.val_split)
 
 
-def _finish(checkpoint: Path, folder: Path) -> None:
+def _finish(checkpoint: Path, folder: Path, split: str) -> None:
     """Export what was trained, and say what can be done with it."""
+    from hpddrnet_trt.core.files import sha256_of
+    from hpddrnet_trt.core.manifest import read_manifest
     from hpddrnet_trt.data.datasets import find_images
     from hpddrnet_trt.export.onnx import export_onnx
 
     model = checkpoint.with_suffix(".onnx")
-    export_onnx(checkpoint, model, images=find_images(folder, "val"))
+    if not model.exists() or read_manifest(model).checkpoint_sha256 != sha256_of(checkpoint):
+        export_onnx(checkpoint, model, images=find_images(folder, split))
     typer.echo(f"exported: {model}")
     typer.echo(f"next: hpddrnet-trt segment MICROGRAPHS --model {model}")
-    typer.echo(f"      hpddrnet-trt evaluate {model} --data {folder} --split val --report {model.with_suffix('.html')}")
+    page = model.with_suffix(".html")
+    typer.echo(f"      hpddrnet-trt evaluate {model} --data {folder} --split {split} --report {page}")
 
 
 @command(PANEL, "recipes small-data")

@@ -340,7 +340,7 @@ class Progress(pl.Callback):
         if done == _SLOW_STEPS:
             self._began = (trainer.global_step, time.monotonic())
         elif done == _SLOW_STEPS + _TIMED_STEPS and trainer.global_step < self.max_steps:
-            self._say(trainer, f"{self._second_per_step(trainer):.2f} s a step, about {self._left(trainer)} in all")
+            self._say(trainer, f"{self._second_per_step(trainer):.2f} s a step, about {self._left(trainer)} left")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bar is None or not isinstance(pl_module, SegmentationModule):

@@ -175,7 +175,8 @@ def _find_start(config: TrainConfig, folder: Path, data: TrainingData) -> tuple[
             "restore them to continue it, or choose another run.name"
         )
     step = int(checkpoint["global_step"])
-    log.info("continuing %s after step %d", folder, step)
+    if step < config.optimization.max_steps:
+        log.info("continuing %s after step %d", folder, step)
     return step, checkpoint
 
 
