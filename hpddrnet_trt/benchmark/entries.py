@@ -78,8 +78,8 @@ def model_files(paths: Sequence[str | Path]) -> list[Path]:
     """Model files meant by ``paths``: files as given, those lying directly in given folders, and both of a
     model that comes with the package.
 
-    Checkpoints come first, so that the reference is the first row, then by name. Raises
-    :class:`BadInputFile` for a folder without any.
+    Checkpoints come first, then ``model.onnx`` before ``model.int8.onnx``, so that the reference is the first row.
+    Raises :class:`BadInputFile` for a folder without any.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -89,8 +89,12 @@ def model_files(paths: Sequence[str | Path]) -> list[Path]:
         inside = [item for item in path.iterdir() if item.suffix in MODEL_SUFFIXES and not item.name.startswith(".")]
         if not inside:
             raise BadInputFile(f"{path} holds no model file ({', '.join(MODEL_SUFFIXES)}); train or export one first")
-        files += sorted(inside, key=lambda item: (MODEL_SUFFIXES.index(item.suffix), item.name))
+        files += sorted(inside, key=_order)
     return files
+
+
+def _order(file: Path) -> tuple[int, int, str]:
+    return MODEL_SUFFIXES.index(file.suffix), len(file.suffixes), file.name
 
 
 def intensity_of(files: Sequence[Path]) -> IntensityRange:

@@ -288,11 +288,14 @@ def test_the_shipped_model_on_real_micrographs(sem_data: Path, monkeypatch: pyte
 
 
 def test_folders_give_their_models_checkpoints_first(tmp_path: Path) -> None:
-    for name in ("b.onnx", "a.engine", "a.engine.json", "z.safetensors", ".half.onnx", "notes.txt", "a.onnx"):
+    names = "b.onnx a.engine a.engine.json z.safetensors .half.onnx notes.txt a.onnx a.int8.onnx"
+    for name in names.split():
         (tmp_path / name).touch()
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "deeper.onnx").touch()
-    assert [path.name for path in model_files([tmp_path])] == ["z.safetensors", "a.onnx", "b.onnx", "a.engine"]
+    assert [path.name for path in model_files([tmp_path])] == [
+        "z.safetensors", "a.onnx", "b.onnx", "a.int8.onnx", "a.engine",
+    ]  # fmt: skip
     given = tmp_path / "missing.onnx"
     assert model_files([given, tmp_path / "sub"]) == [given, tmp_path / "sub" / "deeper.onnx"]
     (tmp_path / "empty").mkdir()
