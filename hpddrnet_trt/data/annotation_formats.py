@@ -19,6 +19,7 @@ from hpddrnet_trt.core.errors import BadInputFile, UserError, require
 from hpddrnet_trt.core.files import read_file
 from hpddrnet_trt.data.annotations import (
     FAULTS,
+    Block,
     Color,
     Found,
     Shape,
@@ -97,7 +98,7 @@ def _labelme_shapes(content: dict[str, Any], found: Found) -> Iterator[Shape]:
             coded = np.frombuffer(base64.b64decode(entry["mask"]), np.uint8)
             pixels = cv2.imdecode(coded, cv2.IMREAD_GRAYSCALE)
             if pixels is None:
-                raise ValueError(f"the mask of {label!r} is no picture")
+                raise BadInputFile(f"the mask of {label!r} is no picture; save it again")
             left, top = (round(value) for value in points.min(axis=0))
             yield Shape(label, partial(bitmap, top, left, pixels > 0))
         elif kind == "rectangle" and len(points) == 2:
@@ -161,14 +162,24 @@ def _cvat_shapes(image: ElementTree.Element, found: Found) -> Iterator[Shape]:
         elif entry.tag == "ellipse":
             yield Shape(label, partial(ellipse, [*(number[key] for key in ("cx", "cy", "rx", "ry")), turn]))
         elif entry.tag == "mask":
-            top, left, height, width = (int(number[key]) for key in ("top", "left", "height", "width"))
-            runs = np.array(entry.get("rle", "").split(","), np.int64)  # row by row, in turn without and within
-            if runs.min() < 0 or runs.sum() != height * width:
-                raise ValueError(f"the runs of a mask make {runs.sum()} pixels, not {height} x {width}")
-            pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
-            yield Shape(label, partial(bitmap, top, left, pixels))
+            top, left, rows, columns = (int(number[key]) for key in ("top", "left", "height", "width"))
+            runs = [int(value) for value in entry.get("rle", "").split(",")]  # row by row
+            yield Shape(label, partial(_cvat_pixels, top, left, rows, columns, runs))
         else:
             found.passed_over[entry.tag] += 1
+
+
+def _cvat_pixels(top: int, left: int, rows: int, columns: int, runs: list[int], height: int, width: int) -> Block:
+    if rows > height or columns > width:
+        raise BadInputFile(f"a mask has {rows} rows and {columns} columns, more than its picture; export it again")
+    return bitmap(top, left, _from_runs(runs, rows, columns), height, width)
+
+
+def _from_runs(runs: list[int], rows: int, columns: int) -> npt.NDArray[np.bool_]:
+    """Lengths of runs without and within, in turn, from left to right and down."""
+    if min(runs, default=0) < 0 or sum(runs) != rows * columns:
+        raise BadInputFile(f"the runs of a mask make {sum(runs)} pixels, not {rows} x {columns}; export it again")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(rows, columns)
 
 
 # COCO: one JSON with categories by number, polygons, and runs column by column
@@ -191,36 +202,34 @@ def read_coco(tree: Tree) -> Found:
             found.add(
                 f"{tree.name(path)}: {name}",
                 partial(tree.picture, name, path),
-                partial(_coco_shapes, of_image[number], entry, found),
+                partial(_coco_shapes, of_image[number], found),
                 size=partial(_size, entry, "width", "height"),
                 split=split_of(*tree.name(path).split("/")),
             )
     return found
 
 
-def _coco_shapes(entries: Iterable[tuple[str, Any]], image: dict[str, Any], found: Found) -> Iterator[Shape]:
+def _coco_shapes(entries: Iterable[tuple[str, Any]], found: Found) -> Iterator[Shape]:
     for label, entry in entries:
         drawn = entry.get("segmentation")
         if isinstance(drawn, dict):
-            if drawn["size"] != [image["height"], image["width"]]:
-                raise ValueError(f"a mask has {drawn['size']} rows and columns, not those of its picture")
-            yield Shape(label, partial(bitmap, 0, 0, _coco_pixels(drawn)))
+            yield Shape(label, partial(_coco_pixels, drawn))
         elif drawn:
             yield from (Shape(label, partial(polygon, [np.array(ring, np.float64).reshape(-1, 2)])) for ring in drawn)
         else:
             found.passed_over["box without outline"] += 1
 
 
-def _coco_pixels(drawn: dict[str, Any]) -> npt.NDArray[np.bool_]:
+def _coco_pixels(drawn: dict[str, Any], height: int, width: int) -> Block:
     """Runs of pixels without and within in turn, column by column; as text they are packed (cocoapi, maskApi.c).
 
     Not with pycocotools: where runs are missing, its 2.0.11 gives whatever was in memory, and no error.
     """
-    height, width = drawn["size"]
+    if drawn["size"] != [height, width]:
+        size = f"{drawn['size']} rows and columns, its picture {[height, width]}"
+        raise BadInputFile(f"a mask has {size}; export it again")
     counts = drawn["counts"] if isinstance(drawn["counts"], list) else _coco_counts(drawn["counts"])
-    if min(counts, default=0) < 0 or sum(counts) != height * width:
-        raise ValueError(f"the runs of a mask make {sum(counts)} pixels, not {height} x {width}")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    return 0, 0, _from_runs(counts, width, height).T
 
 
 def _coco_counts(text: str) -> list[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ Block = tuple[int, int, npt.NDArray[np.bool_]]  # top row, left column, which pi
 Ring = npt.NDArray[np.float64]  # [N, 2] corners x, y; closed by itself
 UNLABELED = "unlabeled"  # where nothing is drawn
 # What foreign files make Python stumble over; each becomes a sentence about the file.
-FAULTS = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, NotImplementedError)
+FAULTS = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, struct.error)
 # Beside the masks of classes: those of objects, and pictures for people.
 _NOT_MEANT = {"SegmentationObject", "SegmentationClassVisualization", "SegmentationObjectVisualization"}
 _SPLIT_NAMES = {
@@ -97,7 +98,7 @@ class Found:
             drawn = [shape for shape in shapes() if shape is not None]
             stated = None if size is None else size()
         except (UserError, *FAULTS) as exc:
-            self.left_out[source] = describe(exc)
+            self.left_out[source] = reason(exc)
             return
         labels = partial(paint, drawn, small_on_top)
         self.pictures.append(Annotated(path, labels, f"{source}, {path.name}", stated, split))
@@ -190,6 +191,12 @@ def _files(root: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
         if not hidden and path.is_file():
             yield path
+
+
+def reason(exc: BaseException) -> str:
+    """Why a file is left out: our own sentences as they are, what Python stumbled over as one."""
+    told = describe(exc)
+    return told if isinstance(exc, UserError) else f"not as its program writes it ({told}); save it again"
 
 
 def split_of(*places: str) -> str | None:

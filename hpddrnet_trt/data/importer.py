@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError, describe
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.files import atomic_folder, printable, write_text
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.quiet import quiet
@@ -31,7 +31,7 @@ from hpddrnet_trt.data.annotation_formats import (
     read_qupath,
     read_rois,
 )
-from hpddrnet_trt.data.annotations import FAULTS, UNLABELED, Annotated, Found, Labels, Tree, split_of
+from hpddrnet_trt.data.annotations import FAULTS, UNLABELED, Annotated, Found, Labels, Tree, reason, split_of
 from hpddrnet_trt.data.check import draw_contact_sheet
 from hpddrnet_trt.data.class_names import ClassTable, Rule, class_table
 from hpddrnet_trt.data.convert import as_folder, require_new
@@ -192,7 +192,7 @@ class _Survey:
                 if name in self.kept:
                     raise BadInputFile(f"another picture is imported under the same path, {self.kept[name].picture}")
             except (UserError, OSError, MemoryError, *FAULTS) as exc:
-                found.left_out[entry.source] = describe(exc)
+                found.left_out[entry.source] = reason(exc)
                 continue
             counts = np.bincount(labels.values.ravel(), minlength=len(labels.names)).tolist()
             present = {label: count for label, count in zip(labels.names, counts, strict=True) if count}

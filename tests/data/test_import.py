@@ -246,8 +246,8 @@ def test_runs_that_do_not_fill_their_picture_are_left_out(tmp_path: Path, pairs:
     _, report = imported(tmp_path / "source")
     assert report.imported == 3
     first, second, third = report.left_out.values()
-    assert "the runs of a mask make 20 pixels, not 48 x 64" in first
-    assert "[10, 10] rows and columns" in second
+    assert "the runs of a mask make 20 pixels, not 64 x 48" in first
+    assert "[10, 10] rows and columns, its picture [48, 64]" in second
     assert "drawn on a picture of 640 x 48 pixels, this one has 64 x 48" in third
 
 
@@ -438,7 +438,7 @@ def test_pictures_that_the_annotation_was_not_drawn_on(tmp_path: Path, pairs: Pa
     assert report.imported == 2
     assert "drawn on a picture of 64 x 48 pixels, this one has 48 x 64" in report.left_out["S1_1.json, S1_1.png"]
     assert "its picture S1_2.png is not there; add it, or say where with --images" in report.left_out["S1_2.json"]
-    assert "points" in report.left_out["S2_1.json"]
+    assert report.left_out["S2_1.json"] == "not as its program writes it (KeyError: 'points'); save it again"
     assert "it is no JSON in UTF-8" in report.left_out["S2_2.json"]
     assert report.without_labels == ["S2_1.png", "S2_2.png"]
 
