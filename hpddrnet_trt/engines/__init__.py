@@ -244,13 +244,13 @@ def _arithmetic(path: Path, name: str, precision: Arithmetic) -> dict[str, str]:
     if precision == "bf16" and own == "fp32" and path.suffix.lower() == ".onnx":
         raise UsageError(f"the {name} engine computes {path} in FP32; OpenVINO can do it in BF16: --engine openvino")
     made_by = "calibrate" if precision == "int8" else f"export --precision {precision}"
-    raise UsageError(f"{path} is {own.upper()}, which its engine computes in; hpddrnet-trt {made_by} makes a file that "
-                     f"is {precision.upper()}")  # fmt: skip
+    other = "give the file that it was made from" if precision == "fp32" else f"make another with hpddrnet-trt {made_by}"
+    raise UsageError(f"{path} is {own.upper()}, and its engine does not compute it in {precision.upper()}; {other}")
 
 
 def _device(device: str | int, name: str) -> str | int:
     """``device`` as the engine takes it: TensorRT a number, the others a word."""
-    text = f"cuda:{device}" if isinstance(device, int) else device
+    text = f"cuda:{device}" if str(device).isdigit() else str(device)
     place = re.fullmatch(r"cuda(?::(\d{1,3}))?|auto", text)
     if not ENGINES[name].gpu:
         return text

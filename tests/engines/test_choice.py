@@ -152,9 +152,9 @@ def test_a_precision_is_the_files_own_or_openvinos_bf16(tmp_path: Path) -> None:
     assert opening_of(int8, "auto", "int8").engine == "openvino"
     with pytest.raises(UsageError, match=r"onnxruntime engine computes .* in FP32; OpenVINO can do it in BF16"):
         opening_of(path, "onnxruntime", "bf16")
-    with pytest.raises(UsageError, match="is FP32, which its engine computes in; hpddrnet-trt calibrate makes"):
+    with pytest.raises(UsageError, match="is FP32, and its engine does not compute it in INT8; make another with hpddrnet-trt cal"):
         opening_of(path, "auto", "int8")
-    with pytest.raises(UsageError, match=r"is INT8, .*; hpddrnet-trt export --precision fp32 makes"):
+    with pytest.raises(UsageError, match=r"is INT8, .* in FP32; give the file that it was made from"):
         opening_of(int8, "auto", "fp32")
     with pytest.raises(UsageError, match="unknown precision 'int4'; choose one of: file, auto, fp32"):
         opening_of(path, "auto", "int4")  # type: ignore[arg-type]
@@ -165,6 +165,7 @@ def test_threads_and_device_reach_the_engine_that_has_them(tmp_path: Path) -> No
     assert opening_of(path, "openvino", "file", {"device": "cpu", "threads": 1}).options == {"threads": 1}
     assert opening_of(path, "auto", "auto", {"device": "cuda:1"}).options == {"device": "cuda:1"}
     assert opening_of(path, "onnxruntime", "file", {"device": 0}).options == {"device": "cuda:0"}
+    assert opening_of(path, "onnxruntime", "file", {"device": "1"}).options == {"device": "cuda:1"}
     assert opening_of(Path("m.engine"), "tensorrt", "auto", {"device": "cuda:1"}).options == {"device": 1}
     with pytest.raises(UsageError, match="tensorrt engine runs on a GPU: give the device as cuda or cuda:1, not 'cpu'"):
         opening_of(Path("m.engine"), "tensorrt", "auto", {"device": "cpu"})
