@@ -244,7 +244,7 @@ def _arithmetic(path: Path, name: str, precision: Arithmetic) -> dict[str, str]:
     if precision == "bf16" and own == "fp32" and path.suffix.lower() == ".onnx":
         raise UsageError(f"the {name} engine computes {path} in FP32; OpenVINO can do it in BF16: --engine openvino")
     made_by = "calibrate" if precision == "int8" else f"export --precision {precision}"
-    other = "give the file that it was made from" if precision == "fp32" else f"make another with hpddrnet-trt {made_by}"
+    other = "give the file it was made from" if precision == "fp32" else f"make another with hpddrnet-trt {made_by}"
     raise UsageError(f"{path} is {own.upper()}, and its engine does not compute it in {precision.upper()}; {other}")
 
 
