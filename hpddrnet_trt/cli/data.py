@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -150,7 +150,7 @@ datasets = new_app(
 )  # fmt: skip
 app.add_typer(datasets, rich_help_panel=PANEL)
 
-FORMATS = "labelme, cvat, coco, qupath, imagej, masks"  # of data/importer.py, a test holds it
+ImportFormat = Literal["labelme", "cvat", "coco", "qupath", "imagej", "masks"]  # FORMATS of data/importer.py
 DatasetName = Annotated[str, typer.Argument(help="Name in the catalog, e.g. nasa-super1.")]
 NewFolder = Annotated[Path, typer.Argument(help="Dataset folder to write; new or empty.")]
 
@@ -202,7 +202,9 @@ def _echo_dataset(dataset: FolderDataset) -> None:
 def import_dataset(
     source: Annotated[Path, typer.Argument(help="Folder or archive of pictures with their masks or annotations.")],
     folder: NewFolder,
-    form: Annotated[str | None, typer.Option("--format", help=f"{FORMATS}; recognized by itself if left out.")] = None,
+    form: Annotated[
+        ImportFormat | None, typer.Option("--format", help="What SOURCE is; recognized by itself if left out.")
+    ] = None,
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", metavar="WHAT=NAME", help="Name a label, value, range, colour; `ignore` for 255."),

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -513,7 +513,7 @@ def test_a_split_that_the_source_has_is_kept(tmp_path: Path) -> None:
         (["empty", "new"], "empty holds no picture with labels, read as masks; give pictures with their masks"),
         (["masks", "masks/new"], "lies within masks, which is not changed"),
         (["masks", "masks"], "exists and is not an empty folder"),
-        (["masks", "new", "--format", "voc"], "unknown format 'voc'; choose one of labelme"),
+        (["masks", "new", "--format", "voc"], "'voc' is not one of 'labelme', 'cvat'"),
         (["masks", "new", "--format", "coco"], "holds no picture with labels, read as coco"),
         (["masks", "new", "--class", "pore"], "--class takes WHAT=NAME"),
         (["masks", "new", "--class", "3=pore"], "nothing names 1"),
@@ -552,9 +552,9 @@ def test_wrong_usage(
 
 
 def test_the_command_lists_all_formats() -> None:
-    from hpddrnet_trt.cli.data import FORMATS as named
+    from hpddrnet_trt.cli.data import ImportFormat
 
-    assert named == ", ".join(FORMATS)
+    assert get_args(ImportFormat) == tuple(FORMATS)
 
 
 def test_pictures_of_one_name_in_folders_of_specimens(tmp_path: Path, pairs: Pairs) -> None:
