@@ -27,7 +27,7 @@ from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.training.callbacks import LAST, read_training_checkpoint
 from hpddrnet_trt.training.config import SIMULATED, TrainConfig, apply_override, checked, read_settings
 from hpddrnet_trt.training.data import unfit
-from hpddrnet_trt.weights import locate
+from hpddrnet_trt.weights import CHECKPOINT, locate
 
 AUTO = "auto"
 # Settings that pictures decide, where a recipe leaves them open.
@@ -210,7 +210,7 @@ def _under_free_name(config: TrainConfig) -> TrainConfig:
 
 def _checkpoint(model: Path) -> str:
     """What ``--from`` names, a path or a shipped model's name, if it is a checkpoint."""
-    path = locate(model, ".safetensors")
+    path = locate(model, CHECKPOINT)
     if path.suffix.lower() in {".onnx", ".engine"}:
         raise UsageError(f"{path} can be run but not trained; give the checkpoint (.safetensors) that it was made from")
     existing_file(path, "checkpoint")

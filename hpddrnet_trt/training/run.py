@@ -53,7 +53,7 @@ from hpddrnet_trt.training.losses import (
 )
 from hpddrnet_trt.training.module import SegmentationData, SegmentationModule
 from hpddrnet_trt.training.qat import FakeQuantization
-from hpddrnet_trt.weights import locate
+from hpddrnet_trt.weights import CHECKPOINT, locate
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def _starting_point(config: TrainConfig, data: TrainingData) -> _Start:
 
 
 def _initial(config: TrainConfig) -> Path:
-    return locate(str(config.network.initial), ".safetensors")
+    return locate(str(config.network.initial), CHECKPOINT)
 
 
 def _whole(config: TrainConfig, path: Path, data: TrainingData) -> _Start:

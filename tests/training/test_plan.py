@@ -23,6 +23,7 @@ from hpddrnet_trt.training import DEFAULT_RECIPE, recipe_file, recipes
 from hpddrnet_trt.training.config import TrainConfig
 from hpddrnet_trt.training.plan import Machine, plan_run, run_lengths, run_name
 from hpddrnet_trt.training.run import TrainResult, train
+from hpddrnet_trt.weights import CHECKPOINT, locate
 from tests.training.conftest import REPOSITORY
 
 SMALL = recipe_file("small-data")
@@ -203,7 +204,7 @@ def test_other_classes_get_a_new_head_and_keep_what_they_share(
 
 def test_bfloat16_leaves_attention_its_range() -> None:
     """Rounded scores of a trained attention point the gradients of all before it elsewhere."""
-    network = load_checkpoint(REPOSITORY / "hpddrnet_trt" / "weights" / "nasa-super1.safetensors")[0].train()
+    network = load_checkpoint(locate("nasa-super1", CHECKPOINT))[0].train()
     attention = network.backbone.sps[0]
     torch.manual_seed(0)
     x = torch.randn(2, 128, 16, 16) * 3
