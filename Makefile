@@ -18,7 +18,8 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CLI := $(BIN)/hpddrnet-trt
-# What the demo runs; the tests need the rest, too. A machine with an NVIDIA GPU gets the full TensorRT too; TensorRT-RTX builds engines without one.
+# What the demo runs; the tests need the rest, too. A machine with an NVIDIA GPU gets the full TensorRT as well;
+# TensorRT-RTX builds engines without one.
 DEMO_EXTRAS := train,benchmark,openvino,tensorrt-rtx$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
 EXTRAS := $(DEMO_EXTRAS),results,datasets,dm,fibsem,micromanager,napari,polygraphy,docs,dev
 comma := ,
