@@ -69,8 +69,8 @@ def test_headings_sort_their_table(tmp_path: Path) -> None:
     </script>"""
     file = tmp_path / "page.html"
     file.write_text(page.replace("</body>", f"{click}</body>"), encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path}/user",
-               file.as_uri()]  # fmt: skip
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
+               f"--user-data-dir={tmp_path}/user", file.as_uri()]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     up, down = (found.split("|") for found in re.findall(r"<p>([^<]*)</p>", shown))
     labels = [kind.label for kind in sorted(KINDS, key=lambda kind: kind.ms)]
