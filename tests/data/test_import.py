@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import warnings
@@ -17,7 +18,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.data.annotations import polygon
 from hpddrnet_trt.data.check import check_dataset
 from hpddrnet_trt.data.class_names import parse_rule
@@ -81,7 +82,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Pairs], None], tuple[str, ...]]] =
 @pytest.mark.parametrize(("kind", "archive"), [*((kind, False) for kind in WRITERS), ("CVAT polygons", True)])
 def test_what_a_program_wrote_comes_back_pixel_by_pixel(tmp_path: Path, pairs: Pairs, kind: str, archive: bool) -> None:
     form, write, rules = WRITERS[kind]
-    if form == "coco":
+    if kind == "COCO compressed":
         pytest.importorskip("pycocotools")
     if form == "imagej":
         pytest.importorskip("roifile")
@@ -249,6 +250,35 @@ def test_runs_that_do_not_fill_their_picture_are_left_out(tmp_path: Path, pairs:
     assert "the runs of a mask make 20 pixels, not 64 x 48" in first
     assert "[10, 10] rows and columns, its picture [48, 64]" in second
     assert "drawn on a picture of 640 x 48 pixels, this one has 64 x 48" in third
+
+
+def places(node: Any) -> list[tuple[Any, Any]]:
+    """Every container within a JSON document with each of its keys."""
+    keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    return [pair for key in keys for pair in [(node, key), *places(node[key])]]
+
+
+@pytest.mark.parametrize("kind", ["labelme", "COCO runs", "COCO polygons", "QuPath"])
+def test_damaged_annotations_never_give_a_traceback(tmp_path: Path, pairs: Pairs, kind: str) -> None:
+    pytest.importorskip("shapely")
+    WRITERS[kind][1](tmp_path / "source", {"a": pairs["S1_1"]})
+    (path,) = (path for path in (tmp_path / "source").iterdir() if path.suffix.endswith("json"))
+    text = path.read_text()
+    random = np.random.default_rng(0)
+    for junk in (None, -1, 1e300, float("inf"), "x", [], {}, [[1]], 10**20):
+        content = json.loads(text)
+        # Points are most of a document: of each kind of place as many.
+        by_kind: dict[str, list[tuple[Any, Any]]] = {}
+        for node, key in places(content):
+            by_kind.setdefault(str(key) if isinstance(node, dict) else "item", []).append((node, key))
+        chosen = by_kind[str(random.choice(sorted(by_kind)))]
+        node, key = chosen[int(random.integers(len(chosen)))]
+        node[key] = junk
+        path.write_text(json.dumps(content))
+        with contextlib.suppress(UserError):
+            _, report = imported(tmp_path / "source")
+            assert report.imported + len(report.left_out) + len(report.without_labels) >= 1
+        shutil.rmtree(tmp_path / "dataset", ignore_errors=True)
 
 
 # Masks
