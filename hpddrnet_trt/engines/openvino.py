@@ -64,7 +64,7 @@ class OpenVINOEngine(EngineBase):
     instruction at all but ``threads``, to compare with.
 
     The first inference of a new input shape compiles the graph for it (0.3 s to 2 s), and keeps it for the next
-    start (:mod:`hpddrnet_trt.engines.compiled`; not with ``defaults``);
+    start (:mod:`hpddrnet_trt.engines.compiled`; not with ``defaults`` or without ``keep``);
     :meth:`infer_many` compiles a second one, which runs several batches side by side. Several threads
     may use one engine at once; OpenVINO gives each inference all its threads, one after the other.
 
@@ -74,7 +74,13 @@ class OpenVINOEngine(EngineBase):
     """
 
     def __init__(
-        self, path: str | Path, *, threads: int | None = None, precision: Precision = "auto", defaults: bool = False
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        precision: Precision = "auto",
+        defaults: bool = False,
+        keep: bool = True,
     ) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
@@ -92,7 +98,7 @@ class OpenVINOEngine(EngineBase):
         self._ov = load_openvino()
         self._threads = threads
         self._core: Any = self._ov.Core()
-        self._defaults = defaults
+        self._defaults, self._keep = defaults, keep and not defaults
         self._floats = self._choose_precision(precision)
         present = [name for port in self._read().outputs for name in port.get_names()]
         self._names = expected_outputs(self.manifest, present, self.path)
@@ -301,7 +307,7 @@ class OpenVINOEngine(EngineBase):
                 fuse_attention(model)
             return core.compile_model(model, "CPU", settings)
 
-        if more or self._defaults:
+        if more or not self._keep:
             return compile_graph()
         return compiled(core, cache_key(sha256_of(self.path), shape, settings), settings, compile_graph)
 
