@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 OPSET = 20
 ATTENTION_OPSET = 23  # the first with the Attention operator
 # The attention's matrix product and sum become one Gemm only between two reshapes: nothing is gained,
-# and dynamic sizes would need more shape arithmetic. Its three projections become one only with a split behind it, and
-# without the names that refitting and layer times go by.
-_SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv"]
+# and dynamic sizes would need more shape arithmetic.
+_SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
 _SMALLEST_HALF = 1024  # values of a constant; below, FP16 wins nothing
 
 ExportedAttention = Literal["matmul", "attention-op", "function"]

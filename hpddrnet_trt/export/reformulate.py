@@ -158,7 +158,8 @@ class FoldedPositionAttention(nn.Module):
     Weight decay leaves trained ``[A; b]`` and ``Wo Wv`` with few singular values that count (nasa-super1: at most 32 of
     128 and of 256). Where that is at most half of C, the matrix is split in two of that rank, ``L R``: keys are
     ``y R'`` and queries ``y L + l``; values are ``y R'`` and the output ``(softmax(.) (y R')) L'``. The products over
-    all pairs of tokens, nearly all of the work, then have that many channels instead of C.
+    all pairs of tokens, nearly all of the work, then have that many channels instead of C. One projection makes all
+    three: several would each want the tokens in an order of their own.
     """
 
     def __init__(self, source: PositionAttention, form: AttentionForm = "matmul") -> None:
@@ -170,35 +171,42 @@ class FoldedPositionAttention(nn.Module):
         wk, _ = _weights(pa.fc_k)
         wv, bv = _weights(pa.fc_v)
         wo, bo = _weights(pa.fc_o)
-        scale = 1 / math.sqrt(wq.shape[0])
-        query, keys = _low_rank(torch.cat([wq.T @ wk, bq[None] @ wk]) * scale)
-        out, values = _low_rank(wo @ wv)
-        self.query = _linear(query[:-1].T, query[-1])
-        self.keys = nn.Identity() if keys is None else _linear(keys)
-        self.values = nn.Identity() if values is None else _linear(values)
-        self.out = _linear(out, wo @ bv + bo)
+        scores = torch.cat([wq.T @ wk, bq[None] @ wk]) / math.sqrt(wq.shape[0])
+        mixing = wo @ wv
+        narrow = _low_rank(scores), _low_rank(mixing)
+        self.widths: list[int] | None = None  # of queries, keys and values, where they are narrow
+        if narrow[0] is None or narrow[1] is None:
+            self.project = _linear(scores[:-1].T, scores[-1])
+        else:
+            (query, keys), (mixing, values) = narrow
+            self.widths = [len(keys), len(keys), len(values)]
+            bias = torch.cat([query[-1], query.new_zeros(len(keys) + len(values))])
+            self.project = _linear(torch.cat([query[:-1].T, keys, values]), bias)
+        self.out = _linear(mixing, wo @ bv + bo)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cnn(x)
         columns = y.flatten(2)  # [N, C, T]
         tokens = columns.transpose(1, 2)
-        query, keys, values = self.query(tokens), self.keys(tokens), self.values(tokens)
+        projected = self.project(tokens)
+        query, keys, values = (projected, tokens, tokens) if self.widths is None else projected.split(self.widths, -1)
         if self.form == "attention-op":
             query, keys, values = query.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)  # one head
             mixed = F.scaled_dot_product_attention(query, keys, values, scale=1.0).squeeze(1)
         else:
-            rows = columns if keys is tokens else keys.transpose(1, 2)  # [N, channels of keys, T]
-            mixed = torch.softmax(query @ rows, dim=-1) @ values
+            if self.widths is not None:
+                columns = keys.transpose(1, 2)  # [N, channels of keys, T]
+            mixed = torch.softmax(query @ columns, dim=-1) @ values
         return self.out(mixed).transpose(1, 2).reshape(y.shape)
 
 
-def _low_rank(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Two matrices whose product is ``matrix``, of the rank that counts; itself and None where that saves nothing."""
+def _low_rank(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Two matrices whose product is ``matrix``, of the rank that counts; None where that is too much to save work."""
     left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
     counting = int((singular > RANK_TOLERANCE * singular[0]).sum())
     rank = RANK_STEP * max(1, math.ceil(counting / RANK_STEP))
     if rank > matrix.shape[1] // 2:
-        return matrix, None
+        return None
     root = singular[:rank].sqrt()  # on both sides, so that neither leaves the range of FP16
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
@@ -437,9 +445,7 @@ def _weights(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return linear.weight.detach().double(), linear.bias.detach().double()
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight = nn.Parameter(weight.float().contiguous())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.float())
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight, linear.bias = nn.Parameter(weight.float().contiguous()), nn.Parameter(bias.float())
     return linear

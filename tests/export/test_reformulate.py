@@ -112,10 +112,9 @@ def test_projections_of_low_rank_are_narrow(rank: int, form: str) -> None:
         layer.weight.data = low + 1e-6 * full
     x = torch.randn(2, 128, 9, 13, generator=generator)
     folded = FoldedPositionAttention(source, form).eval()  # type: ignore[arg-type]
-    widths = {name: layer.weight.shape[0] for name, layer in folded.named_modules() if isinstance(layer, nn.Linear)}
     narrow = {1: 32, 40: 64, 65: None}[rank]  # in steps; more than half of the channels saves nothing
-    kept = {"query": 128, "out": 128}
-    assert widths == (kept if narrow is None else {"query": narrow, "keys": narrow, "values": narrow, "out": 128})
+    assert folded.widths == (None if narrow is None else [narrow] * 3)
+    assert folded.project.out_features == (128 if narrow is None else 3 * narrow)
     with torch.inference_mode():
         got, want = folded(x), source(x)
     assert want.std() > 0.1
@@ -127,10 +126,7 @@ def test_the_shipped_model_has_narrow_attention() -> None:
     network, _ = load_checkpoint(locate("nasa-super1", ".safetensors"))
     for module in network.modules():
         if isinstance(module, PositionAttention):
-            folded = FoldedPositionAttention(module)
-            assert isinstance(folded.keys, nn.Linear)
-            assert isinstance(folded.values, nn.Linear)
-            assert (folded.keys.out_features, folded.values.out_features) == (32, 32)
+            assert FoldedPositionAttention(module).widths == [32, 32, 32]
 
 
 # ------------------------------------------------------------------------------- grey input
