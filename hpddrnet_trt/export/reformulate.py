@@ -173,12 +173,12 @@ class FoldedPositionAttention(nn.Module):
         wo, bo = _weights(pa.fc_o)
         scores = torch.cat([wq.T @ wk, bq[None] @ wk]) / math.sqrt(wq.shape[0])
         mixing = wo @ wv
-        narrow = _low_rank(scores), _low_rank(mixing)
+        of_scores, of_mixing = _low_rank(scores), _low_rank(mixing)
         self.widths: list[int] | None = None  # of queries, keys and values, where they are narrow
-        if narrow[0] is None or narrow[1] is None:
+        if of_scores is None or of_mixing is None:
             self.project = _linear(scores[:-1].T, scores[-1])
         else:
-            (query, keys), (mixing, values) = narrow
+            (query, keys), (mixing, values) = of_scores, of_mixing
             self.widths = [len(keys), len(keys), len(values)]
             bias = torch.cat([query[-1], query.new_zeros(len(keys) + len(values))])
             self.project = _linear(torch.cat([query[:-1].T, keys, values]), bias)
