@@ -12,9 +12,9 @@ the same one on the same machine, whatever pictures come:
 
 The verdict is kept in the user's cache folder, by the file's checksum, the versions and the processor.
 
-The limit comes from three models on 29 real micrographs (384x384 or 512x512; OpenVINO 2026.4 with AMX): BF16 gave the labels of
-FP32 on 99.85 to 100 % of the pixels of micrographs like those that a model was trained on, 98.4 to 100 % on strange
-ones, and 99.86 to 99.98 % on the check pictures. OpenVINO in FP32 gave 99.9999 % or more (Super-1).
+The limit comes from three models on 29 real micrographs (OpenVINO 2026.4 with AMX): BF16 gave the labels of FP32 on
+99.85 to 100 % of the pixels of micrographs like those that a model was trained on, 98.4 to 100 % on strange ones, and
+99.86 to 99.98 % on the check pictures. OpenVINO in FP32 gave 99.9999 % or more (Super-1).
 INT8 files (99.86 %) are taken when they are asked for, never in place of another file.
 """
 

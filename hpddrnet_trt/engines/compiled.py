@@ -73,6 +73,27 @@ def compiled(core: Any, key: str, settings: dict[str, Any], compile_graph: Calla
     return graph
 
 
+def names_once(key: str, find: Callable[[], list[str]]) -> list[str]:
+    """The names kept under ``key``, else those that ``find`` gives, which are kept: it checks and reads a file that
+    this user has opened before."""
+    try:
+        path = cache_folder() / FOLDER / f"{key}.json"
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(known, list) and known and all(isinstance(name, str) for name in known):
+            used_now(path)
+            return known
+    except RuntimeError:  # a user without a home
+        return find()
+    except (OSError, ValueError):  # none, or a damaged one
+        pass
+    names = find()
+    try:
+        write_bytes(path, json.dumps(names).encode())
+    except (OSError, UserError) as exc:
+        logger.info("that a file was checked is not kept for the next start: %s", exc)
+    return names
+
+
 def _exported(graph: Any) -> bytes:
     stream = io.BytesIO()
     graph.export_model(stream)

@@ -39,7 +39,7 @@ from hpddrnet_trt.engines.base import (
     expected_outputs,
     input_contract,
 )
-from hpddrnet_trt.engines.compiled import cache_key, compiled
+from hpddrnet_trt.engines.compiled import cache_key, compiled, names_once
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.graph.check import check_onnx, rewritten
 
@@ -85,7 +85,6 @@ class OpenVINOEngine(EngineBase):
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         input_contract(self.manifest)
-        check_onnx(self.path, "operators")
         if self.manifest.quantized_for == "onnxruntime":
             raise UsageError(
                 f"{self.path} is quantised in ONNX Runtime's own form, which can crash OpenVINO; run it with the "
@@ -100,11 +99,17 @@ class OpenVINOEngine(EngineBase):
         self._core: Any = self._ov.Core()
         self._defaults, self._keep = defaults, keep and not defaults
         self._floats = self._choose_precision(precision)
-        present = [name for port in self._read().outputs for name in port.get_names()]
+        self._sha256 = sha256_of(self.path)
+        present = names_once(cache_key("outputs", self._sha256), self._checked_outputs)
         self._names = expected_outputs(self.manifest, present, self.path)
         self._graphs: OrderedDict[tuple[tuple[int, ...], Hint], _Graph] = OrderedDict()
         self._lock = threading.Lock()  # of the table above
         self._compiling = threading.Lock()  # held for seconds: inferences of known shapes go on
+
+    def _checked_outputs(self) -> list[str]:
+        """Names of the outputs, after all that is checked of a file before OpenVINO may have it."""
+        check_onnx(self.path, "operators")
+        return [name for port in self._read().outputs for name in port.get_names()]
 
     def _choose_precision(self, asked: Precision) -> Literal["fp32", "bf16"]:
         if self._defaults:
@@ -309,7 +314,7 @@ class OpenVINOEngine(EngineBase):
 
         if more or not self._keep:
             return compile_graph()
-        return compiled(core, cache_key(sha256_of(self.path), shape, settings), settings, compile_graph)
+        return compiled(core, cache_key(self._sha256, shape, settings), settings, compile_graph)
 
 
 class _Graph:
