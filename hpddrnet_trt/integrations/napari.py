@@ -29,6 +29,7 @@ from hpddrnet_trt.integrations.napari_layers import (
     layer_shape,
     pixel_metres,
 )
+from hpddrnet_trt.integrations.napari_masks import save_mask
 from hpddrnet_trt.weights import DEFAULT, locate, shipped_models
 
 LayerData = tuple[Any, dict[str, Any], str]  # as napari takes it: array, layer arguments, kind of layer
@@ -106,6 +107,7 @@ class SegmentPanel:
 
     def __init__(self, viewer: Any) -> None:
         from magicgui import widgets
+        from magicgui.types import FileDialogMode
         from qtpy.QtWidgets import QApplication
 
         self.viewer = viewer
@@ -143,18 +145,32 @@ class SegmentPanel:
         self.run_button, self.cancel_button = widgets.PushButton(text="Run"), widgets.PushButton(text="Cancel")
         self.bar = widgets.ProgressBar(max=1000, visible=False)
         self.message = widgets.Label()
+        self.dataset = widgets.FileEdit(
+            label="dataset", mode=FileDialogMode.EXISTING_DIRECTORY, nullable=True,
+            tooltip="folder of pictures and masks to train on; made when it does not exist",
+        )  # fmt: skip
+        self.split = widgets.ComboBox(
+            label="split", choices=["auto", "train", "val", "test"],
+            tooltip="which part of the dataset a new picture belongs to; auto: every fifth to val",
+        )  # fmt: skip
+        self.save_button = widgets.PushButton(
+            text="Save as mask", tooltip="add the shown plane and its corrected labels to the dataset"
+        )
         self._controls = (
             self.layers, self.all_planes, self.model, self.model_file, self.engine, self.mode, self.tile,
-            self.layer_range, self.confidence, self.first_class,
+            self.layer_range, self.confidence, self.first_class, self.dataset, self.split,
         )  # fmt: skip
         buttons = widgets.Container(widgets=[self.run_button, self.cancel_button], layout="horizontal", labels=False)
-        last = (buttons, self.bar, self.message)
-        self.widget: Any = widgets.Container(widgets=[self.layers, self.facts, *self._controls[1:], *last])
+        last = (self.dataset, self.split, self.save_button, self.bar, self.message)
+        self.widget: Any = widgets.Container(
+            widgets=[self.layers, self.facts, *self._controls[1:-2], buttons, *last]
+        )
         for label in (self.facts, self.message):
             label.native.setWordWrap(True)
         self.layers.changed.connect(self._show_layer)
         self.run_button.clicked.connect(self.run)
         self.cancel_button.clicked.connect(self.cancel)
+        self.save_button.clicked.connect(self.save)
         events = viewer.layers.events  # a dock of napari's connects these, too, and lets go of them
         for event in (events.inserted, events.removed, events.reordered):
             event.connect(self._list_layers)
@@ -224,6 +240,21 @@ class SegmentPanel:
             self._worker.quit()
             self.cancel_button.enabled = False
             self._say("stopping after this inference")
+
+    def save(self) -> None:
+        """Add the shown plane and its labels, as they are now, to the dataset; says how to train on it."""
+        try:
+            if self.layer is None or self.dataset.value is None:
+                raise UserError("choose the image, and the folder of a dataset to save the mask in")
+            saved = save_mask(str(self.dataset.value), self.viewer, self.layer, self.split.value)
+        except (UserError, OSError) as exc:
+            self._say(one_line(exc), error=True)
+            return
+        parts = ", ".join(f"{count} {split}" for split, count in saved.counts.items() if count)
+        both = all(saved.counts[split] for split in ("train", "val"))
+        model = self.model_file.value or self.model.value
+        then = f"train on it: hpddrnet-trt train {self.dataset.value} --from {model}"
+        self._say(f"saved {saved.mask} ({parts}); {then if both else 'training needs pictures in train and in val'}")
 
     def close(self, *_: Any) -> None:
         """The widget is gone: stop the run, let go of the viewer and of the model."""
@@ -359,6 +390,7 @@ class SegmentPanel:
         for control in self._controls:
             control.enabled = not running
         self.run_button.enabled = not running and self.layer is not None
+        self.save_button.enabled = not running
         self.cancel_button.enabled = self.bar.visible = running
 
     def _say(self, text: str, *, error: bool = False) -> None:

@@ -40,11 +40,11 @@ _OLD_PADDLESEG = Layout(
     "what lies beyond the border, and so does this network's",
     "ignored", Normalization(mean=(127.5,) * 3, std=(127.5,) * 3), "PaddleSeg's mean and standard deviation, 127.5,",
 )  # fmt: skip
-# Its down3 is padded "same", which at stride 2 samples the other pixel of each two: no 3x3 kernel of ours does that.
+# Its down3 is padded "same", which at stride 2 samples the other pixel of each two; no kernel of ours does.
 PADDLESEG = replace(
     _OLD_PADDLESEG,
-    remark=f"{_OLD_PADDLESEG.remark}, but its down3 is padded on one side only and this network's on both: labels "
-    "differ a little from those it was trained to give, so compare before use, or train on from it",
+    remark=f"{_OLD_PADDLESEG.remark}, but its down3 is padded on one side only and this network's on both: "
+    "labels differ from those it was trained to give, so train on from it, or compare before use",
 )
 
 # What is called otherwise wherever it stands: Paddle's statistics, and its convolutions with normalisation.
@@ -97,6 +97,10 @@ _BEGINNINGS = [
 # Within blocks and sequences, where ours have names and theirs numbers.
 _PARTS = [
     (r"^(backbone\.(?:stem\.[24]|\w+_branch_layers\.\d)\.\d+)\.(conv|bn)([123])\.", r"\1.conv\3.\2."),
+    (r"^(backbone\.\w+_branch_layers\.2\.0)\.conv_bn_relu([12])\.", r"\1.conv\2."),  # PaddleSeg's blocks
+    (r"^(backbone\.\w+_branch_layers\.2\.0)\.conv_bn\.", r"\1.conv3."),
+    (r"^(backbone\.(?:stem\.[24]|\w+_branch_layers\.[01])\.\d+)\.conv_bn_relu\.", r"\1.conv1."),
+    (r"^(backbone\.(?:stem\.[24]|\w+_branch_layers\.[01])\.\d+)\.conv_bn\.", r"\1.conv2."),
     (r"^(backbone\.(?:compression_\d|down_1|down_2\.\d))\.0\.", r"\1.conv."),
     (r"^(backbone\.(?:compression_\d|down_1|down_2\.\d))\.1\.", r"\1.bn."),
     (r"^(backbone\.spp\.(?:scales\.0|scales\.\d\.1|processes\.\d|compression|shortcut))\.0\.", r"\1.bn."),

@@ -35,11 +35,11 @@ CLASSES = 5
 class PublicDDRNet:
     """Their network; its weights come into being, by their names, when it first runs.
 
-    ``kind``: ``official``, ``paddle`` (2.8) or ``old paddle``. ``padding_down3``: what PaddleSeg 2.8 leaves at "same".
+    ``kind``: ``official``, ``paddle`` (2.8) or ``old paddle``. ``same``: PaddleSeg 2.8's padding of down3.
     """
 
-    def __init__(self, kind: str, planes: int = 4, *, auxiliary: bool = True, padding_down3: int = 1) -> None:
-        self.kind, self.planes, self.auxiliary, self.padding_down3 = kind, planes, auxiliary, padding_down3
+    def __init__(self, kind: str, planes: int = 4, *, auxiliary: bool = True, same: bool = False) -> None:
+        self.kind, self.planes, self.auxiliary, self.same = kind, planes, auxiliary, same
         self.weights: dict[str, Tensor] = {}
         self.random = torch.Generator().manual_seed(3)
         self(torch.rand(1, 3, 64, 64))
@@ -80,7 +80,11 @@ class PublicDDRNet:
         if bottleneck:
             steps = [(1, width, 1), (3, width, stride), (1, outputs, 1)]
         for number, (kernel, channels, step) in enumerate(steps, 1):
-            y = self.norm(f"{name}.bn{number}", self.conv(f"{name}.conv{number}", y, channels, kernel, step))
+            conv, norm = f"{name}.conv{number}", f"{name}.bn{number}"
+            if self.kind == "paddle":
+                pair = f"conv_bn_relu{number if bottleneck else ''}" if number < len(steps) else "conv_bn"
+                conv, norm = f"{name}.{pair}._conv", f"{name}.{pair}._batch_norm"
+            y = self.norm(norm, self.conv(conv, y, channels, kernel, step))
             y = F.relu(y) if number < len(steps) else y
         if stride != 1 or x.shape[1] != outputs:
             x = self.norm(f"{name}.downsample.1", self.conv(f"{name}.downsample.0", x, outputs, 1, stride))
@@ -125,9 +129,8 @@ class PublicDDRNet:
         x = F.relu(self.stage("layer2", F.relu(x), 2 * p, 2))
         low, high = self.stage("layer3", x, 4 * p, 2), self.stage("layer3_", x, 2 * p)
         down = F.relu(high)
-        if self.padding_down3 == 0:  # "same" at stride 2: one zero below and on the right
-            down = F.pad(down, (0, 1, 0, 1))
-        down = self.conv_norm("down3", down, 4 * p, 3, 2, padding=self.padding_down3)
+        down = F.pad(down, (0, 1, 0, 1)) if self.same else down  # one zero below and on the right
+        down = self.conv_norm("down3", down, 4 * p, 3, 2, padding=0 if self.same else None)
         low, high = low + down, high + enlarged(self.conv_norm("compression3", F.relu(low), 2 * p, 1))
         if self.auxiliary:
             self.head("seghead_extra", high, 2 * p)
@@ -186,9 +189,9 @@ def test_the_layouts_of_paddleseg(tmp_path: Path, image: Tensor, kind: str, cont
     assert manifest.network.pool_border == "ignored"
     assert manifest.normalization == Normalization(mean=(127.5,) * 3, std=(127.5,) * 3)
     assert "its average pooling leaves out what lies beyond the border" in manifest.remarks[0]
-    # PaddleSeg 2.8 samples one convolution half a pixel beside; the names tell which.
+    # PaddleSeg 2.8 samples one convolution one pixel beside; the names tell which.
     assert ("down3" in manifest.remarks[0]) == (kind == "paddle")
-    assert not same(load_checkpoint(tmp_path / "ours.safetensors")[0], PublicDDRNet(kind, padding_down3=0), image)
+    assert not same(load_checkpoint(tmp_path / "ours.safetensors")[0], PublicDDRNet(kind, same=True), image)
 
 
 @pytest.mark.parametrize(("planes", "name"), [(32, "ddrnet-23-slim"), (64, "ddrnet-23")])
