@@ -121,14 +121,14 @@ def export(
         raise UsageError(f"{checkpoint} is exported already; give its checkpoint, or only --precision fp16 or bf16")
     if half_weights and (from_onnx or precision != "fp32" or graph != GraphOptions()):
         raise UsageError("--half-weights is a form of its own, of a checkpoint; leave the other options out")
+    if target.suffix.lower() != ".onnx":
+        raise UsageError(f"the ONNX file {target} must end with .onnx; write {target.with_suffix('.onnx')}")
     if from_onnx:
         _check_target(checkpoint, target)
     else:
         checkpoint = locate(checkpoint, ".safetensors")
     images = find_images(data, "test") if data else []
     if half_weights:
-        if target.suffix.lower() != ".onnx":
-            raise UsageError(f"the ONNX file {target} must end with .onnx; write {target.with_suffix('.onnx')}")
         for path in ship(checkpoint, target.parent, name=target.stem, images=images):
             typer.echo(f"written: {path} ({megabytes(path.stat().st_size)})")
         return
