@@ -4,7 +4,7 @@
 #   make demo                      simulated micrographs
 #   make demo DATA=folder          your own (images|masks/{train,val,test}, see README)
 #   make demo TRAIN="..."          further key=value settings of the training
-#   make demo MEASURE="..."        options of the benchmark, instead of eight rounds at 512x512
+#   make demo MEASURE="..."        options of the benchmark, instead of four rounds at 512x512
 #   make docs                      the documentation site, as site/index.html
 #   make soak                      the tests that take minutes: the live stream under faults
 #   make gpu                       figures of an NVIDIA GPU in eight minutes, then its tests (PY=python3: as installed)
@@ -26,7 +26,7 @@ comma := ,
 
 DATA ?=
 TRAIN ?=
-MEASURE ?= --rounds 8 --size 512x512 --measure inference
+MEASURE ?= --rounds 4 --size 512x512 --latency-only
 NAME := $(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),demo)
 RUN := runs/$(NAME)
 MODEL := $(RUN)/$(NAME)
