@@ -25,7 +25,7 @@ from hpddrnet_trt.integrations.fibsem import FEATURE_CLASSES, FibsemSegmentation
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path)
-    parser.add_argument("--model", required=True, help="a model file, or the name of one that comes with the package")
+    parser.add_argument("--model", default="nasa-super1", help="a model that comes with the package, or a file")
     parser.add_argument("--classes", nargs="+", type=numbered, required=True, metavar="NAME=NUMBER")
     parser.add_argument("--features", nargs="+", required=True, choices=list(FEATURE_CLASSES), metavar="FEATURE")
     parser.add_argument("--pixel-size-nm", type=float, help="where the image does not say")

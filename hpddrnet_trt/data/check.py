@@ -105,8 +105,9 @@ class DatasetReport:
                 lines += ["", f"{title}:", *(f"  - {entry}" for entry in entries)]
         if self.contact_sheet:
             lines += ["", f"contact sheet: {self.contact_sheet}"]
-        verdict = "fit for training" if self.ok else f"not fit for training: {len(self.problems)} problems"
-        return "\n".join([*lines, "", verdict.replace("1 problems", "1 problem")])
+        count = len(self.problems)
+        unfit = f"not fit for training: {count} problem{'' if count == 1 else 's'}"
+        return "\n".join([*lines, "", "fit for training" if self.ok else unfit])
 
 
 def check_dataset(

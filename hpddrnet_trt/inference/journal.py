@@ -19,7 +19,8 @@ class Journal:
     """One JSON line per finished image, appended; of several lines with one ``name`` the last counts.
 
     ``job``: what results depend on beside the image (model, mode, window ...). A result counts as done when it was
-    made by the same job from the same, unchanged file, and is still there. A line torn by a crash is ignored.
+    made by the same job from the same, unchanged file, and is still there. A last line torn by a crash is ignored, and
+    goes before the next is written.
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
@@ -28,9 +29,9 @@ class Journal:
         self._entries: dict[str, dict[str, Any]] = {}
         self._names: dict[str, str] = {}  # by source
         self._stacks: dict[str, str] = {}  # source by name, of stacks of which slices are done
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        self._torn = bool(text) and not text.endswith("\n")
-        for entry in map(_parsed, text.splitlines()):
+        content = path.read_bytes() if path.is_file() else b""
+        self._tail = content[content.rfind(b"\n") + 1 :]  # what stands behind the last whole line
+        for entry in map(_parsed, content.decode("utf-8", "replace").splitlines()):
             if isinstance(entry.get("name"), str) and isinstance(entry.get("outputs"), dict):
                 self._keep(entry)
 
@@ -78,9 +79,12 @@ class Journal:
         line = {**about, **entry}
         self._keep(line)
         try:
+            whole = bool(_parsed(self._tail.decode("utf-8", "replace")))  # but for its end
+            if self._tail and not whole:
+                os.truncate(self._path, self._path.stat().st_size - len(self._tail))
             with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(("\n" if self._torn else "") + json.dumps(line) + "\n")
-            self._torn = False
+                stream.write(("\n" if whole else "") + json.dumps(line) + "\n")
+            self._tail = b""
         except OSError as exc:
             raise UserError(f"cannot write {self._path}: {exc.strerror}; free some space and run again") from exc
 

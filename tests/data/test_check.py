@@ -59,7 +59,7 @@ def test_pictures_that_occur_twice(dataset: Path) -> None:
     assert report.leaks == [["images/train/train_0001.png", "images/test/test_0000.png"]]
     assert not report.ok
     assert "leak" in report.text()
-    assert "not fit for training: 1 problem" in report.text()
+    assert report.text().endswith("not fit for training: 1 problem")
 
 
 def test_groups_over_several_splits(dataset: Path) -> None:
@@ -89,6 +89,7 @@ def test_faulty_files(dataset: Path) -> None:
     assert len(test.unreadable) == 1
     assert "test_0000.png" in test.unreadable[0]
     assert len(report.problems) == 6
+    assert report.text().endswith("not fit for training: 6 problems")
     json.loads(report.to_json())
 
 

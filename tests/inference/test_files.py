@@ -129,6 +129,12 @@ def test_resume_skips_what_is_done_and_only_that(tmp_path: Path) -> None:
         stream.write(b'[]\n{"name": 5, "outputs": {}}\n{"labels": "a.png"}\n\xff\n{"name": "0", "sou')
     (out / "0.png").unlink()
     assert run(checkpoint_sha256="another") == (1, 2, 1)
+    journal = (out / "segmentations.jsonl").read_bytes()
+    assert b'"name": "0", "sou\n' not in journal  # the torn line has gone, the others stand
+    assert b'\xff\n{"name": "0", "source"' in journal
+    (out / "segmentations.jsonl").write_bytes(journal.rstrip(b"\n"))  # whole, but for its end
+    (out / "1.png").unlink()
+    assert run(checkpoint_sha256="another") == (1, 2, 1)
     assert run(checkpoint_sha256="another") == (0, 3, 0)
     summary = _run(Segmenter(ToyEngine()), source, out, resume=False)
     assert len(summary.written) == 3
