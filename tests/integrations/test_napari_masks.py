@@ -71,7 +71,12 @@ def test_corrected_labels_become_a_dataset(viewer: Any, panel: SegmentPanel, tmp
         panel.save_button.native.click()
     assert panel.message.value == (
         f"saved {folder / 'masks' / 'train' / 'sample_2.png'} (2 train, 1 val); train on it: "
-        f"hpddrnet-trt train {folder} --from {tmp_path / 'toy.onnx'}"
+        f"hpddrnet-trt train {folder} --from CHECKPOINT (the .safetensors file that toy.onnx was made from)"
+    )
+    (tmp_path / "toy.safetensors").touch()  # where training leaves it
+    panel.save()
+    assert panel.message.value.endswith(
+        f"; train on it: hpddrnet-trt train {folder} --from {tmp_path / 'toy.safetensors'}"
     )
     dataset = FolderDataset.open(folder)
     assert dataset.class_names == ["grain", "pore", "clay"]
