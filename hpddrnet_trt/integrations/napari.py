@@ -253,7 +253,7 @@ class SegmentPanel:
             return
         parts = ", ".join(f"{count} {split}" for split, count in saved.counts.items() if count)
         both = all(saved.counts[split] for split in ("train", "val"))
-        then = f"train on it: {_command(self.dataset.value, self.model_file.value or self.model.value)}"
+        then = f"train on it: {_command(str(self.dataset.value), str(self.model_file.value or self.model.value))}"
         self._say(f"saved {saved.mask} ({parts}); {then if both else 'training needs pictures in train and in val'}")
 
     def close(self, *_: Any) -> None:
@@ -398,16 +398,16 @@ class SegmentPanel:
         self.message.value = text
 
 
-def _command(dataset: Path, model: Path | str) -> str:
+def _command(dataset: str, model: str) -> str:
     """What trains on a dataset and goes on from a model: from its checkpoint, where the file itself only runs."""
-    checkpoint, remark = str(model), ""
-    if isinstance(model, Path) and model.suffix.lower() in (".onnx", ".engine"):
-        beside = model.with_suffix(".safetensors")  # where training leaves it
+    checkpoint, remark = model, ""
+    if Path(model).suffix.lower() in (".onnx", ".engine"):
+        beside = Path(model).with_suffix(".safetensors")  # where training leaves it
         if beside.is_file():
             checkpoint = str(beside)
         else:
-            checkpoint, remark = "CHECKPOINT", f" (the .safetensors file that {model.name} was made from)"
-    return shlex.join(["hpddrnet-trt", "train", str(dataset), "--from", checkpoint]) + remark
+            checkpoint, remark = "CHECKPOINT", f" (the .safetensors file that {Path(model).name} was made from)"
+    return shlex.join(["hpddrnet-trt", "train", dataset, "--from", checkpoint]) + remark
 
 
 def _summary(count: int, last: Segmentation | None, seconds: float) -> str:
