@@ -75,7 +75,8 @@ def prepare(folder: Path) -> None:
 
 BAD = [
     (["train", "--config", "none.yaml"], "none.yaml"),
-    (["train", "--config", "bad.yaml"], "run.name"),
+    (["train", "--config", "bad.yaml"], "train FOLDER"),
+    (["train", "outside", "--config", "bad.yaml"], "run.nam; did you mean run.name?"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=empty"], "empty"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=outside"], "outside"),
     (["evaluate", "none.onnx", "--data", "outside"], "none.onnx"),

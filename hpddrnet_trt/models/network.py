@@ -161,8 +161,9 @@ class ScaledDotProduct(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.training and torch.is_autocast_enabled(tokens.device.type):
-            with torch.autocast(tokens.device.type, enabled=False):
+        device = tokens.device.type
+        if self.training and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return self._attend(tokens.float())
         return self._attend(tokens)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,13 @@ def test_an_fp32_file_is_converted_or_calibrated(static: Path, precision: str) -
 
 @needs_rtx
 def test_a_static_model_needs_no_shapes_and_builds_are_repeatable(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Options that an RTX engine does not depend on say so, and the bar goes to stderr."""
+    """Options that an RTX engine does not depend on say so, and the bar goes to a terminal on stderr."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     source, plans = tiny_model(tmp_path / "m.onnx", shape=(2, 64, 128)), set()
     ignored: list[dict[str, Any]] = [{"optimization_level": 5}, {"tiling": "full"}, {"sparsity": True}]
     for options in ({}, {"progress": True}, *ignored, {"timing_cache": tmp_path / "t.cache"}):
