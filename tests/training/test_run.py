@@ -263,19 +263,26 @@ def test_death_of_a_worker_is_told(tiny: Tiny) -> None:
     assert re.search(r"UserError: a process that loads images died.*lower run\.workers", done.stderr), done.stderr
 
 
-def test_number_of_workers_changes_nothing(tiny: Tiny, finished: TrainResult) -> None:
-    helped = train(tiny("run.name=b", "run.workers=2"))
-    stored = [torch.load(result.last, weights_only=True) for result in (finished, helped)]
-    assert differences(stored[0]["current_model_state"], stored[1]["current_model_state"]) == []
-    assert read_rows(finished.last.parent) == read_rows(helped.last.parent)
-
-
-def test_two_processes_train_together(tiny: Tiny) -> None:
-    config = tiny("run.name=two", "run.devices=2", "run.strategy=ddp", "data.simulated.val=3")
+def trained_in_a_process(config: TrainConfig) -> Path:
+    """The folder of the run, which the command trained."""
     empty = config.run.folder.parent / "empty.yaml"
     empty.write_text("")
     done = in_a_process(config, str(REPOSITORY / "train" / "train.py"), "--config", str(empty))
     assert done.returncode == 0, done.stderr
+    return config.run.path
+
+
+def test_number_of_workers_changes_nothing(tiny: Tiny, finished: TrainResult) -> None:
+    """In a process of its own: one that ran a thousand tests with other libraries before died here without a trace."""
+    helped = trained_in_a_process(tiny("run.name=b", "run.workers=2"))
+    stored = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (finished.last.parent, helped)]
+    assert differences(stored[0]["current_model_state"], stored[1]["current_model_state"]) == []
+    assert read_rows(finished.last.parent) == read_rows(helped)
+
+
+def test_two_processes_train_together(tiny: Tiny) -> None:
+    config = tiny("run.name=two", "run.devices=2", "run.strategy=ddp", "data.simulated.val=3")
+    trained_in_a_process(config)
     rows = read_rows(config.run.path)
     assert [row["step"] for row in rows if row["val/miou"]] == ["5", "10", "12"]
     # Three validation images on two ranks: each counted once.
