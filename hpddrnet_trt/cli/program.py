@@ -163,7 +163,7 @@ def _version(show: bool) -> None:
 @app.callback()
 def _common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More messages, and tracebacks of errors.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no remarks and warnings: results and errors only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only: no bars, no remarks.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
     if verbose and quiet:
