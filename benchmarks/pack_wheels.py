@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from email import message_from_bytes
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXTRAS = "tensorrt-rtx,benchmark,export"  # what `make gpu` uses where PyTorch is
@@ -137,7 +138,9 @@ def join(folder: Path) -> list[Path]:
         stream.write(content)
         stream.seek(0)
         with tarfile.open(fileobj=stream, mode="r:xz") as tar:
-            tar.extractall(folder / "wheels", filter="data")
+            # Python 3.11 has filters since 3.11.4 only; what is unpacked was just compared with its checksum.
+            safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            tar.extractall(folder / "wheels", **safely)
     return sorted((folder / "wheels").glob("*.whl"))
 
 
