@@ -20,8 +20,6 @@ INT8 files (99.86 %) are taken when they are asked for, never in place of anothe
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import platform
 from collections.abc import Sequence
@@ -32,9 +30,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.cache import cache_folder
 from hpddrnet_trt.core.errors import MissingDependency, UsageError, UserError
-from hpddrnet_trt.core.files import sha256_of, write_text
+from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.precisions import is_calibrated
 from hpddrnet_trt.core.runtimes import load_openvino
@@ -97,27 +94,28 @@ def fastest(path: Path, *, on_gpu: bool = False, only_fp32: bool = False) -> Cho
 
 def _checked_way(path: Path, manifest: Manifest, only_fp32: bool) -> Way:
     """The first way of OpenVINO that keeps the labels; looked up where it is known."""
-    from hpddrnet_trt.engines.compiled import cache_key
+    from hpddrnet_trt.engines.compiled import cache_key, remembered
     from hpddrnet_trt.engines.openvino import fast_bf16
 
     floats: list[Literal["bf16", "fp32"]] = ["fp32"] if only_fp32 or not fast_bf16() else ["bf16", "fp32"]
     if is_calibrated(manifest.precision):  # its labels are others already, and ONNX Runtime would take seconds
         return floats[0], None
-    key = cache_key("choice", CHECK_VERSION, sha256_of(path), floats)
-    try:
-        kept = cache_folder() / FOLDER / f"{key}.json"
-    except RuntimeError:  # a user without a home
-        return _try(path, manifest, floats)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged: tried again
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known["precision"] in (None, *floats):
-            return known["precision"], None if known["share"] is None else float(known["share"])
-    precision, share = _try(path, manifest, floats)
-    try:
-        write_text(kept, json.dumps({"precision": precision, "share": share}))
-    except (OSError, UserError) as exc:
-        logger.info("the choice for %s is not kept for the next start: %s", path, exc)
-    return precision, share
+    known = remembered(
+        FOLDER,
+        cache_key("choice", CHECK_VERSION, sha256_of(path), floats),
+        lambda: dict(zip(("precision", "share"), _try(path, manifest, floats), strict=True)),
+        lambda known: _is_verdict(known, floats),
+    )
+    return known["precision"], known["share"]
+
+
+def _is_verdict(known: Any, floats: Sequence[str]) -> bool:
+    return (
+        isinstance(known, dict)
+        and known.keys() == {"precision", "share"}
+        and known["precision"] in (None, *floats)
+        and isinstance(known["share"], float | int | None)
+    )
 
 
 def _try(path: Path, manifest: Manifest, floats: Sequence[Literal["bf16", "fp32"]]) -> Way:

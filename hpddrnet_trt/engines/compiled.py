@@ -8,6 +8,7 @@ one counts as missing; above :data:`LIMIT_BYTES` those that were not used for lo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ from typing import Any
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.cache import cache_folder, prune, used_now
 from hpddrnet_trt.core.errors import UserError
-from hpddrnet_trt.core.files import write_bytes
+from hpddrnet_trt.core.files import write_bytes, write_text
 from hpddrnet_trt.core.runtimes import load_openvino
 
 logger = logging.getLogger(__name__)
@@ -73,25 +74,27 @@ def compiled(core: Any, key: str, settings: dict[str, Any], compile_graph: Calla
     return graph
 
 
-def names_once(key: str, find: Callable[[], list[str]]) -> list[str]:
-    """The names kept under ``key``, else those that ``find`` gives, which are kept: it checks and reads a file that
-    this user has opened before."""
+def remembered(folder: str, key: str, find: Callable[[], Any], valid: Callable[[Any], bool]) -> Any:
+    """The value kept under ``key`` in ``folder`` of the user's cache folder, else what ``find`` gives, which is kept.
+
+    Values are JSON-able; one that is damaged, or that ``valid`` does not take, is found anew. A folder that cannot be
+    written costs finding it again.
+    """
     try:
-        path = cache_folder() / FOLDER / f"{key}.json"
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(known, list) and known and all(isinstance(name, str) for name in known):
-            used_now(path)
-            return known
+        path = cache_folder() / folder / f"{key}.json"
     except RuntimeError:  # a user without a home
         return find()
-    except (OSError, ValueError):  # none, or a damaged one
-        pass
-    names = find()
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # none, or a damaged one
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if valid(known):
+            used_now(path)
+            return known
+    found = find()
     try:
-        write_bytes(path, json.dumps(names).encode())
+        write_text(path, json.dumps(found))
     except (OSError, UserError) as exc:
-        logger.info("that a file was checked is not kept for the next start: %s", exc)
-    return names
+        logger.info("%s is not kept for the next start: %s", path, exc)
+    return found
 
 
 def _exported(graph: Any) -> bytes:

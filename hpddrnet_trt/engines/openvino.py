@@ -39,10 +39,11 @@ from hpddrnet_trt.engines.base import (
     expected_outputs,
     input_contract,
 )
-from hpddrnet_trt.engines.compiled import cache_key, compiled, names_once
+from hpddrnet_trt.engines.compiled import FOLDER, cache_key, compiled, remembered
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.graph.check import check_onnx, rewritten
 
+KERNELS = "kernels"  # folder in the user's cache folder
 COMPILED_GRAPHS = 4  # kept per engine (a shape, for latency or for throughput); the least recently used goes first
 # Of all batches that run side by side: 16 of 1024 x 1024, some 3 GiB, however many cores there are.
 SIDE_BY_SIDE_PIXELS = 1 << 24
@@ -100,7 +101,8 @@ class OpenVINOEngine(EngineBase):
         self._defaults, self._keep = defaults, keep and not defaults
         self._floats = self._choose_precision(precision)
         self._sha256 = sha256_of(self.path)
-        present = names_once(cache_key("outputs", self._sha256), self._checked_outputs)
+        # A file that this user has opened before is not checked and read again.
+        present = remembered(FOLDER, cache_key("outputs", self._sha256), self._checked_outputs, _is_names)
         self._names = expected_outputs(self.manifest, present, self.path)
         self._graphs: OrderedDict[tuple[tuple[int, ...], Hint], _Graph] = OrderedDict()
         self._lock = threading.Lock()  # of the table above
@@ -397,12 +399,17 @@ def _child(path: str, source: str, target: str, precision: str) -> int:
     return 0
 
 
-@cache  # compiles a small graph, and the processor stays the same
+@cache
 def bf16_kernel() -> str:
     """The kernel that OpenVINO convolves with in BF16 on this processor, ``brgconv_avx512_amx_bf16``; "" for none.
 
-    Its list of capabilities does not tell: it names BF16 also where that is emulated (2026.4).
+    Its list of capabilities does not tell: it names BF16 also where that is emulated (2026.4). A small graph is
+    compiled to see it, and a kernel that was found is remembered.
     """
+    return str(remembered(KERNELS, cache_key("bf16"), _find_bf16_kernel, _is_name))
+
+
+def _find_bf16_kernel() -> str:
     openvino = load_openvino()
     ops = require("openvino.opset13", "openvino", "run models with OpenVINO")
     image = ops.parameter([1, 64, 16, 16], np.float32)
@@ -432,6 +439,14 @@ def fast_bf16() -> bool:
     0.14 with AVX-512 alone (HPDDRNet-23-slim, 512x512, OpenVINO 2026.4).
     """
     return "amx" in bf16_kernel()
+
+
+def _is_name(known: Any) -> bool:
+    return isinstance(known, str) and known != ""
+
+
+def _is_names(known: Any) -> bool:
+    return isinstance(known, list) and bool(known) and all(isinstance(name, str) for name in known)
 
 
 def _names_in_file(compiled: Any) -> dict[str, str]:
