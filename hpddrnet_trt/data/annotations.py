@@ -199,6 +199,10 @@ def reason(exc: BaseException) -> str:
     return told if isinstance(exc, UserError) else f"not as its program writes it ({told}); save it again"
 
 
+# Folders that hold pictures of any kind.
+PICTURE_FOLDER = r"images?|imgs?|pictures?|raw|micrographs?|jpegimages|data|default"
+
+
 def split_of(*places: str) -> str | None:
     """The split that a folder or file name says (``train``, ``valid``, ``instances_val2017``)."""
     for place in places:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.core.files import read_file
-from hpddrnet_trt.data.annotations import UNLABELED, Annotated, Found, Labels, Tree, split_of
+from hpddrnet_trt.data.annotations import PICTURE_FOLDER, UNLABELED, Annotated, Found, Labels, Tree, split_of
 from hpddrnet_trt.data.decode import decode
 from hpddrnet_trt.data.labels import MaskColors
 
@@ -22,7 +22,7 @@ _MASK = r"(?:cp[-_ ])?(?:masks?|labels?|lbl|gt|ground[-_ ]?truth|(?:simple )?seg
 _MASK_FOLDER = re.compile(rf"(?:.*[-_ ])?(?:{_MASK}|segmentationclass(?:raw|png)?)(?:[-_ ].*)?", re.I)
 _MASK_NAME = re.compile(rf"(?:(?:{_MASK})[-_. ]+(?P<after>.+)|(?P<before>.+?)[-_. ]+(?:{_MASK}))", re.I)
 _PICTURE_NAME = re.compile(r"(?:image|img|picture)[-_. ]+(?P<after>.+)|(?P<before>.+?)[-_. ]+(?:image|img|raw)", re.I)
-_PICTURE_FOLDER = re.compile(r"images?|imgs?|pictures?|raw|micrographs?|jpegimages|data|default", re.I)
+_PICTURE_FOLDER = re.compile(PICTURE_FOLDER, re.I)
 _MOST_GREYS = 32  # grey levels of a colour picture that can be classes; more are a micrograph painted over
 _SMOOTH = 64  # colours of a file that are still taken for a mask when two files have one name
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.data.annotations import split_of
+from hpddrnet_trt.data.annotations import PICTURE_FOLDER, split_of
 
 _SHARE = 0.15  # of the pictures, for val and for test
-_NOTHING_SAID = re.compile(r"images?|imgs?|pictures?|raw|micrographs?|jpegimages|data|default|obj_.*", re.I)
+_NOTHING_SAID = re.compile(rf"{PICTURE_FOLDER}|obj_.*", re.I)
 
 
 def specimens(paths: Sequence[str], rule: str | None = None) -> tuple[dict[str, str], str]:
