@@ -168,6 +168,43 @@ class DataRecord(_Record):
     crop: tuple[CropEdge, CropEdge] | None = None  # height and width of the training crops, pixels: the size of tiles
 
 
+MAX_FEATURES = 4096  # of a cell; the largest of ours has some hundred
+MAX_COMPONENTS = 256
+FeatureVector = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_FEATURES)]
+PositiveFloat = Annotated[FiniteFloat, Field(ge=1e-30)]
+
+
+class DomainRecord(_Record):
+    """How the training pictures look to the network, so that another picture's distance can be told.
+
+    A Gaussian of low rank over the ``domain_features`` of a cell (M. E. Tipping, C. M. Bishop, "Probabilistic
+    principal component analysis", J. R. Stat. Soc. B 61, 1999): :func:`hpddrnet_trt.core.domain.distances`.
+    Distances are in units of the training pictures' own, each measured without itself.
+    """
+
+    mean: FeatureVector
+    scale: Annotated[list[PositiveFloat], Field(min_length=1, max_length=MAX_FEATURES)]  # of each feature
+    components: Annotated[list[FeatureVector], Field(max_length=MAX_COMPONENTS)] = []  # orthonormal, of scaled features
+    variances: list[PositiveFloat] = []  # along each component
+    residual: PositiveFloat  # variance along every other direction
+    unusual: PositiveFloat  # distances from which a picture is called so
+    foreign: PositiveFloat
+    crops: int = Field(ge=1)  # what the figures come from
+    pictures: int = Field(ge=1)
+    source: str = Field(default="", max_length=1000)  # dataset and split
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> DomainRecord:
+        features = len(self.mean)
+        if len(self.scale) != features or any(len(row) != features for row in self.components):
+            raise ValueError(f"mean, scale and components must all have {features} features")
+        if len(self.variances) != len(self.components):
+            raise ValueError(f"{len(self.components)} components have {len(self.variances)} variances")
+        if self.foreign < self.unusual:
+            raise ValueError(f"foreign ({self.foreign:g}) must not be below unusual ({self.unusual:g})")
+        return self
+
+
 class AxisRange(_Record):
     """Admitted sizes of one input axis, inclusive; ``maximum=None`` means no upper bound."""
 
@@ -223,10 +260,13 @@ class OutputContract(_Record):
     ``labels``: class indices, uint8 ``[batch, height, width]``, and with ``confidence`` the
     softmax probability of that class, float32 of the same shape. ``logits``: float32
     ``[batch, classes, height, width]`` at full resolution (needed for flip, multi-scale, tiling).
+    With ``domain`` also ``domain_features``, float32 ``[batch, features, rows, columns]``: the network's features
+    pooled over each cell of the image, for :mod:`hpddrnet_trt.core.domain`.
     """
 
     kind: Literal["labels", "logits"] = "labels"
     confidence: bool = False
+    domain: bool = False
 
 
 class CalibrationRecord(_Record):
@@ -305,6 +345,7 @@ class Manifest(_Record):
     normalization: Normalization = Normalization()
     intensity: IntensityRecord | None = None
     data: DataRecord | None = None
+    domain: DomainRecord | None = None
     metrics: dict[str, float] = {}  # of the checkpoint, fractions: {"val/miou": 0.81}
     remarks: list[str] = []
     checkpoint_sha256: str | None = None

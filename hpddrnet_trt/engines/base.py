@@ -21,12 +21,14 @@ class Prediction:
     """Output of one inference, following the model's :class:`~hpddrnet_trt.core.manifest.OutputContract`.
 
     ``labels`` uint8 ``[N, H, W]`` (also filled by arg-max when the model gives logits);
-    ``confidence`` float32 ``[N, H, W]`` or None; ``logits`` float32 ``[N, C, H, W]`` or None.
+    ``confidence`` float32 ``[N, H, W]`` or None; ``logits`` float32 ``[N, C, H, W]`` or None;
+    ``domain_features`` float32 ``[N, F, rows, columns]``, for :func:`hpddrnet_trt.core.domain.domain_of`, or None.
     """
 
     labels: npt.NDArray[np.uint8]
     confidence: npt.NDArray[np.float32] | None = None
     logits: npt.NDArray[np.float32] | None = None
+    domain_features: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ def expected_outputs(manifest: Manifest, present: Collection[str], path: Path) -
     # Where there are logits, the confidence follows from them and need not be an output of its own.
     if manifest.output.confidence and (manifest.output.kind == "labels" or "confidence" in present):
         names.append("confidence")
+    if manifest.output.domain:
+        names.append("domain_features")
     missing = [name for name in names if name not in present]
     if missing:
         raise BadInputFile(
@@ -204,7 +208,20 @@ def checked_prediction(outputs: Mapping[str, npt.NDArray[Any]], manifest: Manife
         for name in ("logits", "confidence")
     )
     labels = arg_max(logits) if logits is not None else np.asarray(outputs["labels"], dtype=np.uint8)
-    return Prediction(labels, confidence, logits)
+    return Prediction(labels, confidence, logits, _domain_features(outputs.get("domain_features"), manifest, batch))
+
+
+def _domain_features(
+    array: npt.NDArray[Any] | None, manifest: Manifest, batch: int
+) -> npt.NDArray[np.float32] | None:
+    if array is None:
+        return None
+    features = None if manifest.domain is None else len(manifest.domain.mean)
+    if array.ndim != 4 or array.shape[0] != batch or features not in (None, array.shape[1]) or not array.size:
+        raise _broken(manifest, f"its output domain_features has the shape {array.shape}")
+    if array.dtype.kind != "f":
+        raise _broken(manifest, f"its output domain_features is of type {array.dtype}")
+    return np.asarray(array, dtype=np.float32)
 
 
 def _broken(manifest: Manifest, why: str) -> BadInputFile:

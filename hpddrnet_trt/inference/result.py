@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.domain import NOT_KNOWN, Domain
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import printable
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest
@@ -55,7 +56,7 @@ class Segmentation:
     0 and 255, ``remarks``: what of that is a guess. ``pixel_size_m``: metres per pixel, None where unknown.
     ``source``: the file, where known.
     ``provenance``: model, engine and settings; ``tiling``: how a large image was cut and put together, None for one
-    that ran whole.
+    that ran whole. ``domain``: whether the picture is like those that the model was trained on.
     """
 
     labels: npt.NDArray[np.uint8]
@@ -67,6 +68,7 @@ class Segmentation:
     source: Path | None = None
     provenance: Provenance | None = None
     tiling: TilingReport | None = None
+    domain: Domain = NOT_KNOWN
 
     @property
     def classes(self) -> list[ClassInfo]:
