@@ -211,9 +211,7 @@ def checked_prediction(outputs: Mapping[str, npt.NDArray[Any]], manifest: Manife
     return Prediction(labels, confidence, logits, _domain_features(outputs.get("domain_features"), manifest, batch))
 
 
-def _domain_features(
-    array: npt.NDArray[Any] | None, manifest: Manifest, batch: int
-) -> npt.NDArray[np.float32] | None:
+def _domain_features(array: npt.NDArray[Any] | None, manifest: Manifest, batch: int) -> npt.NDArray[np.float32] | None:
     if array is None:
         return None
     features = None if manifest.domain is None else len(manifest.domain.mean)
