@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from hpddrnet_trt.core.errors import BadInputFile, first_problem
 from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.magnification import PLAUSIBLE_M, PixelSizes
 from hpddrnet_trt.core.precisions import Precision
 from hpddrnet_trt.core.protobuf import protobuf_fields
 
@@ -152,6 +153,7 @@ class NetworkConfig(_Record):
 
 
 CropEdge = Annotated[int, Field(ge=1, le=1 << 14)]
+PixelSize = Annotated[float, Field(ge=PLAUSIBLE_M[0], le=PLAUSIBLE_M[1])]  # metres
 
 
 class DataRecord(_Record):
@@ -166,6 +168,20 @@ class DataRecord(_Record):
     grey_mean: float | None = None
     grey_std: float | None = None
     crop: tuple[CropEdge, CropEdge] | None = None  # height and width of the training crops, pixels: the size of tiles
+    pixel_size_m: tuple[PixelSize, PixelSize] | None = None  # least and greatest of the training pictures, metres
+    common_pixel_size_m: PixelSize | None = None  # to which all of them were brought, where they were
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DataRecord:
+        if self.pixel_size_m is not None and self.pixel_size_m[0] > self.pixel_size_m[1]:
+            raise ValueError(f"the least pixel size exceeds the greatest: {self.pixel_size_m}")
+        return self
+
+    @property
+    def read_at_m(self) -> PixelSizes | None:
+        """Pixel sizes that the network has seen, in metres; None where they are not known."""
+        common = self.common_pixel_size_m
+        return self.pixel_size_m if common is None else (common, common)
 
 
 MAX_FEATURES = 4096  # of a cell; the largest of ours has some hundred

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from hpddrnet_trt.core.magnification import plausible
 from hpddrnet_trt.core.text import METRES, is_square
 
-_PLAUSIBLE = (1e-12, 1e-3)  # metres per pixel, from atomic resolution to a stage camera
 _AGREE = 1e-2  # relative difference of two statements about the same picture
 # Not the 12 of "12,5": a decimal comma would be a wrong number, and "1,250" may be either.
 _QUANTITY = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\d.]|,\d)\s*([^\W\d_]*)")
@@ -38,7 +38,7 @@ class VendorMetadata:
         """Note a pixel's width and height in metres; a missing height means square pixels."""
         if width_m is None or not math.isfinite(width_m) or width_m == 0:
             return  # 0 and nothing mean "not measured" to the vendors as well
-        if not _PLAUSIBLE[0] <= width_m <= _PLAUSIBLE[1]:
+        if not plausible(width_m):
             self.doubts.append(f"{source} states a senseless pixel size of {width_m:g} m")
         elif height_m is not None and not is_square(width_m, height_m):
             self.doubts.append(f"its pixels are not square ({width_m:.6g} x {height_m:.6g} m, {source})")
