@@ -17,6 +17,7 @@ from hpddrnet_trt.core.manifest import (
     METADATA_KEY,
     AxisRange,
     ClassInfo,
+    DomainRecord,
     InputContract,
     Manifest,
     NetworkConfig,
@@ -27,6 +28,9 @@ from hpddrnet_trt.export.build_settings import BuildSettings
 QUIET = BuildSettings(progress=False)
 CLASSES = [ClassInfo(name=name, color=(40 * index, 0, 0)) for index, name in enumerate(("matrix", "pore", "grain"))]
 HIDDEN = 8
+DOMAIN = DomainRecord(
+    mean=[0.0, 0.0, 0.0], scale=[1.0, 1.0, 1.0], residual=1.0, unusual=2.0, foreign=4.0, crops=64, pictures=4
+)
 
 
 class _Graph:
@@ -81,9 +85,11 @@ def tiny_model(
     shape: tuple[int, int, int] | None = None,
     output: Literal["labels", "logits"] = "labels",
     described: bool = True,
+    domain: bool = False,
     **manifest: Any,
 ) -> Path:
-    """Write a model to ``path``; ``shape`` (batch, height, width) makes it static.
+    """Write a model to ``path``; ``shape`` (batch, height, width) makes it static; with ``domain`` it also gives the
+    mean scores of every 8 x 8 pixels as features of its domain.
 
     ``manifest`` overrides fields of its description.
     """
@@ -103,9 +109,18 @@ def tiny_model(
     else:
         graph.node("Cast", ["scores"], "logits", to=TensorProto.FLOAT)
         result = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [sizes[0], len(CLASSES), *sizes[1:]])
+    results = [result]
+    if domain:
+        graph.node("Cast", ["scores"], "float_scores", to=TensorProto.FLOAT)
+        graph.node("AveragePool", ["float_scores"], "domain_features", kernel_shape=[8, 8], strides=[8, 8])
+        cells = [f"{size} / 8" if isinstance(size, str) else size // 8 for size in sizes[1:]]
+        results.append(
+            helper.make_tensor_value_info("domain_features", TensorProto.FLOAT, [sizes[0], len(CLASSES), *cells])
+        )
+        manifest = {"output": OutputContract(kind=output, domain=True), "domain": DOMAIN, **manifest}
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, [sizes[0], 1, *sizes[1:]])
     model = helper.make_model(
-        helper.make_graph(graph.nodes, "tiny", [image], [result], graph.constants),
+        helper.make_graph(graph.nodes, "tiny", [image], results, graph.constants),
         opset_imports=[helper.make_opsetid("", 20)],
         ir_version=9,
     )

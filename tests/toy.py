@@ -13,6 +13,7 @@ from hpddrnet_trt.core.manifest import (
     METADATA_KEY,
     AxisRange,
     ClassInfo,
+    DomainRecord,
     InputContract,
     Manifest,
     NetworkConfig,
@@ -29,10 +30,18 @@ CLASSES = [
 # Score of class k is SLOPE[k] * mean grey + OFFSET[k]: dark, middle and bright win in turn.
 SLOPE = (-0.05, 0.0, 0.05)
 OFFSET = (4.0, 0.0, -8.0)
+CELL = 8  # pixels along an edge of what the toy's domain features are means of
+# Trained on middle greys: distances grow by 1 for every 20 grey levels from 120, in each score's own units.
+DOMAIN = DomainRecord(
+    mean=[a * 120 + b for a, b in zip(SLOPE, OFFSET, strict=True)], scale=[1.0, 1.0, 1.0], residual=2 / 3,
+    unusual=2.0, foreign=4.0, crops=64, pictures=4, source="toy (train)",
+)  # fmt: skip
 
 
-def manifest(output: str = "labels", confidence: bool = False, size: int | None = None, **changes: Any) -> Manifest:
-    """A description of the toy model; ``size`` fixes height and width."""
+def manifest(
+    output: str = "labels", confidence: bool = False, size: int | None = None, *, domain: bool = False, **changes: Any
+) -> Manifest:
+    """A description of the toy model; ``size`` fixes height and width, with ``domain`` it knows its own."""
     axis = AxisRange(minimum=8) if size is None else AxisRange(minimum=size, maximum=size)
     return Manifest.model_validate(
         {
@@ -40,7 +49,8 @@ def manifest(output: str = "labels", confidence: bool = False, size: int | None 
             "network": NetworkConfig(num_classes=3),
             "classes": CLASSES,
             "input": InputContract(height=axis, width=axis),
-            "output": OutputContract.model_validate({"kind": output, "confidence": confidence}),
+            "output": OutputContract.model_validate({"kind": output, "confidence": confidence, "domain": domain}),
+            "domain": DOMAIN if domain else None,
             "precision": "fp32",
             **changes,
         }
@@ -51,6 +61,12 @@ def toy_logits(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Class scores ``[3, H, W]``; the image continues beyond its border by reflection."""
     mean = cv2.blur(image, (3, 3), borderType=cv2.BORDER_REFLECT_101).reshape(image.shape).astype(np.float32)
     return np.stack([np.float32(a) * mean + np.float32(b) for a, b in zip(SLOPE, OFFSET, strict=True)])
+
+
+def toy_features(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Means ``[N, 3, H / 8, W / 8]`` of class scores ``[N, 3, H, W]``."""
+    count, classes, height, width = logits.shape
+    return logits.reshape(count, classes, height // CELL, CELL, width // CELL, CELL).mean(axis=(3, 5))
 
 
 class ToyEngine(EngineBase):
@@ -71,7 +87,9 @@ class ToyEngine(EngineBase):
         logits = np.stack([toy_logits(image[0]) for image in images])
         labels = arg_max(logits)
         assert self.manifest.output is not None
-        return Prediction(labels, logits=logits if self.manifest.output.kind == "logits" else None)
+        output = self.manifest.output
+        features = toy_features(logits) if output.domain else None
+        return Prediction(labels, logits=logits if output.kind == "logits" else None, domain_features=features)
 
     def close(self) -> None:
         self.closed = True
@@ -111,6 +129,7 @@ def write_toy_onnx(
         helper.make_node("Cast", ["scores"], ["logits"], to=TensorProto.FLOAT),
         helper.make_node("ArgMax", ["logits"], ["indices"], axis=1, keepdims=0),
         helper.make_node("Cast", ["indices"], ["labels"], to=TensorProto.UINT8),
+        helper.make_node("AveragePool", ["logits"], ["domain_features"], kernel_shape=[CELL] * 2, strides=[CELL] * 2),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
         helper.make_node("ReduceMax", ["probabilities", "axis"], ["confidence"], keepdims=0),
     ]
@@ -119,8 +138,10 @@ def write_toy_onnx(
         "labels": helper.make_tensor_value_info("labels", TensorProto.UINT8, ["N", *size]),
         "confidence": helper.make_tensor_value_info("confidence", TensorProto.FLOAT, ["N", *size]),
         "logits": helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 3, *size]),
+        "domain_features": helper.make_tensor_value_info("domain_features", TensorProto.FLOAT, ["N", 3, "h", "w"]),
     }
-    names = [description.output.kind, *(["confidence"] if description.output.confidence else [])]
+    wanted = {"confidence": description.output.confidence, "domain_features": description.output.domain}
+    names = [description.output.kind, *(name for name, given in wanted.items() if given)]
     graph = helper.make_graph(
         nodes, "toy", [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 1, *size])],
         [shapes[name] for name in names], [numpy_helper.from_array(value, name) for name, value in weights.items()],

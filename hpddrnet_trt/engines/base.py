@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -168,8 +168,11 @@ def check_shape(shape: tuple[int, ...], contract: InputContract) -> None:
         )
 
 
-def expected_outputs(manifest: Manifest, present: Collection[str], path: Path) -> list[str]:
-    """Names of the outputs that the manifest promises; :class:`BadInputFile` when the file lacks one."""
+def expected_outputs(manifest: Manifest, present: Mapping[str, Sequence[Any]], path: Path) -> list[str]:
+    """Names of the outputs that the manifest promises; :class:`BadInputFile` when the file lacks one.
+
+    ``present``: the sizes of each output of the file; what is no positive number stands for any size.
+    """
     assert manifest.output is not None  # engines ask input_contract first
     names: list[str] = [manifest.output.kind]
     # Where there are logits, the confidence follows from them and need not be an output of its own.
@@ -183,6 +186,14 @@ def expected_outputs(manifest: Manifest, present: Collection[str], path: Path) -
             f"{path} has no output {' and '.join(missing)} (it has: {', '.join(present) or 'none'}) although its "
             "description promises it; export it again"
         )
+    if manifest.output.domain and manifest.domain is not None:
+        known, sizes = len(manifest.domain.mean), list(present["domain_features"])
+        features = sizes[1] if len(sizes) == 4 else None
+        if isinstance(features, int) and 0 < features != known:
+            raise BadInputFile(
+                f"{path} gives {features} features of a cell, and its description has the statistics of {known}; "
+                "export it again"
+            )
     return names
 
 

@@ -232,7 +232,8 @@ class OnnxRuntimeEngine(EngineBase):
             )
         self._device = "cuda" if self._wanted[0] == CUDA else "cpu"
         self._input = self._session.get_inputs()[0].name
-        self._names = expected_outputs(self.manifest, [out.name for out in self._session.get_outputs()], self.path)
+        outputs = {output.name: output.shape for output in self._session.get_outputs()}
+        self._names = expected_outputs(self.manifest, outputs, self.path)
 
 
 def _operator_times(profile: Path, runs: int) -> dict[str, float]:

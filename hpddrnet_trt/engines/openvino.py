@@ -102,16 +102,20 @@ class OpenVINOEngine(EngineBase):
         self._floats = self._choose_precision(precision)
         self._sha256 = sha256_of(self.path)
         # A file that this user has opened before is not checked and read again.
-        present = remembered(FOLDER, cache_key("outputs", self._sha256), self._checked_outputs, _is_names)
+        present = remembered(FOLDER, cache_key("outputs", self._sha256), self._checked_outputs, _are_sizes)
         self._names = expected_outputs(self.manifest, present, self.path)
         self._graphs: OrderedDict[tuple[tuple[int, ...], Hint], _Graph] = OrderedDict()
         self._lock = threading.Lock()  # of the table above
         self._compiling = threading.Lock()  # held for seconds: inferences of known shapes go on
 
-    def _checked_outputs(self) -> list[str]:
-        """Names of the outputs, after all that is checked of a file before OpenVINO may have it."""
+    def _checked_outputs(self) -> dict[str, list[int]]:
+        """Sizes of the outputs (-1: any), after all that is checked of a file before OpenVINO may have it."""
         check_onnx(self.path, "operators")
-        return [name for port in self._read().outputs for name in port.get_names()]
+        return {
+            name: [-1 if size.is_dynamic else size.get_length() for size in port.get_partial_shape()]
+            for port in self._read().outputs
+            for name in port.get_names()
+        }
 
     def _choose_precision(self, asked: Precision) -> Literal["fp32", "bf16"]:
         if self._defaults:
@@ -445,8 +449,8 @@ def _is_name(known: Any) -> bool:
     return isinstance(known, str) and known != ""
 
 
-def _is_names(known: Any) -> bool:
-    return isinstance(known, list) and bool(known) and all(isinstance(name, str) for name in known)
+def _are_sizes(known: Any) -> bool:
+    return isinstance(known, dict) and bool(known) and all(isinstance(sizes, list) for sizes in known.values())
 
 
 def _names_in_file(compiled: Any) -> dict[str, str]:

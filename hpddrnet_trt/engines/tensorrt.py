@@ -145,7 +145,7 @@ class TensorRTEngine(EngineBase):
         outputs = [name for name in names if name not in inputs]
         if inputs != [INPUT]:
             raise BadInputFile(f"{path} has the inputs {inputs} instead of [{INPUT!r}]; build the engine again")
-        expected_outputs(self.manifest, outputs, path)
+        expected_outputs(self.manifest, {name: tuple(engine.get_tensor_shape(name)) for name in outputs}, path)
         try:
             # Every output needs an address to run, also one that the description does not name.
             return {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in outputs}

@@ -354,7 +354,7 @@ class InferenceStream:
         if labels is None or prediction.labels is labels:
             return prediction
         np.copyto(labels, prediction.labels)
-        return Prediction(labels, prediction.confidence, prediction.logits)
+        return replace(prediction, labels=labels)
 
     @property
     def waits(self) -> bool:

@@ -53,8 +53,9 @@ def with_scores(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto |
     output = helper.make_tensor_value_info("logits", real, [None, manifest.network.num_classes, None, None])
     for place, dim in ((0, batch), (2, height), (3, width)):
         output.type.tensor_type.shape.dim[place].CopyFrom(dim)
+    others = [entry for entry in graph.output if entry.name == "domain_features"]
     del graph.output[:]
-    graph.output.append(output)
-    description = manifest.replace(output=OutputContract(kind="logits"))
+    graph.output.extend([output, *others])
+    description = manifest.replace(output=OutputContract(kind="logits", domain=bool(others)))
     helper.set_model_props(model, {METADATA_KEY: description.to_json()})
     return model

@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,12 +45,14 @@ class InferenceOutput(NamedTuple):
     """What the network says of one image, at the image's own size.
 
     ``labels`` uint8 ``[H, W]``; ``scores`` float32 ``[C, H, W]`` or None: logits of a single transform, else mean
-    probabilities; ``confidence`` float32 ``[H, W]`` or None: the probability of the label.
+    probabilities; ``confidence`` float32 ``[H, W]`` or None: the probability of the label. ``domain_features`` float32
+    ``[F, rows, columns]`` or None: of the cells that the image reaches the middle of, of its first plain view.
     """
 
     labels: Grey8
     scores: Real | None = None
     confidence: Real | None = None
+    domain_features: Real | None = None
 
 
 class Inference:
@@ -77,8 +80,8 @@ class Inference:
         (transform, *others) = self.transforms(height, width)
         resized = (transform.height, transform.width) != (height, width)
         if others or (self.gives_logits and (resized or confidence)):
-            scores = self.probabilities(images)
-            return _outputs(arg_max(scores), scores.max(axis=1) if confidence else None, out)
+            scores, features = self._averaged(images)
+            return _outputs(arg_max(scores), scores.max(axis=1) if confidence else None, out, features)
 
         def restored(planes: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
             return [np.ascontiguousarray(transform.restore_plane(plane, height, width)) for plane in planes]
@@ -86,7 +89,7 @@ class Inference:
         batch = self._input(images, transform)
         prediction = self._run(batch, len(images), out if batch.shape[2:] == (height, width) else None)
         certain = restored(prediction.confidence) if confidence and prediction.confidence is not None else None
-        return _outputs(restored(prediction.labels), certain, out)
+        return _outputs(restored(prediction.labels), certain, out, _cells(prediction, transform, batch.shape))
 
     def labels_on_device(self, batch: Any, confidence: bool, out: Grey8 | None, stream: Any) -> InferenceOutput:
         """:meth:`labels` of one image ``[1, 1, H, W]`` on the engine's GPU, which runs as it is."""
@@ -96,25 +99,35 @@ class Inference:
         certain = prediction.confidence
         if confidence and certain is None and prediction.logits is not None:
             certain = self.checked(softmax(prediction.logits)).max(axis=1)
-        return _outputs(prediction.labels, certain if confidence else None, out)[0]
+        return _outputs(prediction.labels, certain if confidence else None, out, prediction.domain_features)[0]
 
     def probabilities(self, images: Sequence[Grey8]) -> Real:
         """Class probabilities ``[N, C, H, W]``, averaged over the transforms.
 
         Raises :class:`ContractError` for a model without logits, :class:`UserError` for scores that are not numbers.
         """
+        return self._averaged(images)[0]
+
+    def _averaged(self, images: Sequence[Grey8]) -> tuple[Real, Real | None]:
+        """:meth:`probabilities`, and the features of the view that a single one would be: what the model's statistics
+        are of."""
         height, width = images[0].shape[:2]
         planned = self.transforms(height, width)
+        (plain,) = plan_tta("single", height, width, self.resize)
         total: Real | None = None
+        features: Real | None = None
         for transform in planned:
-            logits = self._run(self._input(images, transform), len(images)).logits
-            if logits is None:
+            batch = self._input(images, transform)
+            prediction = self._run(batch, len(images))
+            if prediction.logits is None:
                 raise ContractError(f"{self.engine.runtime} gave no logits; export the model again")
-            scores = softmax(np.stack([transform.restore_scores(entry, height, width) for entry in logits]))
+            if transform == plain:
+                features = _cells(prediction, transform, batch.shape)
+            scores = softmax(np.stack([transform.restore_scores(entry, height, width) for entry in prediction.logits]))
             total = scores if total is None else np.add(total, scores, out=total)
         assert total is not None  # there is always one
         total /= np.float32(len(planned))
-        return self.checked(total)
+        return self.checked(total), features
 
     def each(self, images: Iterable[Grey8]) -> Generator[InferenceOutput]:
         """``images`` one by one, in order, with scores where the model has them. Without ``resize``.
@@ -127,9 +140,11 @@ class Inference:
             yield from self._each_once(batches)
             return
         for batch in batches:
-            scores = self.probabilities(batch)
-            for labels, entry in zip(arg_max(scores), scores, strict=True):
-                yield InferenceOutput(labels, entry)
+            scores, features = self._averaged(batch)
+            for index, labels in enumerate(arg_max(scores)):
+                yield InferenceOutput(
+                    labels, scores[index], domain_features=None if features is None else features[index]
+                )
 
     def _batches(self, images: Iterable[Grey8]) -> Iterator[list[Grey8]]:
         for _, equal in groupby(images, key=np.shape):
@@ -139,33 +154,36 @@ class Inference:
     def labels_of_each(self, images: Iterable[Grey8], confidence: bool) -> Generator[InferenceOutput]:
         """:meth:`labels` of each of ``images``, several in flight. For a single view without ``resize``."""
         with closing(self.each(images)) as outputs:
-            for labels, logits, certain in outputs:
+            for labels, logits, certain, features in outputs:
                 if confidence and logits is not None:
                     scores = self.checked(softmax(logits[None]))
-                    yield InferenceOutput(arg_max(scores)[0], confidence=scores.max(axis=1)[0])
-                else:
-                    certain = None if certain is None or not confidence else np.ascontiguousarray(certain)
-                    yield InferenceOutput(np.ascontiguousarray(labels), confidence=certain)
+                    labels, certain = arg_max(scores)[0], scores.max(axis=1)[0]
+                certain = None if certain is None or not confidence else np.ascontiguousarray(certain)
+                yield InferenceOutput(np.ascontiguousarray(labels), confidence=certain, domain_features=features)
 
     def _each_once(self, batches: Iterator[list[Grey8]]) -> Generator[InferenceOutput]:
-        sizes: deque[tuple[int, int, int]] = deque()  # images, height and width of each batch in flight
+        # Images, their size, and the input's shape, of each batch in flight.
+        in_flight: deque[tuple[int, TtaTransform, tuple[int, ...]]] = deque()
 
         def inputs() -> Iterator[npt.NDArray[Any]]:
             for batch in batches:
-                height, width = batch[0].shape[:2]
-                sizes.append((len(batch), height, width))
-                yield self._input(batch, TtaTransform(height, width))
+                size = TtaTransform(*batch[0].shape[:2])
+                given = self._input(batch, size)
+                in_flight.append((len(batch), size, given.shape))
+                yield given
 
         predictions = self.engine.infer_many(inputs())
         try:
             for prediction in predictions:
-                count, height, width = sizes.popleft()
+                count, size, shape = in_flight.popleft()
+                features = _cells(prediction, size, shape)
                 for index in range(count):
-                    here = (index, ..., slice(height), slice(width))
+                    here = (index, ..., slice(size.height), slice(size.width))
                     yield InferenceOutput(
                         prediction.labels[here],
                         None if prediction.logits is None else prediction.logits[here],
                         None if prediction.confidence is None else prediction.confidence[here],
+                        None if features is None else features[index],
                     )
         finally:
             if isinstance(predictions, Generator):
@@ -187,11 +205,8 @@ class Inference:
         filled = self.engine.infer(batch)
         if len(filled.labels) == count:
             return filled
-        return Prediction(
-            filled.labels[:count],
-            None if filled.confidence is None else filled.confidence[:count],
-            None if filled.logits is None else filled.logits[:count],
-        )
+        kept: dict[str, Any] = {name: None if part is None else part[:count] for name, part in vars(filled).items()}
+        return replace(filled, **kept)
 
     def _input(self, images: Sequence[Grey8], transform: TtaTransform) -> npt.NDArray[Any]:
         """The network's input. A model with a fixed batch gets its batch filled; what the filling gives is dropped."""
@@ -200,8 +215,27 @@ class Inference:
         return network_input(rendered + rendered[-1:] * filling, self.contract, self.manifest.normalization)
 
 
+def _cells(prediction: Prediction, size: TtaTransform, shape: Sequence[int]) -> Real | None:
+    """The features ``[N, F, rows, columns]`` of cells whose middle is in the image of ``size``, not in what pads it.
+
+    Padding mirrors the image, which changes little of a cell; but a small image in an input of a fixed size would be
+    judged by its mirror images alone. ``shape``: of that input.
+    """
+    features = prediction.domain_features
+    if features is None:
+        return None
+    rows, columns = (
+        max(1, round(cells * here / whole))
+        for cells, here, whole in zip(features.shape[2:], (size.height, size.width), shape[2:], strict=True)
+    )
+    return features[:, :, :rows, :columns]
+
+
 def _outputs(
-    labels: Sequence[Grey8] | Grey8, confidence: Sequence[Real] | Real | None, out: Grey8 | None
+    labels: Sequence[Grey8] | Grey8,
+    confidence: Sequence[Real] | Real | None,
+    out: Grey8 | None,
+    features: Real | None,
 ) -> list[InferenceOutput]:
     """One output an image; that of a single one has its labels in ``out``, where an engine may have put them."""
     if out is not None:
@@ -209,7 +243,11 @@ def _outputs(
             out[...] = labels[0]
         labels = [out]
     return [
-        InferenceOutput(plane, confidence=None if confidence is None else confidence[index])
+        InferenceOutput(
+            plane,
+            confidence=None if confidence is None else confidence[index],
+            domain_features=None if features is None else features[index],
+        )
         for index, plane in enumerate(labels)
     ]
 
@@ -278,22 +316,25 @@ def segment_tiled(
     labels: npt.NDArray[np.uint8],
     confidence: npt.NDArray[np.float32] | None,
     progress: Progress | None,
-) -> TilingReport:
-    """Fill ``labels`` uint8 ``[H, W]`` and, where given, ``confidence`` float32 ``[H, W]``, band by band."""
-    seams = Seams(plan)
-    with closing(_tiles(inference, pixels, plan, seams, progress)) as tiles:
+) -> tuple[TilingReport, list[Real | None]]:
+    """Fill ``labels`` uint8 ``[H, W]`` and, where given, ``confidence`` float32 ``[H, W]``, band by band.
+
+    Also gives the domain features of each tile.
+    """
+    seams, features = Seams(plan), list[Real | None]()
+    with closing(_tiles(inference, pixels, plan, seams, progress, features)) as tiles:
         if inference.gives_logits:
             for rows, scores in blend(plan, (_scores(tile) for tile in tiles)):
                 inference.checked(scores)
                 labels[rows] = arg_max(scores[None])[0]
                 if confidence is not None:
                     np.max(_probabilities(inference, scores), axis=0, out=confidence[rows])
-            return plan.report("blended scores", seams)
+            return plan.report("blended scores", seams), features
         for (here, inside), tile in zip(own_parts(plan), tiles, strict=True):
             labels[here] = tile.labels[inside]
             if confidence is not None and tile.confidence is not None:
                 confidence[here] = tile.confidence[inside]
-        return plan.report("cut labels", seams)
+        return plan.report("cut labels", seams), features
 
 
 def scores_tiled(
@@ -301,19 +342,26 @@ def scores_tiled(
 ) -> npt.NDArray[np.float32]:
     """Class probabilities ``[C, H, W]``, all in memory."""
     probabilities = np.empty((inference.manifest.network.num_classes, plan.height, plan.width), dtype=np.float32)
-    with closing(_tiles(inference, pixels, plan, Seams(plan), progress)) as tiles:
+    with closing(_tiles(inference, pixels, plan, Seams(plan), progress, [])) as tiles:
         for rows, scores in blend(plan, (_scores(tile) for tile in tiles)):
             probabilities[:, rows] = _probabilities(inference, inference.checked(scores))
     return probabilities
 
 
 def _tiles(
-    inference: Inference, pixels: npt.NDArray[np.uint8], plan: TilePlan, seams: Seams, progress: Progress | None
+    inference: Inference,
+    pixels: npt.NDArray[np.uint8],
+    plan: TilePlan,
+    seams: Seams,
+    progress: Progress | None,
+    features: list[Real | None],
 ) -> Generator[InferenceOutput]:
+    """The tiles in order; ``seams`` and ``features`` are told of each."""
     done = 0
     with closing(inference.each(pixels[place] for place in plan)) as outputs:
         for tile in outputs:
             seams.add(tile.labels)
+            features.append(tile.domain_features)
             done += 1
             if progress is not None:
                 progress(done, plan.tiles)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 import hpddrnet_trt
 from hpddrnet_trt import __version__
+from hpddrnet_trt.core.domain import domain_of
 from hpddrnet_trt.core.errors import ContractError, EngineDoesNotFit, UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.data.intensity import FullScale, IntensityRange, range_of
@@ -304,8 +305,8 @@ class Segmenter:
             return self._result(output, frame, micrograph)
         labels = np.empty(shape, dtype=np.uint8) if out is None else out
         confidence = np.empty(shape, dtype=np.float32) if self.confidence else None
-        report = segment_tiled(self._with_scores(), frame.pixels, plan, labels, confidence, progress)
-        return self._result(InferenceOutput(labels, confidence=confidence), frame, micrograph, report)
+        report, features = segment_tiled(self._with_scores(), frame.pixels, plan, labels, confidence, progress)
+        return self._result(InferenceOutput(labels, confidence=confidence), frame, micrograph, report, features)
 
     def _with_scores(self) -> Inference:
         """The model with class scores, where it has them."""
@@ -342,7 +343,9 @@ class Segmenter:
         frame: Frame,
         micrograph: Micrograph,
         tiling: TilingReport | None = None,
+        features: Sequence[npt.NDArray[np.float32] | None] = (),
     ) -> Segmentation:
+        """``features``: of the domain, of each tile; else those of ``output``."""
         provenance = Provenance(
             model=self.manifest.name,
             model_sha256=self.model_sha256,
@@ -364,6 +367,7 @@ class Segmenter:
             source=micrograph.source,
             provenance=provenance,
             tiling=tiling,
+            domain=domain_of(features or [output.domain_features], self.manifest.domain),
         )
 
 

@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("engines")
     found = {}
     for kind in ("labels", "logits"):
-        source = tiny_model(folder / f"{kind}.onnx", output=kind)  # type: ignore[arg-type]
+        source = tiny_model(folder / f"{kind}.onnx", output=kind, domain=kind == "logits")  # type: ignore[arg-type]
         build_engine(
             source,
             folder / f"{kind}.engine",

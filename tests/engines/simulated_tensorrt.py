@@ -42,6 +42,10 @@ class SimulatedTensorRT:
             output.name: {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}[output.type]
             for output in self.session.get_outputs()
         }
+        ports = [*self.session.get_inputs(), *self.session.get_outputs()]
+        self.sizes = {
+            port.name: tuple(-1 if isinstance(size, str) else size for size in port.shape) for port in ports
+        }
         self.loads, self.memory, self.capturable, self.fails = True, True, True, False
         self.raises = ""  # a method of contexts that does
         self.host_code = False  # whether the plan carries code for the host
@@ -80,6 +84,7 @@ class SimulatedTensorRT:
             get_tensor_mode=lambda name: "in" if name == "image" else "out",
             get_tensor_dtype=lambda name: self.outputs[name],
         )
+        engine.get_tensor_shape = lambda name: self.sizes[name]
         engine.get_device_memory_size_for_profile_v2 = lambda index: self.SCRATCH[index]
         if self.api.is_rtx:
             engine.create_runtime_config = self._configuration
@@ -215,8 +220,8 @@ class SimulatedContext:
         return [] if self.shape is not None else ["image"]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        batch, _, height, width = self.shape
-        return (batch, height, width) if name == "labels" else (batch, 3, height, width)
+        blank = np.zeros(self.shape, np.uint8)
+        return tuple(self._library.session.run([name], {"image": blank})[0].shape)
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         assert pointer % ALIGNMENT == 0

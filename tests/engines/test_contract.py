@@ -17,13 +17,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UserError
+from hpddrnet_trt.core.manifest import read_manifest, sidecar_path
 from hpddrnet_trt.engines import ENGINES, load_engine
 from hpddrnet_trt.engines.base import Engine, checked_prediction
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.engines.conftest import Bench
 from tests.threads import in_threads
 from tests.tiny_network import lively, tiny_manifest, tiny_network
-from tests.toy import grey_image, manifest, write_toy_onnx
+from tests.toy import DOMAIN, grey_image, manifest, toy_features, write_toy_onnx
 
 Images = npt.NDArray[np.uint8]
 # OpenVINO twice: as it comes, and on a processor where it runs three batches side by side.
@@ -40,6 +41,10 @@ class Subject:
     labels_only: Callable[[], Engine]
     scores: Callable[[Images], npt.NDArray[Any]]  # images [N, 1, H, W] to float32 [N, C, H, W]
     memory: Callable[[], object] = lambda: None  # what of the engine is still on the GPU
+
+    def features(self, images: Images) -> npt.NDArray[np.float32]:
+        """The truth's ``domain_features``: means of its scores over every 8 x 8 pixels."""
+        return toy_features(self.scores(images))
 
     def check(self, images: Images, labels: npt.NDArray[Any]) -> None:
         """Labels are those of the truth's highest scores, but for ties within rounding."""
@@ -69,7 +74,7 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     else:
         if "three" in name:
             _three_at_a_time(monkeypatch)
-        path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True))
+        path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True, domain=True))
         labels = write_toy_onnx(tmp_path / "labels.onnx", manifest())
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         made = Subject(name, path, load_engine(path, runtime, threads=1),
@@ -173,6 +178,19 @@ def test_what_the_description_does_not_admit_is_refused_and_the_engine_goes_on(s
             with pytest.raises(ContractError, match=says):
                 call(images)  # type: ignore[operator]
     subject.check(good, subject.engine.infer(good).labels)
+
+
+def test_domain_features_are_the_files(subject: Subject) -> None:
+    """Of single batches until they are recorded, where they are, and of rows; none from a file without them."""
+    if subject.name == "torch":
+        pytest.skip("wait")
+    batches = [_images(64, 2), _images(72), *[_images(64, 2, seed=seed) for seed in range(6)]]
+    for images, of_row in zip(batches, subject.engine.infer_many(batches), strict=True):
+        for prediction in (subject.engine.infer(images), of_row):
+            assert prediction.domain_features is not None
+            np.testing.assert_allclose(prediction.domain_features, subject.features(images), atol=1e-4)
+    with subject.labels_only() as engine:
+        assert engine.infer(batches[0]).domain_features is None
 
 
 # --- rows of batches
@@ -371,13 +389,33 @@ def _outputs(**changes: Any) -> dict[str, Any]:
         (_outputs(labels=np.zeros((1, 16, 24), np.int64)), "its output labels is of type int64"),
         (_outputs(labels=np.full((1, 16, 24), 3, np.uint8)), "it gave the label 3, and has the classes 0 to 2"),
         (_outputs(confidence=np.zeros((2, 16, 24), np.float32)), "its output confidence has the shape"),
+        (_outputs(domain_features=np.zeros((1, 4, 2, 3), np.float32)), r"domain_features has the shape \(1, 4, 2, 3\)"),
+        (_outputs(domain_features=np.zeros((2, 3, 2, 3), np.float32)), "domain_features has the shape"),
+        (_outputs(domain_features=np.zeros((1, 3, 0, 3), np.float32)), "domain_features has the shape"),
+        (_outputs(domain_features=np.zeros((1, 3, 2, 3), np.int8)), "its output domain_features is of type int8"),
         ({"logits": np.zeros((1, 4, 16, 24), np.float32)}, r"its output logits has the shape \(1, 4, 16, 24\)"),
         ({"logits": np.zeros((1, 3, 16, 24), np.uint8)}, "its output logits is of type uint8"),
     ],
 )  # fmt: skip
 def test_what_is_not_promised_is_refused(outputs: dict[str, Any], says: str) -> None:
     with pytest.raises(BadInputFile, match=rf"model 'toy' does not do what its description promises .*{says}.*export"):
-        checked_prediction(outputs, manifest(), (1, 1, 16, 24))
+        checked_prediction(outputs, manifest(domain=True), (1, 1, 16, 24))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt"])
+def test_statistics_of_other_features_are_refused_at_opening(
+    tmp_path: Path, name: str, request: pytest.FixtureRequest
+) -> None:
+    others = {**DOMAIN.model_dump(), "mean": [0.0] * 5, "scale": [1.0] * 5}
+    if name == "tensorrt":
+        path = request.getfixturevalue("bench")("logits").path
+        changed = read_manifest(path).replace(domain=others)
+        sidecar_path(path).write_text(changed.to_json())
+    else:
+        pytest.importorskip(name)
+        path = write_toy_onnx(tmp_path / "m.onnx", manifest(domain=True).replace(domain=others))
+    with pytest.raises(BadInputFile, match=rf"{path.name} gives 3 features of a cell, .* of 5; export it again"):
+        load_engine(path, "auto" if name == "tensorrt" else name)
 
 
 def test_what_is_promised_passes_uncopied() -> None:
