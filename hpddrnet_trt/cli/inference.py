@@ -12,6 +12,7 @@ import typer
 from hpddrnet_trt.cli.options import EngineOptions, SegmentOptions, Split, parse_length
 from hpddrnet_trt.cli.program import INTERRUPTED, command
 from hpddrnet_trt.core.text import plain
+from hpddrnet_trt.weights import DEFAULT
 
 
 @command("Segment micrographs", "segment micrographs/*.tif --output labels --write png,rois")
@@ -102,3 +103,29 @@ def watch(
     typer.echo(str(summary), err=as_json)
     if summary.failed:
         raise typer.Exit(summary.exit_code)
+
+
+@command("Segment micrographs", "rank new/ --model model.onnx --labeled mine --output ranking.csv")
+def rank(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Micrographs without labels, folders, globs.")],
+    engine: EngineOptions,
+    model: Annotated[Path, typer.Option(help="Model file, or the name of a shipped model.")] = Path(DEFAULT),
+    labeled: Annotated[
+        Path | None, typer.Option(metavar="DATASET", help="Pictures that have labels: others like these come late.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="CSV file for the order.")] = Path("ranking.csv"),
+) -> None:
+    """Order micrographs by what labelling them would teach the model, those that teach most first.
+
+    First come pictures of which the model is unsure and that look unlike those before them. The napari widget opens
+    them in this order (docs/correct.md).
+    """
+    from hpddrnet_trt.inference import load_segmenter
+    from hpddrnet_trt.inference.rank import rank_pictures
+
+    with load_segmenter(model, **engine.arguments(), confidence=True) as segmenter:
+        ranking = rank_pictures(segmenter, inputs, labeled=labeled)
+    ranking.write(output)
+    typer.echo(f"{ranking}\nwritten to {output}")
+    if ranking.failed:
+        raise typer.Exit(1)
