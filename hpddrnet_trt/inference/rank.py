@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.domain import NOT_KNOWN, Domain
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.files import decoded_text, read_file
 from hpddrnet_trt.core.progress import progress_bar
@@ -23,7 +24,7 @@ from hpddrnet_trt.results.tables import number, write_rows
 
 LOG = logging.getLogger(__name__)
 Vector = npt.NDArray[np.float64]
-RANKING = ("rank", "image", "expected_error", "novelty")
+RANKING = ("rank", "image", "expected_error", "novelty", "domain", "domain_distance")
 _SHOWN = 10
 _BANDS = 5  # octaves of detail, from 1 pixel to 16
 
@@ -32,11 +33,19 @@ _BANDS = 5  # octaves of detail, from 1 pixel to 16
 class Ranked:
     """A picture in the order: ``expected_error``: the share of its pixels, 0 to 1, that the model expects to have wrong
     (one minus the mean probability of the chosen class); ``novelty``: how far its looks are from the nearest picture
-    that stands before it or is labeled, in standard deviations; infinite for the first of all."""
+    that stands before it or is labeled, in standard deviations; infinite for the first of all; ``domain``: whether it
+    is like the model's training pictures."""
 
     image: Path
     expected_error: float
     novelty: float
+    domain: Domain = NOT_KNOWN
+
+    @property
+    def worth(self) -> float:
+        """The expected error, times the distance to the training pictures where that is known and more than theirs:
+        far from them a model is sure of what is wrong."""
+        return self.expected_error * max(1.0, self.domain.distance or 0.0)
 
 
 @dataclass(frozen=True)
@@ -50,15 +59,16 @@ class Ranking:
         """The first ten, for people."""
         lines = [f"{len(self.order)} ranked, {len(self.failed)} failed", *(f"  {reason}" for _, reason in self.failed)]
         for place, one in enumerate(self.order[:_SHOWN], start=1):
-            lines.append(f"  {place:2d}. {one.image.name}: {one.expected_error:.1%} of its pixels expected to be wrong")
+            lines.append(f"  {place:2d}. {one.image.name}: {one.expected_error:.1%} of its pixels expected to be wrong"
+                         + (f", {one.domain.state}" if one.domain.distance is not None else ""))
         return "\n".join(lines)
 
     def write(self, path: str | Path) -> Path:
         """Write a CSV file: columns :data:`RANKING`, images with their whole paths; :func:`read_ranking` reads it."""
         return write_rows(
             path, RANKING,
-            ([place, str(one.image.absolute()), number(one.expected_error), number(one.novelty)]
-             for place, one in enumerate(self.order, start=1)),
+            ([place, str(one.image.absolute()), number(one.expected_error), number(one.novelty), one.domain.state,
+              number(one.domain.distance)] for place, one in enumerate(self.order, start=1)),
         )  # fmt: skip
 
 
@@ -72,11 +82,11 @@ def rank_pictures(
 ) -> Ranking:
     """Order unlabeled micrographs by what labelling them would teach the model of ``segmenter``.
 
-    Each picture is segmented once. The next in the order is the one with the largest product of the expected error
-    (uncertainty sampling: Lewis and Gale 1994) and the distance to the nearest picture before it (farthest-first
-    traversal, the greedy k-center of Gonzalez 1985; for networks Sener and Savarese 2018): pictures that the model
-    is unsure of, but not one like the other. Distances are between :func:`looks`, each in standard deviations over
-    all pictures, divided by the root of their number.
+    Each picture is segmented once. The next in the order is the one with the largest product of its worth
+    (:attr:`Ranked.worth`; uncertainty sampling: Lewis and Gale 1994) and the distance to the nearest picture before it
+    (farthest-first traversal, the greedy k-center of Gonzalez 1985; for networks Sener and Savarese 2018): pictures
+    that the model is unsure of, but not one like the other. Distances are between :func:`looks`, each of its
+    numbers in standard deviations over all pictures, divided by the root of how many numbers there are.
 
     ``inputs``: files, a folder, a pattern, or a dataset, of which one ``split`` is taken. ``labeled``: a dataset or
     folder of pictures that have labels; they stand before all others and are not in the order.
@@ -91,8 +101,7 @@ def rank_pictures(
     if not paths:
         raise UsageError(f"all pictures of {inputs} are in {labeled} already; give some that are not labeled")
     failed: list[tuple[Path, str]] = []
-    read: list[Path] = []
-    errors: list[float] = []
+    read: list[Ranked] = []
     features: list[Vector] = []
     for path in progress_bar([*before, *paths], desc="rank", unit="image", show=progress):
         try:
@@ -104,14 +113,14 @@ def rank_pictures(
             LOG.warning("%s", failed[-1][1])
             continue
         assert result.confidence is not None
-        read.append(path)
-        errors.append(1 - float(result.confidence.mean(dtype=np.float64)))
+        expected = 1 - float(result.confidence.mean(dtype=np.float64))
+        read.append(Ranked(path, expected, np.inf, result.domain))
         features.append(looks(to_grey8(micrograph.pixels, result.window)[0], list(result.fractions().values())))
-    first = sum(path.resolve() in known for path in read)
+    first = sum(one.image.resolve() in known for one in read)
     if len(read) == first:
         raise BadInputFile(f"none of the pictures could be read; {failed[0][1]}")
-    order = farthest_first(np.asarray(errors), np.stack(features), first)
-    return Ranking([Ranked(read[index], errors[index], novelty) for index, novelty in order], failed)
+    order = farthest_first(np.asarray([one.worth for one in read]), np.stack(features), first)
+    return Ranking([replace(read[index], novelty=novelty) for index, novelty in order], failed)
 
 
 def looks(grey: npt.NDArray[np.uint8], fractions: Sequence[float]) -> Vector:

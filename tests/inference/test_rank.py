@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
+from hpddrnet_trt.core.domain import Domain
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.inference import Segmenter
-from hpddrnet_trt.inference.rank import RANKING, farthest_first, looks, rank_pictures, read_ranking
+from hpddrnet_trt.inference.rank import RANKING, Ranked, Ranking, farthest_first, looks, rank_pictures, read_ranking
 from tests.toy import ToyEngine, grey_image
 
 
@@ -49,6 +50,12 @@ def test_what_is_labeled_stands_before_all_and_is_left_out(segmenter: Segmenter,
     assert found.order[1].novelty == 0
     with pytest.raises(UsageError, match="already; give some"):
         rank_pictures(segmenter, tmp_path / "new", labeled=tmp_path / "new", progress=False)
+
+
+def test_far_from_training_counts_more() -> None:
+    far, near = (Ranked(Path("a"), 0.1, 1.0, Domain("foreign", distance)) for distance in (5.0, 0.3))
+    assert (far.worth, near.worth, Ranked(Path("a"), 0.1, 1.0).worth) == pytest.approx((0.5, 0.1, 0.1))
+    assert str(Ranking([far], [])).endswith("10.0% of its pixels expected to be wrong, foreign")
 
 
 def test_farthest_first_by_hand() -> None:
