@@ -22,6 +22,8 @@ from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 Mode = Literal["single", "flip", "multiscale"]
 MODES: tuple[str, ...] = get_args(Mode)
 TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+# What an image is brought to: the largest size within (long, short) edges, or so many times its own; None: as it is.
+Resize = tuple[int, int] | float | None
 
 
 def scaled_size(height: int, width: int, ratio: float) -> tuple[int, int]:
@@ -38,16 +40,17 @@ def keep_ratio_size(height: int, width: int, scale: tuple[int, int]) -> tuple[in
 @dataclass(frozen=True)
 class TtaTransform:
     """One transform of test-time augmentation: resized to ``height`` x ``width``, then with ``flip`` mirrored
-    left to right."""
+    left to right. ``magnified``: the size is that of another magnification (:func:`magnified`)."""
 
     height: int
     width: int
     flip: bool = False
+    magnified: bool = False
 
     def apply(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """A uint8 image ``[H, W]`` or ``[H, W, 3]`` transformed; the image itself when nothing changes."""
         if image.shape[:2] != (self.height, self.width):
-            image = _resize(image, self.height, self.width)
+            image = (magnified if self.magnified else _resize)(image, self.height, self.width)
         return image[:, ::-1] if self.flip else image
 
     def restore_scores(self, scores: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
@@ -65,23 +68,25 @@ class TtaTransform:
         plane = plane[: self.height, : self.width]
         if (self.height, self.width) == (height, width):
             return plane
-        plane = np.ascontiguousarray(plane)
-        return np.asarray(cv2.resize(plane, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))
+        return nearest(plane, height, width)
 
 
-def plan_tta(mode: str, height: int, width: int, resize: tuple[int, int] | None = None) -> list[TtaTransform]:
+def plan_tta(mode: str, height: int, width: int, resize: Resize = None) -> list[TtaTransform]:
     """The transforms whose scores are averaged for an image of ``height`` x ``width``.
 
     ``single``: the image; ``flip``: also its mirror image; ``multiscale``: both at the ratios
-    :data:`TTA_RATIOS`. ``resize`` first brings the image to :func:`keep_ratio_size`.
+    :data:`TTA_RATIOS`. ``resize`` first brings the image to :func:`keep_ratio_size`, or enlarges it so many times.
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}; choose one of: {', '.join(MODES)}")
-    if resize is not None:
+    by_factor = isinstance(resize, float)
+    if isinstance(resize, float):
+        height, width = scaled_size(height, width, resize)
+    elif resize is not None:
         height, width = keep_ratio_size(height, width, resize)
     sizes = [scaled_size(height, width, ratio) for ratio in TTA_RATIOS] if mode == "multiscale" else [(height, width)]
     flips = (False,) if mode == "single" else (False, True)
-    return [TtaTransform(*size, flip) for size in sizes for flip in flips]
+    return [TtaTransform(*size, flip, by_factor) for size in sizes for flip in flips]
 
 
 def admitted_size(size: int, axis: AxisRange, multiple: int) -> int | None:
@@ -138,6 +143,19 @@ def network_input(
             else:
                 cv2.LUT(source, tables[channel], dst=plane)
     return batch
+
+
+def magnified(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """An image ``[H, W]`` or ``[H, W, 3]`` as it would be with other pixels: means where it shrinks, else cubic."""
+    shrinks = height * width < image.shape[0] * image.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=how), dtype=np.uint8)
+
+
+def nearest(plane: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:
+    """Labels or confidences ``[H', W']`` at another size, none of them a mixture of two."""
+    source = np.ascontiguousarray(plane)
+    return np.asarray(cv2.resize(source, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))
 
 
 def _resize(image: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:

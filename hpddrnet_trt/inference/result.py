@@ -54,7 +54,8 @@ class Segmentation:
     ``labels`` uint8 ``[H, W]``: index into ``classes``. ``confidence`` float32 ``[H, W]``:
     probability of that class, or None. ``window``: grey values of the original that were mapped to
     0 and 255, ``remarks``: what of that is a guess. ``pixel_size_m``: metres per pixel, None where unknown.
-    ``source``: the file, where known.
+    ``source``: the file, where known. ``rescale``: the network saw so many pixels for one of the image, along each
+    side, to read it at the pixel size it was trained at; None where that is not known, or was not wanted.
     ``provenance``: model, engine and settings; ``tiling``: how a large image was cut and put together, None for one
     that ran whole. ``domain``: whether the picture is like those that the model was trained on.
     """
@@ -68,6 +69,7 @@ class Segmentation:
     source: Path | None = None
     provenance: Provenance | None = None
     tiling: TilingReport | None = None
+    rescale: float | None = None
     domain: Domain = NOT_KNOWN
 
     @property
@@ -102,6 +104,7 @@ class Segmentation:
             "source": None if self.source is None else printable(self.source.name),
             "classes": [entry.name for entry in self.classes],
             "pixel_size_m": self.pixel_size_m,
+            "rescale": self.rescale,
             "window": list(self.window),
             **(self.provenance.as_dict() if self.provenance is not None else {"model": self.manifest.name}),
             "tiling": None if self.tiling is None else self.tiling.as_dict(),

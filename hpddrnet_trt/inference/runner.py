@@ -5,6 +5,7 @@ When an image is tiled and with which tiles is decided here; how tiles become on
 
 from __future__ import annotations
 
+import copy
 import inspect
 import shutil
 import tempfile
@@ -24,7 +25,16 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError, require
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Manifest
 from hpddrnet_trt.core.metrics import arg_max, softmax
-from hpddrnet_trt.data.preprocess import Mode, TtaTransform, admitted_size, network_input, plan_tta
+from hpddrnet_trt.data.preprocess import (
+    Mode,
+    Resize,
+    TtaTransform,
+    admitted_size,
+    magnified,
+    network_input,
+    plan_tta,
+    scaled_size,
+)
 from hpddrnet_trt.engines.base import Engine, Prediction, input_contract
 from hpddrnet_trt.graph.check import load_checked, trust
 from hpddrnet_trt.graph.scores import with_scores
@@ -58,13 +68,21 @@ class InferenceOutput(NamedTuple):
 class Inference:
     """An engine with the transforms that its scores are averaged over; holds nothing between two calls."""
 
-    def __init__(self, engine: Engine, mode: Mode, resize: tuple[int, int] | None) -> None:
+    def __init__(self, engine: Engine, mode: Mode, resize: Resize) -> None:
         self.engine, self.mode, self.resize = engine, mode, resize
         self.manifest = engine.manifest
         self.contract = input_contract(engine.manifest)
         output = engine.manifest.output
         self.gives_logits = output is not None and output.kind == "logits"
         self._takes_out = "out" in inspect.signature(engine.infer).parameters
+
+    def enlarging(self, factor: float | None) -> Inference:
+        """The same for images that the network is to see ``factor`` times enlarged; as they are where it is None."""
+        if factor is None or factor == 1:
+            return self
+        other = copy.copy(self)
+        other.resize = factor
+        return other
 
     def transforms(self, height: int, width: int) -> list[TtaTransform]:
         return plan_tta(self.mode, height, width, self.resize)
@@ -130,7 +148,7 @@ class Inference:
         return self.checked(total), features
 
     def each(self, images: Iterable[Grey8]) -> Generator[InferenceOutput]:
-        """``images`` one by one, in order, with scores where the model has them. Without ``resize``.
+        """``images`` one by one, in order, with scores where the model has them.
 
         A single view goes through :meth:`Engine.infer_many`, which keeps as many in flight as suits the engine;
         several images make one inference only where the model's batch is fixed, and they are equally sized.
@@ -152,7 +170,7 @@ class Inference:
                 yield batch
 
     def labels_of_each(self, images: Iterable[Grey8], confidence: bool) -> Generator[InferenceOutput]:
-        """:meth:`labels` of each of ``images``, several in flight. For a single view without ``resize``."""
+        """:meth:`labels` of each of ``images``, several in flight. For a single view."""
         with closing(self.each(images)) as outputs:
             for labels, logits, certain, features in outputs:
                 if confidence and logits is not None:
@@ -162,29 +180,34 @@ class Inference:
                 yield InferenceOutput(np.ascontiguousarray(labels), confidence=certain, domain_features=features)
 
     def _each_once(self, batches: Iterator[list[Grey8]]) -> Generator[InferenceOutput]:
-        # Images, their size, and the input's shape, of each batch in flight.
-        in_flight: deque[tuple[int, TtaTransform, tuple[int, ...]]] = deque()
+        # Images, their own height and width, how they were brought to another, and the input's shape, of each batch.
+        in_flight: deque[tuple[int, int, int, TtaTransform, tuple[int, ...]]] = deque()
 
         def inputs() -> Iterator[npt.NDArray[Any]]:
             for batch in batches:
-                size = TtaTransform(*batch[0].shape[:2])
-                given = self._input(batch, size)
-                in_flight.append((len(batch), size, given.shape))
+                height, width = batch[0].shape[:2]
+                (transform,) = self.transforms(height, width)
+                given = self._input(batch, transform)
+                in_flight.append((len(batch), height, width, transform, given.shape))
                 yield given
 
         predictions = self.engine.infer_many(inputs())
         try:
             for prediction in predictions:
-                count, size, shape = in_flight.popleft()
-                features = _cells(prediction, size, shape)
+                count, height, width, transform, shape = in_flight.popleft()
+                features = _cells(prediction, transform, shape)
                 for index in range(count):
-                    here = (index, ..., slice(size.height), slice(size.width))
-                    yield InferenceOutput(
-                        prediction.labels[here],
-                        None if prediction.logits is None else prediction.logits[here],
-                        None if prediction.confidence is None else prediction.confidence[here],
-                        None if features is None else features[index],
-                    )
+                    labels = transform.restore_plane(prediction.labels[index], height, width)
+                    logits, certain = prediction.logits, prediction.confidence
+                    if logits is None:
+                        scores = None
+                    else:
+                        scores = transform.restore_scores(logits[index], height, width)
+                        if (transform.height, transform.width) != (height, width):
+                            labels = arg_max(self.checked(scores)[None])[0]
+                    if certain is not None:
+                        certain = transform.restore_plane(certain[index], height, width)
+                    yield InferenceOutput(labels, scores, certain, None if features is None else features[index])
         finally:
             if isinstance(predictions, Generator):
                 predictions.close()  # nothing is left running when the caller stops early
@@ -268,12 +291,14 @@ def check_tile(tile: Tile, contract: InputContract, resize: tuple[int, int] | No
 
 
 def plan_for(inference: Inference, tile: Tile, height: int, width: int) -> TilePlan | None:
-    """The tiles of an image of ``height`` x ``width``, None when it runs whole.
+    """The tiles of an image of ``height`` x ``width``, as large as the network sees it; None when it runs whole.
 
     Raises :class:`ContractError` when the model admits no tile that all views of the mode fit.
     """
     if tile == "whole" or (tile == "auto" and _runs_whole(inference, height, width)):
         return None
+    if isinstance(inference.resize, float):
+        height, width = scaled_size(height, width, inference.resize)
     contract = inference.contract
     size = tile_size(inference.manifest, inference.mode, contract) if tile == "auto" else (int(tile), int(tile))
     plan = plan_tiles(height, width, size)
@@ -281,7 +306,7 @@ def plan_for(inference: Inference, tile: Tile, height: int, width: int) -> TileP
 
 
 def _runs_whole(inference: Inference, height: int, width: int) -> bool:
-    if inference.resize is not None:
+    if isinstance(inference.resize, tuple):
         return True
     contract = inference.contract
     return all(
@@ -319,33 +344,59 @@ def segment_tiled(
 ) -> tuple[TilingReport, list[Real | None]]:
     """Fill ``labels`` uint8 ``[H, W]`` and, where given, ``confidence`` float32 ``[H, W]``, band by band.
 
-    Also gives the domain features of each tile.
+    They have the size of ``pixels``, which the tiles of ``plan`` may see enlarged or shrunk. Also gives the domain
+    features of each tile.
     """
     seams, features = Seams(plan), list[Real | None]()
+    way_back = _WayBack(plan, labels.shape)
     with closing(_tiles(inference, pixels, plan, seams, progress, features)) as tiles:
         if inference.gives_logits:
             for rows, scores in blend(plan, (_scores(tile) for tile in tiles)):
                 inference.checked(scores)
-                labels[rows] = arg_max(scores[None])[0]
+                everywhere = slice(0, plan.width)
+                way_back.put(labels, (rows, everywhere), arg_max(scores[None])[0])
                 if confidence is not None:
-                    np.max(_probabilities(inference, scores), axis=0, out=confidence[rows])
+                    way_back.put(confidence, (rows, everywhere), _probabilities(inference, scores).max(axis=0))
             return plan.report("blended scores", seams), features
         for (here, inside), tile in zip(own_parts(plan), tiles, strict=True):
-            labels[here] = tile.labels[inside]
+            way_back.put(labels, here, tile.labels[inside])
             if confidence is not None and tile.confidence is not None:
-                confidence[here] = tile.confidence[inside]
+                way_back.put(confidence, here, tile.confidence[inside])
         return plan.report("cut labels", seams), features
+
+
+class _WayBack:
+    """From the size that tiles see to that of the image: nearest neighbour, part by part."""
+
+    def __init__(self, plan: TilePlan, shape: tuple[int, ...]) -> None:
+        self._same = shape == (plan.height, plan.width)
+        # The pixel that the tiles see of each row and column of the image.
+        self._rows, self._columns = (
+            ((np.arange(own) + 0.5) * (seen / own)).astype(np.intp)
+            for own, seen in zip(shape, (plan.height, plan.width), strict=True)
+        )
+
+    def put(self, out: npt.NDArray[Any], place: tuple[slice, slice], values: npt.NDArray[Any]) -> None:
+        """Write ``values`` of these rows and columns, as the tiles see them, where they belong in ``out``."""
+        if self._same:
+            out[place] = values
+            return
+        rows, columns = place
+        top, bottom = np.searchsorted(self._rows, (rows.start, rows.stop))
+        left, right = np.searchsorted(self._columns, (columns.start, columns.stop))
+        taken = np.ix_(self._rows[top:bottom] - rows.start, self._columns[left:right] - columns.start)
+        out[top:bottom, left:right] = values[taken]
 
 
 def scores_tiled(
     inference: Inference, pixels: npt.NDArray[np.uint8], plan: TilePlan, progress: Progress | None
 ) -> npt.NDArray[np.float32]:
-    """Class probabilities ``[C, H, W]``, all in memory."""
+    """Class probabilities ``[C, H, W]``, all in memory, as large as ``pixels``."""
     probabilities = np.empty((inference.manifest.network.num_classes, plan.height, plan.width), dtype=np.float32)
     with closing(_tiles(inference, pixels, plan, Seams(plan), progress, [])) as tiles:
         for rows, scores in blend(plan, (_scores(tile) for tile in tiles)):
             probabilities[:, rows] = _probabilities(inference, inference.checked(scores))
-    return probabilities
+    return TtaTransform(plan.height, plan.width).restore_scores(probabilities, *pixels.shape[:2])
 
 
 def _tiles(
@@ -358,6 +409,8 @@ def _tiles(
 ) -> Generator[InferenceOutput]:
     """The tiles in order; ``seams`` and ``features`` are told of each."""
     done = 0
+    if pixels.shape[:2] != (plan.height, plan.width):
+        pixels = magnified(pixels, plan.height, plan.width)
     with closing(inference.each(pixels[place] for place in plan)) as outputs:
         for tile in outputs:
             seams.add(tile.labels)

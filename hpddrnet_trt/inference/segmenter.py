@@ -20,6 +20,7 @@ from hpddrnet_trt import __version__
 from hpddrnet_trt.core.domain import domain_of
 from hpddrnet_trt.core.errors import ContractError, EngineDoesNotFit, UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.magnification import Rescaling, in_words, rescaling
 from hpddrnet_trt.data.intensity import FullScale, IntensityRange, range_of
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.data.preprocess import MODES, Mode
@@ -58,6 +59,9 @@ class Segmenter:
     - ``resize``: (long, short) edge; images are first brought to the largest size of the same
       aspect within it, as the authors' test pipeline does with (2048, 1024). A model with labels
       output returns by nearest neighbour, one with logits by bilinear interpolation.
+    - ``rescale``: a :class:`Micrograph` whose pixel size differs from those the model was trained at, by more than
+      :data:`~hpddrnet_trt.core.magnification.TOLERANCE`, is brought to the nearest of them, and its labels and
+      confidence back; not with ``resize``. Where either is unknown, nothing happens, which is logged once.
     - ``confidence``: also give the probability of the chosen class.
     - ``window``: grey values that become black and white, the same for all images, or ``Percentiles`` of each
       image; default: as the model was trained, which usually is the full scale of the image's bit depth (see
@@ -81,6 +85,7 @@ class Segmenter:
         *,
         mode: Mode = "single",
         resize: tuple[int, int] | None = None,
+        rescale: bool = True,
         confidence: bool = False,
         window: IntensityRange = None,
         batch_size: int = 4,
@@ -95,7 +100,10 @@ class Segmenter:
         if resize is not None and min(resize) < 1:
             raise UsageError(f"resize must be two positive numbers of pixels, got {resize}")
         self.engine, self.mode, self.resize, self.window, self.tile = engine, mode, resize, window, tile
-        self.manifest = engine.manifest
+        self.manifest, self.rescale = engine.manifest, rescale
+        data = self.manifest.data
+        self._trained_at = None if data is None or resize is not None or not rescale else data.read_at_m
+        self._unknown_told = False
         self.intensity_range = range_of(self.manifest.intensity) if window is None else window
         self._inference = Inference(engine, mode, resize)
         self._contract = self._inference.contract
@@ -124,9 +132,9 @@ class Segmenter:
 
     def _with(self, **changes: Any) -> Segmenter:
         same: dict[str, Any] = {
-            "mode": self.mode, "resize": self.resize, "confidence": self.confidence, "window": self.window,
-            "batch_size": self.batch_size, "tile": self.tile, "model_sha256": self.model_sha256,
-            "scores": self._scores,
+            "mode": self.mode, "resize": self.resize, "rescale": self.rescale, "confidence": self.confidence,
+            "window": self.window, "batch_size": self.batch_size, "tile": self.tile,
+            "model_sha256": self.model_sha256, "scores": self._scores,
         }  # fmt: skip
         return Segmenter(self.engine, **{**same, **changes})
 
@@ -152,7 +160,7 @@ class Segmenter:
 
         Raises :class:`ContractError` for any other array, an empty one, or one with NaN.
         """
-        micrograph = _micrograph(image)
+        micrograph = self._micrograph(image)
         if on_device(micrograph.pixels):
             result = self._segment_on_device(micrograph, out, stream)
         elif stream is not None:
@@ -170,21 +178,24 @@ class Segmenter:
         """Segment several images, equally sized whole ones together; results in the order given."""
         results: dict[int, Segmentation] = {}
         waiting: dict[int, Frame] = {}
-        micrographs = [_micrograph(image) for image in images]
+        scales: dict[int, Rescaling] = {}
+        micrographs = [self._micrograph(image) for image in images]
         for index, micrograph in enumerate(micrographs):
             if on_device(micrograph.pixels):
                 results[index] = self._segment_on_device(micrograph, None, None)
             else:
                 waiting[index] = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range)
-        for indices in _groups(waiting, self.batch_size):
+                scales[index] = self._rescaling(micrograph, waiting[index].pixels.shape)
+        for indices in _groups(waiting, scales, self.batch_size):
             frames = [waiting[index].pixels for index in indices]
-            if len(frames) == 1 or plan_for(self._inference, self.tile, *frames[0].shape[:2]) is not None:
+            inference = self._inference.enlarging(scales[indices[0]].factor)
+            if len(frames) == 1 or plan_for(inference, self.tile, *frames[0].shape[:2]) is not None:
                 for index in indices:
                     results[index] = self._segment_frame(waiting[index], micrographs[index], None, None)
             else:
-                outputs = self._inference.labels(frames, self.confidence)
+                outputs = inference.labels(frames, self.confidence)
                 for index, output in zip(indices, outputs, strict=True):
-                    results[index] = self._result(output, waiting[index], micrographs[index])
+                    results[index] = self._result(output, waiting[index], micrographs[index], scales[index])
         return [results[index] for index in range(len(images))]
 
     def segment_many(
@@ -197,9 +208,9 @@ class Segmenter:
         ``progress(done, of)`` is called after every tile of a large image.
         """
         prepared = map(self._prepared, images)
-        for together, run in groupby(prepared, key=lambda one: one.together):
+        for (together, factor), run in groupby(prepared, key=lambda one: (one.together, one.scale.factor)):
             if together:
-                yield from self._segment_together(run, progress)
+                yield from self._segment_together(run, self._inference.enlarging(factor), progress)
             else:
                 yield from (self._segment_prepared(one, progress) for one in run)
 
@@ -215,10 +226,12 @@ class Segmenter:
         inference = self._with_scores()
         if not inference.gives_logits:
             raise ContractError(f"model {self.manifest.name!r} gives labels only; export it with logits output")
-        pixels = to_frame(_micrograph(image).pixels, self._contract.channels, self.intensity_range).pixels
-        plan = plan_for(inference, self.tile, *pixels.shape[:2])
+        micrograph = self._micrograph(image)
+        pixels = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range).pixels
+        enlarging = inference.enlarging(self._rescaling(micrograph, pixels.shape).factor)
+        plan = plan_for(enlarging, self.tile, *pixels.shape[:2])
         if plan is None:
-            return inference.probabilities([pixels])[0]
+            return enlarging.probabilities([pixels])[0]
         return scores_tiled(inference, pixels, plan, progress)
 
     def close(self) -> None:
@@ -237,16 +250,33 @@ class Segmenter:
 
     # -- parts -----------------------------------------------------------------------------------
 
+    def _micrograph(self, image: Any) -> Micrograph:
+        if not isinstance(image, Micrograph):
+            return Micrograph(image)
+        if image.pixel_size_m is None and self._trained_at is not None and not self._unknown_told:
+            self._unknown_told = True
+            logger.warning(
+                "the model was trained at %s, and micrographs come without a pixel size: these are read as they are; "
+                "give the pixel size, or mind what is said of their domain", in_words(self._trained_at),
+            )  # fmt: skip
+        return image
+
+    def _rescaling(self, micrograph: Micrograph, shape: tuple[int, ...]) -> Rescaling:
+        if self._trained_at is None:
+            return Rescaling()
+        return rescaling(micrograph.pixel_size_m, self._trained_at, (shape[0], shape[1]))
+
     def _prepared(self, image: Image) -> _Prepared:
-        micrograph = _micrograph(image)
+        micrograph = self._micrograph(image)
         if on_device(micrograph.pixels):
             return _Prepared(micrograph)
         try:
             frame = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range)
-            whole = plan_for(self._inference, self.tile, *frame.pixels.shape[:2]) is None
+            scale = self._rescaling(micrograph, frame.pixels.shape)
+            whole = plan_for(self._inference.enlarging(scale.factor), self.tile, *frame.pixels.shape[:2]) is None
         except (UserError, MemoryError) as exc:
             return _Prepared(micrograph, error=exc)
-        return _Prepared(micrograph, frame, whole and self.mode == "single" and self.resize is None)
+        return _Prepared(micrograph, frame, whole and self.mode == "single", scale=scale)
 
     def _segment_prepared(
         self, one: _Prepared, progress: Progress | None
@@ -259,7 +289,7 @@ class Segmenter:
             return exc
 
     def _segment_together(
-        self, run: Iterator[_Prepared], progress: Progress | None
+        self, run: Iterator[_Prepared], inference: Inference, progress: Progress | None
     ) -> Generator[Segmentation | UserError | MemoryError]:
         """Whole images, several in flight; where one fails, those in flight are done again one by one."""
         first = list(islice(run, 2))
@@ -283,11 +313,11 @@ class Segmenter:
 
         while True:
             try:
-                with closing(self._inference.labels_of_each(pixels(), self.confidence)) as outputs:
+                with closing(inference.labels_of_each(pixels(), self.confidence)) as outputs:
                     for output in outputs:
                         one = in_flight.popleft()
                         assert one.frame is not None
-                        yield self._result(output, one.frame, one.micrograph)
+                        yield self._result(output, one.frame, one.micrograph, one.scale)
                 return
             except (UserError, MemoryError):
                 if broken:
@@ -299,14 +329,17 @@ class Segmenter:
         self, frame: Frame, micrograph: Micrograph, out: npt.NDArray[np.uint8] | None, progress: Progress | None
     ) -> Segmentation:
         shape = frame.pixels.shape[:2]
-        plan = plan_for(self._inference, self.tile, *shape)
+        scale = self._rescaling(micrograph, shape)
+        inference = self._inference.enlarging(scale.factor)
+        plan = plan_for(inference, self.tile, *shape)
         if plan is None:
-            (output,) = self._inference.labels([frame.pixels], self.confidence, out)
-            return self._result(output, frame, micrograph)
+            (output,) = inference.labels([frame.pixels], self.confidence, out)
+            return self._result(output, frame, micrograph, scale)
         labels = np.empty(shape, dtype=np.uint8) if out is None else out
         confidence = np.empty(shape, dtype=np.float32) if self.confidence else None
         report, features = segment_tiled(self._with_scores(), frame.pixels, plan, labels, confidence, progress)
-        return self._result(InferenceOutput(labels, confidence=confidence), frame, micrograph, report, features)
+        output = InferenceOutput(labels, confidence=confidence)
+        return self._result(output, frame, micrograph, scale, report, features)
 
     def _with_scores(self) -> Inference:
         """The model with class scores, where it has them."""
@@ -335,13 +368,19 @@ class Segmenter:
         if out is not None:
             check_out(out, shape, None)
         output = self._inference.labels_on_device(batch, self.confidence, out, stream)
-        return self._result(output, Frame(output.labels, (0.0, 255.0)), micrograph)
+        scale = self._rescaling(micrograph, shape)
+        if scale.factor not in (None, 1.0):
+            assert self._trained_at is not None  # there is a factor
+            about = f"the model was trained at {in_words(self._trained_at)}; copy the image to the host to rescale it"
+            scale = Rescaling(None, f"an image on a GPU is read as it is, and {about}")
+        return self._result(output, Frame(output.labels, (0.0, 255.0)), micrograph, scale)
 
     def _result(
         self,
         output: InferenceOutput,
         frame: Frame,
         micrograph: Micrograph,
+        scale: Rescaling,
         tiling: TilingReport | None = None,
         features: Sequence[npt.NDArray[np.float32] | None] = (),
     ) -> Segmentation:
@@ -362,8 +401,9 @@ class Segmenter:
             manifest=self.manifest,
             confidence=output.confidence,
             window=frame.window,
-            remarks=frame.remarks,
+            remarks=frame.remarks if scale.remark is None else (*frame.remarks, scale.remark),
             pixel_size_m=micrograph.pixel_size_m,
+            rescale=scale.factor,
             source=micrograph.source,
             provenance=provenance,
             tiling=tiling,
@@ -380,6 +420,7 @@ def load_segmenter(
     device: str | int | None = None,
     mode: Mode = "single",
     resize: tuple[int, int] | None = None,
+    rescale: bool = True,
     confidence: bool = False,
     window: IntensityRange = None,
     batch_size: int = 4,
@@ -426,8 +467,8 @@ def load_segmenter(
                 loaded.close()
                 loaded = with_scores
         return Segmenter(
-            loaded, mode=mode, resize=resize, confidence=confidence, window=window, batch_size=batch_size, tile=tile,
-            model_sha256=checksum, scores=scores,
+            loaded, mode=mode, resize=resize, rescale=rescale, confidence=confidence, window=window,
+            batch_size=batch_size, tile=tile, model_sha256=checksum, scores=scores,
         )  # fmt: skip
     except BaseException:
         loaded.close()
@@ -442,17 +483,14 @@ class _Prepared(NamedTuple):
     frame: Frame | None = None
     together: bool = False
     error: UserError | MemoryError | None = None
+    scale: Rescaling = Rescaling()
 
 
-def _micrograph(image: Any) -> Micrograph:
-    return image if isinstance(image, Micrograph) else Micrograph(image)
-
-
-def _groups(frames: Mapping[int, Frame], size: int) -> Iterator[list[int]]:
-    """Keys of equally shaped frames, at most ``size`` at a time."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
+def _groups(frames: Mapping[int, Frame], scales: Mapping[int, Rescaling], size: int) -> Iterator[list[int]]:
+    """Keys of frames of one shape and magnification, at most ``size`` at a time."""
+    equal: dict[Any, list[int]] = {}
     for index, frame in frames.items():
-        by_shape.setdefault(frame.pixels.shape, []).append(index)
-    for indices in by_shape.values():
+        equal.setdefault((frame.pixels.shape, scales[index].factor), []).append(index)
+    for indices in equal.values():
         for start in range(0, len(indices), size):
             yield indices[start : start + size]

@@ -92,7 +92,7 @@ def test_many_give_what_each_gives(output: str, options: dict[str, Any]) -> None
         assert (found.confidence is None) == (alone.confidence is None)
         if alone.confidence is not None:
             np.testing.assert_array_equal(found.confidence, alone.confidence)
-    assert engine.most == (3 if "mode" not in options and "resize" not in options else 0)
+    assert engine.most == (3 if "mode" not in options else 0)
 
 
 def test_a_fixed_batch_is_filled_with_equal_sizes_only() -> None:
