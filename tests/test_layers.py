@@ -42,6 +42,7 @@ FLOORS = (
     ("inference",),
     ("stream",),
     ("export",),
+    ("packages",),
     ("training",),
     ("accuracy",),
     ("benchmark",),
