@@ -221,6 +221,22 @@ class DomainRecord(_Record):
         return self
 
 
+MAX_TEMPERATURE = 20.0  # of class scores, and one over it the least
+
+
+class FractionErrorRecord(_Record):
+    """How far area fractions were off on held-out pictures, in units of the uncertain share of a class.
+
+    ``shared`` and ``patch`` (in pixels): see :mod:`hpddrnet_trt.core.uncertainty`; ``pixels`` of a picture there.
+    """
+
+    shared: FiniteFloat = Field(ge=0)
+    patch: FiniteFloat = Field(ge=0)
+    pixels: int = Field(ge=1)
+    pictures: int = Field(ge=1)
+    source: str = Field(default="", max_length=1000)  # dataset and split
+
+
 class AxisRange(_Record):
     """Admitted sizes of one input axis, inclusive; ``maximum=None`` means no upper bound."""
 
@@ -362,6 +378,8 @@ class Manifest(_Record):
     intensity: IntensityRecord | None = None
     data: DataRecord | None = None
     domain: DomainRecord | None = None
+    temperature: Annotated[FiniteFloat, Field(ge=1 / MAX_TEMPERATURE, le=MAX_TEMPERATURE)] | None = None  # of scores
+    fraction_errors: FractionErrorRecord | None = None
     metrics: dict[str, float] = {}  # of the checkpoint, fractions: {"val/miou": 0.81}
     remarks: list[str] = []
     checkpoint_sha256: str | None = None
