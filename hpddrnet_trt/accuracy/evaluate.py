@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.accuracy.measurements import FIGURES, ClassErrors, Measured, class_errors, mean_distance, measure
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.intervals import Interval, unit_name
 from hpddrnet_trt.core.manifest import ClassInfo
-from hpddrnet_trt.core.metrics import LabelComparison, Scores
+from hpddrnet_trt.core.metrics import LabelComparison, ScoreIntervals, Scores, score_intervals
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.core.text import plain
@@ -88,6 +91,7 @@ class ImageResult:
     width: int
     counts: npt.NDArray[np.int64]
     scores: Scores
+    measured: Measured
 
     @property
     def ignored(self) -> int:
@@ -126,6 +130,44 @@ class Assessment:
         """Share of all pixels that are not labelled."""
         return sum(image.ignored for image in self.images) / sum(image.height * image.width for image in self.images)
 
+    @property
+    def groups(self) -> list[str | None]:
+        """The specimen of each image."""
+        return [image.group for image in self.images]
+
+    @cached_property
+    def intervals(self) -> ScoreIntervals:
+        """IoU and accuracy over images or, where they are known, specimens."""
+        return score_intervals([image.counts for image in self.images], self.groups)
+
+    @cached_property
+    def errors(self) -> list[list[ClassErrors]]:
+        """Errors of area, objects, sizes and boundaries: of each class one entry a figure."""
+        measured = [image.measured for image in self.images]
+        return [class_errors(measured, self.groups, index) for index in range(len(self.classes))]
+
+    @cached_property
+    def distances(self) -> list[Interval]:
+        """Mean Hausdorff distance (95 %) of each class, in pixels."""
+        measured = [image.measured for image in self.images]
+        return [mean_distance(measured, self.groups, index) for index in range(len(self.classes))]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What must be known of the intervals, in sentences."""
+        miou, of = self.intervals.miou, unit_name(self.groups)
+        if miou.remark is not None:
+            return [miou.remark]
+        count = f"{miou.units} {of}" + (f" ({len(self.images)} pictures)" if of == "specimens" else "")
+        rare = [f"{self.class_names[index]} ({self.intervals.iou[index].units})" for index in self.intervals.rare]
+        sentences = [f"intervals are over {count}, 95 %; they hold for more {of} like these"]
+        if rare:
+            sentences.append(
+                f"in too few {of} for an interval: {', '.join(rare)}; that of the mIoU does not know how such a class "
+                "varies"
+            )
+        return sentences
+
     def record(self) -> dict[str, Any]:
         """All figures; NaN where one does not exist (a class that does not occur)."""
         return {
@@ -137,24 +179,39 @@ class Assessment:
             **asdict(self.scores),
             "confusion": self.counts.tolist(),
             "ignored_fraction": self.ignored_fraction,
+            "intervals": asdict(self.intervals),
+            "measurements": {
+                name: {
+                    **{entry.figure.key: _error_record(entry) for entry in self.errors[index]},
+                    "hausdorff95_px": asdict(self.distances[index]),
+                }
+                for index, name in enumerate(self.class_names)
+            },
+            "remarks": self.remarks,
             "per_image": [_image_record(image) for image in self.images],
             "origin": asdict(self.origin),
         }
 
     def to_csv(self) -> str:
-        """One row per image; fractions 0..1, empty where a figure does not exist."""
-        per_class = [f"{kind}_{name}" for kind in ("iou", "truth", "predicted") for name in self.class_names]
+        """One row per image; fractions 0..1, lengths in pixels, empty where a figure does not exist."""
+        kinds = ["iou", "truth", "predicted", "hausdorff95_px"]
+        kinds += [f"{figure.key}_{side}" for figure in FIGURES if figure.relative for side in _SIDES]
+        per_class = [f"{kind}_{name}" for kind in kinds for name in self.class_names]
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([*_CSV_COLUMNS, *per_class])
         for image in self.images:
             record = plain(_image_record(image))
             values = [record[column] for column in _CSV_COLUMNS]
-            writer.writerow([*values, *record["iou"], *record["truth_fractions"], *record["predicted_fractions"]])
+            of_class = [record[key] for key in ("iou", "truth_fractions", "predicted_fractions", "hausdorff95_px")]
+            of_class += [record[figure.key][side] for figure in FIGURES if figure.relative for side in _SIDES]
+            writer.writerow([*values, *(value for row in of_class for value in row)])
         return stream.getvalue()
 
 
-_CSV_COLUMNS = ["name", "group", "height", "width", "ignored_pixels", "miou", "pixel_accuracy", "micro_iou"]
+_CSV_COLUMNS = ["name", "group", "height", "width", "pixel_size_m", "ignored_pixels", "miou", "pixel_accuracy",
+                "micro_iou"]  # fmt: skip
+_SIDES = ("truth", "predicted")
 
 
 def fractions(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
@@ -181,6 +238,31 @@ def _image_record(image: ImageResult) -> dict[str, Any]:
         "iou": scores.iou,
         "truth_fractions": truth,
         "predicted_fractions": predicted,
+        "pixel_size_m": image.measured.pixel_size_m,
+        **_measured_record(image.measured),
+    }
+
+
+def _measured_record(measured: Measured) -> dict[str, Any]:
+    """Objects, sizes and boundaries of each class, and Hausdorff distances; these in metres too, where possible."""
+    record: dict[str, Any] = {
+        figure.key: {side: getattr(measured, side)[place].tolist() for side in _SIDES}
+        for place, figure in enumerate(FIGURES)
+        if figure.relative
+    }
+    record["hausdorff95_px"] = measured.hausdorff_px.tolist()
+    if measured.pixel_size_m is not None:
+        record["hausdorff95_m"] = (measured.hausdorff_px * measured.pixel_size_m).tolist()
+    return record
+
+
+def _error_record(errors: ClassErrors) -> dict[str, Any]:
+    """Means of truth and prediction; ``error`` and ``size`` are fractions of the picture (area) or of the truth."""
+    return {
+        "truth": errors.truth,
+        "predicted": errors.predicted,
+        "error": asdict(errors.error),
+        "absolute_error": asdict(errors.size),
     }
 
 
@@ -226,6 +308,9 @@ def assess(
     Images are brought to 8 bits by the dataset, as in training, and keep their own size, as in
     mmsegmentation's test loop; areas are summed over the split (see :mod:`hpddrnet_trt.core.metrics`).
 
+    Area, objects, sizes and boundaries of each image are measured in truth and prediction alike
+    (:mod:`hpddrnet_trt.accuracy.measurements`).
+
     Images are ranked by their own mIoU (over the classes in their truth or prediction; equal ones by
     name). Pictures of the ``worst`` and of the best are kept, reduced to :data:`EDGE` pixels at most:
     memory does not grow with the split. ``model_file`` is named in the result, with its checksum.
@@ -246,7 +331,8 @@ def assess(
         matrix.update(labels, mask)
         total.add(matrix)
         height, width = mask.shape
-        images.append(ImageResult(sample.name, sample.group, height, width, matrix.counts, matrix.scores()))
+        measured = measure(mask, labels, len(dataset.classes), dataset.pixel_size_m)
+        images.append(ImageResult(sample.name, sample.group, height, width, matrix.counts, matrix.scores(), measured))
         ranking.offer(images[-1], grey, mask, labels)
     return Assessment(origin, dataset.classes, images, total.counts, total.scores(), ranking.pictures)
 

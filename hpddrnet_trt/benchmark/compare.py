@@ -17,10 +17,10 @@ from hpddrnet_trt.benchmark.result import (
     Timing,
     at,
 )
-from hpddrnet_trt.benchmark.table import aligned, interval_text, miou
+from hpddrnet_trt.benchmark.table import interval_text, miou
 from hpddrnet_trt.benchmark.timing import Ratio, ratio_of_medians
 from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.text import number
+from hpddrnet_trt.core.text import aligned, number
 
 Verdict = Literal["faster", "slower", "no difference", "too few rounds", "only old", "only new"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from hpddrnet_trt.benchmark.result import (
     timed_shapes,
 )
 from hpddrnet_trt.benchmark.timing import Ratio
-from hpddrnet_trt.core.text import number, percent
+from hpddrnet_trt.core.text import aligned, number, percent
 
 
 class Line(NamedTuple):
@@ -263,18 +263,6 @@ def _plain(cell: Cell | None, *, first: bool) -> str:
     if cell is None:
         return "–"
     return cell.text if first or not cell.note else f"{cell.text} {cell.note}"
-
-
-def aligned(lines: Sequence[Sequence[str]], left: set[int]) -> list[str]:
-    """Lines of a table for a terminal; columns to the right except those in ``left``."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def to_csv(result: BenchmarkResult) -> str:

@@ -115,6 +115,7 @@ def evaluate(
     curves are in it when metrics.csv of the training run lies beside the model.
     """
     from hpddrnet_trt.accuracy import assess, measure_robustness
+    from hpddrnet_trt.accuracy.tables import table
     from hpddrnet_trt.data.datasets import FolderDataset
     from hpddrnet_trt.engines import model_file
     from hpddrnet_trt.inference import load_segmenter
@@ -132,7 +133,7 @@ def evaluate(
         runs = segmenter.engine
         computed = f", {runs.arithmetic.upper()}" if runs.arithmetic else ""
         typer.echo(f"{model} on {dataset.name}/{split}, mode {mode}, {runs.runtime}{computed}")
-    typer.echo(assessment.scores.table(assessment.class_names))
+    typer.echo(table(assessment))
     if robust is not None:
         typer.echo(f"\n{robust.table()}")
     if report is not None:

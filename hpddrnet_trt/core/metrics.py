@@ -19,13 +19,14 @@ labelled pixel have no such figure and are left out; without any other image the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.core.intervals import Interval, bootstrap, by_unit, unit_name
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 
 
@@ -45,19 +46,6 @@ class Scores:
     micro_iou: float  # intersection over union summed over classes, over the whole set
     mean_image_micro_iou: float  # the same figure of each image, averaged over the images
     images: int
-
-    def table(self, class_names: Sequence[str]) -> str:
-        """A plain-text table, one class a row."""
-        width = max(len(name) for name in [*class_names, "mean, classes in masks"])
-        lines = [f"{'class':<{width}}  {'IoU':>7}  {'acc':>7}  {'Dice':>7}"]
-        for name, iou, acc, dice in zip(class_names, self.iou, self.accuracy, self.dice, strict=True):
-            lines.append(f"{name:<{width}}  {iou:7.4f}  {acc:7.4f}  {dice:7.4f}")
-        lines.append(f"{'mean':<{width}}  {self.miou:7.4f}  {self.mean_accuracy:7.4f}  {self.mean_dice:7.4f}")
-        lines.append(f"{'mean, classes in masks':<{width}}  {self.masked_miou:7.4f}")
-        lines.append(f"{'pixel accuracy':<{width}}  {self.pixel_accuracy:7.4f}   ({self.images} images)")
-        lines.append(f"{'micro IoU':<{width}}  {self.micro_iou:7.4f}   (over the set)")
-        lines.append(f"{'mean image micro IoU':<{width}}  {self.mean_image_micro_iou:7.4f}   (averaged per image)")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -99,7 +87,7 @@ class LabelComparison:
         self.counts += counts
         self.images += 1
         if truth.size:
-            hit, label, guessed = _areas(counts)
+            hit, label, guessed = areas(counts)
             self.image_agreements.append(float(hit.sum() / label.sum()))
             self.image_micro_ious.append(float(hit.sum() / (label + guessed - hit).sum()))
 
@@ -113,7 +101,7 @@ class LabelComparison:
     @property
     def agreement(self) -> float:
         """Share of pixels with the reference's label; NaN where nothing was labelled."""
-        hit, label, _ = _areas(self.counts)
+        hit, label, _ = areas(self.counts)
         return float(_divide(hit.sum(), label.sum()))
 
     @property
@@ -128,7 +116,7 @@ class LabelComparison:
 
     def scores(self) -> Scores:
         """Metrics of everything added so far; NaN where nothing was labelled."""
-        hit, label, predicted = _areas(self.counts)
+        hit, label, predicted = areas(self.counts)
         union = label + predicted - hit
         iou, acc = _divide(hit, union), _divide(hit, label)
         dice = _divide(2 * hit, label + predicted)
@@ -173,10 +161,64 @@ def softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     return shifted
 
 
-def _areas(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], ...]:
-    """Pixels of each class: right ones, true ones and predicted ones."""
-    square = counts[:, : len(counts)]
-    return tuple(area.astype(np.float64) for area in (np.diag(square), counts.sum(axis=1), square.sum(axis=0)))
+def areas(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Pixels of each class, right ones, true ones and predicted ones: ``[..., 3, classes]`` of counts
+    ``[..., classes, classes + 1]`` as :class:`LabelComparison` has them."""
+    square = counts[..., : counts.shape[-2]]
+    kinds = (np.diagonal(square, axis1=-2, axis2=-1), counts.sum(axis=-1), square.sum(axis=-2))
+    return np.stack(kinds, axis=-2).astype(np.float64)
+
+
+def class_iou(areas: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """IoU ``[..., classes]`` of areas ``[..., 3, classes]``; NaN for a class in neither truth nor prediction."""
+    hit, label, predicted = np.moveaxis(areas, -2, 0)
+    return _divide(hit, label + predicted - hit)
+
+
+def mean_iou(areas: npt.NDArray[np.float64], *, masked: bool = False) -> npt.NDArray[np.float64]:
+    """mIoU ``[...]`` of areas ``[..., 3, classes]``, with ``masked`` of the classes in the truth."""
+    iou = class_iou(areas)
+    counted = ~np.isnan(iou) & (areas[..., 1, :] > 0) if masked else ~np.isnan(iou)
+    return _divide(np.where(counted, iou, 0).sum(axis=-1), counted.sum(axis=-1))
+
+
+@dataclass(frozen=True)
+class ScoreIntervals:
+    """The figures of a split, each with its interval over pictures or specimens."""
+
+    miou: Interval
+    masked_miou: Interval
+    pixel_accuracy: Interval
+    iou: list[Interval]
+
+    @property
+    def rare(self) -> list[int]:
+        """Classes in too few pictures or specimens for an interval, though there are enough of these: a resample of
+        them knows little of how such a class varies, and so does the interval of the mean."""
+        if self.miou.low is None:
+            return []
+        return [place for place, found in enumerate(self.iou) if found.units and found.low is None]
+
+
+def score_intervals(
+    counts: Sequence[npt.NDArray[np.int64]], groups: Sequence[str | None], *, seed: int = 0
+) -> ScoreIntervals:
+    """Intervals of what :meth:`LabelComparison.scores` says of these pictures together.
+
+    ``counts``: of each picture, see :class:`LabelComparison`; ``groups``: its specimen, or None.
+    """
+    of = unit_name(groups)
+    units = by_unit(areas(np.stack(counts)), groups)
+
+    def interval(totals: npt.NDArray[np.float64], statistic: Callable[..., npt.NDArray[np.float64]]) -> Interval:
+        return bootstrap(totals, statistic, fraction=True, of=of, seed=seed)
+
+    return ScoreIntervals(
+        miou=interval(units, mean_iou),
+        masked_miou=interval(units, lambda sums: mean_iou(sums, masked=True)),
+        pixel_accuracy=interval(units, lambda sums: _divide(sums[:, 0].sum(axis=-1), sums[:, 1].sum(axis=-1))),
+        iou=[interval(units[..., place : place + 1], mean_iou) for place in range(units.shape[-1])],
+    )
 
 
 def _divide(top: npt.ArrayLike, bottom: npt.ArrayLike) -> npt.NDArray[np.float64]:

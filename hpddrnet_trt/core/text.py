@@ -69,6 +69,18 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def aligned(lines: Sequence[Sequence[str]], left: set[int]) -> list[str]:
+    """Lines of a table for a terminal; columns to the right except those in ``left``."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
 def is_square(width: float, height: float, tolerance: float = SQUARE) -> bool:
     """Whether a pixel of ``width`` x ``height``, in any unit of length, is square but for ``tolerance``.
 

@@ -10,16 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.accuracy.evaluate import EDGE, Assessment, ImageResult, fractions
+from hpddrnet_trt.accuracy.measurements import FIGURES, ClassErrors
 from hpddrnet_trt.accuracy.robustness import TOLERANCE, Robustness, tested
+from hpddrnet_trt.accuracy.tables import error_digits, error_text
 from hpddrnet_trt.core.errors import UsageError, require
 from hpddrnet_trt.core.files import check_writable, write_bytes, write_text
+from hpddrnet_trt.core.intervals import Interval
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
-from hpddrnet_trt.core.text import percent, scaled
+from hpddrnet_trt.core.text import length, number, percent, scaled
 from hpddrnet_trt.report.accuracy_figures import (
     COLUMNS,
     Curves,
     confusion_figure,
     curves_figure,
+    errors_figure,
     fractions_figure,
     robustness_figure,
 )
@@ -73,7 +77,9 @@ class ClassRow(NamedTuple):
     dice: float
     truth: float
     predicted: float
-    image_error: float  # mean over the images of |predicted - true| area fraction
+    interval: Interval  # of the IoU
+    errors: list[ClassErrors]
+    distance: Interval  # Hausdorff, 95 %, pixels
 
 
 def check_target(path: str | Path) -> Path:
@@ -118,7 +124,7 @@ def render_html(
     origin = assessment.origin
     return render(
         "accuracy.html.j2",
-        filters={"tested": tested, "count": scaled},
+        filters={"tested": tested, "count": scaled, "error": error_text, "number": number, "distance": length},
         assessment=assessment,
         origin=origin,
         headline=headline(assessment),
@@ -126,6 +132,9 @@ def render_html(
         rows=class_rows(assessment),
         confusions=largest_confusions(assessment),
         fractions=fractions,
+        measured=FIGURES,
+        error_digits=error_digits,
+        pixel_size_m=assessment.images[0].measured.pixel_size_m if _one_pixel_size(assessment) else None,
         figures=_figures(assessment, curves, robustness),
         curves=curves,
         robustness=robustness,
@@ -147,8 +156,11 @@ def headline(assessment: Assessment) -> str:
     lowest = min((row for row in rows if not math.isnan(row.iou)), key=lambda row: row.iou)
     largest = max(rows, key=lambda row: abs(row.predicted - row.truth))
     images = f"{scores.images} images" if scores.images > 1 else "1 image"
+    interval = assessment.intervals.miou.text(1, 100)
+    of_interval = f" {interval}" if interval else ""
     return (
-        f"mIoU {percent(scores.miou)} on {images}, {percent(scores.pixel_accuracy)} of the labelled pixels are right. "
+        f"mIoU {percent(scores.miou)}{of_interval} on {images}, "
+        f"{percent(scores.pixel_accuracy)} of the labelled pixels are right. "
         f"Lowest class: {lowest.name}, IoU {percent(lowest.iou)}. Phase fractions of the whole set are within "
         f"{100 * abs(largest.predicted - largest.truth):.2f} points of the truth."
     )
@@ -172,12 +184,10 @@ def class_rows(assessment: Assessment) -> list[ClassRow]:
     """The table of classes."""
     scores = assessment.scores
     truth, predicted = fractions(assessment.counts)
-    pairs = [np.array(fractions(image.counts)) for image in assessment.images if image.counts.any()]
-    errors = np.mean([np.abs(pair[0] - pair[1]) for pair in pairs], axis=0) if pairs else np.full(len(truth), np.nan)
-    columns = (scores.iou, scores.accuracy, scores.precision, scores.dice, truth, predicted, errors.tolist())
+    columns = (scores.iou, scores.accuracy, scores.precision, scores.dice, truth, predicted, assessment.intervals.iou,
+               assessment.errors, assessment.distances)  # fmt: skip
     return [
-        ClassRow(entry.name, entry.color, *values)
-        for entry, *values in zip(assessment.classes, *columns, strict=True)
+        ClassRow(entry.name, entry.color, *values) for entry, *values in zip(assessment.classes, *columns, strict=True)
     ]
 
 
@@ -194,6 +204,10 @@ def largest_confusions(assessment: Assessment, limit: int = 6) -> list[Confusion
     return sorted(pairs, key=lambda pair: -pair.pixels)[:limit]
 
 
+def _one_pixel_size(assessment: Assessment) -> bool:
+    return len({image.measured.pixel_size_m for image in assessment.images}) == 1
+
+
 def _figures(
     assessment: Assessment, curves: Curves | None, robustness: Robustness | None
 ) -> dict[str, list[str]]:
@@ -201,6 +215,7 @@ def _figures(
     drawn: dict[str, list[Any]] = {
         "confusion": [confusion_figure(assessment)],
         "fractions": [fractions_figure(assessment, columns) for columns in (COLUMNS, 1)],
+        "errors": [errors_figure(assessment, columns) for columns in (2, 1)],
     }
     if curves is not None:
         best = assessment.origin.best_step

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.accuracy.evaluate import Assessment, ImageResult, fractions
+from hpddrnet_trt.accuracy.measurements import FIGURES
 from hpddrnet_trt.accuracy.robustness import Robustness, Sweep, tested
 from hpddrnet_trt.core.text import scaled
 from hpddrnet_trt.data.augment import Shift
@@ -131,6 +132,38 @@ def fractions_figure(assessment: Assessment, columns: int = COLUMNS) -> Any:
         for index, (axes, name) in enumerate(zip(grid, names, strict=True)):
             _draw_fractions(axes, measured, index, name)
     return figure
+
+
+def errors_figure(assessment: Assessment, columns: int = 2) -> Any:
+    """Error of each figure in each image, predicted minus true, by class; a bar for the mean's interval."""
+    names = assessment.class_names
+    with style():
+        figure, grid = panels(
+            len(FIGURES), 6.0 if columns > 1 else _WIDTH + 0.6, 1.5 + 0.42 * len(names), columns=columns
+        )
+        for place, (axes, entry) in enumerate(zip(grid, FIGURES, strict=True)):
+            for index, name in enumerate(names):
+                _draw_errors(axes, assessment, index, place, class_style(index, name))
+            axes.axvline(0, color=GREY, linestyle="--", linewidth=1.1)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            label_axes(axes, entry.title.capitalize(), f"predicted − true, {entry.unit}", "")
+    return figure
+
+
+def _draw_errors(axes: Any, assessment: Assessment, index: int, place: int, look: dict[str, Any]) -> None:
+    found = assessment.errors[index][place]
+    if math.isnan(found.error.value):
+        return
+    whole = found.truth if found.figure.relative else 1.0
+    pictures = [image.measured for image in assessment.images]
+    values = [100 * float(one.predicted[place, index] - one.truth[place, index]) / whole for one in pictures if whole]
+    axes.scatter(
+        values, [index] * len(values), s=26, color=look["color"], alpha=0.45, linewidth=0, marker=look["marker"]
+    )
+    if found.error.low is not None and found.error.high is not None:
+        axes.plot([100 * found.error.low, 100 * found.error.high], [index, index], color=BLACK, linewidth=2.2)
+    axes.plot(100 * found.error.value, index, "|", color=BLACK, markersize=15, markeredgewidth=2.2)
 
 
 def curves_figure(curves: Curves, best_step: int | None = None, columns: int = COLUMNS) -> Any:

@@ -17,12 +17,14 @@ import pytest
 
 from hpddrnet_trt.accuracy import Assessment, assess
 from hpddrnet_trt.accuracy.evaluate import ImageResult, _Ranking, fractions, picture
+from hpddrnet_trt.accuracy.measurements import measure
+from hpddrnet_trt.accuracy.tables import table
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.inference import Segmenter
-from tests.accuracy.small_dataset import IGNORED_ROWS, SHAPE, WRONG_ROWS
+from tests.accuracy.small_dataset import IGNORED_ROWS, SHAPE, WRONG_ROWS, write_dataset
 from tests.toy import CLASSES, ToyEngine, grey_image, manifest
 
 LABELLED_ROWS = SHAPE[0] - IGNORED_ROWS
@@ -56,7 +58,8 @@ def test_pictures_are_the_worst_and_then_the_best(
 
 
 def result(name: str, miou: float) -> ImageResult:
-    return ImageResult(name, None, 2, 2, np.zeros((2, 3), np.int64), replace(LabelComparison(2).scores(), miou=miou))
+    blank, scores = np.zeros((2, 2), np.uint8), replace(LabelComparison(2).scores(), miou=miou)
+    return ImageResult(name, None, 2, 2, np.zeros((2, 3), np.int64), scores, measure(blank, blank, 2))
 
 
 def test_ranking_does_not_depend_on_the_order_of_the_images() -> None:
@@ -98,6 +101,55 @@ def test_record_and_table_of_images(segmenter: Segmenter, dataset: FolderDataset
         truth, predicted = fractions(image.counts)
         assert [float(row[f"truth_{entry.name}"]) for entry in CLASSES] == truth
         assert [float(row[f"predicted_{entry.name}"]) for entry in CLASSES] == predicted
+
+
+def test_what_laboratories_measure_is_in_record_and_table_of_images(
+    segmenter: Segmenter, dataset: FolderDataset
+) -> None:
+    found = assess(segmenter, replace(dataset, pixel_size_m=2e-9), "test", progress=False)
+    record = json.loads(json.dumps(plain(found.record()), allow_nan=False))
+    assert record["remarks"] == ["intervals are over 5 pictures, 95 %; they hold for more pictures like these"]
+    miou, area = record["intervals"]["miou"], record["measurements"]["pore"]["area_fraction"]
+    assert (miou["value"], miou["units"]) == (pytest.approx(found.scores.miou), 5)
+    assert 0 <= miou["low"] < miou["value"] < miou["high"] <= 1
+    errors = [predicted[1] - truth[1] for truth, predicted in (fractions(image.counts) for image in found.images)]
+    assert area["error"]["value"] == pytest.approx(np.mean(errors))
+    assert area["absolute_error"]["value"] == pytest.approx(np.mean(np.abs(errors)))
+    assert area["error"]["low"] <= area["error"]["value"] <= area["error"]["high"]
+    right = record["per_image"][2]  # "c" has no mistake
+    assert right["hausdorff95_px"] == [0, 0, 0]
+    assert right["objects"]["truth"] == right["objects"]["predicted"]
+    first, written = record["per_image"][0], next(csv.DictReader(io.StringIO(found.to_csv())))
+    assert first["hausdorff95_m"] == pytest.approx([2e-9 * value for value in first["hausdorff95_px"]])
+    assert float(written["hausdorff95_px_pore"]) == first["hausdorff95_px"][1] > 0
+    assert float(written["boundary_px_predicted_clay"]) == first["boundary_px"]["predicted"][2]
+    assert float(written["pixel_size_m"]) == 2e-9
+
+
+def test_the_table_fits_80_columns_and_says_why_there_are_no_intervals(
+    segmenter: Segmenter, dataset: FolderDataset, tmp_path: Path
+) -> None:
+    found = assess(segmenter, dataset, "test", progress=False)
+    lines = table(found).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 30
+    scores, interval = found.scores, found.intervals.iou[1]
+    row = next(line for line in lines if line.startswith("pore")).split()
+    assert (row[1], row[4:6]) == (f"{scores.iou[1]:.4f}", [f"{scores.accuracy[1]:.4f}", f"{scores.dice[1]:.4f}"])
+    assert " ".join(row[2:4]) == interval.text(3)
+    for line in ("mean (mIoU)", "mean, classes in masks", "pixel accuracy", "micro IoU, whole set", "area fraction"):
+        assert any(line in other for other in lines)
+    few = assess(segmenter, write_dataset(tmp_path / "two", {"a": 6, "b": 3}), "test", progress=False)
+    assert table(few).endswith("no interval: 2 pictures, and fewer than 5 do not tell how others vary")
+    assert "[0." not in table(few)
+    assert "[+" not in table(few)
+
+
+def test_specimens_are_the_units_where_they_are_known(segmenter: Segmenter, dataset: FolderDataset) -> None:
+    samples = [replace(sample, group="AAABB"[place]) for place, sample in enumerate(dataset.split("test"))]
+    found = assess(segmenter, replace(dataset, samples={"test": samples}), "test", progress=False)
+    assert found.intervals.miou.units == 2
+    assert found.remarks == ["no interval: 2 specimens, and fewer than 5 do not tell how others vary"]
 
 
 def test_the_origin_names_model_and_data(dataset: FolderDataset, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hpddrnet_trt.core.errors import ContractError
-from hpddrnet_trt.core.metrics import LabelComparison, Scores, arg_max, softmax
+from hpddrnet_trt.core.metrics import LabelComparison, Scores, arg_max, score_intervals, softmax
 
 CLASSES = 4
 IMAGE = (5, 6)
@@ -101,18 +101,6 @@ def test_bad_arrays() -> None:
     assert (confusion.images, confusion.counts.sum()) == (0, 0)
     confusion.update(np.array([[0, 2, -1, 200]]), np.array([[0, 0, 0, 255]]))  # labels outside the classes are wrong
     assert confusion.counts.tolist() == [[1, 0, 2], [0, 0, 0]]
-
-
-def test_table() -> None:
-    confusion = LabelComparison(2)
-    confusion.update(np.array([[0, 1]]), np.array([[0, 0]]))
-    lines = confusion.scores().table(["grain", "pore"]).splitlines()
-    assert [line.split()[0] for line in lines] == ["class", "grain", "pore", "mean", "mean,", "pixel", "micro", "mean"]
-    assert lines[1].split()[1:] == ["0.5000", "0.5000", "0.6667"]
-    assert len({len(line) for line in lines[:4]}) == 1
-    assert lines[4].split() == ["mean,", "classes", "in", "masks", "0.5000"]  # the other class is only predicted
-    assert lines[6].split()[:3] == ["micro", "IoU", "0.3333"]  # 1 right pixel, 2 + 1 - 0 in the unions
-    assert lines[7].split()[:5] == ["mean", "image", "micro", "IoU", "0.3333"]
 
 
 predictions = hnp.arrays(np.uint8, IMAGE, elements=st.integers(0, CLASSES))  # CLASSES itself is out of range
@@ -223,3 +211,36 @@ def test_softmax_sums_to_one_and_ignores_shifts(scores: np.ndarray) -> None:
     assert np.array_equal(arg_max(probabilities), probabilities.argmax(axis=1))
     assert np.allclose(np.log(probabilities[:, 0] / probabilities[:, 1]), scores[:, 0] - scores[:, 1], atol=1e-4)
     assert np.isfinite(softmax(np.array([[[1e5], [-1e5]]], np.float32))).all()
+
+
+# -- intervals of a split's scores ---------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.tuples(predictions, masks), min_size=1, max_size=8))
+def test_intervals_are_of_the_same_scores(images: list[tuple[Any, Any]]) -> None:
+    pictures = [matrix(guess[np.newaxis], truth[np.newaxis], CLASSES) for guess, truth in images]
+    total = LabelComparison(CLASSES)
+    for picture in pictures:
+        total.add(picture)
+    found, scores = score_intervals([picture.counts for picture in pictures], [None] * len(pictures)), total.scores()
+    names = ("miou", "masked_miou", "pixel_accuracy")
+    np.testing.assert_allclose([getattr(found, name).value for name in names],
+                               [getattr(scores, name) for name in names], equal_nan=True)  # fmt: skip
+    np.testing.assert_allclose([entry.value for entry in found.iou], scores.iou, equal_nan=True)
+    for entry in (found.miou, found.masked_miou, found.pixel_accuracy, *found.iou):
+        assert (entry.low is None) == (entry.units < 5 or math.isnan(entry.value))
+        if entry.low is not None and entry.high is not None:
+            assert 0 <= entry.low <= entry.value <= entry.high <= 1
+
+
+def test_equal_pictures_have_no_width_and_rare_classes_no_interval() -> None:
+    truth = np.array([[0, 0, 1, 1, 1, 1]])
+    alike = [matrix(np.array([[[0, 1, 1, 1, 1, 1]]]), truth[np.newaxis], 3).counts] * 6
+    found = score_intervals(alike, [None] * 6)
+    assert found.miou.low == pytest.approx(found.miou.value) == pytest.approx(found.miou.high)
+    assert found.rare == []
+    other = matrix(np.array([[[2, 2, 1, 1, 1, 1]]]), np.array([[[2, 0, 1, 1, 1, 1]]]), 3).counts
+    rare = score_intervals([*alike, other], [None] * 7)
+    assert (rare.rare, rare.iou[2].units, rare.iou[2].low) == ([2], 1, None)
+    assert (rare.iou[1].units, score_intervals(alike[:4], [None] * 4).rare) == (7, [])

@@ -56,13 +56,17 @@ def test_the_page_holds_everything_and_loads_nothing(found: Assessment, robust: 
     curves = curves_beside(tmp_path / "model.safetensors")
     files = write_report(found, tmp_path / "out" / "page.html", curves=curves, robustness=robust)
     page = Page(files.html.read_text(encoding="utf-8"))
-    assert len(page.sources) == 4 + 3 * 3  # figures; three overlays of each of three images
+    assert len(page.sources) == 5 + 3 * 3  # figures; three overlays of each of three images
     page.assert_complete_in_itself()
     for word in ("Confusion matrix", "area fraction", "Loss, validation IoU", "IoU against"):
         assert any(word in alternative for alternative in page.alternatives)
     origin = found.origin
     for word in (headline(found), "toy", origin.data_sha256, "licence MIT", "numpy", origin.command.split()[0]):
         assert word in page.text
+    row = class_rows(found)[0]
+    for interval in (row.interval.text(1, 100), row.errors[0].error.text(2, 100, sign=True), row.distance.text(1)):
+        assert interval.startswith("[")
+        assert interval in page.text
     assert "None: no metrics.csv" not in page.text
     assert page.headings == ["d", "a", "c"]
     positions = [page.text.index(f" {rank} · mIoU") for rank in ("worst", "2nd worst", "best")]
@@ -121,7 +125,7 @@ def test_the_table_of_classes_and_the_largest_confusions(found: Assessment) -> N
     ]  # fmt: skip
     per_image = [image.counts / image.counts.sum() for image in found.images]
     expected = np.mean([abs(part.sum(axis=1)[0] - part.sum(axis=0)[0]) for part in per_image])
-    assert rows[0].image_error == pytest.approx(expected)
+    assert rows[0].errors[0].size.value == pytest.approx(expected)
     counts = np.array([[50, 3, 0, 1], [9, 70, 0, 0], [0, 0, 80, 0]])
     pairs = largest_confusions(replace(found, counts=counts))
     assert [(pair.truth, pair.predicted, pair.pixels) for pair in pairs] == [
@@ -222,7 +226,7 @@ def test_the_command_writes_page_robustness_and_json(dataset: FolderDataset, tmp
     assert "working range" not in printed()
     assert sorted(tmp_path.iterdir()) == before  # only the table, in the terminal
     said = printed("--report", str(page), "--robustness", "--json", str(figures))
-    assert "mean image micro IoU" in said
+    assert "micro IoU, per picture" in said
     assert "working range" in said
     for path in (page, page.with_suffix(".csv"), page.with_suffix(".robustness.png"), figures):
         assert f"written: {path}" in said
