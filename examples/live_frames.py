@@ -71,6 +71,8 @@ def show(result: StreamResult) -> None:
         print(f"frame {result.frame_id} failed: {result.error}")
         return
     areas = ", ".join(f"{name} {fraction:.1%}" for name, fraction in result.segmentation.fractions().items())
+    if result.segmentation.domain.notice is not None:
+        areas += f", {result.segmentation.domain.notice}"
     print(f"frame {result.frame_id}: {areas} ({1e3 * result.age_s():.0f} ms old)")
 
 

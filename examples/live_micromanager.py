@@ -84,6 +84,8 @@ def show(result: StreamResult) -> None:
     size = result.segmentation.pixel_size_m
     scale = "pixel size unknown" if size is None else f"{size * 1e9:.3g} nm per pixel"
     areas = ", ".join(f"{name} {fraction:.1%}" for name, fraction in result.segmentation.fractions().items())
+    if result.segmentation.domain.notice is not None:
+        areas += f", {result.segmentation.domain.notice}"
     print(f"{index}  {result.latency_s * 1e3:.0f} ms  {areas}  ({scale})")
 
 

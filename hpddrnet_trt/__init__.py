@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpddrnet_trt.core.domain import Domain
     from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
     from hpddrnet_trt.export.rebuild import rebuild_engine
     from hpddrnet_trt.inference import Segmenter, load_segmenter
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Domain",
     "Micrograph",
     "Provenance",
     "Segmentation",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Domain": "core.domain",
     "Micrograph": "data.micrograph",
     "read_micrograph": "data.micrograph",
     "rebuild_engine": "export.rebuild",

@@ -40,7 +40,8 @@ def segment(
 
     Lengths and areas are in micrometres where the pixel size is known, from the file's metadata or --pixel-size, and
     in pixels only where it is not. OME-Zarr, rois and regions need pip install 'hpddrnet-trt[results]'. A bad file
-    does not stop the others. The pages of a TIFF are slices of a stack, whose labels become one TIFF, OME-TIFF or
+    does not stop the others. Pictures that are unlike those of the training are told, and with --refuse-foreign they
+    fail. The pages of a TIFF are slices of a stack, whose labels become one TIFF, OME-TIFF or
     OME-Zarr beside a folder with a PNG of each slice. Ctrl-C or SIGTERM keeps what is done; the same command continues.
     """
     from hpddrnet_trt.inference.folder import segment_paths
@@ -89,6 +90,8 @@ def watch(
         name = event.path.relative_to(root) if event.path != root else root
         if event.fractions is not None:
             said = ", ".join(f"{label} {fraction:.1%}" for label, fraction in event.fractions.items())
+            if event.domain is not None and event.domain.notice is not None:
+                said += f"  ({event.domain.notice})"
         else:
             said = event.happened.value + (f": {event.reason}" if event.reason else "")
         typer.echo(f"{name}  {said}")

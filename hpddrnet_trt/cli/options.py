@@ -176,6 +176,11 @@ class SegmentOptions:
         bool, typer.Option("--rebuild", help="Build an engine that does not fit this machine again from its ONNX file.")
     ] = False
     resume: Annotated[bool, typer.Option(help="Leave what this model has written before with these options.")] = True
+    refuse_foreign: Annotated[
+        bool,
+        typer.Option("--refuse-foreign", help="Pictures that are foreign to the model have failed: nothing of them is "
+                                              "written."),
+    ] = False
 
     def settings(self) -> ResultSettings:
         """What is written, and how files are read."""
@@ -184,7 +189,7 @@ class SegmentOptions:
         return ResultSettings(
             write=self.write + ["confidence"] * self.confidence, overlay=self.overlay,
             background=self.background or [], smallest=self.smallest, pixel_size_m=self.pixel_size,
-            info_bar=self.info_bar, resume=self.resume,
+            info_bar=self.info_bar, resume=self.resume, refuse_foreign=self.refuse_foreign,
         )  # fmt: skip
 
     def open_segmenter(self, engine: EngineOptions) -> Segmenter:

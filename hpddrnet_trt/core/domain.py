@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from math import isfinite
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,17 @@ class Domain:
     state: DomainState = "not known"
     distance: float | None = None
     cells: tuple[npt.NDArray[np.float32], ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def notice(self) -> str | None:
+        """What people should know: ``foreign to the model, at distance 7.1``; None where there is nothing to say."""
+        words = {"foreign": "foreign to", "unusual": "unusual for"}.get(self.state)
+        return None if words is None else f"{words} the model, at distance {self.distance:.2g}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: ``state`` and ``distance``, None where there is none."""
+        known = self.distance is not None and isfinite(self.distance)
+        return {"state": self.state, "distance": self.distance if known else None}
 
 
 NOT_KNOWN = Domain()

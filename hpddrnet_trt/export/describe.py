@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpddrnet_trt.core.manifest import EngineRecord, InputContract, Manifest, OutputContract, ValidationRecord
+from hpddrnet_trt.core.manifest import (
+    DomainRecord,
+    EngineRecord,
+    InputContract,
+    Manifest,
+    OutputContract,
+    ValidationRecord,
+)
 from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.engines.profiles import default_profiles, is_static
 from hpddrnet_trt.engines.tensorrt_library import INPUT
@@ -50,6 +57,8 @@ def _sections(manifest: Manifest, path: str | Path, *, layers: bool) -> Iterator
     if manifest.data is not None:
         images = f", {manifest.data.train_images} images" if manifest.data.train_images else ""
         yield "trained on", [f"{manifest.data.name}{images} (licence: {manifest.data.license or 'not stated'})"]
+    if manifest.domain is not None:
+        yield "domain", _domain(manifest, manifest.domain)
     if manifest.checkpoint_sha256:
         yield "checkpoint", [f"SHA-256 {manifest.checkpoint_sha256}"]
     if manifest.metrics:
@@ -81,6 +90,18 @@ def _sections(manifest: Manifest, path: str | Path, *, layers: bool) -> Iterator
         yield "remarks", manifest.remarks
     if manifest.versions:
         yield "versions", [", ".join(f"{name} {number}" for name, number in manifest.versions.items())]
+
+
+def _domain(manifest: Manifest, record: DomainRecord) -> list[str]:
+    source = f" of {record.source}" if record.source else ""
+    rows = [
+        f"{len(record.mean)} features, {len(record.components)} components, from {record.crops} crops of "
+        f"{record.pictures} pictures{source}; unusual from distance {record.unusual:.3g}, foreign from "
+        f"{record.foreign:.3g}"
+    ]
+    if manifest.output is not None and not manifest.output.domain:
+        rows.append("the file does not give these features: whether a picture is foreign is not known")
+    return rows
 
 
 def _input(contract: InputContract) -> str:

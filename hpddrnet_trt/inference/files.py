@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.domain import NOT_KNOWN, DomainState
+from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
 from hpddrnet_trt.core.files import printable
 from hpddrnet_trt.data.intensity import FullScale, Percentiles, to_grey8
 from hpddrnet_trt.data.labels import read_mask
@@ -52,6 +53,7 @@ class ResultSettings:
       the pages of a TIFF (None), those and the files of each folder (True), none (False: a TIFF's first page).
     - ``spacing_m``: metres from one slice to the next, instead of what the files say.
     - ``resume``: leave what the same model file has made with the same settings from the same, unchanged file.
+    - ``refuse_foreign``: a picture that is foreign to the model has failed, and nothing is written of it.
     """
 
     write: Collection[str] = ("png",)
@@ -63,6 +65,7 @@ class ResultSettings:
     stack: bool | None = None
     spacing_m: float | None = None
     resume: bool = True
+    refuse_foreign: bool = False
 
     def check(self, segmenter: Segmenter) -> None:
         """Raise :class:`UsageError` or :class:`MissingDependency` for what cannot be written or given."""
@@ -79,6 +82,11 @@ class ResultSettings:
             check_pixel_size(self.pixel_size_m)
         if self.spacing_m is not None and not self.spacing_m > 0:
             raise UsageError(f"the distance of slices is positive, got {self.spacing_m}")
+        if self.refuse_foreign and not segmenter.knows_its_domain:
+            raise UsageError(
+                f"model {segmenter.manifest.name!r} does not know which pictures are foreign to it; give it the "
+                "statistics of its training pictures with hpddrnet-trt describe-domain, or leave out --refuse-foreign"
+            )
         if "confidence" in self.write and not segmenter.confidence:
             raise UsageError("the segmenter gives no confidence; open it with confidence=True")
 
@@ -171,7 +179,8 @@ class FileSegmenter:
 
     def _task(self, task: Task, anew: bool, stack: SliceOf | None = None) -> Task:
         made = self.journal.made(task.name, task.source, task.modified_ns)
-        if anew or not self.settings.resume:
+        foreign = self.settings.refuse_foreign and made and self._state_of(task.name) == "foreign"
+        if anew or foreign or not self.settings.resume:
             missing = task.missing
         else:
             missing = [
@@ -233,6 +242,9 @@ class FileSegmenter:
         made, regions = dict(task.made), None
         files = self.outputs(task.name, "image" if task.slice is None else "slice")
         error: BaseException | None = None
+        if self.settings.refuse_foreign and result.domain.state == "foreign":
+            reason = f"{task.source} is {result.domain.notice}, and nothing is written of it"
+            return Written(task, None, ContractError(f"{reason}; without --refuse-foreign it is"), result.tiling)
         try:
             for kind in task.missing:
                 path = self.folder / files[kind]
@@ -320,12 +332,21 @@ class FileSegmenter:
             "tiling": None if result.tiling is None else result.tiling.as_dict(),
             "provenance": None if result.provenance is None else result.provenance.as_dict(),
             "seconds": round(seconds, 3),
+            "domain": result.domain.as_dict(),
         }
 
     def write_table(self) -> Path:
         """Write ``fractions.csv``: one row for each class of each image, or slice, whose results are in the folder."""
-        header = ("image", *FRACTIONS, "pixel_size_nm", "model", "source", "slice")
+        header = ("image", *FRACTIONS, "pixel_size_nm", "model", "source", "slice", "domain", "domain_distance")
         return write_rows(self.folder / TABLE, header, (row for entry in self.journal for row in _table_rows(entry)))
+
+    def _state_of(self, name: str) -> str:
+        """Of the domain of an image that is done, "not known" where the model or an older version did not know."""
+        return str((self.journal[name].get("domain") or NOT_KNOWN.as_dict())["state"])
+
+    def in_state(self, state: DomainState, names: Iterable[str]) -> list[str]:
+        """Which of these images are."""
+        return [name for name in names if self._state_of(name) == state]
 
     def overall(self, names: Iterable[str]) -> tuple[dict[str, float], Literal["area", "pixels"]]:
         """Area fractions over all of these images, weighed by area, or by pixels where a pixel size is unknown."""
@@ -346,11 +367,12 @@ def _pixels(entry: Any) -> int:
 
 def _table_rows(entry: Any) -> Iterator[list[str | int]]:
     size, stack = entry.get("pixel_size_m"), entry.get("stack") or {}
+    domain = entry.get("domain") or NOT_KNOWN.as_dict()
     for name, fraction in entry.get("fractions", {}).items():  # a stack itself has none
         pixels = round(fraction * _pixels(entry))
         area = None if size is None else pixels * size**2
         row = fraction_row(AreaFraction(name, pixels, fraction, area))
         yield [
             stack.get("name", entry["name"]), *row, number(size, 1e9), entry["job"]["model"], entry["source"],
-            stack.get("slice", ""),
+            stack.get("slice", ""), domain["state"], number(domain["distance"]),
         ]  # fmt: skip

@@ -29,6 +29,7 @@ from hpddrnet_trt.inference.overlap import Held, ReadAhead, WriteBehind
 from hpddrnet_trt.inference.result import Segmentation
 
 LOG = logging.getLogger(__name__)
+MOST_LISTED = 5  # names in one line of the summary
 
 
 @dataclass
@@ -40,7 +41,8 @@ class SegmentSummary:
     ``fractions``: over the whole area of all images that are done, ``weighed_by`` "area" when all pixel sizes are
     known, "pixels" otherwise. ``tiled``: how many images were cut into tiles, ``seam_disagreement``: the largest of
     theirs (:class:`~hpddrnet_trt.inference.tiling.TilingReport`). ``interrupted``: Ctrl-C ended the run.
-    ``files``: what there is for each image, and its place in the folder.
+    ``files``: what there is for each image, and its place in the folder. ``unusual``, ``foreign``: names of images that
+    are unlike the training's, of those that are done (:class:`~hpddrnet_trt.core.domain.Domain`).
     """
 
     written: list[Path] = field(default_factory=list)
@@ -53,6 +55,8 @@ class SegmentSummary:
     seam_disagreement: float = 0.0
     interrupted: bool = False
     files: dict[str, str] = field(default_factory=dict)
+    unusual: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -77,12 +81,19 @@ class SegmentSummary:
                 f"{self.tiled} in tiles, which disagree about {100 * self.seam_disagreement:.2g} % of the pixels that "
                 "two of them see, at most"
             )
+        if self.foreign or self.unusual:
+            lines.append(self._unlike_the_training())
         if self.fractions:
             shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.fractions.items())
             lines.append(f"overall, by {self.weighed_by}: {shares}")
         widest = max(map(len, self.files), default=0)
         lines += [f"  {what:<{widest}}  {where}" for what, where in self.files.items()]
         return "\n".join(lines)
+
+    def _unlike_the_training(self) -> str:
+        kinds = (("foreign to the model", self.foreign), ("unusual for it", self.unusual))
+        counted = [f"{len(names)} {what} ({_listed(names)})" for what, names in kinds if names]
+        return f"unlike the pictures of the training: {', '.join(counted)}; look at their overlays before their figures"
 
 
 def segment_paths(
@@ -123,12 +134,20 @@ def segment_paths(
             summary.interrupted = True
     if run.finished:
         summary.fractions, summary.weighed_by = work.overall(run.finished)
+        summary.unusual, summary.foreign = (
+            work.in_state(state, run.finished) for state in ("unusual", "foreign")
+        )
         summary.files = {**run.files, "fractions": TABLE, "journal": JOURNAL}
         try:
             work.write_table()
         except (UserError, OSError) as exc:  # a spreadsheet program locks the table that it shows
             LOG.warning("the table of area fractions could not be written: %s", exc)
     return summary
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MOST_LISTED
+    return ", ".join(map(printable, names[:MOST_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
 class _Opened(NamedTuple):

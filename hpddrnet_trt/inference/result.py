@@ -108,6 +108,7 @@ class Segmentation:
             "window": list(self.window),
             **(self.provenance.as_dict() if self.provenance is not None else {"model": self.manifest.name}),
             "tiling": None if self.tiling is None else self.tiling.as_dict(),
+            "domain": self.domain.as_dict(),
         }
 
     def save(self, path: str | Path, *, image: npt.NDArray[Any] | None = None) -> Path:
@@ -138,19 +139,20 @@ class Segmentation:
     ) -> Path:
         """Write a PNG of the 8-bit image ``[H, W]`` with the classes drawn over it.
 
-        ``caption``: add a bar below with the classes, their fractions and, where the pixel size is known, a scale
-        bar. Pictures less than 128 pixels wide get none.
+        ``caption``: add a bar below with the classes, their fractions, where the pixel size is known a scale bar, and
+        that the picture is unlike those of the training. Pictures less than 128 pixels wide get none.
         """
         path = Path(path)
         if path.suffix.lower() != ".png":
             raise UsageError(f"overlays are written as .png, not {path.name!r}; change the ending")
         drawing = overlay(grey8, self.labels, self.manifest.palette, alpha)
         if caption:
-            drawing = with_caption(drawing, self.classes, self.area_fractions(), self.pixel_size_m)
+            fractions = self.area_fractions()
+            drawing = with_caption(drawing, self.classes, fractions, self.pixel_size_m, self.domain.notice)
         return write_rgb_png(path, drawing)
 
     def __str__(self) -> str:
-        """Size, scale and area fractions, for people."""
+        """Size, scale and area fractions, for people; and whether the picture is unlike those of the training."""
         height, width = self.labels.shape
         title = "" if self.source is None else f"{self.source.name}: "
         if self.pixel_size_m is None:
@@ -163,4 +165,6 @@ class Segmentation:
         for entry in self.area_fractions():
             area = "" if entry.area_m2 is None else f"{entry.area_m2 * 1e12:12.5g} µm²"
             lines.append(f"  {entry.name:<{widest}} {100 * entry.fraction:6.2f} %{area}")
+        if self.domain.notice is not None:
+            lines.append(f"  {self.domain.notice}")
         return "\n".join(lines)

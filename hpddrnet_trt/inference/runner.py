@@ -242,13 +242,14 @@ def _cells(prediction: Prediction, size: TtaTransform, shape: Sequence[int]) -> 
     """The features ``[N, F, rows, columns]`` of cells whose middle is in the image of ``size``, not in what pads it.
 
     Padding mirrors the image, which changes little of a cell; but a small image in an input of a fixed size would be
-    judged by its mirror images alone. ``shape``: of that input.
+    judged by its mirror images alone. ``shape``: of that input; the last cells of it may be halves
+    (:func:`~hpddrnet_trt.graph.domain.with_domain`).
     """
     features = prediction.domain_features
     if features is None:
         return None
     rows, columns = (
-        max(1, round(cells * here / whole))
+        int((cells - 0.5) * here / whole) + 1
         for cells, here, whole in zip(features.shape[2:], (size.height, size.width), shape[2:], strict=True)
     )
     return features[:, :, :rows, :columns]

@@ -122,6 +122,12 @@ class Segmenter:
         self.batch_size = min(batch_size, self._contract.batch.maximum or batch_size)
         self.model_sha256, self._scores, self._runtime = model_sha256, scores, engine.runtime
 
+    @property
+    def knows_its_domain(self) -> bool:
+        """Whether results say how far a picture is from those of the training."""
+        output = self.manifest.output
+        return self.manifest.domain is not None and output is not None and output.domain
+
     def with_mode(self, mode: Mode) -> Segmenter:
         """A segmenter on the same engine with another mode."""
         return self._with(mode=mode)

@@ -23,11 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hpddrnet_trt.core.domain import Domain
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, MissingDependency, UsageError, UserError, describe
 from hpddrnet_trt.core.files import printable
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings
+from hpddrnet_trt.inference.result import Segmentation
 
 LOG = logging.getLogger(__name__)
 SIDECAR_SUFFIXES = (".txt", ".hdr")  # Hitachi and JEOL; TESCAN
@@ -52,18 +54,20 @@ class Happened(StrEnum):
 @dataclass(frozen=True)
 class WatchEvent:
     """``path``: the micrograph or folder. ``reason``: why it waits, failed or is lost. ``fractions``: area fraction
-    of each class by name, of a segmented one."""
+    of each class by name, and ``domain``: whether it is like the training's pictures, of a segmented one."""
 
     happened: Happened
     path: Path
     reason: str | None = None
     fractions: Mapping[str, float] | None = None
+    domain: Domain | None = None
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
         fractions = None if self.fractions is None else dict(self.fractions)
         return {
-            "event": self.happened.value, "file": printable(self.path), "reason": self.reason, "fractions": fractions
+            "event": self.happened.value, "file": printable(self.path), "reason": self.reason, "fractions": fractions,
+            "domain": None if self.domain is None else self.domain.as_dict(),
         }  # fmt: skip
 
 
@@ -185,7 +189,7 @@ class _Watch:
     def deal_with(self, arrival: Arrival) -> None:
         """Segment one micrograph; whatever goes wrong with it is told, and nothing is raised."""
         try:
-            fractions = self._segment(arrival)
+            result = self._segment(arrival)
         except (ContractError, UsageError, MissingDependency) as exc:  # waiting does not help
             self._failed(arrival, str(exc))
         except (UserError, OSError) as exc:  # still being written, or locked, or no room for the results
@@ -194,7 +198,7 @@ class _Watch:
             LOG.exception("%s", arrival.path)
             self._failed(arrival, describe(exc))
         else:
-            self._succeeded(arrival, fractions)
+            self._succeeded(arrival, result)
 
     def refresh_table(self) -> None:
         """Write the table, but not all the time: it lists every image of the folder."""
@@ -214,22 +218,25 @@ class _Watch:
         except (UserError, OSError) as exc:  # a spreadsheet program locks the table that it shows
             LOG.warning("the table of area fractions could not be written: %s", exc)
 
-    def _segment(self, arrival: Arrival) -> Mapping[str, float] | None:
-        """Area fractions, None when it was done before."""
+    def _segment(self, arrival: Arrival) -> Segmentation | None:
+        """None when it was done before."""
         # Anew where it has changed: the journal knows a file by its time, which says nothing of its sidecar.
         task = self._work.task(arrival.path, self._work.name_of(arrival.path), anew=arrival.again)
-        return self._work.segment(task).fractions() if task.missing else None
+        return self._work.segment(task) if task.missing else None
 
-    def _succeeded(self, arrival: Arrival, fractions: Mapping[str, float] | None) -> None:
+    def _succeeded(self, arrival: Arrival, result: Segmentation | None) -> None:
         self._settled(arrival)
         self.summary.failed.pop(arrival.path, None)
-        if fractions is None:
+        if result is None:
             self.summary.already_done += 1
             self._tell(WatchEvent(Happened.ALREADY_DONE, arrival.path))
         else:
             self._table_is_old = True
             self.summary.segmented += 1
-            self._tell(WatchEvent(Happened.SEGMENTED, arrival.path, fractions=fractions))
+            event = WatchEvent(
+                Happened.SEGMENTED, arrival.path, fractions=result.fractions(), domain=result.domain
+            )
+            self._tell(event)
 
     def _try_again(self, arrival: Arrival, reason: str) -> None:
         if not arrival.path.exists():  # it left before its turn, or its folder did

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tifffile
 
+from hpddrnet_trt.core.domain import Domain
 from hpddrnet_trt.core.errors import UserError, one_line, require
 from hpddrnet_trt.core.text import length as length_text
 from hpddrnet_trt.data.micrograph import read_micrograph
@@ -38,7 +39,7 @@ MODES = {"single view": "single", "with mirror image": "flip", "six sizes, mirro
 TILES: dict[str, str | int] = {
     "automatic": "auto", "whole picture": "whole", "512 pixels": 512, "1024 pixels": 1024, "2048 pixels": 2048
 }  # fmt: skip
-ERROR_STYLE = "color: #ff7b72"
+ERROR_STYLE, WARNING_STYLE = "color: #ff7b72", "color: #d9a038"
 
 
 def napari_get_reader(path: str | list[str]) -> Callable[[str], list[LayerData]] | None:
@@ -88,10 +89,14 @@ def segment_widget(viewer: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended: ``text`` for people; ``error`` when it is one of theirs, ``bug`` when it is one of ours."""
+    """How a run ended: ``text`` for people; ``error`` when it is one of theirs, ``bug`` when it is one of ours.
+
+    ``warning``: whether the text says that results should be looked at.
+    """
 
     text: str
     error: bool = False
+    warning: bool = False
     bug: Exception | None = None
 
 
@@ -275,6 +280,7 @@ class SegmentPanel:
         (napari's workers end without a word after a RuntimeError, which is what runtimes raise.)
         """
         started, worker, count, segmentation = time.monotonic(), self._worker, self._count, None
+        domains: list[Domain] = []
 
         def report(text: str, fraction: float | None) -> None:
             if worker.abort_requested:
@@ -293,6 +299,7 @@ class SegmentPanel:
 
                 report(text, None if count == 1 else number / count)
                 segmentation = segmenter.segment(planes.read(index), progress=tile_done)
+                domains.append(segmentation.domain)
                 yield PlaneResult(index, segmentation)
         except _Cancelled:
             pass
@@ -303,7 +310,9 @@ class SegmentPanel:
         except Exception as exc:  # a run must not end without a word
             self._end = End(f"unexpected {type(exc).__name__}: {one_line(exc)}", error=True, bug=exc)
         else:
-            self._end = End(_summary(count, segmentation, time.monotonic() - started))
+            notice = _domain_notice(domains)
+            text = _summary(count, segmentation, time.monotonic() - started)
+            self._end = End("; ".join([text, notice] if notice else [text]), warning=bool(notice))
         finally:
             if self._closed:
                 self._close_model()
@@ -353,7 +362,7 @@ class SegmentPanel:
         if not (end.text or said):
             self._say(f"cancelled; {self._shown} of {self._count} done")
         elif not said:  # else a result could not be shown, and that stands there
-            self._say(end.text, error=end.error)
+            self._say(end.text, error=end.error, warning=end.warning)
         if end.bug is not None:
             from napari.utils.notifications import notification_manager
 
@@ -393,8 +402,8 @@ class SegmentPanel:
         self.save_button.enabled = not running
         self.cancel_button.enabled = self.bar.visible = running
 
-    def _say(self, text: str, *, error: bool = False) -> None:
-        self.message.native.setStyleSheet(ERROR_STYLE if error else "")
+    def _say(self, text: str, *, error: bool = False, warning: bool = False) -> None:
+        self.message.native.setStyleSheet(ERROR_STYLE if error else WARNING_STYLE if warning else "")
         self.message.value = text
 
 
@@ -408,6 +417,15 @@ def _command(dataset: str, model: str) -> str:
         else:
             checkpoint, remark = "CHECKPOINT", f" (the .safetensors file that {Path(model).name} was made from)"
     return shlex.join(["hpddrnet-trt", "train", dataset, "--from", checkpoint]) + remark
+
+
+def _domain_notice(domains: Sequence[Domain]) -> str:
+    """What people should know of a picture, or of how many planes."""
+    notices = [domain.notice for domain in domains if domain.notice is not None]
+    if len(domains) == 1 or not notices:
+        return "".join(notices)
+    counts = {what: sum(notice.startswith(what) for notice in notices) for what in ("foreign", "unusual")}
+    return f"of the planes {counts['foreign']} are foreign to the model and {counts['unusual']} unusual for it"
 
 
 def _summary(count: int, last: Segmentation | None, seconds: float) -> str:

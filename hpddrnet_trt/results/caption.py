@@ -19,7 +19,7 @@ from hpddrnet_trt.results.regions import AreaFraction
 NARROWEST = 128  # pixels: below, no text would fit
 MOST_CLASSES = 12  # named in one bar
 _SIGNS = str.maketrans("μ′’ʹ″”“–—−‐", "µ'''\"\"\"----")
-_BACKGROUND, _INK, _FRAME = (22, 22, 24), (240, 240, 240), (130, 130, 130)
+_BACKGROUND, _INK, _FRAME, _WARNING = (22, 22, 24), (240, 240, 240), (130, 130, 130), (255, 180, 70)
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,16 @@ class _Pen:
         """Pixels that ``text`` takes."""
         return math.ceil(self._font.getlength(_drawable(text).replace("µ", "u")))
 
-    def write(self, on: ImageDraw.ImageDraw, x: int, middle: int, text: str) -> None:
+    def write(
+        self, on: ImageDraw.ImageDraw, x: int, middle: int, text: str, ink: tuple[int, int, int] = _INK
+    ) -> None:
         """Draw ``text`` from ``x``, its capitals centred on ``middle``."""
         text, base = _drawable(text), middle + round(0.36 * self.size)
-        on.text((x, base), text.replace("µ", "u"), fill=_INK, font=self._font, anchor="ls")
+        on.text((x, base), text.replace("µ", "u"), fill=ink, font=self._font, anchor="ls")
         for position in (index for index, letter in enumerate(text) if letter == "µ"):  # a u with a longer left stem
             stem = x + round(self._font.getlength(text[:position].replace("µ", "u"))) + self._stem[0]
             top, foot = base - self.size // 4, base + round(0.2 * self.size)
-            on.rectangle((stem, top, stem + self._stem[1] - 1, foot), fill=_INK)
+            on.rectangle((stem, top, stem + self._stem[1] - 1, foot), fill=ink)
 
     @cached_property
     def _stem(self) -> tuple[int, int]:
@@ -82,11 +84,13 @@ def with_caption(
     classes: Sequence[ClassInfo],
     fractions: Sequence[AreaFraction],
     pixel_size_m: float | None = None,
+    notice: str | None = None,
 ) -> npt.NDArray[np.uint8]:
     """RGB uint8 ``[H, W, 3]`` with a bar added below: ``[H + h, W, 3]``; the picture itself stays free.
 
     ``fractions`` name the classes to show; of more than twelve, those that cover most. The scale bar needs a pixel
-    size. Pictures narrower than 128 pixels come back as they are. Text grows with the picture.
+    size; ``notice`` stands out at the end. Pictures narrower than 128 pixels come back as they are. Text grows with the
+    picture.
     """
     width = picture.shape[1]
     if width < NARROWEST or not (fractions or pixel_size_m):
@@ -103,6 +107,9 @@ def with_caption(
     if len(fractions) > MOST_CLASSES:
         text = f"and {len(fractions) - MOST_CLASSES} more"
         items.append(_Item(pen.length(text), lambda on, x, middle: pen.write(on, x, middle, text)))
+    if notice is not None:
+        warning = _fitted(pen, notice, "", width - 2 * margin)
+        items.append(_Item(pen.length(warning), lambda on, x, middle: pen.write(on, x, middle, warning, _WARNING)))
     if pixel_size_m is not None:
         items.insert(0, _bar_item(pen, scale_bar(width, pixel_size_m)))
     x, row, places = margin, 0, []  # in reading order, as many in a row as fit

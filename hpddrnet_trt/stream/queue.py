@@ -375,6 +375,7 @@ class FrameQueue:
                 restarts=accounts.restarts,
                 callback_errors=accounts.callback_errors,
                 last_error=accounts.last_error,
+                domains=dict(accounts.domains),
             )
         # Percentiles take longer than everything else here: without the lock.
         return at_this_instant(stages={name: stage.times() for name, stage in stages.items()})

@@ -100,6 +100,8 @@ class StreamStatistics:
       ``discarded`` at closing.
     - ``restarts``: segmenters opened again. ``callback_errors``: exceptions that ``on_result`` or
       ``on_state`` raised. ``last_error``: the newest error of a frame, a worker or a callback.
+    - ``domains``: processed frames by the state of their domain: ``familiar``, ``unusual``, ``foreign``, ``not known``
+      (:class:`~hpddrnet_trt.core.domain.Domain`).
     - ``stages``: times of processed frames: ``queue`` (submit to start), ``inference``, ``total``
       (submit to end), and ``delivery`` (end to hand-over, of delivered results).
     """
@@ -118,11 +120,14 @@ class StreamStatistics:
     callback_errors: int
     last_error: str | None
     stages: Mapping[str, StageTimes]
+    domains: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain numbers and strings, for JSON."""
         stages = {name: dict(vars(times)) for name, times in self.stages.items()}
-        counts = {"dropped_because": dict(self.dropped_because), "undelivered_because": dict(self.undelivered_because)}
+        counts = {
+            name: dict(getattr(self, name)) for name in ("dropped_because", "undelivered_because", "domains")
+        }
         return {**vars(self), "state": self.state.value, **counts, "stages": stages}
 
 
@@ -164,6 +169,7 @@ class Accounts:
     last_error: str | None = None
     dropped: Counter[str] = field(default_factory=Counter)
     undelivered: Counter[str] = field(default_factory=Counter)
+    domains: Counter[str] = field(default_factory=Counter)
     stages: dict[str, Stage] = field(
         default_factory=lambda: {name: Stage() for name in ("queue", "inference", "total", "delivery")}
     )
@@ -175,6 +181,8 @@ class Accounts:
             self.last_error = f"frame {result.frame_id}: {result.error}"
             return
         self.processed += 1
+        if result.segmentation is not None:
+            self.domains[result.segmentation.domain.state] += 1
         self.stages["queue"].add(result.started_s - result.submitted_s)
         self.stages["inference"].add(result.finished_s - result.started_s)
         self.stages["total"].add(result.latency_s)

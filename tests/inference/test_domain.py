@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
+from hpddrnet_trt import cli
 from hpddrnet_trt.core.domain import NOT_KNOWN, Domain
+from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract
 from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.files import ResultSettings
+from hpddrnet_trt.inference.folder import SegmentSummary, segment_paths
 from hpddrnet_trt.inference.result import Segmentation
-from tests.toy import ToyEngine, manifest
+from hpddrnet_trt.inference.watch import Happened, WatchEvent, WatchSettings, watch_folder
+from hpddrnet_trt.results.caption import _WARNING
+from hpddrnet_trt.stream import Stream
+from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
 
 
 def grey(level: int, height: int = 64, width: int = 96) -> npt.NDArray[np.uint8]:
@@ -107,3 +119,150 @@ def test_features_that_are_no_numbers_are_foreign() -> None:
 
     domain = toy(engine=Overflowed).segment(grey(120)).domain
     assert domain.state == "foreign"
+
+
+# --- files
+
+
+PICTURES = {"home": 120, "near": 170, "far": 220}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A picture of each state, called after it, large enough for a caption."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, level in PICTURES.items():
+        Image.fromarray(grey(level, 96, 256)).save(source / f"{name}.png")
+    return source
+
+
+def _run(segmenter: Segmenter, folder: Path, **options: Any) -> SegmentSummary:
+    return segment_paths(segmenter, folder, folder.parent / "out", ResultSettings(**options), progress=False)
+
+
+def _table(folder: Path) -> dict[str, tuple[str, str]]:
+    with (folder.parent / "out" / "fractions.csv").open(encoding="utf-8", newline="") as stream:
+        return {row["image"]: (row["domain"], row["domain_distance"]) for row in csv.DictReader(stream)}
+
+
+def test_a_folder_says_which_pictures_are_unlike_the_training(folder: Path) -> None:
+    for _ in range(2):  # and again when they are done already
+        summary = _run(toy(), folder)
+        assert (summary.exit_code, summary.unusual, summary.foreign) == (0, ["near"], ["far"])
+        (line,) = [line for line in str(summary).splitlines() if "unlike" in line]
+        assert line == (
+            "unlike the pictures of the training: 1 foreign to the model (far), 1 unusual for it (near); look at their "
+            "overlays before their figures"
+        )
+        assert (summary.record()["unusual"], summary.record()["foreign"]) == (["near"], ["far"])
+    assert _table(folder) == {"home": ("familiar", "0"), "near": ("unusual", "2.5"), "far": ("foreign", "5")}
+    out = folder.parent / "out"
+    entries = [json.loads(line) for line in (out / "segmentations.jsonl").read_text().splitlines()]
+    assert {entry["name"]: entry["domain"]["state"] for entry in entries} == {
+        "home": "familiar", "near": "unusual", "far": "foreign"
+    }  # fmt: skip
+    for name in PICTURES:
+        with Image.open(out / "overlays" / f"{name}.png") as picture:
+            warned = (np.asarray(picture.convert("RGB"))[96:] == _WARNING).all(axis=2).any()
+        assert warned == (name != "home")
+
+
+def test_an_old_model_and_an_old_journal_do_not_know_and_do_not_nag(folder: Path) -> None:
+    summary = _run(Segmenter(ToyEngine()), folder)
+    assert (summary.unusual, summary.foreign) == ([], [])
+    assert "training" not in str(summary)
+    assert set(_table(folder).values()) == {("not known", "")}
+    journal = folder.parent / "out" / "segmentations.jsonl"
+    old = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert {str(entry.pop("domain")["state"]) for entry in old} == {"not known"}
+    journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in old))
+    assert len(_run(Segmenter(ToyEngine()), folder).skipped) == 3
+    assert set(_table(folder).values()) == {("not known", "")}
+
+
+def test_foreign_pictures_can_be_refused(folder: Path) -> None:
+    for wanted in (["far.png"], ["far.png"]):  # also when the others are done
+        summary = _run(toy(), folder, refuse_foreign=True)
+        assert [path.name for path, _ in summary.failed] == wanted
+        assert (summary.exit_code, summary.foreign, summary.unusual) == (1, [], ["near"])
+        assert summary.failed[0][1] == (
+            f"{folder / 'far.png'} is foreign to the model, at distance 5, and nothing is written of it; "
+            "without --refuse-foreign it is"
+        )
+    assert len(summary.skipped) == 2
+    assert set(_table(folder)) == {"home", "near"}
+    assert not list((folder.parent / "out").rglob("far*"))
+    assert _run(toy(), folder).exit_code == 0
+    again = _run(toy(), folder, refuse_foreign=True)  # what was written before does not make it done
+    assert ([path.name for path, _ in again.failed], len(again.skipped)) == (["far.png"], 2)
+    assert "far" not in str(again.fractions)
+
+
+def test_only_a_model_that_knows_can_refuse(folder: Path) -> None:
+    silent = manifest("logits", domain=True).replace(output={"kind": "logits"})
+    for description in (manifest("logits"), silent):
+        with pytest.raises(UsageError, match=r"'toy' does not know which pictures are foreign .* describe-domain"):
+            _run(Segmenter(ToyEngine(description)), folder, refuse_foreign=True)
+
+
+def test_a_watched_folder_says_it_too_and_refuses_at_once(folder: Path) -> None:
+    def watched(**options: Any) -> dict[str, WatchEvent]:
+        events: list[WatchEvent] = []
+        settings = WatchSettings(settle_s=0, patience_s=60, poll_s=0.01, stop_after_s=0)
+        out = folder.parent / f"out{len(options)}"
+        watch_folder(toy(), folder, out, ResultSettings(overlay=False, **options), settings, on_event=events.append)
+        return {event.path.stem: event for event in events}
+
+    events = watched()
+    assert [events[name].record()["domain"]["state"] for name in PICTURES] == ["familiar", "unusual", "foreign"]
+    events = watched(refuse_foreign=True)
+    assert (events["near"].happened, events["far"].happened) == (Happened.SEGMENTED, Happened.FAILED)
+    assert "far.png is foreign to the model" in str(events["far"].reason)
+    assert not list((folder.parent / "out1").rglob("far*"))
+
+
+@pytest.mark.parametrize("command", [["segment"], ["watch", "--stop-after", "0", "--settle", "0"]])
+def test_the_commands(
+    folder: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    model = write_toy_onnx(folder.parent / "toy.onnx", manifest(domain=True))
+    name, *options = command
+
+    def run(*more: str) -> tuple[Any, str]:
+        arguments = [name, str(folder), *options, "--model", str(model), "--engine", "onnxruntime", *more]
+        monkeypatch.setattr(sys, "argv", ["hpddrnet-trt", *arguments])
+        monkeypatch.chdir(folder.parent)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, capfd.readouterr().out
+
+    code, said = run("--output", "out")
+    assert code == 0
+    assert ("1 foreign to the model (far)" if name == "segment" else "(foreign to the model, at distance 5)") in said
+    code, said = run("--output", "refused", "--refuse-foreign")
+    assert code == 1
+    assert "far.png is foreign to the model" in said
+    assert not list((folder.parent / "refused").rglob("far*"))
+
+
+def test_results_say_it_wherever_they_go() -> None:
+    far, home = toy().segment(grey(220)), toy().segment(grey(120))
+    assert str(far).splitlines()[-1].strip() == "foreign to the model, at distance 5"
+    assert "model, at" not in str(home)
+    assert far.record()["domain"] == {"state": "foreign", "distance": pytest.approx(5, abs=1e-4)}
+    assert Segmenter(ToyEngine()).segment(grey(0)).record()["domain"] == {"state": "not known", "distance": None}
+
+
+def test_streams_count_their_frames_by_state() -> None:
+    frames = [grey(level) for level in (120, 125, 170, 220, 0)] + [grey_image(3, 4)[None]]  # the last is no picture
+    with Stream(toy, policy="block", capacity=8) as stream:
+        for frame in frames:
+            stream.submit(frame)
+        results = [result for _, result in zip(frames, stream.results(20), strict=False)]
+        counts = stream.statistics()
+    found = [result.segmentation.domain.state for result in results if result.segmentation is not None]
+    assert found == ["familiar", "familiar", "unusual", "foreign", "foreign"]
+    assert counts.domains == {"familiar": 2, "unusual": 1, "foreign": 2}
+    assert json.loads(json.dumps(counts.as_dict()))["domains"] == counts.domains

@@ -20,11 +20,17 @@ import pytest
 import tifffile
 
 from hpddrnet_trt.core.errors import BadInputFile, UserError
-from hpddrnet_trt.integrations.napari import SegmentPanel, napari_get_reader, read_layer, segment_widget
+from hpddrnet_trt.integrations.napari import (
+    WARNING_STYLE,
+    SegmentPanel,
+    napari_get_reader,
+    read_layer,
+    segment_widget,
+)
 from hpddrnet_trt.integrations.napari_layers import find_layer
 from tests.integrations.live import wait_until
 from tests.integrations.napari_viewer import Image, Scripted, ToyModel, ViewerModel, application
-from tests.toy import grey_image, manifest, write_toy_onnx
+from tests.toy import ToyEngine, grey_image, manifest, write_toy_onnx
 from tests.virtual_display import virtual_display
 
 with warnings.catch_warnings():
@@ -253,6 +259,28 @@ def test_planes_of_a_stack(viewer: Any, panel: SegmentPanel) -> None:
     finish(panel)
     assert panel.message.value.startswith("4 planes in ")
     assert [int(plane.max()) for plane in labels.data] == [2, 2, 2, 2]
+
+
+def test_pictures_unlike_the_training_are_told(viewer: Any, panel: SegmentPanel, toy: ToyModel) -> None:
+    toy.engine = ToyEngine(manifest("logits", domain=True))
+    image = viewer.add_image(np.full((16, 24), 220, np.uint8), name="far")
+    for level, ends in ((220, "; foreign to the model, at distance 5"), (120, "with numpy")):
+        image.data = np.full((16, 24), level, np.uint8)
+        panel.run()
+        finish(panel)
+        assert panel.message.value.endswith(ends)
+        assert (panel.message.native.styleSheet() == WARNING_STYLE) == (level == 220)
+    viewer.layers.remove(image)
+    viewer.add_image(np.stack([np.full((16, 24), level, np.uint8) for level in (120, 170, 220, 0)]), name="stack")
+    panel.all_planes.value = True
+    panel.run()
+    finish(panel)
+    assert panel.message.value.endswith("; of the planes 2 are foreign to the model and 1 unusual for it")
+    labels = find_layer(viewer, panel.layer, "labels")
+    assert labels is not None
+    planes = labels.metadata["hpddrnet_trt"]["planes"]
+    states = [planes[str(number)]["result"]["domain"]["state"] for number in range(4)]
+    assert states == ["familiar", "unusual", "foreign", "foreign"]
 
 
 @pytest.mark.parametrize(
