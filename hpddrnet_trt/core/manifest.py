@@ -152,6 +152,14 @@ class NetworkConfig(_Record):
         return "-".join(["hpddrnet", size, *tags, *own])
 
 
+class AdoptedNetwork(_Record):
+    """A network that is none of ours (:mod:`hpddrnet_trt.export.adopt`): its graph is all that is known of it."""
+
+    kind: Literal["adopted"]  # always written: tells it from the variants of our network
+    name: str = Field(default="adopted", max_length=1000)
+    num_classes: int = Field(ge=2, le=255)
+
+
 CropEdge = Annotated[int, Field(ge=1, le=1 << 14)]
 PixelSize = Annotated[float, Field(ge=PLAUSIBLE_M[0], le=PLAUSIBLE_M[1])]  # metres
 
@@ -372,7 +380,7 @@ class Manifest(_Record):
 
     format_version: int = FORMAT_VERSION
     name: str = Field(default="model", max_length=1000)
-    network: NetworkConfig
+    network: AdoptedNetwork | NetworkConfig = Field(union_mode="left_to_right")
     classes: list[ClassInfo]
     normalization: Normalization = Normalization()
     intensity: IntensityRecord | None = None

@@ -133,6 +133,7 @@ def export_network(
     from hpddrnet_trt.export.verify import compare_with_pytorch
 
     model = simplified(trace(network, manifest, options))
+    shorten_sizes(model)
     manifest = manifest.replace(
         input=options.input_contract,
         output=options.output_contract,
@@ -226,7 +227,6 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     same = [entry.name for entry in result.graph.output] == [entry.name for entry in model.graph.output]
     if not valid or not same:
         raise UserError("onnxsim broke the exported graph; report this with the versions that `pip list` prints")
-    _shorten_sizes(result)
     del result.graph.value_info[:]
     return result
 
@@ -254,7 +254,7 @@ def store_in_half(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
 
 
-def _shorten_sizes(model: onnx.ModelProto) -> None:
+def shorten_sizes(model: onnx.ModelProto) -> None:
     """Shorter shape arithmetic for dynamic sizes, in place; nodes that do not follow the two patterns stay.
 
     The exporter computes every size of the graph from the input's height and width. Here each size is

@@ -87,6 +87,8 @@ def load_checkpoint(path: str | Path) -> tuple[HPDDRNet, Manifest]:
             "give a checkpoint of hpddrnet-trt train or convert-checkpoint"
         )
     manifest = parse_manifest(metadata[METADATA_KEY], path)
+    if not isinstance(manifest.network, NetworkConfig):
+        raise BadInputFile(f"{path} describes an adopted network, which has no checkpoint; give its ONNX file")
     network = _build(manifest.network, weights, path)
     return network, manifest.replace(checkpoint_sha256=hashlib.sha256(content).hexdigest())
 
