@@ -164,6 +164,10 @@ class SegmentOptions:
             metavar="LENGTH", parser=parse_length, help="Size of a pixel with its unit (5nm), instead of the files'."
         ),
     ] = None
+    rescale: Annotated[
+        bool,
+        typer.Option(help="Read images at the pixel size that the model was trained at, where both are known."),
+    ] = True
     info_bar: Annotated[
         Any,
         typer.Option(
@@ -201,7 +205,7 @@ class SegmentOptions:
         return load_segmenter(
             self.model, **engine.arguments(), mode=self.mode,
             confidence=self.confidence or "confidence" in self.write, window=self._window(), tile=self.tile,
-            rebuild=self.rebuild,
+            rebuild=self.rebuild, rescale=self.rescale,
         )  # fmt: skip
 
     def _window(self) -> Any:

@@ -142,6 +142,8 @@ class FileSegmenter:
             "given_window": asdict(window) if isinstance(window, Percentiles | FullScale) else window,
             "given_pixel_size_m": settings.pixel_size_m,
             "info_bar": settings.info_bar,
+            # Not of models that know no pixel size: their results are the same without it, as before there was one.
+            **({"rescale": segmenter.rescale} if segmenter.reads_at_m is not None else {}),
         }
 
     def outputs(self, name: str, of: Literal["image", "slice", "stack"] = "image") -> dict[str, str]:
@@ -328,6 +330,7 @@ class FileSegmenter:
             "pixel_size_source": micrograph.pixel_size_source,
             "vendor": micrograph.vendor,
             "info_bar_rows": None if bar is None else list(bar),
+            "rescale": result.rescale,
             "remarks": [*micrograph.remarks, *result.remarks],
             "tiling": None if result.tiling is None else result.tiling.as_dict(),
             "provenance": None if result.provenance is None else result.provenance.as_dict(),
@@ -337,7 +340,9 @@ class FileSegmenter:
 
     def write_table(self) -> Path:
         """Write ``fractions.csv``: one row for each class of each image, or slice, whose results are in the folder."""
-        header = ("image", *FRACTIONS, "pixel_size_nm", "model", "source", "slice", "domain", "domain_distance")
+        header = (
+            "image", *FRACTIONS, "pixel_size_nm", "model", "source", "slice", "rescale", "domain", "domain_distance",
+        )  # fmt: skip
         return write_rows(self.folder / TABLE, header, (row for entry in self.journal for row in _table_rows(entry)))
 
     def _state_of(self, name: str) -> str:
@@ -374,5 +379,5 @@ def _table_rows(entry: Any) -> Iterator[list[str | int]]:
         row = fraction_row(AreaFraction(name, pixels, fraction, area))
         yield [
             stack.get("name", entry["name"]), *row, number(size, 1e9), entry["job"]["model"], entry["source"],
-            stack.get("slice", ""), domain["state"], number(domain["distance"]),
+            stack.get("slice", ""), number(entry.get("rescale")), domain["state"], number(domain["distance"]),
         ]  # fmt: skip

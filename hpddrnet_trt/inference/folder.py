@@ -40,7 +40,8 @@ class SegmentSummary:
     each with a sentence that names it and says why. ``seconds``: from the first reading to the last writing.
     ``fractions``: over the whole area of all images that are done, ``weighed_by`` "area" when all pixel sizes are
     known, "pixels" otherwise. ``tiled``: how many images were cut into tiles, ``seam_disagreement``: the largest of
-    theirs (:class:`~hpddrnet_trt.inference.tiling.TilingReport`). ``interrupted``: Ctrl-C ended the run.
+    theirs (:class:`~hpddrnet_trt.inference.tiling.TilingReport`). ``rescaled``: how many images were read at another
+    pixel size than their own. ``interrupted``: Ctrl-C ended the run.
     ``files``: what there is for each image, and its place in the folder. ``unusual``, ``foreign``: names of images that
     are unlike the training's, of those that are done (:class:`~hpddrnet_trt.core.domain.Domain`).
     """
@@ -53,6 +54,7 @@ class SegmentSummary:
     weighed_by: Literal["area", "pixels"] = "pixels"
     tiled: int = 0
     seam_disagreement: float = 0.0
+    rescaled: int = 0
     interrupted: bool = False
     files: dict[str, str] = field(default_factory=dict)
     unusual: list[str] = field(default_factory=list)
@@ -80,6 +82,11 @@ class SegmentSummary:
             lines.append(
                 f"{self.tiled} in tiles, which disagree about {100 * self.seam_disagreement:.2g} % of the pixels that "
                 "two of them see, at most"
+            )
+        if self.rescaled:
+            lines.append(
+                f"{self.rescaled} brought to the pixel size that the model was trained at, and the labels back "
+                "(--no-rescale: read as they are)"
             )
         if self.foreign or self.unusual:
             lines.append(self._unlike_the_training())
@@ -279,6 +286,8 @@ class _Run:
             return
         self._written.add(task.name)
         summary.written.append(self._work.folder / next(iter(outputs.values())))
+        if written.entry is not None and written.entry["rescale"] not in (None, 1.0):
+            summary.rescaled += 1
         if written.tiling is not None:
             summary.tiled += 1
             summary.seam_disagreement = max(summary.seam_disagreement, written.tiling.seam_disagreement)

@@ -432,6 +432,9 @@ def _summary(count: int, last: Segmentation | None, seconds: float) -> str:
     text = f"{'1 picture' if count == 1 else f'{count} planes'} in {seconds:.1f} s"
     if last is not None and last.provenance is not None:
         text += f" with {last.provenance.engine}"
+    if last is not None and last.rescale not in (None, 1.0):
+        text += f"; {'enlarged' if last.rescale > 1 else 'shrunk'} by {max(last.rescale, 1 / last.rescale):.3g} to "
+        text += "the model's pixel size"
     if last is not None and last.tiling is not None:
         text += f"; {last.tiling.tiles} tiles, which disagree on {last.tiling.seam_disagreement:.1%} of their overlaps"
-    return text
+    return "; ".join([text, *(() if last is None else last.remarks)])

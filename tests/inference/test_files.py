@@ -16,6 +16,7 @@ import tifffile
 from PIL import Image
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
+from hpddrnet_trt.core.manifest import DataRecord
 from hpddrnet_trt.data.intensity import Percentiles
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.files import FileSegmenter, ResultSettings
@@ -366,3 +367,31 @@ def test_names_that_are_no_utf8_do_not_stop_the_others(tmp_path: Path, kind: str
         assert not summary.failed
         assert (len(summary.written), len(summary.skipped)) == ((0, 2) if again else (2, 0))
     assert "Gr\\xf6\\xdfe" in (tmp_path / "out" / "fractions.csv").read_text(encoding="utf-8")
+
+
+def test_another_pixel_size_is_told_in_summary_journal_and_table(tmp_path: Path) -> None:
+    image, out = _write(tmp_path / "in" / "a.png"), tmp_path / "out"
+    trained = manifest(data=DataRecord(name="steel", pixel_size_m=(10e-9, 10e-9)))
+    segmenter, as_it_is = Segmenter(ToyEngine(trained)), Segmenter(ToyEngine(trained), rescale=False)
+    summary = _run(segmenter, image, out, pixel_size_m=15e-9)
+    assert summary.record()["rescaled"] == 1
+    assert "1 brought to the pixel size that the model was trained at" in str(summary)
+    assert _lines(out)[0]["rescale"] == pytest.approx(1.5)
+    assert [row["rescale"] for row in _table(out)] == ["1.5"] * 3
+    assert _run(segmenter, image, out, pixel_size_m=15e-9).written == []
+    # Without rescaling the result is another.
+    summary = _run(as_it_is, image, out, pixel_size_m=15e-9)
+    assert (len(summary.written), summary.rescaled) == (1, 0)
+    assert "brought to" not in str(summary)
+    assert {row["rescale"] for row in _table(out)} == {""}
+
+
+def test_a_model_without_pixel_sizes_goes_on_in_folders_of_older_versions(tmp_path: Path, segmenter: Segmenter) -> None:
+    image, out = _write(tmp_path / "in" / "a.png"), tmp_path / "out"
+    _run(segmenter, image, out)
+    (line,) = _lines(out)
+    assert "rescale" not in line["job"]
+    del line["rescale"]
+    (out / "segmentations.jsonl").write_text(json.dumps(line) + "\n")
+    assert len(_run(segmenter, image, out).skipped) == 1
+    assert {row["rescale"] for row in _table(out)} == {""}
