@@ -34,6 +34,7 @@ from hpddrnet_trt.core.manifest import (
     ClassInfo,
     DataRecord,
     InputContract,
+    IntensityRecord,
     Manifest,
     Normalization,
     OutputContract,
@@ -90,7 +91,8 @@ class AdoptSettings:
     output to take, where there are several. ``align_corners``: how scores of lower resolution are enlarged.
     ``multiple``: of which height and width must be where they are dynamic. ``output``, ``confidence``: as
     :class:`~hpddrnet_trt.core.manifest.OutputContract`. ``name``: of the model, default the file's.
-    ``data``: what it was trained on; its ``crop`` is the size of tiles.
+    ``data``: what it was trained on; its ``crop`` is the size of tiles. ``intensity``: which grey values are black and
+    white for it.
     """
 
     classes: Sequence[ClassInfo]
@@ -103,6 +105,7 @@ class AdoptSettings:
     confidence: bool = False
     name: str | None = None
     data: DataRecord | None = None
+    intensity: IntensityRecord | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.classes) <= 255:
@@ -179,6 +182,7 @@ def adopt(source: str | Path, target: str | Path, settings: AdoptSettings, *, im
         network=AdoptedNetwork(kind="adopted", name=settings.name or source.stem, num_classes=len(settings.classes)),
         classes=list(settings.classes),
         normalization=settings.normalization,
+        intensity=settings.intensity,
         data=settings.data,
         remarks=[
             f"adopted from {source.name} ({stranger.producer}): its output {stranger.output!r}, {found.gives}; "

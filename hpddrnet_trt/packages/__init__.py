@@ -12,10 +12,11 @@ from pathlib import Path
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.packages.bioimageio import bioimageio_files
+from hpddrnet_trt.packages.bioimageio_reader import adopt_package
 from hpddrnet_trt.packages.contents import Files, PackageSettings, Packed, pack, read_packed
 from hpddrnet_trt.packages.czann import czann_files
 
-__all__ = ["FORMATS", "PackageFormat", "PackageSettings", "package_model"]
+__all__ = ["FORMATS", "PackageFormat", "PackageSettings", "adopt_package", "package_model"]
 
 
 @dataclass(frozen=True)
