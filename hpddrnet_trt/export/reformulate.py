@@ -77,7 +77,8 @@ class DeployNetwork(nn.Module):
         if output == "labels":
             if self.conv_seg.out_channels == 2:
                 self.conv_seg = two_class_margin(self.conv_seg)
-            self.output = LabelOutput(confidence, network.config.logit_stride, self.conv_seg.out_channels)
+            stride, channels = network.config.logit_stride, self.conv_seg.out_channels
+            self.output = LabelOutput(confidence, stride, channels, manifest.temperature or 1.0)
         else:
             self.output = FullSize(network.config.logit_stride)
         self.requires_grad_(False)
@@ -296,12 +297,12 @@ class LabelOutput(nn.Module):
 
     One score channel is the margin of class 1 over class 0 (see :func:`two_class_margin`). With
     ``confidence`` the label's softmax probability follows as float32; it is one over the sum of
-    ``exp(score - best score)``, so no softmax over all classes is stored.
+    ``exp((score - best score) / temperature)``, so no softmax over all classes is stored.
     """
 
-    def __init__(self, confidence: bool, stride: int, classes: int) -> None:
+    def __init__(self, confidence: bool, stride: int, classes: int, temperature: float = 1.0) -> None:
         super().__init__()
-        self.confidence, self.stride = confidence, stride
+        self.confidence, self.stride, self.temperature = confidence, stride, temperature
         self.enlarge = Phases(classes, stride) if classes <= MAX_PHASE_CLASSES else FullSize(stride)
 
     def forward(self, scores: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -313,14 +314,14 @@ class LabelOutput(nn.Module):
         labels, best = _first_largest(planes)
         # Depth to space moves floating point everywhere; TensorRT builds it for no 8-bit type.
         full = self._full_size(labels).to(torch.uint8)
-        return (full, self._full_size(_confidence(planes, best))) if self.confidence else full
+        return (full, self._full_size(self._confidence(planes, best))) if self.confidence else full
 
     def _full_size(self, phases: Tensor) -> Tensor:
         return F.pixel_shuffle(phases, self.stride).squeeze(1)
 
     def _from_margin(self, margin: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         labels = _to_uint8(margin > 0)
-        return (labels, torch.sigmoid(margin.float().abs())) if self.confidence else labels
+        return (labels, torch.sigmoid(self._cooled(margin.float().abs()))) if self.confidence else labels
 
     def _from_resized(self, full: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         labels = _to_uint8(full.argmax(dim=1))
@@ -328,7 +329,18 @@ class LabelOutput(nn.Module):
             return labels
         full = full.float()
         best = full.amax(dim=1, keepdim=True)
-        return labels, torch.exp(full - best).sum(dim=1).reciprocal()
+        return labels, torch.exp(self._cooled(full - best)).sum(dim=1).reciprocal()
+
+    def _confidence(self, planes: Sequence[Tensor], best: Tensor) -> Tensor:
+        best = best.float()
+        total = torch.exp(self._cooled(planes[0].float() - best))
+        for plane in planes[1:]:
+            total = total + torch.exp(self._cooled(plane.float() - best))
+        return total.reciprocal()
+
+    def _cooled(self, differences: Tensor) -> Tensor:
+        """Differences of scores at the model's temperature."""
+        return differences if self.temperature == 1 else differences / self.temperature
 
 
 def _to_uint8(labels: Tensor) -> Tensor:
@@ -343,14 +355,6 @@ def _first_largest(planes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         labels = torch.where(plane > best, float(index), labels)
         best = torch.maximum(best, plane)
     return labels, best
-
-
-def _confidence(planes: Sequence[Tensor], best: Tensor) -> Tensor:
-    best = best.float()
-    total = torch.exp(planes[0].float() - best)
-    for plane in planes[1:]:
-        total = total + torch.exp(plane.float() - best)
-    return total.reciprocal()
 
 
 def two_class_margin(classifier: nn.Conv2d) -> nn.Conv2d:

@@ -80,7 +80,8 @@ def compare_with_pytorch(
     for batch in sample_batches(manifest, images):
         count += len(batch)
         got = dict(zip(names, session.run(names, feed_of(batch, manifest)), strict=True))
-        _compare(got, tap, network, network_input(list(batch), _NORMALISED, manifest.normalization), worst)
+        given = network_input(list(batch), _NORMALISED, manifest.normalization)
+        _compare(got, tap, network, given, worst, manifest.temperature or 1.0)
     evidence = ValidationRecord(
         what="export parity",
         runtime=runtime_name(),
@@ -118,7 +119,14 @@ def _with_scores(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
     return copy, scores
 
 
-def _compare(got: dict[str, Any], tap: str, network: HPDDRNet, image: npt.NDArray[np.float32], worst: _Worst) -> None:
+def _compare(
+    got: dict[str, Any],
+    tap: str,
+    network: HPDDRNet,
+    image: npt.NDArray[np.float32],
+    worst: _Worst,
+    temperature: float,
+) -> None:
     import torch
 
     from hpddrnet_trt.models.network import resize
@@ -126,7 +134,7 @@ def _compare(got: dict[str, Any], tap: str, network: HPDDRNet, image: npt.NDArra
     with torch.inference_mode():
         scores = network(torch.from_numpy(image))
         full = resize(scores, image.shape[2], image.shape[3])
-        probabilities = torch.softmax(full, dim=1).numpy()
+        probabilities = torch.softmax(full / temperature, dim=1).numpy()
     low, logits = scores.numpy(), full.numpy()
     if got[tap].shape[1] == 1:  # two classes: their margin
         low = low[:, 1:] - low[:, :1]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from hpddrnet_trt.core.domain import NOT_KNOWN, Domain
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import printable
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest
+from hpddrnet_trt.core.uncertainty import STEP, half_widths, uncertain_shares
 from hpddrnet_trt.data.labels import overlay, write_rgb_png
 from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.results import Contents, format_of
@@ -58,6 +60,8 @@ class Segmentation:
     side, to read it at the pixel size it was trained at; None where that is not known, or was not wanted.
     ``provenance``: model, engine and settings; ``tiling``: how a large image was cut and put together, None for one
     that ran whole. ``domain``: whether the picture is like those that the model was trained on.
+    ``sampled_scores``: where intervals were asked for, the class probabilities float32 ``[C, h, w]`` of every fourth
+    pixel in each direction, as the network sees them and not calibrated.
     """
 
     labels: npt.NDArray[np.uint8]
@@ -71,14 +75,50 @@ class Segmentation:
     tiling: TilingReport | None = None
     rescale: float | None = None
     domain: Domain = NOT_KNOWN
+    sampled_scores: npt.NDArray[np.float32] | None = field(default=None, repr=False)
 
     @property
     def classes(self) -> list[ClassInfo]:
         return self.manifest.classes
 
     def area_fractions(self) -> list[AreaFraction]:
-        """Pixels, fraction and area (where the pixel size is known) of each class."""
-        return area_fractions(self.labels, self.classes, self.pixel_size_m)
+        """Pixels, fraction, area (where the pixel size is known) and interval (where there is one) of each class."""
+        entries = area_fractions(self.labels, self.classes, self.pixel_size_m)
+        if (widths := self.half_widths()) is None:
+            return entries
+        return [
+            replace(entry, low=max(0.0, entry.fraction - width), high=min(1.0, entry.fraction + width))
+            for entry, width in zip(entries, widths, strict=True)
+        ]
+
+    def half_widths(self, *, shared: bool = False) -> list[float] | None:
+        """Half the 95 % interval of each class's area fraction; None where :attr:`no_interval` says why.
+
+        ``shared``: of the errors alone that the model makes alike in all pictures of a kind, which no number of them
+        makes smaller.
+        """
+        if self.no_interval is not None:
+            return None
+        assert self.sampled_scores is not None  # else there would be a reason
+        assert self.manifest.fraction_errors is not None
+        pixels = self.sampled_scores[0].size * STEP**2
+        return half_widths(self._uncertain_shares, pixels, self.manifest.fraction_errors, shared=shared).tolist()
+
+    @cached_property
+    def _uncertain_shares(self) -> npt.NDArray[np.float64]:
+        assert self.sampled_scores is not None
+        return uncertain_shares(self.sampled_scores, self.manifest.temperature)
+
+    @property
+    def no_interval(self) -> str | None:
+        """Why fractions have no interval, for people; None where they have one."""
+        if self.sampled_scores is None:
+            return "intervals were not asked for, or the engine gives no class scores"
+        if self.manifest.fraction_errors is None:
+            return f"the description of {self.manifest.name} does not say how far its area fractions were off"
+        if self.domain.state in ("unusual", "foreign"):
+            return f"the picture is {self.domain.state} to the model, whose errors are known on pictures like its own"
+        return None
 
     def fractions(self) -> dict[str, float]:
         """Area fraction of each class by name; their sum is 1."""
@@ -164,7 +204,9 @@ class Segmentation:
         widest = max(len(entry.name) for entry in self.classes)
         for entry in self.area_fractions():
             area = "" if entry.area_m2 is None else f"{entry.area_m2 * 1e12:12.5g} µm²"
-            lines.append(f"  {entry.name:<{widest}} {100 * entry.fraction:6.2f} %{area}")
+            bounds = [f"{100 * bound:.2f}" for bound in (entry.low, entry.high) if bound is not None]
+            span = f" [{', '.join(bounds)}]" if bounds else ""
+            lines.append(f"  {entry.name:<{widest}} {100 * entry.fraction:6.2f} %{span}{area}")
         if self.domain.notice is not None:
             lines.append(f"  {self.domain.notice}")
         return "\n".join(lines)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import ContractError, UsageError, UserError, require
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Manifest
 from hpddrnet_trt.core.metrics import arg_max, softmax
+from hpddrnet_trt.core.uncertainty import STEP, calibrated
 from hpddrnet_trt.data.preprocess import (
     Mode,
     Resize,
@@ -57,19 +58,25 @@ class InferenceOutput(NamedTuple):
     ``labels`` uint8 ``[H, W]``; ``scores`` float32 ``[C, H, W]`` or None: logits of a single transform, else mean
     probabilities; ``confidence`` float32 ``[H, W]`` or None: the probability of the label. ``domain_features`` float32
     ``[F, rows, columns]`` or None: of the cells that the image reaches the middle of, of its first plain view.
+    ``sampled`` float32 ``[C, h, w]``, where it is asked for: probabilities of every :data:`STEP`-th pixel, which are
+    not calibrated.
     """
 
     labels: Grey8
     scores: Real | None = None
     confidence: Real | None = None
     domain_features: Real | None = None
+    sampled: Real | None = None
 
 
 class Inference:
-    """An engine with the transforms that its scores are averaged over; holds nothing between two calls."""
+    """An engine with the transforms that its scores are averaged over; holds nothing between two calls.
 
-    def __init__(self, engine: Engine, mode: Mode, resize: Resize) -> None:
-        self.engine, self.mode, self.resize = engine, mode, resize
+    ``sampling``: whether class scores come along with labels, where the model has them.
+    """
+
+    def __init__(self, engine: Engine, mode: Mode, resize: Resize, sampling: bool = False) -> None:
+        self.engine, self.mode, self.resize, self.sampling = engine, mode, resize, sampling
         self.manifest = engine.manifest
         self.contract = input_contract(engine.manifest)
         output = engine.manifest.output
@@ -99,15 +106,17 @@ class Inference:
         resized = (transform.height, transform.width) != (height, width)
         if others or (self.gives_logits and (resized or confidence)):
             scores, features = self._averaged(images)
-            return _outputs(arg_max(scores), scores.max(axis=1) if confidence else None, out, features)
+            certain = self._calibrated(scores).max(axis=1) if confidence else None
+            return _outputs(arg_max(scores), certain, out, features, self._sampled(scores))
 
         def restored(planes: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
             return [np.ascontiguousarray(transform.restore_plane(plane, height, width)) for plane in planes]
 
         batch = self._input(images, transform)
         prediction = self._run(batch, len(images), out if batch.shape[2:] == (height, width) else None)
-        certain = restored(prediction.confidence) if confidence and prediction.confidence is not None else None
-        return _outputs(restored(prediction.labels), certain, out, _cells(prediction, transform, batch.shape))
+        planes = restored(prediction.confidence) if confidence and prediction.confidence is not None else None
+        sampled = self._sampled(prediction.logits, height, width)
+        return _outputs(restored(prediction.labels), planes, out, _cells(prediction, transform, batch.shape), sampled)
 
     def labels_on_device(self, batch: Any, confidence: bool, out: Grey8 | None, stream: Any) -> InferenceOutput:
         """:meth:`labels` of one image ``[1, 1, H, W]`` on the engine's GPU, which runs as it is."""
@@ -116,19 +125,34 @@ class Inference:
         prediction: Prediction = engine.infer(batch, out=into, stream=stream)
         certain = prediction.confidence
         if confidence and certain is None and prediction.logits is not None:
-            certain = self.checked(softmax(prediction.logits)).max(axis=1)
-        return _outputs(prediction.labels, certain if confidence else None, out, prediction.domain_features)[0]
+            certain = self._calibrated(self.checked(softmax(prediction.logits))).max(axis=1)
+        certain = certain if confidence else None
+        sampled = self._sampled(prediction.logits, *prediction.labels.shape[1:])
+        return _outputs(prediction.labels, certain, out, prediction.domain_features, sampled)[0]
 
     def probabilities(self, images: Sequence[Grey8]) -> Real:
-        """Class probabilities ``[N, C, H, W]``, averaged over the transforms.
+        """Class probabilities ``[N, C, H, W]``, averaged over the transforms and calibrated.
 
         Raises :class:`ContractError` for a model without logits, :class:`UserError` for scores that are not numbers.
         """
-        return self._averaged(images)[0]
+        return self._calibrated(self._averaged(images)[0])
+
+    def _calibrated(self, scores: Real) -> Real:
+        """Averaged probabilities ``[N, C, H, W]`` as people see them. Labels are taken of those before: rounding
+        makes some equal."""
+        return calibrated(scores, self.manifest.temperature)
+
+    def _sampled(self, scores: Real | None, height: int | None = None, width: int | None = None) -> Real | None:
+        """:attr:`InferenceOutput.sampled` of ``[N, C, H, W]``, of logits where ``height`` and ``width`` of the image
+        are given."""
+        if scores is None or not self.sampling:
+            return None
+        taken = scores[:, :, :height:STEP, :width:STEP]
+        return np.ascontiguousarray(taken) if height is None else self.checked(softmax(taken))
 
     def _averaged(self, images: Sequence[Grey8]) -> tuple[Real, Real | None]:
-        """:meth:`probabilities`, and the features of the view that a single one would be: what the model's statistics
-        are of."""
+        """Probabilities before they are calibrated, and the features of the view that a single one would be: what the
+        model's statistics are of."""
         height, width = images[0].shape[:2]
         planned = self.transforms(height, width)
         (plain,) = plan_tta("single", height, width, self.resize)
@@ -172,12 +196,16 @@ class Inference:
     def labels_of_each(self, images: Iterable[Grey8], confidence: bool) -> Generator[InferenceOutput]:
         """:meth:`labels` of each of ``images``, several in flight. For a single view."""
         with closing(self.each(images)) as outputs:
-            for labels, logits, certain, features in outputs:
+            for labels, logits, certain, features, _ in outputs:
+                sampled = None if logits is None else self._sampled(logits[None], *labels.shape)
                 if confidence and logits is not None:
                     scores = self.checked(softmax(logits[None]))
-                    labels, certain = arg_max(scores)[0], scores.max(axis=1)[0]
+                    labels, certain = arg_max(scores)[0], self._calibrated(scores).max(axis=1)[0]
                 certain = None if certain is None or not confidence else np.ascontiguousarray(certain)
-                yield InferenceOutput(np.ascontiguousarray(labels), confidence=certain, domain_features=features)
+                yield InferenceOutput(
+                    np.ascontiguousarray(labels), confidence=certain, domain_features=features,
+                    sampled=None if sampled is None else sampled[0],
+                )  # fmt: skip
 
     def _each_once(self, batches: Iterator[list[Grey8]]) -> Generator[InferenceOutput]:
         # Images, their own height and width, how they were brought to another, and the input's shape, of each batch.
@@ -260,6 +288,7 @@ def _outputs(
     confidence: Sequence[Real] | Real | None,
     out: Grey8 | None,
     features: Real | None,
+    sampled: Real | None,
 ) -> list[InferenceOutput]:
     """One output an image; that of a single one has its labels in ``out``, where an engine may have put them."""
     if out is not None:
@@ -271,6 +300,7 @@ def _outputs(
             plane,
             confidence=None if confidence is None else confidence[index],
             domain_features=None if features is None else features[index],
+            sampled=None if sampled is None else sampled[index],
         )
         for index, plane in enumerate(labels)
     ]
@@ -342,13 +372,13 @@ def segment_tiled(
     labels: npt.NDArray[np.uint8],
     confidence: npt.NDArray[np.float32] | None,
     progress: Progress | None,
-) -> tuple[TilingReport, list[Real | None]]:
+) -> tuple[TilingReport, list[Real | None], Real | None]:
     """Fill ``labels`` uint8 ``[H, W]`` and, where given, ``confidence`` float32 ``[H, W]``, band by band.
 
     They have the size of ``pixels``, which the tiles of ``plan`` may see enlarged or shrunk. Also gives the domain
-    features of each tile.
+    features of each tile, and :attr:`InferenceOutput.sampled` of what the tiles see.
     """
-    seams, features = Seams(plan), list[Real | None]()
+    seams, features, sampled = Seams(plan), list[Real | None](), list[Real]()
     way_back = _WayBack(plan, labels.shape)
     with closing(_tiles(inference, pixels, plan, seams, progress, features)) as tiles:
         if inference.gives_logits:
@@ -356,14 +386,18 @@ def segment_tiled(
                 inference.checked(scores)
                 everywhere = slice(0, plan.width)
                 way_back.put(labels, (rows, everywhere), arg_max(scores[None])[0])
+                if inference.sampling:
+                    taken = scores[:, -rows.start % STEP :: STEP, ::STEP]
+                    sampled.append(_probabilities(inference, taken, None))
                 if confidence is not None:
-                    way_back.put(confidence, (rows, everywhere), _probabilities(inference, scores).max(axis=0))
-            return plan.report("blended scores", seams), features
+                    certain = _probabilities(inference, scores, inference.manifest.temperature).max(axis=0)
+                    way_back.put(confidence, (rows, everywhere), certain)
+            return plan.report("blended scores", seams), features, np.concatenate(sampled, axis=1) if sampled else None
         for (here, inside), tile in zip(own_parts(plan), tiles, strict=True):
             way_back.put(labels, here, tile.labels[inside])
             if confidence is not None and tile.confidence is not None:
                 way_back.put(confidence, here, tile.confidence[inside])
-        return plan.report("cut labels", seams), features
+        return plan.report("cut labels", seams), features, None
 
 
 class _WayBack:
@@ -396,7 +430,8 @@ def scores_tiled(
     probabilities = np.empty((inference.manifest.network.num_classes, plan.height, plan.width), dtype=np.float32)
     with closing(_tiles(inference, pixels, plan, Seams(plan), progress, [])) as tiles:
         for rows, scores in blend(plan, (_scores(tile) for tile in tiles)):
-            probabilities[:, rows] = _probabilities(inference, inference.checked(scores))
+            checked = inference.checked(scores)
+            probabilities[:, rows] = _probabilities(inference, checked, inference.manifest.temperature)
     return TtaTransform(plan.height, plan.width).restore_scores(probabilities, *pixels.shape[:2])
 
 
@@ -427,9 +462,9 @@ def _scores(tile: InferenceOutput) -> npt.NDArray[np.float32]:
     return tile.scores
 
 
-def _probabilities(inference: Inference, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """What was blended, as probabilities: a single view gives logits."""
-    return softmax(scores[None])[0] if inference.mode == "single" else scores
+def _probabilities(inference: Inference, scores: Real, temperature: float | None) -> Real:
+    """What was blended ``[C, H, W]``, as probabilities: a single view gives logits."""
+    return calibrated(softmax(scores[None]) if inference.mode == "single" else scores[None], temperature)[0]
 
 
 class ScoresModel:

@@ -63,6 +63,8 @@ class Segmenter:
       :data:`~hpddrnet_trt.core.magnification.TOLERANCE`, is brought to the nearest of them, and its labels and
       confidence back; not with ``resize``. Where either is unknown, nothing happens, which is logged once.
     - ``confidence``: also give the probability of the chosen class.
+    - ``intervals``: also say how far area fractions may be off, from class scores, where the model's description
+      has what that takes (docs/uncertainty.md).
     - ``window``: grey values that become black and white, the same for all images, or ``Percentiles`` of each
       image; default: as the model was trained, which usually is the full scale of the image's bit depth (see
       :func:`~hpddrnet_trt.data.intensity.to_grey8`).
@@ -87,6 +89,7 @@ class Segmenter:
         resize: tuple[int, int] | None = None,
         rescale: bool = True,
         confidence: bool = False,
+        intervals: bool = False,
         window: IntensityRange = None,
         batch_size: int = 4,
         tile: Tile = "auto",
@@ -105,7 +108,7 @@ class Segmenter:
         self._trained_at = self.reads_at_m if rescale and resize is None else None
         self._unknown_told = False
         self.intensity_range = range_of(self.manifest.intensity) if window is None else window
-        self._inference = Inference(engine, mode, resize)
+        self._inference = Inference(engine, mode, resize, intervals)
         self._contract = self._inference.contract
         check_tile(tile, self._contract, resize)
         has_logits, output = self._inference.gives_logits, engine.manifest.output
@@ -118,7 +121,12 @@ class Segmenter:
             raise ContractError(
                 f"model {self.manifest.name!r} gives no confidence; export it with a confidence map or logits output"
             )
-        self.confidence = confidence
+        if intervals and not has_logits:
+            raise ContractError(
+                f"model {self.manifest.name!r} gives labels only: without class scores there is no interval of a "
+                "fraction; use the ONNX file, or export it with logits output"
+            )
+        self.confidence, self.intervals = confidence, intervals
         self.batch_size = min(batch_size, self._contract.batch.maximum or batch_size)
         self.model_sha256, self._scores, self._runtime = model_sha256, scores, engine.runtime
 
@@ -136,10 +144,14 @@ class Segmenter:
         """A segmenter on the same engine for images that are in the model's intensity range already."""
         return self._with(window=FullScale())
 
+    def with_intervals(self) -> Segmenter:
+        """A segmenter on the same engine whose results have ``sampled_scores``; :class:`ContractError` without any."""
+        return self._with(intervals=True)
+
     def _with(self, **changes: Any) -> Segmenter:
         same: dict[str, Any] = {
             "mode": self.mode, "resize": self.resize, "rescale": self.rescale, "confidence": self.confidence,
-            "window": self.window, "batch_size": self.batch_size, "tile": self.tile,
+            "intervals": self.intervals, "window": self.window, "batch_size": self.batch_size, "tile": self.tile,
             "model_sha256": self.model_sha256, "scores": self._scores,
         }  # fmt: skip
         return Segmenter(self.engine, **{**same, **changes})
@@ -343,8 +355,10 @@ class Segmenter:
             return self._result(output, frame, micrograph, scale)
         labels = np.empty(shape, dtype=np.uint8) if out is None else out
         confidence = np.empty(shape, dtype=np.float32) if self.confidence else None
-        report, features = segment_tiled(self._with_scores(), frame.pixels, plan, labels, confidence, progress)
-        output = InferenceOutput(labels, confidence=confidence)
+        report, features, sampled = segment_tiled(
+            self._with_scores(), frame.pixels, plan, labels, confidence, progress
+        )
+        output = InferenceOutput(labels, confidence=confidence, sampled=sampled)
         return self._result(output, frame, micrograph, scale, report, features)
 
     def _with_scores(self) -> Inference:
@@ -414,6 +428,7 @@ class Segmenter:
             provenance=provenance,
             tiling=tiling,
             domain=domain_of(features or [output.domain_features], self.manifest.domain),
+            sampled_scores=output.sampled,
         )
 
 
@@ -428,6 +443,7 @@ def load_segmenter(
     resize: tuple[int, int] | None = None,
     rescale: bool = True,
     confidence: bool = False,
+    intervals: bool | None = False,
     window: IntensityRange = None,
     batch_size: int = 4,
     tile: Tile = "auto",
@@ -445,12 +461,13 @@ def load_segmenter(
     - ``device``: ``cpu``, ``cuda``, ``cuda:1`` or a GPU's number, where the engine can choose.
     - ``rebuild``: an engine file for another version of TensorRT or another GPU, which else is an
       :class:`EngineDoesNotFit`, is built again first (:func:`hpddrnet_trt.rebuild_engine`), which takes minutes.
+    - ``intervals``: None: where the model's description and the engine allow it.
     - ``options``: others of the engine's class.
 
     The rest is :class:`Segmenter`'s. An ONNX file with labels output is opened a second time with class scores as
-    output when these are needed: for other modes than ``single``, for ``confidence``, and to blend the tiles of large
-    images. Other models without logits (TensorRT engines with labels output) refuse the first two, and their tiles are
-    cut.
+    output when these are needed: for other modes than ``single``, for ``confidence`` and ``intervals``, and to blend
+    the tiles of large images. Other models without logits (TensorRT engines with labels output) refuse the first three,
+    and their tiles are cut.
     """
     opening = opening_of(model_path, engine, precision, {"threads": threads, "device": device, **options})
     try:
@@ -466,14 +483,18 @@ def load_segmenter(
         checksum = loaded.manifest.engine.sha256 if loaded.manifest.engine is not None else sha256_of(opening.path)
         output = loaded.manifest.output
         scores = None
+        wanted = loaded.manifest.fraction_errors is not None if intervals is None else intervals
         if path is not None and output is not None and output.kind == "labels":
             scores = ScoresModel(path, loaded.manifest, opening.open)
-            needed = mode != "single" or (confidence and not output.confidence)
+            needed = mode != "single" or wanted or (confidence and not output.confidence)
             if needed and (with_scores := scores.engine()) is not None:
                 loaded.close()
                 loaded = with_scores
+        output = loaded.manifest.output
+        if intervals is None:
+            wanted = wanted and output is not None and output.kind == "logits"
         return Segmenter(
-            loaded, mode=mode, resize=resize, rescale=rescale, confidence=confidence, window=window,
+            loaded, mode=mode, resize=resize, rescale=rescale, confidence=confidence, intervals=wanted, window=window,
             batch_size=batch_size, tile=tile, model_sha256=checksum, scores=scores,
         )  # fmt: skip
     except BaseException:

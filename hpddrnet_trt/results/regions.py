@@ -20,12 +20,15 @@ _ROUND = 1e-6  # axes closer than this, relative to the major one, have no direc
 
 @dataclass(frozen=True)
 class AreaFraction:
-    """One class in one image. ``fraction`` of all pixels, 0 to 1; ``area_m2`` None when the pixel size is unknown."""
+    """One class in one image. ``fraction`` of all pixels, 0 to 1; ``area_m2`` None when the pixel size is unknown;
+    ``low`` and ``high``: the 95 % interval of the true fraction, None where there is none."""
 
     name: str
     pixels: int
     fraction: float
     area_m2: float | None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)

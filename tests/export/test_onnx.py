@@ -26,6 +26,7 @@ from hpddrnet_trt.export.verify import compare_with_pytorch
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.graph.nodes import consumers, producers, store, tensor_types
 from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.inference import load_segmenter
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
 from tests.graph.parsed_rtx import Parsed
 from tests.tiny_export import frames
@@ -177,7 +178,8 @@ def test_tensorrt_rtx_builds_dynamic_sizes(dynamic: Path, typed: str) -> None:
 def test_confidence(checkpoint: Path, static: Path, tmp_path: Path, classes: int) -> None:
     if classes == 2:
         network = lively(tiny_network(num_classes=2))
-        checkpoint = save_checkpoint(tmp_path / "two.safetensors", network, tiny_manifest(network))
+        described = tiny_manifest(network).replace(temperature=2.0)
+        checkpoint = save_checkpoint(tmp_path / "two.safetensors", network, described)
         static = tmp_path / "two.onnx"
         export_onnx(checkpoint, static, STATIC)
         assert operators(static)["ArgMax"] == 0
@@ -186,7 +188,13 @@ def test_confidence(checkpoint: Path, static: Path, tmp_path: Path, classes: int
     logits = reference(checkpoint, image)
     assert_same_labels(labels, logits)
     assert confidence.dtype == np.float32
-    np.testing.assert_allclose(confidence, torch.softmax(logits, 1).amax(1).numpy(), atol=1e-3)
+    want = torch.softmax(logits / (2 if classes == 2 else 1), 1).amax(1).numpy()
+    np.testing.assert_allclose(confidence, want, atol=1e-3)
+    for model, engine in ((checkpoint, "torch"), (static, "onnxruntime"), (static, "openvino")):
+        with load_segmenter(model, engine=engine, precision="file", confidence=True) as segmenter:
+            result = segmenter.segment(image[0, 0])
+        assert result.confidence is not None
+        np.testing.assert_allclose(result.confidence, want[0], atol=1e-3)
     assert read_manifest(static).validation[-1].values["max_confidence_difference"] < 1e-3
 
 

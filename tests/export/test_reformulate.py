@@ -185,10 +185,11 @@ def test_phases_are_the_bilinear_enlargement(stride: int, classes: int, height: 
 
 
 @pytest.mark.parametrize("classes", [2, 3, MAX_PHASE_CLASSES, MAX_PHASE_CLASSES + 1])
-def test_labels_and_confidence(classes: int) -> None:
+@pytest.mark.parametrize("temperature", [None, 2.5])
+def test_labels_and_confidence(classes: int, temperature: float | None) -> None:
     network = lively(tiny_network(num_classes=classes))
     nn.init.normal_(network.decode_head.conv_seg.weight, std=0.02)
-    manifest, image = tiny_manifest(network), picture(64, 104, batch=2)
+    manifest, image = tiny_manifest(network).replace(temperature=temperature), picture(64, 104, batch=2)
     deployed = DeployNetwork(network, manifest, confidence=True)
     assert isinstance(deployed.output.enlarge, Phases if classes <= MAX_PHASE_CLASSES else FullSize)
     with torch.inference_mode():
@@ -199,7 +200,7 @@ def test_labels_and_confidence(classes: int) -> None:
     want = logits.argmax(1)
     assert len(want.unique()) > 1
     assert torch.equal(labels[clear], want[clear].to(torch.uint8))
-    torch.testing.assert_close(confidence, torch.softmax(logits, 1).amax(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(confidence, torch.softmax(logits / (temperature or 1), 1).amax(1), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("classes", [4, MAX_PHASE_CLASSES + 1])
