@@ -196,18 +196,21 @@ MAX_FEATURES = 4096  # of a cell; the largest of ours has some hundred
 MAX_COMPONENTS = 256
 FeatureVector = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_FEATURES)]
 PositiveFloat = Annotated[FiniteFloat, Field(ge=1e-30)]
+PositiveVector = Annotated[list[PositiveFloat], Field(min_length=1, max_length=MAX_FEATURES)]
 
 
 class DomainRecord(_Record):
     """How the training pictures look to the network, so that another picture's distance can be told.
 
     A Gaussian of low rank over the ``domain_features`` of a cell (M. E. Tipping, C. M. Bishop, "Probabilistic
-    principal component analysis", J. R. Stat. Soc. B 61, 1999): :func:`hpddrnet_trt.core.domain.distances`.
-    Distances are in units of the training pictures' own, each measured without itself.
+    principal component analysis", J. R. Stat. Soc. B 61, 1999), compressed by ``arcsinh(feature / unit)``:
+    :func:`hpddrnet_trt.core.domain.distances`. Distances are in units of the training pictures' own, each measured
+    without itself.
     """
 
-    mean: FeatureVector
-    scale: Annotated[list[PositiveFloat], Field(min_length=1, max_length=MAX_FEATURES)]  # of each feature
+    unit: PositiveVector  # of each feature: well above it, factors count and not differences
+    mean: FeatureVector  # of the compressed features
+    scale: PositiveVector
     components: Annotated[list[FeatureVector], Field(max_length=MAX_COMPONENTS)] = []  # orthonormal, of scaled features
     variances: list[PositiveFloat] = []  # along each component
     residual: PositiveFloat  # variance along every other direction
@@ -220,8 +223,8 @@ class DomainRecord(_Record):
     @model_validator(mode="after")
     def _sizes_agree(self) -> DomainRecord:
         features = len(self.mean)
-        if len(self.scale) != features or any(len(row) != features for row in self.components):
-            raise ValueError(f"mean, scale and components must all have {features} features")
+        if any(len(row) != features for row in (self.unit, self.scale, *self.components)):
+            raise ValueError(f"unit, mean, scale and components must all have {features} features")
         if len(self.variances) != len(self.components):
             raise ValueError(f"{len(self.components)} components have {len(self.variances)} variances")
         if self.foreign < self.unusual:

@@ -20,6 +20,7 @@ from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import existing_file, sha256_of
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, AxisRange, InputContract, Manifest, OutputContract
 from hpddrnet_trt.core.quiet import quiet as held_back
+from hpddrnet_trt.graph.domain import with_domain
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.nodes import consumers, initializers, producers, replace_nodes
 
@@ -134,9 +135,10 @@ def export_network(
 
     model = simplified(trace(network, manifest, options))
     shorten_sizes(model)
+    guarded = manifest.domain is not None
     manifest = manifest.replace(
         input=options.input_contract,
-        output=options.output_contract,
+        output=options.output_contract.model_copy(update={"domain": guarded}),
         attention=options.attention if network.config.pam != "none" else None,
         precision="fp32",
         versions={**manifest.versions, **_versions()},
@@ -144,7 +146,7 @@ def export_network(
     if verify:
         evidence = compare_with_pytorch(model, network, manifest, images)
         manifest = manifest.replace(validation=[*manifest.validation, evidence])
-    save_model(model, target, manifest)
+    save_model(with_domain(model) if guarded else model, target, manifest)
     return manifest
 
 

@@ -42,7 +42,7 @@ _MODULES = (
     (r"backbone", "bilateral fusion"),  # the joints themselves: sums, ReLUs and resizes between the branches
     (r"(?:decode_head\.)?detail", "detail"),
     (r"(?:decode_head\.)?(?:head|conv_seg)|decode_head", "head"),
-    (r"output", "output"),
+    (r"output|domain", "output"),
 )
 _PATH = re.compile("|".join(rf"(?P<g{index}>{path})(?=[./]|$)" for index, (path, _) in enumerate(_MODULES)))
 _JOINT = re.compile(r"backbone(?:/|$)")

@@ -11,6 +11,7 @@ a tensor goes from one type to the other. Everything is FP16 (or BF16) except
 * the normalisation of the image: see :func:`normalization_nodes`;
 * the confidence map, which is an exponential of differences;
 * in BF16, the class scores: see :func:`score_nodes`;
+* the pooling for the domain guard: see :func:`hpddrnet_trt.graph.domain.domain_nodes`;
 * nodes whose weights do not fit into FP16, and those the caller names.
 
 Floating-point inputs and outputs of the graph stay FP32, so the file's contract does not change.
@@ -31,6 +32,8 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.precisions import Half
 from hpddrnet_trt.graph.attention import attentions, in_type
+from hpddrnet_trt.graph.domain import OUTPUT as DOMAIN_OUTPUT
+from hpddrnet_trt.graph.domain import domain_nodes
 from hpddrnet_trt.graph.nodes import (
     along,
     cast,
@@ -87,7 +90,7 @@ def to_half(model: onnx.ModelProto, keep_fp32: Iterable[str] = (), kind: Half = 
     graph = result.graph
     fold_constants(graph)
     name_nodes(result)
-    keep = asked | attention_score_nodes(graph) | normalization_nodes(graph)
+    keep = asked | attention_score_nodes(graph) | normalization_nodes(graph) | domain_nodes(graph)
     if kind == "bf16":
         keep |= score_nodes(graph)
     else:
@@ -228,7 +231,7 @@ def _confidence_nodes(graph: onnx.GraphProto) -> set[str]:
 
 
 def score_nodes(graph: onnx.GraphProto) -> set[str]:
-    """From the classifier's convolution (the last one on the way to each output) to the outputs.
+    """From the classifier's convolution (the last one on the way to each output but the guard's) to the outputs.
 
     In BF16 these stay in FP32: two classes whose scores differ by less than one part in 256 would tie
     there, and arg-max would give every tie to the first class. Measured on nasa-super1 (14 images,
@@ -237,7 +240,7 @@ def score_nodes(graph: onnx.GraphProto) -> set[str]:
     """
     made = producers(graph)
     found: set[str] = set()
-    frontier = [entry.name for entry in graph.output]
+    frontier = [entry.name for entry in graph.output if entry.name != DOMAIN_OUTPUT]
     while frontier:
         node = made.get(frontier.pop())
         if node is not None and node.name not in found:
@@ -274,12 +277,12 @@ def _unfit_nodes(graph: onnx.GraphProto) -> set[str]:
 
 
 def large_nodes(graph: onnx.GraphProto, report: Mapping[str, float], limit: float = SAFE_RANGE) -> dict[str, float]:
-    """Nodes that write or read a tensor beyond ``limit``, outside the attention's scores, with its peak."""
-    scores = attention_score_nodes(graph)
+    """Nodes that write or read a tensor beyond ``limit``, outside what is kept in FP32 anyway, with its peak."""
+    kept = attention_score_nodes(graph) | domain_nodes(graph)
     found: dict[str, float] = {}
     for node in graph.node:
         peak = max((report.get(name, 0.0) for name in [*node.input, *node.output]), default=0.0)
-        if peak > limit and node.name not in scores:
+        if peak > limit and node.name not in kept:
             found[node.name] = peak
     return found
 
