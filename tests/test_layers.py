@@ -23,6 +23,7 @@ HEAVY = ("torch", "torchvision", "lightning", "tensorboard", "safetensors", "onn
 # The parts that are PyTorch. Everything else is for every PC: a new module belongs there unless named here.
 WITH_TORCH = (
     "hpddrnet_trt.models.checkpoints",
+    "hpddrnet_trt.models.domain",
     "hpddrnet_trt.models.foreign",
     "hpddrnet_trt.models.network",
     "hpddrnet_trt.training.",

@@ -7,7 +7,7 @@ spread outside a few principal components taken as equal in all directions; a pi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal
@@ -15,8 +15,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import DomainRecord
 
+OUTPUT = "domain_features"  # of an ONNX file or an engine
+CELL = 256  # pixels of the image: the sides of a cell
+KNEE = 0.1  # of a feature's root mean square: where the difference of two features becomes their ratio
+COMPONENTS = 16
+MARGIN = 1.25
+FOREIGN = 1.5
 DomainState = Literal["familiar", "unusual", "foreign", "not known"]
 
 
@@ -51,6 +58,8 @@ NOT_KNOWN = Domain()
 def distances(features: npt.NDArray[np.float32], record: DomainRecord) -> npt.NDArray[np.float32]:
     """Distance of each cell: ``domain_features`` float32 ``[..., F, rows, columns]`` to ``[..., rows, columns]``."""
     cells = np.moveaxis(np.asarray(features, dtype=np.float64), -3, -1)
+    if record.unit:
+        cells = np.arcsinh(cells / np.array(record.unit))
     scaled = (cells - np.array(record.mean)) / np.array(record.scale)
     squares = (scaled**2).sum(-1) / record.residual
     if record.components:
@@ -74,3 +83,69 @@ def domain_of(tiles: Iterable[npt.NDArray[np.float32] | None], record: DomainRec
     if not distance < record.unusual:  # also where it is not a number
         return Domain("unusual" if distance < record.foreign else "foreign", distance, cells)
     return Domain("familiar", distance, cells)
+
+
+Cells = npt.NDArray[np.floating]  # features of some cells, [cells, F]
+
+
+def fit_domain(
+    pictures: Sequence[tuple[Cells, Cells]], held_out: Sequence[Cells] = (), *, crops: int, source: str
+) -> DomainRecord:
+    """The statistics of training pictures, and from which distances on others are unusual and foreign.
+
+    ``pictures``: of each picture the cells of its crops, from which the statistics come, and those of the whole
+    picture, whose distance from statistics without it is measured; ``held_out``: the cells of whole pictures that
+    the model was not trained on. Distances are divided by the median of the former. ``unusual`` begins :data:`MARGIN`
+    beyond all but the farthest hundredth of both, ``foreign`` :data:`FOREIGN` times there.
+
+    Of one picture alone, its crops take the place of pictures. Raises :class:`UserError` where the features tell
+    nothing, being the same everywhere or not finite.
+    """
+    if len(pictures) == 1:
+        parts = np.array_split(pictures[0][0], 4)
+        pictures = [(part, part) for part in parts if len(part)]
+    parts = [np.asarray(cells, dtype=np.float64) for cells, _ in pictures]
+    together = np.concatenate(parts)
+    unit = KNEE * np.sqrt((together**2).mean(axis=0))
+    if not np.isfinite(unit).all() or not (together.std(axis=0) > 0).any():
+        raise UserError(f"the features of {source} are the same everywhere or not finite; check pictures and model")
+    unit = np.maximum(unit, 1e-12)
+    compressed = [np.arcsinh(part / unit) for part in parts]
+
+    def record(chosen: Sequence[Cells], size: float = 1.0, unusual: float = 1.0) -> DomainRecord:
+        return DomainRecord.model_validate(
+            {**_gaussian(np.concatenate(chosen), size**2), "unit": _written(unit), "unusual": _written(unusual),
+             "foreign": _written(FOREIGN * unusual), "crops": crops, "pictures": len(pictures), "source": source[:1000]}
+        )  # fmt: skip
+
+    def distance(cells: Cells, known: DomainRecord) -> float:
+        return float(np.median(distances(np.asarray(cells).T[:, :, None], known)))
+
+    without_itself = [
+        distance(whole, record(compressed[:place] + compressed[place + 1 :]))
+        for place, (_, whole) in enumerate(pictures)
+    ]
+    everything = record(compressed)
+    others = [distance(cells, everything) for cells in held_out]
+    size = float(np.median(without_itself))
+    return record(compressed, size, MARGIN * float(np.quantile([*without_itself, *others], 0.99)) / size)
+
+
+def _gaussian(cells: Cells, size: float) -> dict[str, Any]:
+    """Mean, scale and principal components with their variances times ``size``."""
+    mean, scale = cells.mean(axis=0), cells.std(axis=0)
+    scale = np.maximum(scale, 1e-3 * scale.mean())
+    variances, directions = np.linalg.eigh(np.cov((cells - mean) / scale, rowvar=False))
+    kept = min(COMPONENTS, len(cells) // 3, len(mean) - 1)
+    residual = max(float(variances[: len(mean) - kept].mean()), 1e-4)
+    largest = slice(len(mean) - kept, None)
+    return {
+        "mean": _written(mean), "scale": _written(scale), "components": _written(directions.T[largest][::-1]),
+        "variances": _written(np.maximum(variances[largest][::-1], residual) * size),
+        "residual": _written(residual * size),
+    }  # fmt: skip
+
+
+def _written(values: Any) -> Any:
+    """Six significant digits are enough."""
+    return np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])(values).tolist()

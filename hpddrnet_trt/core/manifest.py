@@ -203,13 +203,13 @@ class DomainRecord(_Record):
     """How the training pictures look to the network, so that another picture's distance can be told.
 
     A Gaussian of low rank over the ``domain_features`` of a cell (M. E. Tipping, C. M. Bishop, "Probabilistic
-    principal component analysis", J. R. Stat. Soc. B 61, 1999), compressed by ``arcsinh(feature / unit)``:
-    :func:`hpddrnet_trt.core.domain.distances`. Distances are in units of the training pictures' own, each measured
-    without itself.
+    principal component analysis", J. R. Stat. Soc. B 61, 1999), compressed by ``arcsinh(feature / unit)``, so that far
+    above its unit a feature's factor counts: :func:`hpddrnet_trt.core.domain.distances`. Distances are in units of the
+    training pictures' own, each measured without itself.
     """
 
-    unit: PositiveVector  # of each feature: well above it, factors count and not differences
-    mean: FeatureVector  # of the compressed features
+    unit: list[PositiveFloat] = Field(default=[], max_length=MAX_FEATURES)  # empty: the features are not compressed
+    mean: FeatureVector
     scale: PositiveVector
     components: Annotated[list[FeatureVector], Field(max_length=MAX_COMPONENTS)] = []  # orthonormal, of scaled features
     variances: list[PositiveFloat] = []  # along each component
@@ -223,7 +223,7 @@ class DomainRecord(_Record):
     @model_validator(mode="after")
     def _sizes_agree(self) -> DomainRecord:
         features = len(self.mean)
-        if any(len(row) != features for row in (self.unit, self.scale, *self.components)):
+        if any(len(row) != features for row in (self.unit or self.mean, self.scale, *self.components)):
             raise ValueError(f"unit, mean, scale and components must all have {features} features")
         if len(self.variances) != len(self.components):
             raise ValueError(f"{len(self.components)} components have {len(self.variances)} variances")
@@ -459,6 +459,17 @@ def parse_manifest(text: str, source: str | Path) -> Manifest:
             f"the description in {source} is not valid ({first_problem(exc, 'description')[:500]}); "
             "the file was damaged or written by another program: export it again"
         ) from exc
+
+
+def with_description(content: bytes, manifest: Manifest) -> bytes:
+    """The content of a checkpoint (safetensors) of ours with another description; its tensors stay bit for bit."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    description = manifest.replace(checkpoint_sha256=None)  # a file cannot hold its own checksum
+    header["__metadata__"] = {**header["__metadata__"], METADATA_KEY: description.to_json()}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text + content[end:]
 
 
 def sidecar_path(engine: str | Path) -> Path:

@@ -2,14 +2,15 @@
 
 What is pooled are the features at 1/4 of the image, the last ones before the network goes on at a lower resolution:
 they tell texture and grey levels, and of what was tried they part foreign pictures from the model's own best
-(``docs/results/domain-2026-11.md``). Every other row and column of them is enough. The nodes are ordinary ones, called
-``domain/...``, and have no weights; labels do not change. :mod:`hpddrnet_trt.models.domain` is the same in PyTorch.
+(``docs/results/domain-2026-11.md``). The nodes are ordinary ones, called ``domain/...``, and have no weights; labels do
+not change. :mod:`hpddrnet_trt.models.domain` is the same in PyTorch.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hpddrnet_trt.core.domain import CELL, OUTPUT
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.graph.nodes import copied, enlarges, producers, tensor_types
 from hpddrnet_trt.graph.work import Sizes, at_size
@@ -17,11 +18,8 @@ from hpddrnet_trt.graph.work import Sizes, at_size
 if TYPE_CHECKING:
     import onnx
 
-OUTPUT = "domain_features"
 PREFIX = "domain/"  # of the added nodes
-CELL = 256  # pixels of the image: the sides of a cell
 FINE = 4  # pixels of the image from one feature to the next, where they are taken
-SAMPLED = 8  # and between those that are pooled
 _ANY_SIZE = 512  # pixels: where the graph leaves its size open, tensors are looked up at this one
 
 
@@ -41,10 +39,9 @@ def with_domain(model: onnx.ModelProto, tensor: str | None = None) -> onnx.Model
     tensor = domain_tensor(model, sizes) if tensor is None else tensor
     shape, image = sizes.shape(tensor), sizes.shape(graph.input[0].name)
     stride = image[-1] // shape[-1] if len(shape) == 4 else 0
-    if not stride or CELL % max(stride, SAMPLED):
+    if not stride or CELL % stride:
         raise UserError(f"the tensor {tensor!r} of shape {list(shape)} is no feature map; name another one")
-    step = max(1, SAMPLED // stride)
-    window = CELL // (stride * step)
+    window = CELL // stride
 
     def add(operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
         output = OUTPUT if operator == "Concat" else PREFIX + name
@@ -57,10 +54,7 @@ def with_domain(model: onnx.ModelProto, tensor: str | None = None) -> onnx.Model
             count_include_pad=0,
         )  # fmt: skip
 
-    # A pooling of single values skips the others in every layout and type that a runtime may keep them in.
-    values = add("MaxPool", [tensor], "sample", kernel_shape=[1, 1], strides=[step] * 2)
-    if tensor_types(model)[tensor] != real:
-        values = add("Cast", [values], "real", to=real)
+    values = tensor if tensor_types(model)[tensor] == real else add("Cast", [tensor], "real", to=real)
     # Not standard deviations: the difference of two large numbers does not stand a runtime that computes in BF16.
     mean = pooled(values, "mean")
     squares = pooled(add("Mul", [values, values], "square"), "mean_square")
@@ -93,7 +87,7 @@ def domain_tensor(model: onnx.ModelProto, sizes: Sizes | None = None) -> str:
 
 def domain_nodes(graph: onnx.GraphProto) -> set[str]:
     """Names of the nodes that compute in FP32 whatever the graph does: sums of many values, and their squares."""
-    return {node.name for node in graph.node if node.name.startswith(PREFIX) and node.op_type != "MaxPool"}
+    return {node.name for node in graph.node if node.name.startswith(PREFIX)}
 
 
 def _sizes(model: onnx.ModelProto) -> Sizes:

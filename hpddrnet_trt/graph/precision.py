@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.domain import OUTPUT as DOMAIN_OUTPUT
 from hpddrnet_trt.core.precisions import Half
 from hpddrnet_trt.graph.attention import attentions, in_type
-from hpddrnet_trt.graph.domain import OUTPUT as DOMAIN_OUTPUT
 from hpddrnet_trt.graph.domain import domain_nodes
 from hpddrnet_trt.graph.nodes import (
     along,

@@ -1,0 +1,35 @@
+"""What :mod:`hpddrnet_trt.graph.domain` adds to an ONNX file, in PyTorch: features pooled over cells of the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpddrnet_trt.core.domain import CELL
+from hpddrnet_trt.core.manifest import Normalization
+from hpddrnet_trt.models.network import HPDDRNet
+
+FINE = 4  # pixels of the image per feature of Features.fine
+
+
+def pooled_features(fine: Tensor) -> Tensor:
+    """``domain_features`` float32 ``[N, 2 C, rows, columns]`` of :class:`~.network.Features` ``fine``."""
+    window, values = CELL // FINE, fine.float()
+    mean, square = (
+        F.avg_pool2d(each, window, window, window // 2, count_include_pad=False) for each in (values, values * values)
+    )
+    return torch.cat([mean, square.sqrt()], dim=1)
+
+
+def domain_features(
+    network: HPDDRNet, image: npt.NDArray[np.uint8], normalization: Normalization
+) -> npt.NDArray[np.float32]:
+    """``[2 C, rows, columns]`` of a grey image ``[H, W]``; computes no more of the network than that needs."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (normalization.mean, normalization.std))
+    with torch.inference_mode():
+        grey = torch.from_numpy(image.astype(np.float32))
+        features = pooled_features(network.backbone.stem[:4]((grey - mean) / std))[0]
+    return np.asarray(features.numpy(), dtype=np.float32)
