@@ -60,7 +60,8 @@ def trained(pool: Path, names: list[str], work: Path, seed: int, arguments: argp
     steps = arguments.steps
     config = load_config(recipe_file("small-data"), [
         f"network={{channels: {arguments.channels}, detail: true, pool_border: ignored}}",
-        f"data.path={work / 'data'}", "augmentation.crop=[256, 256]", "augmentation.class_balance=0.0",
+        f"data.path={work / 'data'}", f"augmentation.crop=[{arguments.crop}, {arguments.crop}]",
+        "augmentation.class_balance=0.0",
         f"optimization={{lr: 0.004, max_steps: {steps}, warmup_steps: {steps // 10}, batch_size: 4, clip_norm: 5.0,"
         " weight_decay: 0.01, ema_decay: 0.98}",
         f"run={{name: model, folder: {work}, seed: {seed}, threads: 1, val_every: {steps}, checkpoint_every: {steps}}}",
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--channels", type=int, default=16)
+    parser.add_argument("--crop", type=int, default=128, help="of the training, in pixels")
     parser.add_argument("--all", action="store_true", help="at last also train on the whole pool")
     parser.add_argument("--work", type=Path, required=True, help="folder for pool, models and curve.csv")
     arguments = parser.parse_args()

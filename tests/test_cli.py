@@ -24,6 +24,7 @@ from hpddrnet_trt.cli.options import SegmentOptions, parse_kinds
 from hpddrnet_trt.cli.program import GONE, OLD_SPELLINGS, _colored
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.inference.rank import read_ranking
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from hpddrnet_trt.weights import locate
 from tests.hostile_models import write_engine
@@ -199,7 +200,8 @@ def test_segment_writes_other_kinds_and_ends_with_a_summary(run: Run, checkpoint
     pytest.importorskip("skimage")
     image = np.random.default_rng(0).integers(0, 256, (40, 200), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "a.png")
-    command = ("segment", "a.png", "--model", checkpoint, "--write", "ome-tiff,regions", "--pixel-size", "2.5 nm",
+    command = ("segment", "a.png", "--model", checkpoint, "--write", "ome-tiff,regions,grains", "--pixel-size",
+               "2.5 nm", "--separate", "phase 1",
                "--percentiles", "1", "99", "--background", "phase 0", "--smallest", "2", "--tile", "whole")  # fmt: skip
     code, out, err = run(*command)
     assert code == 0, err
@@ -208,17 +210,32 @@ def test_segment_writes_other_kinds_and_ends_with_a_summary(run: Run, checkpoint
     assert "overall, by area: phase 0 " in out
     assert ["regions", "NAME.regions.csv"] in lines
     written = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "labels").rglob("*") if path.is_file())
-    names = ("a.ome.tif", "a.regions.csv", "fractions.csv", "overlays/a.png", "segmentations.jsonl")
+    names = ("a.grains.csv", "a.ome.tif", "a.regions.csv", "fractions.csv", "overlays/a.png", "segmentations.jsonl")
     assert written == [f"labels/{name}" for name in names]
     entry = json.loads((tmp_path / "labels" / "segmentations.jsonl").read_text())
     assert (entry["pixel_size_m"], entry["job"]["tile"]) == (2.5e-9, "whole")
+    assert entry["settings"]["grains"] == {"background": ["phase 0"], "smallest": 2, "separate": ["phase 1"]}
     assert 0 < entry["window"][0] < entry["window"][1] < 255
     code, out, _ = run(*command)
     assert (code, out.splitlines()[0]) == (0, "0 segmented, 1 already done, 0 failed")
 
 
+def test_rank_writes_the_order_of_pictures(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    for seed in range(3):
+        image = np.random.default_rng(seed).integers(0, 60 + 90 * seed, (40, 48), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{seed}.png")
+    code, out, err = run("rank", "1.png", "2.png", "--labeled", "0.png", "--model", checkpoint, "-o", "order.csv")
+    assert code == 0, err
+    assert out.startswith("2 ranked, 0 failed\n")
+    assert out.endswith("written to order.csv\n")
+    assert sorted(path.name for path in read_ranking(tmp_path / "order.csv")) == ["1.png", "2.png"]
+    code, _, err = run("rank", "0.png", "--labeled", "0.png", "--model", checkpoint)
+    assert code == 2
+    assert "give some that are not labeled" in err
+
+
 def test_all_kinds_are_named_with_others() -> None:
-    every = ["png", "tiff", "ome-tiff", "ome-zarr", "rois", "regions"]
+    every = ["png", "tiff", "ome-tiff", "ome-zarr", "rois", "regions", "grains"]
     assert parse_kinds("rois, png") == ["png", "rois"]
     assert SegmentOptions(write=parse_kinds("all"), confidence=True).settings().write == [*every, "confidence"]
     with pytest.raises(UsageError, match="not 'jpg'"):

@@ -141,6 +141,11 @@ class SegmentOptions:
     smallest: Annotated[
         int, typer.Option(metavar="PIXELS", help="Least size of a region in rois and regions.")
     ] = 1
+    separate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS", help="Class whose touching objects rois, regions and grains take apart; may be "
+                                           "repeated."),
+    ] = None
     tile: Annotated[
         Any,
         typer.Option(
@@ -192,7 +197,8 @@ class SegmentOptions:
 
         return ResultSettings(
             write=self.write + ["confidence"] * self.confidence, overlay=self.overlay,
-            background=self.background or [], smallest=self.smallest, pixel_size_m=self.pixel_size,
+            background=self.background or [], smallest=self.smallest, separate=self.separate or [],
+            pixel_size_m=self.pixel_size,
             info_bar=self.info_bar, resume=self.resume, refuse_foreign=self.refuse_foreign,
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ from hpddrnet_trt.inference.journal import JOURNAL, Journal, SliceOf, Task, modi
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.results import FORMATS, KINDS, Contents, check_kinds
-from hpddrnet_trt.results.regions import AreaFraction, check_background, check_pixel_size
+from hpddrnet_trt.results.regions import AreaFraction, check_background, check_pixel_size, check_separate
 from hpddrnet_trt.results.stacks import LabelStack
 from hpddrnet_trt.results.tables import FRACTIONS, fraction_row, number, write_rows
 
@@ -45,7 +45,8 @@ class ResultSettings:
 
     - ``write``: kinds of file, of :data:`hpddrnet_trt.results.KINDS`; ``overlay``: also a picture of the labels over
       the micrograph.
-    - ``background``: classes that rois and regions leave out; ``smallest``: least pixels of a region.
+    - ``background``: classes that rois and regions leave out; ``smallest``: least pixels of a region;
+      ``separate``: classes whose touching objects are taken apart.
     - ``pixel_size_m``: metres, instead of what the files say.
     - ``info_bar``: what is cut off below the picture, as of :func:`~hpddrnet_trt.data.micrograph.read_micrograph`.
       Of the slices of a stack as many rows are kept as of the first.
@@ -60,6 +61,7 @@ class ResultSettings:
     overlay: bool = True
     background: Collection[str] = ()
     smallest: int = 1
+    separate: Collection[str] = ()
     pixel_size_m: float | None = None
     info_bar: InfoBar = "auto"
     stack: bool | None = None
@@ -75,6 +77,7 @@ class ResultSettings:
         if not self.write and not self.overlay:
             raise UsageError(f"nothing is to be written; choose at least one of: {', '.join(KINDS)}")
         check_background(self.background, segmenter.manifest.classes)
+        check_separate(self.separate, self.background, segmenter.manifest.classes)
         check_info_bar(self.info_bar)
         if self.smallest < 1:
             raise UsageError(f"the smallest region has at least 1 pixel, got {self.smallest}")
@@ -125,6 +128,8 @@ class FileSegmenter:
         self._slice_kinds = list(dict.fromkeys(["png", *others]))
         self._first_slices: dict[Path, tuple[int, int]] = {}  # height and width of the first of each stack
         self._regions: dict[str, Any] = {"background": sorted(settings.background), "smallest": settings.smallest}
+        if settings.separate:
+            self._regions["separate"] = sorted(settings.separate)
         self.journal = Journal(self.folder / JOURNAL, self._job())
 
     def _job(self) -> dict[str, Any]:

@@ -130,12 +130,13 @@ class Segmentation:
         return {name: area for name, area in areas.items() if area is not None} if self.pixel_size_m else None
 
     def regions(
-        self, *, background: Collection[str] = (), connectivity: Literal[1, 2] = 2, smallest: int = 1
-    ) -> Regions:
-        """Connected regions with area, diameter, orientation: :func:`hpddrnet_trt.results.regions.regions`."""
+        self, *, background: Collection[str] = (), connectivity: Literal[1, 2] = 2, smallest: int = 1,
+        separate: Collection[str] = (),
+    ) -> Regions:  # fmt: skip
+        """Connected regions with area, diameter, shape: :func:`hpddrnet_trt.results.regions.regions`."""
         return regions(
-            self.labels, self.classes, self.pixel_size_m,
-            background=background, connectivity=connectivity, smallest=smallest,
+            self.labels, self.classes, self.pixel_size_m, background=background, connectivity=connectivity,
+            smallest=smallest, separate=separate, confidence=self.confidence,
         )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
@@ -157,7 +158,8 @@ class Segmentation:
         The kinds are those of :data:`hpddrnet_trt.results.FORMATS`: ``.png`` and ``.tif`` hold class indices with the
         classes' colours as palette, ``.ome.tif`` and ``.ome.zarr`` (with the micrograph ``image`` ``[H, W]`` where
         given) the same for bio-imaging, ``.zip`` outlines of all regions as ImageJ ROIs, ``.regions.csv`` a row for
-        each region, any other ``.csv`` a row for each class, ``.confidence.tif`` the probability of the class.
+        each region, ``.grains.csv`` the grain size of each class, any other ``.csv`` a row for each class,
+        ``.confidence.tif`` the probability of the class.
         OME-Zarr, ROIs and regions need the extra ``results``.
 
         Call :func:`hpddrnet_trt.results.regions.regions` and the writers in :mod:`hpddrnet_trt.results` for ROIs and

@@ -106,6 +106,12 @@ def _regions(path: Path, contents: Contents) -> Path:
     return write_regions(path, contents.all_regions())
 
 
+def _grains(path: Path, contents: Contents) -> Path:
+    from hpddrnet_trt.results.grains import write_grains
+
+    return write_grains(path, contents.all_regions())
+
+
 def _confidence(path: Path, contents: Contents) -> Path:
     from hpddrnet_trt.results.tables import write_confidence
 
@@ -153,6 +159,7 @@ FORMATS: dict[str, Format] = {
     ),
     "rois": Format("ImageJ", (".rois.zip", ".zip"), _rois, (_REGIONS, "roifile"), "regions"),
     "regions": Format("CSV", (".regions.csv",), _regions, (_REGIONS,), "regions"),
+    "grains": Format("CSV of grain size", (".grains.csv",), _grains, (_REGIONS,), "regions"),
     "confidence": Format("TIFF", (".confidence.tif",), _confidence, holds="confidence"),
     "fractions": Format("CSV", (".csv",), _fractions, holds="fractions"),
 }

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import UsageError, require
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.data.labels import check_labels
+from hpddrnet_trt.results import separate as objects
 
 _BLOCK = 1 << 20  # pixels counted at a time: OpenCV counts in single precision, exact up to 2^24
 _ROUND = 1e-6  # axes closer than this, relative to the major one, have no direction
@@ -45,7 +46,16 @@ class Regions:
     - ``orientation_deg``: of the major axis against the horizontal, counter-clockwise as seen, 0 to 180; NaN for
       regions without a direction (one pixel, a square, a disc);
     - ``box_px`` int64 ``[N, 4]``: left, top, width, height;
-    - ``touches_border`` bool: cut by the image's border, so that area and shape are a part's.
+    - ``touches_border`` bool: cut by the image's border, so that area and shape are a part's;
+    - ``perimeter_px``: by Crofton's formula in four directions, which is right on average for any direction;
+    - ``circularity``: 4 pi area / perimeter^2, 1 for a disc; of a few pixels it can be more;
+    - ``solidity``: area over that of the convex hull, both of pixels as squares; 1 for a convex region;
+    - ``feret_px`` ``[N, 2]``: largest and smallest distance of two parallel lines that touch it on both sides;
+    - ``neighbors`` int64: how many other regions it touches;
+    - ``nearest_px``: from its centroid to the nearest one of its class, NaN where there is no other;
+    - ``weight``: how many such regions stand for it in an unbiased count: 0 if cut by the border, else the share of
+      places in the picture at which it would not be cut, inverted (Miles 1974; Lantuejoul 1980), counted in pixels:
+      W H / ((W - width - 1) (H - height - 1)). Large regions are cut more often, so means and distributions need it.
     """
 
     numbers: npt.NDArray[np.int32]
@@ -57,6 +67,13 @@ class Regions:
     orientation_deg: npt.NDArray[np.float64]
     box_px: npt.NDArray[np.int64]
     touches_border: npt.NDArray[np.bool_]
+    perimeter_px: npt.NDArray[np.float64]
+    circularity: npt.NDArray[np.float64]
+    solidity: npt.NDArray[np.float64]
+    feret_px: npt.NDArray[np.float64]
+    neighbors: npt.NDArray[np.int64]
+    nearest_px: npt.NDArray[np.float64]
+    weight: npt.NDArray[np.float64]
     classes: tuple[ClassInfo, ...]
     pixel_size_m: float | None
 
@@ -101,15 +118,20 @@ def regions(
     background: Collection[str] = (),
     connectivity: Literal[1, 2] = 2,
     smallest: int = 1,
+    separate: Collection[str] = (),
+    confidence: npt.NDArray[np.float32] | None = None,
 ) -> Regions:
     """Connected regions of equal class, measured with scikit-image (extra ``results``).
 
     ``labels``: uint8 ``[H, W]``. ``background``: names of classes that are not taken apart; by default every class
     counts, also a matrix around all others, which is then one large region. ``connectivity``: 2, diagonal
     neighbours belong together; 1, only those that share an edge. ``smallest``: regions of fewer pixels are left
-    out. Pixels that no class has belong to no region.
+    out. ``separate``: names of classes whose touching objects are taken apart
+    (:mod:`hpddrnet_trt.results.separate`), with the ``confidence`` ``[H, W]`` of the labels where there is one. Pixels
+    that no class has belong to no region.
 
-    Raises :class:`UsageError` for a background that is no class and for impossible numbers.
+    Raises :class:`UsageError` for a background that is no class, for a class to separate that is none or background,
+    and for impossible numbers.
     """
     check_labels(labels)
     if pixel_size_m is not None:
@@ -119,34 +141,57 @@ def regions(
     if smallest < 1:
         raise UsageError(f"the smallest region has at least 1 pixel, got {smallest}")
     wanted = check_background(background, classes)
+    apart = check_separate(separate, background, classes)
     skimage = require("skimage.measure", "results", "measure regions")
     foreground = np.full(256, IGNORE_INDEX, np.uint8)
     foreground[wanted] = wanted
     kept = foreground[labels]
-    numbers, count = skimage.label(kept, background=IGNORE_INDEX, connectivity=connectivity, return_num=True)
+    whole = kept.copy()
+    whole[np.isin(kept, apart)] = IGNORE_INDEX
+    numbers, count = skimage.label(whole, background=IGNORE_INDEX, connectivity=connectivity, return_num=True)
+    for index in apart:
+        parts, of_class = objects.separate(kept == index, confidence, connectivity=connectivity, smallest=smallest)
+        numbers = np.where(parts > 0, parts + count, numbers)
+        count += of_class
+    if apart:
+        numbers = _in_order(numbers, count)
     numbers, count = _without_small(numbers, count, smallest)
     class_index = np.zeros(count + 1, np.uint8)
     class_index[numbers] = kept  # all pixels of a region say the same
     table = skimage.regionprops_table(
         numbers,
         properties=("area", "bbox", "centroid", "orientation", "axis_major_length", "axis_minor_length",
-                    "equivalent_diameter_area"),
+                    "equivalent_diameter_area", "perimeter_crofton"),
     )  # fmt: skip
     top, left, bottom, right = (table[f"bbox-{side}"].astype(np.int64) for side in range(4))
     height, width = labels.shape
     major, minor = table["axis_major_length"], table["axis_minor_length"]
     # scikit-image measures from the rows' axis, counter-clockwise as seen; we do as ImageJ does, from the x axis.
+    area, perimeter = table["area"].astype(np.int64), table["perimeter_crofton"].astype(np.float64)
+    centroid = np.stack([table["centroid-1"], table["centroid-0"]], axis=1).astype(np.float64)
+    box = np.stack([left, top, right - left, bottom - top], axis=1)
+    cut = (left == 0) | (top == 0) | (right == width) | (bottom == height)
+    free = (width - box[:, 2] - 1) * (height - box[:, 3] - 1)
+    hull_area, feret = _hulls(numbers, box)
+    pairs, _ = objects.touching(numbers, connectivity)
     degrees = np.mod(np.degrees(table["orientation"].astype(np.float64)) + 90, 180)
     return Regions(
         numbers=numbers,
         class_index=class_index[1:],
-        area_px=table["area"].astype(np.int64),
+        area_px=area,
         equivalent_diameter_px=table["equivalent_diameter_area"].astype(np.float64),
-        centroid_px=np.stack([table["centroid-1"], table["centroid-0"]], axis=1).astype(np.float64),
+        centroid_px=centroid,
         axes_px=np.stack([major, minor], axis=1).astype(np.float64),
         orientation_deg=np.where(major - minor > _ROUND * major, degrees, np.nan),
-        box_px=np.stack([left, top, right - left, bottom - top], axis=1),
-        touches_border=(left == 0) | (top == 0) | (right == width) | (bottom == height),
+        box_px=box,
+        touches_border=cut,
+        perimeter_px=perimeter,
+        circularity=4 * np.pi * area / perimeter**2,
+        solidity=area / hull_area,
+        feret_px=feret,
+        neighbors=np.bincount(pairs.ravel(), minlength=count + 1)[1:].astype(np.int64),
+        nearest_px=_nearest(centroid, class_index[1:]),
+        weight=np.where(cut, 0, height * width / np.where(cut, 1, free)),
         classes=tuple(classes),
         pixel_size_m=pixel_size_m,
     )
@@ -163,11 +208,70 @@ def check_background(background: Collection[str], classes: Sequence[ClassInfo]) 
     return [index for index, name in enumerate(names) if name not in background]
 
 
+def check_separate(separate: Collection[str], background: Collection[str], classes: Sequence[ClassInfo]) -> list[int]:
+    """Indices of the classes whose objects are taken apart; :class:`UsageError` for one that is none, or background."""
+    if isinstance(separate, str):
+        raise UsageError(f"separate is a list of class names, got the text {separate!r}; write [{separate!r}]")
+    names = [entry.name for entry in classes]
+    for name in separate:
+        if name not in names:
+            raise UsageError(f"{name!r}, to be separated, is no class of this model; choose from: {', '.join(names)}")
+        if name in background:
+            raise UsageError(f"class {name!r} cannot be both background and separated; leave out one of them")
+    return [index for index, name in enumerate(names) if name in separate]
+
+
 def check_pixel_size(pixel_size_m: float) -> float:
     """The pixel size in metres, or :class:`UsageError` when it is none: 0 is not a size, None means unknown."""
     if not (np.isfinite(pixel_size_m) and pixel_size_m > 0):
         raise UsageError(f"a pixel size is a positive number of metres, got {pixel_size_m}; None means unknown")
     return float(pixel_size_m)
+
+
+def _in_order(numbers: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int32]:
+    """Number regions anew in the order of their first pixel, row by row."""
+    first = np.zeros(count + 1, np.int64)
+    first[numbers.ravel()[::-1]] = np.arange(numbers.size - 1, -1, -1)  # of a region's pixels the last one written
+    renamed = np.zeros(count + 1, np.int32)
+    renamed[1 + np.argsort(first[1:])] = np.arange(1, count + 1)
+    return renamed[numbers]
+
+
+def _hulls(
+    numbers: npt.NDArray[np.int32], boxes: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Area of each region's convex hull, and its largest and smallest Feret diameter ``[N, 2]``; pixels are squares."""
+    areas, feret = np.zeros(len(boxes)), np.zeros((len(boxes), 2))
+    for index, (left, top, width, height) in enumerate(boxes):
+        mask = numbers[top : top + height, left : left + width] == index + 1
+        first, last = mask.argmax(axis=1), width - mask[:, ::-1].argmax(axis=1)
+        rows = np.arange(height)
+        ends = np.concatenate([
+            np.stack([np.concatenate([first, last]), np.tile(rows, 2)], axis=1),
+            np.stack([np.concatenate([first, last]), np.tile(rows + 1, 2)], axis=1),
+        ])[np.tile(mask.any(axis=1), 4)].astype(np.float32)  # corners of the first and last pixel of each row
+        hull = cv2.convexHull(ends)[:, 0].astype(np.float64)
+        sides = np.roll(hull, -1, axis=0) - hull
+        normals = np.stack([-sides[:, 1], sides[:, 0]], axis=1) / np.linalg.norm(sides, axis=1, keepdims=True)
+        across = hull @ normals.T
+        between = hull[:, None] - hull[None]
+        areas[index] = abs(np.sum(hull[:, 0] * np.roll(hull[:, 1], -1) - np.roll(hull[:, 0], -1) * hull[:, 1])) / 2
+        feret[index] = np.sqrt((between**2).sum(-1).max()), np.ptp(across, axis=0).min()
+    return areas, feret
+
+
+def _nearest(
+    centroids: npt.NDArray[np.float64], class_index: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float64]:
+    """Distance of each centroid to the nearest other one of its class; NaN where there is none."""
+    spatial = require("scipy.spatial", "results", "find the neighbors of regions")
+    nearest = np.full(len(centroids), np.nan)
+    for index in np.unique(class_index):
+        of_class = np.flatnonzero(class_index == index)
+        if len(of_class) > 1:
+            distances, _ = spatial.cKDTree(centroids[of_class]).query(centroids[of_class], k=2)
+            nearest[of_class] = distances[:, 1]
+    return nearest
 
 
 def _without_small(numbers: npt.NDArray[Any], count: int, smallest: int) -> tuple[npt.NDArray[np.int32], int]:

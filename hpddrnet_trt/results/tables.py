@@ -24,7 +24,8 @@ FRACTIONS = ("class", "pixels", "fraction", "area_um2")
 REGIONS = (
     "region", "class", "area_px", "area_um2", "equivalent_diameter_px", "equivalent_diameter_um", "centroid_x_px",
     "centroid_y_px", "major_axis_px", "minor_axis_px", "orientation_deg", "left_px", "top_px", "width_px", "height_px",
-    "touches_border",
+    "touches_border", "perimeter_px", "circularity", "solidity", "aspect_ratio", "feret_max_px", "feret_min_px",
+    "neighbors", "nearest_px", "weight",
 )  # fmt: skip
 Row = Sequence[str | int]
 
@@ -42,8 +43,8 @@ def fraction_row(entry: AreaFraction) -> list[str | int]:
 def write_regions(path: str | Path, regions: Regions) -> Path:
     """Write one row a region, columns :data:`REGIONS` as :class:`~hpddrnet_trt.results.regions.Regions` defines them.
 
-    ``touches_border``: 1 or 0. Lengths are in pixels; multiply by the pixel size for those without a column of
-    their own.
+    ``touches_border``: 1 or 0; ``aspect_ratio``: of the Feret diameters. Lengths are in pixels; multiply by the pixel
+    size for those without a column of their own.
     """
     return write_rows(path, REGIONS, _region_rows(regions))
 
@@ -79,6 +80,14 @@ def _region_rows(regions: Regions) -> Iterator[Row]:
             number(regions.orientation_deg[index]),
             left, top, width, height,
             int(regions.touches_border[index]),
+            number(regions.perimeter_px[index]),
+            number(regions.circularity[index]),
+            number(regions.solidity[index]),
+            number(regions.feret_px[index, 0] / regions.feret_px[index, 1]),
+            *map(number, regions.feret_px[index]),
+            int(regions.neighbors[index]),
+            number(regions.nearest_px[index]),
+            number(regions.weight[index]),
         ]  # fmt: skip
 
 

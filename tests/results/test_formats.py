@@ -124,7 +124,7 @@ def _column(name: str) -> Callable[[Path], Read]:
 
 READERS = {
     "png": _png, "tiff": _tiff, "ome-tiff": _ome_tiff, "ome-zarr": _ome_zarr, "rois": _rois,
-    "regions": _column("area_px"), "confidence": _tiff, "fractions": _column("pixels"),
+    "regions": _column("area_px"), "grains": _column("area_px"), "confidence": _tiff, "fractions": _column("pixels"),
 }  # fmt: skip
 
 
