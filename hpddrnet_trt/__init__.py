@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from hpddrnet_trt.export.rebuild import rebuild_engine
     from hpddrnet_trt.inference import Segmenter, load_segmenter
     from hpddrnet_trt.inference.result import Provenance, Segmentation
+    from hpddrnet_trt.packages import PackageSettings, package_model
     from hpddrnet_trt.stream import State, Stream, StreamResult, StreamStatistics
 
 __version__ = "0.1.0"
 __all__ = [
     "Domain",
     "Micrograph",
+    "PackageSettings",
     "Provenance",
     "Segmentation",
     "Segmenter",
@@ -26,6 +28,7 @@ __all__ = [
     "StreamStatistics",
     "__version__",
     "load_segmenter",
+    "package_model",
     "read_micrograph",
     "rebuild_engine",
 ]
@@ -35,6 +38,8 @@ _HOMES = {
     "Micrograph": "data.micrograph",
     "read_micrograph": "data.micrograph",
     "rebuild_engine": "export.rebuild",
+    "PackageSettings": "packages",
+    "package_model": "packages",
     "Provenance": "inference.result",
     "Segmentation": "inference.result",
     "Segmenter": "inference",

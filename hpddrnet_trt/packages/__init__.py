@@ -7,8 +7,8 @@ picture with the labels that belong to it. :data:`FORMATS` holds which there are
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.packages.bioimageio import bioimageio_files
@@ -19,18 +19,16 @@ from hpddrnet_trt.packages.czann import czann_files
 __all__ = ["FORMATS", "PackageFormat", "PackageSettings", "adopt_package", "package_model"]
 
 
-@dataclass(frozen=True)
-class PackageFormat:
-    """A kind of package: its ending, who reads it, and the function that makes its files."""
+class PackageFormat(NamedTuple):
+    """A kind of package: its ending, and what makes its files."""
 
     ending: str
-    readers: str
     files: Callable[[Packed, PackageSettings], Files]
 
 
 FORMATS = {
-    "bioimageio": PackageFormat(".zip", "Fiji, ilastik, QuPath, napari and others", bioimageio_files),
-    "czann": PackageFormat(".czann", "ZEN and arivis", czann_files),
+    "bioimageio": PackageFormat(".zip", bioimageio_files),
+    "czann": PackageFormat(".czann", czann_files),
 }
 
 

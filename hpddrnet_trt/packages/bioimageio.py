@@ -11,7 +11,6 @@ import io
 import json
 import re
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,11 @@ from hpddrnet_trt import __version__
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import decoded_text, existing_file, read_file, sha256_of
 from hpddrnet_trt.core.manifest import AxisRange, Manifest
-from hpddrnet_trt.core.protobuf import protobuf_fields
 from hpddrnet_trt.data.catalog import ENTRIES
 from hpddrnet_trt.data.labels import overlay
 from hpddrnet_trt.data.preprocess import admitted_size
 from hpddrnet_trt.export.describe import describe
+from hpddrnet_trt.graph.check import load_checked
 from hpddrnet_trt.packages.contents import (
     Arrays,
     Files,
@@ -87,7 +86,7 @@ def bioimageio_files(packed: Packed, settings: PackageSettings) -> Files:
         "onnx": {
             "source": MODEL,
             "sha256": hashlib.sha256(content).hexdigest(),
-            "opset_version": _opset(packed.path),
+            "opset_version": max(entry.version for entry in load_checked(packed.path).opset_import if not entry.domain),
         }
     }
     text = yaml.safe_dump(description, sort_keys=False, allow_unicode=True, width=120)
@@ -253,14 +252,3 @@ def _documentation(packed: Packed, description: Record) -> str:
         *([re.sub(r"^#", "##", text, flags=re.MULTILINE)] if text else []),
         f"Written by hpddrnet-trt {__version__}.", "",
     ])  # fmt: skip
-
-
-def _opset(path: Path) -> int:
-    """Version of the ONNX operators that the file uses (field 8 of ModelProto; its domain 1, its version 2)."""
-    with path.open("rb") as stream:
-        for field in protobuf_fields(stream, 0, path.stat().st_size):
-            if field.number == 8:
-                parts = {part.number: part for part in protobuf_fields(stream, field.start, field.end)}
-                if 1 not in parts or not parts[1].read(stream, 100).strip(b"ai.onx"):
-                    return parts[2].value
-    raise UsageError(f"{path} names no version of its operators; export it again")

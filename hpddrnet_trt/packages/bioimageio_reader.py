@@ -13,7 +13,7 @@ import stat
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,11 +47,12 @@ DESCRIPTIONS = ("rdf.yaml", "bioimageio.yaml", "model.yaml")
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
 _NONSENSE = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 _AXES = {"b": "batch", "c": "channel", "y": "y", "x": "x"}  # letters of version 0.4
-_WITHOUT_EFFECT = {"ensure_dtype", "softmax"}  # on which class a pixel gets, or on grey levels
 Record = dict[str, Any]
 
 
-def adopt_package(source: str | Path, target: str | Path, given: Record) -> Manifest:
+def adopt_package(
+    source: str | Path, target: str | Path, given: Record, *, images: Sequence[Path] = ()
+) -> Manifest:
     """Write the ONNX segmenter in a bioimage.io package as a file of this package, and return its description.
 
     ``given``: fields of :class:`~hpddrnet_trt.export.adopt.AdoptSettings` that count before what the package says. A
@@ -79,7 +80,7 @@ def adopt_package(source: str | Path, target: str | Path, given: Record) -> Mani
             raise _bad(source, str(exc)) from exc
         except _NONSENSE as exc:
             raise _bad(source, f"its description does not follow the format ({one_line(exc)})") from exc
-        return adopt(model, target, AdoptSettings(**{**found, **given}))
+        return adopt(model, target, AdoptSettings(**{**found, **given}), images=images)
 
 
 class _Package:
@@ -232,7 +233,7 @@ def _classes(tensor: Record) -> list[ClassInfo]:
         names = [f"class {index}" for index in range(size)] if isinstance(size, int) and size < 256 else []
     for step, values in _steps(tensor, "postprocessing"):
         halved = step == "sigmoid" or (step == "binarize" and values.get("threshold") == 0.5)
-        if step not in _WITHOUT_EFFECT and not (halved and len(names) == 1):
+        if step not in ("ensure_dtype", "softmax") and not (halved and len(names) == 1):
             raise BadInputFile(f"its scores go through {step!r}, so they are not those of one class for each pixel")
     if not names:
         raise BadInputFile("it does not say how many classes there are; give --classes")
@@ -253,7 +254,8 @@ def _grey_levels(tensor: Record, axes: dict[str, Record]) -> tuple[Normalization
     data = data[0] if isinstance(data, list) else data
     kind, most = str(data.get("type", "float32")), (data.get("range") or [None, None])[1]
     white = {"uint8": 255, "uint16": 65535}.get(kind, most)
-    steps, intensity = _steps(tensor, "preprocessing"), None
+    steps = [step for step in _steps(tensor, "preprocessing") if not _keeps_values(*step, kind)]
+    intensity = None
     if steps and steps[0][0] == "scale_range" and _over_the_picture(steps[0][1], axes):
         low, high = (float(steps[0][1].get(f"{end}_percentile", usual)) for end, usual in (("min", 0), ("max", 100)))
         intensity, white, steps = IntensityRecord(unit="percentile", black=low, white=high), 1, steps[1:]
@@ -266,8 +268,6 @@ def _grey_levels(tensor: Record, axes: dict[str, Record]) -> tuple[Normalization
         elif name.endswith("zero_mean_unit_variance") and "mean" in values:
             gain = 1 / _by_channel(values["std"])
             offset = -_by_channel(values["mean"]) * gain
-        elif name in _WITHOUT_EFFECT:
-            continue
         else:
             raise BadInputFile(
                 f"its pictures go through {name!r}, which depends on each picture; give --normalization to do without, "
@@ -278,6 +278,11 @@ def _grey_levels(tensor: Record, axes: dict[str, Record]) -> tuple[Normalization
         raise BadInputFile("its preprocessing makes white darker than black; give --normalization")
     means = {"mean": (-shift / factor).tolist(), "std": (1 / factor).tolist()}
     return Normalization.model_validate(means), intensity
+
+
+def _keeps_values(name: str, values: Record, kind: str) -> bool:
+    """Whether a step changes the type of grey values only."""
+    return name == "ensure_dtype" and (str(values["dtype"]).startswith("float") or values["dtype"] == kind)
 
 
 def _by_channel(values: Any) -> npt.NDArray[np.float64]:

@@ -37,7 +37,11 @@ NEW: Record = {
     "format_version": "0.5.3", "type": "model", "name": "stranger", "license": "CC-BY-4.0",
     "inputs": [{
         "id": "raw", "axes": [{"type": "batch"}, {"type": "channel", "channel_names": ["a", "b", "c"]}, *SPACE],
-        "data": {"type": "uint8"}, "preprocessing": [{"id": "scale_linear", "kwargs": {"gain": 1 / 255}}],
+        "data": {"type": "uint8"}, "preprocessing": [
+            {"id": "ensure_dtype", "kwargs": {"dtype": "float32"}},
+            {"id": "scale_linear", "kwargs": {"gain": 1 / 255}},
+            {"id": "ensure_dtype", "kwargs": {"dtype": "float32"}},
+        ],
     }],
     "outputs": [{
         "id": "out", "axes": [{"type": "batch"}, {"type": "channel", "channel_names": ["dark", "middle", "bright"]},
@@ -129,6 +133,7 @@ LEVELS: dict[str, tuple[Record, tuple[Record, ...], float, float, IntensityRecor
         {"id": "ensure_dtype", "kwargs": {"dtype": "float32"}},
     ), 191.25, 31.875, None),
     "range of the picture": ({"type": "float32"}, (
+        {"id": "ensure_dtype", "kwargs": {"dtype": "float32"}},
         {"id": "scale_range", "kwargs": {"axes": ["channel", "y", "x"], "min_percentile": 1, "max_percentile": 99.8}},
     ), 0, 255, IntensityRecord(unit="percentile", black=1, white=99.8)),
 }  # fmt: skip
@@ -138,7 +143,7 @@ LEVELS: dict[str, tuple[Record, tuple[Record, ...], float, float, IntensityRecor
 def test_grey_levels(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, steps, mean, std, intensity = LEVELS[case]
     package = packed(tmp_path, change=lambda told: preprocessed(told, *steps, **data))
-    monkeypatch.setattr(bioimageio_reader, "adopt", lambda source, target, settings: settings)
+    monkeypatch.setattr(bioimageio_reader, "adopt", lambda source, target, settings, images: settings)
     told: Any = adopt_package(package, tmp_path / "a.onnx", {})  # the settings of an adoption
     assert told.normalization.mean == pytest.approx((mean,) * 3)
     assert told.normalization.std == pytest.approx((std,) * 3)
@@ -184,6 +189,8 @@ REFUSED: dict[str, tuple[str, Change]] = {
         {"id": "scale_range", "kwargs": {"reference_tensor": "raw"}}])),
     "no white": ("does not say which value is white", with_input(data={"type": "float32"})),
     "darker": ("makes white darker", with_input(preprocessing=[{"id": "scale_linear", "kwargs": {"gain": -1}}])),
+    "rounded in between": ("go through 'ensure_dtype'", with_input(preprocessing=[
+        {"id": "scale_linear", "kwargs": {"gain": 2}}, {"id": "ensure_dtype", "kwargs": {"dtype": "int8"}}])),
     "infinite": ("does not follow the format", with_input(preprocessing=[
         {"id": "scale_linear", "kwargs": {"gain": 1e-320}}])),
     "several of a pixel": ("scores go through 'sigmoid'", lambda told: told["outputs"][0].update(
