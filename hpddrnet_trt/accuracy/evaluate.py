@@ -27,6 +27,7 @@ from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
 from hpddrnet_trt.data.intensity import FullScale, range_of
+from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
 
@@ -288,10 +289,10 @@ def matched(segmenter: Segmenter, dataset: FolderDataset) -> tuple[Segmenter, Fo
 
 def samples_of(
     dataset: FolderDataset, split: str, title: str, *, progress: bool = True
-) -> Iterator[tuple[Sample, Grey8, Grey8]]:
-    """Every sample of a split with its 8-bit image and its mask, one at a time, under a progress bar."""
+) -> Iterator[tuple[Sample, Micrograph, Grey8]]:
+    """Every sample of a split with its image in 8 bits and its mask, one at a time, under a progress bar."""
     for sample in progress_bar(dataset.split(split), desc=title, unit="image", show=progress):
-        yield sample, *dataset.load(sample)
+        yield sample, *dataset.read(sample)
 
 
 def assess(
@@ -305,8 +306,9 @@ def assess(
 ) -> Assessment:
     """Scores of ``segmenter`` on one split, and those of every image.
 
-    Images are brought to 8 bits by the dataset, as in training, and keep their own size, as in
-    mmsegmentation's test loop; areas are summed over the split (see :mod:`hpddrnet_trt.core.metrics`).
+    Images are brought to 8 bits by the dataset, as in training, and by the segmenter to the pixel size of the training,
+    where both are known. Labels are compared at the images' own size, as in mmsegmentation's test loop, and areas
+    summed over the split (see :mod:`hpddrnet_trt.core.metrics`).
 
     Area, objects, sizes and boundaries of each image are measured in truth and prediction alike
     (:mod:`hpddrnet_trt.accuracy.measurements`).
@@ -325,15 +327,15 @@ def assess(
     total = LabelComparison(len(dataset.classes))
     images: list[ImageResult] = []
     ranking = _Ranking(worst)
-    for sample, grey, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
-        labels = segmenter.segment(grey).labels
+    for sample, image, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
+        labels = segmenter.segment(image).labels
         matrix = LabelComparison(len(dataset.classes))
         matrix.update(labels, mask)
         total.add(matrix)
         height, width = mask.shape
-        measured = measure(mask, labels, len(dataset.classes), dataset.pixel_size_m)
+        measured = measure(mask, labels, len(dataset.classes), image.pixel_size_m)
         images.append(ImageResult(sample.name, sample.group, height, width, matrix.counts, matrix.scores(), measured))
-        ranking.offer(images[-1], grey, mask, labels)
+        ranking.offer(images[-1], image.pixels, mask, labels)
     return Assessment(origin, dataset.classes, images, total.counts, total.scores(), ranking.pictures)
 
 

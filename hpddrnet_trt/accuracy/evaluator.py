@@ -22,6 +22,7 @@ from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
 from hpddrnet_trt.graph.model import save_model
 from hpddrnet_trt.graph.nodes import copied
@@ -129,7 +130,7 @@ class AccuracyEvaluator:
         against_masks, against_reference = LabelComparison(len(names)), LabelComparison(len(names))
         candidate, _ = matched(candidate, self._dataset)
 
-        def add(index: int, image: Labels, mask: Labels) -> None:
+        def add(index: int, image: Micrograph, mask: Labels) -> None:
             result = candidate.segment(image)
             self._check_tiles(index, image, _tile_of(result))
             labels = result.labels
@@ -174,7 +175,7 @@ class AccuracyEvaluator:
     def _measure_reference(self, reference: Segmenter, digest: hashlib._Hash) -> Scores:
         comparison = LabelComparison(len(self._dataset.class_names))
 
-        def add(index: int, image: Labels, mask: Labels) -> None:
+        def add(index: int, image: Micrograph, mask: Labels) -> None:
             result = reference.segment(image)
             labels, self._tiles[index] = result.labels, _tile_of(result)
             digest.update(np.ascontiguousarray(labels).data)
@@ -191,16 +192,16 @@ class AccuracyEvaluator:
             )
         return comparison.scores()
 
-    def _check_tiles(self, index: int, image: Labels, tile: tuple[int, int] | None) -> None:
+    def _check_tiles(self, index: int, image: Micrograph, tile: tuple[int, int] | None) -> None:
         if tile != self._tiles[index]:
-            height, width = image.shape[:2]
+            height, width = image.pixels.shape
             raise ContractError(
                 f"a micrograph of {height} x {width} pixels runs {_how(tile)} in this model and "
                 f"{_how(self._tiles[index])} in the FP32 reference, so the difference would not be of precision alone; "
                 f"use a model that takes {height} x {width}, or a dataset with smaller micrographs"
             )
 
-    def _each(self, title: str | None, use: Callable[[int, Labels, Labels], None]) -> None:
+    def _each(self, title: str | None, use: Callable[[int, Micrograph, Labels], None]) -> None:
         shown = self._progress and title is not None
         samples = samples_of(self._dataset, self._split, title or "", progress=shown)
         for index, (_, image, mask) in enumerate(samples):

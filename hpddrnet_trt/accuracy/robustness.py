@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.text import percent
 from hpddrnet_trt.data.augment import SHIFTS, Shift
 from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.inference import Segmenter
 
 TOLERANCE = 0.05  # of mIoU: what a working range may lose
@@ -156,12 +157,12 @@ class _Run:
         self.matrix = LabelComparison(num_classes)
         self.reason: str | None = None
 
-    def add(self, segmenter: Segmenter, image: Grey8, mask: Grey8, rng: np.random.Generator) -> None:
+    def add(self, segmenter: Segmenter, image: Micrograph, mask: Grey8, rng: np.random.Generator) -> None:
         if self.reason is not None:
             return
-        shifted, labels = self.shift(image, mask, self.value, rng)
-        try:
-            self.matrix.update(segmenter.segment(shifted).labels, labels)
+        shifted, labels = self.shift(image.pixels, mask, self.value, rng)
+        try:  # also a magnified image states its pixel size as before: the model is to be led astray
+            self.matrix.update(segmenter.segment(replace(image, pixels=shifted)).labels, labels)
         except ContractError as exc:
             if not self.shift.resizes:
                 raise

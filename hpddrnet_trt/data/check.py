@@ -20,6 +20,7 @@ from hpddrnet_trt.core.errors import BadInputFile
 from hpddrnet_trt.core.files import atomic_path
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.core.progress import progress_bar
+from hpddrnet_trt.core.text import length
 from hpddrnet_trt.data.datasets import (
     SPLITS,
     Layout,
@@ -152,6 +153,7 @@ class _Scan:
         self.grey_levels: dict[str, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros(256, np.int64))
         self.labels: dict[str, dict[Sample, npt.NDArray[np.int64]]] = defaultdict(dict)
         self.same_pixels: dict[str, list[tuple[str, str]]] = defaultdict(list)  # hash -> (split, file)
+        self.pixel_sizes: set[float | None] = set()
         self.groups: dict[str, set[str]] = defaultdict(set)
         self.colors = MaskColors()
 
@@ -167,6 +169,7 @@ class _Scan:
             report.unreadable.append(str(exc))
             return
         pixels = micrograph.pixels
+        self.pixel_sizes.add(micrograph.pixel_size_m)
         report.remarks += [f"{self._name(sample.image)}: {remark}" for remark in micrograph.remarks]
         header = f"{pixels.dtype} {pixels.shape} ".encode()
         digest = hashlib.sha256(header + pixels.tobytes()).hexdigest()
@@ -216,6 +219,10 @@ class _Scan:
         kinds = sorted({kind for split_report in splits.values() for kind in split_report.pixel_types})
         if len(kinds) > 1:
             warnings.append(f"pictures of different depth are mixed ({', '.join(kinds)}); see the remarks of each")
+        if len(self.pixel_sizes) > 1:
+            known = [length(size) for size in sorted(size for size in self.pixel_sizes if size is not None)]
+            unknown = ", unknown of others" if None in self.pixel_sizes else ""
+            warnings.append(f"pixels of different size are mixed ({', '.join(known)}{unknown}); see docs/training.md")
         if "test" not in splits:
             warnings.append("there is no test split")
         if others := passed_over(self.root, layout):
@@ -390,7 +397,8 @@ def _draw_pair(
     classes: Sequence[ClassInfo],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    grey, mask = read_pair(sample)
+    micrograph, mask = read_pair(sample)
+    grey = micrograph.pixels
     drawn = overlay(grey, mask, [entry.color for entry in classes], alpha=_ALPHA)
     x, y = corner
     sheet.paste(Image.fromarray(_fit(np.stack([grey] * 3, axis=2))), (x, y))

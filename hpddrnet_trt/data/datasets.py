@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.magnification import rescaling
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
@@ -22,6 +23,7 @@ from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, descrip
 from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.labels import MaskColors, read_mask
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
+from hpddrnet_trt.data.preprocess import magnified, nearest, scaled_size
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +145,9 @@ class FolderDataset:
 
     ``remarks`` holds what had to be assumed (class names, for example). ``intensity_range``: which grey values are
     black and white in the 8-bit pictures that :meth:`load` gives, those of the model that they are for
-    (``replace(dataset, intensity_range=range_of(manifest.intensity))``).
+    (``replace(dataset, intensity_range=range_of(manifest.intensity))``). ``pixel_size_m``: metres, of pictures that
+    state none of their own. ``common_pixel_size_m``: pictures that :meth:`load` gives are brought to it, and masks too,
+    where their own is known and differs by more than :data:`~hpddrnet_trt.core.magnification.TOLERANCE`.
     """
 
     root: Path
@@ -155,6 +159,7 @@ class FolderDataset:
     pixel_size_m: float | None = None
     remarks: tuple[str, ...] = ()
     intensity_range: IntensityRange = None
+    common_pixel_size_m: float | None = None
     colors: MaskColors = field(default_factory=MaskColors, compare=False, repr=False)
 
     @classmethod
@@ -234,19 +239,35 @@ class FolderDataset:
         return replace(self, samples={**self.samples, split: kept})
 
     def load(self, sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """Read one sample: grey picture and mask, both uint8 ``[H, W]``.
+        """Read one sample: grey picture and mask, both uint8 ``[H, W]``, at the common pixel size.
+
+        Raises as :meth:`read` does.
+        """
+        micrograph, mask = self.read(sample)
+        grey, common = micrograph.pixels, self.common_pixel_size_m
+        if common is None:
+            return grey, mask
+        height, width = mask.shape
+        factor = rescaling(micrograph.pixel_size_m, (common, common), (height, width)).factor
+        size = scaled_size(height, width, 1.0 if factor is None else factor)
+        return (grey, mask) if size == mask.shape else (magnified(grey, *size), nearest(mask, *size))
+
+    def read(self, sample: Sample) -> tuple[Micrograph, npt.NDArray[np.uint8]]:
+        """Read one sample as it is: the micrograph in 8 bits, and its mask, both uint8 ``[H, W]``.
 
         A mask drawn over the whole file loses the rows of the information bar as the picture does.
         Raises :class:`BadInputFile` for sizes that differ or values outside the classes.
         """
-        grey, mask = read_pair(sample, self.intensity_range, self.colors)
+        micrograph, mask = read_pair(sample, self.intensity_range, self.colors)
         unknown = unknown_values(np.bincount(mask.ravel(), minlength=256), len(self.classes))
         if unknown:
             raise BadInputFile(
                 f"mask {sample.mask} holds the value {unknown[0]}, which is not one of the {len(self.classes)} "
                 f"classes (0 to {len(self.classes) - 1}) nor {IGNORE_INDEX} (ignore); correct the mask or the classes"
             )
-        return grey, mask
+        if micrograph.pixel_size_m is None:
+            micrograph = replace(micrograph, pixel_size_m=self.pixel_size_m)
+        return micrograph, mask
 
     def checksum(self) -> str:
         """SHA-256 over splits, names and file contents of all images and masks.
@@ -280,8 +301,8 @@ def without_bar(mask: npt.NDArray[np.uint8], micrograph: Micrograph) -> npt.NDAr
 
 def read_pair(
     sample: Sample, intensity_range: IntensityRange = None, colors: MaskColors | None = None
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Read picture (as 8-bit grey) and mask of one sample and see that their sizes, and the ``colors``, agree."""
+) -> tuple[Micrograph, npt.NDArray[np.uint8]]:
+    """Read picture (in 8 bits) and mask of one sample and see that their sizes, and the ``colors``, agree."""
     micrograph = read_micrograph(sample.image)
     grey = to_grey8(micrograph.pixels, intensity_range).pixels
     mask = without_bar(read_mask(sample.mask, colors=colors), micrograph)
@@ -290,7 +311,7 @@ def read_pair(
             f"{sample.image} is {grey.shape[1]} x {grey.shape[0]} pixels but its mask {sample.mask} is "
             f"{mask.shape[1]} x {mask.shape[0]}; a mask has the size of its image"
         )
-    return grey, mask
+    return replace(micrograph, pixels=grey), mask
 
 
 def missing_splits(present: Collection[str], *wanted: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class DescribedFile(_Lenient):
     split: str
     name: str
     group: str | None = None
+    pixel_size_m: float | None = None  # metres; that of the description where the file has none of its own
 
 
 class DatasetDescription(_Lenient):
@@ -110,6 +112,34 @@ def description_of(root: Path) -> DatasetDescription:
     """What the ``dataset.json`` of ``root`` says; an empty description where there is none."""
     path = root / FILE_NAME
     return read_description(path) if path.is_file() else DatasetDescription()
+
+
+def stated_pixel_size(image: Path) -> float | None:
+    """Metres a pixel of ``image`` has by the ``dataset.json`` of the dataset that it lies in; None where none says so.
+
+    It may make no sense.
+    """
+    for root in image.parents[1:]:
+        below = image.relative_to(root).parts
+        if not {"images", "imgs"}.intersection(below[:2]):
+            continue
+        path = root / FILE_NAME
+        if path.is_file():
+            try:
+                of_all, own = _pixel_sizes(path, path.stat().st_mtime_ns)
+            except (BadInputFile, OSError):
+                return None  # whoever opens the dataset is told
+            name = Path(*below[2:]).with_suffix("").as_posix().removesuffix("_leftImg8bit")
+            return next((own[split, name] for split in below[:2] if (split, name) in own), of_all)
+    return None
+
+
+@lru_cache(maxsize=16)
+def _pixel_sizes(path: Path, _modified_ns: int) -> tuple[float | None, dict[tuple[str, str], float]]:
+    """What a ``dataset.json`` says of all pictures, and of each by split and name."""
+    description = read_description(path)
+    own = {(file.split, file.name): file.pixel_size_m for file in description.files if file.pixel_size_m is not None}
+    return description.pixel_size_m, own
 
 
 def write_description(path: str | Path, description: DatasetDescription) -> Path:

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
+from hpddrnet_trt.core.magnification import plausible
 from hpddrnet_trt.data import vendors
 from hpddrnet_trt.data.decode import decode
 from hpddrnet_trt.data.decoded import MAX_PIXELS, Decoded
+from hpddrnet_trt.data.description import FILE_NAME, stated_pixel_size
 from hpddrnet_trt.data.info_bar import find_info_bar, has_drawn_rows
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ def read_micrograph(
     RGB whose channels are equal becomes that grey; real colour becomes luminance (ITU-R BT.601)
     with a remark. Other integer and float types become float32. The pixel size comes from the metadata of
     Thermo Fisher/FEI, Zeiss, TESCAN, Hitachi, JEOL, Gatan, OME-TIFF and ImageJ, in the file or beside it
-    (:mod:`hpddrnet_trt.data.vendors`), and is None when unknown or contradicted.
+    (:mod:`hpddrnet_trt.data.vendors`), and is None when unknown or contradicted. Of a dataset's picture, what its
+    ``dataset.json`` states comes first.
 
     ``info_bar``: what is cut off below. ``"auto"``: what the metadata say, checked against the picture, or else a
     bar found in the picture; ``"metadata"``: only what they say; ``"none"``: nothing; a number: that many rows are
@@ -70,12 +73,17 @@ def read_micrograph(
     info = vendors.resolve([*decoded.metadata, *vendors.read_sidecars(path, (width, height))])
     kept, bar_remarks, rescaled = _picture_rows(pixels, info, info_bar, path)
     remarks = [*decoded.remarks, *info.remarks, *picture_remarks, *bar_remarks]
+    size = (None, None) if rescaled else (info.pixel_size_m, info.pixel_size_source)
+    stated = stated_pixel_size(path)
+    if stated is not None and plausible(stated):
+        size = stated, FILE_NAME
+    elif stated is not None:
+        remarks.append(f"{FILE_NAME} states pixels of {stated:g} m, which no microscope has: this is passed over")
     bar = (kept, height) if kept < height else None
     if bar is not None:
         remarks.append(f"the information bar (rows {bar[0]} to {bar[1] - 1}) is cut off")
     for remark in remarks:
         log.warning("%s: %s", path, remark)
-    size = (None, None) if rescaled else (info.pixel_size_m, info.pixel_size_source)
     return Micrograph(np.ascontiguousarray(pixels[:kept]), path, size[0], bar, tuple(remarks), info.vendor, size[1])
 
 

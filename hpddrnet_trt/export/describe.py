@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hpddrnet_trt.core.magnification import in_words
 from hpddrnet_trt.core.manifest import (
     DomainRecord,
     EngineRecord,
@@ -57,6 +58,9 @@ def _sections(manifest: Manifest, path: str | Path, *, layers: bool) -> Iterator
     if manifest.data is not None:
         images = f", {manifest.data.train_images} images" if manifest.data.train_images else ""
         yield "trained on", [f"{manifest.data.name}{images} (licence: {manifest.data.license or 'not stated'})"]
+        if (sizes := manifest.data.read_at_m) is not None:
+            brought = "" if manifest.data.common_pixel_size_m is None else ", to which all pictures were brought"
+            yield "pixel size", [f"{in_words(sizes)}{brought}"]
     if manifest.domain is not None:
         yield "domain", _domain(manifest, manifest.domain)
     if manifest.checkpoint_sha256:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import existing_file
-from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, NetworkConfig
+from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, NetworkConfig, PixelSize
 from hpddrnet_trt.data.augment import AugmentConfig
 from hpddrnet_trt.data.datasets import Layout
 from hpddrnet_trt.models.network import VARIANTS, network_config
@@ -78,6 +78,10 @@ class DataSection(_Section):
     train_split: str = "train"
     val_split: str = "val"
     separate_groups: bool = False  # leave out training images of specimens that other splits hold as well
+    pixel_size_m: PixelSize | None = None  # metres, of pictures that state none of their own
+    # Pixel size that pictures are brought to before crops are taken, in metres; median: of the training pictures, where
+    # these differ; own: as they are.
+    common_pixel_size: Literal["median", "own"] | PixelSize = "median"
     normalization: Literal["dataset", "imagenet"] = "dataset"
     cache_megabytes: int = Field(default=1024, ge=0)  # decoded images kept in memory, per worker process
     simulated: SimulationSection = SimulationSection()

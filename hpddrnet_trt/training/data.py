@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing import resource_tracker
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.magnification import TOLERANCE, PixelSizes, in_words
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, IntensityRecord, Manifest
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.augment import Augmentation
@@ -107,6 +109,7 @@ class TrainingData:
     intensity: IntensityRecord  # of the training split, or of the model that training starts from
     sha256: str
     training_images: int
+    pixel_size_m: PixelSizes | None = None  # least and greatest of the training split, where all are known
 
 
 def open_data(section: DataSection, folder: Path, start: Manifest | None = None) -> TrainingData:
@@ -131,22 +134,58 @@ def open_data(section: DataSection, folder: Path, start: Manifest | None = None)
             "groups in split %r and in others: %s; scores will flatter, see data.separate_groups",
             section.train_split, ", ".join(shared),
         )  # fmt: skip
-    intensity = None if start is None or start.class_names != dataset.class_names else start.intensity
-    if intensity is None:
-        samples = progress_bar(dataset.split(section.train_split), desc="intensity range", unit="image", delay=5)
-        intensity, remarks = training_range(read_micrograph(sample.image).pixels for sample in samples)
-        for remark in remarks:
-            log.warning("%s", remark)
-    dataset = replace(dataset, intensity_range=range_of(intensity))
+    if section.pixel_size_m is not None:
+        dataset = replace(dataset, pixel_size_m=section.pixel_size_m)
+    sizes: list[float | None] = []
+    samples = progress_bar(dataset.split(section.train_split), desc="intensity range", unit="image", delay=5)
+    intensity, remarks = training_range(_pixels(dataset, samples, sizes))
+    if start is not None and start.class_names == dataset.class_names and start.intensity is not None:
+        intensity, remarks = start.intensity, ()
+    for remark in remarks:
+        log.warning("%s", remark)
+    known = [size for size in sizes if size is not None]
+    pixel_sizes = (min(known), max(known)) if known and len(known) == len(sizes) else None
+    common = _common(section.common_pixel_size, known, pixel_sizes)
+    dataset = replace(dataset, intensity_range=range_of(intensity), common_pixel_size_m=common)
     figures = {split: dataset.statistics(split) for split in dict.fromkeys(wanted)}
     labels = {split: (entry.class_fractions, entry.ignored_fraction) for split, entry in figures.items()}
     if problems := training_problems(dataset.classes, labels, *wanted):
         raise UserError(unfit(dataset, problems))
-    statistics = figures[section.train_split]
-    absent = [name for name, part in zip(dataset.class_names, statistics.class_fractions, strict=True) if not part]
+    of_training = figures[section.train_split]
+    absent = [name for name, part in zip(dataset.class_names, of_training.class_fractions, strict=True) if not part]
     if absent:
         log.warning("no pixel of split %r is labelled %s: it is not learned", section.train_split, ", ".join(absent))
-    return TrainingData(dataset, statistics, intensity, dataset.checksum(), len(dataset.split(section.train_split)))
+    count = len(dataset.split(section.train_split))
+    return TrainingData(dataset, of_training, intensity, dataset.checksum(), count, pixel_sizes)
+
+
+def _pixels(
+    dataset: FolderDataset, samples: Iterable[Sample], sizes: list[float | None]
+) -> Iterator[npt.NDArray[Any]]:
+    """The pictures of ``samples``; ``sizes`` is told of the pixels of each, in metres."""
+    for sample in samples:
+        micrograph = read_micrograph(sample.image)
+        sizes.append(micrograph.pixel_size_m or dataset.pixel_size_m)
+        yield micrograph.pixels
+
+
+def _common(wanted: float | str, known: list[float], pixel_sizes: PixelSizes | None) -> float | None:
+    """The pixel size that pictures are brought to, where they are; says so."""
+    if pixel_sizes is None:
+        if known or isinstance(wanted, float):
+            log.warning(
+                "the pixel size of %s is not known: all are trained on as they are; data.pixel_size_m states that of "
+                "pictures that say nothing", "some training pictures" if known else "the training pictures",
+            )  # fmt: skip
+        return None
+    least, greatest = pixel_sizes
+    if wanted == "own" or (wanted == "median" and greatest <= TOLERANCE * least):
+        return None
+    common = wanted if isinstance(wanted, float) else statistics.median(known)
+    log.info(
+        "pictures of %s are brought to %s (data.common_pixel_size)", in_words(pixel_sizes), in_words((common, common))
+    )
+    return common
 
 
 def unfit(dataset: FolderDataset, problems: Sequence[str]) -> str:

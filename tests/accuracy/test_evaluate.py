@@ -20,6 +20,7 @@ from hpddrnet_trt.accuracy.evaluate import ImageResult, _Ranking, fractions, pic
 from hpddrnet_trt.accuracy.measurements import measure
 from hpddrnet_trt.accuracy.tables import table
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
+from hpddrnet_trt.core.manifest import DataRecord
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.data.datasets import FolderDataset
@@ -47,6 +48,14 @@ def test_scores_are_those_of_the_known_mistakes(found: Assessment) -> None:
         assert image.scores.pixel_accuracy == pytest.approx(accuracy)
         assert image.ignored == IGNORED_ROWS * SHAPE[1]
     assert found.ignored_fraction == pytest.approx(IGNORED_ROWS / SHAPE[0])
+
+
+def test_images_of_another_pixel_size_are_read_at_the_models_and_measured_at_their_own(dataset: FolderDataset) -> None:
+    engine = ToyEngine(manifest(data=DataRecord(name="steel", pixel_size_m=(10e-9, 10e-9))))
+    found = assess(Segmenter(engine), replace(dataset, pixel_size_m=20e-9), "test", progress=False)
+    assert {shape[2:] for shape in engine.shapes} == {tuple(-(-2 * edge // 8) * 8 for edge in SHAPE)}
+    assert {(image.height, image.width) for image in found.images} == {SHAPE}
+    assert found.counts.sum() == 5 * LABELLED_ROWS * SHAPE[1]
 
 
 @pytest.mark.parametrize(("worst", "names"), [(2, "dac"), (4, "dabec"), (9, "dabec"), (0, "")])

@@ -159,7 +159,7 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, config: Quan
     with load_segmenter(rounded, engine="onnxruntime") as segmenter:
         scores = assess(segmenter, dataset, "val", progress=False).scores
         samples = [*samples_of(dataset, "val", "", progress=False)]
-        benchmark = BenchmarkScores([BenchmarkImage(sample.name, image, mask) for sample, image, mask in samples])
+        benchmark = BenchmarkScores([BenchmarkImage(one.name, image.pixels, mask) for one, image, mask in samples])
         benchmark.add("it", [segmenter.segment(image).labels for _, image, _ in samples])
     row = benchmark.accuracy("it", None, len(dataset.classes))
     assert row is not None

@@ -37,7 +37,7 @@ def quantized(tmp_path: Path) -> Manifest:
     return manifest.replace(
         precision="int8",
         quantized_for="tensorrt",
-        data=DataRecord(name="steel", license="MIT", train_images=10),
+        data=DataRecord(name="steel", license="MIT", train_images=10, pixel_size_m=(5e-9, 8e-9)),
         calibration=CalibrationRecord(method="mse", images=7, images_sha256="0", source="here", tool="ours"),
         mixed=MixedPrecisionRecord(
             budget="a tenth", floating=["conv_seg/Conv"], layers=58, searched_on="steel/val", candidates=[],
@@ -54,6 +54,7 @@ def test_an_onnx_file(quantized: Manifest) -> None:
         "m.onnx: ONNX file, quantised for TensorRT",
         "dark, middle, bright",
         "steel, 10 images (licence: MIT)",
+        "5 nm to 8 nm a pixel",
         "uint8 [1..any, 1, 8..any, 8..any], grey levels",
         "uint8 labels [batch, height, width]",
         "convolutions as quantised: 2 int8",

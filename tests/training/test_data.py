@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.data.augment import Augmentation, AugmentConfig
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.simulate import write_dataset
+from hpddrnet_trt.training.config import DataSection
 from hpddrnet_trt.training.data import (
     BatchNumbers,
     ImageStore,
@@ -25,6 +29,7 @@ from hpddrnet_trt.training.data import (
     ValidationImages,
     augmentation_rng,
     network_seed,
+    open_data,
 )
 from hpddrnet_trt.training.module import SegmentationData
 
@@ -165,3 +170,42 @@ def test_random_streams_repeat_and_differ() -> None:
     seeds = {network_seed(seed, batch, rank) for seed in range(3) for batch in range(20) for rank in range(2)}
     assert len(seeds) == 120
     assert all(0 <= value < 2**63 for value in seeds)
+
+
+def _described(dataset: FolderDataset, sizes: list[float | None]) -> str:
+    """A copy of the description in which the training pictures have these pixel sizes."""
+    path = dataset.root / "dataset.json"
+    content = json.loads(path.read_text()) | {"pixel_size_m": None}
+    names = [sample.name for sample in dataset.split("train")]
+    content["files"] = [
+        {"split": "train", "name": name, "pixel_size_m": size} for name, size in zip(names, sizes, strict=True)
+    ]
+    path.write_text(json.dumps(content))
+    return str(dataset.root)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "known", "common"),
+    [
+        ([5e-9, 10e-9, 20e-9], {}, (5e-9, 20e-9), 10e-9),
+        ([5e-9, 10e-9, 20e-9], {"common_pixel_size": "own"}, (5e-9, 20e-9), None),
+        ([5e-9, 10e-9, 20e-9], {"common_pixel_size": 20e-9}, (5e-9, 20e-9), 20e-9),
+        ([5e-9, 5.2e-9, 5e-9], {}, (5e-9, 5.2e-9), None),
+        ([5e-9, None, 20e-9], {}, None, None),
+        ([None, None, None], {}, None, None),
+        ([None, None, None], {"pixel_size_m": 5e-9}, (5e-9, 5e-9), None),
+    ],
+)
+def test_pictures_of_several_pixel_sizes_are_brought_to_their_median(
+    tmp_path: Path, sizes: list[float | None], settings: dict[str, Any], known: Any, common: float | None
+) -> None:
+    written = write_dataset(tmp_path / "data", train=3, val=1, test=1, size=(40, 64), seed=1, progress=False)
+    data = open_data(DataSection(path=_described(written, sizes), **settings), tmp_path)
+    assert data.pixel_size_m == known
+    assert data.dataset.common_pixel_size_m == common
+    shapes = [data.dataset.load(sample)[0].shape for sample in data.dataset.split("train")]
+    if common is None:
+        assert shapes == [(40, 64)] * 3
+    else:
+        factors = [size / common for size in sizes if size is not None]
+        assert shapes == [(round(40 * factor), round(64 * factor)) for factor in factors]

@@ -103,6 +103,7 @@ def test_run_leaves_model_records_and_checkpoint(whole: TrainConfig, finished: T
     assert manifest.data.sha256 == dataset.checksum()
     assert (manifest.data.license, manifest.data.train_images) == (dataset.license, 5)
     assert manifest.data.crop == (64, 64)
+    assert manifest.data.read_at_m == pytest.approx((10e-9, 10e-9))
     assert manifest.class_names == dataset.class_names
     assert manifest.palette == dataset.palette
     grey = dataset.statistics("train")
