@@ -49,7 +49,7 @@ MODEL, INPUT, README, COVER, LICENSE = "model.onnx", "test_input.npy", "README.m
 _SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_+\- ()]+")  # what the format admits
 _NAME, _TEXT = 64, 500  # most letters of a name and a description
-_LARGE = 64  # entries of a list that the model file alone keeps
+_NUMBERS = 16  # in a row; where there are more, only the model file has them
 _OWN_PICTURES = re.compile(r"^!\[.*$\n?", re.MULTILINE)  # of a card, whose files are not in the package
 _NETWORK = {
     "text": "H. Pan, Y. Hong, W. Sun, Y. Jia, \"Deep Dual-Resolution Networks for Real-Time and Accurate Semantic "
@@ -201,13 +201,14 @@ def _tolerance(name: str, array: npt.NDArray[Any]) -> Record:
 
 
 def _without_lists(value: Any) -> Any:
-    """A description for people to read: None in place of long lists, which stay in the ONNX file."""
+    """A description for people to read: None in place of long rows of numbers, which stay in the ONNX file."""
     if isinstance(value, dict):
         kept = {name: _without_lists(entry) for name, entry in value.items()}
         return {name: entry for name, entry in kept.items() if entry is not None}
     if isinstance(value, list):
-        entries = [None] if len(value) > _LARGE else [_without_lists(entry) for entry in value]
-        return None if None in entries else entries
+        entries = [_without_lists(entry) for entry in value]
+        numbers = len(value) > _NUMBERS and isinstance(value[0], int | float)
+        return None if numbers or None in entries else entries
     return value
 
 

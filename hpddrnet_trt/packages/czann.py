@@ -100,8 +100,10 @@ def _with_ends(packed: Packed, size: tuple[int, int]) -> onnx.ModelProto:
             helper.make_node("Sub", [f"{_NAME}grey", f"{_NAME}mean"], [f"{_NAME}centered"]),
             helper.make_node("Div", [f"{_NAME}centered", f"{_NAME}std"], [source]),
         ]
+    constants["temperature"] = np.float32(manifest.temperature or 1)
     after = [
-        helper.make_node("Softmax", ["logits"], [f"{_NAME}shares"], axis=1),
+        helper.make_node("Div", ["logits", f"{_NAME}temperature"], [f"{_NAME}scores"]),
+        helper.make_node("Softmax", [f"{_NAME}scores"], [f"{_NAME}shares"], axis=1),
         helper.make_node("Transpose", [f"{_NAME}shares"], [_PROBABILITIES], perm=[0, 2, 3, 1]),
     ]
     for ends, name, channels in (

@@ -82,7 +82,7 @@ def test_a_bioimageio_package_holds_the_file_and_what_it_gives(output: str, tmp_
 
 def test_a_bioimageio_package_says_what_the_model_says(tmp_path: Path) -> None:
     domain = DomainRecord(
-        mean=[0.5] * 90, scale=[1.0] * 90, components=[[0.1] * 90] * 2, variances=[1.0, 2.0], residual=1.0,
+        mean=[0.5] * 64, scale=[1.0] * 64, components=[[0.1] * 64] * 2, variances=[1.0, 2.0], residual=1.0,
         unusual=1.5, foreign=3.0, crops=7, pictures=2,
     )  # fmt: skip
     files = written(tmp_path, "bioimageio", data=DATA, metrics={"val/miou": 0.8, "val/iou/clay": float("nan")},
@@ -162,8 +162,12 @@ def test_a_czann_file_takes_and_gives_what_zen_does(tmp_path: Path) -> None:
     assert (shares.argmax(-1) == run(model.read_bytes(), grey)[0]).mean() > 0.999
 
 
-def test_a_czann_file_knows_the_pixel_size(tmp_path: Path) -> None:
-    assert json.loads(written(tmp_path, "czann", output="logits", data=DATA)["model.json"])["Scaling"] == [4e-9, 4e-9]
+def test_a_czann_file_knows_pixel_size_and_temperature(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).random((1, 32, 40, 1), dtype=np.float32)
+    plain, hot = (written(tmp_path, "czann", output="logits", data=DATA, temperature=t) for t in (None, 4.0))
+    assert json.loads(plain["model.json"])["Scaling"] == [4e-9, 4e-9]
+    shares = run(plain["model.model"], grey)[0] ** 0.25
+    np.testing.assert_allclose(run(hot["model.model"], grey)[0], shares / shares.sum(-1, keepdims=True), rtol=1e-4)
 
 
 REFUSED: dict[str, tuple[str, str, PackageSettings, dict[str, Any]]] = {
