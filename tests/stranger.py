@@ -5,14 +5,18 @@ Two branches like PIDNet's: detail at 1/4, context at 1/8 with a global mean, ad
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpddrnet_trt.core.quiet import quiet
+from hpddrnet_trt.data.simulate import simulate
 
 Ending = Literal["low", "full", "softmax", "argmax", "binary", "sigmoid", "aux", "nan"]
 
@@ -24,13 +28,14 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 class Stranger(nn.Module):
     """``[N, channels, H, W]`` normalised; what comes out is the ``ending``'s."""
 
-    def __init__(self, classes: int = 3, channels: int = 3, ending: Ending = "low") -> None:
+    ending: Ending = "low"
+
+    def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.ending = ending
         self.stem = nn.Sequential(_block(channels, 8, 2), _block(8, 16, 2))
         self.detail, self.context = _block(16, 16, 1), _block(16, 16, 2)
         self.squeeze = nn.Conv2d(16, 16, 1)
-        self.classify = nn.Conv2d(16, 1 if ending in ("binary", "sigmoid") else classes, 1)
+        self.classify = nn.Conv2d(16, 3, 1)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
@@ -57,26 +62,54 @@ class Stranger(nn.Module):
         return full.argmax(1, keepdim=True) if self.ending == "argmax" else full
 
 
+MEAN, STD = 0.45, 0.22  # of grey levels 0..1, in every channel
+
+
+@cache
+def stranger(ending: Ending = "low", channels: int = 3) -> Stranger:
+    """One whose classes all occur in simulated micrographs."""
+    torch.manual_seed(2)
+    network = Stranger(channels=channels)
+    with torch.no_grad():
+        scores = network(normalized(simulate(96, 128, 0)[0][None], channels))
+        network.classify.weight /= scores.std((0, 2, 3))[:, None, None, None]
+        scores = network(normalized(simulate(96, 128, 0)[0][None], channels))
+        assert network.classify.bias is not None
+        network.classify.bias -= scores.mean((0, 2, 3))
+    network.ending = ending
+    if ending in ("binary", "sigmoid"):
+        one = nn.Conv2d(16, 1, 1)
+        one.load_state_dict({"weight": network.classify.weight[:1], "bias": network.classify.bias[:1]})
+        network.classify = one
+    return network.requires_grad_(False)
+
+
+def normalized(grey: npt.NDArray[np.uint8], channels: int = 3) -> Tensor:
+    """``[N, H, W]`` as the network takes it."""
+    return ((torch.from_numpy(grey)[:, None].float() / 255 - MEAN) / STD).expand(-1, channels, -1, -1)
+
+
 def write_stranger(
     path: Path,
     ending: Ending = "low",
     *,
     size: tuple[int, int, int] | None = None,
-    old: bool = False,
+    old: bool = True,
     channels: int = 3,
-    **options: Any,
 ) -> Path:
-    """``size``: batch, height and width where they are fixed. ``old``: by PyTorch's older exporter, at opset 11."""
-    torch.manual_seed(2)
-    network = Stranger(channels=channels, ending=ending)
+    """``size``: batch, height and width where they are fixed. ``old``: by PyTorch's older exporter, at opset 11; the
+    other one writes the weights into a file beside it."""
     batch, height, width = size or (2, 64, 96)
-    example = torch.zeros(batch, channels, height, width)
-    if old:
-        axes = None if size else {"input": {0: "n", 2: "h", 3: "w"}}
-        options = {"dynamo": False, "opset_version": 11, "dynamic_axes": axes, **options}
-    else:
-        dim = torch.export.Dim.DYNAMIC
-        options = {"dynamic_shapes": None if size else ({0: dim, 2: dim, 3: dim},), "verbose": False, **options}
+    options: dict[str, Any] = {"dynamo": False, "opset_version": 11}
+    if old and size is None:
+        options["dynamic_axes"] = {"input": {0: "n", 2: "h", 3: "w"}}
+    elif not old:
+        free = torch.export.Dim.DYNAMIC
+        options = {"dynamic_shapes": None if size else ({0: free, 2: free, 3: free},), "verbose": False}
+    names = ["out", "aux", "edges"] if ending == "aux" else ["result"]
     with quiet("torch.onnx", "onnxscript", "onnx_ir", hints=[".*"]), torch.no_grad():
-        torch.onnx.export(network, (example,), str(path), input_names=["input"], **options)
+        torch.onnx.export(
+            stranger(ending, channels), (torch.zeros(batch, channels, height, width),), str(path),
+            input_names=["input"], output_names=names, **options,
+        )  # fmt: skip
     return path

@@ -8,11 +8,11 @@ from hpddrnet_trt.cli.program import app, main, run
 from hpddrnet_trt.cli.inference import segment, watch
 from hpddrnet_trt.cli.data import datasets, evaluate, recipes, train
 from hpddrnet_trt.cli.model import build, calibrate, choose_precision, convert_checkpoint, export, inspect, refit
-from hpddrnet_trt.cli.packages import package
+from hpddrnet_trt.cli.packages import adopt, package
 from hpddrnet_trt.cli.measure import benchmark, compare, engines
 
 __all__ = [
-    "app", "benchmark", "build", "calibrate", "choose_precision", "compare", "convert_checkpoint", "datasets",
+    "adopt", "app", "benchmark", "build", "calibrate", "choose_precision", "compare", "convert_checkpoint", "datasets",
     "engines", "evaluate", "export", "inspect", "main", "package", "recipes", "refit", "run", "segment", "train",
     "watch",
 ]  # fmt: skip

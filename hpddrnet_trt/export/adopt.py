@@ -496,15 +496,14 @@ def _add_input(ours: _Nodes, stranger: _Stranger) -> None:
     levels = ours.add("Cast", ["image"], "input/Cast", to=TensorProto.FLOAT)
     mean, std = (values.astype(np.float64).reshape(1, -1, 1, 1) for values in (stranger.mean, stranger.std))
     levels = ours.add("Mul", [levels, ours.constant("input.factor", 1 / std)], "input/Mul")
-    levels = ours.add("Add", [levels, ours.constant("input.shift", -mean / std)], "input/Add")
-    if stranger.channels_last:
-        levels = ours.add("Transpose", [levels], "input/Transpose", perm=[0, 2, 3, 1])
-    inner = graph.input[0].name
+    inner, last = graph.input[0].name, stranger.channels_last
+    levels = ours.add("Add", [levels, ours.constant("input.shift", -mean / std)], "input/Add", None if last else inner)
+    if last:
+        ours.add("Transpose", [levels], "input/Transpose", inner, perm=[0, 2, 3, 1])
     if stranger.is_uint8:  # a uint8 tensor of three channels would be no type that TensorRT computes with
         casts = consumers(graph)[inner]
         if any(node.op_type != "Cast" or int_attribute(node, "to", 0) != TensorProto.FLOAT for node in casts):
             raise BadInputFile(f"{stranger.path} computes with a uint8 image; {_REMEDY}")
-    ours.add("Identity", [levels], "input/Identity", inner)
     del graph.input[:]
     sizes = [
         axis.fixed or name
