@@ -25,11 +25,13 @@ GALLERY_EDGE = 512  # pixels of an image shown in the report
 
 @dataclass(frozen=True)
 class Image:
-    """One test image: ``grey`` uint8 ``[H, W]`` and, where labelled, its ``mask`` uint8 of the same shape."""
+    """One test image: ``grey`` uint8 ``[H, W]`` and, where labelled, its ``mask`` uint8 of the same shape; ``group``:
+    its specimen, where known."""
 
     name: str
     grey: Grey8
     mask: Grey8 | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         if self.grey.ndim != 2 or self.grey.dtype != np.uint8 or not self.grey.size:
@@ -85,8 +87,7 @@ def load_images(
     if dataset_layout(path) is not None:
         dataset = replace(FolderDataset.open(path), intensity_range=intensity_range)
         samples = dataset.split(split)[:limit]
-        pairs = [(sample.name, *dataset.load(sample)) for sample in samples]
-        images = [Image(name, grey, mask) for name, grey, mask in pairs]
+        images = [Image(sample.name, *dataset.load(sample), sample.group) for sample in samples]
         return ImageSet(f"{dataset.name}/{split}", images, dataset.classes)
     files = image_files(path)[:limit]
     pictures = ((file.stem, to_grey8(read_micrograph(file).pixels, intensity_range).pixels) for file in files)

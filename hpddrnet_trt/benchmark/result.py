@@ -16,9 +16,10 @@ from hpddrnet_trt.benchmark.machine import GpuState, Machine
 from hpddrnet_trt.benchmark.timing import BURST_S, Ratio
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, first_problem
 from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.intervals import Interval
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, ClassInfo
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 Measure = Literal["end_to_end", "inference", "throughput"]  # as the fields of a row
 MEASURES: dict[Measure, str] = {  # what people call them
     "end_to_end": "end-to-end latency",
@@ -194,6 +195,7 @@ class Accuracy(_Record):
     masked_images: int = 0
     miou: float | None = None
     masked_miou: float | None = None  # of the classes in the masks; see hpddrnet_trt.core.metrics
+    miou_interval: Interval | None = None  # over the masked images, or their specimens
     pixel_accuracy: float | None = None
     iou: list[float | None] = []
 
@@ -350,7 +352,9 @@ def load_result(path: str | Path) -> BenchmarkResult:
             content = _from_version_2(content)
         if version in (1, 2, 3):  # one run a turn, with a rest before it
             plan = {"burst_ms": 0.0, **content["settings"]}
-            content = {**content, "schema_version": SCHEMA_VERSION, "settings": plan}
+            content = {**content, "settings": plan}
+        if version in (1, 2, 3, 4):  # mIoU without interval
+            content = {**content, "schema_version": SCHEMA_VERSION}
         return BenchmarkResult.model_validate(content)
     except (ValidationError, ValueError, AttributeError, TypeError, KeyError) as exc:
         problem = first_problem(exc, "file") if isinstance(exc, ValidationError) else str(exc)

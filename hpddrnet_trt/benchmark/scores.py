@@ -6,10 +6,12 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from hpddrnet_trt.benchmark.images import Grey8, Image
 from hpddrnet_trt.benchmark.result import Accuracy
-from hpddrnet_trt.core.metrics import LabelComparison
+from hpddrnet_trt.core.intervals import Interval
+from hpddrnet_trt.core.metrics import LabelComparison, score_intervals
 
 
 class Scores:
@@ -35,10 +37,14 @@ class Scores:
             return None
         if (label, reference) not in self._found:
             masks, equal = LabelComparison(classes), LabelComparison(classes)
+            counts, groups = [], []
             for index, image in enumerate(self._images):
                 plane = self._plane(label, index)
                 if image.mask is not None:
+                    before = masks.counts.copy()
                     masks.update(plane, image.mask)
+                    counts.append(masks.counts - before)
+                    groups.append(image.group)
                 if reference is not None:
                     equal.update(plane, self._plane(reference, index))
             scores = masks.scores()
@@ -47,6 +53,7 @@ class Scores:
                 agreement=_number(equal.agreement),
                 masked_images=masks.images,
                 miou=_number(scores.miou),
+                miou_interval=_interval(counts, groups),
                 masked_miou=_number(scores.masked_miou),
                 pixel_accuracy=_number(scores.pixel_accuracy),
                 iou=[_number(value) for value in scores.iou] if masks.images else [],
@@ -56,6 +63,12 @@ class Scores:
     def _plane(self, label: str, index: int) -> Grey8:
         shape = self._images[index].grey.shape
         return np.frombuffer(zlib.decompress(self._kept[label][index]), np.uint8).reshape(shape)
+
+
+def _interval(counts: Sequence[npt.NDArray[np.int64]], groups: Sequence[str | None]) -> Interval | None:
+    """Of the mIoU; None where there is none."""
+    found = score_intervals(counts, groups).miou if counts else None
+    return None if found is None or np.isnan(found.value) else found
 
 
 def _number(value: float) -> float | None:

@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hpddrnet_trt.benchmark.result import (
     MEASURES,
@@ -134,6 +134,13 @@ def _miou_note(line: Line) -> str:
     return "" if change is None else f"{points(change)} points"
 
 
+def _miou_interval(line: Line, part: Literal["text", "low", "high", "units"]) -> Any:
+    found = None if line.row.accuracy is None else line.row.accuracy.miou_interval
+    if found is None:
+        return None
+    return (found.text(1, 100) or None) if part == "text" else getattr(found, part)
+
+
 def _start_text(start: Start) -> str:
     return f"{number(start.load_s)} + {number(start.first_s)}"
 
@@ -178,6 +185,10 @@ COLUMNS = (
     Column("inference_max_ms", _timed("inference", "max_ms")),
     Column("images", _of("accuracy", "images")),
     Column("miou", _of("accuracy", "miou"), "accuracy", "mIoU", "change", "mIoU", percent, _miou_note),
+    Column("", lambda line: _miou_interval(line, "text"), "accuracy", "mIoU interval", "95 %", "mIoU [95 %]"),
+    Column("miou_low", lambda line: _miou_interval(line, "low")),
+    Column("miou_high", lambda line: _miou_interval(line, "high")),
+    Column("miou_units", lambda line: _miou_interval(line, "units")),
     Column("masked_miou", _of("accuracy", "masked_miou")),
     Column("agreement", _of("accuracy", "agreement"), "accuracy", "agreement", "with reference", "agreement",
            lambda value: percent(value, 3)),
@@ -237,10 +248,19 @@ def _table(result: BenchmarkResult, shape: Shape) -> Table:
 def format_table(result: BenchmarkResult) -> str:
     """A table per size and batch, then remarks, entries that did not run, and warnings."""
     text = [_block(table) for table in tables(result)]
+    text += miou_remarks(result)
     text += [f"{row.label}: {note}" for row in result.measured for note in row.notes]
     text += [f"{row.label}: {state_of(row)}: {row.reason}" for row in result.not_run]
     text += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join(text)
+
+
+def miou_remarks(result: BenchmarkResult) -> list[str]:
+    """What is to be known of the intervals of the mIoU, or why there are none; the same of all entries."""
+    found = [row.accuracy.miou_interval for row in result.measured if row.accuracy and row.accuracy.miou_interval]
+    return list(dict.fromkeys(
+        f"mIoU: {interval.remark or f'95 % interval over {interval.units} {interval.of}'}" for interval in found
+    ))  # fmt: skip
 
 
 def state_of(row: Row) -> str:

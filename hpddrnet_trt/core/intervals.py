@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -32,7 +33,7 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % interval. ``units``: how many pictures or specimens it rests on.
+    """A figure with its 95 % interval. ``units``: how many pictures or specimens it rests on; ``of``: which of both.
 
     ``value`` is NaN where the figure does not exist; ``low`` and ``high`` are None where no interval can be trusted,
     and ``remark`` then says why.
@@ -43,6 +44,7 @@ class Interval:
     high: float | None
     units: int
     remark: str | None = None
+    of: str = "pictures"
 
     def text(self, digits: int = 2, factor: float = 1.0, *, sign: bool = False) -> str:
         """E.g. ``[0.71, 0.93]``, all times ``factor``; with ``sign`` ``[-0.20, +0.71]``; empty without an interval."""
@@ -72,12 +74,19 @@ def bootstrap(
     units = len(sums)
     value = float(statistic(sums.sum(axis=0)[np.newaxis])[0]) if units else math.nan
     if units < LEAST_UNITS or math.isnan(value):
-        return Interval(value, None, None, units, too_few(units, of))
-    weights = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), draws).astype(np.float64)
-    found = statistic(np.tensordot(weights, sums, axes=1))
+        return Interval(value, None, None, units, too_few(units, of), of)
+    found = statistic(np.tensordot(resamples(units, draws, seed), sums, axes=1))
     found = found[~np.isnan(found)]
     error = float(found.std()) * math.sqrt(units / (units - 1)) if found.size else math.nan
-    return _student(value, error, units, fraction=fraction)
+    return _student(value, error, units, of, fraction=fraction)
+
+
+@lru_cache(maxsize=2)
+def resamples(units: int, draws: int = DRAWS, seed: int = 0) -> Numbers:
+    """How often each unit is in each resample, ``[draws, units]``; the same for every figure of the same units."""
+    counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), draws).astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
 def t_interval(values: npt.ArrayLike, *, of: str = "pictures", least: int = LEAST_UNITS) -> Interval:
@@ -91,8 +100,8 @@ def t_interval(values: npt.ArrayLike, *, of: str = "pictures", least: int = LEAS
     units = len(numbers)
     value = float(numbers.mean()) if units else math.nan
     if units < max(2, least):
-        return Interval(value, None, None, units, too_few(units, of, max(2, least)))
-    return _student(value, float(numbers.std(ddof=1)) / math.sqrt(units), units)
+        return Interval(value, None, None, units, too_few(units, of, max(2, least)), of)
+    return _student(value, float(numbers.std(ddof=1)) / math.sqrt(units), units, of)
 
 
 def by_unit(totals: npt.ArrayLike, groups: Sequence[str | None]) -> Numbers:
@@ -137,14 +146,14 @@ def too_few(units: int, of: str, least: int = LEAST_UNITS) -> str:
     return f"no interval: {count}, and fewer than {least} do not tell how others vary"
 
 
-def _student(value: float, error: float, units: int, *, fraction: bool = False) -> Interval:
+def _student(value: float, error: float, units: int, of: str, *, fraction: bool = False) -> Interval:
     """``value`` and its interval for a standard error."""
     half = t_quantile(units - 1) * error
     if not fraction or half == 0 or not 0 < value < 1:
-        return Interval(value, value - half, value + half, units)
+        return Interval(value, value - half, value + half, units, of=of)
     logit, half = math.log(value / (1 - value)), half / (value * (1 - value))
     low, high = (_expit(logit + side * half) for side in (-1, 1))
-    return Interval(value, low, high, units)
+    return Interval(value, low, high, units, of=of)
 
 
 def _expit(logit: float) -> float:

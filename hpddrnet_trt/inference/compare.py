@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UsageError
+from hpddrnet_trt.core.intervals import Interval, bootstrap
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.progress import progress_bar
@@ -41,6 +44,9 @@ class ComparedLabels:
             f"labels equal on {100 * self.counts.agreement:.3f} % of the pixels, on "
             f"{100 * self.counts.worst_agreement:.3f} % of the worst map",
         ]
+        mean = self._mean_agreement()
+        if mean.low is not None:
+            lines.append(f"mean of the maps {100 * mean.value:.3f} % {mean.text(3, 100)} (95 %)")
         for name, iou in self._ious().items():
             index = self.class_names.index(name)
             first, second = counts[index].sum() / total, counts[:, index].sum() / total
@@ -55,9 +61,16 @@ class ComparedLabels:
             "maps": self.counts.images,
             "agreement": self.counts.agreement,
             "worst_agreement": self.counts.worst_agreement,
+            "mean_agreement": asdict(self._mean_agreement()),
             "iou": self._ious(),
             "remarks": list(self.remarks),
         }
+
+    def _mean_agreement(self) -> Interval:
+        """Of the maps, each counting once."""
+        values = np.asarray(self.counts.image_agreements)
+        totals = np.stack([values, np.ones_like(values)], axis=1)
+        return bootstrap(totals, lambda sums: sums[:, 0] / sums[:, 1], fraction=True, of="maps")
 
     def _ious(self) -> dict[str, float]:
         return self.counts.class_ious(self.class_names)

@@ -29,7 +29,17 @@ from hpddrnet_trt.benchmark.result import (
     main_shape,
     shared_shape,
 )
-from hpddrnet_trt.benchmark.table import miou, miou_change, points, ratio_text, sentence, state_of, tables, to_csv
+from hpddrnet_trt.benchmark.table import (
+    miou,
+    miou_change,
+    miou_remarks,
+    points,
+    ratio_text,
+    sentence,
+    state_of,
+    tables,
+    to_csv,
+)
 from hpddrnet_trt.benchmark.timing import MOST_COUNTED, UNCOUNTED, Ratio, ratio_of_medians
 from hpddrnet_trt.core.files import write_bytes, write_text
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
@@ -244,6 +254,7 @@ def method(result: BenchmarkResult) -> list[str]:
         "memory above that of a Python process with numpy, so it includes the runtime's libraries.",
         "Accuracy is measured on whole images at their own size; agreement is the share of pixels labelled as the "
         "reference does. A point of mIoU is 1 %.",
+        *map(sentence, miou_remarks(result)),
         *map(sentence, result.data_notes),
     ]
 

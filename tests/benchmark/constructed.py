@@ -22,6 +22,7 @@ from hpddrnet_trt.benchmark.result import (
     Timing,
 )
 from hpddrnet_trt.benchmark.timing import Ratio
+from hpddrnet_trt.core.intervals import Interval
 from hpddrnet_trt.core.manifest import ClassInfo
 
 CLASSES = [
@@ -133,7 +134,8 @@ def _row(kind: Kind, reference: Kind, rng: np.random.Generator) -> Row:
         layers=[LayerGroups(height=1024, width=1024, batch=1,
                             groups={name: 1.1 * kind.ms * share for name, share in PARTS.items()})],
         bounds=[RooflineBound(height=1024, width=1024, batch=1, milliseconds=0.14 if kind.gpu else 88.0)],
-        accuracy=Accuracy(images=4, agreement=1 - abs(reference.miou - kind.miou), masked_images=4, miou=kind.miou,
+        accuracy=Accuracy(images=6, agreement=1 - abs(reference.miou - kind.miou), masked_images=6, miou=kind.miou,
+                          miou_interval=Interval(kind.miou, kind.miou - 0.04, kind.miou + 0.03, 6),
                           pixel_accuracy=0.95, iou=[0.9, kind.miou, 0.7]),
         environment=kind.environment,
     )  # fmt: skip

@@ -20,6 +20,14 @@ def test_results_come_back_as_they_were(measured: BenchmarkResult, tmp_path: Pat
     path.write_text(measured.to_json())
     assert load_result(path) == measured
     record = json.loads(measured.to_json())
+    before = json.loads(measured.to_json())  # as version 4 wrote it, without intervals of the mIoU
+    for row in before["rows"]:
+        if row["accuracy"]:
+            del row["accuracy"]["miou_interval"]
+    path.write_text(json.dumps({**before, "schema_version": 4}))
+    older = load_result(path)
+    assert [row.end_to_end for row in older.rows] == [row.end_to_end for row in measured.rows]
+    assert all(row.accuracy is None or row.accuracy.miou_interval is None for row in older.rows)
     record["rows"][0]["end_to_end"][0]["burst"] += 100
     path.write_text(json.dumps(record))
     with pytest.raises(BadInputFile, match="samples are no rounds of"):
@@ -39,7 +47,7 @@ def test_every_committed_result_is_read_and_reported(path: Path, tmp_path: Path)
         assert result.bound_source is not None
         assert stored["ceilings"]["device"] in result.bound_source
     assert result.settings.inference == stored["settings"].get("network_only", False)
-    assert (result.schema_version, len(result.rows)) == (4, len(stored["rows"]))
+    assert (result.schema_version, len(result.rows)) == (5, len(stored["rows"]))
     assert result.settings.burst_ms == 0  # one run a turn then
     assert {timing.burst for row in result.rows for timing in row.end_to_end} == {1}
     if stored["schema_version"] == 1:  # what was not measured then
@@ -55,7 +63,8 @@ def test_every_committed_result_is_read_and_reported(path: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"schema_version": 5}', "has the format 5 of benchmark results, this version reads up to 4"),
+        ('{"schema_version": 6}', "has the format 6 of benchmark results, this version reads up to 5"),
+        ('{"schema_version": 5}', "not a benchmark result"),
         ('{"schema_version": 4}', "not a benchmark result"),
         ('{"schema_version": 3}', "not a benchmark result"),
         ('{"schema_version": 2}', "not a benchmark result"),

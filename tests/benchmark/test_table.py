@@ -64,6 +64,7 @@ def test_each_value_stands_in_its_column(made: BenchmarkResult) -> None:
     assert found["pipelined", "images/s"] == Cell(f"{row.throughput[2].images_per_s:.2f}")
     assert found["inference", "p50"] == Cell(f"{row.inference[2].p50_ms:.0f}")
     assert found["accuracy", "mIoU"] == Cell("80.98 %", "−0.25 points")
+    assert found["accuracy", "mIoU interval"] == Cell("[77.0, 84.0]")
     assert found["peak memory", "host"] == Cell("500")
     assert found["peak memory", "GPU"] is None
     assert found["energy", "J/image"] == Cell("0.400")
@@ -102,6 +103,10 @@ def test_the_terminal_table_names_every_entry(measured: BenchmarkResult, made: B
     first, second = (line.index(word) + len(word) for line, word in zip(lines[1:4:2], ("p50 ms", "157"), strict=True))
     assert first == second  # columns are aligned
     assert "times had not become steady when timing began: PyTorch FP32 compiled" in lines
+    assert "mIoU: 95 % interval over 6 pictures" in format_table(made).splitlines()
+    said = [line for line in format_table(measured).splitlines() if line.startswith("mIoU: ")]
+    assert said == [f"mIoU: {measured.measured[0].accuracy.miou_interval.remark}"]  # type: ignore[union-attr]
+    assert said[0].startswith("mIoU: no interval: ")
 
 
 def timing(height: int, width: int, batch: int = 1) -> Timing:

@@ -43,6 +43,11 @@ def test_models_and_their_folders_agree_alike(images: list[Path], tmp_path: Path
     lines = models.text().splitlines()
     assert lines[1].startswith(f"labels equal on {100 * record['agreement']:.3f} % of the pixels")
     assert f"area {100 * np.mean(a == 2):.2f} % and {100 * np.mean(b == 2):.2f} %" in lines[-1]
+    assert record["mean_agreement"]["remark"].startswith("no interval: 2 maps")
+    assert "mean of the maps" not in models.text()
+    for _ in range(4):  # six maps
+        models.counts.image_agreements.extend(models.counts.image_agreements[:1])
+    assert f"mean of the maps {100 * np.mean(models.counts.image_agreements):.3f} % [" in models.text()
     same = compare_models(plain, plain, images, progress=False)
     assert (same.counts.agreement, same.counts.worst_agreement) == (1, 1)
 
