@@ -31,6 +31,11 @@ def segment(
         typer.Option(metavar="LENGTH", parser=parse_length, help="From one slice to the next with its unit (10nm), "
                                                                  "instead of what the files say."),
     ] = None,
+    specimen: Annotated[
+        str | None,
+        typer.Option(metavar="auto|all|REGEX", help="Pictures of one specimen, as folders or names tell, all of them, "
+                                                    "or by a part of the path: also mean fractions, specimens.csv."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="What came of it as one JSON document.")] = False,
 ) -> None:  # fmt: skip
     """Segment micrographs of any size: label maps, overlays, regions, area fractions.
@@ -47,7 +52,7 @@ def segment(
     from hpddrnet_trt.inference.folder import segment_paths
 
     with options.open_segmenter(engine) as segmenter:
-        settings = replace(options.settings(), stack=stack, spacing_m=z_spacing)
+        settings = replace(options.settings(), stack=stack, spacing_m=z_spacing, specimen=specimen)
         summary = segment_paths(segmenter, inputs, options.output, settings, split=split)
     if as_json:
         typer.echo(json.dumps(plain({"output": str(options.output), **summary.record()}), allow_nan=False))

@@ -205,6 +205,54 @@ def _bounded(shares: Numbers) -> Numbers:
     return np.hypot(shares, _LEAST_SHARE)
 
 
+MOST_PICTURES = 10_000  # of a specimen that are thought of
+
+
+@dataclass(frozen=True)
+class MeanFraction:
+    """Mean area fraction of a specimen over fields of view that are picked at random and equally large.
+
+    ``value`` with its 95 % interval ``low`` to ``high`` (None for a single picture): Student's interval of the
+    pictures' mean, as ASTM E562 has it for volume fractions, and in quadrature ``shared``, half the interval of the
+    error that the model makes alike in all of them (None where it is not known). ``deviation``: between the pictures.
+    ``more``: how many more pictures would halve the interval; None where none would, because of the model's own error.
+    """
+
+    pictures: int
+    value: float
+    low: float | None
+    high: float | None
+    deviation: float | None
+    shared: float | None
+    more: int | None
+
+    @property
+    def relative_accuracy(self) -> float | None:
+        """Half the interval in percent of the mean, what ASTM E562 calls so."""
+        if self.low is None or self.high is None or not self.value:
+            return None
+        return 100 * max(self.value - self.low, self.high - self.value) / self.value
+
+
+def mean_fraction(fractions: Sequence[float], shared: float | None = None) -> MeanFraction:
+    """The mean of the pictures of one specimen, one picture at least; ``shared``: see :class:`MeanFraction`."""
+    count, value = len(fractions), float(np.mean(fractions))
+    if count < 2:
+        return MeanFraction(count, value, None, None, None, shared, None)
+    deviation, known = float(np.std(fractions, ddof=1)), shared or 0.0
+    half = math.hypot(_of_mean(deviation, count), known)
+    more = None
+    if half / 2 > known:
+        wanted = math.sqrt((half / 2) ** 2 - known**2)
+        enough = (n for n in range(count, MOST_PICTURES) if _of_mean(deviation, n) <= wanted)
+        more = next((n - count for n in enough), None)
+    return MeanFraction(count, value, max(0.0, value - half), min(1.0, value + half), deviation, shared, more)
+
+
+def _of_mean(deviation: float, count: int) -> float:
+    return t_quantile(count - 1) * deviation / math.sqrt(count)
+
+
 # ------------------------------------------------------------------------------- reliability
 
 

@@ -25,7 +25,7 @@ from hpddrnet_trt.inference.tiling import TilingReport
 from hpddrnet_trt.results import FORMATS, KINDS, Contents, check_kinds
 from hpddrnet_trt.results.regions import AreaFraction, check_background, check_pixel_size, check_separate
 from hpddrnet_trt.results.stacks import LabelStack
-from hpddrnet_trt.results.tables import FRACTIONS, fraction_row, number, write_rows
+from hpddrnet_trt.results.tables import FRACTIONS, INTERVAL, fraction_row, number, write_rows
 
 LOG = logging.getLogger(__name__)
 TABLE = "fractions.csv"
@@ -54,6 +54,8 @@ class ResultSettings:
       the pages of a TIFF (None), those and the files of each folder (True), none (False: a TIFF's first page).
     - ``spacing_m``: metres from one slice to the next, instead of what the files say.
     - ``resume``: leave what the same model file has made with the same settings from the same, unchanged file.
+    - ``specimen``: which pictures show one specimen, for ``specimens.csv``: None (no such table), ``auto`` (as folders
+      or names tell), ``all`` (one specimen), or a regular expression (:mod:`hpddrnet_trt.inference.specimens`).
     - ``refuse_foreign``: a picture that is foreign to the model has failed, and nothing is written of it.
     """
 
@@ -68,6 +70,7 @@ class ResultSettings:
     spacing_m: float | None = None
     resume: bool = True
     refuse_foreign: bool = False
+    specimen: str | None = None
 
     def check(self, segmenter: Segmenter) -> None:
         """Raise :class:`UsageError` or :class:`MissingDependency` for what cannot be written or given."""
@@ -148,6 +151,7 @@ class FileSegmenter:
             "given_pixel_size_m": settings.pixel_size_m,
             "info_bar": settings.info_bar,
             # Not of models that know no pixel size: their results are the same without it, as before there was one.
+            **({"intervals": True} if segmenter.intervals else {}),
             **({"rescale": segmenter.rescale} if segmenter.reads_at_m is not None else {}),
         }
 
@@ -341,12 +345,15 @@ class FileSegmenter:
             "provenance": None if result.provenance is None else result.provenance.as_dict(),
             "seconds": round(seconds, 3),
             "domain": result.domain.as_dict(),
+            "intervals": _intervals(result),
+            "no_interval": result.no_interval if self.segmenter.intervals else None,
         }
 
     def write_table(self) -> Path:
         """Write ``fractions.csv``: one row for each class of each image, or slice, whose results are in the folder."""
         header = (
             "image", *FRACTIONS, "pixel_size_nm", "model", "source", "slice", "rescale", "domain", "domain_distance",
+            *INTERVAL,
         )  # fmt: skip
         return write_rows(self.folder / TABLE, header, (row for entry in self.journal for row in _table_rows(entry)))
 
@@ -371,18 +378,32 @@ class FileSegmenter:
         return {name: share / sum(weights) for name, share in shares.items()}, "area" if by_area else "pixels"
 
 
+def _intervals(result: Segmentation) -> dict[str, dict[str, float]] | None:
+    """By class: the interval of its fraction, and half that of the error that all pictures share."""
+    shared = result.half_widths(shared=True)
+    if shared is None:
+        return None
+    pairs = zip(result.area_fractions(), shared, strict=True)
+    return {
+        entry.name: {"low": entry.low, "high": entry.high, "shared": part}
+        for entry, part in pairs
+        if entry.low is not None and entry.high is not None
+    }
+
+
 def _pixels(entry: Any) -> int:
     return int(entry["size"][0] * entry["size"][1])
 
 
 def _table_rows(entry: Any) -> Iterator[list[str | int]]:
     size, stack = entry.get("pixel_size_m"), entry.get("stack") or {}
-    domain = entry.get("domain") or NOT_KNOWN.as_dict()
+    domain, intervals = entry.get("domain") or NOT_KNOWN.as_dict(), entry.get("intervals") or {}
     for name, fraction in entry.get("fractions", {}).items():  # a stack itself has none
         pixels = round(fraction * _pixels(entry))
         area = None if size is None else pixels * size**2
-        row = fraction_row(AreaFraction(name, pixels, fraction, area))
+        row, interval = fraction_row(AreaFraction(name, pixels, fraction, area)), intervals.get(name, {})
         yield [
             stack.get("name", entry["name"]), *row, number(size, 1e9), entry["job"]["model"], entry["source"],
             stack.get("slice", ""), number(entry.get("rescale")), domain["state"], number(domain["distance"]),
+            number(interval.get("low")), number(interval.get("high")),
         ]  # fmt: skip

@@ -27,6 +27,14 @@ from hpddrnet_trt.inference.files import NAMINGS, TABLE, FileSegmenter, ResultSe
 from hpddrnet_trt.inference.journal import JOURNAL, SliceOf, Task
 from hpddrnet_trt.inference.overlap import Held, ReadAhead, WriteBehind
 from hpddrnet_trt.inference.result import Segmentation
+from hpddrnet_trt.inference.specimens import (
+    SPECIMENS,
+    SpecimenFraction,
+    specimen_fractions,
+    specimens_in_words,
+    specimens_of,
+    write_specimens,
+)
 
 LOG = logging.getLogger(__name__)
 MOST_LISTED = 5  # names in one line of the summary
@@ -43,7 +51,9 @@ class SegmentSummary:
     theirs (:class:`~hpddrnet_trt.inference.tiling.TilingReport`). ``rescaled``: how many images were read at another
     pixel size than their own. ``interrupted``: Ctrl-C ended the run.
     ``files``: what there is for each image, and its place in the folder. ``unusual``, ``foreign``: names of images that
-    are unlike the training's, of those that are done (:class:`~hpddrnet_trt.core.domain.Domain`).
+    are unlike the training's, of those that are done (:class:`~hpddrnet_trt.core.domain.Domain`). ``no_interval``:
+    names of images whose fractions have no interval though these were asked for, by the reason. ``specimens``: the
+    means of each specimen, where these were asked for, and ``specimens_told``: how specimens were told apart.
     """
 
     written: list[Path] = field(default_factory=list)
@@ -59,6 +69,9 @@ class SegmentSummary:
     files: dict[str, str] = field(default_factory=dict)
     unusual: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    no_interval: dict[str, list[str]] = field(default_factory=dict)
+    specimens: list[SpecimenFraction] = field(default_factory=list)
+    specimens_told: str | None = None
 
     @property
     def exit_code(self) -> int:
@@ -69,6 +82,7 @@ class SegmentSummary:
         paths = {name: [printable(path) for path in getattr(self, name)] for name in ("written", "skipped")}
         failed = [{"file": printable(path), "reason": reason} for path, reason in self.failed]
         rest = {entry.name: getattr(self, entry.name) for entry in fields(self)[3:]}
+        rest["specimens"] = [entry.as_dict() for entry in self.specimens]
         return {**paths, "failed": failed, **rest}
 
     def __str__(self) -> str:
@@ -88,6 +102,10 @@ class SegmentSummary:
                 f"{self.rescaled} brought to the pixel size that the model was trained at, and the labels back "
                 "(--no-rescale: read as they are)"
             )
+        for reason, names in self.no_interval.items():
+            lines.append(f"no interval of the fractions of {len(names)} ({_listed(names)}): {reason}")
+        if self.specimens_told is not None:
+            lines += [f"specimens: {self.specimens_told}", *specimens_in_words(self.specimens)]
         if self.foreign or self.unusual:
             lines.append(self._unlike_the_training())
         if self.fractions:
@@ -115,8 +133,9 @@ def segment_paths(
     """Segment micrographs and write their results.
 
     ``inputs``: files, folders, patterns, or datasets, of which one ``split`` is taken. Written to ``output_folder``:
-    what :class:`FileSegmenter` says, and ``fractions.csv`` with one row for each class of each image. Inputs that
-    share a name keep their ending or folder in the results' name; results that are there keep theirs.
+    what :class:`FileSegmenter` says, ``fractions.csv`` with one row for each class of each image, and where specimens
+    are asked for ``specimens.csv`` with one for each class of each specimen. Inputs that share a name keep their
+    ending or folder in the results' name; results that are there keep theirs.
 
     A bad image does not stop the others: it is reported in the summary. Ctrl-C ends the run; what is done stays, and
     the summary says so. Raises :class:`UsageError` when nothing can be started (no images, a result that would
@@ -130,10 +149,14 @@ def segment_paths(
         sources, stacks = _in_stacks(sources)
     work = FileSegmenter(segmenter, output_folder, settings)
     names = _result_names(sources, work)
+    groups, told = None, None
+    if settings.specimen is not None:
+        groups, told = specimens_of(sources, settings.specimen)
     check_writable(work.folder)
     with logging_redirect_tqdm(), progress_bar(total=len(sources), desc="segment", unit="image", show=progress) as bar:
         run = _Run(work, names, bar)
         summary = run.summary
+        summary.specimens_told = told
         try:
             run.segment([(source, stacks.get(source)) for source in sources])
             run.write_stacks()
@@ -145,8 +168,18 @@ def segment_paths(
             work.in_state(state, run.finished) for state in ("unusual", "foreign")
         )
         summary.files = {**run.files, "fractions": TABLE, "journal": JOURNAL}
+        done = [work.journal[name] for name in run.finished]
+        for line in done:
+            if (reason := line.get("no_interval")) is not None:
+                summary.no_interval.setdefault(reason, []).append(line["name"])
+        if groups is not None:
+            summary.specimens = specimen_fractions(done, groups)
+            if summary.specimens:
+                summary.files["specimens"] = SPECIMENS
         try:
             work.write_table()
+            if summary.specimens:
+                write_specimens(work.folder / SPECIMENS, summary.specimens)
         except (UserError, OSError) as exc:  # a spreadsheet program locks the table that it shows
             LOG.warning("the table of area fractions could not be written: %s", exc)
     return summary

@@ -141,6 +141,8 @@ def _bar_item(pen: _Pen, bar: ScaleBar) -> _Item:
 def _legend_entry(pen: _Pen, entry: AreaFraction, color: tuple[int, int, int], widest: int) -> _Item:
     side, gap = round(0.85 * pen.size), max(3, pen.size // 3)
     percent = "<0.1 %" if 0 < entry.fraction < 5e-4 else f"{100 * entry.fraction:.1f} %"
+    if entry.low is not None and entry.high is not None:
+        percent += f" [{100 * entry.low:.1f}, {100 * entry.high:.1f}]"
     text = _fitted(pen, entry.name, f"  {percent}", widest - side - gap)
 
     def draw(on: ImageDraw.ImageDraw, x: int, middle: int) -> None:

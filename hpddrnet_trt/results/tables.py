@@ -21,6 +21,7 @@ from hpddrnet_trt.data.labels import scale_options
 from hpddrnet_trt.results.regions import AreaFraction, Regions
 
 FRACTIONS = ("class", "pixels", "fraction", "area_um2")
+INTERVAL = ("fraction_low", "fraction_high")
 REGIONS = (
     "region", "class", "area_px", "area_um2", "equivalent_diameter_px", "equivalent_diameter_um", "centroid_x_px",
     "centroid_y_px", "major_axis_px", "minor_axis_px", "orientation_deg", "left_px", "top_px", "width_px", "height_px",
@@ -31,8 +32,10 @@ Row = Sequence[str | int]
 
 
 def write_fractions(path: str | Path, fractions: Iterable[AreaFraction]) -> Path:
-    """Write one row a class: name, pixels, fraction (0 to 1), area in square micrometres or nothing."""
-    return write_rows(path, FRACTIONS, map(fraction_row, fractions))
+    """Write one row a class: name, pixels, fraction (0 to 1), area in square micrometres or nothing, and the interval
+    of the fraction or nothing."""
+    rows = ([*fraction_row(entry), number(entry.low), number(entry.high)] for entry in fractions)
+    return write_rows(path, (*FRACTIONS, *INTERVAL), rows)
 
 
 def fraction_row(entry: AreaFraction) -> list[str | int]:

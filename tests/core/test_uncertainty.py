@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from scipy import stats
 
 from hpddrnet_trt.core.manifest import FractionErrorRecord, Manifest, NetworkConfig
 from hpddrnet_trt.core.metrics import arg_max, softmax
@@ -21,6 +22,7 @@ from hpddrnet_trt.core.uncertainty import (
     fit_temperature,
     fraction_errors,
     half_widths,
+    mean_fraction,
     reliability,
     uncertain_shares,
 )
@@ -167,3 +169,30 @@ def test_descriptions_carry_both_and_those_without_load_as_before() -> None:
     for wrong in (0.0, -1.0, 21.0, float("nan")):
         with pytest.raises(ValidationError):
             plain.replace(temperature=wrong)
+
+
+def test_the_mean_of_a_specimens_pictures_has_students_interval() -> None:
+    fractions = [0.20, 0.24, 0.22, 0.26]
+    found = mean_fraction(fractions)
+    low, high = stats.t.interval(0.95, 3, np.mean(fractions), stats.sem(fractions))
+    assert (found.value, found.low, found.high) == pytest.approx((0.23, low, high), rel=2e-3)
+    assert found.deviation == pytest.approx(np.std(fractions, ddof=1))
+    assert found.relative_accuracy == pytest.approx(100 * (high - 0.23) / 0.23, rel=2e-3)
+    assert found.more is not None
+    n = 4 + found.more  # the fewest pictures that halve it
+    halves = [stats.t.ppf(0.975, count - 1) * found.deviation / count**0.5 for count in (n - 1, n)]
+    assert halves[1] <= (high - 0.23) / 2 < halves[0]
+
+
+def test_one_picture_has_no_interval_and_the_models_own_error_stays() -> None:
+    assert mean_fraction([0.3], 0.01).low is mean_fraction([0.3], 0.01).more is None
+    alone, own = mean_fraction([0.2, 0.3, 0.25]), mean_fraction([0.2, 0.3, 0.25], 0.05)
+    assert alone.high is not None
+    assert own.high is not None
+    assert own.high - 0.25 == pytest.approx(np.hypot(alone.high - 0.25, 0.05))
+    assert own.more is not None
+    assert alone.more is not None
+    assert own.more > alone.more
+    assert mean_fraction([0.25, 0.2501, 0.2499], 0.05).more is None
+    exact = mean_fraction([0.5, 0.5])
+    assert (exact.low, exact.high, exact.more) == (0.5, 0.5, 0) or exact.more is None

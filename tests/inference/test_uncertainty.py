@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
+from scipy import stats
 
-from hpddrnet_trt.core.errors import ContractError
+from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import FractionErrorRecord
 from hpddrnet_trt.core.metrics import softmax
 from hpddrnet_trt.core.uncertainty import STEP, calibrated, reliability
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.labels import write_pair
 from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.files import ResultSettings
+from hpddrnet_trt.inference.folder import SegmentSummary, segment_paths
+from hpddrnet_trt.inference.journal import JOURNAL
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.inference.uncertainty import scored, with_uncertainty
 from tests.toy import CLASSES, ToyEngine, manifest, toy_logits
@@ -150,3 +158,98 @@ def test_a_dataset_without_the_split_leaves_the_description_and_other_classes_ar
         with_uncertainty(other, segmenter, dataset, progress=False)
     with pytest.raises(ContractError, match="computes its confidence itself"):
         with_uncertainty(manifest("labels", confidence=True), segmenter, dataset, progress=False)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def micrographs(folder: Path, names: Sequence[str]) -> Path:
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(64, 160, seed)).save(folder / name)
+    return folder
+
+
+def run(segmenter: Segmenter, *arguments: Any, **settings: Any) -> SegmentSummary:
+    return segment_paths(segmenter, *arguments, ResultSettings(**settings), progress=False)
+
+
+def test_table_journal_and_overlay_have_the_intervals_and_resumed_results_keep_them(tmp_path: Path) -> None:
+    pictures = micrographs(tmp_path / "in", ["a.png", "b.png"])
+    for _ in range(2):
+        summary = run(toy(intervals=True), pictures, tmp_path / "out", overlay=True)
+        assert not summary.failed
+        table = rows(tmp_path / "out" / "fractions.csv")
+        assert len(table) == 6
+        for row in table:
+            assert float(row["fraction_low"]) < float(row["fraction"]) < float(row["fraction_high"])
+    assert len(summary.skipped) == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / JOURNAL).read_text().splitlines()]
+    assert {name: each["low"] for name, each in lines[0]["intervals"].items()} == pytest.approx(
+        {row["class"]: float(row["fraction_low"]) for row in table if row["image"] == "a"}
+    )
+    with Image.open(tmp_path / "out" / "overlays" / "a.png") as drawn:
+        overlay = np.asarray(drawn)
+    again = run(toy(), pictures, tmp_path / "out")  # without: other results
+    assert len(again.written) == 2
+    assert all(row["fraction_low"] == "" for row in rows(tmp_path / "out" / "fractions.csv"))
+    with Image.open(tmp_path / "out" / "overlays" / "a.png") as drawn:
+        assert not np.array_equal(np.asarray(drawn)[64:], overlay[64:])  # the legend has no interval
+
+
+def test_the_summary_says_why_pictures_have_no_interval(tmp_path: Path) -> None:
+    pictures = micrographs(tmp_path / "in", ["a.png"])
+    Image.fromarray(np.full((64, 96), 230, np.uint8)).save(pictures / "odd.png")
+    summary = run(toy(domain=True, intervals=True), pictures, tmp_path / "out")
+    assert "odd" in summary.no_interval["the picture is foreign to the model, whose errors are known on pictures like "
+                                        "its own"]
+    assert "no interval of the fractions of" in str(summary)
+    assert not run(toy(), pictures, tmp_path / "plain").no_interval
+
+
+def test_specimens_have_their_mean_its_interval_and_how_many_more(tmp_path: Path) -> None:
+    names = [f"{specimen}_{number}.png" for specimen in ("S1", "S2") for number in range(4)]
+    pictures = micrographs(tmp_path / "in", names)
+    summary = run(toy(intervals=True), pictures, tmp_path / "out", specimen="auto")
+    table = rows(tmp_path / "out" / "specimens.csv")
+    assert [(row["specimen"], row["class"], row["pictures"]) for row in table[:4:3]] == [
+        ("S1", "grain", "4"), ("S2", "grain", "4")]  # fmt: skip
+    per_picture = rows(tmp_path / "out" / "fractions.csv")
+    for row in table:
+        own = [float(each["fraction"]) for each in per_picture
+               if each["image"].startswith(row["specimen"]) and each["class"] == row["class"]]  # fmt: skip
+        assert float(row["fraction"]) == pytest.approx(np.mean(own))
+        model = float(row["shared_model_error"])
+        half = np.hypot(stats.t.ppf(0.975, 3) * np.std(own, ddof=1) / 2, model)
+        assert float(row["fraction_high"]) - np.mean(own) == pytest.approx(half, rel=3e-3)
+    assert summary.files["specimens"] == "specimens.csv"
+    text = str(summary)
+    assert "specimens: by specimen, told by how the names begin (2: S1, S2)" in text
+    assert "  S1 (4 pictures): grain " in text
+    assert json.dumps(summary.record())
+    plain = run(toy(), pictures, tmp_path / "plain", specimen="all")
+    assert "all (8 pictures): grain" in str(plain)
+    assert "without the model's own error" in str(plain)
+
+
+def test_one_picture_of_a_specimen_says_that_there_is_no_interval(tmp_path: Path) -> None:
+    pictures = micrographs(tmp_path / "in", ["S1_0.png", "S1_1.png", "S2_0.png"])
+    summary = run(toy(), pictures, tmp_path / "out", specimen="^S[0-9]")
+    assert "S2 (1 picture): " in str(summary)
+    assert "one picture does not tell how others vary" in str(summary)
+    assert [row["fraction_low"] != "" for row in rows(tmp_path / "out" / "specimens.csv")] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "fault"),
+    [("auto", "neither folders nor names tell"), ("(", "is no regular expression"), ("^Z", "finds nothing in")],
+)
+def test_specimens_that_are_not_told_apart_are_one_sentence_and_nothing_is_written(
+    tmp_path: Path, rule: str, fault: str
+) -> None:
+    pictures = micrographs(tmp_path / "in", ["a.png", "b.png"])
+    with pytest.raises(UsageError, match=fault):
+        run(toy(), pictures, tmp_path / "out", specimen=rule)
+    assert not (tmp_path / "out").exists()

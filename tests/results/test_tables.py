@@ -13,7 +13,7 @@ import pytest
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import ClassInfo
 from hpddrnet_trt.results.regions import area_fractions, regions
-from hpddrnet_trt.results.tables import FRACTIONS, REGIONS, write_fractions, write_regions, write_rows
+from hpddrnet_trt.results.tables import FRACTIONS, INTERVAL, REGIONS, write_fractions, write_regions, write_rows
 
 CLASSES = [ClassInfo(name='matrix, "γ"', color=(0, 0, 0)), ClassInfo(name="pore", color=(9, 9, 9))]
 LABELS = np.zeros((10, 20), np.uint8)
@@ -27,7 +27,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 def test_fractions(tmp_path: Path) -> None:
     matrix, pore = _read(write_fractions(tmp_path / "f.csv", area_fractions(LABELS, CLASSES, 50e-9)))
-    assert tuple(matrix) == FRACTIONS
+    assert tuple(matrix) == (*FRACTIONS, *INTERVAL)
     assert matrix["class"] == 'matrix, "γ"'
     assert (pore["pixels"], pore["fraction"]) == ("19", "0.095")
     assert float(pore["area_um2"]) == pytest.approx(19 * 0.05**2)
