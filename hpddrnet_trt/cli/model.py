@@ -53,6 +53,29 @@ def convert_checkpoint(
     typer.echo(f"written: {target} ({manifest.network.name}, classes: {', '.join(manifest.class_names)})")
 
 
+@command(PANEL, "describe-domain model.onnx --data DATASET")
+def describe_domain(
+    model: Annotated[Path, typer.Argument(help="Checkpoint (.safetensors) or ONNX file.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Dataset or folder of the micrographs that the model was trained on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset that it was trained on.")] = "train",
+    like: Annotated[
+        Path | None, typer.Option(help="In place of --data: file of the same model to take the statistics from.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: the model itself.")] = None,
+) -> None:
+    """Let a model tell foreign pictures from its own: statistics of its training pictures go into its file."""
+    from hpddrnet_trt.export.domain import describe_domain as run_description
+
+    record = run_description(model, data, out, split=split, like=like).domain
+    assert record is not None
+    typer.echo(
+        f"written: {out or model} ({record.crops} crops of {record.pictures} pictures; unusual from distance "
+        f"{record.unusual:.2g}, foreign from {record.foreign:.2g})"
+    )
+
+
 @dataclass(frozen=True)
 class GraphOptions:
     """What the exported graph looks like."""

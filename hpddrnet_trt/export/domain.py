@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.domain import fit_domain
-from hpddrnet_trt.core.errors import UsageError
-from hpddrnet_trt.core.files import read_file, write_bytes
+from hpddrnet_trt.core.errors import UsageError, require
+from hpddrnet_trt.core.files import read_file, sha256_of, write_bytes
 from hpddrnet_trt.core.manifest import (
     SIZE_MULTIPLE,
     DomainRecord,
@@ -95,15 +95,24 @@ def domain_record(features: Features, pictures: DomainPictures, size: tuple[int,
 
 
 def describe_domain(
-    model: str | Path, data: str | Path, target: str | Path | None = None, *, split: str = "train"
+    model: str | Path,
+    data: str | Path | None,
+    target: str | Path | None = None,
+    *,
+    split: str = "train",
+    like: str | Path | None = None,
 ) -> Manifest:
     """Write ``model``, a checkpoint (``.safetensors``) or an ONNX file, with the statistics of ``data``.
 
     ``data``: a dataset folder, whose ``split`` the model was trained on and whose ``val`` split, if it has one, helps
     to say what is unusual; or a folder of micrographs. ``target``: the file to write (default: ``model`` itself,
-    replaced once the new one is complete). An ONNX file gets the output ``domain_features``; weights stay. Returns
-    the new description. Raises :class:`UsageError` for other files and what reading raises; then nothing is written.
+    replaced once the new one is complete). An ONNX file gets the output ``domain_features``; weights stay. ``like``: in
+    place of ``data`` a file of the same model that has statistics, a checkpoint or an FP32 file, from which a converted
+    or calibrated one takes them. Returns the new description. Raises :class:`UsageError` for other files and what
+    reading raises; then nothing is written.
     """
+    if (data is None) == (like is None):
+        raise UsageError("give either the data that the model was trained on or a file to take the statistics from")
     model = Path(model)
     target = model if target is None else Path(target)
     manifest = read_manifest(model)
@@ -112,13 +121,42 @@ def describe_domain(
         raise UsageError(f"{model} takes no statistics any more; describe the ONNX file and build the engine from it")
     if target.suffix.lower() != kind:
         raise UsageError(f"the file to write, {target}, must end with {kind} as {model} does")
+    if data is None:
+        return _take_over(model, target, Path(str(like)))
     pictures = _of_folder(data, split, manifest)
-    if kind == ".onnx":
-        return _describe_onnx(model, target, pictures)
+    return (_describe_onnx if kind == ".onnx" else describe_checkpoint)(model, target, pictures)
+
+
+def _take_over(model: Path, target: Path, like: Path) -> Manifest:
+    known, manifest = read_manifest(like), read_manifest(model)
+    if known.domain is None:
+        raise UsageError(f"{like} has no statistics of its domain; describe it with its training pictures first")
+    if differs := [
+        name for name in ("network", "classes", "normalization") if getattr(known, name) != getattr(manifest, name)
+    ]:
+        raise UsageError(f"{like} is not the model of {model}: {', '.join(differs)} differ")
+    manifest = manifest.replace(domain=known.domain)
+    if model.suffix.lower() == ".safetensors":
+        write_bytes(target, with_description(read_file(model, "checkpoint"), manifest))
+        return manifest
+    from hpddrnet_trt.graph.domain import with_domain
+    from hpddrnet_trt.graph.model import load_model, save_model
+
+    assert manifest.output is not None
+    made_from = sha256_of(like) if like.suffix.lower() == ".safetensors" else known.checkpoint_sha256
+    output = manifest.output.model_copy(update={"domain": True})
+    manifest = manifest.replace(output=output, checkpoint_sha256=made_from)
+    save_model(with_domain(load_model(model)[0]), target, manifest)
+    return manifest
+
+
+def describe_checkpoint(model: Path, target: Path, pictures: DomainPictures) -> Manifest:
+    """Write a checkpoint of ours with the statistics of ``pictures`` and return its description."""
+    require("torch", "export", "compute a checkpoint's features")
     from hpddrnet_trt.models.checkpoints import load_checkpoint
     from hpddrnet_trt.models.domain import domain_features
 
-    network, _ = load_checkpoint(model)
+    network, manifest = load_checkpoint(model)
     record = domain_record(partial(domain_features, network, normalization=manifest.normalization), pictures)
     manifest = manifest.replace(domain=record)
     write_bytes(target, with_description(read_file(model, "checkpoint"), manifest))

@@ -39,7 +39,7 @@ def with_domain(model: onnx.ModelProto, tensor: str | None = None) -> onnx.Model
     tensor = domain_tensor(model, sizes) if tensor is None else tensor
     shape, image = sizes.shape(tensor), sizes.shape(graph.input[0].name)
     stride = image[-1] // shape[-1] if len(shape) == 4 else 0
-    if not stride or CELL % stride:
+    if not stride or CELL % stride or image[-2] // stride != shape[-2]:
         raise UserError(f"the tensor {tensor!r} of shape {list(shape)} is no feature map; name another one")
     window = CELL // stride
 

@@ -8,12 +8,14 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import lightning.pytorch as pl
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
@@ -23,7 +25,8 @@ from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
 from hpddrnet_trt.core.manifest import DataRecord, Manifest, Normalization, read_manifest
 from hpddrnet_trt.core.quiet import quiet
 from hpddrnet_trt.data.augment import Augmentation
-from hpddrnet_trt.data.datasets import SplitStatistics
+from hpddrnet_trt.data.datasets import FolderDataset, Sample, SplitStatistics
+from hpddrnet_trt.export.domain import DomainPictures, describe_checkpoint
 from hpddrnet_trt.models.checkpoints import load_backbone_weights, load_checkpoint, with_classes
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.callbacks import (
@@ -83,6 +86,7 @@ def train(config: TrainConfig) -> TrainResult:
     data = open_data(config.data, folder, None if config.network.initial is None else read_manifest(_initial(config)))
     first_step, stored = _find_start(config, folder, data)
     if first_step >= config.optimization.max_steps:
+        _describe_domain(config, data)  # where the run was stopped before it came to that
         return _result(config, stored)
 
     if config.run.threads is not None:
@@ -97,6 +101,8 @@ def train(config: TrainConfig) -> TrainResult:
     log.info("%s", _in_words(config, data))
     with stop.listening(), _readable_failures(folder), _quiet_lightning():
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+    if trainer.is_global_zero:
+        _describe_domain(config, data)
     return _result(config, read_training_checkpoint(folder / LAST))
 
 
@@ -441,9 +447,34 @@ def _datamodule(config: TrainConfig, data: TrainingData, device: _Device, first_
 # --------------------------------------------------------------------------- ending
 
 
+def _describe_domain(config: TrainConfig, data: TrainingData) -> None:
+    """Give the best model the statistics of its pictures, unless it has them."""
+    best = _best(config)
+    if not best.is_file() or read_manifest(best).domain is not None:
+        return
+    training, held_out = (
+        [partial(_picture, data.dataset, sample) for sample in data.dataset.split(split)]
+        for split in (config.data.train_split, config.data.val_split)
+    )
+    pictures = DomainPictures(
+        training, held_out, f"{data.dataset.name} ({config.data.train_split})", config.augmentation
+    )
+    try:
+        describe_checkpoint(best, best, pictures)
+    except UserError as exc:
+        log.warning("the model cannot tell foreign pictures: %s", exc)
+
+
+def _picture(dataset: FolderDataset, sample: Sample) -> npt.NDArray[np.uint8]:
+    return dataset.load(sample)[0]
+
+
+def _best(config: TrainConfig) -> Path:
+    return config.run.path / f"{config.run.name}.safetensors"
+
+
 def _result(config: TrainConfig, checkpoint: dict[str, Any]) -> TrainResult:
-    folder = config.run.path
-    best = folder / f"{config.run.name}.safetensors"
+    folder, best = config.run.path, _best(config)
     if not best.is_file():
         raise UserError(f"the run in {folder} is finished but {best} is missing; choose another run.name")
     metrics = next(

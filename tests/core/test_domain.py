@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpddrnet_trt.core.domain import NOT_KNOWN, distances, domain_of
+from hpddrnet_trt.core.domain import FOREIGN, MARGIN, NOT_KNOWN, distances, domain_of, fit_domain
+from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import DomainRecord
 
 
@@ -53,3 +54,39 @@ def test_without_statistics_or_features_it_is_not_known() -> None:
 def test_a_damaged_record_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         record(**changes)
+
+
+def some_pictures(count: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Features of twelve channels that follow three hidden ones; each picture has a mean of its own."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(3, 12))
+    parts = [
+        rng.normal(rng.normal(0, 0.3, 3), 1, (40, 3)) @ mixing + rng.normal(0, 0.05, (40, 12)) + 5 for _ in range(count)
+    ]
+    return [(part, part[:9]) for part in parts]
+
+
+def test_statistics_call_new_pictures_of_their_kind_familiar_and_others_foreign() -> None:
+    known = fit_domain(some_pictures(6), [some_pictures(1, 7)[0][1]], crops=60, source="x (train)")
+    assert (known.pictures, known.crops, known.source) == (6, 60, "x (train)")
+    assert known.foreign == pytest.approx(FOREIGN * known.unusual, rel=1e-4)
+    assert known.unusual >= MARGIN  # a training picture is at a distance of 1
+    assert fit_domain(some_pictures(6), [some_pictures(1, 7)[0][1]], crops=60, source="x (train)") == known
+    for seed in range(20, 30):
+        cells = some_pictures(1, seed)[0][1]
+        assert domain_of([cells.T[:, :, None]], known).state == "familiar"
+        other = cells + np.random.default_rng(seed).normal(0, 3, 12)  # outside the three directions
+        assert domain_of([other.T[:, :, None]], known).state == "foreign"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_pictures_are_enough(count: int) -> None:
+    known = fit_domain(some_pictures(count), crops=4, source="x")
+    assert domain_of([some_pictures(count)[0][1].T[:, :, None]], known).state == "familiar"
+
+
+def test_features_that_tell_nothing_are_refused() -> None:
+    for value in (1.0, np.nan):
+        cells = np.full((8, 4), value)
+        with pytest.raises(UserError, match="same everywhere or not finite"):
+            fit_domain([(cells, cells)] * 2, crops=2, source="x")

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError
-from hpddrnet_trt.core.manifest import Manifest
+from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.export.onnx import ExportOptions, export_onnx
 from hpddrnet_trt.models.checkpoints import load_checkpoint
 from hpddrnet_trt.models.network import HPDDRNet, resize
 from hpddrnet_trt.training import callbacks
@@ -376,3 +378,13 @@ def test_full_disk_keeps_the_last_checkpoint(tiny: Tiny, monkeypatch: pytest.Mon
         train(config)
     assert torch.load(config.run.path / "last.ckpt", weights_only=True)["global_step"] == 3
     assert not list(config.run.path.glob(".*"))
+
+
+def test_the_model_knows_its_pictures_and_its_export_gives_features(finished: TrainResult, tmp_path: Path) -> None:
+    domain = read_manifest(finished.checkpoint).domain
+    assert domain is not None
+    assert (domain.pictures, len(domain.mean)) == (5, 8)
+    described = export_onnx(finished.checkpoint, tmp_path / "m.onnx", ExportOptions(1, 64, 64), verify=False)
+    assert described.domain == domain
+    with OnnxRuntimeEngine(tmp_path / "m.onnx", threads=1) as engine:
+        assert engine.infer(np.zeros((1, 1, 64, 64), np.uint8)).domain_features.shape == (1, 8, 1, 1)
