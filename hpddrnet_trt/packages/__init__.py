@@ -44,5 +44,8 @@ def package_model(
         raise UsageError(f"unknown package format {form!r}; choose one of: {', '.join(FORMATS)}")
     target, wanted = Path(target), FORMATS[form].ending
     if target.suffix.lower() != wanted:
-        raise UsageError(f"the package {target} must end with {wanted}; write {target.with_suffix(wanted)}")
+        raise UsageError(
+            f"the package {target} must end with {wanted}; write {target.with_suffix(wanted)}, or choose another "
+            "--format"
+        )
     return pack(target, FORMATS[form].files(read_packed(Path(model)), settings or PackageSettings()))

@@ -119,7 +119,7 @@ class _Package:
         beside = onnx.get("external_data")
         if isinstance(beside, dict):
             self._write(beside, folder / PurePosixPath(str(beside.get("source"))).name)
-        return self._write(onnx, folder / "model.onnx")
+        return self._write(onnx, folder / f"{self.path.stem}.onnx")
 
     def _write(self, named: Record, target: Path) -> Path:
         content = self._read(str(named.get("source")), MAX_MODEL)
