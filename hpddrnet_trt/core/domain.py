@@ -58,14 +58,15 @@ NOT_KNOWN = Domain()
 def distances(features: npt.NDArray[np.float32], record: DomainRecord) -> npt.NDArray[np.float32]:
     """Distance of each cell: ``domain_features`` float32 ``[..., F, rows, columns]`` to ``[..., rows, columns]``."""
     cells = np.moveaxis(np.asarray(features, dtype=np.float64), -3, -1)
-    if record.unit:
-        cells = np.arcsinh(cells / np.array(record.unit))
-    scaled = (cells - np.array(record.mean)) / np.array(record.scale)
-    squares = (scaled**2).sum(-1) / record.residual
-    if record.components:
-        along = (scaled @ np.array(record.components).T) ** 2
-        squares += (along * (1 / np.array(record.variances) - 1 / record.residual)).sum(-1)
-    distance: npt.NDArray[np.float32] = np.sqrt(np.maximum(squares, 0) / len(record.mean)).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # features of a network that overflowed, or a stranger's record
+        if record.unit:
+            cells = np.arcsinh(cells / np.array(record.unit))
+        scaled = (cells - np.array(record.mean)) / np.array(record.scale)
+        squares = (scaled**2).sum(-1) / record.residual
+        if record.components:
+            along = (scaled @ np.array(record.components).T) ** 2
+            squares += (along * (1 / np.array(record.variances) - 1 / record.residual)).sum(-1)
+        distance: npt.NDArray[np.float32] = np.sqrt(np.maximum(squares, 0) / len(record.mean)).astype(np.float32)
     return distance
 
 

@@ -23,10 +23,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from hpddrnet_trt.core.domain import OUTPUT
 from hpddrnet_trt.core.errors import NoGpu, UsageError, UserError, one_line
 from hpddrnet_trt.core.manifest import InputContract, OutputContract
-from hpddrnet_trt.engines.base import Bound, EngineBase, Prediction, check_input
+from hpddrnet_trt.engines.base import Bound, EngineBase, Prediction, check_input, expected_outputs
 from hpddrnet_trt.models.checkpoints import load_any_checkpoint
+from hpddrnet_trt.models.domain import predict_with_domain
 
 AUTOCAST = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILE = ("off", "default", "max-autotune")
@@ -88,14 +90,19 @@ class TorchEngine(EngineBase):
         self._contract = InputContract.model_validate(
             {"dtype": input_dtype, "channels": 1 if input_dtype == "uint8" else 3}
         )
-        self.manifest = manifest.replace(input=self._contract, output=OutputContract(kind=output))
+        guarded = manifest.domain is not None
+        self.manifest = manifest.replace(input=self._contract, output=OutputContract(kind=output, domain=guarded))
+        features = (-1, 2 * network.config.channels, -1, -1)
+        expected_outputs(self.manifest, {output: (), OUTPUT: features}, Path(path))
         self._gives_logits = output == "logits"
         self._autocast = autocast
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._cudnn_benchmark = cudnn_benchmark
         module: Any = network.eval().to(self.device)
         self._network: Any = module.to(memory_format=self._format)
-        self._score: Callable[[Tensor], Tensor] = self._network.predict_logits
+        self._score: Callable[[Tensor], Any] = (
+            partial(predict_with_domain, self._network) if guarded else self._network.predict_logits
+        )
         mean, std = manifest.normalization.mean, manifest.normalization.std
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self.device).view(1, 3, 1, 1) for values in (mean, std)
@@ -117,8 +124,9 @@ class TorchEngine(EngineBase):
         """Run one batch; see :class:`~hpddrnet_trt.engines.base.Engine`."""
         self._check(images)
         with self._running(images.shape):
-            labels, logits = self._compute(self._on_device(images))
-            return Prediction(labels.cpu().numpy(), logits=None if logits is None else logits.cpu().numpy())
+            labels, *others = self._compute(self._on_device(images))
+            logits, features = (None if part is None else part.cpu().numpy() for part in others)
+            return Prediction(labels.cpu().numpy(), logits=logits, domain_features=features)
 
     def bind(self, images: npt.NDArray[Any]) -> Callable[[], None]:
         """One batch on the device; a call runs from that tensor to the label tensor on the device."""
@@ -170,8 +178,9 @@ class TorchEngine(EngineBase):
             _closed()
         check_input(images, self._contract)
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Device images to device labels uint8 ``[N, H, W]`` and, where asked for, logits float32."""
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Device images to device labels uint8 ``[N, H, W]`` and, where asked for, logits, and features of the domain
+        where the checkpoint has its statistics, float32."""
         if self._compile == "off" or tuple(x.shape) in self._compiled_shapes:
             return self._graph(x)
         with _SETTINGS, _compiling():
@@ -179,12 +188,14 @@ class TorchEngine(EngineBase):
         self._compiled_shapes.add(tuple(x.shape))
         return result
 
-    def _label(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _label(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         dtype = AUTOCAST[self._autocast]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = self._score(self._normalised(x))
+            scored = self._score(self._normalised(x))
+        logits, features = (scored, None) if isinstance(scored, Tensor) else scored
         # The index of torch.max is that of argmax, ties included, which on a CPU takes several times as long.
-        return logits.max(dim=1).indices.to(torch.uint8), logits.float() if self._gives_logits else None
+        labels = logits.max(dim=1).indices.to(torch.uint8)
+        return labels, logits.float() if self._gives_logits else None, features
 
     def _normalised(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:

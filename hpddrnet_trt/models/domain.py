@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpddrnet_trt.core.domain import CELL
 from hpddrnet_trt.core.manifest import Normalization
-from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.models.network import HPDDRNet, resize
 
 FINE = 4  # pixels of the image per feature of Features.fine
 
@@ -22,6 +22,13 @@ def pooled_features(fine: Tensor) -> Tensor:
         F.avg_pool2d(each, window, window, window // 2, count_include_pad=False) for each in (values, values * values)
     )
     return torch.cat([mean, square.sqrt()], dim=1)
+
+
+def predict_with_domain(network: HPDDRNet, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The network's :meth:`~.network.HPDDRNet.predict_logits` and the :func:`pooled_features` of the same input."""
+    features = network.backbone(x)
+    logits = network.decode_head(features)
+    return resize(logits, x.shape[-2], x.shape[-1]), pooled_features(features.fine)
 
 
 def domain_features(

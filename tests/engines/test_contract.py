@@ -16,13 +16,19 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from hpddrnet_trt.core.domain import fit_domain
 from hpddrnet_trt.core.errors import BadInputFile, ContractError, UserError
-from hpddrnet_trt.core.manifest import read_manifest, sidecar_path
+from hpddrnet_trt.core.manifest import DomainRecord, read_manifest, sidecar_path
 from hpddrnet_trt.engines import ENGINES, load_engine
 from hpddrnet_trt.engines.base import Engine, checked_prediction
+from hpddrnet_trt.graph.domain import with_domain
+from hpddrnet_trt.graph.model import save_model
+from hpddrnet_trt.graph.precision import to_half
+from hpddrnet_trt.inference import load_segmenter
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.engines.conftest import Bench
 from tests.threads import in_threads
+from tests.tiny_export import exported
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.toy import DOMAIN, grey_image, manifest, toy_features, write_toy_onnx
 
@@ -41,10 +47,11 @@ class Subject:
     labels_only: Callable[[], Engine]
     scores: Callable[[Images], npt.NDArray[Any]]  # images [N, 1, H, W] to float32 [N, C, H, W]
     memory: Callable[[], object] = lambda: None  # what of the engine is still on the GPU
+    pooled: Callable[[Images], npt.NDArray[Any]] | None = None  # as scores, where features are not means of these
 
     def features(self, images: Images) -> npt.NDArray[np.float32]:
-        """The truth's ``domain_features``: means of its scores over every 8 x 8 pixels."""
-        return toy_features(self.scores(images))
+        """The truth's ``domain_features``, by default means of its scores over every 8 x 8 pixels."""
+        return toy_features(self.scores(images)) if self.pooled is None else self.pooled(images)
 
     def check(self, images: Images, labels: npt.NDArray[Any]) -> None:
         """Labels are those of the truth's highest scores, but for ties within rounding."""
@@ -87,8 +94,13 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 def _torch(folder: Path) -> Subject:
     import torch
 
+    from hpddrnet_trt.models.domain import domain_features
+
     network = lively(tiny_network())
-    path = save_checkpoint(folder / "m.safetensors", network, tiny_manifest(network))
+    known, plain = (
+        save_checkpoint(folder / f"{name}.safetensors", network, tiny_manifest(network, domain=record))
+        for name, record in (("m", _record(8)), ("plain", None))
+    )
     norm = tiny_manifest(network).normalization
 
     def scores(images: Images) -> npt.NDArray[Any]:
@@ -96,10 +108,19 @@ def _torch(folder: Path) -> Subject:
         with torch.inference_mode():
             return np.asarray(network.predict_logits(torch.from_numpy(rgb.astype(np.float32))).numpy())
 
-    def opened(output: str) -> Engine:
+    def pooled(images: Images) -> npt.NDArray[Any]:
+        return np.stack([domain_features(network, image[0], norm) for image in images])
+
+    def opened(path: Path, output: str) -> Engine:
         return load_engine(path, "torch", output=output, device="cpu", threads=1)
 
-    return Subject("torch", path, opened("logits"), lambda: opened("labels"), scores)
+    return Subject("torch", known, opened(known, "logits"), lambda: opened(plain, "labels"), scores, pooled=pooled)
+
+
+def _record(features: int) -> DomainRecord:
+    """Statistics of so many features, which nothing was trained on."""
+    same = {**DOMAIN.model_dump(), "mean": [0.0] * features, "scale": [1.0] * features}
+    return DomainRecord.model_validate(same)
 
 
 def _three_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +203,6 @@ def test_what_the_description_does_not_admit_is_refused_and_the_engine_goes_on(s
 
 def test_domain_features_are_the_files(subject: Subject) -> None:
     """Of single batches until they are recorded, where they are, and of rows; none from a file without them."""
-    if subject.name == "torch":
-        pytest.skip("wait")
     batches = [_images(64, 2), _images(72), *[_images(64, 2, seed=seed) for seed in range(6)]]
     for images, of_row in zip(batches, subject.engine.infer_many(batches), strict=True):
         for prediction in (subject.engine.infer(images), of_row):
@@ -338,6 +357,34 @@ def test_threads_are_counted_from_one(subject: Subject) -> None:
         load_engine(subject.path, subject.runtime, threads=0)
 
 
+def test_one_network_has_one_distance_in_every_form(tmp_path: Path) -> None:
+    """From the checkpoint to files of two precisions, whole and in tiles, for whose sake scores are looked for."""
+    from hpddrnet_trt.models.domain import domain_features
+
+    network = lively(tiny_network())
+    norm = tiny_manifest(network).normalization
+    at_home = [domain_features(network, grey_image(320, 320, seed), norm).reshape(8, -1).T for seed in range(4)]
+    record = fit_domain([(cells, cells) for cells in at_home], crops=16, source="toy")
+    checkpoint = save_checkpoint(tmp_path / "m.safetensors", network, tiny_manifest(network, domain=record))
+    graph, described = exported()
+    described = described.replace(domain=record, output={"kind": "labels", "domain": True})
+    fp32 = save_model(with_domain(graph), tmp_path / "m.onnx", described)
+    fp16 = save_model(to_half(with_domain(graph)), tmp_path / "h.onnx", described.replace(precision="fp16"))
+    forms = [(checkpoint, "torch", 0.0), (fp32, "onnxruntime", 2e-3)]
+    if importlib.util.find_spec("openvino"):
+        forms.append((fp16, "openvino", 0.2))  # in BF16, where the processor has it
+    images = [grey_image(320, 520, 7), np.full((320, 520), 200, np.uint8), grey_image(40, 56, 8)]
+    found = {}
+    for path, name, within in forms:
+        for tile in ("whole", 256):
+            with load_segmenter(path, engine=name, precision="file", threads=1, device="cpu", tile=tile) as segmenter:
+                results = segmenter.segment_batch(images)
+            assert (results[0].tiling is not None) == (tile == 256)
+            found[name, tile] = [result.domain.distance for result in results]
+            assert found[name, tile] == pytest.approx(found["torch", tile], rel=within), name
+        assert float(found[name, tile][1]) > 2 * float(found[name, tile][0])
+
+
 def _labels_changed(path: Path, how: Callable[[Any], None], *nodes: Any, **constants: list[int] | int) -> Path:
     """The toy model with ``nodes`` between what ``how`` renames and its labels."""
     model = onnx.load(str(write_toy_onnx(path, manifest())))
@@ -402,19 +449,22 @@ def test_what_is_not_promised_is_refused(outputs: dict[str, Any], says: str) -> 
         checked_prediction(outputs, manifest(domain=True), (1, 1, 16, 24))
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "torch"])
 def test_statistics_of_other_features_are_refused_at_opening(
     tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
-    others = {**DOMAIN.model_dump(), "mean": [0.0] * 5, "scale": [1.0] * 5}
+    others = _record(5)
     if name == "tensorrt":
         path = request.getfixturevalue("bench")("logits").path
         changed = read_manifest(path).replace(domain=others)
         sidecar_path(path).write_text(changed.to_json())
+    elif name == "torch":
+        network = tiny_network()
+        path = save_checkpoint(tmp_path / "m.safetensors", network, tiny_manifest(network, domain=others))
     else:
         pytest.importorskip(name)
         path = write_toy_onnx(tmp_path / "m.onnx", manifest(domain=True).replace(domain=others))
-    with pytest.raises(BadInputFile, match=rf"{path.name} gives 3 features of a cell, .* of 5; export it again"):
+    with pytest.raises(BadInputFile, match=rf"{path.name} gives [38] features of a cell, .* of 5; export it again"):
         load_engine(path, "auto" if name == "tensorrt" else name)
 
 

@@ -109,16 +109,18 @@ def test_what_pads_a_picture_is_not_judged() -> None:
     assert toy(size=64).segment(grey(160, 1, 1)).domain.distance == pytest.approx(2, abs=1e-4)
 
 
-def test_features_that_are_no_numbers_are_foreign() -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+def test_features_that_are_no_numbers_are_foreign(value: float) -> None:
     class Overflowed(ToyEngine):
         def infer(self, images: npt.NDArray[Any]) -> Any:
             found = super().infer(images)
             assert found.domain_features is not None
-            found.domain_features[:] = np.nan
+            found.domain_features[:] = value
             return found
 
-    domain = toy(engine=Overflowed).segment(grey(120)).domain
-    assert domain.state == "foreign"
+    result = toy(engine=Overflowed).segment(grey(120))
+    assert result.domain.state == "foreign"
+    json.dumps(result.record(), allow_nan=False)
 
 
 # --- files
