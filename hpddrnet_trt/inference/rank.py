@@ -76,7 +76,7 @@ def rank_pictures(
     segmenter: Segmenter,
     inputs: str | Path | Sequence[str | Path],
     *,
-    labeled: str | Path | None = None,
+    labeled: str | Path | Sequence[str | Path] | None = None,
     split: str = "train",
     progress: bool = True,
 ) -> Ranking:
@@ -88,8 +88,8 @@ def rank_pictures(
     that the model is unsure of, but not one like the other. Distances are between :func:`looks`, each of its
     numbers in standard deviations over all pictures, divided by the root of how many numbers there are.
 
-    ``inputs``: files, a folder, a pattern, or a dataset, of which one ``split`` is taken. ``labeled``: a dataset or
-    folder of pictures that have labels; they stand before all others and are not in the order.
+    ``inputs``: files, a folder, a pattern, or a dataset, of which one ``split`` is taken. ``labeled``: the same of
+    pictures that have labels; they stand before all others and are not in the order.
 
     Raises :class:`UsageError` for a segmenter without confidence and when there is nothing to rank.
     """

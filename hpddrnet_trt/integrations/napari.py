@@ -31,7 +31,7 @@ from hpddrnet_trt.integrations.napari_layers import (
     layer_shape,
     pixel_metres,
 )
-from hpddrnet_trt.integrations.napari_masks import save_mask
+from hpddrnet_trt.integrations.napari_masks import next_picture, save_mask
 from hpddrnet_trt.weights import DEFAULT, locate, shipped_models
 
 LayerData = tuple[Any, dict[str, Any], str]  # as napari takes it: array, layer arguments, kind of layer
@@ -122,6 +122,7 @@ class SegmentPanel:
         self._segmenter: Segmenter | None = None
         self._key: object = None
         self._closed = False
+        self._opened: set[Path] = set()  # of the order
         engines = [("automatic", "auto"), *((name, name) for name in ENGINES if engine_status(name).usable)]
         self.layers = widgets.ComboBox(label="image", choices=self._images, nullable=True)
         self.facts = widgets.Label(label=" ")
@@ -162,12 +163,19 @@ class SegmentPanel:
         self.save_button = widgets.PushButton(
             text="Save as mask", tooltip="add the shown plane and its corrected labels to the dataset"
         )
+        self.order = widgets.FileEdit(
+            label="order", filter="*.csv", nullable=True,
+            tooltip="what `hpddrnet-trt rank` wrote: pictures, those that teach the model most first",
+        )  # fmt: skip
+        self.next_button = widgets.PushButton(
+            text="Next picture", tooltip="open the next picture of the order that the dataset does not have yet"
+        )
         self._controls = (
             self.layers, self.all_planes, self.model, self.model_file, self.engine, self.mode, self.tile,
             self.layer_range, self.confidence, self.first_class, self.dataset, self.split,
         )  # fmt: skip
         buttons = widgets.Container(widgets=[self.run_button, self.cancel_button], layout="horizontal", labels=False)
-        last = (self.dataset, self.split, self.save_button, self.bar, self.message)
+        last = (self.dataset, self.split, self.save_button, self.order, self.next_button, self.bar, self.message)
         self.widget: Any = widgets.Container(
             widgets=[self.layers, self.facts, *self._controls[1:-2], buttons, *last]
         )
@@ -177,6 +185,7 @@ class SegmentPanel:
         self.run_button.clicked.connect(self.run)
         self.cancel_button.clicked.connect(self.cancel)
         self.save_button.clicked.connect(self.save)
+        self.next_button.clicked.connect(self.open_next)
         events = viewer.layers.events  # a dock of napari's connects these, too, and lets go of them
         for event in (events.inserted, events.removed, events.reordered):
             event.connect(self._list_layers)
@@ -260,6 +269,24 @@ class SegmentPanel:
         both = all(saved.counts[split] for split in ("train", "val"))
         then = f"train on it: {_command(str(self.dataset.value), str(self.model_file.value or self.model.value))}"
         self._say(f"saved {saved.mask} ({parts}); {then if both else 'training needs pictures in train and in val'}")
+
+    def open_next(self) -> None:
+        """Open the next picture of the order, and choose it; one that was opened before is passed over."""
+        if self.order.value is None:
+            self._say("choose the file of an order; `hpddrnet-trt rank` writes one", error=True)
+            return
+        try:
+            path = next_picture(str(self.order.value), self.dataset.value, self._opened)
+            if path is None:
+                self._say(f"no picture is left of {self.order.value.name}")
+                return
+            self._opened.add(path)
+            ((pixels, arguments, _),) = read_layer(str(path))
+        except (UserError, OSError) as exc:
+            self._say(one_line(exc), error=True)
+            return
+        self.layers.value = self.viewer.add_image(pixels, **arguments)
+        self._say(f"opened {path}")
 
     def close(self, *_: Any) -> None:
         """The widget is gone: stop the run, let go of the viewer and of the model."""
@@ -399,7 +426,7 @@ class SegmentPanel:
         for control in self._controls:
             control.enabled = not running
         self.run_button.enabled = not running and self.layer is not None
-        self.save_button.enabled = not running
+        self.save_button.enabled = self.next_button.enabled = not running
         self.cancel_button.enabled = self.bar.visible = running
 
     def _say(self, text: str, *, error: bool = False, warning: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from hpddrnet_trt.data.description import (
 )
 from hpddrnet_trt.data.labels import scale_options, write_label_png
 from hpddrnet_trt.data.micrograph import read_micrograph
+from hpddrnet_trt.inference.rank import read_ranking
 from hpddrnet_trt.integrations.napari_layers import METADATA_KEY, find_layer, layer_planes, plane_name
 
 Split = Literal["auto", "train", "val", "test"]
@@ -60,7 +62,7 @@ def save_mask(folder: str | Path, viewer: Any, source: Any, split: Split = "auto
     picture = planes.read(index)
     description = _described(folder, classes)
     plane = re.sub(r"\D+", "-", plane_name(index))
-    name = re.sub(r"[^\w.-]+", "_", source.name) + (f"_{plane}" if plane else "")
+    name = _file_name(source.name) + (f"_{plane}" if plane else "")
     known = next((path for path in sorted(folder.glob("images/*/*")) if path.stem == name), None)
     if known is None:
         split = _next_split(folder) if split == "auto" else split
@@ -80,6 +82,18 @@ def save_mask(folder: str | Path, viewer: Any, source: Any, split: Split = "auto
                 temporary, picture.pixels, compression="zlib", metadata=None, **scale_options(picture.pixel_size_m)
             )
     return SavedMask(mask_path, {split: _count(folder, split) for split in ("train", "val", "test")})
+
+
+def next_picture(ranking: str | Path, folder: str | Path | None, passed: Collection[Path] = ()) -> Path | None:
+    """The first picture of a file of ``hpddrnet-trt rank`` that is not in the dataset ``folder`` and not one of
+    ``passed``; None after the last. Raises :class:`~hpddrnet_trt.core.errors.BadInputFile` for another file."""
+    known = set() if folder is None else {path.stem for path in Path(folder).glob("images/*/*")}
+    left = (path for path in read_ranking(ranking) if path not in passed and _file_name(path.stem) not in known)
+    return next(left, None)
+
+
+def _file_name(layer: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", layer)
 
 
 def _checked(mask: Any, classes: list[ClassInfo]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.description import read_description
 from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.data.micrograph import read_micrograph
+from hpddrnet_trt.inference.rank import Ranked, Ranking
 from hpddrnet_trt.integrations.napari import SegmentPanel, segment_widget
 from hpddrnet_trt.integrations.napari_layers import find_layer
 from hpddrnet_trt.integrations.napari_masks import save_mask
@@ -160,3 +162,28 @@ def test_what_cannot_be_saved_is_said_and_leaves_nothing(viewer: Any, panel: Seg
     with pytest.raises(UserError, match="has the layout of Cityscapes"):
         save_mask(tmp_path / "city", viewer, layer)
     assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["a.png", "a.tif", "dataset.json"]
+
+
+def test_pictures_open_in_the_order_of_rank(viewer: Any, panel: SegmentPanel, tmp_path: Path) -> None:
+    """The most telling first; what the dataset has already, what was opened, and what cannot be read is passed over."""
+    ranked = [Ranked(tmp_path / f"{name}.png", 0.1, 1.0) for name in ("done 1", "broken", "b", "a")]
+    for one in ranked:
+        cv2.imwrite(str(one.image), grey_image(40, 48))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    panel.open_next()
+    assert panel.message.value.startswith("choose the file of an order")
+    panel.order.value = Ranking(ranked, []).write(tmp_path / "ranking.csv")
+    panel.dataset.value = tmp_path / "dataset"
+    done, _ = segmented(viewer, panel, grey_image(40, 48), "done 1")
+    save_mask(tmp_path / "dataset", viewer, done)
+    panel.next_button.native.click()
+    assert "broken.png is neither PNG" in panel.message.value
+    for name in ("b", "a"):
+        panel.next_button.native.click()
+        assert panel.message.value == f"opened {tmp_path / name}.png"
+        assert panel.layer.name == name
+    panel.next_button.native.click()
+    assert panel.message.value == "no picture is left of ranking.csv"
+    panel.order.value = tmp_path / "b.png"
+    panel.next_button.native.click()
+    assert "no order of pictures" in panel.message.value
