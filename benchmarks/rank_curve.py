@@ -62,7 +62,7 @@ class Classifier(EngineBase):
     def __init__(
         self, backbone: Backbone, dataset: FolderDataset, squares: list[tuple[Grey8, Grey8]], seed: int
     ) -> None:
-        axis = AxisRange(minimum=8, multiple=8)
+        axis = AxisRange(minimum=8)
         self.backbone = backbone
         self.manifest = Manifest(
             name="classifier", network=backbone.manifest.network.model_copy(
@@ -86,10 +86,10 @@ class Classifier(EngineBase):
         def closure() -> float:
             optimizer.zero_grad()
             loss = F.cross_entropy(x @ self.weight.T + self.bias, y) + PENALTY * self.weight.square().sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss.item()
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
 
     @property
     def runtime(self) -> str:
@@ -148,7 +148,7 @@ def main() -> None:
                             labeled=[Path(folder, "images", "train", f"{name}.png") for name in names],
                         )  # fmt: skip
                         names = names + [one.image.stem for one in ranking.order][: count - len(names)]
-                    engine = Classifier(backbone, dataset, [squares[name] for name in names], seed)
+                    engine: Any = Classifier(backbone, dataset, [squares[name] for name in names], seed)
                     segmenter, total = Segmenter(engine, confidence=True), LabelComparison(len(dataset.classes))
                     for grey, mask in held_out:
                         total.update(segmenter.segment(grey).labels, mask)

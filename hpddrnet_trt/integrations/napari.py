@@ -272,13 +272,14 @@ class SegmentPanel:
 
     def open_next(self) -> None:
         """Open the next picture of the order, and choose it; one that was opened before is passed over."""
-        if self.order.value is None:
+        order, dataset = (None if one.value is None else Path(str(one.value)) for one in (self.order, self.dataset))
+        if order is None:
             self._say("choose the file of an order; `hpddrnet-trt rank` writes one", error=True)
             return
         try:
-            path = next_picture(str(self.order.value), self.dataset.value, self._opened)
+            path = next_picture(order, dataset, self._opened)
             if path is None:
-                self._say(f"no picture is left of {self.order.value.name}")
+                self._say(f"no picture is left of {order.name}")
                 return
             self._opened.add(path)
             ((pixels, arguments, _),) = read_layer(str(path))
