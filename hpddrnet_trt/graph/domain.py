@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hpddrnet_trt.core.domain import CELL, OUTPUT
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.graph.nodes import copied, enlarges, producers, tensor_types
@@ -26,8 +28,8 @@ _ANY_SIZE = 512  # pixels: where the graph leaves its size open, tensors are loo
 def with_domain(model: onnx.ModelProto, tensor: str | None = None) -> onnx.ModelProto:
     """A copy of ``model`` that also gives ``domain_features``, float32 ``[N, 2 C, rows, columns]``.
 
-    Means, then root mean squares, of the ``C`` channels of ``tensor`` (default: :func:`domain_tensor`) over each
-    cell. Cell ``i`` of a direction covers the pixels from ``(i - 1/2) CELL`` to ``(i + 1/2) CELL``, as far as they
+    Means, then root mean squares, of the ``C`` channels of ``tensor`` (default: :func:`domain_tensor`), halved, over
+    each cell. Cell ``i`` of a direction covers the pixels from ``(i - 1/2) CELL`` to ``(i + 1/2) CELL``, as far as they
     are in the image; there are ``size // CELL + 1``. A model that has the output comes back as it is. Raises
     :class:`UserError` where ``tensor`` is no feature map that divides a cell.
     """
@@ -39,9 +41,9 @@ def with_domain(model: onnx.ModelProto, tensor: str | None = None) -> onnx.Model
     tensor = domain_tensor(model, sizes) if tensor is None else tensor
     shape, image = sizes.shape(tensor), sizes.shape(graph.input[0].name)
     stride = image[-1] // shape[-1] if len(shape) == 4 else 0
-    if not stride or CELL % stride or image[-2] // stride != shape[-2]:
+    if not stride or CELL % (2 * stride) or image[-2] // stride != shape[-2]:
         raise UserError(f"the tensor {tensor!r} of shape {list(shape)} is no feature map; name another one")
-    window = CELL // stride
+    window = CELL // (2 * stride)
 
     def add(operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
         output = OUTPUT if operator == "Concat" else PREFIX + name
@@ -54,7 +56,14 @@ def with_domain(model: onnx.ModelProto, tensor: str | None = None) -> onnx.Model
             count_include_pad=0,
         )  # fmt: skip
 
-    values = tensor if tensor_types(model)[tensor] == real else add("Cast", [tensor], "real", to=real)
+    # Halved by a resize, for OpenVINO: in BF16 it computes in FP32 what lies between an output and the nearest
+    # convolution, matrix product or resize before it, which without this one would be a part of the network.
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 1, 0.5, 0.5], np.float32), f"{PREFIX}scales"))
+    values = add(
+        "Resize", [tensor, "", f"{PREFIX}scales"], "half", mode="linear", coordinate_transformation_mode="half_pixel"
+    )
+    if tensor_types(model)[tensor] != real:
+        values = add("Cast", [values], "real", to=real)
     # Not standard deviations: the difference of two large numbers does not stand a runtime that computes in BF16.
     mean = pooled(values, "mean")
     squares = pooled(add("Mul", [values, values], "square"), "mean_square")
@@ -87,7 +96,7 @@ def domain_tensor(model: onnx.ModelProto, sizes: Sizes | None = None) -> str:
 
 def domain_nodes(graph: onnx.GraphProto) -> set[str]:
     """Names of the nodes that compute in FP32 whatever the graph does: sums of many values, and their squares."""
-    return {node.name for node in graph.node if node.name.startswith(PREFIX)}
+    return {node.name for node in graph.node if node.name.startswith(PREFIX) and node.op_type != "Resize"}
 
 
 def _sizes(model: onnx.ModelProto) -> Sizes:

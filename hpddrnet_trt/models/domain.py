@@ -17,7 +17,8 @@ FINE = 4  # pixels of the image per feature of Features.fine
 
 def pooled_features(fine: Tensor) -> Tensor:
     """``domain_features`` float32 ``[N, 2 C, rows, columns]`` of :class:`~.network.Features` ``fine``."""
-    window, values = CELL // FINE, fine.float()
+    window = CELL // (2 * FINE)
+    values = F.interpolate(fine.float(), scale_factor=0.5, mode="bilinear", align_corners=False)
     mean, square = (
         F.avg_pool2d(each, window, window, window // 2, count_include_pad=False) for each in (values, values * values)
     )
