@@ -91,7 +91,7 @@ class AdoptOptions:
 
     def given(self) -> dict[str, Any]:
         """Fields of AdoptSettings that were given; :class:`UsageError` for what is not understood."""
-        from hpddrnet_trt.export.adopt import parse_classes, parse_normalization
+        from hpddrnet_trt.export.adopt_settings import parse_classes, parse_normalization
 
         about = {
             "name": self.trained_on, "license": self.license,
@@ -128,8 +128,8 @@ def adopt(
     options say.
     """
     from hpddrnet_trt.data.datasets import find_images
-    from hpddrnet_trt.export.adopt import AdoptSettings
     from hpddrnet_trt.export.adopt import adopt as run_adoption
+    from hpddrnet_trt.export.adopt_settings import AdoptSettings
     from hpddrnet_trt.packages import adopt_package
 
     given, images = options.given(), find_images(data, "test") if data else []

@@ -35,7 +35,8 @@ from hpddrnet_trt.core.manifest import (
     read_manifest,
 )
 from hpddrnet_trt.core.text import METRES
-from hpddrnet_trt.export.adopt import AdoptSettings, adopt
+from hpddrnet_trt.export.adopt import adopt
+from hpddrnet_trt.export.adopt_settings import AdoptSettings
 from hpddrnet_trt.graph.check import check_onnx
 from hpddrnet_trt.graph.model import check_target
 
@@ -55,9 +56,10 @@ def adopt_package(
 ) -> Manifest:
     """Write the ONNX segmenter in a bioimage.io package as a file of this package, and return its description.
 
-    ``given``: fields of :class:`~hpddrnet_trt.export.adopt.AdoptSettings` that count before what the package says. A
-    file that this package wrote comes out as it went in. Raises :class:`BadInputFile` for a package that is damaged,
-    holds no ONNX segmenter, or asks for what is not known here, and what :func:`~hpddrnet_trt.export.adopt.adopt` does.
+    ``given``: fields of :class:`~hpddrnet_trt.export.adopt_settings.AdoptSettings` that count before what the package
+    says. A file that this package wrote comes out as it went in. Raises :class:`BadInputFile` for a package that is
+    damaged, holds no ONNX segmenter, or asks for what is not known here, and what
+    :func:`~hpddrnet_trt.export.adopt.adopt` does.
     """
     source, target = existing_file(source, "package"), Path(target)
     check_target(source, target)

@@ -24,9 +24,11 @@ from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
 from hpddrnet_trt.core.manifest import AdoptedNetwork, DataRecord, Manifest, Normalization, read_manifest
 from hpddrnet_trt.data.datasets import FolderDataset, find_images
 from hpddrnet_trt.data.simulate import simulate
-from hpddrnet_trt.export.adopt import AdoptSettings, adopt, parse_classes, parse_normalization
+from hpddrnet_trt.export.adopt import adopt
+from hpddrnet_trt.export.adopt_settings import AdoptSettings, parse_classes, parse_normalization
 from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 from hpddrnet_trt.export.convert import convert_precision
+from hpddrnet_trt.export.domain import describe_domain
 from hpddrnet_trt.inference import load_segmenter
 from tests.graph.parsed_rtx import needs_rtx
 from tests.stranger import MEAN, STD, Ending, normalized, stranger, write_stranger
@@ -57,7 +59,8 @@ def true_labels(ending: Ending, grey: npt.NDArray[np.uint8]) -> npt.NDArray[Any]
 
 @pytest.mark.parametrize(("ending", "old"), ENDINGS)
 def test_labels_are_the_strangers(tmp_path: Path, ending: Ending, old: bool) -> None:
-    source = write_stranger(tmp_path / "theirs.onnx", ending, old=old)
+    size = None if old else (1, 96, 128)  # with dynamic sizes the newer exporter takes seconds
+    source = write_stranger(tmp_path / "theirs.onnx", ending, old=old, size=size)
     classes = "matrix,pore" if ending in ("binary", "sigmoid") else "matrix,pore,grain"
     manifest = adopt(source, tmp_path / "ours.onnx", settings(classes))
     assert manifest == read_manifest(tmp_path / "ours.onnx")
@@ -123,7 +126,7 @@ def test_wrong_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["theirs.onnx"]
 
     refused("gives no scores of the 2 classes a, b, and no labels: its outputs are result", UsageError, classes="a,b")
-    refused("may not be empty|needs|already|labels", UsageError, classes="a,b,c", output="logits", confidence=True)
+    refused("a confidence map goes with labels", UsageError, classes="a,b,c", output="logits", confidence=True)
     model = onnx.ModelProto()
     model.CopyFrom(original)
     model.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, [1]))
@@ -133,6 +136,11 @@ def test_wrong_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
     onnx.save(model, str(source))
     refused("4 channels|cannot open|is refused")
+    model.CopyFrom(original)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 1 << 20
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 1 << 20
+    onnx.save(model, str(source))
+    refused("a size that cannot be|cannot open")
     model.CopyFrom(original)
     model.graph.initializer[0].data_type = TensorProto.FLOAT16
     model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[::2]
@@ -145,6 +153,43 @@ def test_wrong_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
     refused("cannot open|could not be brought")
     source.write_bytes(original.SerializeToString()[:-100])
     refused("damaged|refused")
+
+
+def test_channels_last_and_whole_numbers_in(tmp_path: Path) -> None:
+    """As TensorFlow's networks come, and as those with their own normalization do."""
+    source, target = write_stranger(tmp_path / "theirs.onnx", size=FIXED), tmp_path / "ours.onnx"
+    grey = frames(1, 64, 96)[:, 0]
+    expected = true_labels("low", grey)
+    model = onnx.load(str(source))
+    graph = model.graph
+    (image,), (result,) = graph.input, graph.output
+    nodes = [
+        helper.make_node("Transpose", ["last"], ["input"], perm=[0, 3, 1, 2]), *graph.node,
+        helper.make_node("Transpose", ["result"], ["scores"], perm=[0, 2, 3, 1]),
+    ]  # fmt: skip
+    image.CopyFrom(helper.make_tensor_value_info("last", TensorProto.FLOAT, [1, 64, 96, 3]))
+    result.CopyFrom(helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 16, 24, 3]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, str(source))
+    adopt(source, target, settings())
+    with load_segmenter(target, precision="file", threads=1) as segmenter:
+        assert (segmenter.segment(grey[0]).labels == expected[0]).mean() > 0.999
+
+    constants = {"mean": np.float32(255 * MEAN), "std": np.float32(255 * STD)}
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    image.CopyFrom(helper.make_tensor_value_info("bytes", TensorProto.UINT8, [1, 64, 96, 3]))
+    nodes = [
+        helper.make_node("Cast", ["bytes"], ["levels"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["levels", "mean"], ["shifted"]), helper.make_node("Div", ["shifted", "std"], ["last"]),
+        *graph.node,
+    ]  # fmt: skip
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, str(source))
+    adopt(source, target, AdoptSettings(parse_classes("a,b,c"), parse_normalization("none")))
+    with load_segmenter(target, precision="file", threads=1) as segmenter:
+        assert (segmenter.segment(grey[0]).labels == expected[0]).mean() > 0.999
 
 
 def test_values_that_are_not_numbers(tmp_path: Path) -> None:
@@ -259,6 +304,11 @@ def test_everything_works_on_it(tmp_path: Path) -> None:
     calibrated = calibrate(ours, int8, find_images(dataset, "train"), CalibrationSettings(cache=None))
     assert calibrated.validation[-1].values["int8_convolutions"] == 5  # all but that of the global mean
     assert convert_precision(ours, half).validation[-1].values["agreement"] > 0.99
+    known = describe_domain(ours, dataset, tmp_path / "known.onnx")
+    assert known.domain is not None
+    with load_segmenter(tmp_path / "known.onnx", precision="file", threads=1) as segmenter:
+        states = [segmenter.segment(image).domain.state for image in (grey, np.zeros_like(grey))]
+    assert states == ["familiar", "foreign"]
     check = AcceptanceCheck(dataset, Budget(max_miou_drop=20), reference=ours)
     built = build_verified(
         int8, engine, precision="int8", acceptance=check, calibration_images=None, runtime="tensorrt-rtx", shapes=None,
