@@ -129,8 +129,25 @@ def _until_product(start: onnx.NodeProto, step: Any, through: Collection[str]) -
 
 
 def position_attentions(model: onnx.ModelProto) -> list[Attention]:
-    """Those :func:`attentions` of a graph that can be rewritten."""
-    return [attention for attention in attentions(model.graph.node) if attention.is_plain]
+    """Those :func:`attentions` of a graph that can be rewritten: of tokens ``[N, T, C]``, or of one head of them.
+
+    Attention with several heads, as an adopted transformer has it, is left alone.
+    """
+    found = [attention for attention in attentions(model.graph.node) if attention.is_plain]
+    if not found:
+        return []
+    onnx = require("onnx", "export", "rewrite attention")
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {
+        entry.name: [axis.dim_value for axis in entry.type.tensor_type.shape.dim]
+        for entry in (*graph.value_info, *graph.input)
+    }
+
+    def has_one_head(query: str) -> bool:
+        shape = shapes.get(query, [])  # empty where it is not known
+        return len(shape) in (0, 3) or (len(shape) == 4 and shape[1] == 1)
+
+    return [attention for attention in found if has_one_head(attention.query)]
 
 
 def in_blocks(model: onnx.ModelProto, rows: int = BLOCK_ROWS) -> onnx.ModelProto:

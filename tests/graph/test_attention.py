@@ -18,6 +18,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.graph.attention import (
     FUNCTION_NAME,
     as_function,
+    attentions,
     expanded,
     in_blocks,
     in_type,
@@ -164,6 +165,19 @@ def test_attention_can_be_left_out() -> None:
     model = attention_model(FP16)
     assert not uses_bf16(in_type(model, "bf16", leave=["sps.0/Softmax"]))
     assert uses_bf16(in_type(model, "bf16", leave=["sps.1/Softmax"]))
+
+
+def test_several_heads_are_left_alone() -> None:
+    """Those of a transformer: one softmax over [N, heads, T, T]."""
+    model = attention_model()
+    model.graph.node[0].attribute[0].CopyFrom(helper.make_attribute("perm", [0, 1, 3, 2]))
+    for entry in [*model.graph.input, *model.graph.output]:
+        entry.CopyFrom(helper.make_tensor_value_info(entry.name, FP32, ["n", 2, "t", CHANNELS]))
+    assert len(attentions(model.graph.node)) == 1
+    assert position_attentions(model) == []
+    feed = {name: np.repeat(values[:, None], 2, axis=1) for name, values in tokens(1, 9).items()}
+    (expected,), (found,) = run(model, feed), run(in_type(model, "bf16"), feed)
+    assert np.array_equal(found, expected)
 
 
 def test_what_blocks_need_to_know() -> None:
