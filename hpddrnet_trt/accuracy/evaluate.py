@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +25,13 @@ from hpddrnet_trt.core.metrics import LabelComparison, ScoreIntervals, Scores, s
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.core.text import plain
+from hpddrnet_trt.core.uncertainty import Reliability
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
 from hpddrnet_trt.data.intensity import FullScale, range_of
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.uncertainty import scored_picture
 
 Grey8 = npt.NDArray[np.uint8]
 WORST = 6  # images shown
@@ -113,7 +115,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Assessment:
-    """One pass over a split. ``pictures``: the worst images, worst first, and at the end the best one."""
+    """One pass over a split. ``pictures``: the worst images, worst first, and at the end the best one.
+    ``reliability``: of class scores where the engine gives them, by temperature: None (as they are) and the model's.
+    """
 
     origin: Origin
     classes: list[ClassInfo]
@@ -121,6 +125,7 @@ class Assessment:
     counts: npt.NDArray[np.int64]
     scores: Scores
     pictures: list[Picture]
+    reliability: dict[float | None, Reliability] = field(default_factory=dict)
 
     @property
     def class_names(self) -> list[str]:
@@ -188,6 +193,10 @@ class Assessment:
                 }
                 for index, name in enumerate(self.class_names)
             },
+            "calibration": [
+                {"temperature": temperature, "expected_calibration_error": found.expected_calibration_error}
+                for temperature, found in self.reliability.items()
+            ],
             "remarks": self.remarks,
             "per_image": [_image_record(image) for image in self.images],
             "origin": asdict(self.origin),
@@ -327,8 +336,15 @@ def assess(
     total = LabelComparison(len(dataset.classes))
     images: list[ImageResult] = []
     ranking = _Ranking(worst)
+    scored = segmenter.gives_scores
+    segmenter = segmenter.with_intervals() if scored else segmenter
+    temperatures = dict.fromkeys((None, segmenter.manifest.temperature)) if scored else {}
+    reliability = {temperature: Reliability.of([], temperature) for temperature in temperatures}
     for sample, image, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
-        labels = segmenter.segment(image).labels
+        result = segmenter.segment(image)
+        labels = result.labels
+        for temperature in reliability:
+            reliability[temperature] += Reliability.of([scored_picture(result, mask)], temperature)
         matrix = LabelComparison(len(dataset.classes))
         matrix.update(labels, mask)
         total.add(matrix)
@@ -336,7 +352,7 @@ def assess(
         measured = measure(mask, labels, len(dataset.classes), image.pixel_size_m)
         images.append(ImageResult(sample.name, sample.group, height, width, matrix.counts, matrix.scores(), measured))
         ranking.offer(images[-1], image.pixels, mask, labels)
-    return Assessment(origin, dataset.classes, images, total.counts, total.scores(), ranking.pictures)
+    return Assessment(origin, dataset.classes, images, total.counts, total.scores(), ranking.pictures, reliability)
 
 
 class _Ranking:

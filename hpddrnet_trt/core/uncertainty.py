@@ -20,7 +20,7 @@ are not independent. It rests on the new picture being like those: docs/uncertai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -258,28 +258,38 @@ def _of_mean(deviation: float, count: int) -> float:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pixels by the probability of their label, in :data:`BINS` equal bins from 0 to 1: their number, the mean
-    probability and the share that is right, NaN in empty bins."""
+    """How often labels are right that the model is so sure of: ``sums`` ``[3, BINS]`` over labelled pixels, by the
+    probability of their label in equal bins from 0 to 1: their number, their probabilities, and how many are right.
+    """
 
-    pixels: Numbers
-    confidence: Numbers
-    accuracy: Numbers
+    sums: Numbers
+
+    @classmethod
+    def of(cls, pictures: Iterable[ScoredPicture], temperature: float | None) -> Reliability:
+        sums = np.zeros((3, BINS))
+        for picture in pictures:
+            chance, truth = _labelled(picture)
+            chance = calibrated(chance[np.newaxis], temperature)
+            sure, right = chance.max(axis=1)[0], arg_max(chance)[0] == truth
+            bins = np.minimum((sure * BINS).astype(np.intp), BINS - 1)
+            sums += [np.bincount(bins, weights, BINS) for weights in (np.ones(bins.size), sure, right)]
+        return cls(sums)
+
+    def __add__(self, other: Reliability) -> Reliability:
+        return Reliability(self.sums + other.sums)
+
+    @property
+    def confidence(self) -> Numbers:
+        """Mean probability in each bin, NaN in empty ones."""
+        return self.sums[1] / np.where(self.sums[0] > 0, self.sums[0], np.nan)
+
+    @property
+    def accuracy(self) -> Numbers:
+        """Share of right labels in each bin, NaN in empty ones."""
+        return self.sums[2] / np.where(self.sums[0] > 0, self.sums[0], np.nan)
 
     @property
     def expected_calibration_error(self) -> float:
         """Mean distance of probability and share of right labels, by pixels (ECE); NaN without a pixel."""
-        total = self.pixels.sum()
-        return float(np.nansum(self.pixels * np.abs(self.confidence - self.accuracy)) / total) if total else math.nan
-
-
-def reliability(pictures: Sequence[ScoredPicture], temperature: float | None) -> Reliability:
-    """How often labels are right that the model is so sure of, over labelled pixels."""
-    sums = np.zeros((3, BINS))
-    for picture in pictures:
-        chance, truth = _labelled(picture)
-        chance = calibrated(chance[np.newaxis], temperature)
-        sure, right = chance.max(axis=1)[0], arg_max(chance)[0] == truth
-        bins = np.minimum((sure * BINS).astype(np.intp), BINS - 1)
-        sums += [np.bincount(bins, weights, BINS) for weights in (np.ones(bins.size), sure, right)]
-    filled = np.where(sums[0] > 0, sums[0], np.nan)
-    return Reliability(sums[0], sums[1] / filled, sums[2] / filled)
+        total = self.sums[0].sum()
+        return float(np.abs(self.sums[1] - self.sums[2]).sum() / total) if total else math.nan

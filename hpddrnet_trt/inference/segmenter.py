@@ -144,6 +144,11 @@ class Segmenter:
         """A segmenter on the same engine for images that are in the model's intensity range already."""
         return self._with(window=FullScale())
 
+    @property
+    def gives_scores(self) -> bool:
+        """Whether labels come from class scores on the host, so that these cost nothing more."""
+        return self._inference.gives_logits
+
     def with_intervals(self) -> Segmenter:
         """A segmenter on the same engine whose results have ``sampled_scores``; :class:`ContractError` without any."""
         return self._with(intervals=True)

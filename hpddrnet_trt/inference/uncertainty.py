@@ -66,8 +66,8 @@ def scored(segmenter: Segmenter, dataset: FolderDataset, samples: Iterable[Sampl
     segmenter = segmenter.taking_8_bits().with_intervals()
     dataset = replace(dataset, intensity_range=range_of(segmenter.manifest.intensity))
     for sample in samples:
-        grey, truth = dataset.load(sample)
-        yield scored_picture(segmenter.segment(grey), truth)
+        micrograph, truth = dataset.read(sample)
+        yield scored_picture(segmenter.segment(micrograph), truth)
 
 
 def scored_picture(result: Segmentation, truth: npt.NDArray[np.uint8]) -> ScoredPicture:

@@ -25,6 +25,7 @@ from hpddrnet_trt.report.accuracy_figures import (
     curves_figure,
     errors_figure,
     fractions_figure,
+    reliability_figure,
     robustness_figure,
 )
 from hpddrnet_trt.report.style import (
@@ -217,6 +218,8 @@ def _figures(
         "fractions": [fractions_figure(assessment, columns) for columns in (COLUMNS, 1)],
         "errors": [errors_figure(assessment, columns) for columns in (2, 1)],
     }
+    if assessment.reliability:
+        drawn["reliability"] = [reliability_figure(assessment)]
     if curves is not None:
         best = assessment.origin.best_step
         drawn["curves"] = [curves_figure(curves, best, columns) for columns in (COLUMNS, 1)]

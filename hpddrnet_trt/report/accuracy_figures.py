@@ -166,6 +166,26 @@ def _draw_errors(axes: Any, assessment: Assessment, index: int, place: int, look
     axes.plot(100 * found.error.value, index, "|", color=BLACK, markersize=15, markeredgewidth=2.2)
 
 
+def reliability_figure(assessment: Assessment) -> Any:
+    """Share of right labels against the probability that the model gives them, before and after calibration."""
+    with style():
+        figure = new_figure(5.2, 4.6)
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.1)
+        for (temperature, found), (color, marker) in zip(
+            assessment.reliability.items(), ((BLUE, "o"), (GREEN, "s")), strict=False
+        ):
+            said = "as the network gives them" if temperature is None else f"at its temperature, {temperature:.2f}"
+            label = f"{said}: error {100 * found.expected_calibration_error:.1f} %"
+            axes.plot(found.confidence, found.accuracy, color=color, marker=marker, linewidth=1.4, label=label)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_aspect("equal")
+        label_axes(axes, "Reliability of the class scores", "probability of the label", "share of right labels")
+        legend_below(figure, axes, columns=1)
+    return figure
+
+
 def curves_figure(curves: Curves, best_step: int | None = None, columns: int = COLUMNS) -> Any:
     """Loss, IoU and learning rate by step; a line at the step of the model that was kept."""
     with style():

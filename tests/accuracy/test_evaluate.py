@@ -161,6 +161,18 @@ def test_specimens_are_the_units_where_they_are_known(segmenter: Segmenter, data
     assert found.remarks == ["no interval: 2 specimens, and fewer than 5 do not tell how others vary"]
 
 
+def test_reliability_is_of_the_scores_as_they_are_and_at_the_models_temperature(dataset: FolderDataset) -> None:
+    described = Segmenter(ToyEngine(manifest("logits", temperature=2.0)))
+    found = assess(described, dataset, "test", progress=False)
+    assert list(found.reliability) == [None, 2.0]
+    labelled = found.counts.sum()
+    for each in found.reliability.values():
+        assert each.sums[0].sum() == pytest.approx(labelled / 16, rel=0.2)  # every fourth pixel in each direction
+    errors = [entry["expected_calibration_error"] for entry in found.record()["calibration"]]
+    assert errors[0] != errors[1]
+    assert assess(Segmenter(ToyEngine(manifest("labels"))), dataset, "test", progress=False).reliability == {}
+
+
 def test_the_origin_names_model_and_data(dataset: FolderDataset, tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(b"weights")

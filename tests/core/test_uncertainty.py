@@ -16,6 +16,7 @@ from hpddrnet_trt.core.metrics import arg_max, softmax
 from hpddrnet_trt.core.uncertainty import (
     BINS,
     STEP,
+    Reliability,
     ScoredPicture,
     calibrated,
     fit_fraction_errors,
@@ -23,7 +24,6 @@ from hpddrnet_trt.core.uncertainty import (
     fraction_errors,
     half_widths,
     mean_fraction,
-    reliability,
     uncertain_shares,
 )
 
@@ -96,13 +96,13 @@ def test_the_calibration_error_is_that_of_the_definition_and_falls_with_the_righ
     truth = np.zeros((1, 10 * STEP), np.uint8)
     truth[:, ::STEP] = [0, 0, 0, 0, 0, 0, 1, 1, 255, 255]  # 6 of 8 right where 0.9 was said
     one = ScoredPicture(probabilities, np.zeros_like(truth), truth)
-    found = reliability([one], None)
+    found = Reliability.of([one], None)
     assert found.expected_calibration_error == pytest.approx(0.15, abs=1e-6)
-    assert found.pixels.tolist() == [0] * 13 + [8, 0]
+    assert found.sums[0].tolist() == [0] * 13 + [8, 0]
     assert len(found.accuracy) == BINS
     rng = np.random.default_rng(3)
     pictures = [picture(rng, 3.0) for _ in range(2)]
-    before, after = (reliability(pictures, value).expected_calibration_error for value in (None, 3.0))
+    before, after = (Reliability.of(pictures, value).expected_calibration_error for value in (None, 3.0))
     assert before > 5 * after
     assert after < 0.015
 

@@ -17,7 +17,7 @@ from scipy import stats
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import FractionErrorRecord
 from hpddrnet_trt.core.metrics import softmax
-from hpddrnet_trt.core.uncertainty import STEP, calibrated, reliability
+from hpddrnet_trt.core.uncertainty import STEP, Reliability, calibrated
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.labels import write_pair
 from hpddrnet_trt.inference import Segmenter
@@ -138,7 +138,7 @@ def test_a_description_gets_both_from_pictures_with_masks(dataset: FolderDataset
     found = with_uncertainty(description, segmenter, dataset, progress=False)
     assert found.temperature is not None
     pictures = list(scored(segmenter, dataset, dataset.split("val")))
-    before, after = (reliability(pictures, value).expected_calibration_error for value in (None, found.temperature))
+    before, after = (Reliability.of(pictures, value).expected_calibration_error for value in (None, found.temperature))
     assert after < 0.6 * before
     assert found.fraction_errors is not None
     assert (found.fraction_errors.pictures, found.fraction_errors.source) == (5, f"{dataset.name}/val")
