@@ -218,6 +218,11 @@ def test_segment_writes_other_kinds_and_ends_with_a_summary(run: Run, checkpoint
     assert 0 < entry["window"][0] < entry["window"][1] < 255
     code, out, _ = run(*command)
     assert (code, out.splitlines()[0]) == (0, "0 segmented, 1 already done, 0 failed")
+    pytest.importorskip("matplotlib")
+    code, out, err = run("grains", "labels", "--output", "sizes")
+    assert code == 0, err
+    assert out.endswith(f"written to {Path('sizes', 'grains.csv')} and {Path('sizes', 'grains.png')}\n")
+    assert run("grains", "sizes")[0] == 2
 
 
 def test_rank_writes_the_order_of_pictures(run: Run, checkpoint: Path, tmp_path: Path) -> None:
