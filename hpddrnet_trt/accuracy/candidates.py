@@ -217,7 +217,9 @@ def open_study(source: Path, settings: StudySettings) -> Iterator[Study]:
     height, width = micrographs.crop_size(contract, settings.size, images)
     chosen = micrographs.choose_images(images, settings.max_images)
     warn_of_overlap(chosen, judged, f"{dataset.name}/{split}")
-    crops = micrographs.plan_crops(chosen, height, width, intensity_range=range_of(manifest.intensity))
+    crops = micrographs.plan_crops(
+        chosen, height, width, intensity_range=range_of(manifest.intensity), read_at_m=manifest.read_at_m
+    )
     shown = (height, width) if settings.frame is None else _checked_frame(settings.frame, contract)
     operations = macs_and_bytes(model, (contract.batch.minimum, contract.channels, *shown))
     measured = measure(model, manifest, plan.tensors, crops, (height, width), cache="user")

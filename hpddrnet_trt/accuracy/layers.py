@@ -114,7 +114,7 @@ def compare_layers(
     chosen = micrographs.choose_images(images, IMAGES)
     height, width = micrographs.crop_size(contract, None, chosen)
     crops = micrographs.plan_crops(
-        chosen, height, width, len(chosen), intensity_range=range_of(manifest.intensity)
+        chosen, height, width, len(chosen), intensity_range=range_of(manifest.intensity), read_at_m=manifest.read_at_m
     )
     models = [expanded(model) if model.functions else model for model, _ in loaded]
     tensors = _shared_tensors(models, paths)

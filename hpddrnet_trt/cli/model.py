@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hpddrnet_trt.cli.options import Data, Method, ModelFile, OnnxFile, Split, parse_size, write_json
+from hpddrnet_trt.cli.options import Data, Method, ModelFile, OnnxFile, Split, parse_length, parse_size, write_json
 from hpddrnet_trt.cli.program import command
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import check_writable
@@ -95,13 +95,22 @@ class GraphOptions:
         bool, typer.Option(help="One-channel uint8 input; --no-grey-input takes three normalised float channels.")
     ] = True
 
+    pixel_size: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LENGTH", parser=parse_length, help="Pixel size of the training pictures (5nm), where the "
+            "checkpoint does not say it: pictures of another are then read at it.",
+        ),
+    ] = None
+
     def settings(self) -> ExportOptions:
         """The same for the export."""
         from hpddrnet_trt.export.onnx import ExportOptions
 
         return ExportOptions(
-            self.batch, self.height, self.width, self.attention, self.output, self.confidence, self.grey_input
-        )
+            self.batch, self.height, self.width, self.attention, self.output, self.confidence, self.grey_input,
+            pixel_size_m=self.pixel_size,
+        )  # fmt: skip
 
 
 @command(PANEL, "export nasa-super1 model.onnx --precision fp16 --data micrographs/")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from hpddrnet_trt.core.text import length
 
 PLAUSIBLE_M = (1e-12, 1e-3)  # metres per pixel, from atomic resolution to a stage camera
-TOLERANCE = 1.1  # pictures that differ less are read as they are: see docs/results/domain-2026-11.md
+TOLERANCE = 1.03  # pictures that differ less are read as they are: see docs/results/domain-2026-11.md
 ENLARGED = 2.0  # further enlarged, a picture shows nothing of what is smaller than its own pixels
 FURTHEST = 32.0  # neither enlarged nor shrunk by more
 MOST_PIXELS = 1 << 30  # of an enlarged picture

@@ -442,6 +442,11 @@ class Manifest(_Record):
     def palette(self) -> list[tuple[int, int, int]]:
         return [entry.color for entry in self.classes]
 
+    @property
+    def read_at_m(self) -> PixelSizes | None:
+        """Pixel sizes that the network has seen, in metres; None where they are not known."""
+        return None if self.data is None else self.data.read_at_m
+
     def replace(self, **changes: Any) -> Manifest:
         """A copy with ``changes`` applied and validated."""
         return Manifest.model_validate({**dict(self), **changes})

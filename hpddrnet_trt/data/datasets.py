@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import sha256_of
-from hpddrnet_trt.core.magnification import rescaling
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
@@ -23,7 +22,7 @@ from hpddrnet_trt.data.description import FILE_NAME, DatasetDescription, descrip
 from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.labels import MaskColors, read_mask
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
-from hpddrnet_trt.data.preprocess import magnified, nearest, scaled_size
+from hpddrnet_trt.data.preprocess import at_pixel_size, nearest
 
 log = logging.getLogger(__name__)
 
@@ -244,13 +243,11 @@ class FolderDataset:
         Raises as :meth:`read` does.
         """
         micrograph, mask = self.read(sample)
-        grey, common = micrograph.pixels, self.common_pixel_size_m
+        common = self.common_pixel_size_m
         if common is None:
-            return grey, mask
-        height, width = mask.shape
-        factor = rescaling(micrograph.pixel_size_m, (common, common), (height, width)).factor
-        size = scaled_size(height, width, 1.0 if factor is None else factor)
-        return (grey, mask) if size == mask.shape else (magnified(grey, *size), nearest(mask, *size))
+            return micrograph.pixels, mask
+        grey = at_pixel_size(micrograph.pixels, micrograph.pixel_size_m, (common, common))
+        return grey, mask if grey.shape == mask.shape else nearest(mask, *grey.shape)
 
     def read(self, sample: Sample) -> tuple[Micrograph, npt.NDArray[np.uint8]]:
         """Read one sample as it is: the micrograph in 8 bits, and its mask, both uint8 ``[H, W]``.

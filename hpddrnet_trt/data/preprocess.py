@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.magnification import PixelSizes, rescaling
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 
 Mode = Literal["single", "flip", "multiscale"]
@@ -150,6 +151,17 @@ def magnified(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDAr
     shrinks = height * width < image.shape[0] * image.shape[1]
     how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=how), dtype=np.uint8)
+
+
+def at_pixel_size(
+    image: npt.NDArray[np.uint8], pixel_size_m: float | None, wanted: PixelSizes
+) -> npt.NDArray[np.uint8]:
+    """An image ``[H, W]`` brought to the nearest of the ``wanted`` pixel sizes, as far as it can be; see
+    :func:`~hpddrnet_trt.core.magnification.rescaling`."""
+    height, width = image.shape[:2]
+    factor = rescaling(pixel_size_m, wanted, (height, width)).factor
+    size = scaled_size(height, width, 1.0 if factor is None else factor)
+    return image if size == (height, width) else magnified(image, *size)
 
 
 def nearest(plane: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:

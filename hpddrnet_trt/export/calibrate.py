@@ -232,7 +232,10 @@ def _gather(
     pool = pool or images
     chosen = micrographs.choose_images(pool, settings.max_images)
     judges = micrographs.choose_images(judges or chosen, _HELD_OUT_CROPS)
-    plan = partial(micrographs.plan_crops, height=height, width=width, intensity_range=range_of(manifest.intensity))
+    plan = partial(
+        micrographs.plan_crops, height=height, width=width, intensity_range=range_of(manifest.intensity),
+        read_at_m=manifest.read_at_m,
+    )  # fmt: skip
     crops, spread = micrographs.with_content(planned := plan(chosen), height, width)
     if not crops:
         raise UsageError(

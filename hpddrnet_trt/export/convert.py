@@ -239,6 +239,7 @@ def fp16_range_report(model: onnx.ModelProto, manifest: Manifest, images: Sequen
     types = tensor_types(model)
     tensors = [name for name in producers(model.graph) if types.get(name) == TensorProto.FLOAT]
     height, width = crop_size(contract, None, images)
-    crops = plan_crops(images, height, width, intensity_range=range_of(manifest.intensity))
+    levels = range_of(manifest.intensity)
+    crops = plan_crops(images, height, width, intensity_range=levels, read_at_m=manifest.read_at_m)
     ranges = extremes(model, tensors, batches(crops, height, width, contract, manifest.normalization))
     return {name: max(abs(low), abs(high)) for name, (low, high) in ranges.items()}

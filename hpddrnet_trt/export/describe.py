@@ -58,7 +58,7 @@ def _sections(manifest: Manifest, path: str | Path, *, layers: bool) -> Iterator
     if manifest.data is not None:
         images = f", {manifest.data.train_images} images" if manifest.data.train_images else ""
         yield "trained on", [f"{manifest.data.name}{images} (licence: {manifest.data.license or 'not stated'})"]
-        if (sizes := manifest.data.read_at_m) is not None:
+        if (sizes := manifest.read_at_m) is not None:
             brought = "" if manifest.data.common_pixel_size_m is None else ", to which all pictures were brought"
             yield "pixel size", [f"{in_words(sizes)}{brought}"]
     if manifest.domain is not None:

@@ -210,8 +210,8 @@ def _of_folder(data: str | Path, split: str, manifest: Manifest) -> DomainPictur
             log.info("%s has no split val; what is unusual is told from the training pictures alone", data)
     crop = CROP if manifest.data is None else manifest.data.crop or CROP
     return DomainPictures(
-        training=[partial(read_grey, path, levels) for path in training],
-        held_out=[partial(read_grey, path, levels) for path in held_out],
+        training=[partial(read_grey, path, levels, manifest.read_at_m) for path in training],
+        held_out=[partial(read_grey, path, levels, manifest.read_at_m) for path in held_out],
         source=f"{Path(data).name} ({split})",
         augmentation=AugmentConfig(crop=crop),
     )

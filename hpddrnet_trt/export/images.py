@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.magnification import PixelSizes
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.data.preprocess import network_input, pad
+from hpddrnet_trt.data.preprocess import at_pixel_size, network_input, pad
 
 LARGEST_SIZE = 1024  # crop edge in pixels, where neither the model nor the caller says one
 _LOOKED_AT = 9  # images that the usual size is taken from
@@ -41,6 +42,7 @@ class Crop:
     top: int
     left: int
     intensity_range: IntensityRange = None  # of the model
+    read_at_m: PixelSizes | None = None  # likewise
 
 
 def crop_size(
@@ -88,9 +90,12 @@ def _axis_size(axis: AxisRange, asked: int | None, usual: int, multiple: int) ->
     return max(min(usual // multiple * multiple, largest), smallest)
 
 
-def read_grey(path: Path, intensity_range: IntensityRange = None) -> Grey:
-    """A micrograph as 8-bit grey levels ``[H, W]``, as a model of that range sees it."""
-    return to_grey8(read_micrograph(path).pixels, intensity_range).pixels
+def read_grey(path: Path, intensity_range: IntensityRange = None, read_at_m: PixelSizes | None = None) -> Grey:
+    """A micrograph as 8-bit grey levels ``[H, W]``, as a model of that range sees it that reads at these pixel sizes,
+    in metres."""
+    micrograph = read_micrograph(path)
+    grey = to_grey8(micrograph.pixels, intensity_range).pixels
+    return grey if read_at_m is None else at_pixel_size(grey, micrograph.pixel_size_m, read_at_m)
 
 
 def choose_images(images: Sequence[Path], count: int) -> list[Path]:
@@ -149,16 +154,19 @@ def plan_crops(
     *,
     each: int | None = None,
     intensity_range: IntensityRange = None,
+    read_at_m: PixelSizes | None = None,
 ) -> list[Crop]:
-    """Non-overlapping crops spread over each image, at most ``each`` of every image, for a model of that range.
+    """Non-overlapping crops spread over each image, at most ``each`` of every image, for a model of that range and of
+    these pixel sizes.
 
     Without ``each`` so many that there are ``minimum`` in total. The first crop of an image is in its
     centre, every further one far from those before, so fewer crops are the beginning of more. An
     image no larger than the crop gives one. Only image sizes are looked at; files are opened one at a time.
     """
     each = -(-minimum // len(images)) if each is None else each
-    places = ((path, _places(read_grey(path).shape, height, width, each)) for path in images)
-    return [Crop(path, top, left, intensity_range) for path, corners in places for top, left in corners]
+    seen = ((path, read_grey(path, read_at_m=read_at_m)) for path in images)
+    places = ((path, _places(grey.shape, height, width, each)) for path, grey in seen)
+    return [Crop(path, top, left, intensity_range, read_at_m) for path, corners in places for top, left in corners]
 
 
 def _places(shape: tuple[int, ...], height: int, width: int, count: int) -> list[tuple[int, int]]:
@@ -218,7 +226,7 @@ def _windows(crops: Sequence[Crop], height: int, width: int) -> Iterator[tuple[C
     path, grey = None, None  # crops of one image follow each other: read it once
     for crop in crops:
         if grey is None or path != crop.image:
-            path, grey = crop.image, read_grey(crop.image, crop.intensity_range)
+            path, grey = crop.image, read_grey(crop.image, crop.intensity_range, crop.read_at_m)
         yield crop, cut(grey, crop, height, width)
 
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import existing_file, sha256_of
-from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, AxisRange, InputContract, Manifest, OutputContract
+from hpddrnet_trt.core.magnification import plausible
+from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, AxisRange, DataRecord, InputContract, Manifest, OutputContract
 from hpddrnet_trt.core.quiet import quiet as held_back
 from hpddrnet_trt.graph.domain import with_domain
 from hpddrnet_trt.graph.model import load_model, save_model
@@ -45,6 +46,7 @@ class ExportOptions:
 
     ``attention`` is ``matmul`` (every runtime), ``attention-op`` (opset 23 and later, for runtimes with a fused
     kernel) or ``function`` (``hpddrnet::PositionAttention``, whose body is ``matmul``; for plugins of that name).
+    ``pixel_size_m``: metres, of the pictures that the model was trained on, where its description does not say it.
     Raises :class:`UsageError` for sizes the network cannot take or an opset without the operators.
     """
 
@@ -56,6 +58,7 @@ class ExportOptions:
     confidence: bool = False
     grey_input: bool = True
     opset: int | None = None
+    pixel_size_m: float | None = None
 
     def __post_init__(self) -> None:
         if self.batch is not None and self.batch < 1:
@@ -63,6 +66,8 @@ class ExportOptions:
         for name, size in (("height", self.height), ("width", self.width)):
             if size is not None and (size < SIZE_MULTIPLE or size % SIZE_MULTIPLE):
                 raise UsageError(f"{name} must be a positive multiple of {SIZE_MULTIPLE}, got {size}")
+        if self.pixel_size_m is not None and not plausible(self.pixel_size_m):
+            raise UsageError(f"no microscope has pixels of {self.pixel_size_m:g} m; give that of the training pictures")
         lowest = ATTENTION_OPSET if self.attention == "attention-op" else OPSET
         if self.opset is not None and self.opset < lowest:
             raise UsageError(f"opset must be at least {lowest} for attention={self.attention!r}, got {self.opset}")
@@ -118,6 +123,9 @@ def export_onnx(
 
     network, manifest = load_checkpoint(checkpoint)
     manifest = manifest.replace(checkpoint_sha256=sha256_of(checkpoint))
+    if options.pixel_size_m is not None:
+        sizes = {"pixel_size_m": (options.pixel_size_m,) * 2, "common_pixel_size_m": None}
+        manifest = manifest.replace(data=(manifest.data or DataRecord(name="unknown")).model_copy(update=sizes))
     return export_network(network, manifest, target, options, verify=verify, images=images)
 
 

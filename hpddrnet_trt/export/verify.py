@@ -174,7 +174,7 @@ def sample_batches(manifest: Manifest, images: Sequence[Path]) -> Iterator[Grey]
 def _frame(manifest: Manifest, images: Sequence[Path], index: int, height: int, width: int) -> Grey:
     if images:
         path = images[index % len(images)]
-        return cut(read_grey(path, range_of(manifest.intensity)), Crop(path, 0, 0), height, width)
+        return cut(read_grey(path, range_of(manifest.intensity), manifest.read_at_m), Crop(path, 0, 0), height, width)
     picture, _ = simulate(max(height, MIN_SIZE), max(width, MIN_SIZE), seed=index)
     return picture[:height, :width]
 

@@ -152,7 +152,7 @@ class FileSegmenter:
             "info_bar": settings.info_bar,
             # Not of models that know no pixel size: their results are the same without it, as before there was one.
             **({"intervals": True} if segmenter.intervals else {}),
-            **({"rescale": segmenter.rescale} if segmenter.reads_at_m is not None else {}),
+            **({"rescale": segmenter.rescale} if segmenter.manifest.read_at_m is not None else {}),
         }
 
     def outputs(self, name: str, of: Literal["image", "slice", "stack"] = "image") -> dict[str, str]:

@@ -104,8 +104,7 @@ class Segmenter:
             raise UsageError(f"resize must be two positive numbers of pixels, got {resize}")
         self.engine, self.mode, self.resize, self.window, self.tile = engine, mode, resize, window, tile
         self.manifest, self.rescale = engine.manifest, rescale
-        self.reads_at_m = None if self.manifest.data is None else self.manifest.data.read_at_m
-        self._trained_at = self.reads_at_m if rescale and resize is None else None
+        self._trained_at = self.manifest.read_at_m if rescale and resize is None else None
         self._unknown_told = False
         self.intensity_range = range_of(self.manifest.intensity) if window is None else window
         self._inference = Inference(engine, mode, resize, intervals)

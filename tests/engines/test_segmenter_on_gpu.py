@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.manifest import DataRecord
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.inference import Segmenter
 from tests.engines.conftest import Bench
@@ -76,6 +77,18 @@ def test_an_image_on_the_gpu_is_used_in_place(bench: Start, kind: str) -> None:
     assert np.array_equal(segmenter.segment(on_gpu, turned).labels, host.labels)
     several = segmenter.segment_batch([on_gpu, image, on_gpu])
     assert all(np.array_equal(each.labels, host.labels) for each in several)
+
+
+def test_an_image_on_the_gpu_of_another_pixel_size_is_read_as_it_is_and_told(bench: Start) -> None:
+    started = bench()
+    started.engine.manifest = started.engine.manifest.replace(data=DataRecord(name="a", pixel_size_m=(5e-9, 5e-9)))
+    on_gpu = started.cuda.array(_image(64, 128))
+    for size, factor, told in ((5e-9, 1.0, 0), (10e-9, None, 1), (None, None, 0)):
+        found = Segmenter(started.engine).segment(Micrograph(on_gpu, pixel_size_m=size))  # type: ignore[arg-type]
+        assert (found.rescale, len(found.remarks)) == (factor, told)
+    assert "copy the image to the host" in Segmenter(started.engine).segment(
+        Micrograph(on_gpu, pixel_size_m=10e-9)  # type: ignore[arg-type]
+    ).remarks[0]
 
 
 def test_dlpack_and_the_callers_stream(bench: Start) -> None:

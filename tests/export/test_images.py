@@ -14,7 +14,7 @@ from PIL import Image
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 from hpddrnet_trt.export import images as micrographs
-from hpddrnet_trt.export.images import Crop
+from hpddrnet_trt.export.images import Crop, plan_crops, read_grey
 from tests.tiny_export import pictures
 
 
@@ -134,3 +134,15 @@ def test_crop_size_as_asked_opens_no_image() -> None:
 def test_checksum_is_of_contents(images: list[Path]) -> None:
     assert micrographs.checksum(images) == micrographs.checksum(images[::-1])
     assert micrographs.checksum(images) != micrographs.checksum(images[1:])
+
+
+def test_micrographs_are_seen_at_the_pixel_size_of_the_model(tmp_path: Path) -> None:
+    place = tmp_path / "images" / "train" / "a.png"
+    place.parent.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)).save(place)
+    (tmp_path / "dataset.json").write_text('{"pixel_size_m": 5e-9}')
+    assert read_grey(place).shape == (60, 80)
+    assert read_grey(place, read_at_m=(10e-9, 20e-9)).shape == (30, 40)
+    crops = plan_crops([place], 16, 16, 100, read_at_m=(10e-9, 10e-9))
+    assert len(crops) == 2  # of 30 x 40 pixels
+    assert len(plan_crops([place], 16, 16, 100)) == 15

@@ -32,7 +32,7 @@ from tests.graph.parsed_rtx import Parsed
 from tests.tiny_export import frames
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 
-STATIC = ExportOptions(1, 72, 104, confidence=True)
+STATIC = ExportOptions(1, 72, 104, confidence=True, pixel_size_m=5e-9)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -108,6 +108,13 @@ def test_file_describes_itself(checkpoint: Path, dynamic: Path) -> None:
     assert evidence.values["agreement"] > 0.9999
     assert evidence.values["max_abs_difference"] < 1e-3 * max(1, evidence.values["reference_std"])
     assert evidence.images == 4
+
+
+def test_a_pixel_size_can_be_stated_at_export(dynamic: Path, static: Path) -> None:
+    assert read_manifest(dynamic).read_at_m is None
+    assert read_manifest(static).read_at_m == (5e-9, 5e-9)
+    with pytest.raises(UsageError, match="no microscope"):
+        ExportOptions(pixel_size_m=1.0)
 
 
 def test_names_of_inputs_outputs_axes_and_nodes(dynamic: Path, static: Path) -> None:

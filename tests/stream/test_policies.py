@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.manifest import DataRecord
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.stream import Policy, State, Stream, StreamResult
 from tests.stream.fakes import NO_FRAMES, PATIENCE_S, Bench, Immediate, check_ended, frame, number_of, until
-from tests.toy import ToyEngine, grey_image
+from tests.toy import ToyEngine, grey_image, manifest
 
 
 def test_latest_keeps_only_the_newest_waiting_frame() -> None:
@@ -168,6 +169,17 @@ def test_any_layout_and_byte_order_of_pixels_is_a_frame(given: Any, copy: bool) 
     assert result.segmentation is not None
     np.testing.assert_array_equal(result.segmentation.labels, expected)
     assert result.segmentation.pixel_size_m == getattr(given, "pixel_size_m", None)
+
+
+def test_frames_of_another_pixel_size_are_read_at_the_models() -> None:
+    toy = ToyEngine(manifest(data=DataRecord(name="steel", pixel_size_m=(10e-9, 10e-9))))
+    with Stream(lambda: Segmenter(toy), policy="block", warm_up=[(8, 12)]) as stream:
+        for size in (10e-9, 20e-9):
+            stream.submit(Micrograph(grey_image(8, 12), pixel_size_m=size))
+        found = [result.segmentation for result in islice(stream.results(), 2)]
+    assert [None if one is None else (one.rescale, one.labels.shape) for one in found] == [
+        (1.0, (8, 12)), (2.0, (8, 12)),
+    ]  # fmt: skip
 
 
 class Tensor:

@@ -190,7 +190,7 @@ def _described(dataset: FolderDataset, sizes: list[float | None]) -> str:
         ([5e-9, 10e-9, 20e-9], {}, (5e-9, 20e-9), 10e-9),
         ([5e-9, 10e-9, 20e-9], {"common_pixel_size": "own"}, (5e-9, 20e-9), None),
         ([5e-9, 10e-9, 20e-9], {"common_pixel_size": 20e-9}, (5e-9, 20e-9), 20e-9),
-        ([5e-9, 5.2e-9, 5e-9], {}, (5e-9, 5.2e-9), None),
+        ([5e-9, 5.1e-9, 5e-9], {}, (5e-9, 5.1e-9), None),
         ([5e-9, None, 20e-9], {}, None, None),
         ([None, None, None], {}, None, None),
         ([None, None, None], {"pixel_size_m": 5e-9}, (5e-9, 5e-9), None),
