@@ -65,15 +65,25 @@ def describe_domain(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; default: the model itself.")] = None,
 ) -> None:
-    """Let a model tell foreign pictures from its own: statistics of its training pictures go into its file."""
+    """Let a model tell foreign pictures from its own: statistics of its training pictures go into its file.
+
+    Where the dataset has masks of a val split, the file also learns how sure its class scores are and how far its area
+    fractions are off, for the intervals of `segment`.
+    """
     from hpddrnet_trt.export.domain import describe_domain as run_description
 
-    record = run_description(model, data, out, split=split, like=like).domain
+    manifest = run_description(model, data, out, split=split, like=like)
+    record, errors = manifest.domain, manifest.fraction_errors
     assert record is not None
     typer.echo(
         f"written: {out or model} ({record.crops} crops of {record.pictures} pictures; unusual from distance "
         f"{record.unusual:.2g}, foreign from {record.foreign:.2g})"
     )
+    if errors is not None:
+        typer.echo(
+            f"intervals of fractions from {errors.pictures} pictures of {errors.source}, class scores at the "
+            f"temperature {manifest.temperature:.2f}"
+        )
 
 
 @dataclass(frozen=True)

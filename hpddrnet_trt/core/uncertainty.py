@@ -191,12 +191,12 @@ def _non_negative(inverse: Numbers, squares: Numbers) -> tuple[float, float]:
     return min(fits, key=lambda fit: float(((fit[0] * columns[0] + fit[1] * columns[1] - 1) ** 2).sum()))
 
 
-def half_widths(shares: Numbers, pixels: int, record: FractionErrorRecord, *, shared: bool = False) -> Numbers:
-    """Half the 95 % interval of each class's fraction; ``shared``: of what pictures have in common alone.
+def half_widths(shares: Numbers, pixels: int, record: FractionErrorRecord) -> Numbers:
+    """Half the 95 % interval of each class's fraction.
 
     ``shares``: :func:`uncertain_shares`. A picture larger than those that were measured gets no narrower interval.
     """
-    patches = 0.0 if shared else record.patch**2 / max(1, min(pixels, record.pixels))
+    patches = record.patch**2 / max(1, min(pixels, record.pixels))
     widths: Numbers = t_quantile(record.pictures) * math.sqrt(record.shared**2 + patches) * _bounded(shares)
     return widths
 
@@ -214,7 +214,8 @@ class MeanFraction:
 
     ``value`` with its 95 % interval ``low`` to ``high`` (None for a single picture): Student's interval of the
     pictures' mean, as ASTM E562 has it for volume fractions, and in quadrature ``shared``, half the interval of the
-    error that the model makes alike in all of them (None where it is not known). ``deviation``: between the pictures.
+    model's own error, which may be alike in all of them (None where it is not known): held-out pictures are too few to
+    tell what of it is not. ``deviation``: between the pictures.
     ``more``: how many more pictures would halve the interval; None where none would, because of the model's own error.
     """
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.domain import fit_domain
-from hpddrnet_trt.core.errors import UsageError, require
+from hpddrnet_trt.core.errors import UsageError, UserError, require
 from hpddrnet_trt.core.files import read_file, sha256_of, write_bytes
 from hpddrnet_trt.core.manifest import (
     SIZE_MULTIPLE,
@@ -29,10 +29,11 @@ from hpddrnet_trt.core.manifest import (
 )
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.augment import Augmentation, AugmentConfig
-from hpddrnet_trt.data.datasets import dataset_layout, find_images
+from hpddrnet_trt.data.datasets import FolderDataset, dataset_layout, find_images
 from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.export.images import read_grey
+from hpddrnet_trt.export.uncertainty import describe_uncertainty
 
 Grey = npt.NDArray[np.uint8]
 Features = Callable[[Grey], npt.NDArray[np.float32]]  # an image [H, W] to its features [F, rows, columns]
@@ -105,11 +106,12 @@ def describe_domain(
     """Write ``model``, a checkpoint (``.safetensors``) or an ONNX file, with the statistics of ``data``.
 
     ``data``: a dataset folder, whose ``split`` the model was trained on and whose ``val`` split, if it has one, helps
-    to say what is unusual; or a folder of micrographs. ``target``: the file to write (default: ``model`` itself,
-    replaced once the new one is complete). An ONNX file gets the output ``domain_features``; weights stay. ``like``: in
-    place of ``data`` a file of the same model that has statistics, a checkpoint or an FP32 file, from which a converted
-    or calibrated one takes them. Returns the new description. Raises :class:`UsageError` for other files and what
-    reading raises; then nothing is written.
+    to say what is unusual, and with its masks how sure class scores are and how far fractions are off
+    (:mod:`hpddrnet_trt.export.uncertainty`); or a folder of micrographs. ``target``: the file to write (default:
+    ``model`` itself, replaced once the new one is complete). An ONNX file gets the output ``domain_features``; weights
+    stay. ``like``: in place of ``data`` a file of the same model that has statistics, a checkpoint or an FP32 file,
+    from which a converted or calibrated one takes them. Returns the new description. Raises :class:`UsageError` for
+    other files and what reading raises; then nothing is written.
     """
     if (data is None) == (like is None):
         raise UsageError("give either the data that the model was trained on or a file to take the statistics from")
@@ -124,7 +126,15 @@ def describe_domain(
     if data is None:
         return _take_over(model, target, Path(str(like)))
     pictures = _of_folder(data, split, manifest)
-    return (_describe_onnx if kind == ".onnx" else describe_checkpoint)(model, target, pictures)
+    described = (_describe_onnx if kind == ".onnx" else describe_checkpoint)(model, target, pictures)
+    if dataset_layout(data) is None:
+        return described
+    try:
+        dataset = FolderDataset.open(data)
+    except UserError as exc:  # pictures without masks, which is enough for the statistics
+        log.warning("area fractions of %s will have no interval: %s", target, exc)
+        return described
+    return describe_uncertainty(target, dataset)
 
 
 def _take_over(model: Path, target: Path, like: Path) -> Manifest:
@@ -136,6 +146,8 @@ def _take_over(model: Path, target: Path, like: Path) -> Manifest:
     ]:
         raise UsageError(f"{like} is not the model of {model}: {', '.join(differs)} differ")
     manifest = manifest.replace(domain=known.domain)
+    if manifest.output is None or not manifest.output.confidence:  # that is computed at a temperature in the file
+        manifest = manifest.replace(temperature=known.temperature, fraction_errors=known.fraction_errors)
     if model.suffix.lower() == ".safetensors":
         write_bytes(target, with_description(read_file(model, "checkpoint"), manifest))
         return manifest

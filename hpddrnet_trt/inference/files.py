@@ -378,17 +378,13 @@ class FileSegmenter:
         return {name: share / sum(weights) for name, share in shares.items()}, "area" if by_area else "pixels"
 
 
-def _intervals(result: Segmentation) -> dict[str, dict[str, float]] | None:
-    """By class: the interval of its fraction, and half that of the error that all pictures share."""
-    shared = result.half_widths(shared=True)
-    if shared is None:
+def _intervals(result: Segmentation) -> dict[str, dict[str, float | None]] | None:
+    """By class: the interval of its fraction, and half of it before it is cut at 0 and 1."""
+    widths = result.half_widths()
+    if widths is None:
         return None
-    pairs = zip(result.area_fractions(), shared, strict=True)
-    return {
-        entry.name: {"low": entry.low, "high": entry.high, "shared": part}
-        for entry, part in pairs
-        if entry.low is not None and entry.high is not None
-    }
+    pairs = zip(result.area_fractions(), widths, strict=True)
+    return {entry.name: {"low": entry.low, "high": entry.high, "half": half} for entry, half in pairs}
 
 
 def _pixels(entry: Any) -> int:

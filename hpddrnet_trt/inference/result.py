@@ -91,18 +91,14 @@ class Segmentation:
             for entry, width in zip(entries, widths, strict=True)
         ]
 
-    def half_widths(self, *, shared: bool = False) -> list[float] | None:
-        """Half the 95 % interval of each class's area fraction; None where :attr:`no_interval` says why.
-
-        ``shared``: of the errors alone that the model makes alike in all pictures of a kind, which no number of them
-        makes smaller.
-        """
+    def half_widths(self) -> list[float] | None:
+        """Half the 95 % interval of each class's area fraction; None where :attr:`no_interval` says why."""
         if self.no_interval is not None:
             return None
         assert self.sampled_scores is not None  # else there would be a reason
         assert self.manifest.fraction_errors is not None
         pixels = self.sampled_scores[0].size * STEP**2
-        return half_widths(self._uncertain_shares, pixels, self.manifest.fraction_errors, shared=shared).tolist()
+        return half_widths(self._uncertain_shares, pixels, self.manifest.fraction_errors).tolist()
 
     @cached_property
     def _uncertain_shares(self) -> npt.NDArray[np.float64]:

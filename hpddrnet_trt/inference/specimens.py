@@ -16,7 +16,7 @@ from hpddrnet_trt.results.tables import number, write_rows
 SPECIMENS = "specimens.csv"
 COLUMNS = (
     "specimen", "class", "pictures", "fraction", "fraction_low", "fraction_high", "relative_accuracy_percent",
-    "standard_deviation", "shared_model_error", "more_pictures_to_halve",
+    "standard_deviation", "model_error", "more_pictures_to_halve",
 )  # fmt: skip
 _MOST_IN_WORDS = 5
 
@@ -66,7 +66,7 @@ def specimen_fractions(entries: Sequence[Mapping[str, Any]], groups: Mapping[str
         known = [entry["intervals"] for entry in members[group] if entry.get("intervals")]
         complete = len(known) == len(members[group])
         for name in members[group][0]["fractions"]:
-            shared = sum(each[name]["shared"] for each in known) / len(known) if complete else None
+            shared = sum(each[name]["half"] for each in known) / len(known) if complete else None
             fractions = [entry["fractions"][name] for entry in members[group]]
             found.append(SpecimenFraction(group, name, mean_fraction(fractions, shared), complete))
     return found

@@ -27,6 +27,7 @@ from hpddrnet_trt.core.quiet import quiet
 from hpddrnet_trt.data.augment import Augmentation
 from hpddrnet_trt.data.datasets import FolderDataset, Sample, SplitStatistics
 from hpddrnet_trt.export.domain import DomainPictures, describe_checkpoint
+from hpddrnet_trt.export.uncertainty import describe_uncertainty
 from hpddrnet_trt.models.checkpoints import load_backbone_weights, load_checkpoint, with_classes
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.callbacks import (
@@ -448,7 +449,7 @@ def _datamodule(config: TrainConfig, data: TrainingData, device: _Device, first_
 
 
 def _describe_domain(config: TrainConfig, data: TrainingData) -> None:
-    """Give the best model the statistics of its pictures, unless it has them."""
+    """Give the best model the statistics of its pictures, and its errors on those held out, unless it has them."""
     best = _best(config)
     if not best.is_file() or read_manifest(best).domain is not None:
         return
@@ -463,6 +464,7 @@ def _describe_domain(config: TrainConfig, data: TrainingData) -> None:
         describe_checkpoint(best, best, pictures)
     except UserError as exc:
         log.warning("the model cannot tell foreign pictures: %s", exc)
+    describe_uncertainty(best, data.dataset, config.data.val_split)
 
 
 def _picture(dataset: FolderDataset, sample: Sample) -> npt.NDArray[np.uint8]:

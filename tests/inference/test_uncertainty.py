@@ -221,7 +221,7 @@ def test_specimens_have_their_mean_its_interval_and_how_many_more(tmp_path: Path
         own = [float(each["fraction"]) for each in per_picture
                if each["image"].startswith(row["specimen"]) and each["class"] == row["class"]]  # fmt: skip
         assert float(row["fraction"]) == pytest.approx(np.mean(own))
-        model = float(row["shared_model_error"])
+        model = float(row["model_error"])
         half = np.hypot(stats.t.ppf(0.975, 3) * np.std(own, ddof=1) / 2, model)
         assert float(row["fraction_high"]) - np.mean(own) == pytest.approx(half, rel=3e-3)
     assert summary.files["specimens"] == "specimens.csv"
