@@ -109,4 +109,5 @@ def _line(specimen: str, entries: Sequence[SpecimenFraction]) -> str:
     most = [entry.mean.more for entry in entries]
     if None in most:
         return f"{line}; the model's own error keeps more pictures from halving it"
-    return f"{line}; {max(number for number in most if number is not None)} more pictures would halve it"
+    more = max(number for number in most if number is not None)
+    return f"{line}; {more} more picture{'s' * (more != 1)} would halve it"
