@@ -14,7 +14,9 @@ from hpddrnet_trt.core.domain import domain_of
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 from hpddrnet_trt.export.domain import describe_domain
+from hpddrnet_trt.graph.lint import analyze
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
 from tests.tiny_export import frames, pictures, write_fp16, write_fp32
 from tests.tiny_network import lively, tiny_manifest, tiny_network
@@ -25,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
-    pictures(folder / "images" / "train", 4)
+    for split, count in (("train", 4), ("val", 2)):
+        pictures(folder / "images" / split, count)
     return folder
 
 
@@ -50,6 +53,15 @@ def test_an_onnx_file_tells_its_own_pictures_from_others(tmp_path: Path, home: P
     assert (half.domain, half.precision, half.output) == (manifest.domain, "fp16", manifest.output)
     with pytest.raises(UsageError, match="has no statistics"):
         describe_domain(tmp_path / "half.onnx", None, like=source)
+    # Calibration takes them along: the same features but for the rounding, and no pair that TensorRT cannot fuse.
+    settings = CalibrationSettings(min_agreement=0.5, cache=None)
+    assert (
+        calibrate(target, tmp_path / "int8.onnx", sorted(home.rglob("*.png"))[:2], settings).domain == manifest.domain
+    )
+    assert analyze(onnx.load(tmp_path / "int8.onnx")).all_violations == ()
+    with OnnxRuntimeEngine(tmp_path / "int8.onnx", threads=1) as engine:
+        rounded = domain_of([engine.infer(own).domain_features[0]], manifest.domain)
+    assert (rounded.state, rounded.distance) == (near.state, pytest.approx(near.distance, rel=0.3))
     # Again, in place: the same statistics, and one output of them.
     assert describe_domain(target, home).domain == manifest.domain
     assert [entry.name for entry in onnx.load(target).graph.output] == ["labels", "domain_features"]
