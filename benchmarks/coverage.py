@@ -5,7 +5,7 @@ better on some specimens than on others), or those of a dataset with a model's p
 figures are the truth. Some pictures, or whole specimens, are drawn from it many times, and it is counted how often the
 interval holds the figure of the pool; beside it the plain percentile interval of the same resamples.
 
-    python benchmarks/coverage.py [--model MODEL --data DATASET] [--draws 1000]
+    python benchmarks/coverage.py [--model MODEL --data DATASET | --failures 0.05] [--draws 500]
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ class Picture(NamedTuple):
     measured: Measured
 
 
-def simulated(rng: np.random.Generator) -> list[Picture]:
-    """Two phases and a rare third one; errors of a picture are those of its specimen and its own."""
+def simulated(rng: np.random.Generator, failures: float) -> list[Picture]:
+    """Two phases and a rare third one; errors of a picture are those of its specimen and its own. On a share of the
+    specimens the model fails: its labels have nothing to do with the picture."""
     pool = []
     for specimen in range(SPECIMENS):
         limits = np.array([0.2, 1.5]) + rng.normal(0, 0.15)
         shift, blur = rng.normal(0, 0.05), 0.10 * np.exp(rng.normal(0, 0.5))
+        failed = rng.random() < failures
         for _ in range(OF_SPECIMEN):
             field = smooth(rng, 3.0)
             truth = np.digitize(field, limits).astype(np.uint8)
+            if failed:
+                field = smooth(rng, 3.0)
             error = shift + rng.normal(0, 0.04) + blur * np.exp(rng.normal(0, 0.3)) * smooth(rng, 2.0)
             pool.append(picture(str(specimen), truth, np.digitize(field + error, limits).astype(np.uint8), CLASSES))
     return pool
@@ -118,10 +122,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--data")
-    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--failures", type=float, default=0.0, help="share of simulated specimens that fail wholly")
+    parser.add_argument("--draws", type=int, default=500)
     given = parser.parse_args()
     rng = np.random.default_rng(1)
-    pool = simulated(rng) if given.model is None else evaluated(given.model, given.data)
+    pool = simulated(rng, given.failures) if given.model is None else evaluated(given.model, given.data)
     print(f"{len(pool)} pictures of {len({one.group for one in pool})} specimens, {given.draws} draws, coverage in %\n")
     rarest = int(np.argmin(np.sum([one.counts.sum(axis=1) for one in pool], axis=0)))
     truth = figures(pool, [None] * len(pool), rarest)

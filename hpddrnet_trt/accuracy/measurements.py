@@ -87,13 +87,11 @@ def _figures(labels: Labels, classes: int, labelled: int) -> Numbers:
     """``[figures, classes]``."""
     table = np.full((len(FIGURES), classes), np.nan)
     table[3] = boundary_lengths(labels, classes)
-    for index in range(classes):
+    table[:2] = 0 if labelled else [[math.nan], [0]]
+    for index in np.unique(labels[labels < classes]):
         count, _, statistics, _ = cv2.connectedComponentsWithStats((labels == index).astype(np.uint8), connectivity=8)
         areas = statistics[1:, cv2.CC_STAT_AREA].astype(np.float64)
-        table[0, index] = areas.sum() / labelled if labelled else math.nan
-        table[1, index] = count - 1
-        if areas.size:
-            table[2, index] = np.sqrt(4 * areas / np.pi).mean()
+        table[:3, index] = areas.sum() / labelled, count - 1, np.sqrt(4 * areas / np.pi).mean()
     return table
 
 
@@ -126,10 +124,11 @@ def hausdorff(truth: Labels, predicted: Labels, index: int) -> float:
     truth or not in prediction, or that has a boundary in one only; 0 where it fills both. Of pictures over
     :data:`LARGEST` pixels, boundaries are taken in blocks of 2 x 2 (3 x 3, ...) pixels: exact to one block.
     """
+    if not ((truth == index).any() and (predicted == index).any()):
+        return math.nan
     edges = [_boundary(labels, index) for labels in (truth, predicted)]
     if not (edges[0].any() and edges[1].any()):
-        fills = all((labels == index).any() for labels in (truth, predicted)) and not (edges[0].any() or edges[1].any())
-        return 0.0 if fills else math.nan
+        return math.nan if edges[0].any() or edges[1].any() else 0.0
     step = math.isqrt(max(0, truth.size - 1) // LARGEST) + 1
     if step > 1:
         edges = [_blocks(edge, step) for edge in edges]

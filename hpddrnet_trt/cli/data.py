@@ -109,8 +109,9 @@ def evaluate(
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Report mIoU, per-class IoU, pixel and mean accuracy of a checkpoint or any model file.
+    """Report mIoU, per-class IoU, accuracy and errors of area, objects, sizes and boundaries of any model file.
 
+    All with 95 % intervals over pictures, or specimens where the dataset names them, from five of these on.
     With --report also as a page with pictures, and beside it a table of all images (.csv). Learning
     curves are in it when metrics.csv of the training run lies beside the model.
     """

@@ -88,7 +88,8 @@ def test_distance_is_symmetric_nothing_for_equal_maps_and_as_by_brute_force(trut
     truth[predicted == 255] = 255
     for index in range(3):
         found = hausdorff(truth, predicted, index)
-        np.testing.assert_equal(found, hausdorff(predicted, truth, index))
+        # OpenCV's distances are of single precision, and their last digit depends on where an array lies in memory.
+        assert found == pytest.approx(hausdorff(predicted, truth, index), rel=1e-6, nan_ok=True)
         same = hausdorff(truth, truth, index)
         assert same == 0 if (truth == index).any() else math.isnan(same)
         if found > 0:
@@ -123,7 +124,7 @@ def test_distances_of_large_pictures_are_exact_to_a_block(monkeypatch: pytest.Mo
     monkeypatch.setattr(measurements, "LARGEST", one.size // 9)
     assert hausdorff(one, other, 1) == pytest.approx(exact, abs=3)
     assert hausdorff(one, one, 1) == 0
-    assert hausdorff(one, other, 1) == hausdorff(other, one, 1)
+    assert hausdorff(one, other, 1) == pytest.approx(hausdorff(other, one, 1), rel=1e-6)
 
 
 @settings(deadline=None, max_examples=40)
