@@ -150,7 +150,7 @@ def grains(
 
     Number density, mean diameter and intercept, ASTM grain size number by intercepts and planimetric (docs/grains.md).
     """
-    from hpddrnet_trt.report.grains import write_grain_report
+    from hpddrnet_trt.report.grains import grain_text, write_grain_report
 
     table, figure = write_grain_report(folder, output or folder)
-    typer.echo(f"{table.read_text(encoding='utf-8')}written to {table} and {figure}")
+    typer.echo(f"{grain_text(table)}\nwritten to {table} and {figure}")

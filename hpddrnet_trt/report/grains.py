@@ -13,6 +13,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import decoded_text, read_file, write_bytes
 from hpddrnet_trt.core.intervals import bootstrap
+from hpddrnet_trt.core.text import aligned
 from hpddrnet_trt.report.style import COLORS, label_axes, logarithmic, panels, png, style
 from hpddrnet_trt.results import FORMATS
 from hpddrnet_trt.results.grains import FIGURES, SUMS, in_metres
@@ -70,6 +71,16 @@ def write_grain_report(folder: str | Path, output: str | Path) -> tuple[Path, Pa
     return write_rows(output / TABLE, HEADER, _table(classes)), drawn
 
 
+def grain_text(table: Path) -> str:
+    """A written ``grains.csv`` for people: four digits, and the interval in one column."""
+    lines = [("class", "figure", "value", "unit", "95 %", "")]
+    for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines()):
+        value, low, high = (f"{float(row[name]):.4g}" if row[name] else "" for name in ("value", "low_95", "high_95"))
+        interval = f"{low} to {high}" if low else ""
+        lines.append((row["class"], row["figure"], value, row["unit"], interval, row["remark"]))
+    return "\n".join(aligned(lines, left={0, 1, 3, 4, 5}))
+
+
 def _rows(path: Path, numbers: Sequence[str]) -> list[tuple[str, list[float]]]:
     """The class and these columns of each row; NaN for an empty cell."""
     try:
@@ -102,6 +113,7 @@ def _figure(classes: dict[str, ClassGrains]) -> Any:
                 mean = float(np.average(diameters, weights=weights))
                 axes.axvline(mean, color="black", linewidth=1.4, linestyle="--")
             logarithmic(axes)
-            title = f"{name}: {whole.sum()} whole of {len(whole)}" + (f", mean {mean:.3g} µm" if diameters.size else "")
+            title = f"{name}: mean {mean:.3g} µm" if diameters.size else name
+            title += f"\n{whole.sum()} whole of {len(whole)} grains"
             label_axes(axes, title, "equivalent diameter, µm", "per mm²")
     return figure
