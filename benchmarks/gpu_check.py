@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from hpddrnet_trt.benchmark.baselines import AMP, COMPILED, export_plain
-from hpddrnet_trt.benchmark.entries import Entry, intensity_of
+from hpddrnet_trt.benchmark.entries import Entry, reading_of
 from hpddrnet_trt.benchmark.images import load_images
 from hpddrnet_trt.benchmark.result import BenchmarkResult, make_settings
 from hpddrnet_trt.benchmark.run import run_benchmark
@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
     def keep(result: BenchmarkResult) -> None:
         write_text(output / "result.json", result.to_json())
 
-    images = load_images(measured, intensity_range=intensity_of([files.checkpoint]))
+    images = load_images(measured, **reading_of([files.checkpoint])._asdict())
     result = run_benchmark(entries(files, sizes[0]), images, settings, keep=keep)
     keep(result)
     print(format_table(result))

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.magnification import PixelSizes
 from hpddrnet_trt.core.manifest import IntensityRecord, Manifest, read_manifest
 from hpddrnet_trt.data.intensity import IntensityRange, range_of
 from hpddrnet_trt.engines import CHECKPOINTS, ENGINES, engine_status, engines_for
@@ -97,16 +98,29 @@ def _order(file: Path) -> tuple[int, int, str]:
     return MODEL_SUFFIXES.index(file.suffix), len(file.suffixes), file.name
 
 
-def intensity_of(files: Sequence[Path]) -> IntensityRange:
-    """The intensity range in which all models are shown their images; :class:`UsageError` where they have several."""
+class Reading(NamedTuple):
+    """How pictures are read for the models of a benchmark: keywords of :func:`~.images.load_images`."""
+
+    intensity_range: IntensityRange = None
+    read_at_m: PixelSizes | None = None
+
+
+def reading_of(files: Sequence[Path]) -> Reading:
+    """The intensity range and pixel sizes at which all models are shown their images.
+
+    :class:`UsageError` where they have several: then no picture means the same to all.
+    """
     manifests = [manifest for manifest in map(manifest_or_none, files) if manifest is not None]
     records = [manifest.intensity or IntensityRecord() for manifest in manifests]
-    if len({(record.unit, record.black, record.white) for record in records}) > 1:
-        raise UsageError(
-            "the models were trained on pictures of different intensity ranges, so no picture means the same to all; "
-            "compare models of one training"
-        )
-    return range_of(records[0]) if records else None
+    sizes = {manifest.read_at_m for manifest in manifests if manifest.read_at_m is not None}
+    ranges = {(record.unit, record.black, record.white) for record in records}
+    for what, several in (("intensity ranges", ranges), ("pixel sizes", sizes)):
+        if len(several) > 1:
+            raise UsageError(
+                f"the models were trained on pictures of different {what}, so no picture means the same to all; "
+                "compare models of one training"
+            )
+    return Reading(range_of(records[0]) if records else None, next(iter(sizes), None))
 
 
 def manifest_or_none(path: Path) -> Manifest | None:

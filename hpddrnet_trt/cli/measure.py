@@ -87,7 +87,7 @@ def benchmark(
 
     Without a checkpoint, or without PyTorch, the FP32 ONNX file in ONNX Runtime is the reference.
     """
-    from hpddrnet_trt.benchmark.entries import entries_for, intensity_of, model_files
+    from hpddrnet_trt.benchmark.entries import entries_for, model_files, reading_of
     from hpddrnet_trt.benchmark.images import load_images, own_size
     from hpddrnet_trt.benchmark.result import load_result
     from hpddrnet_trt.benchmark.run import run_benchmark
@@ -96,7 +96,7 @@ def benchmark(
     settings = timing.settings()
     old = None if against is None else load_result(against)
     files = model_files(models)
-    images = load_images(data, split, intensity_range=intensity_of(files))
+    images = load_images(data, split, **reading_of(files)._asdict())
     entries = entries_for(files)
     if baselines:
         from hpddrnet_trt.benchmark.baselines import baseline_entries

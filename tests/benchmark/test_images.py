@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpddrnet_trt.benchmark.entries import Reading, reading_of
 from hpddrnet_trt.benchmark.images import Image, ImageSet, fit, load_images, own_size, timing_frames
 from hpddrnet_trt.cli.options import parse_size
 from hpddrnet_trt.core.errors import BadInputFile, UsageError, UserError
-from tests.tiny_onnx import CLASSES
+from hpddrnet_trt.core.manifest import DataRecord, IntensityRecord
+from tests.tiny_onnx import CLASSES, tiny_model
 
 edges = st.integers(1, 70)
 
@@ -91,3 +95,36 @@ def test_a_folder_of_micrographs_and_a_dataset_are_both_taken(tmp_path: Path) ->
         load_images(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="at least 1"):
         load_images(tmp_path / "plain", limit=0)
+
+
+def test_images_are_read_at_the_pixel_size_of_the_models(tmp_path: Path) -> None:
+    files = [{"split": "test", "name": name, "pixel_size_m": size} for name, size in (("a", 5e-9), ("b", 10e-9))]
+    root = tmp_path / "data"
+    for kind in ("images", "masks"):
+        (root / kind / "test").mkdir(parents=True)
+        for entry in files:
+            cv2.imwrite(str(root / kind / "test" / f"{entry['name']}.png"), np.eye(16, 24, dtype=np.uint8))
+    (root / "dataset.json").write_text(json.dumps({"name": "d", "classes": ["matrix", "pore"], "files": files}))
+    found = load_images(root, read_at_m=(10e-9, 10e-9)).images
+    assert [image.grey.shape for image in found] == [(8, 12), (16, 24)]
+    assert [image.mask is not None and image.mask.shape for image in found] == [(8, 12), (16, 24)]
+    assert [image.grey.shape for image in load_images(root).images] == [(16, 24)] * 2
+    alone = load_images(root / "images" / "test" / "a.png", read_at_m=(10e-9, 10e-9)).images[0]
+    np.testing.assert_array_equal(alone.grey, found[0].grey)
+
+
+def test_models_of_several_pixel_sizes_or_intensity_ranges_are_not_compared(tmp_path: Path) -> None:
+    def model(name: str, **changes: Any) -> Path:
+        return tiny_model(tmp_path / f"{name}.onnx", **changes)
+
+    def sized(metres: float) -> DataRecord:
+        return DataRecord(name="d", pixel_size_m=(metres, metres))
+
+    plain, fine, coarse = model("plain"), model("fine", data=sized(5e-9)), model("coarse", data=sized(10e-9))
+    assert reading_of([]) == Reading()
+    assert reading_of([plain]).read_at_m is None
+    assert reading_of([plain, fine]).read_at_m == (5e-9, 5e-9)
+    with pytest.raises(UsageError, match="different pixel sizes"):
+        reading_of([fine, coarse])
+    with pytest.raises(UsageError, match="different intensity ranges"):
+        reading_of([plain, model("white", intensity=IntensityRecord(white=0.5))])
