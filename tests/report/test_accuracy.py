@@ -51,12 +51,18 @@ def robust(segmenter: Segmenter, dataset: FolderDataset) -> Robustness:
     return measure_robustness(segmenter, dataset, "test", shifts=SHIFTS[:2], progress=False)
 
 
+def test_an_engine_without_class_scores_has_no_reliability(found: Assessment) -> None:
+    assert found.reliability
+    pages = [render_html(replace(found, reliability=kept, pictures=[])) for kept in (found.reliability, {})]
+    assert ["Class scores" in page for page in pages] == [True, False]
+
+
 def test_the_page_holds_everything_and_loads_nothing(found: Assessment, robust: Robustness, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(HEADER + "".join(ROWS))
     curves = curves_beside(tmp_path / "model.safetensors")
     files = write_report(found, tmp_path / "out" / "page.html", curves=curves, robustness=robust)
     page = Page(files.html.read_text(encoding="utf-8"))
-    assert len(page.sources) == 5 + 3 * 3  # figures; three overlays of each of three images
+    assert len(page.sources) == 6 + 3 * 3  # figures; three overlays of each of three images
     page.assert_complete_in_itself()
     for word in ("Confusion matrix", "area fraction", "Loss, validation IoU", "IoU against"):
         assert any(word in alternative for alternative in page.alternatives)
