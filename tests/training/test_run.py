@@ -381,10 +381,14 @@ def test_full_disk_keeps_the_last_checkpoint(tiny: Tiny, monkeypatch: pytest.Mon
 
 
 def test_the_model_knows_its_pictures_and_its_export_gives_features(finished: TrainResult, tmp_path: Path) -> None:
-    domain = read_manifest(finished.checkpoint).domain
+    trained = read_manifest(finished.checkpoint)
+    domain = trained.domain
     assert domain is not None
+    assert trained.temperature is not None
+    assert trained.fraction_errors is not None
     assert (domain.pictures, len(domain.mean)) == (5, 8)
     described = export_onnx(finished.checkpoint, tmp_path / "m.onnx", ExportOptions(1, 64, 64), verify=False)
     assert described.domain == domain
+    assert (described.temperature, described.fraction_errors) == (trained.temperature, trained.fraction_errors)
     with OnnxRuntimeEngine(tmp_path / "m.onnx", threads=1) as engine:
         assert engine.infer(np.zeros((1, 1, 64, 64), np.uint8)).domain_features.shape == (1, 8, 1, 1)
