@@ -137,20 +137,3 @@ def rank(
     typer.echo(f"{ranking}\nwritten to {output}")
     if ranking.failed:
         raise typer.Exit(1)
-
-
-@command("Measure", "grains labels/")
-def grains(
-    folder: Annotated[Path, typer.Argument(help="Where `segment --write regions,grains` has written.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for grains.csv and grains.png; default: the same.")
-    ] = None,
-) -> None:
-    """Grain size over all pictures of a folder, with intervals over pictures, and the distribution of diameters.
-
-    Number density, mean diameter and intercept, ASTM grain size number by intercepts and planimetric (docs/grains.md).
-    """
-    from hpddrnet_trt.report.grains import grain_text, write_grain_report
-
-    table, figure = write_grain_report(folder, output or folder)
-    typer.echo(f"{grain_text(table)}\nwritten to {table} and {figure}")

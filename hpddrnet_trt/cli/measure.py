@@ -193,3 +193,20 @@ def engines() -> None:
 
     for name, state in available_engines().items():
         typer.echo(f"{name:<14} {state}")
+
+
+@command(PANEL, "grains labels/")
+def grains(
+    folder: Annotated[Path, typer.Argument(help="Where `segment --write regions,grains` has written.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for grains.csv and grains.png; default: the same.")
+    ] = None,
+) -> None:
+    """Grain size over all pictures of a folder, with intervals over pictures, and the distribution of diameters.
+
+    Number density, mean diameter and intercept, ASTM grain size number by intercepts and planimetric (docs/grains.md).
+    """
+    from hpddrnet_trt.report.grains import grain_text, write_grain_report
+
+    table, figure = write_grain_report(folder, output or folder)
+    typer.echo(f"{grain_text(table)}\nwritten to {table} and {figure}")

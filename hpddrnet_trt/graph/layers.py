@@ -27,7 +27,7 @@ from hpddrnet_trt.core.errors import require
 
 GROUPS = (
     "stem", "spatial branch", "context branch", "bilateral fusion", "channel attention", "position attention",
-    "pyramid", "detail", "head", "output", "conversions", "other",
+    "pyramid", "detail", "head", "output", "domain guard", "conversions", "other",
 )  # fmt: skip
 """The parts in the network's order, then what belongs to no part: changes of type or layout, and the rest."""
 
@@ -42,7 +42,8 @@ _MODULES = (
     (r"backbone", "bilateral fusion"),  # the joints themselves: sums, ReLUs and resizes between the branches
     (r"(?:decode_head\.)?detail", "detail"),
     (r"(?:decode_head\.)?(?:head|conv_seg)|decode_head", "head"),
-    (r"output|domain", "output"),
+    (r"output", "output"),
+    (r"domain", "domain guard"),
 )
 _PATH = re.compile("|".join(rf"(?P<g{index}>{path})(?=[./]|$)" for index, (path, _) in enumerate(_MODULES)))
 _JOINT = re.compile(r"backbone(?:/|$)")

@@ -48,7 +48,10 @@ _UNQUANTIZED = {
     "channel attention": ("channel attention", "global means cost nothing and weigh on every pixel"),
     "pyramid": ("pyramid pooling", "small maps, each read by a sum and by the concatenation"),
     "output": ("upsampling and labels", "class scores are compared in floating point"),
+    "domain guard": ("features of the domain", "sums and squares of many values"),
 }
+
+_OWN_NAMES = {"output", "domain guard"}  # that belong to no module
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,7 @@ def _float_region(graph: QuantizedGraph, group: Sequence[Any]) -> FloatRegion:
         if graph.inputs.intersection(node.input):
             roles[_module(node.name)] = _UNQUANTIZED["input"]
         elif part in _UNQUANTIZED:
-            roles["output" if part == "output" else block_of(node.name)] = _UNQUANTIZED[part]
+            roles[part if part in _OWN_NAMES else block_of(node.name)] = _UNQUANTIZED[part]
     modules = [_module(node.name) or node.name for node in group if node.op_type != "Cast"]
     named = [f"{module} ({role})" if module else role for module, (role, _) in roles.items()]
     reason = "; ".join(dict.fromkeys(reason for _, reason in roles.values()))

@@ -90,7 +90,7 @@ def test_results_are_written_where_the_caller_wants_them(bench: Start, kind: str
         for given_ in (out, {kind: out}):
             for source in (images, job.cuda.array(images)):
                 found = job.engine.infer_device(source, out=given_)
-                assert list(found) == [kind]
+                assert next(iter(found)) == kind  # the logits have a guard's features with them
                 assert _pointer(found[kind]) == _pointer(out)
                 np.testing.assert_array_equal(read(out), truth)
                 ctypes.memset(_pointer(out), 0xEE, truth.nbytes)
