@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpddrnet_trt.accuracy.evaluate import matched
 from hpddrnet_trt.accuracy.evaluator import Accuracy, AccuracyEvaluator
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
@@ -19,6 +18,7 @@ from hpddrnet_trt.core.manifest import Manifest, ValidationRecord, read_manifest
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.graph.model import load_model
 from hpddrnet_trt.inference import load_segmenter
+from hpddrnet_trt.inference.matched import matched
 from hpddrnet_trt.weights import locate
 
 WHAT = "accuracy against FP32"  # of the evidence

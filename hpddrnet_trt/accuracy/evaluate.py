@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.accuracy.measurements import FIGURES, ClassErrors, Measured, class_errors, mean_distance, measure
-from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.intervals import Interval, unit_name
 from hpddrnet_trt.core.manifest import ClassInfo
@@ -27,10 +26,10 @@ from hpddrnet_trt.core.provenance import command_line
 from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.core.uncertainty import Reliability
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
-from hpddrnet_trt.data.intensity import FullScale, range_of
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.engines import library_versions
 from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.matched import matched
 from hpddrnet_trt.inference.uncertainty import scored_picture
 
 Grey8 = npt.NDArray[np.uint8]
@@ -276,26 +275,6 @@ def _error_record(errors: ClassErrors) -> dict[str, Any]:
     }
 
 
-def matched(segmenter: Segmenter, dataset: FolderDataset) -> tuple[Segmenter, FolderDataset]:
-    """Both for 8-bit images in the intensity range of the model, which the dataset makes.
-
-    Raises :class:`ContractError` unless they name the same classes in the same order, and :class:`UsageError` for a
-    segmenter with a grey window of its own.
-    """
-    if segmenter.window not in (None, FullScale()):
-        raise UsageError(
-            "a dataset gives 8-bit images, which a second grey window would change; "
-            "evaluate with a segmenter without window"
-        )
-    model, data = segmenter.manifest.class_names, dataset.class_names
-    if model != data:
-        raise ContractError(
-            f"model {segmenter.manifest.name!r} knows the classes {', '.join(model)}, but dataset {dataset.name!r} "
-            f"is labelled with {', '.join(data)}; use a dataset with the model's classes in the same order"
-        )
-    return segmenter.taking_8_bits(), replace(dataset, intensity_range=range_of(segmenter.manifest.intensity))
-
-
 def samples_of(
     dataset: FolderDataset, split: str, title: str, *, progress: bool = True
 ) -> Iterator[tuple[Sample, Micrograph, Grey8]]:
@@ -343,8 +322,9 @@ def assess(
     for sample, image, mask in samples_of(dataset, split, f"evaluate {split}", progress=progress):
         result = segmenter.segment(image)
         labels = result.labels
+        seen = [scored_picture(result, mask)] if scored else []
         for temperature in reliability:
-            reliability[temperature] += Reliability.of([scored_picture(result, mask)], temperature)
+            reliability[temperature] += Reliability.of(seen, temperature)
         matrix = LabelComparison(len(dataset.classes))
         matrix.update(labels, mask)
         total.add(matrix)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.accuracy.evaluate import matched, samples_of
+from hpddrnet_trt.accuracy.evaluate import samples_of
 from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.core.manifest import Manifest, ValidationRecord
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
@@ -28,6 +28,7 @@ from hpddrnet_trt.graph.model import save_model
 from hpddrnet_trt.graph.nodes import copied
 from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
 from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.matched import matched
 from hpddrnet_trt.inference.result import Segmentation
 
 if TYPE_CHECKING:

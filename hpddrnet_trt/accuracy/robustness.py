@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpddrnet_trt.accuracy.evaluate import Grey8, matched, samples_of
+from hpddrnet_trt.accuracy.evaluate import Grey8, samples_of
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.core.progress import progress_bar
@@ -18,6 +18,7 @@ from hpddrnet_trt.data.augment import SHIFTS, Shift
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.inference import Segmenter
+from hpddrnet_trt.inference.matched import matched
 
 TOLERANCE = 0.05  # of mIoU: what a working range may lose
 

@@ -17,8 +17,8 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.magnification import PixelSizes
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, SIZE_MULTIPLE, ClassInfo
 from hpddrnet_trt.data.intensity import IntensityRange
-from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
-from hpddrnet_trt.data.preprocess import at_pixel_size, nearest, pad
+from hpddrnet_trt.data.micrograph import read_micrograph
+from hpddrnet_trt.data.preprocess import at_pixel_size, pad
 
 Grey8 = npt.NDArray[np.uint8]
 MAX_FRAMES = 16  # distinct timed frames kept in memory
@@ -86,7 +86,7 @@ def load_images(
     pixel sizes ``read_at_m`` (metres), masks too, where a picture's own is known.
     Raises :class:`UsageError` for an empty choice and :class:`BadInputFile` for an unreadable image.
     """
-    from hpddrnet_trt.data.datasets import FolderDataset, dataset_layout, image_files
+    from hpddrnet_trt.data.datasets import FolderDataset, dataset_layout, image_files, with_mask_at
     from hpddrnet_trt.data.intensity import to_grey8
 
     if limit is not None and limit < 1:
@@ -94,26 +94,18 @@ def load_images(
     if dataset_layout(path) is not None:
         dataset = replace(FolderDataset.open(path), intensity_range=intensity_range)
         samples = dataset.split(split)[:limit]
-        images = [_image(sample.name, *dataset.read(sample), sample.group, read_at_m) for sample in samples]
+        images = [
+            Image(sample.name, *with_mask_at(*dataset.read(sample), read_at_m), sample.group) for sample in samples
+        ]
         return ImageSet(f"{dataset.name}/{split}", images, dataset.classes)
     files = image_files(path)[:limit]
     images = []
     for file in files:
         micrograph = read_micrograph(file)
-        in_8_bits = replace(micrograph, pixels=to_grey8(micrograph.pixels, intensity_range).pixels)
-        images.append(_image(file.stem, in_8_bits, None, None, read_at_m))
+        grey = to_grey8(micrograph.pixels, intensity_range).pixels
+        grey = grey if read_at_m is None else at_pixel_size(grey, micrograph.pixel_size_m, read_at_m)
+        images.append(Image(file.stem, grey))
     return ImageSet(str(path), images)
-
-
-def _image(
-    name: str, micrograph: Micrograph, mask: Grey8 | None, group: str | None, read_at_m: PixelSizes | None
-) -> Image:
-    grey = micrograph.pixels
-    if read_at_m is not None:
-        grey = at_pixel_size(grey, micrograph.pixel_size_m, read_at_m)
-    if mask is not None and mask.shape != grey.shape:
-        mask = nearest(mask, *grey.shape)
-    return Image(name, grey, mask, group)
 
 
 def own_size(images: Sequence[Image]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import DomainRecord
 
 OUTPUT = "domain_features"  # of an ONNX file or an engine
+FINE = 4  # pixels of the image from one feature to the next, where they are taken
 CELL = 256  # pixels of the image: the sides of a cell
 KNEE = 0.1  # of a feature's root mean square: where the difference of two features becomes their ratio
 COMPONENTS = 16
@@ -77,10 +78,13 @@ def domain_of(tiles: Iterable[npt.NDArray[np.float32] | None], record: DomainRec
     """
     if record is None:
         return NOT_KNOWN
-    cells = tuple(distances(tile, record) for tile in tiles if tile is not None)
-    if not cells:
+    features = [tile for tile in tiles if tile is not None]
+    if not features:
         return NOT_KNOWN
-    distance = float(np.median(np.concatenate([tile.ravel() for tile in cells])))
+    flat = distances(np.concatenate([tile.reshape(len(tile), -1, 1) for tile in features], axis=1), record).ravel()
+    ends = np.cumsum([tile[0].size for tile in features])[:-1]
+    cells = tuple(part.reshape(tile.shape[1:]) for part, tile in zip(np.split(flat, ends), features, strict=True))
+    distance = float(np.median(flat))
     if not distance < record.unusual:  # also where it is not a number
         return Domain("unusual" if distance < record.foreign else "foreign", distance, cells)
     return Domain("familiar", distance, cells)

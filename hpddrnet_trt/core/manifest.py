@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from hpddrnet_trt.core.errors import BadInputFile, first_problem
-from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.files import existing_file, read_file, write_bytes
 from hpddrnet_trt.core.magnification import PLAUSIBLE_M, PixelSizes
 from hpddrnet_trt.core.precisions import Precision
 from hpddrnet_trt.core.protobuf import protobuf_fields
@@ -475,6 +475,11 @@ def with_description(content: bytes, manifest: Manifest) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return struct.pack("<Q", len(text)) + text + content[end:]
+
+
+def write_described(source: Path, target: Path, manifest: Manifest) -> None:
+    """Write the checkpoint ``source`` with another description to ``target``, whole or not at all."""
+    write_bytes(target, with_description(read_file(source, "checkpoint"), manifest))
 
 
 def sidecar_path(engine: str | Path) -> Path:

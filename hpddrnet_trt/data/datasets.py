@@ -8,13 +8,14 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.magnification import PixelSizes
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo, default_palette
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.decode import IMAGE_SUFFIXES
@@ -27,6 +28,7 @@ from hpddrnet_trt.data.preprocess import at_pixel_size, nearest
 log = logging.getLogger(__name__)
 
 Layout = Literal["folders", "cityscapes"]
+_Item = TypeVar("_Item")
 SPLITS = ("train", "val", "test")
 
 
@@ -138,6 +140,19 @@ class SplitStatistics:
     ignored_fraction: float
 
 
+def with_mask_at(
+    micrograph: Micrograph, mask: npt.NDArray[np.uint8], read_at_m: PixelSizes | None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """An 8-bit micrograph and its mask, both uint8 ``[H, W]``, at the nearest of the pixel sizes ``read_at_m``, metres.
+
+    As they are where that is None or the micrograph's own is not known.
+    """
+    if read_at_m is None:
+        return micrograph.pixels, mask
+    grey = at_pixel_size(micrograph.pixels, micrograph.pixel_size_m, read_at_m)
+    return grey, mask if grey.shape == mask.shape else nearest(mask, *grey.shape)
+
+
 @dataclass(frozen=True)
 class FolderDataset:
     """Micrographs and masks of one folder; open it with :meth:`open`.
@@ -242,12 +257,8 @@ class FolderDataset:
 
         Raises as :meth:`read` does.
         """
-        micrograph, mask = self.read(sample)
         common = self.common_pixel_size_m
-        if common is None:
-            return micrograph.pixels, mask
-        grey = at_pixel_size(micrograph.pixels, micrograph.pixel_size_m, (common, common))
-        return grey, mask if grey.shape == mask.shape else nearest(mask, *grey.shape)
+        return with_mask_at(*self.read(sample), None if common is None else (common, common))
 
     def read(self, sample: Sample) -> tuple[Micrograph, npt.NDArray[np.uint8]]:
         """Read one sample as it is: the micrograph in 8 bits, and its mask, both uint8 ``[H, W]``.
@@ -487,3 +498,9 @@ def dataset_layout(source: str | Path) -> Layout | None:
         return detect_layout(source)
     except BadInputFile:
         return None
+
+
+def evenly(items: Sequence[_Item], most: int) -> list[_Item]:
+    """At most so many of ``items``, spread evenly, in their order."""
+    count = min(len(items), most)
+    return [items[place * len(items) // count] for place in range(count)]

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.domain import OUTPUT as DOMAIN_OUTPUT
 from hpddrnet_trt.core.errors import BadInputFile, ContractError
 from hpddrnet_trt.core.manifest import InputContract, Manifest
 from hpddrnet_trt.core.metrics import arg_max
@@ -179,7 +180,7 @@ def expected_outputs(manifest: Manifest, present: Mapping[str, Sequence[Any]], p
     if manifest.output.confidence and (manifest.output.kind == "labels" or "confidence" in present):
         names.append("confidence")
     if manifest.output.domain:
-        names.append("domain_features")
+        names.append(DOMAIN_OUTPUT)
     missing = [name for name in names if name not in present]
     if missing:
         raise BadInputFile(
@@ -187,7 +188,7 @@ def expected_outputs(manifest: Manifest, present: Mapping[str, Sequence[Any]], p
             "description promises it; export it again"
         )
     if manifest.output.domain and manifest.domain is not None:
-        known, sizes = len(manifest.domain.mean), list(present["domain_features"])
+        known, sizes = len(manifest.domain.mean), list(present[DOMAIN_OUTPUT])
         features = sizes[1] if len(sizes) == 4 else None
         if isinstance(features, int) and 0 < features != known:
             raise BadInputFile(
@@ -219,7 +220,7 @@ def checked_prediction(outputs: Mapping[str, npt.NDArray[Any]], manifest: Manife
         for name in ("logits", "confidence")
     )
     labels = arg_max(logits) if logits is not None else np.asarray(outputs["labels"], dtype=np.uint8)
-    return Prediction(labels, confidence, logits, _domain_features(outputs.get("domain_features"), manifest, batch))
+    return Prediction(labels, confidence, logits, _domain_features(outputs.get(DOMAIN_OUTPUT), manifest, batch))
 
 
 def _domain_features(array: npt.NDArray[Any] | None, manifest: Manifest, batch: int) -> npt.NDArray[np.float32] | None:
@@ -227,9 +228,9 @@ def _domain_features(array: npt.NDArray[Any] | None, manifest: Manifest, batch: 
         return None
     features = None if manifest.domain is None else len(manifest.domain.mean)
     if array.ndim != 4 or array.shape[0] != batch or features not in (None, array.shape[1]) or not array.size:
-        raise _broken(manifest, f"its output domain_features has the shape {array.shape}")
+        raise _broken(manifest, f"its output {DOMAIN_OUTPUT} has the shape {array.shape}")
     if array.dtype.kind != "f":
-        raise _broken(manifest, f"its output domain_features is of type {array.dtype}")
+        raise _broken(manifest, f"its output {DOMAIN_OUTPUT} is of type {array.dtype}")
     return np.asarray(array, dtype=np.float32)
 
 

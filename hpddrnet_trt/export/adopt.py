@@ -232,21 +232,21 @@ def _add_input(ours: _Nodes, stranger: Stranger) -> None:
         if any(node.op_type != "Cast" or int_attribute(node, "to", 0) != TensorProto.FLOAT for node in casts):
             raise BadInputFile(f"{stranger.path} computes with a uint8 image; {REMEDY}")
     del graph.input[:]
-    sizes = [
-        axis.fixed or name
-        for axis, name in ((contract.batch, "batch"), (contract.height, "height"), (contract.width, "width"))
-    ]
+    sizes = _sizes(contract)
     graph.input.append(helper.make_tensor_value_info("image", TensorProto.UINT8, [sizes[0], 1, *sizes[1:]]))
+
+
+def _sizes(contract: InputContract) -> list[int | str]:
+    """Batch, height and width as ONNX has them: a number where it is fixed, else a name."""
+    axes = (contract.batch, "batch"), (contract.height, "height"), (contract.width, "width")
+    return [axis.fixed or name for axis, name in axes]
 
 
 def _add_output(ours: _Nodes, found: _Found, contract: InputContract, settings: AdoptSettings) -> None:
     from onnx import TensorProto, helper
 
     graph, tensor = ours.graph, f"network.{found.tensor}"
-    sizes: list[int | str] = [
-        axis.fixed or name
-        for axis, name in ((contract.batch, "batch"), (contract.height, "height"), (contract.width, "width"))
-    ]
+    sizes = _sizes(contract)
     outputs = [helper.make_tensor_value_info("labels", TensorProto.UINT8, sizes)]
     if found.gives == "labels":
         if found.example.ndim == 4:

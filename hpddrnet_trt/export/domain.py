@@ -18,18 +18,18 @@ import numpy.typing as npt
 
 from hpddrnet_trt.core.domain import fit_domain
 from hpddrnet_trt.core.errors import UsageError, UserError, require
-from hpddrnet_trt.core.files import read_file, sha256_of, write_bytes
+from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.manifest import (
     SIZE_MULTIPLE,
     DomainRecord,
     InputContract,
     Manifest,
     read_manifest,
-    with_description,
+    write_described,
 )
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.augment import Augmentation, AugmentConfig
-from hpddrnet_trt.data.datasets import FolderDataset, dataset_layout, find_images
+from hpddrnet_trt.data.datasets import FolderDataset, dataset_layout, evenly, find_images
 from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.export.images import read_grey
@@ -63,7 +63,7 @@ def domain_record(features: Features, pictures: DomainPictures, size: tuple[int,
     ``size``: height and width of all images that ``features`` takes, where these are fixed. Raises what reading a
     picture raises, :class:`UsageError` for none, and :class:`UserError` for features that tell nothing.
     """
-    training, held_out = _even(pictures.training), _even(pictures.held_out)
+    training, held_out = (evenly(loads, MOST_PICTURES) for loads in (pictures.training, pictures.held_out))
     if not training:
         raise UsageError(f"{pictures.source} holds no picture; give the pictures that the model was trained on")
     crop = size or pictures.augmentation.crop
@@ -149,7 +149,7 @@ def _take_over(model: Path, target: Path, like: Path) -> Manifest:
     if manifest.output is None or not manifest.output.confidence:  # that is computed at a temperature in the file
         manifest = manifest.replace(temperature=known.temperature, fraction_errors=known.fraction_errors)
     if model.suffix.lower() == ".safetensors":
-        write_bytes(target, with_description(read_file(model, "checkpoint"), manifest))
+        write_described(model, target, manifest)
         return manifest
     from hpddrnet_trt.graph.domain import with_domain
     from hpddrnet_trt.graph.model import load_model, save_model
@@ -171,7 +171,7 @@ def describe_checkpoint(model: Path, target: Path, pictures: DomainPictures) -> 
     network, manifest = load_checkpoint(model)
     record = domain_record(partial(domain_features, network, normalization=manifest.normalization), pictures)
     manifest = manifest.replace(domain=record)
-    write_bytes(target, with_description(read_file(model, "checkpoint"), manifest))
+    write_described(model, target, manifest)
     return manifest
 
 
@@ -227,11 +227,6 @@ def _of_folder(data: str | Path, split: str, manifest: Manifest) -> DomainPictur
         source=f"{Path(data).name} ({split})",
         augmentation=AugmentConfig(crop=crop),
     )
-
-
-def _even(loads: Sequence[Callable[[], Grey]]) -> list[Callable[[], Grey]]:
-    count = min(len(loads), MOST_PICTURES)
-    return [loads[place * len(loads) // count] for place in range(count)]
 
 
 def _middle(image: Grey, size: tuple[int, int] | None) -> Grey:

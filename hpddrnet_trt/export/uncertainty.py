@@ -6,8 +6,7 @@ import logging
 from pathlib import Path
 
 from hpddrnet_trt.core.errors import UserError
-from hpddrnet_trt.core.files import read_file, write_bytes
-from hpddrnet_trt.core.manifest import Manifest, read_manifest, with_description
+from hpddrnet_trt.core.manifest import Manifest, read_manifest, write_described
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.inference import load_segmenter
 from hpddrnet_trt.inference.uncertainty import with_uncertainty
@@ -31,7 +30,7 @@ def describe_uncertainty(model: Path, dataset: FolderDataset, split: str = "val"
     if described == manifest:
         return manifest
     if model.suffix.lower() == ".safetensors":
-        write_bytes(model, with_description(read_file(model, "checkpoint"), described))
+        write_described(model, model, described)
     else:
         from hpddrnet_trt.graph.model import load_model, save_model
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpddrnet_trt.core.domain import CELL, OUTPUT
+from hpddrnet_trt.core.domain import CELL, FINE, OUTPUT
 from hpddrnet_trt.core.errors import UserError, require
 from hpddrnet_trt.graph.nodes import copied, enlarges, producers, tensor_types
 from hpddrnet_trt.graph.work import Sizes, at_size
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import onnx
 
 PREFIX = "domain/"  # of the added nodes
-FINE = 4  # pixels of the image from one feature to the next, where they are taken
 _ANY_SIZE = 512  # pixels: where the graph leaves its size open, tensors are looked up at this one
 
 

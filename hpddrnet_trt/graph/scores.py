@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hpddrnet_trt.core.domain import OUTPUT as DOMAIN_OUTPUT
 from hpddrnet_trt.core.errors import require
 from hpddrnet_trt.core.manifest import METADATA_KEY, Manifest, NetworkConfig, OutputContract
 from hpddrnet_trt.graph.nodes import renamed, replace_nodes
@@ -66,7 +67,7 @@ def with_scores(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto |
     output = helper.make_tensor_value_info("logits", real, [None, network.num_classes, None, None])
     for place, dim in ((0, batch), (2, height), (3, width)):
         output.type.tensor_type.shape.dim[place].CopyFrom(dim)
-    others = [entry for entry in graph.output if entry.name == "domain_features"]
+    others = [entry for entry in graph.output if entry.name == DOMAIN_OUTPUT]
     del graph.output[:]
     graph.output.extend([output, *others])
     replace_nodes(graph, graph.node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -327,12 +327,12 @@ class FileSegmenter:
     def _entry(
         self, result: Segmentation, micrograph: Micrograph, made: dict[str, tuple[str, Any]], seconds: float
     ) -> dict[str, Any]:
-        bar = micrograph.info_bar_rows
+        bar, shares = micrograph.info_bar_rows, result.area_fractions()
         return {
             "outputs": {kind: file for kind, (file, _) in made.items()},
             "settings": {kind: settings for kind, (_, settings) in made.items() if settings is not None},
             "size": list(result.labels.shape),
-            "fractions": result.fractions(),
+            "fractions": {entry.name: entry.fraction for entry in shares},
             "mean_confidence": None if result.confidence is None else float(result.confidence.mean(dtype=np.float64)),
             "window": list(result.window),
             "pixel_size_m": result.pixel_size_m,
@@ -345,7 +345,7 @@ class FileSegmenter:
             "provenance": None if result.provenance is None else result.provenance.as_dict(),
             "seconds": round(seconds, 3),
             "domain": result.domain.as_dict(),
-            "intervals": _intervals(result),
+            "intervals": _intervals(shares, result.half_widths()),
             "no_interval": result.no_interval if self.segmenter.intervals else None,
         }
 
@@ -378,12 +378,13 @@ class FileSegmenter:
         return {name: share / sum(weights) for name, share in shares.items()}, "area" if by_area else "pixels"
 
 
-def _intervals(result: Segmentation) -> dict[str, dict[str, float | None]] | None:
+def _intervals(
+    shares: Sequence[AreaFraction], widths: Sequence[float] | None
+) -> dict[str, dict[str, float | None]] | None:
     """By class: the interval of its fraction, and half of it before it is cut at 0 and 1."""
-    widths = result.half_widths()
     if widths is None:
         return None
-    pairs = zip(result.area_fractions(), widths, strict=True)
+    pairs = zip(shares, widths, strict=True)
     return {entry.name: {"low": entry.low, "high": entry.high, "half": half} for entry, half in pairs}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,8 +12,8 @@ from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.core.uncertainty import STEP, ScoredPicture, fit_fraction_errors, fit_temperature
-from hpddrnet_trt.data.datasets import FolderDataset, Sample
-from hpddrnet_trt.data.intensity import range_of
+from hpddrnet_trt.data.datasets import FolderDataset, Sample, evenly
+from hpddrnet_trt.inference.matched import check_classes, matched
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.inference.segmenter import Segmenter
 
@@ -40,12 +39,8 @@ def with_uncertainty(
             f"the file of {manifest.name!r} computes its confidence itself, at the temperature it was exported with; "
             "describe its checkpoint and export that again"
         )
-    if manifest.class_names != dataset.class_names:
-        raise ContractError(
-            f"model {manifest.name!r} knows the classes {', '.join(manifest.class_names)}, but dataset "
-            f"{dataset.name!r} is labelled with {', '.join(dataset.class_names)}"
-        )
-    samples = evenly(dataset.split(split)) if split in dataset.splits else []
+    check_classes(manifest, dataset)
+    samples = evenly(dataset.split(split), MOST_PICTURES) if split in dataset.splits else []
     pictures = list(scored(segmenter, dataset, progress_bar(samples, desc="errors", unit="image", show=progress)))
     temperature = fit_temperature(pictures) if pictures else None
     errors = fit_fraction_errors(pictures, temperature, f"{dataset.name}/{split}")
@@ -55,16 +50,10 @@ def with_uncertainty(
     return manifest.replace(temperature=round(temperature, 4), fraction_errors=errors)
 
 
-def evenly(samples: list[Sample]) -> list[Sample]:
-    """At most :data:`MOST_PICTURES` of them."""
-    step = max(1.0, len(samples) / MOST_PICTURES)
-    return [samples[int(place * step)] for place in range(min(len(samples), MOST_PICTURES))]
-
-
 def scored(segmenter: Segmenter, dataset: FolderDataset, samples: Iterable[Sample]) -> Iterable[ScoredPicture]:
     """Class scores, labels and masks of pictures, one at a time, read as for the model's training."""
-    segmenter = segmenter.taking_8_bits().with_intervals()
-    dataset = replace(dataset, intensity_range=range_of(segmenter.manifest.intensity))
+    segmenter, dataset = matched(segmenter, dataset)
+    segmenter = segmenter.with_intervals()
     for sample in samples:
         micrograph, truth = dataset.read(sample)
         yield scored_picture(segmenter.segment(micrograph), truth)

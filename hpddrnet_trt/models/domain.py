@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpddrnet_trt.core.domain import CELL
+from hpddrnet_trt.core.domain import CELL, FINE
 from hpddrnet_trt.core.manifest import Normalization
 from hpddrnet_trt.models.network import HPDDRNet, resize
-
-FINE = 4  # pixels of the image per feature of Features.fine
 
 
 def pooled_features(fine: Tensor) -> Tensor:

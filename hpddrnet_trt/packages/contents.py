@@ -57,7 +57,7 @@ class Packed:
     @property
     def pixel_size_m(self) -> float | None:
         """The one that the network reads at, in metres; None where there is none, or a range of them."""
-        sizes = self.manifest.data.read_at_m if self.manifest.data is not None else None
+        sizes = self.manifest.read_at_m
         return None if sizes is None or sizes[1] > sizes[0] * TOLERANCE else math.sqrt(sizes[0] * sizes[1])
 
     def feed(self, grey: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:

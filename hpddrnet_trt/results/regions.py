@@ -197,25 +197,27 @@ def regions(
     )
 
 
+def _checked_names(option: str, chosen: Collection[str], classes: Sequence[ClassInfo], called: str) -> list[str]:
+    """The names of all classes; :class:`UsageError` for a ``chosen`` one that is none, whom ``called`` names."""
+    if isinstance(chosen, str):
+        raise UsageError(f"{option} is a list of class names, got the text {chosen!r}; write [{chosen!r}]")
+    names = [entry.name for entry in classes]
+    for name in chosen:
+        if name not in names:
+            raise UsageError(f"{called.format(name)} is no class of this model; choose from: {', '.join(names)}")
+    return names
+
+
 def check_background(background: Collection[str], classes: Sequence[ClassInfo]) -> list[int]:
     """Indices of the classes that are not ``background``; :class:`UsageError` for a name that is no class."""
-    if isinstance(background, str):
-        raise UsageError(f"background is a list of class names, got the text {background!r}; write [{background!r}]")
-    names = [entry.name for entry in classes]
-    for name in background:
-        if name not in names:
-            raise UsageError(f"background {name!r} is no class of this model; choose from: {', '.join(names)}")
+    names = _checked_names("background", background, classes, "background {!r}")
     return [index for index, name in enumerate(names) if name not in background]
 
 
 def check_separate(separate: Collection[str], background: Collection[str], classes: Sequence[ClassInfo]) -> list[int]:
     """Indices of the classes whose objects are taken apart; :class:`UsageError` for one that is none, or background."""
-    if isinstance(separate, str):
-        raise UsageError(f"separate is a list of class names, got the text {separate!r}; write [{separate!r}]")
-    names = [entry.name for entry in classes]
+    names = _checked_names("separate", separate, classes, "{!r}, to be separated,")
     for name in separate:
-        if name not in names:
-            raise UsageError(f"{name!r}, to be separated, is no class of this model; choose from: {', '.join(names)}")
         if name in background:
             raise UsageError(f"class {name!r} cannot be both background and separated; leave out one of them")
     return [index for index, name in enumerate(names) if name in separate]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 import statistics
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -138,11 +139,14 @@ def open_data(section: DataSection, folder: Path, start: Manifest | None = None)
         dataset = replace(dataset, pixel_size_m=section.pixel_size_m)
     sizes: list[float | None] = []
     samples = progress_bar(dataset.split(section.train_split), desc="intensity range", unit="image", delay=5)
-    intensity, remarks = training_range(_pixels(dataset, samples, sizes))
-    if start is not None and start.class_names == dataset.class_names and start.intensity is not None:
-        intensity, remarks = start.intensity, ()
-    for remark in remarks:
-        log.warning("%s", remark)
+    pictures = _pixels(dataset, samples, sizes)
+    intensity = None if start is None or start.class_names != dataset.class_names else start.intensity
+    if intensity is None:
+        intensity, remarks = training_range(pictures)
+        for remark in remarks:
+            log.warning("%s", remark)
+    else:
+        deque(pictures, maxlen=0)  # for their pixel sizes alone
     known = [size for size in sizes if size is not None]
     pixel_sizes = (min(known), max(known)) if known and len(known) == len(sizes) else None
     common = _common(section.common_pixel_size, known, pixel_sizes)
