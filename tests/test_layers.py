@@ -19,7 +19,7 @@ HEAVY = ("torch", "torchvision", "lightning", "tensorboard", "safetensors", "onn
          "onnxruntime", "openvino", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "cuda", "pycuda", "polygraphy",
          "matplotlib", "jinja2", "psutil", "skimage", "roifile", "zarr", "ome_zarr", "nion", "niondata",
          "nionswift_plugin", "fibsem", "pymmcore", "pymmcore_plus", "useq", "napari", "npe2", "qtpy", "magicgui",
-         "psygnal", "tritonclient", "dask", "distributed", "pyarrow")  # fmt: skip
+         "psygnal", "tritonclient", "grpc", "dask", "distributed", "pyarrow")  # fmt: skip
 # The parts that are PyTorch. Everything else is for every PC: a new module belongs there unless named here.
 WITH_TORCH = (
     "hpddrnet_trt.models.checkpoints",
