@@ -21,7 +21,7 @@ CLI := $(BIN)/hpddrnet-trt
 # What the demo runs; the tests need the rest, too. A machine with an NVIDIA GPU gets the full TensorRT as well;
 # TensorRT-RTX builds engines without one.
 DEMO_EXTRAS := train,benchmark,openvino,tensorrt-rtx$(if $(shell command -v nvidia-smi),$(comma)tensorrt)
-EXTRAS := $(DEMO_EXTRAS),results,datasets,dm,fibsem,micromanager,napari,triton,polygraphy,docs,dev
+EXTRAS := $(DEMO_EXTRAS),results,mosaic,datasets,dm,fibsem,micromanager,napari,triton,polygraphy,docs,dev
 comma := ,
 
 DATA ?=
