@@ -8,8 +8,9 @@ from typing import Any
 
 # Metres of every unit of length that a file or a person names.
 METRES = {
-    "m": 1.0, "cm": 1e-2, "mm": 1e-3, "µm": 1e-6, "μm": 1e-6, "um": 1e-6, "micron": 1e-6, "microns": 1e-6,
-    "micrometer": 1e-6, "nm": 1e-9, "nanometer": 1e-9, "Å": 1e-10, "A": 1e-10, "angstrom": 1e-10, "pm": 1e-12,
+    "m": 1.0, "meter": 1.0, "cm": 1e-2, "centimeter": 1e-2, "mm": 1e-3, "millimeter": 1e-3,
+    "µm": 1e-6, "μm": 1e-6, "um": 1e-6, "micron": 1e-6, "microns": 1e-6, "micrometer": 1e-6,
+    "nm": 1e-9, "nanometer": 1e-9, "Å": 1e-10, "A": 1e-10, "angstrom": 1e-10, "pm": 1e-12, "picometer": 1e-12,
 }  # fmt: skip
 _SHOWN = ("m", "mm", "µm", "nm")
 SQUARE = 5e-3  # relative difference of width and height that is still rounding in stated sizes
