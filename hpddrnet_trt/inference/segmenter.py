@@ -32,6 +32,7 @@ from hpddrnet_trt.inference.result import Provenance, Segmentation
 from hpddrnet_trt.inference.runner import (
     Inference,
     InferenceOutput,
+    Plane,
     Progress,
     ScoresModel,
     Tile,
@@ -39,6 +40,7 @@ from hpddrnet_trt.inference.runner import (
     plan_for,
     scores_tiled,
     segment_tiled,
+    tile_pictures,
 )
 from hpddrnet_trt.inference.tiling import TilingReport
 
@@ -245,7 +247,7 @@ class Segmenter:
 
         Raises :class:`ContractError` as :meth:`segment` does, :class:`UserError` for scores that are NaN.
         """
-        inference = self._with_scores()
+        inference = self.of_tiles()
         if not inference.gives_logits:
             raise ContractError(f"model {self.manifest.name!r} gives labels only; export it with logits output")
         micrograph = self._micrograph(image)
@@ -359,14 +361,15 @@ class Segmenter:
             return self._result(output, frame, micrograph, scale)
         labels = np.empty(shape, dtype=np.uint8) if out is None else out
         confidence = np.empty(shape, dtype=np.float32) if self.confidence else None
-        report, features, sampled = segment_tiled(
-            self._with_scores(), frame.pixels, plan, labels, confidence, progress
-        )
-        output = InferenceOutput(labels, confidence=confidence, sampled=sampled)
-        return self._result(output, frame, micrograph, scale, report, features)
+        pictures = tile_pictures(frame.pixels, plan)
+        certain = None if confidence is None else Plane(confidence, plan, shape)
+        done = segment_tiled(self.of_tiles(), plan.whole, pictures, Plane(labels, plan, shape), certain, progress)
+        output = InferenceOutput(labels, confidence=confidence, sampled=done.sampled)
+        report = plan.report(done.method, done.seams)
+        return self._result(output, frame, micrograph, scale, report, done.features)
 
-    def _with_scores(self) -> Inference:
-        """The model with class scores, where it has them."""
+    def of_tiles(self) -> Inference:
+        """The model as tiles are run: with class scores, where it has them."""
         if self._inference.gives_logits or self._scores is None:
             return self._inference
         engine = self._scores.engine()
