@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,55 @@ def _write_labels(
     describe_labels(group, classes, source)
 
 
-def describe_labels(group: Any, classes: Sequence[ClassInfo], source: dict[str, str] | None = None) -> None:
-    """Say of an OME-Zarr image that it holds labels, and which."""
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies: for each of its ``axes`` (y and x, or z before them) the distance of two pixels, where the
+    middle of the first one is, and, where known, its unit."""
+
+    axes: tuple[str, ...]
+    scale: tuple[float, ...]
+    translation: tuple[float, ...]
+    units: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pixel_size_m: float | None, spacing_m: float | None = None, *, volume: bool) -> Placement:
+        """At the origin, in micrometres; an axis of unknown size has no unit and the scale 1."""
+        sizes = {**({"z": spacing_m} if volume else {}), "y": pixel_size_m, "x": pixel_size_m}
+        scale = tuple(1.0 if size is None else micrometres(size) for size in sizes.values())
+        units = {axis: "micrometer" for axis, size in sizes.items() if size is not None}
+        return cls(tuple(sizes), scale, (0.0,) * len(sizes), units)
+
+
+def describe_pyramid(group: Any, name: str, placement: Placement, factors: Sequence[int]) -> None:
+    """Say of the arrays ``0``, ``1`` ... in ``group`` that they are one image, and where it lies.
+
+    ``factors``: of each, how many pixels of the image along y and along x are one of its.
+    """
+    writer = require("ome_zarr.writer", "results", "write OME-Zarr")
+    levels = []
+    for level, factor in enumerate(factors):
+        scale = [*placement.scale[:-2], *(size * factor for size in placement.scale[-2:])]
+        transformations: list[dict[str, Any]] = [{"type": "scale", "scale": scale}]
+        if any(placement.translation):
+            transformations.append({"type": "translation", "translation": list(placement.translation)})
+        levels.append({"path": str(level), "coordinateTransformations": transformations})
+    writer.write_multiscales_metadata(
+        group, levels, axes=list(placement.axes), axes_units=dict(placement.units) or None, name=name
+    )
+
+
+def describe_labels(
+    group: Any, classes: Sequence[ClassInfo], source: dict[str, str] | None = None, no_data: int | None = None
+) -> None:
+    """Say of an OME-Zarr image that it holds labels, and which; ``no_data``: the label of pixels without a class,
+    which is transparent."""
+    named = [(index, [*entry.color, 255], entry.name) for index, entry in enumerate(classes)]
+    if no_data is not None:
+        named.append((no_data, [0, 0, 0, 0], "no data"))
     description: dict[str, Any] = {
         "version": ZARR_VERSION,
-        "colors": [{"label-value": index, "rgba": [*entry.color, 255]} for index, entry in enumerate(classes)],
-        "properties": [{"label-value": index, "class": entry.name} for index, entry in enumerate(classes)],
+        "colors": [{"label-value": value, "rgba": color} for value, color, _ in named],
+        "properties": [{"label-value": value, "class": name} for value, _, name in named],
     }
     if source is not None:
         description["source"] = source

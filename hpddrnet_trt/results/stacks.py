@@ -15,9 +15,17 @@ import tifffile
 from hpddrnet_trt.core.errors import require
 from hpddrnet_trt.core.files import atomic_folder, atomic_path, printable
 from hpddrnet_trt.core.manifest import ClassInfo
-from hpddrnet_trt.core.text import micrometres
 from hpddrnet_trt.data.labels import palette_options, scale_options
-from hpddrnet_trt.results.ome import CHUNK, OWN, describe_labels, ome_metadata, own_attributes, reductions
+from hpddrnet_trt.results.ome import (
+    CHUNK,
+    OWN,
+    Placement,
+    describe_labels,
+    describe_pyramid,
+    ome_metadata,
+    own_attributes,
+    reductions,
+)
 
 _BIG = 1 << 31  # bytes, before compression, from which a BigTIFF is written
 
@@ -77,11 +85,8 @@ def write_ome_zarr_stack(path: Path, stack: LabelStack) -> Path:
     Axes are in micrometres; one of unknown size has no unit and the scale 1. The micrographs are not in it.
     """
     zarr = require("zarr", "results", "write OME-Zarr")
-    writer = require("ome_zarr.writer", "results", "write OME-Zarr")
+    require("ome_zarr.writer", "results", "write OME-Zarr")
     slices, *sides = stack.shape
-    sizes = {"z": stack.spacing_m, "y": stack.pixel_size_m, "x": stack.pixel_size_m}
-    units = {axis: "micrometer" for axis, size in sizes.items() if size is not None}
-    scale = [1.0 if size is None else micrometres(size) for size in sizes.values()]
     with atomic_folder(path) as folder:
         root = zarr.open_group(str(folder), mode="w", zarr_format=3)
         levels = [
@@ -96,21 +101,9 @@ def write_ome_zarr_stack(path: Path, stack: LabelStack) -> Path:
         for number, labels in enumerate(stack):
             for level, array in enumerate(levels):
                 array[number] = labels[:: 2**level, :: 2**level]
-        writer.write_multiscales_metadata(
-            root,
-            [
-                {
-                    "path": str(level),
-                    "coordinateTransformations": [
-                        {"type": "scale", "scale": [scale[0], *(side * 2**level for side in scale[1:])]}
-                    ],
-                }
-                for level in range(len(levels))
-            ],
-            axes=["z", "y", "x"],
-            axes_units=units or None,
-            name=printable(path.name).split(".")[0] or "labels",
-        )
+        placement = Placement.of(stack.pixel_size_m, stack.spacing_m, volume=True)
+        name = printable(path.name).split(".")[0] or "labels"
+        describe_pyramid(root, name, placement, [2**level for level in range(len(levels))])
         describe_labels(root, stack.classes)
         root.attrs[OWN] = own_attributes(stack.classes, stack.pixel_size_m, stack.record)
     return path
