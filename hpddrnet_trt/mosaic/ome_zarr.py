@@ -44,10 +44,11 @@ _READ = "read OME-Zarr"
 
 @dataclass
 class OmeZarr(OpenedSource):
-    """``array``: the folder of the full-resolution array, ``metadata`` its file, ``state`` as it was opened. ``axes``:
-    letters in the array's order; ``channel``: the place along c. ``cells``: the chunks inside shards, rows and columns;
-    ``files``: the extent of a file along each axis."""
+    """``folder``: the group of the image. ``array``: the folder of the full-resolution array, ``metadata`` its file,
+    ``state`` as it was opened. ``axes``: letters in the array's order; ``channel``: the place along c. ``cells``: the
+    chunks inside shards, rows and columns; ``files``: the extent of a file along each axis."""
 
+    folder: Path
     array: Path
     metadata: Path
     state: FileState
@@ -111,7 +112,7 @@ def open_ome_zarr(path: Path, options: Options) -> OmeZarr:
     Raises :class:`BadInputFile` where there is none or its metadata are damaged, :class:`UsageError` where an image or
     a channel has to be chosen.
     """
-    folder, pyramid = _pyramid(path, path, options.image)
+    folder, pyramid = image_in(path, path, options.image)
     try:
         axes = [axis if isinstance(axis, dict) else {"name": axis} for axis in pyramid["axes"]]
         names = [str(axis["name"]) for axis in axes]
@@ -158,16 +159,18 @@ def open_ome_zarr(path: Path, options: Options) -> OmeZarr:
     fill_value = float(filled) * (255 if array.dtype == bool else 1)
     return OmeZarr(
         path, shape, dtype, fill_value if math.isfinite(fill_value) else 0.0, options.pixel_size or info.pixel_size_m,
-        spacing, (outer["y"], outer["x"]), place, metadata, state, "".join(names), channel, (cells["y"], cells["x"]),
-        files,
+        spacing, (outer["y"], outer["x"]), folder, place, metadata, state, "".join(names), channel,
+        (cells["y"], cells["x"]), files,
     )  # fmt: skip
 
 
-def _pyramid(store: Path, folder: Path, image: str | None) -> tuple[Path, dict[str, Any]]:
-    """The folder of the image to read, and its first ``multiscales`` entry."""
+def image_in(store: Path, folder: Path, image: str | None) -> tuple[Path, dict[str, Any]]:
+    """The folder of the image to read, and its first ``multiscales`` entry.
+
+    Raises :class:`BadInputFile` where there is none, :class:`UsageError` where one has to be chosen."""
     attributes = _attributes(folder)
     if image is not None:
-        return _pyramid(store, _inside(folder, image), None)
+        return image_in(store, _inside(folder, image), None)
     if "image-label" in attributes:
         raise BadInputFile(f"{folder} holds labels, no micrograph; give the image that they belong to")
     if pyramids := attributes.get("multiscales"):
@@ -182,7 +185,7 @@ def _pyramid(store: Path, folder: Path, image: str | None) -> tuple[Path, dict[s
     if len(images) > 1:
         some = ", ".join(images[:4]) + (f" ... ({len(images)} in all)" if len(images) > 4 else "")
         raise UsageError(f"{store} holds several images: {some}; choose one with --image, such as --image {images[0]}")
-    return _pyramid(store, _inside(folder, images[0]), None)
+    return image_in(store, _inside(folder, images[0]), None)
 
 
 def _images(folder: Path, attributes: dict[str, Any]) -> list[str]:

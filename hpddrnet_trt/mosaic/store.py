@@ -49,6 +49,7 @@ from hpddrnet_trt.mosaic.layout import (
     MosaicSettings,
     Source,
 )
+from hpddrnet_trt.mosaic.ome_zarr import MARKS, OmeZarr, image_in
 from hpddrnet_trt.mosaic.summary import MosaicSummary
 from hpddrnet_trt.results.ome import (
     LABELS,
@@ -366,32 +367,36 @@ def open_store(folder: Path) -> MosaicStore:
 
 
 def labels_folder(target: Path | None, name: str, source: Source) -> tuple[Path, Path | None]:
-    """Where the labels go: the folder of their group, and the OME-Zarr image that it lies in, if any.
+    """Where the labels go: the folder of their group, and that of the OME-Zarr image which it lies in, if any.
 
     Raises :class:`UsageError` as :func:`create_store` does.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UsageError(f"labels are called with letters, digits, '.', '_' and '-', not {name!r}; take another --name")
-    place = (source.path if target is None else target).absolute()
-    elsewhere = "write elsewhere with --to" if target is None else "take another place for --to"
-    if any((place / file).is_file() for file in (".zgroup", ".zattrs", ".zarray")):
+    itself = target is None or target.absolute() == source.path.absolute()
+    place = source.path if target is None else target
+    if itself and isinstance(source, OmeZarr):
+        place = source.folder
+    place = place.absolute()
+    elsewhere = "write elsewhere with --to" if itself else "take another place for --to"
+    if any((place / mark).is_file() for mark in MARKS if mark != "zarr.json"):
         raise UsageError(
-            f"{place} is an OME-Zarr of version 0.4 or older, which cannot hold labels of version {ZARR_VERSION}; "
-            f"{elsewhere}"
+            f"{place} is no OME-Zarr of version {ZARR_VERSION}, and older ones cannot hold its labels; {elsewhere}"
         )
     if not (place / "zarr.json").is_file():
-        if target is None or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
+        if itself or place.is_file() or (place.is_dir() and any(place.iterdir())):
             raise UsageError(f"{place} is no OME-Zarr {ZARR_VERSION}, so no labels can be in it; {elsewhere}")
         return place, None
-    if "mosaic" in _open(place).attrs.get(OWN, {}):
+    if OWN in _open(place).attrs and "mosaic" in _open(place).attrs[OWN]:
         return place, None
-    levels = _levels(place)
-    if not levels or tuple(levels[0].shape[-2:]) != source.shape[1:]:
+    image, about = image_in(place, place, None)
+    full = _open(image)[about["datasets"][0]["path"]]
+    if tuple(full.shape[-2:]) != source.shape[1:]:
         raise UsageError(
-            f"{place} holds no image of {source.shape[2]} x {source.shape[1]} pixels that the labels could belong to; "
-            f"{elsewhere}"
+            f"the image in {place} has {full.shape[-1]} x {full.shape[-2]} pixels, and the mosaic "
+            f"{source.shape[2]} x {source.shape[1]}, so that labels of it cannot be there; {elsewhere}"
         )
-    return place / "labels" / name, place
+    return image / "labels" / name, image
 
 
 def _create(
@@ -399,7 +404,8 @@ def _create(
     provenance: Mapping[str, Any], smooth: int, asked: Mapping[str, Any],
 ) -> MosaicStore:  # fmt: skip
     zarr = require("zarr", "mosaic", _PURPOSE)
-    placement = _placement(image or source.path, source, volume=layout.shape[0] > 1)
+    described = image or (source.folder if isinstance(source, OmeZarr) else None)
+    placement = _placement(described, source, volume=layout.shape[0] > 1)
     factors = _factors(image, layout)
     foreign = None if manifest.domain is None else manifest.domain.foreign
 
@@ -473,33 +479,22 @@ def _attributes(folder: Path) -> dict[str, Any]:
     return own
 
 
-def _multiscale(folder: Path) -> dict[str, Any]:
-    """How the OME-Zarr image of any version in ``folder`` describes itself; empty where there is none."""
-    attributes = _open(folder).attrs
-    described = attributes.get("ome", attributes).get("multiscales")
-    return described[0] if described else {}
-
-
-def _levels(folder: Path) -> list[Any]:
-    """The arrays of an OME-Zarr image."""
-    group = _open(folder)
-    return [group[level["path"]] for level in _multiscale(folder).get("datasets", [])]
-
-
 def _factors(image: Path | None, layout: Layout) -> list[int]:
     """Of each level. The standard wants as many of labels as of the image that they belong to."""
     if image is None:
         return [2**level for level in range(reductions(layout.shape[1:]) + 1)]
-    widths, factors = [level.shape[-1] for level in _levels(image)], [1]
+    group, factors = _open(image), [1]
+    widths = [group[level["path"]].shape[-1] for level in image_in(image, image, None)[1]["datasets"]]
     for before, width in pairwise(widths):
         factors.append(factors[-1] * max(1, round(before / width)))
     return factors
 
 
-def _placement(place: Path, source: Source, *, volume: bool) -> Placement:
-    """That of the OME-Zarr image in ``place``, so that labels lie over it whatever it says, or by the pixel size."""
-    if not any((place / file).is_file() for file in ("zarr.json", ".zgroup")) or not (about := _multiscale(place)):
+def _placement(image: Path | None, source: Source, *, volume: bool) -> Placement:
+    """That of an OME-Zarr image, so that labels lie over it whatever it says; else by the pixel size."""
+    if image is None:
         return Placement.of(source.pixel_size_m, source.spacing_m, volume=volume)
+    about = image_in(image, image, None)[1]
     axes = {axis["name"]: number for number, axis in enumerate(about["axes"])}
     scale, translation = np.ones(len(axes)), np.zeros(len(axes))
     for step in (*about["datasets"][0]["coordinateTransformations"], *about.get("coordinateTransformations", [])):

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, BlockRecord, BlockResult, Box, Layout, MosaicSettings, Piece
+from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, BlockRecord, BlockResult, Box, Layout, MosaicSettings
+from tests.mosaic.sources import ArraySource
 from tests.toy import CLASSES
 
 SIZE = 50e-9  # metres per pixel
-BLOCK = 128
+BLOCK = 256
 SETTINGS = MosaicSettings("toy.onnx", "a" * 64, "onnxruntime", "fp32", 1, None, (0.0, 255.0), 1.0, (256, 256), BLOCK)
 
 
-@dataclass(frozen=True)
-class Grey:
+def grey(shape: tuple[int, int, int], **about: Any) -> ArraySource:
     """A source whose pixels are all 7."""
-
-    path: Path
-    shape: tuple[int, int, int]
-    pixel_size_m: float | None = SIZE
-    spacing_m: float | None = None
-    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
-    fill_value: float = 0.0
-    unit: tuple[int, int] = (64, 64)
-
-    def read(self, box: Box) -> Piece:
-        return Piece(np.full((box.height, box.width), 7, np.uint8))
-
-    def signature(self, box: Box) -> str:
-        return box.name
-
-    def sample(self, pixels: int) -> npt.NDArray[Any]:
-        return np.full(pixels, 7, np.uint8)
+    return ArraySource(np.full(shape, 7, np.uint8), pixel_size_m=about.pop("pixel_size_m", SIZE), **about)
 
 
 def block(box: Box, labels: npt.NDArray[np.uint8], **about: Any) -> BlockResult:

@@ -18,9 +18,10 @@ import pytest
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, Box
+from hpddrnet_trt.mosaic.sources import open_source
 from hpddrnet_trt.mosaic.store import MosaicStore, create_store, majority, open_store
 from hpddrnet_trt.mosaic.summary import summarize
-from tests.mosaic.mosaics import BLOCK, SETTINGS, SIZE, Grey, block, labels_of, layout_of
+from tests.mosaic.mosaics import BLOCK, SETTINGS, SIZE, block, grey, labels_of, layout_of
 from tests.toy import CLASSES, DOMAIN, ToyEngine
 
 zarr = pytest.importorskip("zarr")
@@ -34,7 +35,7 @@ ORIGIN = {"model": "toy", "command": "hpddrnet-trt mosaic a.zarr"}
 
 
 def _create(target: Path | None, source: Any = None, *, name: str = "classes", **options: Any) -> MosaicStore:
-    source = source or Grey(Path("grey.tif"), SHAPE)
+    source = source or grey(SHAPE)
     settings = options.pop("settings", SETTINGS)
     manifest = ToyEngine().manifest.model_copy(update={"domain": DOMAIN})
     return create_store(target, name, source, layout_of(source.shape), settings, manifest, ORIGIN, **options)
@@ -102,7 +103,7 @@ def test_a_folder_of_its_own_is_the_label_image(tmp_path: Path) -> None:
     assert "source" not in described
     own = root.attrs["hpddrnet-trt"]
     assert own["classes"] == [entry.name for entry in CLASSES]
-    assert own["provenance"] == {**ORIGIN, "source": "grey.tif", "finished": "now"}
+    assert own["provenance"] == {**ORIGIN, "source": "memory.zarr", "finished": "now"}
     assert own["mosaic"]["complete"]
     assert own["mosaic"]["summary"]["fractions"][0]["pixels"] == np.count_nonzero(LABELS == 0)
     assert own["mosaic"]["settings"] == json.loads(json.dumps(SETTINGS.as_dict()))
@@ -122,7 +123,7 @@ def test_a_folder_of_its_own_is_the_label_image(tmp_path: Path) -> None:
 def test_in_the_store_of_the_image(tmp_path: Path) -> None:
     """Units, place and number of levels are the image's, and other labels in it stay."""
     path = _image(tmp_path / "sem.zarr")
-    source = Grey(path, SHAPE)
+    source = open_source(path)
     _fill(_create(None, source, name="other"))
     store = _create(None, source)
     _fill(store)
@@ -144,7 +145,7 @@ def test_in_the_store_of_the_image(tmp_path: Path) -> None:
 
 def test_an_image_of_one_level_gets_labels_of_one(tmp_path: Path) -> None:
     path = _image(tmp_path / "sem.zarr", (1,), coordinateTransformations=[{"type": "scale", "scale": [1, 2, 2]}])
-    store = _create(None, Grey(path, SHAPE))
+    store = _create(None, open_source(path))
     assert store.factors == (1,)
     assert _scale(zarr.open_group(str(store.folder), mode="r"))[0]["scale"] == [50, 50]
     _valid(path, "")
@@ -154,7 +155,7 @@ def test_what_stands_consolidated_knows_the_labels(tmp_path: Path) -> None:
     path = _image(tmp_path / "sem.zarr")
     with pytest.warns(zarr.errors.ZarrUserWarning, match="Consolidated"):
         zarr.consolidate_metadata(str(path))
-    _fill(_create(None, Grey(path, SHAPE)))
+    _fill(_create(None, open_source(path)))
     own = zarr.open_group(str(path), mode="r")["labels/classes"].attrs["hpddrnet-trt"]
     assert own["mosaic"]["complete"]
 
@@ -162,11 +163,11 @@ def test_what_stands_consolidated_knows_the_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("old", {}, "version 0.4 or older, which cannot hold labels of version 0.5; write elsewhere with --to"),
+        ("old", {}, "is no OME-Zarr of version 0.5, and older ones cannot hold its labels; write elsewhere with --to"),
         ("tiff", {}, "is no OME-Zarr 0.5, so no labels can be in it; write elsewhere with --to"),
         ("full", {}, "is no OME-Zarr 0.5, so no labels can be in it; take another place for --to"),
-        ("small", {}, "holds no image of 1000 x 700 pixels"),
-        ("group", {}, "holds no image of 1000 x 700 pixels"),
+        ("small", {}, "has 500 x 350 pixels, and the mosaic 1000 x 700, .*; take another place for --to"),
+        ("group", {}, "holds no image of OME-Zarr 0.4 or 0.5"),
         ("broken", {}, "is no Zarr group that can be read"),
         ("foreign", {}, "were not written by this command, and stay; take another --name"),
         ("foreign", {"overwrite": True}, "were not written by this command, and stay"),
@@ -194,9 +195,10 @@ def test_where_labels_cannot_be(tmp_path: Path, kind: str, options: dict[str, An
     elif kind == "foreign":
         group = zarr.open_group(str(_image(path)), mode="r+")
         group.create_group("labels/classes").attrs["mine"] = True
+    source = open_source(path) if kind == "old" else grey(SHAPE, path=path if kind == "tiff" else Path("b.tif"))
     before = _content(tmp_path)
     with pytest.raises(UserError, match=said) as caught:
-        _create(None if kind in ("old", "tiff") else target, Grey(path, SHAPE), **options)
+        _create(None if kind in ("old", "tiff") else target, source, **options)
     assert "\n" not in str(caught.value)
     assert _content(tmp_path) == before
 
@@ -218,7 +220,7 @@ def test_a_run_goes_on_with_the_same_settings_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\(threads 1, not 2; window \[0.0, 255.0\], not \[3, 255\]\)"):
         _create(tmp_path / "a", settings=replace(SETTINGS, window=(3, 255), threads=2))
     assert _create(tmp_path / "a", settings=replace(SETTINGS, threads=2), overwrite=True).record(first) is None
-    _create(tmp_path / "b", Grey(Path("x"), SHAPE, None))
+    _create(tmp_path / "b", grey(SHAPE, pixel_size_m=None))
     with pytest.raises(UsageError, match="pixel_size_m None, not 5e-08"):
         _create(tmp_path / "b")
 
@@ -230,7 +232,7 @@ def test_a_block_that_is_done_again_takes_what_was_made_of_it_with_it(tmp_path: 
     changed = labels_of(SHAPE, seed=1)
     box = Box(0, BLOCK, 2 * BLOCK, BLOCK, BLOCK)
     store.write(block(box, changed))
-    assert store.pyramid_parts(1) == [Box(0, 0, BLOCK, BLOCK, BLOCK)]
+    assert store.pyramid_parts(1) == [Box(0, 0, BLOCK, BLOCK, 500 - BLOCK)]
     _end(store)
     expected = LABELS[0].copy()
     expected[box.rows, box.columns] = changed[0][box.rows, box.columns]
@@ -265,6 +267,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 WRITER = """
 import sys, itertools
 from pathlib import Path
+from hpddrnet_trt.mosaic.sources import open_source
 from hpddrnet_trt.mosaic.store import open_store
 from tests.mosaic.mosaics import block, labels_of
 store = open_store(Path(sys.argv[1]))
@@ -279,7 +282,7 @@ for _ in itertools.count():
 def test_a_writer_that_is_killed(tmp_path: Path) -> None:
     """Wherever it is killed, blocks with a record have all their labels, and the rest is done again."""
     store = _create(tmp_path / "a")
-    for moment in (0.0, 0.004, 0.011):
+    for moment in (0.0, 0.007):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, store.folder], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         for _ in range(5):
@@ -312,7 +315,7 @@ def test_a_torn_record_is_none(tmp_path: Path) -> None:
 
 def test_slices_vote(tmp_path: Path) -> None:
     shape = (4, 290, 300)
-    source = Grey(Path("run.tif"), shape, SIZE, 10e-9)
+    source = grey(shape, spacing_m=10e-9)
     labels = np.stack([labels_of(shape)[0]] * 4)
     noisy = labels.copy()
     noisy[1, 20:60, 20:60] = (noisy[1, 20:60, 20:60] + 1) % 3

@@ -42,7 +42,7 @@ def test_sums_are_those_of_the_whole_mosaic() -> None:
     assert summary.seam_disagreement == 0.01
     assert summary.seconds == {"read": len(LAYOUT), "compute": 3 * len(LAYOUT)}
     assert summary.pixels_per_second == LABELS.size / (4 * len(LAYOUT))
-    assert summary.peak_bytes == 1000 + 384
+    assert summary.peak_bytes == 1000 + 256
     assert (summary.blocks, summary.all_blocks) == (len(LAYOUT), len(LAYOUT))
 
 
@@ -59,16 +59,16 @@ def test_nothing_is_done_yet() -> None:
     assert summary.blocks == 0
     assert [(entry.fraction, entry.area_m2) for entry in summary.fractions] == [(0, None)] * 3
     assert summary.pixels_per_second is None
-    assert "0 of 24 blocks" in str(summary)
+    assert "0 of 8 blocks" in str(summary)
     assert "NaN" not in json.dumps(plain(summary.as_dict()), allow_nan=False)
 
 
 def test_problems_are_told_and_not_without_end() -> None:
-    records = _records(problems=("chunk 3/4 cannot be read: torn",) * 2, unreadable=5)
+    records = _records(problems=("chunk 3/4 cannot be read: torn",) * 3, unreadable=5)
     summary = _summary(records)
-    assert summary.problem_count == 2 * len(LAYOUT)
+    assert summary.problem_count == 3 * len(LAYOUT)
     assert len(summary.problems) == MAX_PROBLEMS
-    assert str(summary).endswith(f"chunk 3/4 cannot be read: torn\nand {2 * len(LAYOUT) - MAX_PROBLEMS} more problems")
+    assert str(summary).endswith(f"chunk 3/4 cannot be read: torn\nand {3 * len(LAYOUT) - MAX_PROBLEMS} more problems")
 
 
 def test_for_people_and_as_files(tmp_path: Path) -> None:
@@ -76,13 +76,13 @@ def test_for_people_and_as_files(tmp_path: Path) -> None:
     lines = str(summary).splitlines()
     assert lines[0].split() == ["class", "pixels", "fraction", "area", "µm²", "foreign", "to", "the", "model"]
     assert lines[2].startswith("pore ")
-    assert "24 tiles (24 familiar); neighbors disagree in 1.00 % of the pixels that both see" in lines
+    assert "8 tiles (8 familiar); neighbors disagree in 1.00 % of the pixels that both see" in lines
     with summary.write_areas(tmp_path / "areas.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == ["class", "pixels", "fraction", "area_um2", "foreign_pixels", "foreign_fraction"]
     assert rows[1]["class"] == "pore"
     assert float(rows[1]["area_um2"]) == pytest.approx(summary.fractions[1].pixels * 0.0025)
-    assert float(rows[1]["foreign_fraction"]) == pytest.approx(240 / summary.fractions[1].pixels)
+    assert float(rows[1]["foreign_fraction"]) == pytest.approx(80 / summary.fractions[1].pixels)
     read = json.loads(json.dumps(summary.as_dict()))
-    assert read["fractions"][1]["foreign_pixels"] == 240
+    assert read["fractions"][1]["foreign_pixels"] == 80
     assert read["pixels"] == LABELS.size
