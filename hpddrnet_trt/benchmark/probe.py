@@ -27,12 +27,13 @@ import numpy as np
 import hpddrnet_trt
 from hpddrnet_trt.benchmark.entries import Entry
 from hpddrnet_trt.benchmark.images import Grey8, Image, timing_frames
-from hpddrnet_trt.benchmark.machine import GpuSensor, device_memory_mib, peak_memory_mib, resident_memory_mib
+from hpddrnet_trt.benchmark.machine import GpuSensor, device_memory_mib
 from hpddrnet_trt.benchmark.measures import BenchmarkCase, end_to_end
 from hpddrnet_trt.benchmark.result import Memory, MemoryFailure, Settings, Shape, Start
 from hpddrnet_trt.benchmark.timing import Frames
 from hpddrnet_trt.core.errors import UserError, describe, one_line
 from hpddrnet_trt.core.manifest import read_manifest
+from hpddrnet_trt.core.memory import peak_memory_mib, resident_memory_mib
 from hpddrnet_trt.data.preprocess import network_input
 from hpddrnet_trt.engines import Engine, load_engine
 from hpddrnet_trt.engines.base import input_contract

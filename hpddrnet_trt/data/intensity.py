@@ -106,12 +106,17 @@ def to_grey8(pixels: npt.NDArray[Any], intensity_range: IntensityRange = None) -
         black, white = map(float, intensity_range)
     if not (np.isfinite(black) and np.isfinite(white) and black < white):
         raise ContractError(f"the intensity range ({black}, {white}) is empty; give black < white, both finite")
+    return Grey8(in_window(pixels, (black, white)), (black, white), tuple(remarks))
+
+
+def in_window(pixels: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """Grey values ``[H, W]``, uint8, uint16 or float32, from the first of ``window``, black, to the second, white."""
     if pixels.dtype == np.float32:
-        grey = _stretch(pixels, black, white)
-    else:
-        levels = np.arange(np.iinfo(pixels.dtype).max + 1, dtype=np.float32)
-        grey = _stretch(levels, black, white)[pixels]
-    return Grey8(grey, (black, white), tuple(remarks))
+        return _stretch(pixels, *window)
+    if pixels.dtype == np.uint8 and window == (0, 255):
+        return pixels
+    levels = np.arange(np.iinfo(pixels.dtype).max + 1, dtype=np.float32)
+    return _stretch(levels, *window)[pixels]
 
 
 def range_of(record: IntensityRecord | None) -> Percentiles | FullScale | tuple[float, float]:
@@ -245,7 +250,7 @@ def _from_percentiles(pixels: npt.NDArray[Any], percentiles: Percentiles) -> tup
         black, white = (float(value) for value in np.percentile(finite, (percentiles.black, percentiles.white)))
         lowest, highest = float(finite.min()), float(finite.max())
     else:
-        below = np.cumsum(_counts(pixels))
+        below = np.cumsum(level_counts(pixels))
         black, white = _of_counts(below, percentiles.black), _of_counts(below, percentiles.white)
         lowest, highest = _of_counts(below, 0), _of_counts(below, 100)
     if black == white:  # flat but for rare pixels, or constant
@@ -253,11 +258,11 @@ def _from_percentiles(pixels: npt.NDArray[Any], percentiles: Percentiles) -> tup
     return (black, white) if black < white else (black, black + max(1.0, 1e-6 * abs(black)))
 
 
-def _counts(pixels: npt.NDArray[Any]) -> npt.NDArray[np.integer]:
-    """Pixels of each level, block by block: bincount makes 8 bytes of each value."""
+def level_counts(pixels: npt.NDArray[Any]) -> npt.NDArray[np.integer]:
+    """Pixels of each level in ``[H, W]``, unsigned; block by block, since bincount makes 8 bytes of each value."""
     levels = np.iinfo(pixels.dtype).max + 1
     counts = np.zeros(levels, np.int64)
-    rows = max(1, _BLOCK // pixels.shape[1])
+    rows = max(1, _BLOCK // max(1, pixels.shape[1]))
     for start in range(0, pixels.shape[0], rows):
         counts += np.bincount(pixels[start : start + rows].ravel(), minlength=levels)
     return counts

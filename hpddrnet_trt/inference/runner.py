@@ -437,6 +437,12 @@ class Plane:
             for of, size, seen in zip(own, shape, (plan.height, plan.width), strict=True)
         )
 
+    def where(self, place: tuple[slice, slice]) -> tuple[slice, slice]:
+        """The part of ``values`` that shows these rows and columns of what the tiles see."""
+        bounds = [np.searchsorted(of, (at.start, at.stop)) for of, at in zip(self.seen, place, strict=True)]
+        rows, columns = (slice(int(begin), int(end)) for begin, end in bounds)
+        return rows, columns
+
     def put(
         self,
         place: tuple[slice, slice],
@@ -447,8 +453,7 @@ class Plane:
 
         ``then``: makes values of it, pixel by pixel.
         """
-        bounds = [np.searchsorted(of, (at.start, at.stop)) for of, at in zip(self.seen, place, strict=True)]
-        where = tuple(slice(begin, end) for begin, end in bounds)
+        where = self.where(place)
         rows, columns = (of[at] - within.start for of, at, within in zip(self.seen, where, place, strict=True))
         if not rows.size or not columns.size:
             return

@@ -140,9 +140,10 @@ class BlockRecord:
 
     ``pixels``: of each class; ``foreign_pixels``: those of them that tiles foreign to the model decide.
     ``empty``, ``unreadable``: pixels without a label. ``problems``: one sentence for each damaged part.
-    ``tiles``: the tiles computed; ``own_tiles``: those whose first pixel lies in the block, by the domain's state, so
-    that each of the mosaic counts once. ``seam_pixels``: pixels that two neighboring tiles both see (counted by the
-    block that holds the second tile's first pixel), and to how many of them the two give different labels.
+    ``tiles``: the tiles computed; ``own_tiles``: those whose say begins in the block (the first pixel in which their
+    weight is not 0), by the domain's state, so that each of the mosaic counts once. ``seam_pixels``: pixels that two
+    neighboring tiles both see (counted by the block that owns the second of them), and to how many of them the two give
+    different labels. Tiles that see empty cells alone are not computed, and count nowhere.
     ``signature``: of what was read. ``checksum``: SHA-256 of the block's labels. ``seconds``: by stage (``read``,
     ``compute``, ``write``). ``bytes_read``: of pixels. ``peak_bytes``: the worker's greatest resident memory so far.
     """

@@ -24,10 +24,9 @@ from hpddrnet_trt.benchmark.machine import (
     describe_machine,
     device_memory_mib,
     find_gpus,
-    peak_memory_mib,
-    resident_memory_mib,
 )
 from hpddrnet_trt.core.errors import MissingDependency
+from hpddrnet_trt.core.memory import peak_memory_mib, resident_memory_mib
 
 
 def test_the_description_is_complete_and_a_busy_machine_gives_a_warning() -> None:
@@ -49,7 +48,7 @@ def test_the_description_is_complete_and_a_busy_machine_gives_a_warning() -> Non
 def test_peak_memory_is_this_process_only() -> None:
     block = np.ones(64 << 20, dtype=np.uint8)  # 64 MiB, resident in the parent
     root = str(Path(machine.__file__).resolve().parents[2])
-    code = "from hpddrnet_trt.benchmark.machine import *; print(resident_memory_mib(), peak_memory_mib())"
+    code = "from hpddrnet_trt.core.memory import *; print(resident_memory_mib(), peak_memory_mib())"
     child = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True
     )
