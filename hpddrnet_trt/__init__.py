@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hpddrnet_trt.inference import Segmenter, load_segmenter
     from hpddrnet_trt.inference.result import Provenance, Segmentation
     from hpddrnet_trt.packages import PackageSettings, package_model
+    from hpddrnet_trt.packages.triton import TritonSettings, export_triton
     from hpddrnet_trt.stream import State, Stream, StreamResult, StreamStatistics
 
 __version__ = "0.1.0"
@@ -26,7 +27,9 @@ __all__ = [
     "Stream",
     "StreamResult",
     "StreamStatistics",
+    "TritonSettings",
     "__version__",
+    "export_triton",
     "load_segmenter",
     "package_model",
     "read_micrograph",
@@ -40,6 +43,8 @@ _HOMES = {
     "rebuild_engine": "export.rebuild",
     "PackageSettings": "packages",
     "package_model": "packages",
+    "TritonSettings": "packages.triton",
+    "export_triton": "packages.triton",
     "Provenance": "inference.result",
     "Segmentation": "inference.result",
     "Segmenter": "inference",

@@ -10,11 +10,12 @@ import typer
 from pydantic import ValidationError
 
 from hpddrnet_trt.cli.model import PANEL, echo_evidence
-from hpddrnet_trt.cli.options import OnnxFile, parse_length, parse_size
+from hpddrnet_trt.cli.options import EngineName, OnnxFile, parse_length, parse_size
 from hpddrnet_trt.cli.program import command
 from hpddrnet_trt.core.errors import UsageError, first_problem
 from hpddrnet_trt.core.manifest import DataRecord
 from hpddrnet_trt.core.text import megabytes
+from hpddrnet_trt.engines import Arithmetic
 from hpddrnet_trt.weights import locate
 
 PackageForm = Literal["bioimageio", "czann"]  # FORMATS of packages/__init__.py
@@ -144,3 +145,42 @@ def adopt(
         typer.echo(f"remark: {remark}")
     echo_evidence(manifest)
     typer.echo(f"written: {target}")
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What a model's description does not say of a service."""
+
+    name: Annotated[str | None, typer.Option(help="Name of the model on the server; default: the file's.")] = None
+    backend: Annotated[
+        Literal["auto", "tensorrt_plan", "onnxruntime", "python"],  # Backend of packages/triton.py
+        typer.Option(help="What runs it; python: our own engines; auto: tensorrt_plan for .engine, else onnxruntime."),
+    ] = "auto"
+    scores: Annotated[bool, typer.Option(help="Also write NAME-scores, by which clients blend tiles.")] = True
+    batch: Annotated[int, typer.Option(min=1, help="Pictures that the server puts together at most.")] = 8
+    wait_us: Annotated[int, typer.Option(min=0, help="Microseconds that it waits for more of them.")] = 500
+    queue: Annotated[int, typer.Option(min=1, help="Requests that wait at most; more are refused.")] = 256
+    instances: Annotated[int, typer.Option(min=1, help="Instances of the model, on each GPU where it has any.")] = 1
+    versions: Annotated[int, typer.Option(min=1, help="How many of the newest versions are served at once.")] = 2
+    largest_pixels: Annotated[int, typer.Option(min=1, help="Of one picture; python backend.")] = 4096 * 4096
+    engine: Annotated[EngineName, typer.Option(help="Engine of the python backend.")] = "auto"
+    precision: Annotated[Arithmetic, typer.Option(help="What it computes in; auto: as segment does.")] = "auto"
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference; python backend.")] = None
+    gpu: Annotated[bool, typer.Option("--gpu", help="One instance on each GPU; python backend.")] = False
+
+
+@command(PANEL, "export-triton nasa-super1 /srv/models --backend python")
+def export_triton(
+    model: Annotated[Path, typer.Argument(help="ONNX or engine file, or a shipped model's name.")],
+    repository: Annotated[Path, typer.Argument(help="Folder of the server's models; the model gets its next version.")],
+    options: ServiceOptions,
+) -> None:
+    """Write a model, or its next version, into a model repository of NVIDIA Triton Inference Server."""
+    from hpddrnet_trt.packages.triton import TritonSettings
+    from hpddrnet_trt.packages.triton import export_triton as run_export
+
+    exported = run_export(locate(model), repository, TritonSettings(**vars(options)))
+    for remark in exported.remarks:
+        typer.echo(f"remark: {remark}")
+    for folder in exported.models.values():
+        typer.echo(f"written: {folder / str(exported.version)}")
