@@ -14,12 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpddrnet_trt.core.domain import domain_of
+from hpddrnet_trt.core.errors import ContractError, UsageError
+from hpddrnet_trt.core.manifest import DataRecord, IntensityRecord
+from hpddrnet_trt.data.intensity import FullScale, Percentiles, range_of, to_grey8
+from hpddrnet_trt.data.preprocess import magnified
 from hpddrnet_trt.inference import Segmenter, load_segmenter
+from hpddrnet_trt.inference.tiling import own_parts
 from hpddrnet_trt.mosaic.block import segment_block
-from hpddrnet_trt.mosaic.choices import grid_for
-from hpddrnet_trt.mosaic.layout import CELL, BlockRecord, Box, Layout, MosaicSettings
+from hpddrnet_trt.mosaic.choices import chosen_factor, chosen_window, grid_for
+from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, BlockRecord, Box, Layout, MosaicSettings
+from hpddrnet_trt.mosaic.pixels import read_pixels
 from tests.mosaic.sources import ArraySource
-from tests.toy import ToyEngine, grey_image, manifest
+from tests.toy import ToyEngine, grey_image, manifest, toy_features, toy_logits
 
 
 def chosen(**changes: Any) -> MosaicSettings:
@@ -121,3 +128,136 @@ def test_the_labels_are_those_of_the_whole_picture(micrograph: Any) -> None:
     assert different / shared == expected.tiling.seam_disagreement
     means = expected.confidence.reshape(5, CELL, 6, CELL).mean(axis=(1, 3))
     assert np.abs(found.confidence[0] - means).max() < 0.02  # every fourth pixel of each direction
+
+
+@pytest.mark.parametrize("kind", ["logits", "labels"])
+def test_what_is_empty_or_unreadable_has_no_label_and_tiles_of_it_alone_are_not_run(kind: str) -> None:
+    pixels = np.full((256, 320), 120, np.uint8)
+    pixels[:, 128:] = 0  # all but one of the cells to the right of 128 are empty
+    pixels[200, 319] = 9
+    source = ArraySource(pixels, damaged=(Box(0, 10, 20, 30, 50), Box(0, 30, 60, 40, 90)))
+    engine = ToyEngine(manifest(kind))
+    found = segmented(Segmenter(engine), source, chosen(tile=64, block=320))
+    (record,) = found.records
+    seen = pixels.copy()
+    seen[10:40, 20:70] = seen[30:70, 60:150] = 0
+    expected = toy_logits(seen).argmax(axis=0)
+    expected[:192, 128:] = expected[:, 128:256] = NO_DATA
+    expected[10:40, 20:70] = expected[30:70, 60:150] = NO_DATA
+    assert np.array_equal(found.labels[0], expected)
+    known = expected != NO_DATA
+    assert record.unreadable == 30 * 50 + 40 * 90 - 10 * 10
+    assert record.empty + record.unreadable == np.count_nonzero(~known)
+    assert sum(record.pixels) == np.count_nonzero(known)
+    assert record.problems == ("chunk z0-y10-x20 is damaged", "chunk z0-y30-x60 is damaged")
+    grid = grid_for(engine.manifest, source.shape, 1.0, 64)
+    skipped = sum(columns.start >= 128 and not (rows.stop > 192 and columns.stop > 256) for rows, columns in grid.whole)
+    assert skipped > 4
+    assert record.tiles == sum(record.own_tiles.values()) == len(engine.shapes) == len(grid.whole) - skipped
+    assert np.isnan(found.confidence[0, :3, 2:]).all()
+    assert np.isnan(found.confidence).all() == (kind == "labels")  # this model does not say how sure it is
+
+
+@pytest.mark.parametrize(("value", "fill"), [(0, 0), (255, 0), (77, 0), (np.nan, np.nan), (0.4, np.nan), (5, -1)])
+def test_mosaics_of_one_value(value: float, fill: float) -> None:
+    kind = np.float32 if isinstance(value, float) else np.uint16
+    source = ArraySource(np.full((2, 100, 90), value, kind), fill_value=fill)
+    engine = ToyEngine()
+    window, _ = chosen_window(source, engine.manifest)
+    found = segmented(Segmenter(engine), source, chosen(window=window, tile=40, block=64))
+    if value == fill or np.isnan(value):
+        assert not engine.shapes
+        assert (found.labels == NO_DATA).all()
+        assert (found.total[2], found.total[4]) == (18000, [0, 0])
+        assert np.isnan(found.confidence).all()
+    else:
+        assert len(set(found.labels.ravel())) == 1
+        assert max(found.total[0]) == 18000
+
+
+def test_foreign_tiles_and_distances_are_told_where_they_decide() -> None:
+    pixels = np.full((128, 320), 120, np.uint8)
+    pixels[:, 160:] = 250
+    segmenter = Segmenter(ToyEngine(manifest("logits", domain=True)))
+    found = segmented(segmenter, ArraySource(pixels), chosen(tile=64, block=128))
+    known = segmenter.manifest.domain
+    assert known is not None
+    grid = grid_for(segmenter.manifest, (1, 128, 320), 1.0, 64)
+    foreign, distance = np.zeros(3, int), np.zeros((128, 320))
+    states = []
+    for (rows, columns), (here, _) in zip(grid.whole, own_parts(grid.whole), strict=True):
+        tile = domain_of([toy_features(toy_logits(pixels[rows, columns])[None])[0]], known)
+        distance[here] = tile.distance
+        states.append(tile.state)
+        if tile.state == "foreign":
+            foreign += np.bincount(found.labels[0][here].ravel(), minlength=3)
+    assert 0 < foreign.sum() < pixels.size
+    assert found.total[1] == foreign.tolist()
+    assert found.total[5] == Counter(states)
+    assert np.array_equal(found.distance[0], distance[32::64, 32::64].astype(np.float32))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1 / 3, 0.23, 0.9, 1.7, 2.0])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_tiles_see_the_magnified_mosaic(factor: float, smooth: bool) -> None:
+    shape = 1, 150, 190
+    pixels = np.random.default_rng(1).integers(1, 256, shape[1:], dtype=np.uint8)
+    source = ArraySource(grey_image(*shape[1:]) if smooth else pixels, fill_value=-1)
+    grid = grid_for(manifest(), shape, factor, 24)
+    whole = magnified(source.pixels[0], grid.height, grid.width)
+    seen = read_pixels(source, grid, (0.0, 255.0), Box(0, *(0, 0), *shape[1:]))
+    for place in grid.whole:
+        tile = seen.picture(place)
+        assert tile is not None
+        assert np.abs(tile.astype(int) - whole[place]).max() <= 1
+
+
+def test_a_block_reads_its_tiles_and_whole_cells_once_along_the_borders_of_chunks() -> None:
+    source = ArraySource(grey_image(4096, 300), unit=(96, 96))
+    grid = grid_for(manifest(), source.shape, 1.0, 128)
+    segment_block(Segmenter(ToyEngine()), source, grid, chosen(), Box(0, 1024, 64, 1024, 64))
+    rows = [(box.top, box.top + box.height) for box in source.boxes]
+    assert [end for _, end in rows][:-1] == [start for start, _ in rows[1:]]
+    assert all(end % 96 == 0 for _, end in rows[:-1])
+    assert {(box.left, box.width) for box in source.boxes} == {(0, 256)}
+    assert 1024 - 128 <= rows[0][0] < 1024
+    assert 2048 < rows[-1][1] <= 2048 + 128
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_the_grey_window_is_that_of_one_picture(dtype: Any) -> None:
+    pixels = (grey_image(90, 90).astype(np.float64) * {1: 1, 2: 13, 4: 0.01}[np.dtype(dtype).itemsize]).astype(dtype)
+    model = manifest("logits", intensity=IntensityRecord(unit="percentile", black=1, white=98))
+    for wanted in (None, FullScale(), Percentiles(5, 95), (3.0, 70.0)):
+        for described in (manifest("logits"), model):
+            found = chosen_window(ArraySource(pixels, fill_value=-1), described, wanted)
+            expected = to_grey8(pixels, range_of(described.intensity) if wanted is None else wanted)
+            assert found == (expected.window, expected.remarks)
+    with pytest.raises(ContractError, match="is empty; give black < white"):
+        chosen_window(ArraySource(pixels), model, (5.0, 5.0))
+
+
+def test_magnification_and_tiles_are_chosen_as_for_a_picture_of_any_size() -> None:
+    trained = manifest(data=DataRecord(name="steel", pixel_size_m=(10e-9, 10e-9), crop=(64, 96)))
+    source = ArraySource(np.ones((8, 8), np.uint8), pixel_size_m=20e-9)
+    source.shape = (1, 1 << 20, 1 << 20)  # enlarged, more pixels than one picture may have
+    assert chosen_factor(source, trained) == (2.0, None)
+    assert chosen_factor(source, trained, rescale=False) == (1.0, None)
+    assert chosen_factor(source, manifest()) == (1.0, None)
+    grid = grid_for(trained, source.shape, 2.0, "auto")
+    assert (grid.height, grid.tile) == (1 << 21, (64, 96))
+    assert grid_for(trained, source.shape, 2.0, 128).tile == (128, 128)
+    source.pixel_size_m = None
+    factor, remark = chosen_factor(source, trained)
+    assert factor == 1.0
+    assert remark is not None
+    assert "does not tell its pixel size" in remark
+    source.pixel_size_m = 1e-6
+    factor, remark = chosen_factor(source, trained)
+    assert factor == 1.0
+    assert remark is not None
+    assert "too far apart" in remark
+    with pytest.raises(UsageError, match="does not run in one piece"):
+        grid_for(trained, source.shape, 1.0, "whole")
+    with pytest.raises(UsageError, match="a multiple of 8; got 20"):
+        grid_for(trained, source.shape, 1.0, 20)
