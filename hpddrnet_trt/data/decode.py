@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,27 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin
+from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
 from hpddrnet_trt.core.errors import BadInputFile, MissingDependency
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.data import digital_micrograph
 from hpddrnet_trt.data.decoded import JPEG_PIXELS_PER_BYTE, MAX_PIXELS, ORIENTATION, Decoded, check_size, damaged
 from hpddrnet_trt.data.tiff import SIGNATURES as _TIFF_SIGNATURES
-from hpddrnet_trt.data.tiff import decode_tiff
+from hpddrnet_trt.data.tiff import decode_tiff, tiff_size
+from hpddrnet_trt.data.vendors.metadata import VendorMetadata
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dm3", ".dm4")
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _BMP_SIGNATURE = b"BM"
+# The plugins' classes, not Image.open: that has a global limit of its own and would guess formats.
+_PLUGINS: dict[bytes, type[ImageFile.ImageFile]] = {
+    _PNG_SIGNATURE: PngImagePlugin.PngImageFile,
+    _JPEG_SIGNATURE: JpegImagePlugin.JpegImageFile,
+    _BMP_SIGNATURE: BmpImagePlugin.BmpImageFile,
+}
 _JPEG_SCANS = 200  # a progressive JPEG has about ten; each costs a pass over the whole picture
 _PNG_GREY, _PNG_PALETTE = 0, 3  # colour types in a PNG header
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -51,10 +60,28 @@ def decode(
     return _upright(_decode(path, what, max_pixels, page))
 
 
+def stored_size(path: str | Path, what: str = "micrograph") -> tuple[int, int, tuple[VendorMetadata, ...]]:
+    """Width and height, upright, and the file's own metadata, without its pixels (but for dm3 and dm4).
+
+    Raises :class:`BadInputFile` as :func:`decode` does; that the pixels can be decoded is not known.
+    """
+    path = existing_file(path, what)
+    with _told(path, what):
+        head = _head(path, what)
+        if head.startswith(_TIFF_SIGNATURES):
+            return tiff_size(path, what)
+        plugin = next((plugin for signature, plugin in _PLUGINS.items() if head.startswith(signature)), None)
+        if plugin is None:
+            decoded = decode(path, what)
+            return decoded.values.shape[1], decoded.values.shape[0], decoded.metadata
+        with plugin(str(path)) as image:
+            width, height = image.size
+            return (height, width, ()) if _exif_orientation(image) >= 5 else (width, height, ())
+
+
 def _decode(path: Path, what: str, max_pixels: int, page: int | None) -> Decoded:
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(32)
+    with _told(path, what):
+        head = _head(path, what)
         if head.startswith(_PNG_SIGNATURE):
             return _decode_png(path, what, max_pixels, head)
         if head.startswith(_JPEG_SIGNATURE):
@@ -65,6 +92,22 @@ def _decode(path: Path, what: str, max_pixels: int, page: int | None) -> Decoded
             return decode_tiff(path, what, max_pixels, page)
         if digital_micrograph.is_digital_micrograph(head):
             return digital_micrograph.decode_dm(path, what, max_pixels)
+        raise BadInputFile(f"{what} {path} is neither PNG, JPEG, BMP, TIFF nor dm3/dm4; convert it to one of these")
+
+
+def _head(path: Path, what: str) -> bytes:
+    with path.open("rb") as stream:
+        head = stream.read(32)
+    if not head:
+        raise BadInputFile(f"{what} {path} is an empty file; copy it again")
+    return head
+
+
+@contextmanager
+def _told(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong within becomes one sentence."""
+    try:
+        yield
     except (BadInputFile, MissingDependency):
         raise
     except MemoryError as exc:
@@ -73,9 +116,6 @@ def _decode(path: Path, what: str, max_pixels: int, page: int | None) -> Decoded
         raise BadInputFile(f"{what} {path} may not be read ({exc.strerror}); change its permissions") from exc
     except Exception as exc:  # damaged files raise whatever the decoders stumble over; the cause is kept
         raise damaged(path, what, f"{type(exc).__name__}: {exc}") from exc
-    if not head:
-        raise BadInputFile(f"{what} {path} is an empty file; copy it again")
-    raise BadInputFile(f"{what} {path} is neither PNG, JPEG, BMP, TIFF nor dm3/dm4; convert it to one of these")
 
 
 def _upright(decoded: Decoded) -> Decoded:
@@ -102,7 +142,6 @@ def _exif_orientation(image: Image.Image) -> int:
 
 def _decode_png(path: Path, what: str, max_pixels: int, head: bytes) -> Decoded:
     bit_depth, colour_type, interlaced = head[24], head[25], head[28]
-    # The plugin's class, not Image.open: that has a global limit of its own and would guess formats.
     with PngImagePlugin.PngImageFile(str(path)) as image:
         check_size(path, what, image.width, image.height, max_pixels)
         row_bytes = (image.width * _PNG_CHANNELS.get(colour_type, 1) * bit_depth + 7) // 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.magnification import plausible
 from hpddrnet_trt.data import vendors
-from hpddrnet_trt.data.decode import decode
+from hpddrnet_trt.data.decode import decode, stored_size
 from hpddrnet_trt.data.decoded import MAX_PIXELS, Decoded
 from hpddrnet_trt.data.description import FILE_NAME, stated_pixel_size
 from hpddrnet_trt.data.info_bar import find_info_bar, has_drawn_rows
@@ -68,7 +68,7 @@ def read_micrograph(
     path = Path(path)
     check_info_bar(info_bar)
     decoded = decode(path, "micrograph", max_pixels, page)
-    pixels, picture_remarks = _grey(decoded, path)
+    pixels, picture_remarks = grey_pixels(decoded, path)
     height, width = pixels.shape
     info = vendors.resolve([*decoded.metadata, *vendors.read_sidecars(path, (width, height))])
     kept, bar_remarks, rescaled = _picture_rows(pixels, info, info_bar, path)
@@ -85,6 +85,21 @@ def read_micrograph(
     for remark in remarks:
         log.warning("%s: %s", path, remark)
     return Micrograph(np.ascontiguousarray(pixels[:kept]), path, size[0], bar, tuple(remarks), info.vendor, size[1])
+
+
+class Stored(NamedTuple):
+    """A picture by its header alone: stored size with the information bar, metres per pixel or None."""
+
+    width: int
+    height: int
+    pixel_size_m: float | None
+
+
+def stored_picture(path: Path) -> Stored:
+    """What is known of a picture before it is decoded; raises :class:`BadInputFile` as :func:`read_micrograph` does."""
+    width, height, metadata = stored_size(path)
+    info = vendors.resolve([*metadata, *vendors.read_sidecars(path, (width, height))])
+    return Stored(width, height, info.pixel_size_m)
 
 
 def check_info_bar(info_bar: InfoBar) -> None:
@@ -121,7 +136,11 @@ def _picture_rows(
     return first_row, [f"{remark}: resized after acquisition, its pixel size is unknown"], True
 
 
-def _grey(decoded: Decoded, path: Path) -> tuple[npt.NDArray[Any], list[str]]:
+def grey_pixels(decoded: Decoded, path: Path) -> tuple[npt.NDArray[Any], list[str]]:
+    """Pixels ``[H, W]``, uint8, uint16 or float32, of what a decoder gave, and remarks on how they became grey.
+
+    Raises :class:`BadInputFile` for values that are no picture's.
+    """
     remarks: list[str] = []
     values = decoded.values
     if decoded.palette is not None:

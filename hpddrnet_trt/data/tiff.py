@@ -10,6 +10,7 @@ import bisect
 import math
 import os
 import struct
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,10 +26,10 @@ from hpddrnet_trt.data.vendors.metadata import VendorMetadata
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-_UNCOMPRESSED = 1
+UNCOMPRESSED = 1
 # Bytes that one byte can become at most: LZW, Deflate (two numbers), PackBits; LZMA and Zstandard have no bound.
 _PACKED = {5: 3000.0, 8: 1100.0, 32946: 1100.0, 32773: 65.0, 34925: float("inf"), 50000: float("inf")}
-_JPEG = (6, 7)  # these decoders take the size from the stream, so that is checked as well
+JPEG = (6, 7)  # these decoders take the size from the stream, so that is checked as well
 _JPEG_SIZE_MARKERS = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _JPEG_BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
 _LARGE_TILE = 1 << 24  # pixels: 4096 x 4096, padded even for a small picture
@@ -36,7 +37,7 @@ _SAMPLES = 4  # times the limit of pixels, for colour with opacity or a few plan
 
 
 class Series(NamedTuple):
-    """The pictures of a TIFF that belong together: full-size, of one kind, of the first channel.
+    """The pictures of a TIFF that belong together: full-size, of one kind, of one channel.
 
     ``places``: their pages in the chain of directories or, where ``hidden``, their numbers behind the first page
     (``first``), where ImageJ keeps planes without a directory. ``channels``: how many there are in the file.
@@ -65,7 +66,8 @@ def decode_tiff(path: Path, what: str, max_pixels: int, page: int | None = None)
     with tifffile.TiffFile(path) as tif:
         first = tif.pages[series.first if series.hidden else place].aspage()
         check_size(path, what, first.imagewidth, first.imagelength, max_pixels)
-        _check_claims(tif, first, path, what, max_pixels)
+        check_claims(first, path, what, max_pixels)
+        _check_data(tif, first, path, what)
         values = _hidden_plane(tif, first, place) if series.hidden and place else first.asarray()
         pages, remarks = series.pages, []
         axes = first.axes
@@ -81,35 +83,49 @@ def decode_tiff(path: Path, what: str, max_pixels: int, page: int | None = None)
             remarks.append(f"the first of {pages} pages is used")
         if page is not None and series.channels > 1:
             remarks.append(f"the first of {series.channels} channels is used")
-        palette = None
-        if first.photometric == tifffile.PHOTOMETRIC.PALETTE and first.colormap is not None:
-            # 16 bits by the specification, but some writers put 8 bits there, and readers take them so.
-            palette = (first.colormap >> (8 if first.colormap.max() > 255 else 0)).astype(np.uint8).T
-        return Decoded(
-            "TIFF",
-            values,
-            int(first.bitspersample),
-            palette,
-            alpha=values.ndim == 3 and _has_opacity(first),
-            inverted=first.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
-            pages=pages,
-            orientation=int(first.tags.valueof(ORIENTATION, 1)),
-            metadata=series.metadata,
-            remarks=tuple(remarks),
-        )
+        return replace(decoded_page(first, values), pages=pages, metadata=series.metadata, remarks=tuple(remarks))
 
 
-def tiff_series(path: Path, what: str = "micrograph") -> Series:
+def tiff_size(path: Path, what: str) -> tuple[int, int, tuple[VendorMetadata, ...]]:
+    """Width and height, upright, of the first picture of the :class:`Series`, and its metadata; raises as
+    :func:`decode_tiff`."""
+    series = tiff_series(path, what)
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages[series.first].aspage()
+        turned = int(page.tags.valueof(ORIENTATION, 1)) >= 5
+        size = page.imagewidth, page.imagelength
+    width, height = size[::-1] if turned else size
+    return width, height, series.metadata
+
+
+def decoded_page(page: tifffile.TiffPage, values: npt.NDArray[Any]) -> Decoded:
+    """``values``, ``[H, W]`` or ``[H, W, C]``, all pixels of ``page`` or a part, with what it says about them."""
+    palette = None
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
+        # 16 bits by the specification, but some writers put 8 bits there, and readers take them so.
+        palette = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).astype(np.uint8).T
+    return Decoded(
+        "TIFF",
+        values,
+        int(page.bitspersample),
+        palette,
+        alpha=values.ndim == 3 and _has_opacity(page),
+        inverted=page.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
+        orientation=int(page.tags.valueof(ORIENTATION, 1)),
+    )
+
+
+def tiff_series(path: Path, what: str = "micrograph", channel: int = 0) -> Series:
     """What of a TIFF belongs together; raises :class:`BadInputFile`, or what tifffile stumbles over."""
     state = os.stat(path)
     try:
-        return _series(path, state.st_size, state.st_mtime_ns, state.st_ino)
+        return _series(path, channel, state.st_size, state.st_mtime_ns, state.st_ino)
     except BadStructure as exc:
         raise damaged(path, what, str(exc)) from exc
 
 
 @lru_cache(maxsize=8)  # every slice asks
-def _series(path: Path, *state: int) -> Series:
+def _series(path: Path, channel: int, *state: int) -> Series:
     chain = full_size_pages(path)
     with tifffile.TiffFile(path) as tif:
         first = tif.pages[chain.alike[0]].aspage()
@@ -118,7 +134,7 @@ def _series(path: Path, *state: int) -> Series:
         hidden = len(chain.alike) == 1 and planes > 1 and _holds_planes(tif, first, planes)
         places = tuple(range(planes)) if hidden else chain.alike
         if said.channels > 1 and said.pages == len(places):
-            places = tuple(places[number] for number in said.first_channel())
+            places = tuple(places[number] for number in said.of_channel(channel))
         channels = said.channels if len(places) * said.channels == said.pages else 1
         pages = max(chain.pages, planes)
     return Series(chain.alike[0], places, hidden, channels, said.spacing_m, pages, metadata)
@@ -126,23 +142,24 @@ def _series(path: Path, *state: int) -> Series:
 
 def _holds_planes(tif: tifffile.TiffFile, page: tifffile.TiffPage, planes: int) -> bool:
     """Whether the file can hold so many planes one behind the other, without compression."""
-    if page.compression != _UNCOMPRESSED or page.dtype is None or page.bitspersample % 8 or not page.dataoffsets:
+    if page.compression != UNCOMPRESSED or page.dtype is None or page.bitspersample % 8 or not page.dataoffsets:
         return False
-    return bool(page.dataoffsets[0] + planes * _plane_bytes(page) <= tif.filehandle.size)
+    return bool(page.dataoffsets[0] + planes * plane_bytes(page) <= tif.filehandle.size)
 
 
-def _plane_bytes(page: tifffile.TiffPage) -> int:
+def plane_bytes(page: tifffile.TiffPage) -> int:
+    """Bytes of a page without compression."""
     return int(math.prod(page.shape)) * int(page.bitspersample) // 8
 
 
 def _hidden_plane(tif: tifffile.TiffFile, page: tifffile.TiffPage, plane: int) -> npt.NDArray[Any]:
-    tif.filehandle.seek(page.dataoffsets[0] + plane * _plane_bytes(page))
+    tif.filehandle.seek(page.dataoffsets[0] + plane * plane_bytes(page))
     kind = np.dtype(page.dtype).newbyteorder(tif.byteorder)
-    return np.frombuffer(tif.filehandle.read(_plane_bytes(page)), kind).reshape(page.shape)
+    return np.frombuffer(tif.filehandle.read(plane_bytes(page)), kind).reshape(page.shape)
 
 
-def _check_claims(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, what: str, max_pixels: int) -> None:
-    """Size of the array, of a tile and of the pixel data: all before the first byte is decoded."""
+def check_claims(page: tifffile.TiffPage, path: Path, what: str, max_pixels: int) -> None:
+    """Size of the array and of a tile, kind of values and compression: all before the first byte is decoded."""
     width, height = page.imagewidth, page.imagelength
     samples = page.samplesperpixel * page.imagedepth
     if samples < 1 or width * height * samples > _SAMPLES * max_pixels:
@@ -156,7 +173,11 @@ def _check_claims(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, w
         tile = page.tilewidth * page.tilelength * page.tiledepth
         if not 0 < tile <= max(_LARGE_TILE, width * height):
             raise damaged(path, what, f"its tiles are {page.tilewidth} x {page.tilelength} x {page.tiledepth}")
-    _check_data(tif, page, path, what)
+    if page.compression not in (UNCOMPRESSED, *JPEG, *_PACKED):
+        raise BadInputFile(
+            f"{what} {path} is compressed with a method that is not supported ({_name(page.compression)}); "
+            "save it uncompressed or with LZW or Deflate"
+        )
 
 
 def _check_data(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, what: str) -> None:
@@ -171,21 +192,16 @@ def _check_data(tif: tifffile.TiffFile, page: tifffile.TiffPage, path: Path, wha
             raise damaged(path, what, "a strip or tile of its pixel data is missing")
         if offset + count > end:
             raise damaged(path, what, f"its pixel data should reach byte {offset + count} but the file has {end}")
-    ratio = 1.0 if page.compression == _UNCOMPRESSED else _PACKED.get(page.compression, JPEG_PIXELS_PER_BYTE)
+    ratio = 1.0 if page.compression == UNCOMPRESSED else _PACKED.get(page.compression, JPEG_PIXELS_PER_BYTE)
     needed = math.prod(page.shaped) * int(page.bitspersample) // 8
     held = sum(count for _, count in segments)
     if held * ratio < needed:
         raise damaged(path, what, f"its pixels need {needed} bytes, which cannot be in the {held} that it lists")
-    if page.compression in _JPEG:
+    if page.compression in JPEG:
         largest = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
         for offset, count in segments:
             tif.filehandle.seek(offset)
-            _check_jpeg(tif.filehandle.read(count), largest, path, what)
-    elif page.compression != _UNCOMPRESSED and page.compression not in _PACKED:
-        raise BadInputFile(
-            f"{what} {path} is compressed with a method that is not supported ({_name(page.compression)}); "
-            "save it uncompressed or with LZW or Deflate"
-        )
+            check_jpeg(tif.filehandle.read(count), largest, path, what)
 
 
 def _byte_counts(page: tifffile.TiffPage, end: int) -> tuple[int, ...]:
@@ -193,7 +209,7 @@ def _byte_counts(page: tifffile.TiffPage, end: int) -> tuple[int, ...]:
 
     Where counts of compressed ones are missing, all that is before the next one.
     """
-    if page.compression == _UNCOMPRESSED:
+    if page.compression == UNCOMPRESSED:
         width, height = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
         samples = page.samplesperpixel if page.planarconfig == 1 else 1
         row = (width * samples * page.bitspersample + 7) // 8
@@ -203,14 +219,14 @@ def _byte_counts(page: tifffile.TiffPage, end: int) -> tuple[int, ...]:
         last = page.imagelength - (strips - 1) * height
         return tuple(row * (last if i % strips == strips - 1 else height) for i in range(len(page.dataoffsets)))
     stated = page.tags.valueof(_TILE_BYTE_COUNTS if page.is_tiled else _STRIP_BYTE_COUNTS) is not None
-    counts = tuple(page.databytecounts) if stated or page.compression in _JPEG else ()
+    counts = tuple(page.databytecounts) if stated or page.compression in JPEG else ()
     if len(counts) == len(page.dataoffsets) and min(counts, default=0) > 0:
         return counts
     starts = sorted(page.dataoffsets)
     return tuple([*starts, end][bisect.bisect_right(starts, start)] - start for start in page.dataoffsets)
 
 
-def _check_jpeg(stream: bytes, largest: tuple[int, int], path: Path, what: str) -> None:
+def check_jpeg(stream: bytes, largest: tuple[int, int], path: Path, what: str) -> None:
     """See that a JPEG stream inside the TIFF is no larger than its strip or tile (ITU-T T.81, B.2.2)."""
     position = 2
     while position + 9 <= len(stream) and stream[position] == 0xFF:
@@ -236,6 +252,7 @@ def _has_opacity(page: tifffile.TiffPage) -> bool:
     declared = {tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA}
     extra = tuple(page.extrasamples)
     return len(extra) == 1 and (extra[0] in declared or page.photometric == tifffile.PHOTOMETRIC.RGB)
+
 
 MAX_PAGES = 65_536
 MAX_TAGS = 4096

@@ -28,6 +28,7 @@ from hpddrnet_trt.mosaic.reading import (
     check_shape,
     check_unchanged,
     check_unit,
+    chosen_channel,
     file_state,
     halves,
     pixel_type,
@@ -138,7 +139,9 @@ def open_ome_zarr(path: Path, options: Options) -> OmeZarr:
     extent = dict(zip(names, array.shape, strict=True))
     shape = (extent.get("z", 1), extent["y"], extent["x"])
     check_shape(path, shape)
-    channel = _channel(path, extent, options.channel)
+    if extent.get("t", 1) != 1:
+        raise BadInputFile(f"{path} has {extent['t']} points in time; save the one to segment as an image of its own")
+    channel = chosen_channel(path, extent.get("c", 1), options.channel)
     dtype = pixel_type(array.dtype, place)
     files = tuple(array.shards or array.chunks)
     cells, outer = dict(zip(names, array.chunks, strict=True)), dict(zip(names, files, strict=True))
@@ -249,14 +252,3 @@ def _scale(said: dict[str, Any], axes: int) -> npt.NDArray[np.float64]:
                 raise ValueError(f"a scale of {len(step['scale'])} numbers for {axes} axes")
             product *= np.asarray(step["scale"], np.float64)
     return product
-
-
-def _channel(path: Path, extent: dict[str, int], wished: int | None) -> int:
-    if extent.get("t", 1) != 1:
-        raise BadInputFile(f"{path} has {extent['t']} points in time; save the one to segment as an image of its own")
-    channels = extent.get("c", 1)
-    if wished is None and channels > 1:
-        raise UsageError(f"{path} has {channels} channels; choose one with --channel 0 to {channels - 1}")
-    if not 0 <= (wished or 0) < channels:
-        raise UsageError(f"{path} has no channel {wished}: there are {channels}, counted from 0")
-    return wished or 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.core.errors import BadInputFile
+from hpddrnet_trt.core.errors import BadInputFile, UsageError
 from hpddrnet_trt.core.magnification import plausible
 from hpddrnet_trt.core.text import megabytes
 from hpddrnet_trt.mosaic.layout import Box, Piece
@@ -114,6 +114,15 @@ def check_unit(path: Path, extent: Iterable[int], itemsize: int, what: str) -> N
             "%s: its %s of %s pixels are decoded as a whole: every read takes %s of memory; smaller ones are faster",
             path, what, shape, megabytes(size),
         )  # fmt: skip
+
+
+def chosen_channel(path: Path, channels: int, wished: int | None) -> int:
+    """Which channel is read, counted from 0; :class:`UsageError` where that has to be said, or there is none."""
+    if wished is None and channels > 1:
+        raise UsageError(f"{path} has {channels} channels; choose one with --channel 0 to {channels - 1}")
+    if not 0 <= (wished or 0) < channels:
+        raise UsageError(f"{path} has no channel {wished}: there are {channels}, counted from 0")
+    return wished or 0
 
 
 def stated_length(path: Path, metres: float | None, what: str) -> float | None:

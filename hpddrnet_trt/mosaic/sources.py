@@ -13,6 +13,8 @@ from hpddrnet_trt.core.magnification import plausible
 from hpddrnet_trt.mosaic.layout import Source
 from hpddrnet_trt.mosaic.ome_zarr import is_zarr, open_ome_zarr
 from hpddrnet_trt.mosaic.reading import Options
+from hpddrnet_trt.mosaic.tiff import is_tiff, open_tiff
+from hpddrnet_trt.mosaic.tiles import open_folder, open_picture
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # also what Path makes of ://
 
@@ -27,7 +29,12 @@ class Kind:
     options: frozenset[str]
 
 
-KINDS = (Kind("an OME-Zarr", is_zarr, open_ome_zarr, frozenset({"image", "channel"})),)
+KINDS = (
+    Kind("an OME-Zarr", is_zarr, open_ome_zarr, frozenset({"image", "channel"})),
+    Kind("a TIFF", is_tiff, open_tiff, frozenset({"channel"})),
+    Kind("a folder of tiles or slices", Path.is_dir, open_folder, frozenset({"positions"})),
+    Kind("a picture", Path.is_file, open_picture, frozenset()),
+)
 
 
 def open_source(

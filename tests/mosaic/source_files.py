@@ -64,3 +64,29 @@ def whole(source: Any) -> npt.NDArray[Any]:
     pieces = [source.read(Box(z, 0, 0, height, width)) for z in range(slices)]
     assert all(piece.unreadable == () for piece in pieces)
     return np.stack([piece.pixels for piece in pieces])
+
+
+def tiled_tiff(path: Path, pixels: npt.NDArray[Any], **options: Any) -> Path:
+    """OME-TIFF with a pyramid in SubIFDs, or what ``options`` say."""
+    import tifffile
+
+    resolution = {"PhysicalSizeX": SIZE * 1e9, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": SIZE * 1e9,
+                  "PhysicalSizeYUnit": "nm", "PhysicalSizeZ": SPACING * 1e9, "PhysicalSizeZUnit": "nm"}  # fmt: skip
+    options = {"tile": (32, 48), "compression": "zlib", "metadata": {"axes": "ZYX", **resolution}, **options}
+    levels = options.pop("levels", 2)
+    with tifffile.TiffWriter(path, bigtiff=True, ome=True) as tif:
+        tif.write(pixels, subifds=levels, **options)
+        for level in range(1, levels + 1):
+            tif.write(pixels[:, :: 2**level, :: 2**level], subfiletype=1, **{**options, "metadata": None})
+    return path
+
+
+def tile_folder(folder: Path, pixels: npt.NDArray[Any], name: str = "r{row:03}_c{column:03}.png") -> Path:
+    """``pixels`` ``[H, W]`` as a grid of pictures that do not overlap, the last ones smaller."""
+    from PIL import Image
+
+    folder.mkdir()
+    for row, top in enumerate(range(0, pixels.shape[0], 60)):
+        for column, left in enumerate(range(0, pixels.shape[1], 70)):
+            Image.fromarray(pixels[top : top + 60, left : left + 70]).save(folder / name.format(row=row, column=column))
+    return folder

@@ -78,10 +78,10 @@ class Planes:
     def pages(self) -> int:
         return math.prod(self.sizes.values())
 
-    def first_channel(self) -> list[int]:
-        """Numbers of the first channel's planes."""
+    def of_channel(self, channel: int) -> list[int]:
+        """Numbers of one channel's planes."""
         step = math.prod(self.sizes[axis] for axis in self.order[: self.order.index("C")])
-        return [number for number in range(self.pages) if number // step % self.channels == 0]
+        return [number for number in range(self.pages) if number // step % self.channels == channel]
 
 
 @dataclass(frozen=True)
