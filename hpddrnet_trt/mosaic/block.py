@@ -79,7 +79,7 @@ def segment_block(
     record = BlockRecord(
         block=box,
         pixels=tuple(counts[:classes].tolist()),
-        foreign_pixels=tuple(_foreign(labels, part, known, classes)),
+        foreign_pixels=tuple(_foreign(labels, part, known, classes).tolist()),
         empty=int(counts[NO_DATA]) - unreadable,
         unreadable=unreadable,
         problems=tuple(dict.fromkeys(why for where, why in pixels.unreadable if _common(where, box) is not None)),

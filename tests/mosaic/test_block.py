@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def segmented(segmenter: Segmenter, source: ArraySource, how: MosaicSettings, or
         here = np.s_[box.z, box.top // CELL :, box.left // CELL :]
         for target, given_map in ((confidence, result.confidence), (distance, result.distance)):
             target[here][: given_map.shape[0], : given_map.shape[1]] = given_map
+        assert BlockRecord.from_dict(json.loads(json.dumps(result.record.as_dict()))) == result.record
         records.append(result.record)
     states: Counter[str] = Counter()
     for record in records:
