@@ -62,6 +62,12 @@ class Server(NamedTuple):
     process: subprocess.Popen[bytes]
     log: Path
 
+    def counts(self) -> bool:
+        """Whether it counts, which comes a moment after it is ready."""
+        with suppress(OSError):
+            return bool(self.page())
+        return False
+
     def page(self) -> dict[str, float]:
         """The page of metrics: value by name and labels."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
@@ -75,9 +81,9 @@ class Server(NamedTuple):
         return False
 
     def wait(self, path: str = "health/ready", seconds: float = 120) -> None:
-        """Until it is ready; RuntimeError with the end of the log when it does not become so."""
+        """Until it is ready and counts; RuntimeError with the end of the log when it does not become so."""
         end = time.monotonic() + seconds
-        while not self.ready(path):
+        while not (self.ready(path) and self.counts()):
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"{path} is not ready: {self.log.read_text(errors='replace')[-4000:]}")
             time.sleep(0.1)
@@ -156,8 +162,10 @@ def free_ports(count: int) -> list[int]:
 
 
 class Answers(NamedTuple):
-    """What a client saw: seconds of each request, answers by the version that gave them, wrong ones, and failures."""
+    """What a client saw: when each picture was asked for, of the clock, and how many seconds it took; by which version
+    they were answered; how many wrongly; what failed."""
 
+    asked: list[float]
     seconds: list[float]
     versions: Counter[str]
     wrong: int
@@ -166,11 +174,11 @@ class Answers(NamedTuple):
 
 def client(address: str, size: int, seed: int, end: float, expected: dict[str, list[str]]) -> Answers:
     """Segments the pictures in turn until ``end``; ``expected``: checksums of their labels by the model's checksum."""
-    answers = Answers([], Counter(), 0, Counter())
+    answers = Answers([], [], Counter(), 0, Counter())
     wrong, turn = 0, seed
     shown = pictures(size)
-    with load_segmenter(address) as segmenter:
-        while time.time() < end:
+    with load_segmenter(address, tile=size) as segmenter:
+        while (now := time.time()) < end:
             turn += 1
             begin = time.perf_counter()
             try:
@@ -179,6 +187,7 @@ def client(address: str, size: int, seed: int, end: float, expected: dict[str, l
                 answers.failures[str(exc)] += 1
                 continue
             answers.seconds.append(time.perf_counter() - begin)
+            answers.asked.append(now)
             assert result.provenance is not None
             model = str(result.provenance.model_sha256)
             answers.versions[model] += 1
@@ -187,8 +196,8 @@ def client(address: str, size: int, seed: int, end: float, expected: dict[str, l
 
 
 def pictures(size: int) -> list[npt.NDArray[np.uint8]]:
-    """Simulated micrographs of different sizes, the last one large enough for tiles."""
-    sizes = [(size, size), (size - 3, size + 5), (size // 2, size), (size, size), (size // 3, size // 3)]
+    """Simulated micrographs of different sizes, one of them in two tiles of ``size``, blended from class scores."""
+    sizes = [(size, size), (size - 3, size + 40), (size // 2, size), (size, size - 8), (size // 3, size // 3)]
     return [simulate(*each, seed=seed)[0] for seed, each in enumerate(sizes)]
 
 
@@ -254,7 +263,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     settings = TritonSettings(name=NAME, backend="python", precision=args.precision)
     expected = {}
     for model in models:
-        with load_segmenter(model, precision=args.precision) as local:
+        with load_segmenter(model, precision=args.precision, tile=args.size) as local:
             labels = [local.segment(picture).labels for picture in pictures(args.size)]
             expected[str(local.model_sha256)] = [checksum(each) for each in labels]
     numbers = {sha: str(index) for index, sha in enumerate(expected, 1)}
@@ -266,30 +275,40 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         work = [
             (f"triton://127.0.0.1:{server.grpc}/{NAME}", args.size, seed, end, expected) for seed in range(args.clients)
         ]
+        update_at = end - args.seconds / 2
         update = threading.Timer(args.seconds / 2, export_triton, (models[1], repository, settings))
         update.start()
         with multiprocessing.get_context("spawn").Pool(args.clients) as pool:
             answers = pool.starmap(client, work)
         update.join()
         page, said = server.page(), refusals(server)
-    return {**summary(answers, args.seconds, numbers), **batches(before, page), "refused": said}
+    return {**summary(answers, args.seconds, update_at, numbers), **batches(before, page), "refused": said}
 
 
-def summary(answers: Sequence[Answers], seconds: float, numbers: dict[str, str]) -> dict[str, Any]:
+def summary(
+    answers: Sequence[Answers], seconds: float, update_at: float, numbers: dict[str, str]
+) -> dict[str, Any]:
     times = np.concatenate([each.seconds for each in answers])
+    calm = times[np.concatenate([each.asked for each in answers]) < update_at]
     versions: Counter[str] = sum((each.versions for each in answers), Counter())
     return {
         "clients": len(answers),
         "seconds": seconds,
         "answered": len(times),
         "per_second": round(len(times) / seconds, 2),
-        "p50_ms": round(float(np.quantile(times, 0.5)) * 1000),
-        "p99_ms": round(float(np.quantile(times, 0.99)) * 1000),
+        "per_second_before_update": round(len(calm) / (seconds / 2), 2),
+        "ms_before_update": milliseconds(calm),
+        "ms": milliseconds(times),
         "compared": sum(versions.values()),
         "wrong": sum(each.wrong for each in answers),
         "failed": dict(sum((each.failures for each in answers), Counter())),
         "by_version": {numbers[sha]: count for sha, count in versions.items()},
     }
+
+
+def milliseconds(times: npt.NDArray[np.float64]) -> dict[str, int]:
+    ranks = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {name: round(float(np.quantile(times, rank)) * 1000) for name, rank in ranks.items()}
 
 
 def batches(before: dict[str, float], page: dict[str, float]) -> dict[str, Any]:

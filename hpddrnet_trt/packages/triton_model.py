@@ -75,6 +75,8 @@ class TritonPythonModel:
         results: dict[int, Prediction | Exception] = {}
         for index, request in enumerate(requests):
             try:
+                if request.is_cancelled():
+                    raise ContractError("nobody waits for this request any more")
                 batches[index] = self._batch(request)
             except UserError as exc:
                 results[index] = exc

@@ -316,8 +316,10 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module
 
 
-def request(image: Any, *outputs: str) -> Any:
-    return types.SimpleNamespace(image=Tensor(image), requested_output_names=lambda: list(outputs))
+def request(image: Any, *outputs: str, cancelled: bool = False) -> Any:
+    return types.SimpleNamespace(
+        image=Tensor(image), requested_output_names=lambda: list(outputs), is_cancelled=lambda: cancelled
+    )
 
 
 def started(folder: Path, version: int = 1) -> TritonPythonModel:
@@ -364,13 +366,15 @@ def test_the_backend_refuses_one_and_answers_the_others(
     settings = TritonSettings(**{**vars(PYTHON), "largest_pixels": 64 * 64})
     model = started(export_triton(toy, tmp_path / "models", settings).models["toy"])
     good = request(batch(), "labels")
-    answers = model.execute([request(batch(63, 48)), good, request(batch(72, 64)), request(batch().astype(np.float32))])
+    floats, gone = request(batch().astype(np.float32)), request(batch(), cancelled=True)
+    answers = model.execute([request(batch(63, 48)), good, request(batch(72, 64)), floats, gone])
     assert [getattr(answer, "args", None) and answer.args[1] for answer in answers] == [
-        "invalid", None, "invalid", "invalid"
+        "invalid", None, "invalid", "invalid", "invalid"
     ]  # fmt: skip
-    for answer, says in zip(answers[::2], ("multiples of 8", "larger than the 4096 pixels"), strict=True):
+    said = ("multiples of 8", "larger than the 4096 pixels", "nobody waits")
+    for answer, says in zip(answers[::2], said, strict=True):
         assert says in answer.args[0]
-    assert counts(model) == {"refused": 3, "answered": 1}
+    assert counts(model) == {"refused": 4, "answered": 1}
 
     def fails(_: Any, problem: Exception) -> Prediction:
         raise problem
