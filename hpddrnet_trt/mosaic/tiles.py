@@ -27,7 +27,7 @@ from hpddrnet_trt.data.decode import IMAGE_SUFFIXES, decode
 from hpddrnet_trt.data.micrograph import Micrograph, Stored, grey_pixels, read_micrograph, stored_picture
 from hpddrnet_trt.data.stack import stacks_in_folders
 from hpddrnet_trt.mosaic.layout import Box, Piece
-from hpddrnet_trt.mosaic.reading import FileState, OpenedSource, Options, file_state, log, signature_of
+from hpddrnet_trt.mosaic.reading import FileState, OpenedSource, Options, check_unit, file_state, log, signature_of
 
 TABLE = "positions.csv"  # looked for in the folder
 SLICES = "slices"  # as positions: not tiles, whatever the names are
@@ -149,6 +149,7 @@ def _opened(path: Path, positions: Sequence[_Position], plan: _Plan | None, opti
     if boxes[:, 3:].prod(axis=1).sum() < _SPARSE * math.prod(shape):
         log.warning("%s: its %d tiles cover less than a tenth of %d x %d pixels: are their positions right?",
                     path, len(boxes), shape[2], shape[1])  # fmt: skip
+    check_unit(path, boxes[:, 3:].max(axis=0).tolist(), first.pixels.dtype.itemsize, "pictures")
     return PlacedPictures(
         path=path, shape=shape, dtype=first.pixels.dtype, fill_value=0.0, pixel_size_m=size, spacing_m=options.spacing,
         unit=(int(boxes[:, 3].max()), int(boxes[:, 4].max())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import threading
@@ -111,11 +112,11 @@ def test_every_kind_says_the_same(every_kind: dict[str, Any]) -> None:
     assert (units["slices"], units["tiles"]) == ((150, 190), (60, 70))
 
 
-@pytest.mark.parametrize("compression", [None, "zlib", "lzw", "zstd", "jpeg"])
-@pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "f4", "f8"])
+@pytest.mark.parametrize(
+    ("dtype", "compression"),
+    [("u1", "jpeg"), *itertools.product(["u1", "u2", "i2", "f4", "f8"], [None, "zlib", "lzw", "zstd"])],
+)
 def test_types_of_tiff(tmp_path: Path, dtype: str, compression: str | None) -> None:
-    if compression == "jpeg" and dtype != "u1":
-        pytest.skip("no JPEG of that type")
     values = SLICE.astype(dtype)
     tifffile.imwrite(tmp_path / "a.tif", values, tile=(48, 32), compression=compression)
     source = open_source(tmp_path / "a.tif", pixel_size=5e-9)
