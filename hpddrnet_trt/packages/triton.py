@@ -3,7 +3,8 @@
 ``REPOSITORY/NAME/config.pbtxt`` and ``REPOSITORY/NAME/1/...`` hold the file as it is; of an ONNX file with labels whose
 class scores are found (:mod:`hpddrnet_trt.graph.scores`), ``NAME-scores`` holds the form with logits, so that tiles of
 large images are blended over the service as well. The parameter ``description.VERSION`` of a configuration is what
-that version says about itself, ``sha256.VERSION`` the checksum of the file that was exported.
+that version says about itself, ``sha256.VERSION`` the checksum of the file that was exported and
+``arithmetic.VERSION`` what its labels are computed in.
 
 Sources: NVIDIA, Triton Inference Server, "Model Configuration" and "Model Repository".
 """
@@ -22,7 +23,8 @@ from hpddrnet_trt.core.domain import OUTPUT as DOMAIN_OUTPUT
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import atomic_folder, read_file, sha256_of, write_text
 from hpddrnet_trt.core.manifest import METADATA_KEY, AxisRange, Manifest, parse_manifest, read_manifest, sidecar_path
-from hpddrnet_trt.engines import Arithmetic
+from hpddrnet_trt.core.precisions import is_calibrated
+from hpddrnet_trt.engines import Arithmetic, Opening, opening_of
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.engine_file import engine_record, verified_content
 from hpddrnet_trt.engines.tensorrt_library import INPUT
@@ -30,7 +32,7 @@ from hpddrnet_trt.graph.check import check_onnx, load_checked
 from hpddrnet_trt.graph.scores import with_scores
 from hpddrnet_trt.inference.runner import WHOLE_PIXELS, tile_size
 from hpddrnet_trt.packages.contents import read_packed
-from hpddrnet_trt.packages.triton_model import ENGINE, LARGEST
+from hpddrnet_trt.packages.triton_model import LARGEST, OPENED
 
 Backend = Literal["auto", "tensorrt_plan", "onnxruntime", "python"]
 SCORES = "-scores"  # ending of the name of the model with class scores
@@ -47,8 +49,8 @@ class TritonSettings:
 
     - ``name``: of the model on the server; default: the file's.
     - ``backend``: ``auto``: ``tensorrt_plan`` for an engine file, ``onnxruntime`` for an ONNX file; ``python`` runs
-      our own engines, opened as :func:`~hpddrnet_trt.load_segmenter` does with ``engine``, ``precision`` and
-      ``threads``, with ``gpu`` on each GPU of the server.
+      our own engines as :func:`~hpddrnet_trt.load_segmenter` opens the file here and now with ``engine``,
+      ``precision`` and ``threads``, with ``gpu`` on each GPU of the server.
     - ``scores``: also write the model with class scores, where they are found.
     - ``batch``: pictures that the server puts together at most, within what the model admits; ``wait_us``: how long it
       waits for more of them, in microseconds; ``queue``: requests that wait at most, more are refused.
@@ -97,13 +99,25 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Model:
-    """One model of the repository: its description, and the files of its version by name, from where or of what."""
+    """One model of the repository: its description, and the files of its version by name, from where or of what.
+
+    ``file``: of these, the one that runs; ``opening``: how the Python backend opens it.
+    """
 
     name: str
     manifest: Manifest
     files: Mapping[str, Path | bytes]
-    file: str  # of these, the one that runs
-    chosen_for: str  # the one whose engine is taken, see triton_model.py
+    file: str
+    opening: Opening | None
+
+    def told(self, checksum: str) -> dict[str, str]:
+        """Parameters of the version."""
+        own, opening = self.manifest.precision, self.opening
+        chosen = own if opening is None or is_calibrated(own) else opening.options.get("precision", own)
+        told = {"description": self.manifest.to_json(), "sha256": checksum, "arithmetic": str(chosen or "fp32")}
+        if opening is not None:
+            told[OPENED] = json.dumps([self.file, opening.engine, dict(opening.options)])
+        return told
 
 
 def export_triton(model: str | Path, repository: str | Path, settings: TritonSettings | None = None) -> Exported:
@@ -121,7 +135,7 @@ def export_triton(model: str | Path, repository: str | Path, settings: TritonSet
     version = max((number for versions in known.values() for number in versions), default=0) + 1
     checksum = sha256_of(path)
     for one in reversed(models):  # who finds the model finds its scores
-        described = {**known[one.name], version: {"description": one.manifest.to_json(), "sha256": checksum}}
+        described = {**known[one.name], version: one.told(checksum)}
         _write(repository / one.name, version, one, _config(one, backend, settings, described))
     return Exported({one.name: repository / one.name for one in models}, version, remarks)
 
@@ -152,21 +166,24 @@ def _models(path: Path, backend: str, settings: TritonSettings) -> tuple[list[_M
             read_packed(path)
         else:
             check_onnx(path)
-    if backend == "python":
-        files |= {"model.py": _MODEL_PY, "__pycache__": _NO_FOLDER}
     TritonSettings(name=name)  # the file's name may not do
-    models = [_Model(name, manifest, files, file, file)]
+    code: dict[str, Path | bytes] = {}
+    opening = None
+    if backend == "python":
+        code = {"model.py": _MODEL_PY, "__pycache__": _NO_FOLDER}
+        options = {"threads": settings.threads, "device": "cuda" if settings.gpu else None}
+        opening = opening_of(path, settings.engine, settings.precision, options)
+    models = [_Model(name, manifest, files | code, file, opening)]
     labels = manifest.output is not None and manifest.output.kind == "labels"
     if labels and settings.scores and path.suffix.lower() == ".onnx":
         graph = with_scores(load_checked(path), manifest)
         if graph is not None:
             described = next(prop.value for prop in graph.metadata_props if prop.key == METADATA_KEY)
-            content = {"scores.onnx": graph.SerializeToString()}
-            others = files if backend == "python" else {}
-            models.append(
-                _Model(f"{name}{SCORES}", parse_manifest(described, path), {**others, **content}, "scores.onnx",
-                       file if backend == "python" else "scores.onnx")
-            )  # fmt: skip
+            content = {file: graph.SerializeToString()}
+            models.append(_Model(f"{name}{SCORES}", parse_manifest(described, path), content | code, file, opening))
+    if opening is not None:
+        said = models[0].told("")["arithmetic"].upper()
+        remarks += (f"{name} runs with {opening.engine} in {said}, as here; --engine and --precision choose others",)
     if labels and len(models) == 1:
         remarks += (f"{name} gives labels only: over the service, tiles of large images are cut, not blended",)
     return models, remarks
@@ -201,7 +218,7 @@ def _versions(folder: Path, new: _Model) -> dict[int, dict[str, str]]:
         parameters.setdefault(int(version), {})[what] = json.loads(value)
     present = {int(each.name): each for each in folder.iterdir() if each.is_dir() and each.name.isdecimal()}
     for version, at in present.items():
-        if parameters.get(version, {}).keys() != {"description", "sha256"}:
+        if "description" not in parameters.get(version, {}):
             raise UsageError(f"{at} was not written by export-triton; choose another --name or repository")
         there = {each.name for each in at.iterdir() if each.is_file()}
         differing = "files" if there != set(new.files) else _difference(
@@ -264,11 +281,7 @@ def _config(
         )
     parameters = {f"{what}.{version}": text for version, of in described.items() for what, text in of.items()}
     if backend == "python":
-        opening = {
-            "file": model.file, "chosen_for": model.chosen_for, "engine": settings.engine,
-            "precision": settings.precision, "threads": settings.threads,
-        }  # fmt: skip
-        parameters |= {ENGINE: json.dumps(opening), LARGEST: str(settings.largest_pixels)}
+        parameters[LARGEST] = str(settings.largest_pixels)
     lines += [  # a line each, which _PARAMETER reads
         f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}'
         for key, value in parameters.items()

@@ -22,13 +22,13 @@ from hpddrnet_trt.core.domain import OUTPUT as DOMAIN_OUTPUT
 from hpddrnet_trt.core.domain import DomainState, domain_of
 from hpddrnet_trt.core.errors import ContractError, UserError
 from hpddrnet_trt.core.manifest import Manifest
-from hpddrnet_trt.engines import Prediction, opening_of
+from hpddrnet_trt.engines import ENGINES, Opening, Prediction
 from hpddrnet_trt.engines.base import check_input, input_contract
 from hpddrnet_trt.engines.tensorrt_library import INPUT
 
 logger = logging.getLogger(__name__)
 
-ENGINE = "engine"  # parameter of the configuration: how the file is opened, as JSON
+OPENED = "opened"  # parameter of a version: file, engine and its options, as JSON
 LARGEST = "largest_pixels"  # likewise: of one picture
 _TAKEN = b"used_dltensor"  # what whoever takes a DLPack capsule writes on it; the memory must stay
 
@@ -41,17 +41,13 @@ class TritonPythonModel:
         self._server: Any = importlib.import_module("triton_python_backend_utils")
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        options = json.loads(parameters[ENGINE])
-        file = options.pop("file")
+        file, engine, options = json.loads(parameters[f"{OPENED}.{args['model_version']}"])
         folder = Path(args["model_repository"], args["model_version"])
         if args["model_instance_kind"] == "GPU":
-            options["device"] = f"cuda:{args['model_instance_device_id']}"
+            number = int(args["model_instance_device_id"])
+            options["device"] = number if ENGINES[engine].gpu else f"cuda:{number}"
         try:
-            # The logits form of a file is opened in the way that suits the file, as Segmenter does.
-            opening = opening_of(
-                folder / options.pop("chosen_for"), options.pop("engine"), options.pop("precision"), options
-            )
-            self._engine = opening.open(folder / file)
+            self._engine = Opening(folder / file, engine, options).open()
         except UserError as exc:
             raise self._server.TritonModelException(str(exc)) from None
         self._manifest: Manifest = self._engine.manifest

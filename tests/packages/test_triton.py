@@ -10,6 +10,7 @@ import shutil
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -143,19 +144,28 @@ def test_an_engine_is_a_plan_for_its_gpu(tmp_path: Path) -> None:
         export_triton(engine, tmp_path / "models")
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "python"])
-def test_a_labels_file_brings_its_class_scores(tmp_path: Path, backend: triton.Backend) -> None:
+@pytest.mark.parametrize(
+    ("settings", "arithmetic"),
+    [
+        (TritonSettings(name="alloy", backend="onnxruntime"), "fp32"),
+        (TritonSettings(name="alloy", backend="python", precision="bf16"), "bf16"),
+    ],
+)
+def test_a_labels_file_brings_its_class_scores(tmp_path: Path, settings: TritonSettings, arithmetic: str) -> None:
+    if settings.precision == "bf16":
+        pytest.importorskip("openvino")
     model = locate("nasa-super1")
-    exported = export_triton(model, tmp_path, TritonSettings(backend=backend, name="alloy"))
+    exported = export_triton(model, tmp_path, settings)
     assert list(exported.models) == ["alloy", "alloy-scores"]
-    assert exported.remarks == ()
+    assert [arithmetic.upper() in remark for remark in exported.remarks] == [True] * (settings.backend == "python")
     configs = {name: parsed(folder) for name, folder in exported.models.items()}
+    assert {config.parameters["arithmetic.1"].string_value for config in configs.values()} == {arithmetic}
     assert tensors(configs["alloy"].output)["labels"] == ("UINT8", [-1, -1])
     assert tensors(configs["alloy-scores"].output)["logits"] == ("FP32", [3, -1, -1])
     described = parse_manifest(configs["alloy-scores"].parameters["description.1"].string_value, "")
     assert described.output is not None
     assert described.output.kind == "logits"
-    only = export_triton(model, tmp_path, TritonSettings(backend=backend, name="plain", scores=False))
+    only = export_triton(model, tmp_path, replace(settings, name="plain", scores=False))
     assert list(only.models) == ["plain"]
 
 
@@ -363,7 +373,7 @@ def test_the_backend_answers_as_the_engine_does(toy: Path, tmp_path: Path, backe
 def test_the_backend_refuses_one_and_answers_the_others(
     toy: Path, tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = TritonSettings(**{**vars(PYTHON), "largest_pixels": 64 * 64})
+    settings = replace(PYTHON, largest_pixels=64 * 64)
     model = started(export_triton(toy, tmp_path / "models", settings).models["toy"])
     good = request(batch(), "labels")
     floats, gone = request(batch().astype(np.float32)), request(batch(), cancelled=True)
@@ -422,10 +432,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, P
     folder = tmp_path_factory.mktemp("triton")
     repository = folder / "repository"
     toy = write_toy_onnx(folder / "toy.onnx", manifest(domain=True))
-    export_triton(toy, repository, TritonSettings(**{**vars(PYTHON), "name": NAME, "instances": 2}))
+    export_triton(toy, repository, replace(PYTHON, name=NAME, instances=2))
     pair = InputContract(batch=AxisRange(minimum=2, maximum=2))
-    export_triton(write_toy_onnx(folder / "pair.onnx", manifest(input=pair)), repository,
-                  TritonSettings(**{**vars(PYTHON), "name": "pair"}))  # fmt: skip
+    two = write_toy_onnx(folder / "pair.onnx", manifest(input=pair))
+    export_triton(two, repository, replace(PYTHON, name="pair"))
     export_triton(toy, repository, TritonSettings(name="onnx"))
     export_triton(written_engine(folder / "plan.engine", manifest()), repository)
     with serving(tritonserver, repository, folder, "--exit-on-error=false") as running:
@@ -480,7 +490,7 @@ def test_a_new_version_comes_while_the_old_one_answers(server: tuple[Server, Pat
     shutil.copy(repository / NAME / "1/model.onnx", second)
     image = batch()
     (before,) = ask(running, image, version="1")
-    assert export_triton(second, repository, TritonSettings(**{**vars(PYTHON), "name": NAME})).version == 2
+    assert export_triton(second, repository, replace(PYTHON, name=NAME)).version == 2
     answered = 0
     while not running.ready(f"models/{NAME}/versions/2/ready"):
         assert np.array_equal(ask(running, image, version="1")[0], before)
