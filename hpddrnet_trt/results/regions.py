@@ -14,9 +14,9 @@ from hpddrnet_trt.core.errors import UsageError, require
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, ClassInfo
 from hpddrnet_trt.data.labels import check_labels
 from hpddrnet_trt.results import separate as objects
+from hpddrnet_trt.results.parts import figures, parts_of
 
 _BLOCK = 1 << 20  # pixels counted at a time: OpenCV counts in single precision, exact up to 2^24
-_ROUND = 1e-6  # axes closer than this, relative to the major one, have no direction
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,8 @@ class AreaFraction:
 
 
 @dataclass(frozen=True)
-class Regions:
-    """Connected regions of one class each, numbered from 1 in the order of their first pixel, row by row.
-
-    ``numbers``: int32 ``[H, W]``, the region of each pixel, 0 for none. All other arrays have one entry a
-    region, at ``number - 1``:
+class RegionTable:
+    """Figures of connected regions of one class each; all arrays have one entry a region.
 
     - ``class_index`` uint8, ``area_px`` int64 in pixels;
     - ``equivalent_diameter_px``: of the disc of equal area;
@@ -58,7 +55,6 @@ class Regions:
       W H / ((W - width - 1) (H - height - 1)). Large regions are cut more often, so means and distributions need it.
     """
 
-    numbers: npt.NDArray[np.int32]
     class_index: npt.NDArray[np.uint8]
     area_px: npt.NDArray[np.int64]
     equivalent_diameter_px: npt.NDArray[np.float64]
@@ -89,6 +85,17 @@ class Regions:
     def equivalent_diameter_m(self) -> npt.NDArray[np.float64] | None:
         """Equivalent diameters in metres; None when the pixel size is unknown."""
         return None if self.pixel_size_m is None else self.equivalent_diameter_px * self.pixel_size_m
+
+
+@dataclass(frozen=True)
+class Regions(RegionTable):
+    """The regions of a picture, numbered from 1 in the order of their first pixel, row by row.
+
+    ``numbers``: int32 ``[H, W]``, the region of each pixel, 0 for none; entries of :class:`RegionTable` are at
+    ``number - 1``.
+    """
+
+    numbers: npt.NDArray[np.int32]
 
 
 def area_fractions(
@@ -134,21 +141,12 @@ def regions(
     and for impossible numbers.
     """
     check_labels(labels)
-    if pixel_size_m is not None:
-        check_pixel_size(pixel_size_m)
-    if connectivity not in (1, 2):
-        raise UsageError(f"connectivity is 1 (shared edges) or 2 (corners too), got {connectivity}")
-    if smallest < 1:
-        raise UsageError(f"the smallest region has at least 1 pixel, got {smallest}")
-    wanted = check_background(background, classes)
+    wanted = check_choices(classes, pixel_size_m, background, connectivity, smallest)
     apart = check_separate(separate, background, classes)
-    skimage = require("skimage.measure", "results", "measure regions")
-    foreground = np.full(256, IGNORE_INDEX, np.uint8)
-    foreground[wanted] = wanted
-    kept = foreground[labels]
+    kept = of_classes(labels, wanted)
     whole = kept.copy()
     whole[np.isin(kept, apart)] = IGNORE_INDEX
-    numbers, count = skimage.label(whole, background=IGNORE_INDEX, connectivity=connectivity, return_num=True)
+    numbers, count = numbered(whole, connectivity)
     for index in apart:
         parts, of_class = objects.separate(kept == index, confidence, connectivity=connectivity, smallest=smallest)
         numbers = np.where(parts > 0, parts + count, numbers)
@@ -156,45 +154,68 @@ def regions(
     if apart:
         numbers = _in_order(numbers, count)
     numbers, count = _without_small(numbers, count, smallest)
-    class_index = np.zeros(count + 1, np.uint8)
-    class_index[numbers] = kept  # all pixels of a region say the same
-    table = skimage.regionprops_table(
-        numbers,
-        properties=("area", "bbox", "centroid", "orientation", "axis_major_length", "axis_minor_length",
-                    "equivalent_diameter_area", "perimeter_crofton"),
-    )  # fmt: skip
-    top, left, bottom, right = (table[f"bbox-{side}"].astype(np.int64) for side in range(4))
-    height, width = labels.shape
-    major, minor = table["axis_major_length"], table["axis_minor_length"]
-    # scikit-image measures from the rows' axis, counter-clockwise as seen; we do as ImageJ does, from the x axis.
-    area, perimeter = table["area"].astype(np.int64), table["perimeter_crofton"].astype(np.float64)
-    centroid = np.stack([table["centroid-1"], table["centroid-0"]], axis=1).astype(np.float64)
-    box = np.stack([left, top, right - left, bottom - top], axis=1)
-    cut = (left == 0) | (top == 0) | (right == width) | (bottom == height)
-    free = (width - box[:, 2] - 1) * (height - box[:, 3] - 1)
-    hull_area, feret = _hulls(numbers, box)
+    measured = parts_of(numbers, count)
+    of_each = figures(measured)
+    class_index = kept[measured.box[:, 1], measured.first_column]  # all pixels of a region say the same
+    cut = at_border(measured.box, labels.shape)
     pairs, _ = objects.touching(numbers, connectivity)
-    degrees = np.mod(np.degrees(table["orientation"].astype(np.float64)) + 90, 180)
     return Regions(
         numbers=numbers,
-        class_index=class_index[1:],
-        area_px=area,
-        equivalent_diameter_px=table["equivalent_diameter_area"].astype(np.float64),
-        centroid_px=centroid,
-        axes_px=np.stack([major, minor], axis=1).astype(np.float64),
-        orientation_deg=np.where(major - minor > _ROUND * major, degrees, np.nan),
-        box_px=box,
+        class_index=class_index,
         touches_border=cut,
-        perimeter_px=perimeter,
-        circularity=4 * np.pi * area / perimeter**2,
-        solidity=area / hull_area,
-        feret_px=feret,
         neighbors=np.bincount(pairs.ravel(), minlength=count + 1)[1:].astype(np.int64),
-        nearest_px=_nearest(centroid, class_index[1:]),
-        weight=np.where(cut, 0, height * width / np.where(cut, 1, free)),
+        nearest_px=_nearest(of_each["centroid_px"], class_index),
+        weight=weights(of_each["box_px"], cut, labels.shape),
         classes=tuple(classes),
         pixel_size_m=pixel_size_m,
+        **of_each,
     )
+
+
+def check_choices(
+    classes: Sequence[ClassInfo], pixel_size_m: float | None, background: Collection[str], connectivity: int,
+    smallest: int,
+) -> list[int]:  # fmt: skip
+    """Indices of the classes that are taken apart; :class:`UsageError` for what :func:`regions` refuses."""
+    if pixel_size_m is not None:
+        check_pixel_size(pixel_size_m)
+    if connectivity not in (1, 2):
+        raise UsageError(f"connectivity is 1 (shared edges) or 2 (corners too), got {connectivity}")
+    if smallest < 1:
+        raise UsageError(f"the smallest region has at least 1 pixel, got {smallest}")
+    return check_background(background, classes)
+
+
+def of_classes(labels: npt.NDArray[np.uint8], wanted: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """The labels of the ``wanted`` classes, and :data:`IGNORE_INDEX` for all others."""
+    foreground = np.full(256, IGNORE_INDEX, np.uint8)
+    foreground[wanted] = wanted
+    return foreground[labels]
+
+
+def numbered(labels: npt.NDArray[np.uint8], connectivity: Literal[1, 2]) -> tuple[npt.NDArray[np.int32], int]:
+    """Connected regions of equal label: int32 ``[H, W]``, from 1 in the order of their first pixel, 0 where the label
+    is :data:`IGNORE_INDEX`; and how many there are."""
+    skimage = require("skimage.measure", "results", "measure regions")
+    numbers, count = skimage.label(labels, background=IGNORE_INDEX, connectivity=connectivity, return_num=True)
+    return numbers.astype(np.int32), int(count)
+
+
+def at_border(box: npt.NDArray[np.int64], shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Which regions the border of a picture of ``shape`` (height, width) cuts, from their boxes in
+    :class:`~hpddrnet_trt.results.parts.Parts`."""
+    height, width = shape
+    left, top, right, bottom = box.T
+    return np.asarray((left == 0) | (top == 0) | (right == width) | (bottom == height))
+
+
+def weights(
+    box_px: npt.NDArray[np.int64], cut: npt.NDArray[np.bool_], shape: tuple[int, ...]
+) -> npt.NDArray[np.float64]:
+    """:attr:`RegionTable.weight` in a picture of ``shape`` (height, width)."""
+    height, width = shape
+    free = (width - box_px[:, 2] - 1) * (height - box_px[:, 3] - 1)
+    return np.where(cut, 0, height * width / np.where(cut, 1, free))
 
 
 def _checked_names(option: str, chosen: Collection[str], classes: Sequence[ClassInfo], called: str) -> list[str]:
@@ -237,29 +258,6 @@ def _in_order(numbers: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int3
     renamed = np.zeros(count + 1, np.int32)
     renamed[1 + np.argsort(first[1:])] = np.arange(1, count + 1)
     return renamed[numbers]
-
-
-def _hulls(
-    numbers: npt.NDArray[np.int32], boxes: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Area of each region's convex hull, and its largest and smallest Feret diameter ``[N, 2]``; pixels are squares."""
-    areas, feret = np.zeros(len(boxes)), np.zeros((len(boxes), 2))
-    for index, (left, top, width, height) in enumerate(boxes):
-        mask = numbers[top : top + height, left : left + width] == index + 1
-        first, last = mask.argmax(axis=1), width - mask[:, ::-1].argmax(axis=1)
-        rows = np.arange(height)
-        ends = np.concatenate([
-            np.stack([np.concatenate([first, last]), np.tile(rows, 2)], axis=1),
-            np.stack([np.concatenate([first, last]), np.tile(rows + 1, 2)], axis=1),
-        ])[np.tile(mask.any(axis=1), 4)].astype(np.float32)  # corners of the first and last pixel of each row
-        hull = cv2.convexHull(ends)[:, 0].astype(np.float64)
-        sides = np.roll(hull, -1, axis=0) - hull
-        normals = np.stack([-sides[:, 1], sides[:, 0]], axis=1) / np.linalg.norm(sides, axis=1, keepdims=True)
-        across = hull @ normals.T
-        between = hull[:, None] - hull[None]
-        areas[index] = abs(np.sum(hull[:, 0] * np.roll(hull[:, 1], -1) - np.roll(hull[:, 0], -1) * hull[:, 1])) / 2
-        feret[index] = np.sqrt((between**2).sum(-1).max()), np.ptp(across, axis=0).min()
-    return areas, feret
 
 
 def _nearest(

@@ -59,16 +59,19 @@ def touching(
         here = np.s_[: height - down, max(0, -right) : width - max(0, right)]
         there = np.s_[down:, max(0, right) : width + min(0, right)]
         a, b = numbers[here], numbers[there]
-        meet = (a != b) & (a > 0) & (b > 0)
+        meet = np.nonzero((a != b) & (a > 0) & (b > 0))
         first, second = a[meet].astype(np.int64), b[meet].astype(np.int64)
         codes.append(np.minimum(first, second) * count + np.maximum(first, second))
-        heights.append(
-            np.zeros(len(first), np.float32) if values is None else np.minimum(values[here][meet], values[there][meet])
-        )
-    code, height_of = np.concatenate(codes), np.concatenate(heights)
-    order = np.argsort(code, kind="stable")
-    pairs, starts = np.unique(code[order], return_index=True)
-    highest = np.maximum.reduceat(height_of[order], starts) if len(pairs) else np.zeros(0, np.float32)
+        if values is not None:
+            heights.append(np.minimum(values[here][meet], values[there][meet]))
+    code = np.concatenate(codes)
+    if values is None:
+        pairs = np.unique(code)
+        highest = np.zeros(len(pairs), np.float32)
+    else:
+        order = np.argsort(code, kind="stable")
+        pairs, starts = np.unique(code[order], return_index=True)
+        highest = np.maximum.reduceat(np.concatenate(heights)[order], starts) if len(pairs) else np.zeros(0, np.float32)
     return np.stack([pairs // count, pairs % count], axis=1), highest
 
 

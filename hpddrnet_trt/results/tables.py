@@ -6,6 +6,7 @@ CSV is UTF-8 with commas and one header line; units are in the names, and cells 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import tifffile
 
 from hpddrnet_trt.core.files import atomic_path, printable
 from hpddrnet_trt.data.labels import scale_options
-from hpddrnet_trt.results.regions import AreaFraction, Regions
+from hpddrnet_trt.results.regions import AreaFraction, RegionTable
 
 FRACTIONS = ("class", "pixels", "fraction", "area_um2")
 INTERVAL = ("fraction_low", "fraction_high")
@@ -43,13 +44,13 @@ def fraction_row(entry: AreaFraction) -> list[str | int]:
     return [entry.name, entry.pixels, number(entry.fraction), number(entry.area_m2, 1e12)]
 
 
-def write_regions(path: str | Path, regions: Regions) -> Path:
-    """Write one row a region, columns :data:`REGIONS` as :class:`~hpddrnet_trt.results.regions.Regions` defines them.
+def write_regions(path: str | Path, regions: RegionTable) -> Path:
+    """Write one row a region: columns :data:`REGIONS`, as :class:`~hpddrnet_trt.results.regions.RegionTable` has them.
 
     ``touches_border``: 1 or 0; ``aspect_ratio``: of the Feret diameters. Lengths are in pixels; multiply by the pixel
     size for those without a column of their own.
     """
-    return write_rows(path, REGIONS, _region_rows(regions))
+    return write_rows(path, REGIONS, region_rows(regions))
 
 
 def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Row]) -> Path:
@@ -67,31 +68,38 @@ def number(value: float | None, factor: float = 1.0) -> str:
     return "" if value is None or math.isnan(value) else f"{value * factor:.8g}"
 
 
-def _region_rows(regions: Regions) -> Iterator[Row]:
+def region_columns(regions: RegionTable) -> dict[str, npt.NDArray[Any]]:
+    """The columns :data:`REGIONS` but the number, ``[N]`` each; floating-point numbers are NaN where unknown."""
+    unknown = np.full(len(regions), np.nan)
     areas, diameters = regions.area_m2, regions.equivalent_diameter_m
-    for index in range(len(regions)):
-        left, top, width, height = (int(value) for value in regions.box_px[index])
-        yield [
-            index + 1,
-            regions.classes[regions.class_index[index]].name,
-            int(regions.area_px[index]),
-            number(None if areas is None else areas[index], 1e12),
-            number(regions.equivalent_diameter_px[index]),
-            number(None if diameters is None else diameters[index], 1e6),
-            *map(number, regions.centroid_px[index]),
-            *map(number, regions.axes_px[index]),
-            number(regions.orientation_deg[index]),
-            left, top, width, height,
-            int(regions.touches_border[index]),
-            number(regions.perimeter_px[index]),
-            number(regions.circularity[index]),
-            number(regions.solidity[index]),
-            number(regions.feret_px[index, 0] / regions.feret_px[index, 1]),
-            *map(number, regions.feret_px[index]),
-            int(regions.neighbors[index]),
-            number(regions.nearest_px[index]),
-            number(regions.weight[index]),
-        ]  # fmt: skip
+    columns = (
+        np.array([entry.name for entry in regions.classes], object)[regions.class_index],
+        regions.area_px,
+        unknown if areas is None else areas * 1e12,
+        regions.equivalent_diameter_px,
+        unknown if diameters is None else diameters * 1e6,
+        *regions.centroid_px.T,
+        *regions.axes_px.T,
+        regions.orientation_deg,
+        *regions.box_px.T,
+        regions.touches_border.astype(np.int64),
+        regions.perimeter_px,
+        regions.circularity,
+        regions.solidity,
+        regions.feret_px[:, 0] / regions.feret_px[:, 1],
+        *regions.feret_px.T,
+        regions.neighbors,
+        regions.nearest_px,
+        regions.weight,
+    )
+    return dict(zip(REGIONS[1:], columns, strict=True))
+
+
+def region_rows(regions: RegionTable, first: int = 1) -> Iterator[Row]:
+    """One row a region with the columns :data:`REGIONS`, numbered from ``first``."""
+    texts = ([number(value) if isinstance(value, float) else value for value in column.tolist()]
+             for column in region_columns(regions).values())  # fmt: skip
+    return zip(itertools.count(first), *texts, strict=False)
 
 
 def write_confidence(
