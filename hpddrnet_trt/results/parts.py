@@ -10,6 +10,7 @@ Along each, chords are pixels less pairs of neighboring pixels, and pairs add up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,19 @@ def parts_of(numbers: npt.NDArray[np.int32], count: int, left: int = 0, top: int
 def _inside(here: npt.NDArray[np.int32], there: npt.NDArray[np.int32], count: int) -> Integers:
     """How often both say the same part, for each."""
     return np.bincount(here[here == there], minlength=count + 1)[1:]
+
+
+def concatenated(several: Sequence[Parts]) -> Parts:
+    """The parts of all, one after another."""
+    none = parts_of(np.zeros((0, 0), np.int32), 0)
+    several = [none, *several]
+    shift = np.cumsum([0, *map(len, several)])
+    hulls = [parts.hull + np.array([before, 0, 0]) for parts, before in zip(several, shift, strict=False)]
+    columns = ("box", "first_column", "area", "sums", "pairs")
+    return Parts(
+        **{name: np.concatenate([getattr(parts, name) for parts in several]) for name in columns},
+        hull=np.concatenate(hulls),
+    )
 
 
 def joined(parts: Parts, region: Integers) -> Parts:

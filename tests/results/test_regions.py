@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from hpddrnet_trt.core.errors import ContractError, UsageError
 from hpddrnet_trt.results.regions import area_fractions, regions
 from tests.toy import CLASSES
 
-pytest.importorskip("skimage")
+skimage = pytest.importorskip("skimage.measure")
 
 PICTURE = np.array(
     [
@@ -92,6 +93,32 @@ def test_regions_are_a_partition_of_the_classes_pixels(labels: np.ndarray) -> No
         assert set(labels[rows, columns]) == {found.class_index[number - 1]}
         inside = found.numbers[1:-1, 1:-1]
         assert found.touches_border[number - 1] == ((inside == number).sum() < len(rows))
+
+
+@given(hnp.arrays(np.uint8, SHAPES, elements=st.sampled_from([0, 1, 1, 255])), st.sampled_from([1, 2]))
+def test_figures_are_those_of_other_programs(labels: np.ndarray, connectivity: Literal[1, 2]) -> None:
+    """scikit-image's table, and the hull as OpenCV finds it."""
+    found = regions(labels, CLASSES, connectivity=connectivity)
+    others = skimage.regionprops(found.numbers)
+    assert len(others) == len(found)
+    for index, other in enumerate(others):
+        assert found.area_px[index] == other.area
+        assert found.centroid_px[index] == pytest.approx(other.centroid[::-1])
+        assert found.equivalent_diameter_px[index] == pytest.approx(other.equivalent_diameter_area)
+        assert found.perimeter_px[index] == pytest.approx(other.perimeter_crofton)
+        axes = found.axes_px[index]
+        assert axes == pytest.approx([other.axis_major_length, other.axis_minor_length], abs=1e-6)
+        if axes[0] - axes[1] > 1e-3:
+            turned = found.orientation_deg[index] - np.degrees(other.orientation) - 90
+            assert (turned + 90) % 180 - 90 == pytest.approx(0, abs=1e-6)
+        corners = (other.coords[:, np.newaxis] + [[0, 0], [0, 1], [1, 0], [1, 1]]).reshape(-1, 2).astype(np.int32)
+        hull = cv2.convexHull(corners)
+        assert found.solidity[index] == pytest.approx(other.area / cv2.contourArea(hull))
+        far = np.linalg.norm(hull[:, 0, np.newaxis] - hull[np.newaxis, :, 0], axis=-1).max()
+        assert found.feret_px[index, 0] == pytest.approx(far)
+        normals = (np.roll(hull[:, 0], -1, axis=0) - hull[:, 0])[:, ::-1] * [-1.0, 1.0]
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+        assert found.feret_px[index, 1] == pytest.approx(np.ptp(hull[:, 0] @ normals.T, axis=0).min())
 
 
 def test_refusals() -> None:
