@@ -319,21 +319,19 @@ def _instances(manifest: Manifest, backend: str, settings: TritonSettings) -> st
 
 def _write(folder: Path, version: int, model: _Model, config: str) -> None:
     """A new model's folder at once; in an existing one the configuration first, then the version's folder."""
-    if folder.exists():
-        # Until the folder is there, the configuration says more than is served: nobody minds.
-        write_text(folder / CONFIG, config)
-        with atomic_folder(folder / str(version)) as fresh:
-            _fill(fresh, model)
-        return
-    with atomic_folder(folder) as fresh:
-        (fresh / CONFIG).write_text(config, encoding="utf-8")
-        (fresh / str(version)).mkdir()
-        _fill(fresh / str(version), model)
-
-
-def _fill(folder: Path, model: _Model) -> None:
-    for name, content in model.files.items():
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        else:
-            copyfile(content, folder / name)
+    new = not folder.exists()
+    target = folder if new else folder / str(version)
+    if not new:
+        write_text(folder / CONFIG, config)  # until the folder is there, it says more than is served: nobody minds
+    with atomic_folder(target) as fresh:
+        place = fresh / str(version) if new else fresh
+        place.mkdir(exist_ok=True)
+        if new:
+            (fresh / CONFIG).write_text(config, encoding="utf-8")
+        for name, content in model.files.items():
+            if isinstance(content, bytes):
+                (place / name).write_bytes(content)
+            else:
+                copyfile(content, place / name)
+        if target.exists():
+            raise UsageError(f"somebody else has just written {target}; run this again, for the version after it")

@@ -231,6 +231,23 @@ def test_a_full_disk_leaves_the_repository_as_it_was(
     assert export_triton(toy, tmp_path / "models", PYTHON).version == 2
 
 
+def test_two_at_once_do_not_take_each_others_version(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(source: Path, target: Path) -> None:
+        shutil.copyfile(source, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton, "copyfile", shutil.copyfile)
+            export_triton(toy, tmp_path / "models", replace(PYTHON, batch=2))
+
+    for version in (1, 2):
+        monkeypatch.setattr(triton, "copyfile", slowly)
+        with pytest.raises(UserError, match="somebody else has just written"):
+            export_triton(toy, tmp_path / "models", PYTHON)
+        assert files(tmp_path / "models/toy") == {"config.pbtxt", *map(str, range(1, version + 1))}
+        assert parsed(tmp_path / "models/toy").max_batch_size == 2
+
+
 def test_what_is_refused(toy: Path, tmp_path: Path) -> None:
     def refused(says: str, model: Path = toy, **settings: Any) -> None:
         with pytest.raises(UserError, match=says):
@@ -251,6 +268,8 @@ def test_what_is_refused(toy: Path, tmp_path: Path) -> None:
     refused(".", damaged)
     quantized = write_toy_onnx(tmp_path / "q.onnx", manifest(precision="int8", quantized_for="tensorrt"))
     refused("other programs compute such files with other labels", quantized)
+    with pytest.raises(UserError, match="cannot write"):
+        export_triton(locate("nasa-super1"), quantized)
     (tmp_path / "theirs/toy/1").mkdir(parents=True)
     toy = write_toy_onnx(toy, manifest())
     for config, says in (("", "was not written by export-triton"), (None, "does not exist")):
