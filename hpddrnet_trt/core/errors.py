@@ -39,6 +39,10 @@ class ContractError(UserError):
     """An array or a request that a model file's own contract does not admit (shape, dtype, size)."""
 
 
+class ModelReplaced(UserError):
+    """The version of a model that a service ran is gone, and another is there."""
+
+
 class MissingDependency(UserError):
     """An optional library is not installed; the message names the extra that brings it."""
 

@@ -62,7 +62,7 @@ class EngineKind:
     """One engine: its name for people, its class, the files it runs, and what it needs.
 
     - ``label``: its name in tables and figures; ``implementation``: module of this folder and class in it;
-    - ``suffixes``: endings of the files that it runs;
+    - ``suffixes``: endings of the files that it runs, or beginnings of the addresses;
     - ``library``: import name of the runtime, brought by ``extra`` of this package; ``distributions``: packages
       whose versions say what computed a result;
     - ``gpu``: whether it needs an NVIDIA GPU;
@@ -110,7 +110,16 @@ ENGINES: dict[str, EngineKind] = {
         "TensorRT-RTX", ("tensorrt", "TensorRTEngine"), (".engine",), "tensorrt_rtx", "tensorrt-rtx",
         ("tensorrt_rtx", "cuda-python"), gpu=True,
     ),
+    "triton": EngineKind(
+        "Triton", ("triton", "TritonEngine"), ("triton://", "tritons://", "triton+http://", "triton+https://"),
+        "tritonclient", "triton", ("tritonclient",),
+    ),
 }  # fmt: skip
+
+
+def is_address(model: str | Path) -> bool:
+    """Whether a model is one on a server, ``triton://host:8001/model``; as a path it has lost a slash."""
+    return re.match(r"triton(s|\+https?)?:/", str(model)) is not None
 
 
 class EngineStatus(NamedTuple):
@@ -123,7 +132,8 @@ class EngineStatus(NamedTuple):
 def load_engine(
     path: str | Path, engine: str = "auto", *, precision: Arithmetic = "file", **options: Any
 ) -> Engine:
-    """Open a model file, or a model that comes with the package by its name, with the engine that suits it.
+    """Open a model file, a model that comes with the package by its name, or one on a server by its address, with the
+    engine that suits it.
 
     ``engine``: ``auto`` chooses by the file's ending (``.safetensors`` and ``.pth``: torch, ``.onnx``: onnxruntime, or
     openvino where it is installed and the file is quantized for TensorRT, ``.engine``: the TensorRT runtime it was
@@ -161,6 +171,10 @@ def opening_of(
         raise UsageError(f"unknown precision {precision!r}; choose one of: {', '.join(get_args(Arithmetic))}")
     path = model_file(model, engine, precision)
     given = {key: value for key, value in (options or {}).items() if value is not None}
+    if is_address(path):
+        if engine not in ("auto", "triton") or precision not in ("auto", "file"):
+            raise UsageError(f"what computes {path}, and in which precision, is its server's; leave both to auto")
+        return _checked(Opening(path, "triton", given))
     on_gpu = str(given.get("device", "cpu")) not in ("cpu", "auto")
     in_bf16 = engine == "auto" and precision == "bf16" and path.suffix.lower() == ".onnx"
     name = engine_of(path, "openvino" if in_bf16 else engine, on_gpu=on_gpu)
@@ -175,16 +189,22 @@ def opening_of(
     given |= arithmetic
     if engine == "auto" or precision != "file":
         _warn_of_slow_int8(path, name, on_gpu)
-    kind = ENGINES[name]
-    known = [key for key in inspect.signature(kind.load_class()).parameters if key != "path"]
     if "device" in given:
         given |= {"device": _device(given["device"], name)}
-        if "device" not in known and not on_gpu:
+        if not on_gpu and "device" not in _known_options(name):
             del given["device"]
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        raise UsageError(f"the {name} engine has no option {', '.join(unknown)}; it has: {', '.join(known)}")
-    return Opening(path, name, given)
+    return _checked(Opening(path, name, given))
+
+
+def _known_options(engine: str) -> list[str]:
+    return [key for key in inspect.signature(ENGINES[engine].load_class()).parameters if key != "path"]
+
+
+def _checked(opening: Opening) -> Opening:
+    known = _known_options(opening.engine)
+    if unknown := [key for key in opening.options if key not in known]:
+        raise UsageError(f"the {opening.engine} engine has no option {', '.join(unknown)}; it has: {', '.join(known)}")
+    return opening
 
 
 def model_file(model: str | Path, engine: str = "auto", precision: str = "file") -> Path:
@@ -204,11 +224,12 @@ def engine_of(path: Path, engine: str = "auto", *, on_gpu: bool = False) -> str:
     if engine != "auto":
         suffixes = _kind(engine, "auto").suffixes
         if path.suffix.lower() not in suffixes:
-            raise UsageError(f"the {engine} engine runs {' and '.join(suffixes)} files, not {path}")
+            what = "files" if suffixes[0].startswith(".") else "addresses"
+            raise UsageError(f"the {engine} engine runs {' and '.join(suffixes)} {what}, not {path}")
         return engine
     suitable = engines_for(path)
     if not suitable:
-        endings = sorted({suffix for kind in ENGINES.values() for suffix in kind.suffixes})
+        endings = sorted({suffix for kind in ENGINES.values() for suffix in kind.suffixes if suffix[0] == "."})
         raise UsageError(
             f"{path} has none of the known endings of model files ({', '.join(endings)}) and is no model that comes "
             f"with the package ({', '.join(shipped_models())})"

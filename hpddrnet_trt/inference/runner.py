@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -541,32 +541,23 @@ def _probabilities(inference: Inference, scores: Real, temperature: float | None
 
 
 class ScoresModel:
-    """The logits form of a labels file, opened when it is first asked for. Usable from several threads.
+    """The logits form of a model with labels output, opened when it is first asked for. Usable from several threads.
 
-    ``open_engine`` opens a file with the engine and options of the labels file.
+    ``find`` opens it, or gives None where no scores are found; what it leaves on the stack is undone at the end.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, open_engine: Callable[[Path], Engine]) -> None:
-        self._path, self._manifest, self._open = path, manifest, open_engine
+    def __init__(self, find: Callable[[ExitStack], Engine | None]) -> None:
+        self._find, self._held = find, ExitStack()
         self._lock = threading.Lock()
         self._asked = False
         self._engine: Engine | None = None
-        self._remove: Callable[[], object] = lambda: None
+        self._undo = weakref.finalize(self, self._held.close)
 
     def engine(self) -> Engine | None:
-        """None where the file holds no scores that we find."""
-        onnx = require("onnx", "export", "read ONNX files")
+        """None where the model has no scores that we find."""
         with self._lock:
             if not self._asked:
-                folder = Path(tempfile.mkdtemp(prefix="hpddrnet-"))
-                # Engines read their file again for other input sizes: it stays as long as the engine.
-                self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-                target = folder / self._path.name
-                model = with_scores(load_checked(self._path), self._manifest)
-                if model is not None:
-                    onnx.save(model, str(target))
-                    trust(target)
-                    self._engine = self._open(target)
+                self._engine = self._find(self._held)
                 self._asked = True
             return self._engine
 
@@ -575,4 +566,23 @@ class ScoresModel:
         with self._lock:
             if self._engine is not None:
                 self._engine.close()
-            self._remove()
+            self._undo()
+
+
+def scores_of_file(path: Path, manifest: Manifest, open_engine: Callable[[Path], Engine]) -> ScoresModel:
+    """That of an ONNX file; ``open_engine`` opens a file with the engine and options of this one."""
+
+    def find(held: ExitStack) -> Engine | None:
+        onnx = require("onnx", "export", "read ONNX files")
+        model = with_scores(load_checked(path), manifest)
+        if model is None:
+            return None
+        # Engines read their file again for other input sizes: it stays as long as the engine.
+        folder = Path(tempfile.mkdtemp(prefix="hpddrnet-"))
+        held.callback(shutil.rmtree, folder, ignore_errors=True)
+        target = folder / path.name
+        onnx.save(model, str(target))
+        trust(target)
+        return open_engine(target)
+
+    return ScoresModel(find)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from itertools import chain, groupby, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,13 @@ import numpy.typing as npt
 import hpddrnet_trt
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.domain import domain_of
-from hpddrnet_trt.core.errors import ContractError, EngineDoesNotFit, UsageError, UserError
+from hpddrnet_trt.core.errors import ContractError, EngineDoesNotFit, ModelReplaced, UsageError, UserError
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.magnification import Rescaling, in_words, rescaling
 from hpddrnet_trt.data.intensity import FullScale, IntensityRange, range_of
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.data.preprocess import MODES, Mode
-from hpddrnet_trt.engines import Arithmetic, opening_of
+from hpddrnet_trt.engines import Arithmetic, is_address, opening_of
 from hpddrnet_trt.engines.base import Engine, check_shape
 from hpddrnet_trt.engines.cuda import on_device
 from hpddrnet_trt.inference.frames import Frame, Image, check_out, device_batch, to_frame
@@ -38,6 +38,7 @@ from hpddrnet_trt.inference.runner import (
     Tile,
     check_tile,
     plan_for,
+    scores_of_file,
     scores_tiled,
     segment_tiled,
     tile_pictures,
@@ -45,6 +46,7 @@ from hpddrnet_trt.inference.runner import (
 from hpddrnet_trt.inference.tiling import TilingReport
 
 logger = logging.getLogger(__name__)
+Done = TypeVar("Done")
 
 
 class Segmenter:
@@ -130,6 +132,7 @@ class Segmenter:
         self.confidence, self.intervals = confidence, intervals
         self.batch_size = min(batch_size, self._contract.batch.maximum or batch_size)
         self.model_sha256, self._scores, self._runtime = model_sha256, scores, engine.runtime
+        self._next: Segmenter | None = None  # on a newer version of the same model, which a service has
 
     @property
     def knows_its_domain(self) -> bool:
@@ -156,11 +159,29 @@ class Segmenter:
 
     def _with(self, **changes: Any) -> Segmenter:
         same: dict[str, Any] = {
-            "mode": self.mode, "resize": self.resize, "rescale": self.rescale, "confidence": self.confidence,
-            "intervals": self.intervals, "window": self.window, "batch_size": self.batch_size, "tile": self.tile,
-            "model_sha256": self.model_sha256, "scores": self._scores,
+            "engine": self.engine, "mode": self.mode, "resize": self.resize, "rescale": self.rescale,
+            "confidence": self.confidence, "intervals": self.intervals, "window": self.window,
+            "batch_size": self.batch_size, "tile": self.tile, "model_sha256": self.model_sha256, "scores": self._scores,
         }  # fmt: skip
-        return Segmenter(self.engine, **{**same, **changes})
+        return Segmenter(**{**same, **changes})
+
+    def _now(self, *, at_once: bool = False) -> Segmenter:
+        """This one, or one on the version that a service has of the model now: so each picture is of one version."""
+        newest = getattr(self.engine, "newest", None)  # of engines that ask a service
+        if newest is None:
+            return self
+        if (engine := newest(at_once=at_once)) is self.engine:
+            return self
+        if (now := self._next) is None or now.engine is not engine:
+            now = self._next = self._with(engine=engine, model_sha256=engine.sha256, scores=_scores_of(engine))
+        return now
+
+    def _following(self, run: Callable[[Segmenter], Done]) -> Done:
+        """What ``run`` does with :meth:`_now`, once more where its version has gone meanwhile."""
+        try:
+            return run(self._now())
+        except ModelReplaced:
+            return run(self._now(at_once=True))
 
     def segment(
         self,
@@ -184,22 +205,29 @@ class Segmenter:
 
         Raises :class:`ContractError` for any other array, an empty one, or one with NaN.
         """
-        micrograph = self._micrograph(image)
-        if on_device(micrograph.pixels):
-            result = self._segment_on_device(micrograph, out, stream)
-        elif stream is not None:
-            raise UsageError("stream goes with an image on a GPU, and this one is in the host's memory; leave it out")
-        else:
-            frame = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range)
-            if out is not None:
-                check_out(out, frame.pixels.shape[:2], frame.pixels)
-            result = self._segment_frame(frame, micrograph, out, progress)
+        result = self._following(lambda now: now._segment(image, out, progress, stream))
         if progress is not None and result.tiling is None:
             progress(1, 1)
         return result
 
+    def _segment(
+        self, image: Image, out: npt.NDArray[np.uint8] | None, progress: Progress | None, stream: Any
+    ) -> Segmentation:
+        micrograph = self._micrograph(image)
+        if on_device(micrograph.pixels):
+            return self._segment_on_device(micrograph, out, stream)
+        if stream is not None:
+            raise UsageError("stream goes with an image on a GPU, and this one is in the host's memory; leave it out")
+        frame = to_frame(micrograph.pixels, self._contract.channels, self.intensity_range)
+        if out is not None:
+            check_out(out, frame.pixels.shape[:2], frame.pixels)
+        return self._segment_frame(frame, micrograph, out, progress)
+
     def segment_batch(self, images: Sequence[Image]) -> list[Segmentation]:
         """Segment several images, equally sized whole ones together; results in the order given."""
+        return self._following(lambda now: now._segment_batch(images))
+
+    def _segment_batch(self, images: Sequence[Image]) -> list[Segmentation]:
         results: dict[int, Segmentation] = {}
         waiting: dict[int, Frame] = {}
         scales: dict[int, Rescaling] = {}
@@ -234,7 +262,7 @@ class Segmenter:
         prepared = map(self._prepared, images)
         for (together, factor), run in groupby(prepared, key=lambda one: (one.together, one.scale.factor)):
             if together:
-                yield from self._segment_together(run, self._inference.enlarging(factor), progress)
+                yield from self._segment_together(run, factor, progress)
             else:
                 yield from (self._segment_prepared(one, progress) for one in run)
 
@@ -247,6 +275,9 @@ class Segmenter:
 
         Raises :class:`ContractError` as :meth:`segment` does, :class:`UserError` for scores that are NaN.
         """
+        return self._following(lambda now: now._class_scores(image, progress))
+
+    def _class_scores(self, image: Image, progress: Progress | None) -> npt.NDArray[np.float32]:
         inference = self.of_tiles()
         if not inference.gives_logits:
             raise ContractError(f"model {self.manifest.name!r} gives labels only; export it with logits output")
@@ -308,12 +339,13 @@ class Segmenter:
         try:
             if one.frame is None:
                 return one.error or self.segment(one.micrograph)
-            return self._segment_frame(one.frame, one.micrograph, None, progress)
+            frame, micrograph = one.frame, one.micrograph
+            return self._following(lambda now: now._segment_frame(frame, micrograph, None, progress))
         except (UserError, MemoryError) as exc:
             return exc
 
     def _segment_together(
-        self, run: Iterator[_Prepared], inference: Inference, progress: Progress | None
+        self, run: Iterator[_Prepared], factor: float | None, progress: Progress | None
     ) -> Generator[Segmentation | UserError | MemoryError]:
         """Whole images, several in flight; where one fails, those in flight are done again one by one."""
         first = list(islice(run, 2))
@@ -337,15 +369,21 @@ class Segmenter:
 
         while True:
             try:
+                now = self._now()
+                inference = now._inference.enlarging(factor)
                 with closing(inference.labels_of_each(pixels(), self.confidence)) as outputs:
                     for output in outputs:
                         one = in_flight.popleft()
                         assert one.frame is not None
-                        yield self._result(output, one.frame, one.micrograph, one.scale)
+                        yield now._result(output, one.frame, one.micrograph, one.scale)
                 return
             except (UserError, MemoryError):
                 if broken:
                     raise
+                if not in_flight:  # a service has no such model any more: the next image says so
+                    in_flight.extend(islice(source, 1))
+                    if not in_flight:
+                        return
             while in_flight:
                 yield self._segment_prepared(in_flight.popleft(), progress)
 
@@ -459,7 +497,8 @@ def load_segmenter(
 ) -> Segmenter:
     """Open a model (:func:`~hpddrnet_trt.engines.load_engine`) and wrap it as a :class:`Segmenter`.
 
-    - ``model_path``: a file, or the name of a model that comes with the package, such as ``nasa-super1``.
+    - ``model_path``: a file, the name of a model that comes with the package, such as ``nasa-super1``, or the address
+      of one on a Triton server, ``triton://host:8001/model`` (docs/service.md).
     - ``engine``: a name in :data:`~hpddrnet_trt.engines.ENGINES`, or ``auto``.
     - ``precision``: what labels are computed in. ``auto``: of an ONNX file the fastest way that keeps the labels on
       this processor, as :mod:`hpddrnet_trt.engines.choice` finds it; ``file``: what the file is in; or one of them
@@ -486,16 +525,20 @@ def load_segmenter(
         hpddrnet_trt.rebuild_engine(model_path)
         loaded = opening.open()
     try:
-        path = getattr(loaded, "path", None)  # of the engines that run ONNX files
-        checksum = loaded.manifest.engine.sha256 if loaded.manifest.engine is not None else sha256_of(opening.path)
+        record = loaded.manifest.engine
+        if is_address(opening.path):
+            checksum = getattr(loaded, "sha256", None)
+        else:
+            checksum = sha256_of(opening.path) if record is None else record.sha256
         output = loaded.manifest.output
-        scores = None
+        scores = _scores_of(loaded, opening.open)
         wanted = loaded.manifest.fraction_errors is not None if intervals is None else intervals
-        if path is not None and output is not None and output.kind == "labels":
-            scores = ScoresModel(path, loaded.manifest, opening.open)
+        if scores is not None:
+            assert output is not None  # that of labels
             needed = mode != "single" or wanted or (confidence and not output.confidence)
             if needed and (with_scores := scores.engine()) is not None:
-                loaded.close()
+                if not is_address(opening.path):
+                    loaded.close()
                 loaded = with_scores
         output = loaded.manifest.output
         if intervals is None:
@@ -507,6 +550,22 @@ def load_segmenter(
     except BaseException:
         loaded.close()
         raise
+
+
+def _scores_of(engine: Engine, open_engine: Callable[[Path], Engine] | None = None) -> ScoresModel | None:
+    """Where an engine that gives labels has class scores: beside it on its server, or in its ONNX file."""
+    output = engine.manifest.output
+    if output is None or output.kind != "labels":
+        return None
+    if hasattr(engine, "scores"):  # on its server
+
+        def find(held: ExitStack) -> Engine | None:
+            held.callback(engine.close)  # which owns them
+            return engine.scores()
+
+        return ScoresModel(find)
+    path = getattr(engine, "path", None)  # of the engines that run ONNX files
+    return None if path is None or open_engine is None else scores_of_file(path, engine.manifest, open_engine)
 
 
 class _Prepared(NamedTuple):

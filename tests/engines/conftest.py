@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,24 @@ from tests.engines.simulated_cuda import SimulatedCuda, array_reader
 from tests.engines.simulated_tensorrt import SimulatedTensorRT
 from tests.tiny_onnx import QUIET, tiny_model
 
+if TYPE_CHECKING:
+    from tests.triton_server import Server
+
 SHAPES = "1x1x64x64:1x1x128x128:2x1x256x256,4x1x512x512"
+
+
+@pytest.fixture
+def triton_server() -> Iterator[Server]:
+    """A running server without models; what it registered of this PC's memory is taken back in the end."""
+    pytest.importorskip("tritonclient.grpc")
+    from tests.triton_server import Server
+
+    server = Server()
+    server.start()
+    yield server
+    left = list(server.regions)
+    server.stop()
+    assert left == []
 
 
 @pytest.fixture(scope="session")

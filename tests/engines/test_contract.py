@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,12 @@ from tests.tiny_export import exported
 from tests.tiny_network import lively, tiny_manifest, tiny_network
 from tests.toy import DOMAIN, grey_image, manifest, toy_features, write_toy_onnx
 
+if TYPE_CHECKING:
+    from tests.triton_server import Server
+
 Images = npt.NDArray[np.uint8]
 # OpenVINO twice: as it comes, and on a processor where it runs three batches side by side.
-NAMES = ["torch", "onnxruntime", "openvino", "openvino, three at a time", "tensorrt"]
+NAMES = ["torch", "onnxruntime", "openvino", "openvino, three at a time", "tensorrt", "triton"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,13 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         path = write_toy_onnx(tmp_path / "m.onnx", manifest("logits", confidence=True, domain=True))
         labels = write_toy_onnx(tmp_path / "labels.onnx", manifest())
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        made = Subject(name, path, load_engine(path, runtime, threads=1),
-                       lambda: load_engine(labels, runtime, threads=1),
+        opened: Callable[[Path], Engine] = lambda path: load_engine(path, runtime, threads=1)  # noqa: E731
+        if runtime == "triton":
+            server: Server = request.getfixturevalue("triton_server")
+            for version, file in enumerate((path, labels)):
+                server.add(file, file.stem, version + 1)
+            opened = lambda path: load_engine(server.address(path.stem))  # noqa: E731
+        made = Subject(name, path, opened(path), lambda: opened(labels),
                        lambda images: np.asarray(session.run(["logits"], {"image": np.array(images)})[0]))  # fmt: skip
     with made.engine:
         yield made
@@ -215,12 +223,18 @@ def test_domain_features_are_the_files(subject: Subject) -> None:
 # --- rows of batches
 
 
+def _threads() -> set[threading.Thread]:
+    """Those that run, but for a server's in this process and those of gRPC, which end a moment later."""
+    found = {one for one in threading.enumerate() if "channel_spin" not in one.name}
+    return {one for one in found if not one.name.startswith("server")}
+
+
 @pytest.mark.parametrize("sizes", [[], [64], [64] * 8, [64, 64, 72, 64, 64, 64, 64, 64, 80]])
 def test_a_row_is_as_one_by_one_and_in_order(subject: Subject, sizes: list[int]) -> None:
     batches = _varied(*sizes)
-    before = threading.active_count()
+    before = _threads()
     predictions = list(subject.engine.infer_many(iter(batches)))
-    assert threading.active_count() == before
+    assert _threads() <= before
     for images, prediction in zip(batches, predictions, strict=True):  # after all: results are their own memory
         expected = subject.engine.infer(images)
         np.testing.assert_array_equal(prediction.labels, expected.labels)
@@ -268,7 +282,7 @@ def test_bound_batches_and_layer_times_disturb_nothing(subject: Subject) -> None
     for _ in range(2):
         run()
         second()
-    if "three" not in subject.name:
+    if "three" not in subject.name and subject.runtime != "triton":
         times = subject.engine.layer_times(images, runs=2)
         assert times
         assert min(times.values()) >= 0
@@ -341,6 +355,8 @@ def test_a_closed_engine_says_so(subject: Subject) -> None:
 
 
 def test_damaged_files_are_named(subject: Subject) -> None:
+    if subject.name == "triton":
+        pytest.skip("opens no file")
     content = subject.path.read_bytes()
     for length in (0, 1, len(content) // 2, len(content) - 60):
         subject.path.write_bytes(content[:length])
@@ -351,8 +367,8 @@ def test_damaged_files_are_named(subject: Subject) -> None:
 
 
 def test_threads_are_counted_from_one(subject: Subject) -> None:
-    if subject.name == "tensorrt":
-        pytest.skip("TensorRT has no such option")
+    if subject.name in ("tensorrt", "triton"):
+        pytest.skip("has no such option")
     with pytest.raises(UserError, match="threads must be at least 1"):
         load_engine(subject.path, subject.runtime, threads=0)
 

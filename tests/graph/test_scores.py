@@ -18,7 +18,7 @@ from hpddrnet_trt.engines.torch import TorchEngine
 from hpddrnet_trt.export.onnx import ExportOptions, trace
 from hpddrnet_trt.graph.model import save_model
 from hpddrnet_trt.graph.scores import with_scores
-from hpddrnet_trt.inference.runner import ScoresModel
+from hpddrnet_trt.inference.runner import scores_of_file
 from hpddrnet_trt.models.checkpoints import save_checkpoint
 from tests.tiny_export import frames, write_fp16, write_fp32, write_int8
 from tests.tiny_network import lively, tiny_manifest, tiny_network
@@ -77,7 +77,7 @@ def test_dynamic_sizes_and_lower_precision(tmp_path: Path, write: Callable[[Path
 def test_files_that_end_in_another_way(tmp_path: Path) -> None:
     path = write_toy_onnx(tmp_path / "m.onnx", manifest("labels"))
     assert with_scores(onnx.load(str(path)), read_manifest(path)) is None
-    model = ScoresModel(path, read_manifest(path), OnnxRuntimeEngine)
+    model = scores_of_file(path, read_manifest(path), OnnxRuntimeEngine)
     assert model.engine() is None
     model.close()
 
@@ -91,7 +91,7 @@ def test_the_scores_model_opens_once_and_leaves_nothing(tmp_path: Path, monkeypa
         opened.append(file)
         return OnnxRuntimeEngine(file, threads=1)
 
-    model = ScoresModel(path, read_manifest(path), open_engine)
+    model = scores_of_file(path, read_manifest(path), open_engine)
     assert list(tmp_path.iterdir()) == [path]  # nothing yet
     with ThreadPoolExecutor(4) as pool:
         engines = {id(engine) for engine in pool.map(lambda _: model.engine(), range(8))}
