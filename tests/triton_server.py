@@ -62,6 +62,7 @@ class Server:
         self.regions: dict[str, SharedMemory] = {}
         self.registered, self.shares, self.token, self.version = 0, True, "", "2.51.0"
         self.answers_as: str | None = None  # the version that answers claim to be of
+        self.life = 0  # what is left of an earlier one changes nothing
         self._grpc: Any = None
         self._http: ThreadingHTTPServer | None = None
         self.port = self.http_port = 0
@@ -77,7 +78,7 @@ class Server:
         self._grpc.start()
 
     def start_http(self) -> None:
-        handler = type("Handler", (_Http,), {"core": self})
+        handler = type("Handler", (_Http,), {"core": self, "life": self.life})
         self._http = ThreadingHTTPServer(("127.0.0.1", self.http_port), handler)
         self._http.daemon_threads = True
         self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that has gone
@@ -86,6 +87,7 @@ class Server:
 
     def stop(self) -> None:
         """Die: what is under way gets no answer; registered memory is forgotten."""
+        self.life += 1
         if self._grpc is not None:
             self._grpc.stop(0).wait()
         if self._http is not None:
@@ -93,7 +95,7 @@ class Server:
             self._http.server_close()
         self._grpc = self._http = None
         for name in list(self.regions):
-            self.share(name, None)
+            self.share(name, None, self.life)
 
     def address(self, model: str = "toy", *, http: bool = False) -> str:
         return f"triton+http://127.0.0.1:{self.http_port}/{model}" if http else f"triton://127.0.0.1:{self.port}/{model}"
@@ -127,7 +129,9 @@ class Server:
             found |= {f"description.{number}": model.manifest.to_json(), f"sha256.{number}": model.sha256}
         return found
 
-    def share(self, name: str, size: int | None) -> None:
+    def share(self, name: str, size: int | None, life: int | None = None) -> None:
+        if life not in (None, self.life):
+            raise Fault("UNAVAILABLE", "dead")
         if size is None:
             if (region := self.regions.pop(name, None)) is not None:
                 region.close()
@@ -160,7 +164,7 @@ class Server:
 
 class _Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, core: Server) -> None:
-        self.core = core
+        self.core, self.life = core, core.life
 
     @contextmanager
     def _faults(self, context: Any) -> Iterator[None]:
@@ -187,11 +191,12 @@ class _Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
         with self._faults(context):
-            self.core.share(request.name, request.byte_size)
+            self.core.share(request.name, request.byte_size, self.life)
         return pb.SystemSharedMemoryRegisterResponse()
 
     def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
-        self.core.share(request.name, None)
+        with self._faults(context):
+            self.core.share(request.name, None, self.life)
         return pb.SystemSharedMemoryUnregisterResponse()
 
     def ModelInfer(self, request: Any, context: Any) -> Any:
@@ -227,6 +232,7 @@ class _Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 class _Http(BaseHTTPRequestHandler):
     core: Server
+    life: int
 
     def do_GET(self) -> None:
         self._answer(b"")
@@ -257,7 +263,7 @@ class _Http(BaseHTTPRequestHandler):
         if not words:
             return json.dumps({"name": "triton", "version": core.version}).encode(), None
         if words[0] == "systemsharedmemory":
-            core.share(words[2], json.loads(body)["byte_size"] if words[3] == "register" else None)
+            core.share(words[2], json.loads(body)["byte_size"] if words[3] == "register" else None, self.life)
             return b"", None
         name, version = words[1], words[3] if "versions" in words else ""
         if words[-1] == "infer":

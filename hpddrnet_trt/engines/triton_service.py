@@ -240,7 +240,8 @@ class _Grpc:
             channel_args=[
                 ("grpc.max_send_message_length", LARGEST_MESSAGE),
                 ("grpc.max_receive_message_length", min(largest, LARGEST_MESSAGE)),
-                ("grpc.max_reconnect_backoff_ms", 2000),  # a server that is there again is found soon
+                ("grpc.initial_reconnect_backoff_ms", 100),  # a server that is there again is found soon
+                ("grpc.max_reconnect_backoff_ms", 2000),
                 ("grpc.use_local_subchannel_pool", 1),  # closing this channel ends its connection
             ],
         )
@@ -466,7 +467,7 @@ class Regions:
         try:
             self._connection.share(region.name, size)
         except BaseException:
-            region.free()
+            self.drop(region)  # the server may have taken it, and the answer is lost
             raise
         return region
 

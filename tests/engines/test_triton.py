@@ -506,6 +506,7 @@ def test_ctrl_c_ends_a_wait(server: Server, http: bool) -> None:
 
 def test_a_stream_goes_on_over_a_server_that_restarts(server: Server) -> None:
     with Stream(lambda: load_segmenter(server.address()), policy="block", capacity=6) as stream:
+        stream.wait_ready(20)
         for number in range(6):
             stream.submit(IMAGE[0, 0])
             if number == 2:
