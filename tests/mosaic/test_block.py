@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from hpddrnet_trt.inference import Segmenter, load_segmenter
 from hpddrnet_trt.inference.tiling import own_parts
 from hpddrnet_trt.mosaic.block import segment_block
 from hpddrnet_trt.mosaic.choices import chosen_factor, chosen_window, grid_for
-from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, BlockRecord, Box, Layout, MosaicSettings
+from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, BlockRecord, Box, Layout, MosaicSettings, Piece
 from hpddrnet_trt.mosaic.pixels import read_pixels
 from tests.mosaic.sources import ArraySource
 from tests.toy import ToyEngine, grey_image, manifest, toy_features, toy_logits
@@ -224,6 +225,31 @@ def test_a_block_reads_its_tiles_and_whole_cells_once_along_the_borders_of_chunk
     assert {(box.left, box.width) for box in source.boxes} == {(0, 256)}
     assert 1024 - 128 <= rows[0][0] < 1024
     assert 2048 < rows[-1][1] <= 2048 + 128
+
+
+class Endless(ArraySource):
+    """A mosaic of any size that is made where it is read."""
+
+    def read(self, box: Box) -> Piece:
+        rows, columns = (np.arange(of.start, of.stop) for of in (box.rows, box.columns))
+        return Piece(((rows[:, np.newaxis] * 7 + columns) % 251 + 1).astype(np.uint8))
+
+
+def test_memory_is_that_of_a_block_whatever_the_mosaic() -> None:
+    def peak(size: int) -> int:
+        source = Endless(np.ones((1, 1), np.uint8))
+        source.shape = (1, size, size)
+        grid = grid_for(manifest(), source.shape, 1.0, 256)
+        middle = size // 2 // 512 * 512
+        tracemalloc.start()
+        try:
+            segment_block(Segmenter(ToyEngine()), source, grid, chosen(), Box(0, middle, middle, 512, 512))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(2048)  # what is made once
+    assert peak(1 << 16) < 1.1 * peak(2048) + (1 << 21)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
