@@ -24,6 +24,7 @@ import tifffile
 
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.inference import Segmenter, load_segmenter
+from hpddrnet_trt.inference.runner import Tile
 from hpddrnet_trt.mosaic.block import segment_block
 from hpddrnet_trt.mosaic.choices import chosen_window, grid_for
 from hpddrnet_trt.mosaic.layout import Layout, MosaicSettings
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--blocks", default="1024,2048,4096")
     parser.add_argument("--tile", type=int)
     options = parser.parse_args()
-    tile = options.tile or "auto"
+    tile: Tile = options.tile or "auto"
     checksums = set()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mosaic.tif"
