@@ -25,8 +25,10 @@ from hpddrnet_trt.inference import Segmenter, load_segmenter
 from hpddrnet_trt.inference.tiling import own_parts
 from hpddrnet_trt.mosaic.block import segment_block
 from hpddrnet_trt.mosaic.choices import chosen_factor, chosen_window, grid_for
-from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, BlockRecord, Box, Layout, MosaicSettings, Piece
+from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, BlockRecord, Box, Layout, MosaicSettings, Piece, Source
 from hpddrnet_trt.mosaic.pixels import read_pixels
+from hpddrnet_trt.mosaic.sources import open_source
+from tests.mosaic.source_files import zarr_store
 from tests.mosaic.sources import ArraySource
 from tests.toy import ToyEngine, grey_image, manifest, toy_features, toy_logits
 
@@ -49,7 +51,7 @@ class Whole(NamedTuple):
     records: list[BlockRecord]
 
 
-def segmented(segmenter: Segmenter, source: ArraySource, how: MosaicSettings, order: Sequence[int] = ()) -> Whole:
+def segmented(segmenter: Segmenter, source: Source, how: MosaicSettings, order: Sequence[int] = ()) -> Whole:
     grid = grid_for(segmenter.manifest, source.shape, how.factor, how.tile)
     labels = np.full(source.shape, 77, np.uint8)
     cells = (source.shape[0], *(-(-size // CELL) for size in source.shape[1:]))
@@ -159,6 +161,28 @@ def test_what_is_empty_or_unreadable_has_no_label_and_tiles_of_it_alone_are_not_
     assert record.tiles == sum(record.own_tiles.values()) == len(engine.shapes) == len(grid.whole) - skipped
     assert np.isnan(found.confidence[0, :3, 2:]).all()
     assert np.isnan(found.confidence).all() == (kind == "labels")  # this model does not say how sure it is
+
+
+def test_a_damaged_chunk_of_a_store_has_no_label_and_all_else_has(tmp_path: Path) -> None:
+    pixels = (1 + 250 * grey_image(200, 230)[np.newaxis].astype(np.uint16)).repeat(2, axis=0)
+    store = zarr_store(tmp_path / "m.zarr", pixels)
+    (store / "0" / "c" / "1" / "2" / "3").write_bytes(b"no blosc")  # rows 64 to 96, columns 96 to 128
+    source = open_source(store)
+    engine = ToyEngine()
+    window, _ = chosen_window(source, engine.manifest)
+    found = [
+        segmented(Segmenter(engine), source, chosen(window=window, tile=72, block=block), order)
+        for block, order in ((256, ()), (64, range(31, -1, -1)), (128, ()))
+    ]
+    for other in found[1:]:
+        assert np.array_equal(other.labels, found[0].labels)
+        assert other.total == found[0].total
+    damaged = np.zeros(pixels.shape, np.bool_)
+    damaged[1, 64:96, 96:128] = True
+    assert np.array_equal(found[0].labels == NO_DATA, damaged)
+    assert found[0].total[3] == 32 * 32
+    (problem,) = found[0].total[-1]
+    assert "0/c/1/2/3" in problem
 
 
 @pytest.mark.parametrize(("value", "fill"), [(0, 0), (255, 0), (77, 0), (np.nan, np.nan), (0.4, np.nan), (5, -1)])
