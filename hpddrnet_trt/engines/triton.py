@@ -244,7 +244,7 @@ class TritonEngine(EngineBase):
                     yield waiting[0][0].result()
                     waiting.popleft()
                 call = Call()
-                waiting.append((pool.submit(self._infer, images, call), call))
+                waiting.append((pool.submit(self._infer, images, call, many=True), call))
             while waiting:
                 yield waiting[0][0].result()
                 waiting.popleft()
@@ -303,19 +303,19 @@ class TritonEngine(EngineBase):
                 self._running.discard(call)
                 self._changed.notify_all()
 
-    def _infer(self, images: npt.NDArray[Any], call: Call) -> Prediction:
+    def _infer(self, images: npt.NDArray[Any], call: Call, *, many: bool = False) -> Prediction:
         with self._entered(call):
             check_input(images, input_contract(self.manifest))
-            outputs = self._patiently(lambda: self._ask(images, call), call)
+            outputs = self._patiently(lambda: self._ask(images, call, many), call)
         try:
             return checked_prediction(outputs, self.manifest, images.shape)
         except BadInputFile as exc:
             raise UserError(f"{self.address}: {exc}") from exc
 
-    def _ask(self, images: npt.NDArray[Any], call: Call) -> dict[str, npt.NDArray[Any]]:
+    def _ask(self, images: npt.NDArray[Any], call: Call, many: bool) -> dict[str, npt.NDArray[Any]]:
         """One try, through shared memory where the server takes it."""
         places = _known_outputs(self._names, self.manifest, images.shape)
-        request = Request(self.address.model, self.version, self._input, images, self._names)
+        request = Request(self.address.model, self.version, self._input, images, self._names, many=many)
         if (region := self._region(images, places)) is not None:
             try:
                 region.put(images, places)

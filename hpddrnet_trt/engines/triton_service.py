@@ -40,6 +40,7 @@ Places = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and type o
 TOKEN = "HPDDRNET_TRITON_TOKEN"  # environment variable; what it holds is never in an address, a log or an error
 _ADDRESS = re.compile(r"(triton(?:s|\+https?)?):/{1,2}([^/?#\s]+)/([^/?#\s]+)(?:/(\d{1,18}))?/?(?:\?([^#\s]*))?")
 WANTS_TOKEN = f"it wants a token, or another one, in {TOKEN}"
+MANY = "many"  # parameter of a request
 LENGTH = "Inference-Header-Content-Length"  # of the JSON in front of the tensors
 LARGEST_MESSAGE = 2**31 - 1  # bytes that gRPC can send or take at once
 SLOWEST_COPY_S = 5.0  # beyond a time-out that gRPC keeps itself
@@ -161,7 +162,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Request:
-    """One inference. ``outputs``: names; ``region``: memory that holds the input and takes some of the outputs."""
+    """One inference. ``outputs``: names; ``region``: memory that holds the input and takes some of the outputs;
+    ``many``: one of a row, which our engine on the server then runs as one of a row too."""
 
     model: str
     version: str
@@ -169,6 +171,12 @@ class Request:
     images: npt.NDArray[Any]
     outputs: Sequence[str]
     region: Region | None = None
+    many: bool = False
+
+    @property
+    def parameters(self) -> dict[str, bool]:
+        """Of the request, beside its tensors; servers leave alone what they do not know."""
+        return {MANY: True} if self.many else {}
 
     def tensors(self, client: Any) -> tuple[list[Any], list[Any]]:
         """Input and outputs in the words of ``tritonclient.grpc`` or ``.http``."""
@@ -262,7 +270,7 @@ class _Grpc:
             under_way = self._server.async_infer(
                 request.model, inputs, lambda result, error: came.put((result, error)),
                 model_version=request.version, outputs=outputs, headers=self._settings["headers"],
-                client_timeout=timeout, timeout=int(timeout * 1e6),
+                client_timeout=timeout, timeout=int(timeout * 1e6), parameters=request.parameters,
             )  # fmt: skip
         except ValueError as exc:  # the channel was closed
             raise Cancelled(one_line(exc)) from exc
@@ -330,7 +338,9 @@ class _Http:
     def infer(self, request: Request, timeout: float, call: Call) -> dict[str, npt.NDArray[Any]]:
         inputs, outputs = request.tensors(self._client)
         client = self._client.InferenceServerClient
-        body, length = client.generate_request_body(inputs, outputs=outputs, timeout=int(timeout * 1e6))
+        body, length = client.generate_request_body(
+            inputs, outputs=outputs, timeout=int(timeout * 1e6), parameters=request.parameters
+        )
         headers = {} if length is None else {LENGTH: str(length)}
         path = self._path(request.model, request.version, "infer")
         content, length = self._ask("POST", path, body, headers, timeout, call)

@@ -28,6 +28,7 @@ from hpddrnet_trt.engines import Arithmetic, Opening, opening_of
 from hpddrnet_trt.engines.base import input_contract
 from hpddrnet_trt.engines.engine_file import engine_record, verified_content
 from hpddrnet_trt.engines.tensorrt_library import INPUT
+from hpddrnet_trt.engines.triton import SCORES
 from hpddrnet_trt.graph.check import check_onnx, load_checked
 from hpddrnet_trt.graph.scores import with_scores
 from hpddrnet_trt.inference.runner import WHOLE_PIXELS, tile_size
@@ -35,7 +36,6 @@ from hpddrnet_trt.packages.contents import read_packed
 from hpddrnet_trt.packages.triton_model import LARGEST, OPENED
 
 Backend = Literal["auto", "tensorrt_plan", "onnxruntime", "python"]
-SCORES = "-scores"  # ending of the name of the model with class scores
 CONFIG = "config.pbtxt"
 _MODEL_PY = b"from hpddrnet_trt.packages.triton_model import TritonPythonModel  # noqa: F401\n"
 # In place of the folder that Python would make: a server that polls takes that for a change, and loads again.

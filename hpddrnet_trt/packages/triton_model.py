@@ -1,8 +1,9 @@
 """What the Python backend of NVIDIA Triton runs: an engine of ours (:mod:`hpddrnet_trt.packages.triton` writes it).
 
 Each request is an inference of its own, whatever else comes at the same time: what others send never changes
-anybody's labels, which are those of the engine on the spot, bit for bit. Requests that Triton hands over together go
-through :meth:`~hpddrnet_trt.engines.Engine.infer_many`, as many in flight as suits the engine.
+anybody's labels, which are those of the engine on the spot, bit for bit. Where that is asked for one batch it is
+:meth:`~hpddrnet_trt.engines.Engine.infer` here too, and :meth:`~hpddrnet_trt.engines.Engine.infer_many` where it is
+asked for a row of them, which may round otherwise: OpenVINO then gives an inference fewer threads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +27,7 @@ from hpddrnet_trt.core.manifest import Manifest
 from hpddrnet_trt.engines import ENGINES, Opening, Prediction
 from hpddrnet_trt.engines.base import check_input, input_contract
 from hpddrnet_trt.engines.tensorrt_library import INPUT
+from hpddrnet_trt.engines.triton_service import MANY
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,9 @@ class TritonPythonModel:
                 batches[index] = self._batch(request)
             except UserError as exc:
                 results[index] = exc
-        results |= zip(batches, self._predictions(list(batches.values())), strict=True)
+        for of_row in (False, True):
+            chosen = [index for index in batches if _is_of_row(requests[index]) == of_row]
+            results |= zip(chosen, self._results([batches[index] for index in chosen], of_row), strict=True)
         return [self._response(request, results[index]) for index, request in enumerate(requests)]
 
     def finalize(self) -> None:
@@ -112,16 +117,16 @@ class TritonPythonModel:
             raise ContractError("the picture has values that are not numbers (NaN or infinite); correct them first")
         return batch
 
-    def _predictions(self, batches: list[npt.NDArray[Any]]) -> list[Prediction | Exception]:
-        """One a batch; where one fails, each is run alone."""
-        try:
-            return list(self._engine.infer_many(batches))
-        except Exception:
-            return [self._alone(batch) for batch in batches]
+    def _results(self, batches: list[npt.NDArray[Any]], of_row: bool) -> list[Prediction | Exception]:
+        """One a batch; where one of a row fails, each is a row of its own."""
+        with suppress(Exception):
+            if of_row:
+                return list(self._engine.infer_many(batches))
+        return [self._result(batch, of_row) for batch in batches]
 
-    def _alone(self, batch: npt.NDArray[Any]) -> Prediction | Exception:
+    def _result(self, batch: npt.NDArray[Any], of_row: bool) -> Prediction | Exception:
         try:
-            return self._engine.infer(batch)
+            return next(iter(self._engine.infer_many([batch]))) if of_row else self._engine.infer(batch)
         except Exception as exc:
             if not isinstance(exc, UserError):
                 logger.exception("an inference of shape %s failed", batch.shape)
@@ -163,3 +168,8 @@ class TritonPythonModel:
         # The server takes it and writes another name on it than the standard says, of which numpy would complain.
         ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), _TAKEN)
         return tensor
+
+
+def _is_of_row(request: Any) -> bool:
+    """Whether the sender's engine was asked for a row of batches."""
+    return bool(json.loads(request.parameters() or "{}").get(MANY))

@@ -345,10 +345,11 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module
 
 
-def request(image: Any, *outputs: str, cancelled: bool = False) -> Any:
+def request(image: Any, *outputs: str, cancelled: bool = False, parameters: str = "") -> Any:
     return types.SimpleNamespace(
-        image=Tensor(image), requested_output_names=lambda: list(outputs), is_cancelled=lambda: cancelled
-    )
+        image=Tensor(image), requested_output_names=lambda: list(outputs), is_cancelled=lambda: cancelled,
+        parameters=lambda: parameters,
+    )  # fmt: skip
 
 
 def started(folder: Path, version: int = 1) -> TritonPythonModel:
@@ -419,6 +420,31 @@ def test_the_backend_refuses_one_and_answers_the_others(
         assert answer.args[1] == kind
         assert says in answer.args[0]
     assert "labels" in model.execute([good])[0]
+
+
+def test_a_row_of_batches_is_one_for_the_engine_too(
+    toy: Path, tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO's rows round otherwise than its single inferences."""
+    model = started(export_triton(toy, tmp_path / "models", PYTHON).models["toy"])
+    rows: list[list[int]] = []
+    usual = model._engine.infer_many
+
+    def infer_many(batches: Any) -> Any:
+        rows.append([len(each) for each in batches])
+        if rows[-1][0] == 4:
+            raise UserError("too many")
+        return usual(batches)
+
+    monkeypatch.setattr(model._engine, "infer_many", infer_many)
+    parts = [(1, ""), (2, '{"many": true}'), (3, '{"many": true, "other": 1}'), (1, '{"many": false}')]
+    answers = model.execute([request(batch(8, 8, count), "labels", parameters=told) for count, told in parts])
+    assert [len(answer["labels"]) for answer in answers] == [1, 2, 3, 1]
+    assert rows == [[2, 3]]
+    answers = model.execute([request(batch(8, 8, count), "labels", parameters=parts[1][1]) for count in (4, 2)])
+    assert rows[1:] == [[4, 2], [4], [2]]
+    assert answers[0].args == ("too many", "internal")
+    assert len(answers[1]["labels"]) == 2
 
 
 def test_float_input_must_be_numbers(tmp_path: Path, backend: Any) -> None:
