@@ -132,10 +132,10 @@ def export_triton(model: str | Path, repository: str | Path, settings: TritonSet
     backend = _backend(path, settings)
     models, remarks = _models(path, backend, settings)
     known = {one.name: _versions(repository / one.name, one) for one in models}
-    version = max((number for versions in known.values() for number in versions), default=0) + 1
+    version = max(highest for _, highest in known.values()) + 1
     checksum = sha256_of(path)
     for one in reversed(models):  # who finds the model finds its scores
-        described = {**known[one.name], version: one.told(checksum)}
+        described = {**known[one.name][0], version: one.told(checksum)}
         _write(repository / one.name, version, one, _config(one, backend, settings, described))
     return Exported({one.name: repository / one.name for one in models}, version, remarks)
 
@@ -208,10 +208,11 @@ def _engine_remarks(path: Path, manifest: Manifest, backend: str) -> tuple[str, 
 # -- what is there already ---------------------------------------------------------------------------
 
 
-def _versions(folder: Path, new: _Model) -> dict[int, dict[str, str]]:
-    """Description and checksum of the versions in a model's folder, which the new one must be like."""
+def _versions(folder: Path, new: _Model) -> tuple[dict[int, dict[str, str]], int]:
+    """Parameters of the versions in a model's folder, which the new one must be like; the highest number given yet,
+    also to one that was taken away: clients may remember it."""
     if not folder.exists():
-        return {}
+        return {}, 0
     text = read_file(folder / CONFIG, "configuration").decode("utf-8", "replace")
     parameters: dict[int, dict[str, str]] = {}
     for what, version, value in _PARAMETER.findall(text):
@@ -229,7 +230,7 @@ def _versions(folder: Path, new: _Model) -> dict[int, dict[str, str]]:
                 f"the new version of {new.name} has other {differing} than version {version} in {folder}, and clients "
                 "take one for the other; choose another --name"
             )
-    return {version: parameters[version] for version in sorted(present)}
+    return {version: parameters[version] for version in sorted(present)}, max([*parameters, *present], default=0)
 
 
 def _difference(old: Manifest, new: Manifest) -> str | None:
