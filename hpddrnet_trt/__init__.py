@@ -11,14 +11,22 @@ if TYPE_CHECKING:
     from hpddrnet_trt.export.rebuild import rebuild_engine
     from hpddrnet_trt.inference import Segmenter, load_segmenter
     from hpddrnet_trt.inference.result import Provenance, Segmentation
+    from hpddrnet_trt.mosaic.cluster import ClusterSettings
+    from hpddrnet_trt.mosaic.plan import MosaicPlan, plan_mosaic
+    from hpddrnet_trt.mosaic.prepare import MosaicOptions
+    from hpddrnet_trt.mosaic.run import MosaicRun, segment_mosaic
     from hpddrnet_trt.packages import PackageSettings, package_model
     from hpddrnet_trt.packages.triton import TritonSettings, export_triton
     from hpddrnet_trt.stream import State, Stream, StreamResult, StreamStatistics
 
 __version__ = "0.1.0"
 __all__ = [
+    "ClusterSettings",
     "Domain",
     "Micrograph",
+    "MosaicOptions",
+    "MosaicPlan",
+    "MosaicRun",
     "PackageSettings",
     "Provenance",
     "Segmentation",
@@ -32,8 +40,10 @@ __all__ = [
     "export_triton",
     "load_segmenter",
     "package_model",
+    "plan_mosaic",
     "read_micrograph",
     "rebuild_engine",
+    "segment_mosaic",
 ]
 
 _HOMES = {
@@ -41,6 +51,12 @@ _HOMES = {
     "Micrograph": "data.micrograph",
     "read_micrograph": "data.micrograph",
     "rebuild_engine": "export.rebuild",
+    "ClusterSettings": "mosaic.cluster",
+    "MosaicOptions": "mosaic.prepare",
+    "MosaicPlan": "mosaic.plan",
+    "plan_mosaic": "mosaic.plan",
+    "MosaicRun": "mosaic.run",
+    "segment_mosaic": "mosaic.run",
     "PackageSettings": "packages",
     "package_model": "packages",
     "TritonSettings": "packages.triton",

@@ -80,7 +80,7 @@ def write_json(target: Path | None, record: dict[str, Any]) -> None:
         typer.echo(f"written: {target}")
 
 
-def _word_or_number(option: str, words: tuple[str, ...], number: str) -> Any:
+def word_or_number(option: str, words: tuple[str, ...], number: str) -> Any:
     """Typer's parser of an option that takes one of ``words`` or a number."""
 
     def parse(text: str) -> str | int:
@@ -117,7 +117,44 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class SegmentOptions:
+class GreyOptions:
+    """How the grey values and the pixel size of micrographs are read."""
+
+    intensity_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="BLACK WHITE", help="Grey values of black and white; default: as the model was trained."),
+    ] = None
+    percentiles: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH", help="Percent of each image's pixels that become black and stay below white."
+        ),
+    ] = None
+    pixel_size: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LENGTH", parser=parse_length, help="Size of a pixel with its unit (5nm), instead of the files'."
+        ),
+    ] = None
+    rescale: Annotated[
+        bool,
+        typer.Option(help="Read images at the pixel size that the model was trained at, where both are known."),
+    ] = True
+
+    def window(self) -> Any:
+        """The segmenter's ``window``, of which at most one way is given."""
+        from hpddrnet_trt.data.intensity import Percentiles
+
+        if self.intensity_range is not None and self.percentiles is not None:
+            raise UsageError("give either --intensity-range or --percentiles, not both")
+        if self.intensity_range is not None and not self.intensity_range[0] < self.intensity_range[1]:
+            black, white = self.intensity_range
+            raise UsageError(f"--intensity-range takes black < white, not {black:g} {white:g}")
+        return self.intensity_range if self.percentiles is None else Percentiles(*self.percentiles)
+
+
+@dataclass(frozen=True)
+class SegmentOptions(GreyOptions):
     """What every command has that segments micrographs into a folder: which model runs, and what is written."""
 
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("labels")
@@ -149,35 +186,15 @@ class SegmentOptions:
     tile: Annotated[
         Any,
         typer.Option(
-            metavar="auto|whole|PIXELS", parser=_word_or_number("--tile", ("auto", "whole"), "a number of pixels"),
+            metavar="auto|whole|PIXELS", parser=word_or_number("--tile", ("auto", "whole"), "a number of pixels"),
             help="Large images in tiles: when needed, never, of this size.",
         ),
     ] = "auto"
-    intensity_range: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="BLACK WHITE", help="Grey values of black and white; default: as the model was trained."),
-    ] = None
-    percentiles: Annotated[
-        tuple[float, float] | None,
-        typer.Option(
-            metavar="LOW HIGH", help="Percent of each image's pixels that become black and stay below white."
-        ),
-    ] = None
-    pixel_size: Annotated[
-        float | None,
-        typer.Option(
-            metavar="LENGTH", parser=parse_length, help="Size of a pixel with its unit (5nm), instead of the files'."
-        ),
-    ] = None
-    rescale: Annotated[
-        bool,
-        typer.Option(help="Read images at the pixel size that the model was trained at, where both are known."),
-    ] = True
     info_bar: Annotated[
         Any,
         typer.Option(
             metavar="auto|metadata|none|ROWS",
-            parser=_word_or_number("--info-bar", ("auto", "metadata", "none"), "rows to keep"),
+            parser=word_or_number("--info-bar", ("auto", "metadata", "none"), "rows to keep"),
             help="Cut off the bar below a picture as found, as its metadata say, not at all, or after so many rows.",
         ),
     ] = "auto"
@@ -219,18 +236,7 @@ class SegmentOptions:
             logging.getLogger("hpddrnet_trt.engines").setLevel(logging.INFO)
         return load_segmenter(
             self.model, **engine.arguments(), mode=self.mode,
-            confidence=self.confidence or "confidence" in self.write, window=self._window(), tile=self.tile,
+            confidence=self.confidence or "confidence" in self.write, window=self.window(), tile=self.tile,
             rebuild=self.rebuild, rescale=self.rescale,
             intervals=self.intervals,
         )  # fmt: skip
-
-    def _window(self) -> Any:
-        """The segmenter's ``window``, of which at most one way is given."""
-        from hpddrnet_trt.data.intensity import Percentiles
-
-        if self.intensity_range is not None and self.percentiles is not None:
-            raise UsageError("give either --intensity-range or --percentiles, not both")
-        if self.intensity_range is not None and not self.intensity_range[0] < self.intensity_range[1]:
-            black, white = self.intensity_range
-            raise UsageError(f"--intensity-range takes black < white, not {black:g} {white:g}")
-        return self.intensity_range if self.percentiles is None else Percentiles(*self.percentiles)

@@ -82,6 +82,12 @@ class Gpu:
     compute_capability: str
 
 
+def gpu_count() -> int:
+    """How many NVIDIA GPUs CUDA shows; none is no error."""
+    status, count = cudart().cudaGetDeviceCount()
+    return int(count) if status == cudart().cudaError_t.cudaSuccess else 0
+
+
 def find_gpu(index: int = 0) -> Gpu:
     """The GPU with this CUDA index; raises :class:`NoGpu` when the driver shows none.
 

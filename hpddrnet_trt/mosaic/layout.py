@@ -115,7 +115,8 @@ class MosaicSettings:
     ``model``: the file as people give it; ``model_sha256`` of it. ``engine``, ``precision``, ``threads``, ``device``:
     as :func:`~hpddrnet_trt.inference.segmenter.load_segmenter` takes them; ``threads`` of each worker, since another
     number may round differently. ``window``: grey values that become black and white. ``factor``: the network sees so
-    many pixels for one of the mosaic, along each side.
+    many pixels for one of the mosaic, along each side. ``runtime``: what the engine says of itself, with version,
+    processor and arithmetic; that of every worker says the same.
     """
 
     model: str
@@ -128,6 +129,7 @@ class MosaicSettings:
     factor: float
     tile: Tile
     block: int = BLOCK
+    runtime: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

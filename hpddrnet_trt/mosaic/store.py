@@ -134,7 +134,7 @@ class MosaicStore:
         if not (self.folder / first).is_dir():
             raise UserError(
                 f"the slices in {self.folder} are smoothed, and the labels from before are gone, so no block can be "
-                "done again; do all with --overwrite"
+                "done again; do all with --restart"
             )
         cells = _cells(box)
         with self._writing():
@@ -337,7 +337,7 @@ def create_store(
         if differences:
             raise UsageError(
                 f"the labels in {folder} were made with other settings ({'; '.join(differences)}); take the same, "
-                "write elsewhere with --to or --name, or begin anew with --overwrite"
+                "write elsewhere with --to or --name, or begin anew with --restart"
             )
         for torn in folder.rglob("*.partial"):  # of writers that were killed
             torn.unlink(missing_ok=True)

@@ -349,7 +349,7 @@ def test_slices_vote(tmp_path: Path) -> None:
     assert _scale(root)[0]["scale"] == [0.01, 0.05, 0.05]
     assert not (tmp_path / "a/0/run/raw").exists()
     _valid(tmp_path / "a", "", "distance")
-    with pytest.raises(UserError, match="do all with --overwrite"):
+    with pytest.raises(UserError, match="do all with --restart"):
         store.write(block(changed, noisy))
 
 
