@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hpddrnet_trt.cli.options import EngineOptions, SegmentOptions, Split, parse_length
+from hpddrnet_trt.cli.options import RUNNABLE, EngineOptions, SegmentOptions, Split, parse_length
 from hpddrnet_trt.cli.program import INTERRUPTED, command
 from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.weights import DEFAULT
@@ -117,7 +117,7 @@ def watch(
 def rank(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Micrographs without labels, folders, globs.")],
     engine: EngineOptions,
-    model: Annotated[Path, typer.Option(help="Model file, or the name of a shipped model.")] = Path(DEFAULT),
+    model: Annotated[Path, typer.Option(help=RUNNABLE)] = Path(DEFAULT),
     labeled: Annotated[
         Path | None, typer.Option(metavar="DATASET", help="Pictures that have labels: others like these come late.")
     ] = None,

@@ -29,6 +29,7 @@ else:
 ModelFile = Annotated[
     Path, typer.Argument(help="Model file (.safetensors, .onnx, .engine), or a shipped model's name.")
 ]
+RUNNABLE = "Model file, a shipped model's name, or triton://host:8001/model."
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint (.safetensors), or a shipped model's name.")]
 OnnxFile = Annotated[Path, typer.Argument(help="ONNX file written by export, or a shipped model's name.")]
 Mode = Annotated[
@@ -158,7 +159,7 @@ class SegmentOptions(GreyOptions):
     """What every command has that segments micrographs into a folder: which model runs, and what is written."""
 
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("labels")
-    model: Annotated[Path, typer.Option(help="Model file, or the name of a shipped model.")] = Path(DEFAULT)
+    model: Annotated[Path, typer.Option(help=RUNNABLE)] = Path(DEFAULT)
     mode: Mode = "single"
     write: Annotated[
         Any,
