@@ -27,7 +27,7 @@ from hpddrnet_trt.core.text import plain
 from hpddrnet_trt.core.uncertainty import Reliability
 from hpddrnet_trt.data.datasets import FolderDataset, Sample
 from hpddrnet_trt.data.micrograph import Micrograph
-from hpddrnet_trt.engines import library_versions
+from hpddrnet_trt.engines import is_address, library_versions
 from hpddrnet_trt.inference import Segmenter
 from hpddrnet_trt.inference.matched import matched
 from hpddrnet_trt.inference.uncertainty import scored_picture
@@ -63,12 +63,15 @@ def origin_of(segmenter: Segmenter, dataset: FolderDataset, split: str, model_fi
     """Look at what is about to be measured; reads all files of the dataset for its checksum."""
     manifest = segmenter.manifest
     step = manifest.metrics.get("step")
+    checksum = None
+    if model_file is not None:
+        checksum = segmenter.model_sha256 if is_address(model_file) else sha256_of(model_file)
     return Origin(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command_line(),
         model=manifest.name,
         file=None if model_file is None else str(model_file),
-        sha256=None if model_file is None else sha256_of(model_file),
+        sha256=checksum,
         network=manifest.network.name,
         precision=segmenter.engine.arithmetic,
         trained_on=None if manifest.data is None else manifest.data.name,

@@ -103,7 +103,7 @@ class TritonEngine(EngineBase):
         self._closed, self._changed = False, threading.Condition()
         self._looked, self._looking, self._problem = time.monotonic(), threading.Lock(), ""
         self._next: TritonEngine | None = None  # of a newer version
-        self._opened: list[TritonEngine] = []  # by this one, closed with it
+        self._others: list[TritonEngine] = []  # that are closed with this one
         self._connection = open_connection(self.address, MOST_SETTINGS, min(self._timeout, OPENING_S))
         try:
             self._describe()
@@ -201,19 +201,20 @@ class TritonEngine(EngineBase):
             raise UserError(self._problem)
         logger.warning("%s: version %s of the model from now on", self.address, version)
         self._next = other
+        self._regions.close()  # those that are idle
         return True
 
     def _open(self, model: str, version: str) -> TritonEngine:
         other = TritonEngine(self.address.of(model, version), **self._options)  # type: ignore[arg-type]
         with self._changed:
             closed = self._closed
-            self._opened.append(other)
+            self._others.append(other)
         if closed:
             other.close()
         return other
 
     def scores(self) -> TritonEngine | None:
-        """The same version with class scores as output, closed with this one; None where the server has none."""
+        """The same version with class scores as output, None where the server has none; both are closed together."""
         model = self.address.model + SCORES
         try:
             self._connection.about(model)
@@ -222,6 +223,7 @@ class TritonEngine(EngineBase):
         except (Unavailable, Refused, Cancelled) as exc:
             logger.info("%s: %s", self.address, one_line(exc))  # and what follows finds out
         other = self._open(model, self.version)
+        other._others.append(self)
         mine, its = self.manifest, other.manifest
         same = (mine.checkpoint_sha256, mine.classes, mine.input) == (its.checkpoint_sha256, its.classes, its.input)
         if not same or its.output is None or its.output.kind != "logits":
@@ -275,7 +277,7 @@ class TritonEngine(EngineBase):
             if self._closed:
                 return
             self._closed = True
-            running, opened = list(self._running), list(self._opened)
+            running, opened = list(self._running), list(self._others)
         for call in running:
             call.cancel()
         for other in opened:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -537,7 +537,7 @@ def load_segmenter(
             assert output is not None  # that of labels
             needed = mode != "single" or wanted or (confidence and not output.confidence)
             if needed and (with_scores := scores.engine()) is not None:
-                if not is_address(opening.path):
+                if not is_address(opening.path):  # there both are closed together
                     loaded.close()
                 loaded = with_scores
         output = loaded.manifest.output
@@ -557,13 +557,8 @@ def _scores_of(engine: Engine, open_engine: Callable[[Path], Engine] | None = No
     output = engine.manifest.output
     if output is None or output.kind != "labels":
         return None
-    if hasattr(engine, "scores"):  # on its server
-
-        def find(held: ExitStack) -> Engine | None:
-            held.callback(engine.close)  # which owns them
-            return engine.scores()
-
-        return ScoresModel(find)
+    if (find := getattr(engine, "scores", None)) is not None:  # on its server
+        return ScoresModel(lambda _: find())
     path = getattr(engine, "path", None)  # of the engines that run ONNX files
     return None if path is None or open_engine is None else scores_of_file(path, engine.manifest, open_engine)
 

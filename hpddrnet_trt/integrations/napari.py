@@ -19,7 +19,7 @@ from hpddrnet_trt.core.domain import Domain
 from hpddrnet_trt.core.errors import UserError, one_line, require
 from hpddrnet_trt.core.text import length as length_text
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.engines import ENGINES, engine_status
+from hpddrnet_trt.engines import ENGINES, engine_status, is_address
 from hpddrnet_trt.inference import Segmenter, load_segmenter
 from hpddrnet_trt.inference.result import Segmentation
 from hpddrnet_trt.integrations.napari_layers import (
@@ -130,7 +130,7 @@ class SegmentPanel:
         self.model = widgets.ComboBox(label="model", choices=list(shipped_models()), value=DEFAULT)
         self.model_file = widgets.FileEdit(
             label="or a file", filter="*.onnx *.engine *.safetensors *.pth", nullable=True,
-            tooltip="a model file; empty: the model above",
+            tooltip="a model file, or one on a server, triton://host:8001/model; empty: the model above",
         )  # fmt: skip
         self.engine = widgets.ComboBox(label="engine", choices=engines, tooltip="the library that runs the model")
         self.mode = widgets.ComboBox(
@@ -215,9 +215,11 @@ class SegmentPanel:
         }  # fmt: skip
 
     def choose_model(self, model: str) -> None:
-        """Choose a model: a file, or the name of one that comes with the package."""
+        """Choose a model: a file, the name of one that comes with the package, or the address of one on a server."""
         if model in self.model.choices:
             self.model.value, self.model_file.value = model, None
+        elif is_address(model):
+            self.model_file.line_edit.value = model  # no path to be made whole
         else:
             self.model_file.value = Path(model)
 
@@ -438,7 +440,7 @@ class SegmentPanel:
 def _command(dataset: str, model: str) -> str:
     """What trains on a dataset and goes on from a model: from its checkpoint, where the file itself only runs."""
     checkpoint, remark = model, ""
-    if Path(model).suffix.lower() in (".onnx", ".engine"):
+    if is_address(model) or Path(model).suffix.lower() in (".onnx", ".engine"):
         beside = Path(model).with_suffix(".safetensors")  # where training leaves it
         if beside.is_file():
             checkpoint = str(beside)

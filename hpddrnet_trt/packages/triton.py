@@ -322,8 +322,6 @@ def _write(folder: Path, version: int, model: _Model, config: str) -> None:
     """A new model's folder at once; in an existing one the configuration first, then the version's folder."""
     new = not folder.exists()
     target = folder if new else folder / str(version)
-    if not new:
-        write_text(folder / CONFIG, config)  # until the folder is there, it says more than is served: nobody minds
     with atomic_folder(target) as fresh:
         place = fresh / str(version) if new else fresh
         place.mkdir(exist_ok=True)
@@ -336,3 +334,5 @@ def _write(folder: Path, version: int, model: _Model, config: str) -> None:
                 copyfile(content, place / name)
         if target.exists():
             raise UsageError(f"somebody else has just written {target}; run this again, for the version after it")
+        if not new:
+            write_text(folder / CONFIG, config)  # until the folder is there, it says more than is served: nobody minds

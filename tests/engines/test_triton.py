@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -426,6 +427,29 @@ def test_a_version_of_another_contract_is_not_taken(server: Server, tmp_path: Pa
         assert [type(one) for one in errors] == [UserError] * 3
     with load_segmenter(server.address()) as segmenter:
         assert segmenter.segment(IMAGE[0, 0]).classes[2].name == "mica"
+
+
+def test_back_and_forth(server: Server, tmp_path: Path) -> None:
+    """What follows a version is not closed with what nobody needs of it any more; in the end everything is."""
+    first = server.models["toy"].pop("1")
+    picture = grey_image(100, 100, 1)
+    for number in "123":
+        server.models["toy"][number] = first
+        server.add(write_toy_onnx(tmp_path / f"s{number}.onnx", manifest("logits", checkpoint_sha256="c")),
+                   "toy-scores", int(number))  # fmt: skip
+    with load_segmenter(server.address(), tile=64) as segmenter, load_segmenter(server.address(), mode="flip") as other:
+        for gone in ("3", "2"):
+            for one in (segmenter, segmenter.with_mode("single"), other):
+                assert one.segment(picture).provenance is not None
+            gc.collect()
+            del server.models["toy"][gone], server.models["toy-scores"][gone]
+        for one in (segmenter, segmenter.with_mode("single"), other):
+            assert "version 1)" in one.segment(picture).provenance.engine  # type: ignore[union-attr]
+        engines = [one.engine for one in (segmenter, other)]
+    for engine in engines:
+        with pytest.raises(UsageError, match="closed"):
+            engine.infer(IMAGE)
+    assert server.regions == {}
 
 
 def test_tiles_of_one_picture_are_of_one_version(

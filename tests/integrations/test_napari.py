@@ -23,6 +23,7 @@ from hpddrnet_trt.core.errors import BadInputFile, UserError
 from hpddrnet_trt.integrations.napari import (
     WARNING_STYLE,
     SegmentPanel,
+    _command,
     napari_get_reader,
     read_layer,
     segment_widget,
@@ -334,6 +335,28 @@ def test_a_missing_model_and_the_next_run(
     assert panel._open(panel.options()) is first  # open from run to run, until something changes
     os.utime(file, ns=(1, 1))
     assert panel._open(panel.options()) is not first
+
+
+def test_a_model_on_a_server(
+    viewer: Any, panel: SegmentPanel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tritonclient.grpc")
+    from tests.triton_server import Server
+
+    monkeypatch.undo()  # the real load_segmenter
+    server = Server()
+    server.add(write_toy_onnx(tmp_path / "toy.onnx", manifest()))
+    server.start()
+    viewer.add_image(grey_image(40, 50))
+    panel.choose_model(server.address())
+    panel.run()
+    finish(panel)
+    assert panel.message.value.endswith(f"with Triton 2.51.0 at 127.0.0.1:{server.port} (model toy, version 1)")
+    assert len(viewer.layers) == 2
+    assert _command("mine", panel.options()["model_path"]).startswith("hpddrnet-trt train mine --from CHECKPOINT")
+    panel.close()
+    assert server.regions == {}
+    server.stop()
 
 
 def test_cancel_stops_and_keeps_what_is_done(viewer: Any, panel: SegmentPanel, toy: ToyModel) -> None:
