@@ -2,8 +2,10 @@
 
 A block is made of every tile of the mosaic's grid that has a say in it, with the weights that the tiles have in the
 mosaic, added in the grid's order. So its labels, its maps and its share of each figure are the same however the
-mosaic is cut into blocks, and whoever computes them: at factor 1, where nothing is empty, the labels are those of
-:meth:`~hpddrnet_trt.inference.segmenter.Segmenter.segment` of the whole mosaic with this tile.
+mosaic is cut into blocks, and whoever computes them. At factor 1, where nothing is empty, they are those of
+:meth:`~hpddrnet_trt.inference.segmenter.Segmenter.segment` of the whole mosaic with this tile, if it is of several. (A
+single tile it runs by :meth:`~hpddrnet_trt.engines.base.Engine.infer`, and this module every one by ``infer_many``, for
+which OpenVINO rounds otherwise.)
 
 A tile is left out if all that it sees lies in empty cells. Its say reaches no further, and empty cells get no label
 whatever is said of them, so nothing depends on it.
