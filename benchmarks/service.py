@@ -266,6 +266,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         with load_segmenter(model, precision=args.precision, tile=args.size) as local:
             labels = [local.segment(picture).labels for picture in pictures(args.size)]
             expected[str(local.model_sha256)] = [checksum(each) for each in labels]
+    if any(ones == others for ones, others in zip(*expected.values(), strict=True)):
+        raise RuntimeError("both versions give the same labels: nobody could tell which one answered")
     numbers = {sha: str(index) for index, sha in enumerate(expected, 1)}
     repository = folder / "repository"
     export_triton(models[0], repository, settings)
@@ -282,21 +284,22 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             answers = pool.starmap(client, work)
         update.join()
         page, said = server.page(), refusals(server)
-    return {**summary(answers, args.seconds, update_at, numbers), **batches(before, page), "refused": said}
+    return {**summary(answers, end, update_at, numbers), **batches(before, page), "refused": said}
 
 
 def summary(
-    answers: Sequence[Answers], seconds: float, update_at: float, numbers: dict[str, str]
+    answers: Sequence[Answers], end: float, update_at: float, numbers: dict[str, str]
 ) -> dict[str, Any]:
     times = np.concatenate([each.seconds for each in answers])
-    calm = times[np.concatenate([each.asked for each in answers]) < update_at]
+    asked = np.concatenate([each.asked for each in answers])
+    begin, calm = min(asked, default=end), times[asked < update_at]  # clients start for some seconds
     versions: Counter[str] = sum((each.versions for each in answers), Counter())
     return {
         "clients": len(answers),
-        "seconds": seconds,
+        "seconds": round(end - begin, 1),
         "answered": len(times),
-        "per_second": round(len(times) / seconds, 2),
-        "per_second_before_update": round(len(calm) / (seconds / 2), 2),
+        "per_second": round(len(times) / (end - begin), 2),
+        "per_second_before_update": round(len(calm) / (update_at - begin), 2),
         "ms_before_update": milliseconds(calm),
         "ms": milliseconds(times),
         "compared": sum(versions.values()),
@@ -308,7 +311,7 @@ def summary(
 
 def milliseconds(times: npt.NDArray[np.float64]) -> dict[str, int]:
     ranks = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {name: round(float(np.quantile(times, rank)) * 1000) for name, rank in ranks.items()}
+    return {name: round(float(np.quantile(times, rank)) * 1000) for name, rank in ranks.items() if len(times)}
 
 
 def batches(before: dict[str, float], page: dict[str, float]) -> dict[str, Any]:
