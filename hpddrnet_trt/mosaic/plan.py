@@ -13,10 +13,11 @@ from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.text import duration, megabytes, percent, scaled
 from hpddrnet_trt.mosaic.block import segment_block
 from hpddrnet_trt.mosaic.cluster import ClusterSettings, on_a_worker
+from hpddrnet_trt.mosaic.create import labels_folder
 from hpddrnet_trt.mosaic.layout import CELL, Box
 from hpddrnet_trt.mosaic.pixels import read_box, tiles_of
 from hpddrnet_trt.mosaic.prepare import MosaicOptions, Prepared, prepare_on
-from hpddrnet_trt.mosaic.store import labels_folder, open_store
+from hpddrnet_trt.mosaic.store import open_store
 from hpddrnet_trt.mosaic.work import open_model
 from hpddrnet_trt.weights import DEFAULT
 

@@ -29,10 +29,11 @@ from hpddrnet_trt.mosaic.cluster import (
     dashboard,
     open_client,
 )
+from hpddrnet_trt.mosaic.create import create_store, labels_folder
 from hpddrnet_trt.mosaic.layout import Box
 from hpddrnet_trt.mosaic.prepare import MosaicOptions, Prepared, prepare_on
 from hpddrnet_trt.mosaic.regions import RegionTask, write_table
-from hpddrnet_trt.mosaic.store import MosaicStore, create_store, labels_folder
+from hpddrnet_trt.mosaic.store import MosaicStore
 from hpddrnet_trt.mosaic.summary import MosaicSummary, summarize
 from hpddrnet_trt.mosaic.work import PYRAMID, REGIONS, SEGMENT, SMOOTH, MosaicWork
 from hpddrnet_trt.weights import DEFAULT

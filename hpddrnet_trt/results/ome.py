@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,13 @@ class Placement:
         scale = tuple(1.0 if size is None else micrometres(size) for size in sizes.values())
         units = {axis: "micrometer" for axis, size in sizes.items() if size is not None}
         return cls(tuple(sizes), scale, (0.0,) * len(sizes), units)
+
+    def of_cells(self, side: int) -> Placement:
+        """Of an image whose pixels each stand for a cell of ``side`` x ``side`` pixels, and lie in its middle."""
+        scale = np.array(self.scale)
+        sides = np.array([1] * (len(scale) - 2) + [side] * 2)
+        middle = np.array(self.translation) + scale * (sides - 1) / 2
+        return replace(self, scale=tuple((scale * sides).tolist()), translation=tuple(middle.tolist()))
 
 
 def describe_pyramid(group: Any, name: str, placement: Placement, factors: Sequence[int]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpddrnet_trt.mosaic.create import create_store
 from hpddrnet_trt.mosaic.layout import CELL, NO_DATA
-from hpddrnet_trt.mosaic.store import create_store
 from tests.mosaic.mosaics import SETTINGS, block, grey, labels_of, layout_of
 from tests.toy import CLASSES, ToyEngine
 

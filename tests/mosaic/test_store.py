@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from hpddrnet_trt.core.errors import UsageError, UserError
+from hpddrnet_trt.mosaic.create import create_store
 from hpddrnet_trt.mosaic.layout import CELL, NO_DATA, Box
 from hpddrnet_trt.mosaic.sources import open_source
-from hpddrnet_trt.mosaic.store import MosaicStore, create_store, majority, open_store
+from hpddrnet_trt.mosaic.store import MosaicStore, majority, open_store
 from hpddrnet_trt.mosaic.summary import summarize
 from tests.mosaic.mosaics import BLOCK, SETTINGS, SIZE, block, grey, labels_of, layout_of
 from tests.toy import CLASSES, DOMAIN, ToyEngine
@@ -106,7 +107,8 @@ def test_a_folder_of_its_own_is_the_label_image(tmp_path: Path) -> None:
     assert own["provenance"] == {**ORIGIN, "source": "memory.zarr", "finished": "now"}
     assert own["mosaic"]["complete"]
     assert own["mosaic"]["summary"]["fractions"][0]["pixels"] == np.count_nonzero(LABELS == 0)
-    assert own["mosaic"]["settings"] == json.loads(json.dumps(SETTINGS.as_dict()))
+    made_with = {**SETTINGS.as_dict(), "shape": SHAPE, "smooth_slices": 1, "pixel_size_m": SIZE, "spacing_m": None}
+    assert own["mosaic"]["settings"] == json.loads(json.dumps(made_with))
     # The middle of a map's first pixel is that of its cell.
     assert _scale(root["distance"]) == [
         {"type": "scale", "scale": pytest.approx([CELL * 0.05] * 2)},
@@ -166,8 +168,10 @@ def test_what_stands_consolidated_knows_the_labels(tmp_path: Path) -> None:
         ("old", {}, "is no OME-Zarr of version 0.5, and older ones cannot hold its labels; write elsewhere with --to"),
         ("tiff", {}, "is no OME-Zarr 0.5, so no labels can be in it; write elsewhere with --to"),
         ("full", {}, "is no OME-Zarr 0.5, so no labels can be in it; take another place for --to"),
-        ("small", {}, "has 500 x 350 pixels, and the mosaic 1000 x 700, .*; take another place for --to"),
+        ("small", {}, "has 500 x 350 pixels, and the mosaic 1000 x 700 pixels, .*; take another place for --to"),
         ("group", {}, "holds no image of OME-Zarr 0.4 or 0.5"),
+        ("senseless axes", {}, "the metadata of the OME-Zarr image .* make no sense"),
+        ("senseless steps", {}, "the metadata of the OME-Zarr image .* make no sense"),
         ("broken", {}, "is no Zarr group that can be read"),
         ("foreign", {}, "were not written by this command, and stay; take another --name"),
         ("foreign", {"overwrite": True}, "were not written by this command, and stay"),
@@ -192,6 +196,10 @@ def test_where_labels_cannot_be(tmp_path: Path, kind: str, options: dict[str, An
         (path / "zarr.json").write_text("{")
     elif kind == "small":
         _image(path, (2,))
+    elif kind == "senseless axes":
+        _image(path, axes=["x"])
+    elif kind == "senseless steps":
+        _image(path, coordinateTransformations=[{"type": "scale", "scale": [1, 2]}])
     elif kind == "foreign":
         group = zarr.open_group(str(_image(path)), mode="r+")
         group.create_group("labels/classes").attrs["mine"] = True
