@@ -55,7 +55,7 @@ class NotThere(Exception):
 
 
 class Refused(Exception):
-    """The server does not do this, and will not later. ``input``: because of what was sent."""
+    """The server does not do this, and will not later. ``of_input``: because of what was sent."""
 
     def __init__(self, text: str, *, of_input: bool = False) -> None:
         super().__init__(text)
