@@ -29,9 +29,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Calibrations of tests leave nothing in the user's cache folder."""
+    """Calibrations of tests leave nothing in the user's cache folder; traced networks are kept for one run, in a folder
+    that its processes share (:mod:`tests.traces`)."""
+    run = tmp_path_factory.getbasetemp()  # of this process
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPDDRNET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        shared = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
+        patch.setenv("HPDDRNET_TEST_TRACES", str(shared / "traces"))
         yield
 
 

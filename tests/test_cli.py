@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network = tiny_network()
+    network = tiny_network(detail=True)  # what tests/export/test_onnx.py ships, too
     return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors", network, tiny_manifest(network))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from hpddrnet_trt.core.manifest import ClassInfo, Manifest, NetworkConfig, default_palette
 from hpddrnet_trt.models.network import HPDDRNet
+from tests import traces  # noqa: F401 - from now on PyTorch traces a network once for all tests
 
 
 def tiny_network(seed: int = 0, **changes: Any) -> HPDDRNet:

@@ -287,7 +287,7 @@ def test_reference_weights(golden: Path, tmp_path: Path) -> None:
 
 
 def test_ship_writes_half_the_bytes_and_the_same_labels(tmp_path: Path) -> None:
-    network = tiny_network(channels=8, detail=True)
+    network = tiny_network(detail=True)
     source = save_checkpoint(tmp_path / "run.safetensors", network, tiny_manifest(network))
     files = ship(source, tmp_path / "out", name="small")
     assert [path.name for path in files] == ["small.safetensors", "small.onnx"]

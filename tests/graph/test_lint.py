@@ -22,7 +22,7 @@ from hpddrnet_trt.graph.precision import to_half
 from tests.graph import residual_onnx
 from tests.graph.parsed_rtx import Parsed
 from tests.graph.residual_onnx import STAGE, fusion_model
-from tests.tiny_network import tiny_manifest, tiny_network
+from tests.tiny_network import lively, tiny_manifest, tiny_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # The residual blocks of the network: two per basic stage, one per bottleneck.
@@ -89,7 +89,7 @@ def test_every_residual_stage_fuses(quantized: Any) -> None:
     "changes", [{"eca": "none", "pam": "none"}, {"eca": "spatial", "pam": "context", "num_classes": 2}], ids=str
 )
 def test_variants_of_the_network(tmp_path: Path, changes: dict[str, Any]) -> None:
-    network = tiny_network(**changes)
+    network = lively(tiny_network(**changes))
     export_network(network, tiny_manifest(network), tmp_path / "model.onnx", ExportOptions(), verify=False)
     model = onnx.load(str(tmp_path / "model.onnx"))
     name_nodes(model)
