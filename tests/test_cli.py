@@ -75,6 +75,9 @@ def prepare(folder: Path) -> None:
 
 
 BAD = [
+    (["mosaic", "none.zarr"], "none.zarr does not exist"),
+    (["mosaic", "bad.png", "--dry-run"], "bad.png"),
+    (["mosaic", "empty", "--scheduler", "tcp://a:1", "--workers", "2"], "a number or an address"),
     (["train", "--config", "none.yaml"], "none.yaml"),
     (["train", "--config", "bad.yaml"], "train FOLDER"),
     (["train", "outside", "--config", "bad.yaml"], "run.nam; did you mean run.name?"),

@@ -123,7 +123,7 @@ def open_client(settings: ClusterSettings, workers: int) -> Iterator[Client]:
         distributed.LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=settings.processes,
             host="127.0.0.1" if settings.processes else None,
-            dashboard_address="127.0.0.1:0" if _installed("bokeh") else None, silence_logs=logging.CRITICAL,
+            dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL,
             security=(encrypted and settings.processes) or None,
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
