@@ -25,7 +25,7 @@ class SourceOptions:
     ] = None
     channel: Annotated[int | None, typer.Option(min=0, help="Which channel, counted from 0.")] = None
     positions: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="Where the tiles of a folder lie (docs/mosaics.md).")
+        Path | None, typer.Option(metavar="CSV|PATTERN|slices", help="Where tiles of a folder lie (docs/mosaics.md).")
     ] = None
     z_spacing: Annotated[
         float | None,

@@ -213,12 +213,12 @@ def _places(plan: _Plan, first: Micrograph, size: float | None) -> list[tuple[in
 
 def _plan(folder: Path, positions: str | Path | None) -> _Plan | None:
     """Where tiles lie; None for slices."""
-    if positions == SLICES:
-        return None
     if positions is None and (folder / TABLE).is_file():
         positions = folder / TABLE
     text = "" if positions is None else str(positions)
-    if isinstance(positions, Path) or Path(text).suffix.lower() in (".csv", ".tsv", ".txt"):
+    if text == SLICES:
+        return None
+    if text and (Path(text).suffix.lower() in (".csv", ".tsv", ".txt") or Path(text).is_file()):
         return _from_table(Path(text))
     words = text.split()
     patterns = [word for word in words if "=" not in word]

@@ -259,8 +259,10 @@ def test_reads_at_once(every_kind: dict[str, Any]) -> None:
     ],
 )
 def test_positions_in_names(tmp_path: Path, name: str, positions: str | None) -> None:
-    source = open_source(tile_folder(tmp_path / "tiles", SLICE, name), positions=positions)
-    assert np.array_equal(whole(source), SLICE[None])
+    folder = tile_folder(tmp_path / "tiles", SLICE, name)
+    assert np.array_equal(whole(open_source(folder, positions=positions)), SLICE[None])
+    if positions is not None:  # as the command line hands it on
+        assert np.array_equal(whole(open_source(folder, positions=Path(positions))), SLICE[None])
 
 
 def test_grid_with_overlap_and_mirrored_axes(tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_grid_with_overlap_and_mirrored_axes(tmp_path: Path) -> None:
     assert np.array_equal(whole(open_source(folder)), SLICE[None, :150, :130])
     (folder / "positions.csv").rename(folder / "places.txt")
     assert np.array_equal(whole(open_source(folder, positions=folder / "places.txt")), SLICE[None, :150, :130])
-    assert open_source(folder, positions="slices").shape == (12, 60, 40)
+    assert open_source(folder, positions=Path("slices")).shape == (12, 60, 40)
 
 
 def test_stage_coordinates(tmp_path: Path) -> None:
