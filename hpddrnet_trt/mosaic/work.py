@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import Lock
+from signal import SIG_IGN, SIGINT, signal
+from threading import Lock, current_thread, main_thread
 from typing import Any, cast
 
 from hpddrnet_trt import __version__
@@ -40,12 +41,15 @@ class MosaicWork:
         self.name = f"hpddrnet-mosaic-{store.folder}"
         self._prepared, self._store, self._version = prepared, store, __version__
         self._settings = prepared.settings
+        self._own_workers = spread
         self._spread = spread and prepared.gpus > 1 and self._settings.device is None
 
     def place(self, worker: object) -> None:
         """Told once at a worker, by its name, before anything else."""
         self._worker, self._opening = worker, Lock()
         self._segmenter: Segmenter | None = None
+        if self._own_workers and current_thread() is main_thread():  # of a process of its own
+            signal(SIGINT, SIG_IGN)  # Ctrl-C reaches all processes of a terminal, and the client ends its workers
         if self._spread and isinstance(worker, int):
             self._settings = replace(self._settings, device=f"cuda:{worker % self._prepared.gpus}")
 
