@@ -32,17 +32,14 @@ from hpddrnet_trt.inference.result import Provenance, Segmentation
 from hpddrnet_trt.inference.runner import (
     Inference,
     InferenceOutput,
-    Plane,
     Progress,
     ScoresModel,
     Tile,
     check_tile,
     plan_for,
     scores_of_file,
-    scores_tiled,
-    segment_tiled,
-    tile_pictures,
 )
+from hpddrnet_trt.inference.tiled import Plane, scores_tiled, segment_tiled, tile_pictures
 from hpddrnet_trt.inference.tiling import TilingReport
 
 logger = logging.getLogger(__name__)

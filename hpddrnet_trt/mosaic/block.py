@@ -28,8 +28,8 @@ from hpddrnet_trt.core.domain import Domain, domain_of
 from hpddrnet_trt.core.memory import peak_memory_mib
 from hpddrnet_trt.core.uncertainty import STEP
 from hpddrnet_trt.data.intensity import level_counts
-from hpddrnet_trt.inference.runner import Plane, segment_tiled
 from hpddrnet_trt.inference.segmenter import Segmenter
+from hpddrnet_trt.inference.tiled import Plane, segment_tiled
 from hpddrnet_trt.inference.tiling import TilePart, TilePlan, cuts, own_parts
 from hpddrnet_trt.mosaic.layout import (
     CELL,

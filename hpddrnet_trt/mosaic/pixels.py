@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.data.intensity import in_window
-from hpddrnet_trt.inference.runner import seen_from
+from hpddrnet_trt.inference.tiled import seen_from
 from hpddrnet_trt.inference.tiling import TilePart, TilePlan
 from hpddrnet_trt.mosaic.layout import CELL, Box, Source
 
