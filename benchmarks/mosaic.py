@@ -87,6 +87,7 @@ class Bench:
     def __init__(self, folder: Path, model: str, options: MosaicOptions) -> None:
         self.folder, self.model, self.options = folder, model, options
         self.checksums: dict[str, str] = {}
+        self.bytes: dict[str, int] = {}  # that the labels take on a disk
         self.differ = False
 
     @contextmanager
@@ -118,6 +119,7 @@ class Bench:
         run = segment_mosaic(
             source, self.model, replace(self.options, output=store), ClusterSettings(workers=workers, shuffle=seed)
         )
+        self.bytes[name] = sum(-(-file.stat().st_size // 4096) * 4096 for file in store.rglob("*") if file.is_file())
         shutil.rmtree(store)
         summary = run.summary
         assert summary is not None
@@ -158,7 +160,8 @@ class Bench:
         self.differ |= bool(left)
         small = self.folder / "small"
         small.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], check=False).returncode == 0
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={self.bytes[name] // 2}", "tmpfs", str(small)]
+        mounted = subprocess.run(mount, check=False).returncode == 0
         command[command.index("--to") + 1] = str(small / "labels.zarr")
         try:
             limit = None if mounted else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
@@ -167,7 +170,8 @@ class Bench:
         finally:
             if mounted:
                 subprocess.run(["umount", small], check=True)
-        said = ended.stderr.strip().splitlines()[-1]
+        said = (ended.stderr.strip() or "nothing").splitlines()[-1]
+        self.differ |= ended.returncode != 1
         self._go_on(name, source, store, f"the disk was full (exit code {ended.returncode}: {said})")
 
     def _go_on(self, name: str, source: Path, store: Path, what: str) -> None:

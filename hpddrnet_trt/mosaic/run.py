@@ -49,8 +49,8 @@ class MosaicRun:
     ``store``: the group of the labels; ``files``: what else was written, by what it is. ``summary``: of all blocks that
     are done. ``computed``: blocks of this run; ``kept``: those that were done before. ``failed``: a sentence for each
     block without labels; ``changed``: names of blocks whose pixels were changed after they were read, which the next
-    run does again. ``workers``: at the beginning, 0 when there was nothing to do. ``seconds``: from the first block to
-    the last. ``interrupted``: Ctrl-C ended the run.
+    run does again. ``workers``: at the beginning, 0 when there was nothing to do. ``seconds``: of all tasks, with the
+    start of the workers. ``interrupted``: Ctrl-C ended the run.
     """
 
     store: Path
