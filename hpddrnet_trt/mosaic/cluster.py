@@ -117,14 +117,15 @@ def open_client(settings: ClusterSettings, workers: int) -> Iterator[Client]:
         "distributed.admin.low-level-log-length": 100,
         "logging": {"distributed": "critical"},
     }
-    encrypted = _installed("cryptography")  # then nobody else on this machine can hand our workers anything
+    if settings.processes:
+        require("cryptography", "mosaic", PURPOSE)  # so that nobody else on this machine can hand our workers anything
     with (
         dask.config.set(own),
         distributed.LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=settings.processes,
             host="127.0.0.1" if settings.processes else None,
             dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL,
-            security=(encrypted and settings.processes) or None,
+            security=settings.processes or None,
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):  # fmt: skip
