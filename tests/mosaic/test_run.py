@@ -294,7 +294,8 @@ def scheduler() -> Iterator[Any]:
     import dask
     from distributed import LocalCluster
 
-    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), LocalCluster(
+    calm = {"distributed.comm.timeouts.connect": "1s", "distributed.worker.memory.pause": False}
+    with dask.config.set(calm), LocalCluster(
         n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
     ) as running:  # fmt: skip
         yield running
@@ -315,6 +316,28 @@ def test_a_scheduler_by_address_and_one_that_goes(
     rest = segment_mosaic(source, model, options(), HERE, progress=False)
     assert whole(rest) == checksum
     assert rest.kept >= 1
+
+
+def test_paused_workers_are_waited_for_and_then_told(
+    source: Path, model: Path, checksum: str, scheduler: Any, at_each_write: Writes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = pytest.importorskip("distributed").Status
+    monkeypatch.setattr(cluster, "LOOK_AGAIN", 0.1)
+    (worker,) = scheduler.workers.values()
+
+    def pause(number: int, _: BlockResult) -> None:
+        if number == 2:
+            worker.loop.add_callback(setattr, worker, "status", status.paused)
+            wait_for(lambda: worker.status == status.paused)
+
+    at_each_write(pause)
+    there = ClusterSettings(scheduler=scheduler.scheduler_address, patience=1.5)
+    with pytest.raises(RunEnds, match=r"all workers are paused as their memory is full; give --block .* are done"):
+        segment_mosaic(source, model, options(), there, progress=False)
+    worker.loop.add_callback(setattr, worker, "status", status.running)
+    wait_for(lambda: worker.status == status.running)
+    run = segment_mosaic(source, model, options(), there, progress=False)
+    assert (run.kept >= 3, whole(run)) == (True, checksum)
 
 
 def test_settings_of_workers_that_make_no_sense() -> None:
