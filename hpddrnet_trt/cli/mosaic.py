@@ -31,6 +31,10 @@ class SourceOptions:
         float | None,
         typer.Option(metavar="LENGTH", parser=parse_length, help="From one slice to the next with its unit (10nm)."),
     ] = None
+    skip_empty: Annotated[
+        bool,
+        typer.Option(help="Leave out cells of 64x64 pixels of nothing but the fill value; else they are black pixels."),
+    ] = True
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ def mosaic(
         output=output.to, name=output.name, restart=output.restart, smooth_slices=output.smooth_slices,
         regions=output.regions, background=output.background or (), smallest=output.smallest,
         image=source.image, channel=source.channel, positions=source.positions, pixel_size_m=grey.pixel_size,
-        spacing_m=source.z_spacing, **engine.arguments(), window=grey.window(), rescale=grey.rescale, tile=tile,
-        block=block or BLOCK,
+        spacing_m=source.z_spacing, skip_empty=source.skip_empty, **engine.arguments(), window=grey.window(),
+        rescale=grey.rescale, tile=tile, block=block or BLOCK,
     )  # fmt: skip
     cluster = ClusterSettings(worker.scheduler, worker.workers, worker.patience)
     if dry_run:

@@ -57,7 +57,7 @@ def segment_block(
     """
     begun = perf_counter()
     signature = source.signature(read_box(grid, source.shape, box))
-    pixels = read_pixels(source, grid, settings.window, box)
+    pixels = read_pixels(source, grid, settings.window, box, skip_empty=settings.skip_empty)
     read = perf_counter()
 
     shape, part = source.shape[1:], tiles_of(grid, source.shape, box)

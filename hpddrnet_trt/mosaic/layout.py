@@ -116,7 +116,8 @@ class MosaicSettings:
     as :func:`~hpddrnet_trt.inference.segmenter.load_segmenter` takes them; ``threads`` of each worker, since another
     number may round differently. ``window``: grey values that become black and white. ``factor``: the network sees so
     many pixels for one of the mosaic, along each side. ``runtime``: what the engine says of itself, with version,
-    processor and arithmetic; that of every worker says the same.
+    processor and arithmetic; that of every worker says the same. ``skip_empty``: whether cells of nothing but the
+    source's ``fill_value`` are empty.
     """
 
     model: str
@@ -130,6 +131,7 @@ class MosaicSettings:
     tile: Tile
     block: int = BLOCK
     runtime: str = ""
+    skip_empty: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -92,9 +92,12 @@ class Pixels:
         ]
 
 
-def read_pixels(source: Source, grid: TilePlan, window: tuple[float, float], box: Box) -> Pixels:
+def read_pixels(
+    source: Source, grid: TilePlan, window: tuple[float, float], box: Box, *, skip_empty: bool = True
+) -> Pixels:
     """Read what the tiles of ``box`` see, in bands that end where ``source.unit`` does: each is decoded once, and what
-    is held is the pixels in 8 bits and one band."""
+    is held is the pixels in 8 bits and one band. ``skip_empty``: see
+    :class:`~hpddrnet_trt.mosaic.layout.MosaicSettings`."""
     area = read_box(grid, source.shape, box)
     grey = np.empty((area.height, area.width), np.uint8)
     empty = np.empty((-(-area.height // CELL), -(-area.width // CELL)), np.bool_)
@@ -108,7 +111,7 @@ def read_pixels(source: Source, grid: TilePlan, window: tuple[float, float], box
         corners = [np.arange(0, size, CELL) for size in filled.shape]
         empty[begin // CELL : -(-(begin + band.height) // CELL)] = (
             np.logical_and.reduceat(np.logical_and.reduceat(filled, corners[0], axis=0), corners[1], axis=1)
-            if filled[::CELL, ::CELL].any()
+            if skip_empty and filled[::CELL, ::CELL].any()
             else False
         )
         unreadable += piece.unreadable

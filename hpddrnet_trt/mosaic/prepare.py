@@ -42,7 +42,7 @@ class MosaicOptions:
     :func:`~hpddrnet_trt.mosaic.sources.open_source` takes them. ``engine``, ``precision``, ``device``, ``rescale``,
     ``tile``, ``window``: as :func:`~hpddrnet_trt.load_segmenter` takes them; ``threads``: of one worker, 1 unless
     given. ``block``: pixels along each side of what a worker does at a time; more of them need less work at borders,
-    and more memory.
+    and more memory. ``skip_empty``: cells of nothing but the source's fill value were never acquired, and get no label.
     """
 
     output: Path | None = None
@@ -65,6 +65,7 @@ class MosaicOptions:
     rescale: bool = True
     tile: Tile = "auto"
     block: int = BLOCK
+    skip_empty: bool = True
 
     def open_source(self, path: str | Path) -> Source:
         """What is read."""
@@ -149,7 +150,7 @@ def prepare(source: Source, model: str, examined: Examined, options: MosaicOptio
     window, remarks = chosen_window(source, examined.manifest, options.window)
     settings = MosaicSettings(
         model, examined.sha256, examined.engine, options.precision, examined.threads, options.device, window, factor,
-        options.tile, options.block, examined.runtime,
+        options.tile, options.block, examined.runtime, options.skip_empty,
     )  # fmt: skip
     made_by = Provenance(
         examined.manifest.name, examined.sha256, examined.manifest.checkpoint_sha256, examined.runtime,

@@ -163,6 +163,14 @@ def test_what_is_empty_or_unreadable_has_no_label_and_tiles_of_it_alone_are_not_
     assert np.isnan(found.confidence).all() == (kind == "labels")  # this model does not say how sure it is
 
 
+def test_black_pixels_have_labels_where_nothing_is_taken_as_empty() -> None:
+    pixels = np.maximum(grey_image(200, 260), 1)
+    pixels[:, 128:] = 0
+    found = segmented(Segmenter(ToyEngine()), ArraySource(pixels), chosen(tile=64, block=128, skip_empty=False))
+    assert np.array_equal(found.labels[0], toy_logits(pixels).argmax(axis=0))
+    assert [record.empty for record in found.records] == [0] * 6
+
+
 def test_a_damaged_chunk_of_a_store_has_no_label_and_all_else_has(tmp_path: Path) -> None:
     pixels = (1 + 250 * grey_image(200, 230)[np.newaxis].astype(np.uint16)).repeat(2, axis=0)
     store = zarr_store(tmp_path / "m.zarr", pixels)
