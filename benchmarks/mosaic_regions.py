@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpddrnet_trt.core.manifest import ClassInfo
+from hpddrnet_trt.core.memory import peak_memory_mib
 from hpddrnet_trt.mosaic.layout import Box
 from hpddrnet_trt.mosaic.regions import BLOCK, RegionTask, regions_of_block, write_table
 
@@ -40,10 +40,6 @@ class Grains:
         return np.where(inside, 1 + kind % 3, 0).astype(np.uint8)
 
 
-def _peak_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -63,13 +59,13 @@ def main() -> None:
         labels = {box: grains.read(box)}
         reading += time.process_time() - begin
         regions_of_block(task, labels.__getitem__, box)
-    measured, before = time.process_time() - start - reading, _peak_mb()
+    measured, before = time.process_time() - start - reading, peak_memory_mib()
     parts = sum(path.stat().st_size for path in task.folder.iterdir()) / 1e6
     start = time.process_time()
     count = write_table(task)
     joined = time.process_time() - start
-    print(f"| {count:,} | {side} x {side} | {measured:.0f} | {before} | {joined:.0f} | {_peak_mb()} | {parts:.0f} "
-          f"| {table.stat().st_size / 1e6:.0f} |")  # fmt: skip
+    print(f"| {count:,} | {side} x {side} | {measured:.0f} | {before:.0f} | {joined:.0f} "
+          f"| {peak_memory_mib():.0f} | {parts:.0f} | {table.stat().st_size / 1e6:.0f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

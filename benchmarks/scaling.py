@@ -1,7 +1,7 @@
 """What a mosaic costs at every stage, measured here, and what follows for 1,000 GPUs and 10^12 pixels, simulated.
 
     python benchmarks/scaling.py WORKPLACE [--page docs/scaling.md]
-    python benchmarks/scaling.py --inputs benchmarks/results/scaling.json [--price 2.5] [--page docs/scaling.md]
+    python benchmarks/scaling.py --inputs docs/results/scaling-2026-11.json [--price 2.5] [--page docs/scaling.md]
 
 The first measures (under 4 minutes on an idle machine; 100 MB in the empty folder WORKPLACE), runs a mosaic with 1, 2
 and 4 workers to hold the simulation against, and writes the JSON; the second reads it. Both simulate, print the tables,
@@ -44,7 +44,7 @@ from hpddrnet_trt.mosaic.summary import summarize
 from hpddrnet_trt.mosaic.work import MosaicWork, open_model
 
 ROOT = Path(__file__).parents[1]
-JSON, FIGURE = ROOT / "benchmarks/results/scaling.json", ROOT / "docs/pictures/scaling.png"
+JSON, FIGURE = ROOT / "docs/results/scaling-2026-11.json", ROOT / "docs/pictures/scaling.png"
 MODEL, HEIGHT, WIDTH, BLOCK, RUNS = "nasa-super1", 4096, 8192, 2048, (1, 2, 4)  # what is run here
 SIZES, WORKERS, BLOCKS = (1e9, 1e10, 1e11, 1e12), (1, 10, 100, 1000), (4096, 8192, 16384, 32768)
 MOST_BLOCKS = 30_000  # that are simulated

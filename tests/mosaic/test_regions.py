@@ -220,9 +220,10 @@ def test_interrupted_measured_again_and_refused(tmp_path: Path, monkeypatch: pyt
 
 
 MANY = """
-import resource, sys
+import sys
 from pathlib import Path
 import numpy as np
+from hpddrnet_trt.core.memory import peak_memory_mib
 from hpddrnet_trt.mosaic.regions import RegionTask, regions_of_block, write_table
 from tests.toy import CLASSES
 
@@ -236,9 +237,9 @@ def cells(box):
 task = RegionTask(path, (1, side, side), "", tuple(CLASSES), block=block)
 for box in task.remaining():
     regions_of_block(task, cells, box)
-measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+measured = peak_memory_mib()
 count = write_table(task)
-print(count, measured >> 10, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+print(count, int(measured), int(peak_memory_mib()))
 """
 
 
