@@ -309,6 +309,8 @@ class OpenVINOEngine(EngineBase):
             settings["PERFORMANCE_HINT_NUM_REQUESTS"] = max(2, SIDE_BY_SIDE_PIXELS // (shape[0] * shape[2] * shape[3]))
         if self._threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self._threads
+            # Else every process with fewer threads than cores sits on the first of them, and two share it.
+            settings["ENABLE_CPU_PINNING"] = False
         core = self._live()
 
         def compile_graph() -> Any:
