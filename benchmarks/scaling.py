@@ -29,6 +29,7 @@ import numpy as np
 
 from hpddrnet_trt import __version__
 from hpddrnet_trt.core.text import duration, number, percent
+from hpddrnet_trt.data.simulate import simulate as picture_of
 from hpddrnet_trt.inference.tiling import plan_tiles
 from hpddrnet_trt.mosaic.block import segment_block
 from hpddrnet_trt.mosaic.cluster import ClusterSettings, Workers, default_workers, open_client
@@ -64,7 +65,8 @@ class Inputs:
 
     ``raw``: bytes from the page cache; ``decode``: into pixels; ``copy``: into 8 bits by the grey window. ``tile``:
     seconds a tile; ``spread``: its standard deviation from block to block, a share; ``crowded``: how many times longer
-    it takes with all cores at work. ``pyramid``: of its own pixels. ``bytes_read``, ``bytes_written``: a pixel.
+    it takes with all cores at work; ``join``: of a tile's seconds those that are not the engine's, which a GPU leaves
+    to the host. ``pyramid``: of its own pixels. ``bytes_read``, ``bytes_written``: a pixel.
     ``task``: seconds of scheduler and client for a task; ``block_end``: of the client for a block, after the last.
     ``start``: seconds until a worker has the model.
     """
@@ -78,6 +80,7 @@ class Inputs:
     bytes_read: float
     bytes_written: float
     tile: float
+    join: float
     crowded: float
     start: float
     task: float
@@ -85,8 +88,9 @@ class Inputs:
     spread: float
 
 
-UNITS = {"tile": "s a tile", "task": "s a task", "block_end": "s a block", "start": "s", "crowded": "times",
-         "spread": "of a tile's time", "bytes_read": "bytes a pixel", "bytes_written": "bytes a pixel"}  # fmt: skip
+UNITS = {"tile": "s a tile", "join": "s a tile", "task": "s a task", "block_end": "s a block", "start": "s",
+         "crowded": "times", "spread": "of a tile's time",
+         "bytes_read": "bytes a pixel", "bytes_written": "bytes a pixel"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,10 @@ def simulate(
     slower = max(1.0, workers / cores) * (inputs.crowded if workers >= cores else 1.0)
     noise = np.random.default_rng(0).lognormal(-(inputs.spread**2) / 2, inputs.spread, len(blocks)).tolist()
     host = inputs.raw + inputs.decode + inputs.copy
+    joined = max(0.0, inputs.join - inputs.tile)  # of one tile while the engine is at the next ones
     tasks = [
-        Task(slower * (block.read * host + block.labels * inputs.write), slower * block.tiles * inputs.tile * factor,
+        Task(slower * (block.read * host + block.labels * inputs.write + block.tiles * joined),
+             slower * block.tiles * inputs.tile * factor,
              1e6 * block.read * inputs.bytes_read, 1e6 * block.labels * inputs.bytes_written)
         for block, factor in zip(blocks, noise, strict=True)
     ]  # fmt: skip
@@ -256,8 +262,6 @@ def measure(place: Path) -> dict[str, Any]:
 def _write_mosaic(target: Path) -> None:
     import zarr
 
-    from hpddrnet_trt.data.simulate import simulate as picture_of
-
     tile, _ = picture_of(1024, 1024, 5)
     four = np.block([[tile, tile[:, ::-1]], [tile[::-1], tile[::-1, ::-1]]])
     group = zarr.open_group(str(target), mode="w", zarr_format=3)
@@ -317,12 +321,18 @@ def _stages(place: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _seconds_of_a_tile(place: Path) -> float:
+def _seconds_of_a_tile(place: Path) -> tuple[float, float]:
+    """Of a block's, and what of it the engine takes for itself."""
     prepared = _prepared(place)
     with open_model(prepared.settings) as segmenter:
         for box in (Box(0, 0, 0, 512, 512), Box(0, BLOCK, BLOCK, BLOCK, BLOCK)):  # the first makes the engine ready
             record = segment_block(segmenter, prepared.source, prepared.grid, prepared.settings, box).record
-    return record.seconds["compute"] / record.tiles
+        engine, picture = segmenter.of_tiles().engine, picture_of(1024, 1024, 5)[0][np.newaxis, np.newaxis]
+        begun = time.perf_counter()
+        for _ in engine.infer_many(picture for _ in range(record.tiles)):
+            pass
+        alone = (time.perf_counter() - begun) / record.tiles
+    return record.seconds["compute"] / record.tiles, alone
 
 
 def _tiles(place: Path) -> dict[str, float]:
@@ -330,8 +340,9 @@ def _tiles(place: Path) -> dict[str, float]:
     means = []
     for processes in (1, default_workers(0)):
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            means.append(float(np.mean(list(pool.map(_seconds_of_a_tile, [place] * processes)))))
-    return {"tile": means[0], "crowded": max(1.0, means[1] / means[0])}
+            means.append(np.mean(list(pool.map(_seconds_of_a_tile, [place] * processes)), axis=0).tolist())
+    (tile, alone), (crowded, _) = means
+    return {"tile": tile, "join": max(0.0, tile - alone), "crowded": max(1.0, crowded / tile)}
 
 
 class Nothing:
