@@ -1,6 +1,6 @@
 """CZANN files, which ZEN (AI Toolkit) and arivis run: a zip file of ``model.json`` and ``model.model``, an ONNX file.
 
-After the specification that comes with ZEISS's package czmodel 6.2.0 (https://pypi.org/project/czmodel), version 2.1.0
+After the specification that comes with ZEISS's package czmodel 6.2.0, version 2.1.0
 of the format: one input of fixed size, float32 ``[batch, height, width, channels]`` from 0 to 1, and one output, the
 probability of each class in the same order of axes; operators of version 18. The graph is given both ends here, around
 the network as it is. Looked at with czmodel, not in ZEN.
