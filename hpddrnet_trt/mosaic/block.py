@@ -107,11 +107,14 @@ def segment_block(
 
 
 def _without_data(labels: npt.NDArray[np.uint8], pixels: Pixels, box: Box) -> int:
-    """Take the labels from empty cells and from what is unreadable; the number of unreadable pixels."""
+    """Take the labels from empty cells, from what belongs to them in cells that touch them, and from what is
+    unreadable; the number of unreadable pixels."""
     empty = pixels.cells_of(box.rows, box.columns)
     for row in np.flatnonzero(empty.any(axis=1)):
         columns = np.repeat(empty[row], CELL)[: box.width]
         labels[row * CELL : (row + 1) * CELL, columns] = NO_DATA
+    for rows, across, edge in pixels.edges_of_empty(box):
+        labels[rows, across][edge] = NO_DATA
     inside = [there for where, _ in pixels.unreadable if (there := _common(where, box)) is not None]
     if not inside:
         return 0

@@ -39,27 +39,30 @@ def tiles_of(grid: TilePlan, shape: tuple[int, int, int], box: Box) -> TilePart:
 
 
 def read_box(grid: TilePlan, shape: tuple[int, int, int], box: Box) -> Box:
-    """What is read for ``box``: all that its tiles see, and whole cells."""
+    """What is read for ``box``: all that its tiles see, in whole cells, and the cells next to its own."""
     part = tiles_of(grid, shape, box)
     edges = []
-    for starts, chosen, tile, size, seen in (
-        (grid.rows, part.down, grid.tile[0], shape[1], grid.height),
-        (grid.columns, part.across, grid.tile[1], shape[2], grid.width),
+    for own, starts, chosen, tile, size, seen in (
+        (box.rows, grid.rows, part.down, grid.tile[0], shape[1], grid.height),
+        (box.columns, grid.columns, part.across, grid.tile[1], shape[2], grid.width),
     ):
         sees = _Direction(size, seen).sees(slice(starts[chosen[0]], starts[chosen[-1]] + tile))
-        edges.append((sees.start // CELL * CELL, min(-(-sees.stop // CELL) * CELL, size)))
+        first, last = min(sees.start, max(own.start - CELL, 0)), max(sees.stop, own.stop + CELL)
+        edges.append((first // CELL * CELL, min(-(-last // CELL) * CELL, size)))
     (top, bottom), (left, right) = edges
     return Box(box.z, top, left, bottom - top, right - left)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """``box`` of a mosaic in 8 bits: ``grey`` ``[h, w]``; ``empty``: of each cell, whether nothing was acquired in it.
+    """``box`` of a mosaic in 8 bits: ``grey`` ``[h, w]``; ``empty``: of each cell, whether nothing was acquired in it;
+    ``filled``: of each pixel, whether it holds the fill value, as bits ``[h, w / 8]``, None where that does not matter.
     ``unreadable``: see :class:`~hpddrnet_trt.mosaic.layout.Piece`. ``bytes_read``: as the source gave them."""
 
     box: Box
     grey: Grey8
     empty: npt.NDArray[np.bool_]
+    filled: npt.NDArray[np.uint8] | None
     unreadable: tuple[tuple[Box, str], ...]
     bytes_read: int
     _rows: _Direction
@@ -83,6 +86,24 @@ class Pixels:
         both = _combined(np.ascontiguousarray(high.T), *self._columns.weights(place[1]), columns.start)
         return np.clip(np.rint(both.T), 0, 255).astype(np.uint8, order="C")
 
+    def edges_of_empty(self, box: Box) -> Iterator[tuple[slice, slice, npt.NDArray[np.bool_]]]:
+        """Of cells of ``box`` that touch empty ones: rows and columns of ``box``, and which pixels there belong to what
+        is empty: those with the fill value from which such pixels go on to an edge of the cell both in their row and in
+        their column."""
+        if self.filled is None:
+            return
+        around = np.lib.stride_tricks.sliding_window_view(np.pad(self.empty, 1), (3, 3))
+        touching: npt.NDArray[np.bool_] = np.any(around, axis=(2, 3)) & ~self.empty
+        top, left = (box.top - self.box.top) // CELL, (box.left - self.box.left) // CELL
+        bottom, right = top + -(-box.height // CELL), left + -(-box.width // CELL)
+        for row, column in np.argwhere(touching[top:bottom, left:right]).tolist():
+            rows = slice(row * CELL, min((row + 1) * CELL, box.height))
+            columns = slice(column * CELL, min((column + 1) * CELL, box.width))
+            first = (left + column) * CELL // 8
+            bits = self.filled[top * CELL + rows.start : top * CELL + rows.stop, first : first + CELL // 8]
+            filled = np.unpackbits(bits, axis=1, count=columns.stop - columns.start).astype(np.bool_)
+            yield rows, columns, _to_an_edge(filled) & _to_an_edge(filled.T).T
+
     def cells_of(self, rows: slice, columns: slice) -> npt.NDArray[np.bool_]:
         """:attr:`empty` of the cells that these rows and columns of the mosaic touch."""
         top, left = self.box.top, self.box.left
@@ -100,7 +121,8 @@ def read_pixels(
     :class:`~hpddrnet_trt.mosaic.layout.MosaicSettings`."""
     area = read_box(grid, source.shape, box)
     grey = np.empty((area.height, area.width), np.uint8)
-    empty = np.empty((-(-area.height // CELL), -(-area.width // CELL)), np.bool_)
+    empty = np.zeros((-(-area.height // CELL), -(-area.width // CELL)), np.bool_)
+    bits = np.empty((area.height, -(-area.width // 8)), np.uint8)
     unreadable: list[tuple[Box, str]] = []
     bytes_read = 0
     for band in _bands(area, source.unit[0]):
@@ -108,16 +130,27 @@ def read_pixels(
         begin = band.top - area.top
         grey[begin : begin + band.height] = in_window(piece.pixels, window)
         filled = np.isnan(piece.pixels) if np.isnan(source.fill_value) else piece.pixels == source.fill_value
-        corners = [np.arange(0, size, CELL) for size in filled.shape]
-        empty[begin // CELL : -(-(begin + band.height) // CELL)] = (
-            np.logical_and.reduceat(np.logical_and.reduceat(filled, corners[0], axis=0), corners[1], axis=1)
-            if skip_empty and filled[::CELL, ::CELL].any()
-            else False
-        )
+        bits[begin : begin + band.height] = np.packbits(filled, axis=1)
+        if skip_empty and filled[::CELL, ::CELL].any():
+            empty[begin // CELL : -(-(begin + band.height) // CELL)] = _all_of(filled, CELL)
         unreadable += piece.unreadable
         bytes_read += piece.pixels.nbytes
     directions = _Direction(source.shape[1], grid.height), _Direction(source.shape[2], grid.width)
-    return Pixels(area, grey, empty, tuple(unreadable), bytes_read, *directions)
+    return Pixels(area, grey, empty, bits if empty.any() else None, tuple(unreadable), bytes_read, *directions)
+
+
+def _all_of(filled: npt.NDArray[np.bool_], side: int) -> npt.NDArray[np.bool_]:
+    """Of each square of ``side`` pixels whether all of it is; the last ones may be smaller."""
+    corners = [np.arange(0, size, side) for size in filled.shape]
+    every: npt.NDArray[np.bool_] = np.logical_and.reduceat(filled, corners[0], axis=0)
+    return np.logical_and.reduceat(every, corners[1], axis=1)
+
+
+def _to_an_edge(filled: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Which of the ``filled`` have nothing else between them and the left or the right edge."""
+    left: npt.NDArray[np.bool_] = np.logical_and.accumulate(filled, axis=1)
+    right: npt.NDArray[np.bool_] = np.logical_and.accumulate(filled[:, ::-1], axis=1)
+    return left | right[:, ::-1]
 
 
 def _bands(area: Box, unit: int) -> Iterator[Box]:

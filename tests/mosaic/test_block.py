@@ -148,6 +148,7 @@ def test_what_is_empty_or_unreadable_has_no_label_and_tiles_of_it_alone_are_not_
     seen[10:40, 20:70] = seen[30:70, 60:150] = 0
     expected = toy_logits(seen).argmax(axis=0)
     expected[:192, 128:] = expected[:, 128:256] = NO_DATA
+    expected[192:, 256:][pixels[192:, 256:] == 0] = NO_DATA  # next to empty cells, and nothing else up to the edges
     expected[10:40, 20:70] = expected[30:70, 60:150] = NO_DATA
     assert np.array_equal(found.labels[0], expected)
     known = expected != NO_DATA
@@ -161,6 +162,20 @@ def test_what_is_empty_or_unreadable_has_no_label_and_tiles_of_it_alone_are_not_
     assert record.tiles == sum(record.own_tiles.values()) == len(engine.shapes) == len(grid.whole) - skipped
     assert np.isnan(found.confidence[0, :3, 2:]).all()
     assert np.isnan(found.confidence).all() == (kind == "labels")  # this model does not say how sure it is
+
+
+def test_what_is_empty_ends_where_the_picture_does() -> None:
+    pixels = np.maximum(grey_image(300, 410), 1)
+    pixels[77:230, 85:301] = 0  # an area that was never acquired, in the middle of others
+    pixels[40, 10:40] = 0  # black pixels far from it
+    pixels[70, 20:30] = pixels[71, 90] = 0  # and some in cells that touch cells which are empty
+    engine = ToyEngine()
+    for block in (64, 128, 512):
+        found = segmented(Segmenter(engine), ArraySource(pixels), chosen(tile=72, block=block))
+        expected = toy_logits(pixels).argmax(axis=0)
+        expected[77:230, 85:301] = NO_DATA
+        assert np.array_equal(found.labels[0], expected)
+        assert sum(record.empty for record in found.records) == (230 - 77) * (301 - 85)
 
 
 def test_black_pixels_have_labels_where_nothing_is_taken_as_empty() -> None:
