@@ -84,7 +84,7 @@ def segment_block(
         foreign_pixels=tuple(_foreign(labels, part, known, classes).tolist()),
         empty=int(counts[NO_DATA]) - unreadable,
         unreadable=unreadable,
-        problems=tuple(dict.fromkeys(why for where, why in pixels.unreadable if _common(where, box) is not None)),
+        problems=tuple(dict.fromkeys(why for where, why in pixels.unreadable if all(where.common(box)[3:]))),
         tiles=left_out.count(False),
         own_tiles=dict(
             Counter(
@@ -115,22 +115,13 @@ def _without_data(labels: npt.NDArray[np.uint8], pixels: Pixels, box: Box) -> in
         labels[row * CELL : (row + 1) * CELL, columns] = NO_DATA
     for rows, across, edge in pixels.edges_of_empty(box):
         labels[rows, across][edge] = NO_DATA
-    inside = [there for where, _ in pixels.unreadable if (there := _common(where, box)) is not None]
-    if not inside:
+    if not pixels.unreadable:
         return 0
     damaged = np.zeros(labels.shape, np.bool_)
-    for there in inside:
-        damaged[there] = True
+    for where, _ in pixels.unreadable:
+        damaged[where.common(box).within(box)] = True
     labels[damaged] = NO_DATA
     return int(np.count_nonzero(damaged))
-
-
-def _common(other: Box, box: Box) -> tuple[slice, slice] | None:
-    """What lies in both, as rows and columns of ``box``."""
-    top, left = max(other.top - box.top, 0), max(other.left - box.left, 0)
-    bottom = min(other.top + other.height - box.top, box.height)
-    right = min(other.left + other.width - box.left, box.width)
-    return (slice(top, bottom), slice(left, right)) if top < bottom and left < right else None
 
 
 def _foreign(labels: Plane, part: TilePart, known: list[Domain], classes: int) -> npt.NDArray[np.int64]:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hpddrnet_trt.core.manifest import IGNORE_INDEX
 from hpddrnet_trt.inference.runner import Tile
 
-NO_DATA = 255  # label of pixels that are empty or could not be read
+NO_DATA = IGNORE_INDEX  # label of pixels that are empty or could not be read
 CELL = 64  # pixels along each side that are one pixel of the coarse maps; what is empty is known of whole cells
 CHUNK = 1024  # pixels along each side of a chunk of the labels
 SHARD = 4096  # and of a shard, which one worker writes at a time
@@ -42,6 +43,17 @@ class Box(NamedTuple):
     @property
     def columns(self) -> slice:
         return slice(self.left, self.left + self.width)
+
+    def common(self, other: Box) -> Box:
+        """What lies in both, without height or width where nothing does."""
+        top, left = max(self.top, other.top), max(self.left, other.left)
+        bottom, right = min(self.rows.stop, other.rows.stop), min(self.columns.stop, other.columns.stop)
+        return Box(self.z, top, left, max(0, bottom - top), max(0, right - left))
+
+    def within(self, outer: Box) -> tuple[slice, slice]:
+        """Its rows and columns in an array of ``outer``, which it lies in."""
+        top, left = self.top - outer.top, self.left - outer.left
+        return slice(top, top + self.height), slice(left, left + self.width)
 
     @property
     def name(self) -> str:

@@ -83,10 +83,9 @@ class OmeZarr(OpenedSource):
                 return [(box, f"chunk {file} of {self.path} cannot be decoded ({describe(exc)}); copy it again")]
             bad = [damage for part in parts for damage in self._read_into(pixels, part, whole)]
             return [(box, bad[0][1])] if shards is None and tuple(part for part, _ in bad) == parts else bad
-        top, left = box.top - whole.top, box.left - whole.left
         if self.axes.index("y") > self.axes.index("x"):
             values = values.T
-        pixels[top : top + box.height, left : left + box.width] = self._grey(values)
+        pixels[box.within(whole)] = self._grey(values)
         return []
 
     def _selection(self, box: Box) -> tuple[int | slice, ...]:

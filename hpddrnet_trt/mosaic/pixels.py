@@ -129,19 +129,20 @@ def read_pixels(
         piece = source.read(band)
         begin = band.top - area.top
         grey[begin : begin + band.height] = in_window(piece.pixels, window)
-        filled = np.isnan(piece.pixels) if np.isnan(source.fill_value) else piece.pixels == source.fill_value
-        bits[begin : begin + band.height] = np.packbits(filled, axis=1)
-        if skip_empty and filled[::CELL, ::CELL].any():
-            empty[begin // CELL : -(-(begin + band.height) // CELL)] = _all_of(filled, CELL)
+        if skip_empty:
+            filled = np.isnan(piece.pixels) if np.isnan(source.fill_value) else piece.pixels == source.fill_value
+            bits[begin : begin + band.height] = np.packbits(filled, axis=1)
+            if filled[::CELL, ::CELL].any():
+                empty[begin // CELL : -(-(begin + band.height) // CELL)] = _all_of(filled)
         unreadable += piece.unreadable
         bytes_read += piece.pixels.nbytes
     directions = _Direction(source.shape[1], grid.height), _Direction(source.shape[2], grid.width)
     return Pixels(area, grey, empty, bits if empty.any() else None, tuple(unreadable), bytes_read, *directions)
 
 
-def _all_of(filled: npt.NDArray[np.bool_], side: int) -> npt.NDArray[np.bool_]:
-    """Of each square of ``side`` pixels whether all of it is; the last ones may be smaller."""
-    corners = [np.arange(0, size, side) for size in filled.shape]
+def _all_of(filled: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Of each cell whether all of it is ``filled``; the last ones may be smaller."""
+    corners = [np.arange(0, size, CELL) for size in filled.shape]
     every: npt.NDArray[np.bool_] = np.logical_and.reduceat(filled, corners[0], axis=0)
     return np.logical_and.reduceat(every, corners[1], axis=1)
 

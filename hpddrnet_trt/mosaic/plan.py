@@ -104,8 +104,7 @@ def plan_mosaic(
         client, prepared = prepare_on(at_work, source, model, options, cluster)
         done = set[Box]()
         if folder.is_dir() and any(folder.iterdir()) and not options.restart:
-            records = list(open_store(folder).records())
-            done = {record.block for record in records} - set(prepared.changed(records))
+            done = prepared.done(open_store(folder).records())
         todo = [box for box in prepared.layout if box not in done]
         if client is None:
             workers = prepared.workers(cluster)

@@ -130,6 +130,11 @@ class Prepared:
             options.background, smallest=options.smallest,
         )  # fmt: skip
 
+    def done(self, records: Iterable[BlockRecord]) -> set[Box]:
+        """The blocks of ``records`` that need not be done again: their pixels are still those that were read."""
+        records = list(records)
+        return {record.block for record in records} - set(self.changed(records))
+
     def changed(self, records: Iterable[BlockRecord]) -> list[Box]:
         """The blocks of which other pixels are there now than those that were read."""
 

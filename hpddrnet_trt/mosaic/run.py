@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from hpddrnet_trt.mosaic.cluster import (
     open_client,
 )
 from hpddrnet_trt.mosaic.create import create_store, labels_folder
-from hpddrnet_trt.mosaic.layout import Box
+from hpddrnet_trt.mosaic.layout import BlockRecord, Box
 from hpddrnet_trt.mosaic.prepare import MosaicOptions, Prepared, prepare_on
 from hpddrnet_trt.mosaic.regions import RegionTask, write_table
 from hpddrnet_trt.mosaic.store import MosaicStore
@@ -139,16 +140,17 @@ def segment_mosaic(
             except RunEnds as exc:
                 raise RunEnds(f"{exc} ({run.kept + run.computed} of {len(prepared.layout)} blocks are done)") from exc
             run.seconds = monotonic() - begun
-        run.summary = _sums(prepared, store)
+        if run.summary is None:  # interrupted before
+            run.summary = _sums(prepared, store.records())
         if not run.interrupted:
             store.finish(run.summary, {"seconds": run.seconds, "workers": run.workers})
             run.files["areas"] = str(run.summary.write_areas(store.beside(".areas.csv")))
         return run
 
 
-def _sums(prepared: Prepared, store: MosaicStore) -> MosaicSummary:
+def _sums(prepared: Prepared, records: Iterable[BlockRecord]) -> MosaicSummary:
     classes, pixel_size = prepared.manifest.classes, prepared.source.pixel_size_m
-    return summarize(store.records(), classes, pixel_size, len(prepared.layout))
+    return summarize(records, classes, pixel_size, len(prepared.layout))
 
 
 class _Run:
@@ -165,8 +167,7 @@ class _Run:
     def all_tasks(self, regions: RegionTask | None) -> None:
         """``regions``: which are to be measured, at last."""
         prepared, store, run = self._prepared, self._store, self._run
-        records = list(store.records())
-        done = {record.block for record in records} - set(prepared.changed(records))
+        done = prepared.done(store.records())
         blocks = [box for box in prepared.layout if box not in done]
         run.kept = len(done)
         if self._cluster.shuffle is not None:
@@ -176,13 +177,15 @@ class _Run:
             self._do(SMOOTH, store.smooth_parts())
         for level in range(1, len(store.factors)):
             self._do(PYRAMID, store.pyramid_parts(level), level)
-        run.changed = [box.name for box in prepared.changed(store.records())]
+        records = list(store.records())
+        run.changed = [box.name for box in prepared.changed(records)]
+        run.summary = _sums(prepared, records)
         if regions is None:
             return
         if run.failed or run.changed:
             logger.warning("regions are measured when no block is missing or changed any more: run again")
             return
-        task = replace(regions, labels=_sums(prepared, store).checksum)
+        task = replace(regions, labels=run.summary.checksum)
         self._do(REGIONS, task.remaining(), task)
         write_table(task)
         run.files["regions"] = str(task.table)

@@ -65,8 +65,6 @@ class TiffPages(OpenedSource):
         page = _page(self.path, self.state, self.first if self.hidden else plane)
         with self.path.open("rb") as stream:
             for part, index, offset, count in self._segments(page, box, plane if self.hidden else 0):
-                top, left = part.top - box.top, part.left - box.left
-                into = pixels[top : top + part.height, left : left + part.width]
                 try:
                     if _by_rows(page):
                         values = _rows(stream, page, part, offset)
@@ -74,7 +72,7 @@ class TiffPages(OpenedSource):
                         values = self._decoded(stream, page, index, (offset, count))
                         rows, columns = page.chunks[:2]
                         values = values[part.top % rows :, part.left % columns :][: part.height, : part.width]
-                    into[...] = self._grey(grey_pixels(decoded_page(page, values), self.path)[0])
+                    pixels[part.within(box)] = self._grey(grey_pixels(decoded_page(page, values), self.path)[0])
                 except MemoryError:
                     raise
                 except Exception as exc:  # whatever codecs stumble over
@@ -102,9 +100,7 @@ class TiffPages(OpenedSource):
                 offset, count = page.dataoffsets[index], page.databytecounts[index]
                 if offset == 0 and count == 0:
                     continue  # a sparse file
-                top, left = max(box.top, row * rows), max(box.left, column * columns)
-                bottom, right = min(box.rows.stop, (row + 1) * rows), min(box.columns.stop, (column + 1) * columns)
-                yield Box(box.z, top, left, bottom - top, right - left), index, offset, count
+                yield box.common(Box(box.z, row * rows, column * columns, rows, columns)), index, offset, count
 
     def _decoded(
         self, stream: BinaryIO, page: tifffile.TiffPage, index: int, place: tuple[int, int]

@@ -77,16 +77,13 @@ class PlacedPictures(OpenedSource):
         failed: list[tuple[Box, str]] = []
         for index in self._within(box):
             place = Box(*map(int, self.boxes[index]))
-            part = _common(place, box)
+            part = place.common(box)
             try:
                 values = _pixels(self.files[index], _state(self.files[index]), (place.height, place.width), self.dtype)
             except UserError as exc:
                 failed.append((part, str(exc)))
                 continue
-            top, left = part.top - place.top, part.left - place.left
-            values = values[top : top + part.height, left : left + part.width]
-            top, left = part.top - box.top, part.left - box.left
-            pixels[top : top + part.height, left : left + part.width] = self._grey(values)
+            pixels[part.within(box)] = self._grey(values[part.within(place)])
             seen.append(part)
         return Piece(pixels, tuple((rest, why) for part, why in failed for rest in _without(part, seen)))
 
@@ -364,17 +361,11 @@ def _pixels(file: Path, state: FileState, extent: tuple[int, int], dtype: np.dty
     return np.ascontiguousarray(values[:height])
 
 
-def _common(a: Box, b: Box) -> Box:
-    top, left = max(a.top, b.top), max(a.left, b.left)
-    bottom, right = min(a.rows.stop, b.rows.stop), min(a.columns.stop, b.columns.stop)
-    return Box(a.z, top, left, max(0, bottom - top), max(0, right - left))
-
-
 def _without(box: Box, others: Iterable[Box]) -> list[Box]:
     """What of ``box`` none of ``others`` covers."""
     rest = [box]
     for other in others:
-        rest = [piece for part in rest for piece in _outside(part, _common(part, other))]
+        rest = [piece for part in rest for piece in _outside(part, part.common(other))]
     return rest
 
 
