@@ -16,7 +16,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from hpddrnet_trt.accuracy.measurements import FIGURES, ClassErrors, Measured, class_errors, mean_distance, measure
+from hpddrnet_trt.accuracy.measurements import (
+    FIGURES,
+    ClassErrors,
+    Measured,
+    class_errors,
+    mean_boundary_f,
+    mean_distance,
+    measure,
+)
 from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.intervals import Interval, unit_name
 from hpddrnet_trt.core.manifest import ClassInfo
@@ -160,6 +168,12 @@ class Assessment:
         measured = [image.measured for image in self.images]
         return [mean_distance(measured, self.groups, index) for index in range(len(self.classes))]
 
+    @cached_property
+    def boundary_scores(self) -> list[Interval]:
+        """Mean boundary F-score of each class, within one pixel."""
+        measured = [image.measured for image in self.images]
+        return [mean_boundary_f(measured, self.groups, index) for index in range(len(self.classes))]
+
     @property
     def remarks(self) -> list[str]:
         """What must be known of the intervals, in sentences."""
@@ -192,6 +206,7 @@ class Assessment:
                 name: {
                     **{entry.figure.key: _error_record(entry) for entry in self.errors[index]},
                     "hausdorff95_px": asdict(self.distances[index]),
+                    "boundary_f": asdict(self.boundary_scores[index]),
                 }
                 for index, name in enumerate(self.class_names)
             },
@@ -206,7 +221,7 @@ class Assessment:
 
     def to_csv(self) -> str:
         """One row per image; fractions 0..1, lengths in pixels, empty where a figure does not exist."""
-        kinds = ["iou", "truth", "predicted", "hausdorff95_px"]
+        kinds = ["iou", "truth", "predicted", "hausdorff95_px", "boundary_f"]
         kinds += [f"{figure.key}_{side}" for figure in FIGURES if figure.relative for side in _SIDES]
         per_class = [f"{kind}_{name}" for kind in kinds for name in self.class_names]
         stream = io.StringIO()
@@ -215,7 +230,7 @@ class Assessment:
         for image in self.images:
             record = plain(_image_record(image))
             values = [record[column] for column in _CSV_COLUMNS]
-            of_class = [record[key] for key in ("iou", "truth_fractions", "predicted_fractions", "hausdorff95_px")]
+            of_class = [record[key] for key in ("iou", "truth_fractions", "predicted_fractions", *kinds[3:5])]
             of_class += [record[figure.key][side] for figure in FIGURES if figure.relative for side in _SIDES]
             writer.writerow([*values, *(value for row in of_class for value in row)])
         return stream.getvalue()
@@ -263,6 +278,7 @@ def _measured_record(measured: Measured) -> dict[str, Any]:
         if figure.relative
     }
     record["hausdorff95_px"] = measured.hausdorff_px.tolist()
+    record["boundary_f"] = measured.boundary_f.tolist()
     if measured.pixel_size_m is not None:
         record["hausdorff95_m"] = (measured.hausdorff_px * measured.pixel_size_m).tolist()
     return record

@@ -52,12 +52,14 @@ FIGURES = (
 class Measured:
     """One picture. ``truth`` and ``predicted``: ``[figures, classes]`` in the order of :data:`FIGURES`; area fraction
     of the labelled pixels, number of objects, mean equivalent diameter in pixels (NaN without objects), length of the
-    boundary to all other classes in pixels. ``hausdorff_px``: ``[classes]``, see :func:`hausdorff`.
+    boundary to all other classes in pixels. ``hausdorff_px``, ``boundary_f``: ``[classes]``, see :func:`hausdorff` and
+    :func:`boundary_f`.
     """
 
     truth: Numbers
     predicted: Numbers
     hausdorff_px: Numbers
+    boundary_f: Numbers
     pixel_size_m: float | None = None
 
 
@@ -80,7 +82,8 @@ def measure(truth: Labels, predicted: Labels, classes: int, pixel_size_m: float 
     found = np.where(labelled & (predicted < classes), predicted, IGNORE_INDEX).astype(np.uint8)
     pixels = int(labelled.sum())
     distances = np.array([hausdorff(there, found, index) for index in range(classes)])
-    return Measured(_figures(there, classes, pixels), _figures(found, classes, pixels), distances, pixel_size_m)
+    scores = np.array([boundary_f(there, found, index) for index in range(classes)])
+    return Measured(_figures(there, classes, pixels), _figures(found, classes, pixels), distances, scores, pixel_size_m)
 
 
 def _figures(labels: Labels, classes: int, labelled: int) -> Numbers:
@@ -141,6 +144,20 @@ def hausdorff(truth: Labels, predicted: Labels, index: int) -> float:
     )
 
 
+def boundary_f(truth: Labels, predicted: Labels, index: int) -> float:
+    """Harmonic mean of the shares of a class's boundary pixels, in truth and in prediction, that lie at most one pixel
+    (of eight neighbours) from a boundary pixel of the other side (Csurka, Larlus and Perronnin, BMVC 2013).
+
+    Boundary pixels are those of :func:`hausdorff`. NaN where neither side has any, 0 where one side has none.
+    """
+    edges = [_boundary(labels, index) for labels in (truth, predicted)]
+    if not any(edge.any() for edge in edges):
+        return math.nan
+    wide = [cv2.dilate(edge, np.ones((3, 3), np.uint8)) for edge in edges]
+    shares = [float(edge[other > 0].sum() / max(1, edge.sum())) for edge, other in zip(edges, wide[::-1], strict=True)]
+    return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
+
+
 def _boundary(labels: Labels, index: int) -> Labels:
     """1 for pixels of the class beside another class, 0 for all others."""
     inside, other = labels == index, (labels != index) & (labels != IGNORE_INDEX)
@@ -186,11 +203,19 @@ def _errors(
 
 def mean_distance(pictures: Sequence[Measured], groups: Sequence[str | None], index: int) -> Interval:
     """Mean Hausdorff distance of a class in pixels, over the pictures that have one."""
-    distances = np.array([picture.hausdorff_px[index] for picture in pictures])
-    there = ~np.isnan(distances)
-    totals = np.stack([distances[there], np.ones(int(there.sum()))], axis=1)
+    return _mean(np.array([picture.hausdorff_px[index] for picture in pictures]), groups)
+
+
+def mean_boundary_f(pictures: Sequence[Measured], groups: Sequence[str | None], index: int) -> Interval:
+    """Mean boundary F-score of a class, over the pictures that have one."""
+    return _mean(np.array([picture.boundary_f[index] for picture in pictures]), groups, fraction=True)
+
+
+def _mean(values: Numbers, groups: Sequence[str | None], *, fraction: bool = False) -> Interval:
+    there = ~np.isnan(values)
+    totals = np.stack([values[there], np.ones(int(there.sum()))], axis=1)
     of = [group for group, kept in zip(groups, there, strict=True) if kept]
-    return bootstrap(by_unit(totals, of), _quotient, of=unit_name(groups))
+    return bootstrap(by_unit(totals, of), _quotient, fraction=fraction, of=unit_name(groups))
 
 
 def _quotient(sums: Numbers) -> Numbers:

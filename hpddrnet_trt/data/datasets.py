@@ -24,6 +24,7 @@ from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.labels import MaskColors, read_mask
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
 from hpddrnet_trt.data.preprocess import at_pixel_size, nearest
+from hpddrnet_trt.data.specimens import deal, specimens
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +252,38 @@ class FolderDataset:
                 f"({', '.join(shared)}); split by group is not possible with these splits"
             )
         return replace(self, samples={**self.samples, split: kept})
+
+    def pooled(self, splits: Sequence[str]) -> list[Sample]:
+        """The samples of several splits together, ``split/name`` each, and each with a group.
+
+        Where no sample has one, :func:`~hpddrnet_trt.data.specimens.specimens` tells them by the names; a picture
+        without any is a group by itself.
+        """
+        samples = [(split, sample) for split in splits for sample in self.split(split)]
+        told = any(sample.group for _, sample in samples)
+        found = {} if told else specimens([sample.name for _, sample in samples])[0]
+        return [
+            replace(sample, name=f"{split}/{sample.name}", group=sample.group or found.get(sample.name) or sample.name)
+            for split, sample in samples
+        ]
+
+    def fold(self, number: int, count: int, splits: Sequence[str], *, train: str, held_out: str) -> FolderDataset:
+        """The dataset of fold ``number`` of ``count`` (from 1): of the samples of ``splits`` together, the groups of
+        this fold are split ``held_out`` and the others split ``train``. There are no other splits.
+
+        Raises :class:`UsageError` for more folds than groups.
+        """
+        samples = self.pooled(splits)
+        groups = {sample.name: str(sample.group) for sample in samples}
+        present = len(set(groups.values()))
+        if not 2 <= count <= present:
+            raise UsageError(
+                f"{count} folds of whole specimens cannot be made of {self.root}: there are {present} in "
+                f"{', '.join(splits)}"
+            )
+        folds = deal(groups, count)
+        within = [sample for sample in samples if folds[sample.name] == number - 1]
+        return replace(self, samples={train: [each for each in samples if each not in within], held_out: within})
 
     def load(self, sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """Read one sample: grey picture and mask, both uint8 ``[H, W]``, at the common pixel size.

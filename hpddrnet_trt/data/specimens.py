@@ -70,6 +70,20 @@ def _some(groups: Mapping[str, str]) -> str:
     return f"{len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
+def deal(groups: Mapping[str, str], folds: int) -> dict[str, int]:
+    """The fold, 0 to ``folds - 1``, of each picture, of about as many pictures each; those of one group stay together.
+
+    The groups with the most pictures come first, among equals by name, each to the fold that has the fewest.
+    """
+    sizes = Counter(groups.values())
+    filled = [0] * folds
+    fold_of: dict[str, int] = {}
+    for group in sorted(sizes, key=lambda group: (-sizes[group], group)):
+        fold_of[group] = filled.index(min(filled))
+        filled[fold_of[group]] += sizes[group]
+    return {picture: fold_of[group] for picture, group in groups.items()}
+
+
 def split_pictures(groups: Mapping[str, str]) -> dict[str, str]:
     """``train``, ``val`` or ``test`` for each picture; pictures of one group stay together.
 

@@ -14,7 +14,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.files import existing_file
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, NetworkConfig, PixelSize
 from hpddrnet_trt.data.augment import AugmentConfig
-from hpddrnet_trt.data.datasets import Layout
+from hpddrnet_trt.data.datasets import SPLITS, Layout
 from hpddrnet_trt.models.network import VARIANTS, network_config
 
 SIMULATED = "simulated"
@@ -77,6 +77,9 @@ class DataSection(_Section):
     layout: Layout | None = None  # None: found out from the folder
     train_split: str = "train"
     val_split: str = "val"
+    # 2/5: all specimens of fold_splits but those of the second of five folds are trained on, these are validated on.
+    fold: str | None = Field(default=None, pattern=r"^[1-9][0-9]*/[1-9][0-9]*$")
+    fold_splits: list[Literal[SPLITS]] = ["train", "val"]  # type: ignore[valid-type]
     separate_groups: bool = False  # leave out training images of specimens that other splits hold as well
     pixel_size_m: PixelSize | None = None  # metres, of pictures that state none of their own
     # Pixel size that pictures are brought to before crops are taken, in metres; median: of the training pictures, where
@@ -85,6 +88,21 @@ class DataSection(_Section):
     normalization: Literal["dataset", "imagenet"] = "dataset"
     cache_megabytes: int = Field(default=1024, ge=0)  # decoded images kept in memory, per worker process
     simulated: SimulationSection = SimulationSection()
+
+    @model_validator(mode="after")
+    def _a_fold_there_is(self) -> DataSection:
+        number, count = self.fold_place or (1, 2)
+        if number > count:
+            raise ValueError(f"fold ({self.fold}) must be NUMBER/COUNT, the number at most the count")
+        return self
+
+    @property
+    def fold_place(self) -> tuple[int, int] | None:
+        """Number of the fold, from 1, and how many there are."""
+        if self.fold is None:
+            return None
+        number, count = map(int, self.fold.split("/"))
+        return number, count
 
 
 class OptimizationSection(_Section):

@@ -125,6 +125,10 @@ def open_data(section: DataSection, folder: Path, start: Manifest | None = None)
     else:
         dataset = FolderDataset.open(section.path, section.layout)
     wanted = (section.train_split, section.val_split)
+    if section.fold_place is not None:
+        if missing := missing_splits(dataset.splits, *section.fold_splits):
+            raise UserError(unfit(dataset, missing))
+        dataset = dataset.fold(*section.fold_place, section.fold_splits, train=wanted[0], held_out=wanted[1])
     if missing := missing_splits(dataset.splits, *wanted):
         raise UserError(unfit(dataset, missing))
     shared = dataset.shared_groups(section.train_split)

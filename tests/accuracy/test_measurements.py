@@ -16,9 +16,11 @@ from hpddrnet_trt.accuracy.measurements import (
     FIGURES,
     Labels,
     Measured,
+    boundary_f,
     boundary_lengths,
     class_errors,
     hausdorff,
+    mean_boundary_f,
     mean_distance,
     measure,
 )
@@ -127,18 +129,28 @@ def test_distances_of_large_pictures_are_exact_to_a_block(monkeypatch: pytest.Mo
     assert hausdorff(one, other, 1) == pytest.approx(hausdorff(other, one, 1), rel=1e-6)
 
 
+def test_the_boundary_score_forgives_one_pixel_and_no_more() -> None:
+    line = np.zeros((20, 30), np.uint8)
+    line[8:11] = 1  # three pixels wide, as a crack
+    for moved, expected in ((0, 1), (1, 1), (2, 0.5), (9, 0)):
+        assert boundary_f(line, np.roll(line, moved, axis=0), 1) == pytest.approx(expected), moved
+    assert boundary_f(line, np.zeros_like(line), 1) == 0
+    assert math.isnan(boundary_f(np.zeros_like(line), np.zeros_like(line), 1))
+    assert boundary_f(line, np.where(line == 1, 255, line).astype(np.uint8), 1) == 0
+
+
 @settings(deadline=None, max_examples=40)
 @given(maps, maps, maps)
 def test_ignored_pixels_never_count(truth: Labels, predicted: Labels, other: Labels) -> None:
     changed = np.where(truth == 255, other, predicted)
     first, second = measure(truth, predicted, 3), measure(truth, changed, 3)
-    for key in ("truth", "predicted", "hausdorff_px"):
+    for key in ("truth", "predicted", "hausdorff_px", "boundary_f"):
         np.testing.assert_array_equal(getattr(first, key), getattr(second, key))
 
 
-def measured(truth: float, predicted: float, distance: float = math.nan) -> Measured:
+def measured(truth: float, predicted: float, distance: float = math.nan, score: float = math.nan) -> Measured:
     figures = [np.full((len(FIGURES), 1), value) for value in (truth, predicted)]
-    return Measured(figures[0], figures[1], np.array([distance]))
+    return Measured(figures[0], figures[1], np.array([distance]), np.array([score]))
 
 
 def test_errors_over_pictures() -> None:
@@ -152,6 +164,8 @@ def test_errors_over_pictures() -> None:
     assert str(area.error.remark).startswith("no interval: 3 pictures")
     distance = mean_distance(pictures, [None] * 5, 0)
     assert (distance.value, distance.units) == (4, 2)
+    score = mean_boundary_f([measured(1, 1, score=value) for value in (0.5, 1, math.nan)], [None] * 3, 0)
+    assert (score.value, score.units) == (0.75, 2)
     nothing = class_errors([measured(math.nan, math.nan)], [None], 0)[1]
     assert math.isnan(nothing.error.value)
     assert nothing.error.units == 0
