@@ -83,6 +83,8 @@ BAD = [
     (["train", "outside", "--config", "bad.yaml"], "run.nam; did you mean run.name?"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=empty"], "empty"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=outside"], "outside"),
+    (["train", "outside", "--folds", "1"], "number of folds from 2 on"),
+    (["train", "outside", "--config", "{repo}/train/configs/nasa_super1.yaml", "--folds", "9"], "there are 1 in"),
     (["evaluate", "none.onnx", "--data", "outside"], "none.onnx"),
     (["evaluate", "{checkpoint}", "--data", "outside", "--split", "tets"], "tets"),
     (["evaluate", "{checkpoint}", "--data", "outside", "--report", "page.pdf"], "ends in .html"),

@@ -35,11 +35,23 @@ def train(
         Path | None,
         typer.Option("--from", help="Go on from this checkpoint (.safetensors), or a shipped model's name."),
     ] = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="specimen|NUMBER",
+            help="Judge the settings instead: train once without each specimen, or in so many folds of whole "
+            "specimens, and score the pictures left out.",
+        ),
+    ] = None,
 ) -> None:
     """Train a network on a dataset folder; an interrupted run continues where it stopped when called again.
 
     Sizes, steps and rates that a recipe leaves open come from the pictures and this machine.
+
+    --folds tells whether a change of settings helps: mean and spread over the folds, of the splits train and val
+    together. The split test is not looked at, unless data.fold_splits=[train,val,test] says so.
     """
+    count = None if folds in (None, "specimen") else _folds(str(folds))
     if recipe is not None and config is not None:
         raise UsageError("give either --recipe or --config, not both")
     source = config or recipe_file(recipe or DEFAULT_RECIPE)
@@ -56,10 +68,22 @@ def train(
     log.setLevel(logging.INFO)  # says what it continues from, and how long it will take
     folder = Path(folders[0]) if folders else None
     planned = plan_run(source, folder, settings, start=start)
+    if folds is not None:
+        from hpddrnet_trt.accuracy.folds import cross_validate
+
+        judged = cross_validate(planned, count)
+        typer.echo(f"{judged.table()}\n\nwritten: {judged.file}")
+        return
     result = run_training(planned)
     typer.echo(f"best mIoU {result.metrics['val/miou']:.4f} at step {result.metrics['step']:.0f}: {result.checkpoint}")
     if folder is not None:
         _finish(result.checkpoint, folder, planned.data.val_split)
+
+
+def _folds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise UsageError(f"--folds {text}: give `specimen` (one fold each) or a number of folds from 2 on")
+    return int(text)
 
 
 def _finish(checkpoint: Path, folder: Path, split: str) -> None:

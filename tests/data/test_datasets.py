@@ -93,6 +93,30 @@ def test_folders_layout(folders: Path) -> None:
                 np.testing.assert_array_equal(loaded, made)
 
 
+def test_folds_part_the_pictures_by_specimens(tmp_path: Path) -> None:
+    splits = {"train": ["a", "b", "c", "d"], "val": ["a", "e"], "test": ["f"]}
+    groups = {("train", "a"): "g", ("val", "e"): "g", ("train", "b"): "h", ("train", "c"): "h"}  # the others: none
+    files = [{"split": split, "name": name, "group": group} for (split, name), group in groups.items()]
+    dataset = FolderDataset.open(make_folders(tmp_path, {**DESCRIPTION, "files": files}, splits))
+    pooled = {sample.name: sample.group for sample in dataset.pooled(["train", "val"])}
+    assert pooled == {
+        "train/a": "g", "train/b": "h", "train/c": "h", "train/d": "d", "val/a": "a", "val/e": "g",
+    }  # fmt: skip
+    for count in (2, 3, 4):
+        folds = [
+            dataset.fold(number, count, ["train", "val"], train="train", held_out="val")
+            for number in range(1, count + 1)
+        ]
+        assert sorted(sample.name for fold in folds for sample in fold.split("val")) == sorted(pooled)
+        for fold in folds:
+            assert fold.splits == ["train", "val"]
+            assert not fold.shared_groups("val")
+            assert sorted(sample.name for split in fold.splits for sample in fold.split(split)) == sorted(pooled)
+    assert {len(fold.split("val")) for fold in folds} == {1, 2}
+    with pytest.raises(UsageError, match="there are 4 in train, val"):
+        dataset.fold(1, 5, ["train", "val"], train="train", held_out="val")
+
+
 def test_cityscapes_layout(tmp_path: Path) -> None:
     dataset = FolderDataset.open(make_cityscapes(tmp_path / "city"))
     assert (dataset.layout, dataset.name) == ("cityscapes", "city")

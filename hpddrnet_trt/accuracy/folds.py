@@ -1,0 +1,143 @@
+"""Cross-validation over specimens: a recipe judged on every labelled picture, each by a model that never saw its
+specimen.
+
+Two validation pictures cannot tell whether a change of a recipe helps; the spread of the folds says what can be told.
+Every fold is a training as any other (``data.fold``), in a folder of its own below that of the run, and is continued or
+taken as it is when the same command is given again. The last step is judged: a step chosen by the pictures that are
+held out would flatter.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpddrnet_trt.accuracy.evaluate import Assessment, assess
+from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.core.files import write_text
+from hpddrnet_trt.core.text import aligned, plain
+from hpddrnet_trt.data.datasets import FolderDataset, missing_splits
+from hpddrnet_trt.inference import load_segmenter
+
+if TYPE_CHECKING:
+    from hpddrnet_trt.training.config import DataSection, TrainConfig
+
+log = logging.getLogger(__name__)
+RECORD = "folds.json"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One fold, judged. ``figures``: fractions by name, NaN for a class that its pictures do not hold."""
+
+    specimens: list[str]
+    pictures: list[str]
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """All folds of a recipe on a dataset; ``file`` holds the same as JSON."""
+
+    folds: list[Fold]
+    file: Path
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation of each figure over the folds that have it; NaN of fewer than one, or two."""
+        return {name: _mean_and_spread([fold.figures[name] for fold in self.folds]) for name in self.folds[0].figures}
+
+    def table(self) -> str:
+        """Figures by row in percent: mean, spread, and each fold."""
+        lines = [["%", "mean", "spread", *(f"fold {place}" for place in range(1, len(self.folds) + 1))]]
+        for name, both in self.summary().items():
+            lines.append([name, *(_percent(value) for value in [*both, *(fold.figures[name] for fold in self.folds)])])
+        held_out = [f"fold {place} held out: {', '.join(fold.specimens)}" for place, fold in enumerate(self.folds, 1)]
+        return "\n".join([*aligned(lines, left={0}), "", *held_out])
+
+
+def cross_validate(config: TrainConfig, folds: int | None) -> CrossValidation:
+    """Train and judge every fold of ``config``; ``folds``: how many, None: one for each specimen.
+
+    Pictures are those of ``data.fold_splits``; the others are not looked at. The runs and ``folds.json`` lie in
+    ``<run.folder>/<run.name>-folds``. Raises what training does, and :class:`UsageError` for more folds than specimens.
+    """
+    folder = config.run.folder / f"{config.run.name}-folds"
+    if folds is None:
+        folds = _specimens(config.data)
+    judged = []
+    for number in range(1, folds + 1):
+        log.info("fold %d of %d", number, folds)
+        judged.append(_fold(_config(config, folder, number, folds)))
+    result = CrossValidation(judged, folder / RECORD)
+    write_text(result.file, json.dumps(plain(_record(config, result)), indent=1) + "\n")
+    return result
+
+
+def _specimens(section: DataSection) -> int:
+    from hpddrnet_trt.training.config import SIMULATED
+    from hpddrnet_trt.training.data import unfit
+
+    if section.path == SIMULATED:
+        raise UserError("simulated pictures are of no specimens; say how many folds, for example --folds 3")
+    dataset = FolderDataset.open(section.path, section.layout)
+    if missing := missing_splits(dataset.splits, *section.fold_splits):
+        raise UserError(unfit(dataset, missing))
+    return len({sample.group for sample in dataset.pooled(section.fold_splits)})
+
+
+def _config(config: TrainConfig, folder: Path, number: int, folds: int) -> TrainConfig:
+    run = {"folder": folder, "name": f"fold-{number}-of-{folds}", "val_every": config.optimization.max_steps}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"fold": f"{number}/{folds}"}),
+            "run": config.run.model_copy(update=run),
+        }
+    )
+
+
+def _fold(config: TrainConfig) -> Fold:
+    from hpddrnet_trt.training.data import open_data
+    from hpddrnet_trt.training.run import train
+
+    trained = train(config)
+    dataset = open_data(config.data, config.run.path).dataset
+    split = config.data.val_split
+    segmenter = load_segmenter(trained.checkpoint, threads=config.run.threads, precision="fp32")
+    assessment = assess(segmenter, dataset, split, worst=0, progress=False)
+    names = [image.name for image in assessment.images]
+    return Fold(sorted({str(group) for group in assessment.groups}), names, _figures(assessment))
+
+
+def _figures(assessment: Assessment) -> dict[str, float]:
+    names, scores = assessment.class_names, assessment.scores
+    boundary = [interval.value for interval in assessment.boundary_scores]
+    area = [errors[0].size.value for errors in assessment.errors]
+    return {
+        "mIoU": scores.miou,
+        "micro IoU, per picture": scores.mean_image_micro_iou,
+        **{f"IoU {name}": value for name, value in zip(names, scores.iou, strict=True)},
+        **{f"boundary F {name}": value for name, value in zip(names, boundary, strict=True)},
+        **{f"area error {name}": value for name, value in zip(names, area, strict=True)},
+    }
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    present = np.array([value for value in values if not np.isnan(value)])
+    mean = float(present.mean()) if present.size else float("nan")
+    return mean, float(present.std(ddof=1)) if present.size > 1 else float("nan")
+
+
+def _percent(value: float) -> str:
+    return "–" if np.isnan(value) else f"{100 * value:.1f}"
+
+
+def _record(config: TrainConfig, result: CrossValidation) -> dict[str, Any]:
+    summary = {name: {"mean": mean, "spread": spread} for name, (mean, spread) in result.summary().items()}
+    folds = [vars(fold) for fold in result.folds]
+    return {"config": config.model_dump(mode="json"), "summary": summary, "folds": folds}

@@ -1,0 +1,64 @@
+"""Cross-validation: every labelled picture is judged once, by a model that never saw its specimen."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from hpddrnet_trt.accuracy.folds import CrossValidation, Fold, cross_validate
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.data.simulate import write_dataset
+from hpddrnet_trt.training.config import TrainConfig, load_config
+from tests.training.conftest import TINY
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """Of four pictures of specimens p and q to learn from, and one that must not be looked at."""
+    dataset = write_dataset(tmp_path / "data", train=3, val=1, test=1, size=64, seed=1, progress=False)
+    names = {split: [sample.name for sample in dataset.split(split)] for split in ("train", "val")}
+    groups = zip([("train", name) for name in names["train"]] + [("val", names["val"][0])], "ppqq", strict=True)
+    described = json.loads((dataset.root / "dataset.json").read_text())
+    described["files"] = [{"split": split, "name": name, "group": group} for (split, name), group in groups]
+    (dataset.root / "dataset.json").write_text(json.dumps(described))
+    dataset.split("test")[0].image.write_bytes(b"no picture")
+    return load_config(
+        None, [*TINY, f"data.path={dataset.root}", f"run.folder={tmp_path / 'runs'}", "run.name=x",
+               "optimization.max_steps=2"],
+    )  # fmt: skip
+
+
+def test_every_specimen_is_held_out_once_and_test_is_not_looked_at(config: TrainConfig) -> None:
+    result = cross_validate(config, None)
+    assert [fold.specimens for fold in result.folds] == [["p"], ["q"]]
+    held_out = [name for fold in result.folds for name in fold.pictures]
+    assert len(held_out) == len(set(held_out)) == 4
+    assert not any(name.startswith("test/") for name in held_out)
+    record = json.loads(result.file.read_text())
+    assert record["folds"][0]["figures"]["mIoU"] == result.folds[0].figures["mIoU"]
+    kinds = {"mIoU", "micro IoU, per picture", "IoU pore", "boundary F pore", "area error pore"}
+    assert kinds <= record["summary"].keys()
+    assert "fold 2 held out: q" in result.table()
+
+    runs = {path: path.stat().st_mtime_ns for path in config.run.folder.rglob("*.safetensors")}
+    assert len(runs) == 2
+    assert cross_validate(config, 2).folds == result.folds  # nothing is trained again
+    assert {path: path.stat().st_mtime_ns for path in config.run.folder.rglob("*.safetensors")} == runs
+    with pytest.raises(UsageError, match=r"3 folds of whole specimens.*there are 2 in train, val"):
+        cross_validate(config, 3)
+
+
+def test_mean_and_spread_are_of_the_folds_that_have_the_figure(tmp_path: Path) -> None:
+    folds = [Fold([name], [name], {"IoU a": value, "IoU b": other}) for name, value, other in
+             (("p", 0.5, math.nan), ("q", 0.7, 0.2))]  # fmt: skip
+    result = CrossValidation(folds, tmp_path / "folds.json")
+    assert result.summary()["IoU a"] == pytest.approx((0.6, math.sqrt(0.02)))
+    mean, spread = result.summary()["IoU b"]
+    assert mean == 0.2
+    assert math.isnan(spread)
+    lines = result.table().splitlines()
+    assert lines[1].split() == ["IoU", "a", "60.0", "14.1", "50.0", "70.0"]
+    assert lines[2].split() == ["IoU", "b", "20.0", "–", "–", "20.0"]
