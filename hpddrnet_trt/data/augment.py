@@ -5,7 +5,8 @@ training, so that one sees where a model ends.
 
 Geometry first: rotation by any angle, flips, scale and the crop are one affine map, so picture and
 mask are resampled once. Then the instrument, in its own order: defocus (the probe), shot noise (the
-counting), contrast, brightness and gamma (the display). No colour tricks: there is no colour.
+counting), charging and offsets of scan lines (the scan), contrast, brightness and gamma (the
+display). No colour tricks: there is no colour.
 Shrinking takes no average over the pixels that fall together, because a microscope at lower
 magnification does not either: its probe stays smaller than its pixel.
 
@@ -30,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hpddrnet_trt.core.errors import ContractError
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
+from hpddrnet_trt.data.paste import paste
 from hpddrnet_trt.data.preprocess import scaled_size
 
 Grey8 = npt.NDArray[np.uint8]
@@ -47,6 +49,8 @@ class AugmentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     crop: tuple[int, int] = (512, 512)  # height, width of what comes out, pixels
+    # Sizes that batches take by chance instead of it: small ones see more, large ones show large things whole.
+    crops: tuple[tuple[int, int], ...] = ()
     rotation_probability: float = Field(default=0.5, ge=0, le=1)  # any angle; else a multiple of 90 degrees
     # Mirrored and, without free rotation, turned by multiples of 90 degrees; "horizontal": left-right
     # only, where up and down mean something (layers on a substrate).
@@ -61,12 +65,17 @@ class AugmentConfig(BaseModel):
     dose: Range = (40.0, 600.0)  # electrons that make full white; fewer mean more noise
     defocus_probability: float = Field(default=0.25, ge=0, le=1)
     defocus: Range = (0.3, 1.5)  # standard deviation of the probe, pixels
+    charging_probability: float = Field(default=0, ge=0, le=1)
+    charging: Range = (4.0, 30.0)  # grey levels: standard deviation of slow drifts of brightness, along scan lines
+    scan_noise_probability: float = Field(default=0, ge=0, le=1)
+    scan_noise: Range = (0.5, 5.0)  # grey levels: standard deviation of the offsets of single scan lines
+    paste_probability: float = Field(default=0, ge=0, le=1)  # regions of a rare class, from another picture
 
     @model_validator(mode="after")
     def _sensible(self) -> AugmentConfig:
-        if min(self.crop) < 1:
-            raise ValueError(f"crop must be positive, got {self.crop}")
-        for name in ("scale", "contrast", "gamma", "dose", "defocus"):
+        if wrong := [size for size in (self.crop, *self.crops) if min(size) < 1]:
+            raise ValueError(f"crop must be positive, got {wrong[0]}")
+        for name in ("scale", "contrast", "gamma", "dose", "defocus", "charging", "scan_noise"):
             low, high = getattr(self, name)
             if not 0 < low <= high < math.inf:
                 raise ValueError(f"{name} must be a range (lowest, highest) of positive numbers, got ({low}, {high})")
@@ -96,23 +105,40 @@ class Augmentation:
     def __init__(self, config: AugmentConfig | None = None) -> None:
         self.config = config or AugmentConfig()
 
-    def __call__(self, image: Grey8, mask: Grey8, rng: np.random.Generator) -> tuple[Grey8, Grey8]:
+    def __call__(
+        self,
+        image: Grey8,
+        mask: Grey8,
+        rng: np.random.Generator,
+        *,
+        size: tuple[int, int] | None = None,
+        donor: tuple[Grey8, Grey8, int] | None = None,
+    ) -> tuple[Grey8, Grey8]:
+        """``size``: another than ``config.crop``. ``donor``: a picture, its mask and the label whose regions are pasted
+        from it (:func:`hpddrnet_trt.data.paste.paste`), which is turned and scaled like any crop."""
+        size = size or self.config.crop
         if image.ndim != 2 or image.shape != mask.shape or not image.size:
             raise ContractError(f"image {image.shape} and mask {mask.shape} must be two-dimensional and of equal size")
         if image.dtype != np.uint8 or mask.dtype != np.uint8:
             raise ContractError(f"image and mask must be uint8, got {image.dtype} and {mask.dtype}")
-        matrix = self._affine(mask, rng)
-        crop = _warp_mirrored(image, matrix, self.config.crop)
-        return self._photograph(crop, rng), _warp_labels(mask, matrix, self.config.crop)
+        matrix = self._affine(mask, size, rng)
+        crop, labels = _warp_mirrored(image, matrix, size), _warp_labels(mask, matrix, size)
+        if donor is not None:
+            other, other_mask, label = donor
+            matrix = self._affine(np.where(other_mask == label, other_mask, IGNORE_INDEX), size, rng, aimed=1)
+            paste(crop, labels, _warp_mirrored(other, matrix, size), _warp_labels(other_mask, matrix, size), label)
+        return self._photograph(crop, rng), labels
 
-    def _affine(self, mask: Grey8, rng: np.random.Generator) -> Matrix:
-        """The map from crop pixels to picture pixels, float64 ``[2, 3]``."""
+    def _affine(
+        self, mask: Grey8, size: tuple[int, int], rng: np.random.Generator, aimed: float | None = None
+    ) -> Matrix:
+        """The map from crop pixels to picture pixels, float64 ``[2, 3]``; ``aimed``: instead of ``class_balance``."""
         linear = self._linear_part(rng)
-        height, width = self.config.crop
+        height, width = size
         middle = np.array([(width - 1) / 2, (height - 1) / 2])
         # Half the size of the box around the crop's outline in the picture.
         reach = np.abs(linear) @ middle
-        centre = self._centre(mask, reach, rng)
+        centre = self._centre(mask, reach, rng, self.config.class_balance if aimed is None else aimed)
         # Whole-pixel offset: quarter turns and flips then hit pixel centres exactly.
         offset = np.rint(centre - linear @ middle)
         return np.column_stack([linear, offset])
@@ -134,7 +160,7 @@ class Augmentation:
         return linear / zoom if scaled < config.scale_probability else linear
 
     def _centre(
-        self, mask: Grey8, reach: npt.NDArray[np.float64], rng: np.random.Generator
+        self, mask: Grey8, reach: npt.NDArray[np.float64], rng: np.random.Generator, aimed: float
     ) -> npt.NDArray[np.float64]:
         """Where in the picture (x, y) the crop's middle goes; within the picture where it fits."""
         size = np.array([mask.shape[1], mask.shape[0]], dtype=np.float64)
@@ -143,7 +169,7 @@ class Augmentation:
         lowest, highest = np.where(tight, highest, lowest), np.where(tight, lowest, highest)
         drawn: npt.NDArray[np.float64] = rng.uniform(lowest, highest)
         aim, which, place, offset = rng.random(), rng.random(), rng.random(), rng.uniform(-0.5, 0.5, 2)
-        if aim < self.config.class_balance:
+        if aim < aimed:
             present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)[:IGNORE_INDEX])
             if present.size:
                 pixels = np.flatnonzero(mask.ravel() == present[int(which * present.size)])
@@ -152,7 +178,7 @@ class Augmentation:
         return drawn
 
     def _photograph(self, image: npt.NDArray[np.float32], rng: np.random.Generator) -> Grey8:
-        """Defocus, shot noise, display; float32 grey levels to uint8."""
+        """Defocus, shot noise, charging, scan lines, display; float32 grey levels to uint8."""
         config = self.config
         blurred, sigma = rng.random(), rng.uniform(*config.defocus)
         noisy, dose = rng.random(), _log_uniform(rng, config.dose)
@@ -165,6 +191,14 @@ class Augmentation:
             # close from some ten electrons on and several times as fast to draw.
             spread: npt.NDArray[np.float32] = np.sqrt(np.maximum(image, 0) * np.float32(255 / dose))
             image = image + spread * rng.standard_normal(image.shape, dtype=np.float32)
+        charged, drift = rng.random(), rng.uniform(*config.charging)
+        lined, offset = rng.random(), rng.uniform(*config.scan_noise)
+        if charged < config.charging_probability:
+            # Slow along the lines, faster from line to line, as a surface charges and discharges during the scan.
+            field = rng.standard_normal((7, 3), dtype=np.float32) * np.float32(drift)
+            image = image + cv2.resize(field, image.shape[::-1], interpolation=cv2.INTER_CUBIC)
+        if lined < config.scan_noise_probability:
+            image = image + rng.standard_normal((len(image), 1), dtype=np.float32) * np.float32(offset)
         if contrast != 1 or brightness != 0:
             mean = float(image.mean())
             image = (image - np.float32(mean)) * np.float32(contrast) + np.float32(mean + brightness)

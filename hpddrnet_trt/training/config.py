@@ -143,6 +143,9 @@ class LossSection(_Section):
     overlap: Literal["none", "dice", "lovasz"] = "none"  # added to it, so that areas count and not only pixels
     overlap_weight: float = Field(default=1.0, gt=0)
     auxiliary_weight: float = Field(default=0.6, ge=0)
+    # How often a pixel beside another class counts in the cross-entropy: above 1 for fine edges, below 1 where masks
+    # are a pixel off.
+    boundary_weight: float = Field(default=1.0, ge=0)
     class_weights: Literal["none", "balanced"] | list[Annotated[float, Field(gt=0)]] = "none"
 
 
@@ -193,10 +196,12 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if any(size % SIZE_MULTIPLE for size in self.augmentation.crop):
-            raise ValueError(
-                f"augmentation.crop {list(self.augmentation.crop)} must be multiples of {SIZE_MULTIPLE} (height, width)"
-            )
+        for name, sizes in (("crop", (self.augmentation.crop,)), ("crops", self.augmentation.crops)):
+            for size in sizes:
+                if any(side % SIZE_MULTIPLE for side in size):
+                    raise ValueError(
+                        f"augmentation.{name} {list(size)} must be multiples of {SIZE_MULTIPLE} (height, width)"
+                    )
         if self.quantization.enabled and not self.optimization.freeze_norm:
             raise ValueError(
                 "quantization.enabled needs optimization.freeze_norm=true: INT8 folds batch-norm's statistics into the "

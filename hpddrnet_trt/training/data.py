@@ -45,7 +45,8 @@ from hpddrnet_trt.data.preprocess import pad
 from hpddrnet_trt.data.simulate import write_dataset
 from hpddrnet_trt.training.config import SIMULATED, DataSection
 
-_SHUFFLE, _AUGMENT, _NETWORK = range(3)  # independent random streams of one seed
+_SHUFFLE, _AUGMENT, _NETWORK, _CROP, _PASTE = range(5)  # independent random streams of one seed
+RARE = 0.05  # of the labelled pixels: a class with less is rare
 log = logging.getLogger(__name__)
 Pair = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]  # grey image and mask, both [H, W]
 
@@ -232,18 +233,43 @@ class ImageStore:
 
 
 class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
-    """Training sample ``number`` (any non-negative integer): image uint8 ``[1, h, w]``, mask uint8 ``[h, w]``."""
+    """Training sample ``number`` (any non-negative integer): image uint8 ``[1, h, w]``, mask uint8 ``[h, w]``.
 
-    def __init__(self, images: ImageStore, augmentation: Augmentation, seed: int) -> None:
+    ``batch``: samples of a forward pass over all devices, which share a crop size where ``augmentation.crops`` gives
+    several. ``rare``: the labels that ``augmentation.paste_probability`` is about.
+    """
+
+    def __init__(
+        self, images: ImageStore, augmentation: Augmentation, seed: int, *, batch: int = 1, rare: Sequence[int] = ()
+    ) -> None:
         self.images = images
         self.augmentation = augmentation
         self.seed = seed
+        self.batch = batch
+        self.rare = rare
         self.order = SampleOrder(len(images), seed)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        config = self.augmentation.config
+        size = None
+        if config.crops:
+            size = config.crops[_generator(self.seed, _CROP, number // self.batch).integers(len(config.crops))]
         image, mask = self.images[self.order[number]]
-        image, mask = self.augmentation(image, mask, augmentation_rng(self.seed, number))
+        rng = augmentation_rng(self.seed, number)
+        image, mask = self.augmentation(image, mask, rng, size=size, donor=self._donor(number))
         return torch.from_numpy(np.ascontiguousarray(image))[None], torch.from_numpy(np.ascontiguousarray(mask))
+
+
+    def _donor(self, number: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], int] | None:
+        """A picture with regions of a rare class, and its label, for the share of samples that gets some."""
+        probability = self.augmentation.config.paste_probability
+        if not (self.rare and probability):
+            return None
+        rng = _generator(self.seed, _PASTE, number)
+        if rng.random() >= probability:
+            return None
+        image, mask = self.images[int(rng.integers(len(self.images)))]
+        return image, mask, int(rng.choice(self.rare))
 
 
 class ValidationImages(Dataset[tuple[Tensor, Tensor]]):

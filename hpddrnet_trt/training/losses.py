@@ -21,19 +21,22 @@ class CrossEntropy(nn.Module):
 
     ``forward(logits [N, K, H, W] float, labels [N, H, W] integer) -> scalar``; zero, with zero
     gradients, when every pixel is ignored. The mean divides by the number of pixels and not by
-    the sum of their weights, so a weight of two counts a pixel twice.
+    the sum of their weights, so a weight of two counts a pixel twice. ``boundary_weight`` is another one, of pixels
+    that have one of another class among their eight neighbours.
     """
 
     class_weights: Tensor | None
 
-    def __init__(self, class_weights: Sequence[float] | None = None) -> None:
+    def __init__(self, class_weights: Sequence[float] | None = None, boundary_weight: float = 1.0) -> None:
         super().__init__()
+        self.boundary_weight = boundary_weight
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
 
     def pixel_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Weighted cross-entropy of each pixel ``[N, H, W]``, zero where ignored."""
-        return F.cross_entropy(logits, labels, self.class_weights, ignore_index=IGNORE_INDEX, reduction="none")
+        losses = F.cross_entropy(logits, labels, self.class_weights, ignore_index=IGNORE_INDEX, reduction="none")
+        return losses if self.boundary_weight == 1 else losses * (1 + (self.boundary_weight - 1) * boundary(labels))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         labels = labels.long()
@@ -51,9 +54,13 @@ class OhemCrossEntropy(CrossEntropy):
     """
 
     def __init__(
-        self, threshold: float = 0.9, min_kept: int = 131072, class_weights: Sequence[float] | None = None
+        self,
+        threshold: float = 0.9,
+        min_kept: int = 131072,
+        class_weights: Sequence[float] | None = None,
+        boundary_weight: float = 1.0,
     ) -> None:
-        super().__init__(class_weights)
+        super().__init__(class_weights, boundary_weight)
         self.threshold = threshold
         self.min_kept = min_kept
 
@@ -71,6 +78,16 @@ class OhemCrossEntropy(CrossEntropy):
             hardest = torch.kthvalue(probability[valid], rank).values
             kept = valid & (probability < hardest.clamp(min=self.threshold))
         return _mean_of(losses, kept)
+
+
+def boundary(labels: Tensor) -> Tensor:
+    """1 for pixels that have one of another class among their eight neighbours, else 0: float ``[N, H, W]`` of integer
+    labels of that shape. Ignored pixels are of no class and, as the image's edge, no boundary."""
+    values = labels.float()[:, None]
+    ignored = values == IGNORE_INDEX
+    largest = F.max_pool2d(values.masked_fill(ignored, -1), 3, 1, 1)
+    least = -F.max_pool2d(-values, 3, 1, 1)  # of the labels; ignored ones are above all
+    return ((largest > least) & ~ignored)[:, 0].float()
 
 
 def _mean_of(losses: Tensor, kept: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from hpddrnet_trt.data.datasets import FolderDataset, missing_splits
 from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.training.callbacks import LAST, read_training_checkpoint
 from hpddrnet_trt.training.config import SIMULATED, TrainConfig, apply_override, checked, read_settings
-from hpddrnet_trt.training.data import unfit
+from hpddrnet_trt.training.data import RARE, unfit
 from hpddrnet_trt.weights import CHECKPOINT, locate
 
 AUTO = "auto"
@@ -37,7 +37,6 @@ PICTURES_DECIDE = (
 )  # fmt: skip
 _LOOKED_AT = 32  # masks at most
 _COARSE = 128  # pixels: regions that reach further look alike in crops of 256
-_RARE = 0.05  # of the labelled pixels
 _MOST_CORES = 16
 _LARGE_GPU = 12e9  # bytes
 _STEPS, _MOST_STEPS = 600, 40_000  # of a CPU for few pictures: under half an hour of two cores
@@ -103,7 +102,7 @@ def settle_for_pictures(content: dict[str, Any], pictures: Pictures, machine: Ma
     wanted = 512 if pictures.reach > _COARSE or machine.gpu_bytes else 256
     side = max(64, min(wanted, pictures.side // 32 * 32))
     crop = _settle(content, "augmentation.crop", [side, side])
-    _settle(content, "augmentation.class_balance", 0.25 if pictures.rarest < _RARE else 0.0)
+    _settle(content, "augmentation.class_balance", 0.25 if pictures.rarest < RARE else 0.0)
     images = 16 if machine.gpu_bytes > _LARGE_GPU else 4 if crop[0] > 256 and not machine.gpu_bytes else 8
     batch_size = _settle(content, "optimization.batch_size", images)
     # More pictures, more steps, but far from in proportion. A GPU has time for more.

@@ -45,7 +45,7 @@ from hpddrnet_trt.training.config import (
     RunSection,
     TrainConfig,
 )
-from hpddrnet_trt.training.data import ImageStore, TrainingData, TrainingSamples, open_data
+from hpddrnet_trt.training.data import RARE, ImageStore, TrainingData, TrainingSamples, open_data
 from hpddrnet_trt.training.losses import (
     CrossEntropy,
     LovaszSoftmax,
@@ -343,6 +343,7 @@ def _criterion(section: LossSection, data: TrainingData) -> nn.Module:
 
 def _pixel_criterion(section: LossSection, data: TrainingData) -> CrossEntropy:
     weights: list[float] | None
+    boundary = section.boundary_weight
     if isinstance(section.class_weights, list):
         weights = section.class_weights
         if len(weights) != len(data.dataset.classes):
@@ -355,8 +356,8 @@ def _pixel_criterion(section: LossSection, data: TrainingData) -> CrossEntropy:
         balanced = section.class_weights == "balanced"
         weights = balanced_class_weights(data.statistics.class_fractions) if balanced else None
     if section.kind == "cross-entropy":
-        return CrossEntropy(weights)
-    return OhemCrossEntropy(section.ohem_threshold, section.ohem_min_kept, weights)
+        return CrossEntropy(weights, boundary)
+    return OhemCrossEntropy(section.ohem_threshold, section.ohem_min_kept, weights, boundary)
 
 
 def _versions() -> dict[str, str]:
@@ -437,7 +438,13 @@ def _datamodule(config: TrainConfig, data: TrainingData, device: _Device, first_
         for split in (section.train_split, section.val_split)
     )
     return SegmentationData(
-        TrainingSamples(training, Augmentation(config.augmentation), config.run.seed),
+        TrainingSamples(
+            training,
+            Augmentation(config.augmentation),
+            config.run.seed,
+            batch=device.images_per_pass * device.ranks,
+            rare=[label for label, share in enumerate(data.statistics.class_fractions) if 0 < share < RARE],
+        ),
         validation,
         images_per_pass=device.images_per_pass,
         first_pass=first_step * config.optimization.accumulate,

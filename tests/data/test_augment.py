@@ -27,6 +27,7 @@ from hpddrnet_trt.data.augment import (
     magnification,
     noise,
 )
+from hpddrnet_trt.data.paste import paste
 from tests.toy import grey_image
 
 Seed = st.integers(0, 2**32 - 2)
@@ -210,7 +211,8 @@ def test_wrong_arrays(image: np.ndarray, mask: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"crop": (0, 8)}, {"scale": (2.0, 0.5)}, {"scale": (0, 1)}, {"gamma": (1, float("inf"))},
+        {"crop": (0, 8)}, {"crops": [(8, 0)]}, {"charging": (5, 1)}, {"scan_noise": (0, 1)},
+        {"scale": (2.0, 0.5)}, {"scale": (0, 1)}, {"gamma": (1, float("inf"))},
         {"brightness": (0, 300)}, {"rotation_probability": 1.5}, {"colour_jitter": 1},
     ],
 )  # fmt: skip
@@ -329,3 +331,58 @@ def test_magnification_scales_image_and_mask_together() -> None:
     assert larger.shape == (32, 32)
     np.testing.assert_array_equal(labels, np.kron(mask, np.ones((2, 2))))
     assert [larger[8, 8], larger[8, 24], larger[24, 8], larger[24, 24]] == [0, 100, 200, 30]
+
+
+def test_charging_drifts_along_lines_and_scan_noise_is_of_lines() -> None:
+    grey, mask = np.full((96, 96), 120, np.uint8), np.zeros((96, 96), np.uint8)
+
+    def crop(**options: Any) -> np.ndarray:
+        config = AugmentConfig(crop=(96, 96), rotation_probability=0, flip=False, scale_probability=0,
+                               **{**GEOMETRY, **options})  # fmt: skip
+        return Augmentation(config)(grey, mask, np.random.default_rng(3))[0].astype(float)
+
+    assert (crop() == 120).all()  # off by default
+    lines = crop(scan_noise_probability=1, scan_noise=(4, 4))
+    assert np.ptp(lines, axis=1).max() == 0
+    assert lines[:, 0].std() == pytest.approx(4, rel=0.3)
+    charged = crop(charging_probability=1, charging=(20, 20))
+    assert 8 < charged.std() < 30
+    assert np.abs(np.diff(charged, axis=0)).max() < 10  # slow
+    assert np.abs(np.diff(charged, axis=1)).mean() < np.abs(np.diff(charged, axis=0)).mean()
+
+
+def test_new_chances_do_not_change_what_the_others_draw() -> None:
+    image, mask = grey_image(80, 90), blobs(80, 90)
+    plain = Augmentation(AugmentConfig(crop=(64, 64)))(image, mask, np.random.default_rng(5))
+    never = AugmentConfig(crop=(64, 64), charging_probability=1e-9, scan_noise_probability=1e-9)
+    other = Augmentation(never)(image, mask, np.random.default_rng(5))
+    for one, two in zip(plain, other, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_size_of_a_crop_can_be_another() -> None:
+    crop, labels = Augmentation(AugmentConfig(crop=(64, 64)))(
+        grey_image(80, 90), blobs(80, 90), np.random.default_rng(0), size=(32, 96)
+    )
+    assert crop.shape == labels.shape == (32, 96)
+
+
+def test_rare_regions_are_pasted_where_their_surroundings_are() -> None:
+    donor, donor_mask = np.full((40, 60), 100, np.float32), np.zeros((40, 60), np.uint8)
+    for column in (10, 30, 50):
+        donor_mask[10:14, column : column + 4] = 2
+    donor_mask[0:3, 20:24] = 2  # cut by the border
+    donor_mask[30:33, 30:33], donor_mask[33, 30:33] = 2, 1  # beside two classes
+    donor[donor_mask == 2] = 160
+    image, mask = np.full((40, 60), 60, np.float32), np.zeros((40, 60), np.uint8)
+    mask[:, 28:] = 1  # no place for the second and third
+    mask[12, 25] = 255
+    kept = mask.copy()
+    assert paste(image, mask, donor, donor_mask, 2) == 1
+    there = np.zeros_like(mask, bool)
+    there[10:14, 10:14] = True
+    np.testing.assert_array_equal(mask == 2, there)
+    np.testing.assert_array_equal(mask[~there], kept[~there])
+    assert (image[there] == 120).all()  # as much above its surroundings as it was
+    assert (image[:, 20:] == 60).all()
+    assert paste(image, mask, donor, donor_mask, 3) == 0

@@ -86,6 +86,32 @@ def test_training_sample_depends_on_its_number_alone(dataset: FolderDataset) -> 
     assert not torch.equal(first[7][0], other[7][0])
 
 
+def test_a_batch_shares_the_size_of_its_crops_and_all_sizes_occur(dataset: FolderDataset) -> None:
+    augmentation = Augmentation(AugmentConfig(crop=(32, 32), crops=((32, 32), (64, 32), (64, 64))))
+    samples = TrainingSamples(_store(dataset, "train"), augmentation, seed=1, batch=3)
+    shapes = [samples[number][0].shape[1:] for number in range(60)]
+    assert all(len(set(shapes[first : first + 3])) == 1 for first in range(0, 60, 3))
+    assert set(shapes) == {(32, 32), (64, 32), (64, 64)}
+
+
+def test_samples_get_regions_of_a_rare_class_from_other_pictures() -> None:
+    mask = np.zeros((96, 96), np.uint8)
+    mask[::24, ::24] = 2
+    pairs: Any = [(mask + np.uint8(100), mask), (mask + np.uint8(50), np.zeros_like(mask))]
+    plain, pasted, none_rare = (
+        TrainingSamples(pairs, Augmentation(AugmentConfig(crop=(64, 64), paste_probability=share)), 1, rare=rare)
+        for share, rare in ((0, [2]), (1, [2]), (1, []))
+    )
+    gained = 0
+    for number in range(12):
+        before, after = plain[number][1], pasted[number][1]
+        assert torch.equal(before, none_rare[number][1])
+        assert torch.all(after[before != after] == 2)
+        assert torch.equal(after, pasted[number][1])
+        gained += int((before != after).sum())
+    assert gained > 12
+
+
 def test_store_keeps_what_fits_its_budget(dataset: FolderDataset) -> None:
     store = _store(dataset, "train", budget=2 * 45 * 70)  # one pair
     kept, read = store[0], store[1]

@@ -24,6 +24,7 @@ from hpddrnet_trt.training.losses import (
     SoftDice,
     WithOverlap,
     balanced_class_weights,
+    boundary,
 )
 
 
@@ -121,6 +122,22 @@ def test_class_weights_multiply_the_pixels_of_their_class() -> None:
     logits = torch.zeros(1, 2, 1, 4)
     labels = torch.tensor([[[0, 1, 1, 1]]], dtype=torch.uint8)
     assert CrossEntropy([1.0, 3.0])(logits, labels).item() == pytest.approx(math.log(2) * (1 + 9) / 4)
+
+
+def test_pixels_beside_another_class_count_by_the_boundary_weight() -> None:
+    labels = torch.zeros(1, 5, 7, dtype=torch.uint8)
+    labels[:, :, 3:] = 1
+    labels[:, :, 5:] = IGNORE_INDEX  # no boundary
+    labels[0, 0, 2] = IGNORE_INDEX
+    beside = torch.zeros(1, 5, 7)
+    beside[:, :, 2:4] = 1
+    beside[0, 0, 2] = 0
+    assert torch.equal(boundary(labels), beside)
+    logits = torch.zeros(1, 2, 5, 7)
+    for weight in (0.0, 1.0, 4.0):
+        expected = math.log(2) * (1 + (weight - 1) * 9 / 24)
+        assert CrossEntropy(boundary_weight=weight)(logits, labels).item() == pytest.approx(expected)
+        assert OhemCrossEntropy(boundary_weight=weight)(logits, labels).item() == pytest.approx(expected)
 
 
 @settings(deadline=None)
