@@ -85,6 +85,8 @@ BAD = [
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=outside"], "outside"),
     (["train", "outside", "--folds", "1"], "number of folds from 2 on"),
     (["train", "outside", "--config", "{repo}/train/configs/nasa_super1.yaml", "--folds", "9"], "there are 1 in"),
+    (["adapt", "bad.onnx", "--data", "outside", "--out", "x.safetensors"], "bad.onnx"),
+    (["adapt", "{checkpoint}", "--data", "outside", "--out", "x.safetensors"], "shows next to nothing"),
     (["evaluate", "none.onnx", "--data", "outside"], "none.onnx"),
     (["evaluate", "{checkpoint}", "--data", "outside", "--split", "tets"], "tets"),
     (["evaluate", "{checkpoint}", "--data", "outside", "--report", "page.pdf"], "ends in .html"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hpddrnet_trt.cli.options import Data, EngineOptions, Mode, ModelFile, Split, write_json
+from hpddrnet_trt.cli.options import Checkpoint, Data, EngineOptions, Mode, ModelFile, Split, write_json
 from hpddrnet_trt.cli.program import app, command, new_app
 from hpddrnet_trt.core.errors import UsageError, require
 from hpddrnet_trt.training import DEFAULT_RECIPE, recipe_file
@@ -100,6 +100,38 @@ def _finish(checkpoint: Path, folder: Path, split: str) -> None:
     typer.echo(f"next: hpddrnet-trt segment MICROGRAPHS --model {model}")
     page = model.with_suffix(".html")
     typer.echo(f"      hpddrnet-trt evaluate {model} --data {folder} --split {split} --report {page}")
+
+
+@command(PANEL, "adapt nasa-super1 --data other-alloy/ --out other-alloy.safetensors")
+def adapt(
+    model: Checkpoint,
+    data: Annotated[Path, typer.Option(help="Micrographs of the new material or day (folder, pattern, or dataset).")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write (.safetensors).")],
+    split: Split = "train",
+    mix: Annotated[
+        float, typer.Option(help="Share of the new pictures' statistics, above 0 to 1; the rest are the training's.")
+    ] = 0.6,
+) -> None:
+    """Carry a model to another material, instrument or day without masks.
+
+    Statistics of its batch normalization are measured anew on those pictures, which takes seconds. Nobody can
+    tell without masks whether labels became better: the distance from the training pictures and how well the model
+    agrees with itself are shown, before and after, and where one became worse it is said. A few pictures with masks and
+    `evaluate` tell more.
+    """
+    for module in ("torch", "safetensors"):
+        require(module, "export", "adapt a checkpoint")
+    from hpddrnet_trt.training.adapt import adapt as run_adaptation
+
+    result = run_adaptation(model, data, out, split=split, mix=mix)
+    typer.echo(f"{result.pictures} pictures; {100 * result.changed:.1f} % of the pixels have another label than before")
+    before, after = result.before, result.after
+    if before.distance is not None:
+        typer.echo(f"distance from the training pictures: {before.distance:.2f} before, {after.distance:.2f} after")
+    typer.echo(f"agreement with itself: {100 * before.agreement:.2f} % before, {100 * after.agreement:.2f} % after")
+    for doubt in result.doubts:
+        typer.echo(f"warning: {doubt}", err=True)
+    typer.echo(f"written: {out}; next: hpddrnet-trt export {out}")
 
 
 @command(PANEL, "recipes small-data")

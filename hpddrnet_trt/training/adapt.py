@@ -1,0 +1,191 @@
+"""Carry a trained network to another material, instrument or day without masks.
+
+Batch normalisation remembers mean and variance of every channel over the training pictures. On other pictures these are
+others, and everything behind them is read wrongly. Here they are measured anew on pictures without masks and mixed with
+those of the training (Schneider et al., "Improving robustness against common corruptions by covariate shift
+adaptation", NeurIPS 2020; arXiv:2006.16971): the mean of few pictures of one kind is not to be trusted alone. The
+weights stay.
+
+Without masks nobody can say whether labels became better. What can be said is whether the pictures came nearer to those
+of the training, as the domain guard sees it, and whether the network agrees better with itself on the same picture
+turned and shown in another contrast; where either became worse, :attr:`Adaptation.doubts` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from hpddrnet_trt.core.domain import domain_of
+from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, Manifest
+from hpddrnet_trt.core.metrics import LabelComparison
+from hpddrnet_trt.core.progress import progress_bar
+from hpddrnet_trt.data.augment import contrast
+from hpddrnet_trt.data.datasets import evenly, find_images
+from hpddrnet_trt.data.intensity import range_of
+from hpddrnet_trt.export.images import Crop, cut, plan_crops, read_grey, with_content
+from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
+from hpddrnet_trt.models.domain import domain_features
+from hpddrnet_trt.models.network import HPDDRNet
+from hpddrnet_trt.weights import CHECKPOINT, locate
+
+MIX = 0.6  # share of the new statistics
+MOST_PICTURES = 64
+LOOKED_AT = 12  # pictures that the network is judged on, before and after
+LARGEST = 768  # pixels: of such a picture, the middle
+CROPS = 96  # at least, from all pictures together
+BATCH = 8
+CROP = (256, 256)  # where nothing is known of the training's
+_FADED = 0.7  # contrast of the second look at a picture
+Grey = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a network sees some pictures. ``distance``: the domain guard's, median over the pictures; None for a model
+    without statistics. ``agreement``: share of pixels with the same label in a picture and in the same picture turned
+    by 180 degrees with 0.7 of its contrast."""
+
+    distance: float | None
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What became of a model. ``changed``: share of pixels with another label than before."""
+
+    manifest: Manifest
+    pictures: int
+    before: Look
+    after: Look
+    changed: float
+
+    @property
+    def doubts(self) -> list[str]:
+        """Sentences about what became worse; empty where nothing did."""
+        found = []
+        if (self.after.distance or 0) > (self.before.distance or 0):
+            found.append("the pictures lie farther from those of the training than before")
+        if self.after.agreement < self.before.agreement:
+            found.append("the model agrees less with itself on a picture that is turned and faded")
+        return found
+
+
+def adapt(
+    model: str | Path,
+    data: str | Path,
+    target: str | Path,
+    *,
+    split: str = "train",
+    mix: float = MIX,
+) -> Adaptation:
+    """Write the checkpoint ``model`` (or a shipped model's) to ``target`` with the batch-norm statistics of ``data``.
+
+    ``data``: a folder of micrographs, a pattern, or a dataset, of which ``split`` is taken; masks are not looked
+    at. ``mix``: share of their statistics, above 0 to 1. The description loses what was measured with the former
+    statistics: metrics, temperature and errors of fractions. The statistics of the domain guard stay those of the
+    training pictures. The same pictures give the same file. Raises :class:`UsageError` for another ``mix`` and for
+    pictures that show nothing, and what reading model and pictures raises; then nothing is written.
+    """
+    if not 0 < mix <= 1:
+        raise UsageError(f"the share of the new statistics must be above 0 and at most 1, not {mix:g}")
+    path = locate(model, CHECKPOINT)
+    network, manifest = load_checkpoint(path)
+    images = evenly(find_images(data, split), MOST_PICTURES)
+    crop = manifest.data.crop if manifest.data is not None and manifest.data.crop else CROP
+    levels, read_at = range_of(manifest.intensity), manifest.read_at_m
+    crops, _ = with_content(plan_crops(images, *crop, CROPS, intensity_range=levels, read_at_m=read_at), *crop)
+    if len(crops) < 2:
+        raise UsageError(f"{data} shows next to nothing ({len(images)} pictures); give micrographs of the material")
+    shown = [_middle(read_grey(path, levels, read_at)) for path in evenly(images, LOOKED_AT)]
+    before, labels = _look(network, manifest, shown)
+    remeasure(network, manifest, crops, crop, mix)
+    after, others = _look(network, manifest, shown)
+    remark = (
+        f"batch-norm statistics: {mix:.0%} those of {len(images)} pictures without masks ({Path(data).name}); "
+        "not evaluated"
+    )
+    described = manifest.replace(
+        metrics={}, temperature=None, fraction_errors=None, remarks=[*manifest.remarks, remark], checkpoint_sha256=None
+    )
+    save_checkpoint(target, network, described)
+    return Adaptation(described, len(images), before, after, 1 - _agreement(labels, others))
+
+
+def remeasure(
+    network: HPDDRNet, manifest: Manifest, crops: Sequence[Crop], size: tuple[int, int], mix: float
+) -> None:
+    """Mix the batch-norm statistics of ``network`` with those of the crops, which are of ``size`` (height, width)."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    trained = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all batches
+        norm.train()
+    # Every batch holds crops from all over the pictures; one of a single crop has no variance after global pooling.
+    count = max(1, len(crops) // BATCH)
+    for first in progress_bar(range(count), desc="batch-norm statistics", unit="batch", delay=2):
+        pictures = [
+            cut(read_grey(crop.image, crop.intensity_range, crop.read_at_m), crop, *size)
+            for crop in crops[first::count]
+        ]
+        with torch.no_grad():
+            network(_normalized(np.stack(pictures), manifest))
+    for norm, before, momentum in zip(norms, trained, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+        for name, value in norm.named_buffers():
+            seen = norm.num_batches_tracked and name != "num_batches_tracked"  # not those of the auxiliary head
+            value.copy_((1 - mix) * before[name] + mix * value if seen else before[name])
+
+
+def _look(network: HPDDRNet, manifest: Manifest, pictures: Sequence[Grey]) -> tuple[Look, list[Grey]]:
+    """How the network sees pictures, and their labels."""
+    labels = [_labels(network, manifest, picture) for picture in pictures]
+    again = []
+    for picture in pictures:
+        faded, _ = contrast(picture, picture, _FADED, np.random.default_rng(0))
+        again.append(_labels(network, manifest, faded[::-1, ::-1])[::-1, ::-1])
+    distances = [
+        domain_of([domain_features(network, picture, manifest.normalization)], manifest.domain).distance
+        for picture in pictures
+        if manifest.domain is not None
+    ]
+    known = [distance for distance in distances if distance is not None]
+    return Look(float(np.median(known)) if known else None, _agreement(labels, again)), labels
+
+
+def _labels(network: HPDDRNet, manifest: Manifest, picture: Grey) -> Grey:
+    with torch.inference_mode():
+        logits = network.predict_logits(_normalized(picture[None], manifest))
+    return logits.argmax(dim=1)[0].to(torch.uint8).numpy()
+
+
+def _normalized(pictures: Grey, manifest: Manifest) -> torch.Tensor:
+    """``[N, H, W]`` to the network's input."""
+    mean, std = (
+        torch.tensor(values).view(1, 3, 1, 1) for values in (manifest.normalization.mean, manifest.normalization.std)
+    )
+    return (torch.from_numpy(pictures.astype(np.float32))[:, None] - mean) / std
+
+
+def _agreement(some: Sequence[Grey], others: Sequence[Grey]) -> float:
+    compared = LabelComparison(256)
+    for one, other in zip(some, others, strict=True):
+        compared.update(one, other)
+    return compared.agreement
+
+
+def _middle(picture: Grey) -> Grey:
+    """The middle, up to :data:`LARGEST` pixels and a multiple of 8; small pictures are continued to one."""
+    height, width = (max(min(edge, LARGEST) // SIZE_MULTIPLE, 1) * SIZE_MULTIPLE for edge in picture.shape)
+    top, left = max(picture.shape[0] - height, 0) // 2, max(picture.shape[1] - width, 0) // 2
+    return cut(picture, Crop(Path(), top, left), height, width)
