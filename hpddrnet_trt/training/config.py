@@ -140,7 +140,8 @@ class LossSection(_Section):
     kind: Literal["ohem", "cross-entropy"] = "ohem"
     ohem_threshold: float = Field(default=0.9, gt=0, le=1)
     ohem_min_kept: int = Field(default=131072, ge=0)  # pixels per forward pass of one device
-    overlap: Literal["none", "dice", "lovasz"] = "none"  # added to it, so that areas count and not only pixels
+    # Added to it, so that areas count and not only pixels; cldice: and that lines are whole, see losses.CenterlineDice.
+    overlap: Literal["none", "dice", "lovasz", "cldice"] = "none"
     overlap_weight: float = Field(default=1.0, gt=0)
     auxiliary_weight: float = Field(default=0.6, ge=0)
     # How often a pixel beside another class counts in the cross-entropy: above 1 for fine edges, below 1 where masks

@@ -133,6 +133,56 @@ class LovaszSoftmax(nn.Module):
         return (errors * weights).sum(0)[present].mean()
 
 
+class CenterlineDice(nn.Module):
+    """Half soft Dice, half one minus clDice (Shit et al., CVPR 2021; arXiv:2003.07311), the harmonic mean of the share
+    of the predicted centerlines that lies in the truth and of the true ones that lies in the prediction.
+
+    ``forward(logits [N, K, H, W] float, labels [N, H, W] integer) -> scalar`` in 0..1. A line that is broken loses, one
+    that is a pixel too wide does not. Centerlines are those of things up to :data:`THINNED` pixels from the middle to
+    the edge; of thicker ones only what juts out counts. Classes without a true centerline in the batch are left out.
+    """
+
+    THINNED = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dice = SoftDice()
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        labelled = (labels != IGNORE_INDEX)[:, None]
+        probability = torch.softmax(logits.float(), dim=1) * labelled
+        classes = labels.long().masked_fill(~labelled[:, 0], 0)
+        truth = F.one_hot(classes, logits.shape[1]).movedim(-1, 1).float() * labelled
+        predicted, true = (_centerlines(each, self.THINNED) for each in (probability, truth))
+        axes = (0, 2, 3)
+        precise = (predicted * truth).sum(axes) / predicted.sum(axes).clamp(min=1e-6)
+        found = (true * probability).sum(axes) / true.sum(axes).clamp(min=1e-6)
+        lines = 2 * precise * found / (precise + found).clamp(min=1e-6)
+        present = true.sum(axes) > 0
+        missed = (1 - lines)[present].sum() / present.sum().clamp(min=1)
+        total: Tensor = (self.dice(logits, labels) + missed) / 2
+        return total
+
+
+def _centerlines(values: Tensor, thinned: int) -> Tensor:
+    """Soft skeletons of ``[N, K, H, W]``, values 0..1: what opening takes away, at every depth of erosion."""
+    lines = F.relu(values - _opened(values))
+    for _ in range(thinned):
+        values = _eroded(values)
+        more = F.relu(values - _opened(values))
+        lines = lines + F.relu(more - lines * more)
+    return lines
+
+
+def _eroded(values: Tensor) -> Tensor:
+    """The least of a cross of five pixels."""
+    return -torch.maximum(F.max_pool2d(-values, (3, 1), 1, (1, 0)), F.max_pool2d(-values, (1, 3), 1, (0, 1)))
+
+
+def _opened(values: Tensor) -> Tensor:
+    return F.max_pool2d(_eroded(values), 3, 1, 1)
+
+
 class WithOverlap(nn.Module):
     """``criterion + weight * overlap``: pixels and areas together."""
 

@@ -47,6 +47,7 @@ from hpddrnet_trt.training.config import (
 )
 from hpddrnet_trt.training.data import RARE, ImageStore, TrainingData, TrainingSamples, open_data
 from hpddrnet_trt.training.losses import (
+    CenterlineDice,
     CrossEntropy,
     LovaszSoftmax,
     OhemCrossEntropy,
@@ -338,7 +339,8 @@ def _criterion(section: LossSection, data: TrainingData) -> nn.Module:
     pixels = _pixel_criterion(section, data)
     if section.overlap == "none":
         return pixels
-    return WithOverlap(pixels, SoftDice() if section.overlap == "dice" else LovaszSoftmax(), section.overlap_weight)
+    overlap = {"dice": SoftDice, "lovasz": LovaszSoftmax, "cldice": CenterlineDice}[section.overlap]
+    return WithOverlap(pixels, overlap(), section.overlap_weight)
 
 
 def _pixel_criterion(section: LossSection, data: TrainingData) -> CrossEntropy:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hpddrnet_trt.core.manifest import IGNORE_INDEX, NetworkConfig
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.training.losses import (
+    CenterlineDice,
     CrossEntropy,
     LovaszSoftmax,
     OhemCrossEntropy,
@@ -99,7 +100,7 @@ def test_ohem_equals_a_plain_reference(seed: int, threshold: float, min_kept: in
     assert OhemCrossEntropy(threshold, min_kept)(logits, labels).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-CRITERIA = [CrossEntropy(), CrossEntropy([1.0, 2.0]), OhemCrossEntropy(), SoftDice(), LovaszSoftmax()]
+CRITERIA = [CrossEntropy(), CrossEntropy([1.0, 2.0]), OhemCrossEntropy(), SoftDice(), LovaszSoftmax(), CenterlineDice()]
 
 
 @pytest.mark.parametrize("criterion", [*CRITERIA, WithOverlap(CrossEntropy(), SoftDice(), 1.0)])
@@ -122,6 +123,30 @@ def test_class_weights_multiply_the_pixels_of_their_class() -> None:
     logits = torch.zeros(1, 2, 1, 4)
     labels = torch.tensor([[[0, 1, 1, 1]]], dtype=torch.uint8)
     assert CrossEntropy([1.0, 3.0])(logits, labels).item() == pytest.approx(math.log(2) * (1 + 9) / 4)
+
+
+def test_centerline_dice_sees_a_gap_and_forgives_a_wider_line() -> None:
+    line = torch.zeros(1, 40, 60, dtype=torch.uint8)
+    line[:, 18:21, 5:55] = 1
+    wider, broken = line.clone(), line.clone()
+    wider[:, 17:22, 5:55] = 1
+    broken[:, :, 28:32] = 0
+
+    def loss(labels: torch.Tensor) -> tuple[float, float]:
+        logits = 30.0 * torch.nn.functional.one_hot(labels.long(), 2).movedim(-1, 1)
+        whole, dice = (criterion(logits, line).item() for criterion in (CenterlineDice(), SoftDice()))
+        return whole, 2 * whole - dice  # the part of the centerlines
+
+    assert loss(line)[0] == pytest.approx(0, abs=1e-3)
+    assert loss(wider)[1] < loss(broken)[1]
+    assert SoftDice()(30.0 * torch.nn.functional.one_hot(wider.long(), 2).movedim(-1, 1), line) > 0.1
+    ignored = line.clone()
+    ignored[:, :, 26:34] = IGNORE_INDEX
+    logits = torch.randn(1, 2, 40, 60, requires_grad=True)
+    CenterlineDice()(logits, ignored).backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    assert not logits.grad[:, :, :, 26:34].any()
 
 
 def test_pixels_beside_another_class_count_by_the_boundary_weight() -> None:
