@@ -209,6 +209,10 @@ def calibrate(
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse a result that agrees with FP32 on fewer pixels than this.")
     ] = 0.9,
+    under_shift: Annotated[
+        bool,
+        typer.Option(help="Measure and judge also at other contrast, brightness, gamma, dose and magnification."),
+    ] = False,
     cache: Annotated[bool, typer.Option(help="Keep what was measured, so that an interrupted run goes on.")] = True,
 ) -> None:
     """Measure activation ranges on micrographs and write an INT8 (or FP8) model."""
@@ -217,8 +221,9 @@ def calibrate(
     from hpddrnet_trt.export.calibrate import calibrate as run_calibration
 
     settings = CalibrationSettings(
-        runtime, precision, method, max_images=max_images, min_agreement=min_agreement, cache="user" if cache else None
-    )
+        runtime, precision, method, max_images=max_images, min_agreement=min_agreement, under_shift=under_shift,
+        cache="user" if cache else None,
+    )  # fmt: skip
     manifest = run_calibration(locate(model, ".onnx"), target, find_images(data, split), settings)
     if manifest.calibration is not None:
         typer.echo(f"calibrated on {manifest.calibration.images} images ({manifest.calibration.method})")

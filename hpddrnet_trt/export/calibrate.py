@@ -60,6 +60,7 @@ class _Data:
     crops: list[micrographs.Crop]
     held_out: list[Path]
     held_out_crops: list[micrographs.Crop]
+    shifted_crops: list[micrographs.Crop]  # the same at other settings of the instrument, where that is asked for
     independent: bool  # no held-out image was calibrated on
     height: int
     width: int
@@ -77,7 +78,9 @@ class CalibrationSettings:
     dynamic (the images' own by default, 1024 at most). ``min_agreement``: the smallest share of pixels with
     equal labels that is accepted; ``min_class_iou``: the smallest intersection over union of the labels with
     the FP32 ones in any class, which notices a rare class that agreement overlooks (off by default; below 0.8
-    there is a warning). ``cache``: where what was measured on each crop is kept, ``None`` for nowhere, see
+    there is a warning). ``under_shift``: ranges come from every crop as it is and at another contrast,
+    brightness, gamma, dose or magnification, and ``min_agreement`` is asked of held-out crops shown so, too.
+    ``cache``: where what was measured on each crop is kept, ``None`` for nowhere, see
     :mod:`hpddrnet_trt.export.statistics_cache`; an interrupted calibration continues from there.
     """
 
@@ -89,6 +92,7 @@ class CalibrationSettings:
     size: tuple[int, int] | None = None
     min_agreement: float = MIN_AGREEMENT
     min_class_iou: float = 0.0
+    under_shift: bool = False
     cache: Cache = "user"
 
     @property
@@ -245,12 +249,15 @@ def _gather(
     if len(crops) < len(planned):
         logger.warning("%d of %d calibration crops are flat and left out", len(planned) - len(crops), len(planned))
     judged, _ = micrographs.with_content(plan(judges, minimum=_HELD_OUT_CROPS)[:_HELD_OUT_CROPS], height, width)
+    independent = independent and bool(judged)
+    judged = judged or crops[:_HELD_OUT_CROPS]
     return _Data(
         images=chosen,
-        crops=crops,
+        crops=[*crops, *micrographs.shifted(crops)] if settings.under_shift else crops,
         held_out=judges,
-        held_out_crops=judged or crops[:_HELD_OUT_CROPS],
-        independent=independent and bool(judged),
+        held_out_crops=judged,
+        shifted_crops=micrographs.shifted(judged) if settings.under_shift else [],
+        independent=independent,
         height=height,
         width=width,
     )
@@ -288,7 +295,7 @@ class _Reference:
         self._data = data
         with OnnxRuntimeEngine(source) as engine:
             self._manifest = engine.manifest
-            self._labels = [engine.infer(batch).labels for batch in self._batches("labels of the FP32 file")]
+            self._labels = self._run(engine, "labels of the FP32 file")
 
     def compare(self, quantized: Any, manifest: Manifest) -> ValidationRecord:
         """Run a graph, as a file and through the engine that users run, on the same crops."""
@@ -296,31 +303,41 @@ class _Reference:
             candidate = save_model(quantized, Path(folder) / "quantized.onnx", manifest)
             with OnnxRuntimeEngine(candidate) as engine:
                 runtime = engine.runtime
-                labels = [engine.infer(batch).labels for batch in self._batches("comparing with FP32")]
+                labels = self._run(engine, "comparing with FP32")
         return self._record(labels, runtime, str(manifest.precision), qdq.count_convolutions(quantized))
 
-    def _batches(self, purpose: str) -> Iterator[npt.NDArray[Any]]:
+    def _run(self, engine: OnnxRuntimeEngine, purpose: str) -> list[list[npt.NDArray[np.uint8]]]:
+        """Labels by batch of the held-out crops as they are, and of the shifted ones."""
         data, contract = self._data, input_contract(self._manifest)
-        feed = micrographs.batches(
-            data.held_out_crops, data.height, data.width, contract, self._manifest.normalization
-        )
-        total = -(-len(data.held_out_crops) // contract.batch.minimum)
-        yield from progress_bar(feed, total=total, desc=purpose, unit="batch")
+        return [
+            [
+                engine.infer(batch).labels
+                for batch in progress_bar(
+                    micrographs.batches(crops, data.height, data.width, contract, self._manifest.normalization),
+                    total=-(-len(crops) // contract.batch.minimum), desc=purpose, unit="batch",
+                )
+            ]
+            for crops in (data.held_out_crops, data.shifted_crops)
+        ]  # fmt: skip
 
     def _record(
-        self, labels: list[npt.NDArray[np.uint8]], runtime: str, precision: str, counts: tuple[int, int]
+        self, labels: list[list[npt.NDArray[np.uint8]]], runtime: str, precision: str, counts: tuple[int, int]
     ) -> ValidationRecord:
         data = self._data
-        comparison = LabelComparison(self._manifest.network.num_classes)
-        for batches in zip(labels, self._labels, strict=True):
-            for got, expected in zip(*batches, strict=True):
-                comparison.update(got, expected)
+        comparison, under_shift = (
+            self._compared(*both) for both in zip(labels, self._labels, strict=True)
+        )
+        shifted = {
+            "agreement_under_shift": under_shift.agreement,
+            "worst_crop_agreement_under_shift": under_shift.worst_agreement,
+        }
         return ValidationRecord(
             what=f"{precision.upper()} labels against the FP32 ONNX file",
             runtime=runtime,
             values={
                 "agreement": comparison.agreement,
                 "worst_crop_agreement": comparison.worst_agreement,
+                **(shifted if data.shifted_crops else {}),
                 "miou_against_fp32": comparison.scores().miou,
                 **{
                     f"{_CLASS_IOU}{name}": iou
@@ -332,6 +349,15 @@ class _Reference:
             images=len(data.held_out),
             source=_judged_on(data),
         )
+
+    def _compared(
+        self, labels: list[npt.NDArray[np.uint8]], reference: list[npt.NDArray[np.uint8]]
+    ) -> LabelComparison:
+        comparison = LabelComparison(self._manifest.network.num_classes)
+        for batches in zip(labels, reference, strict=True):
+            for got, expected in zip(*batches, strict=True):
+                comparison.update(got, expected)
+        return comparison
 
 
 def _judged_on(data: _Data) -> str:
@@ -346,6 +372,13 @@ def _methods_tried(evidence: Mapping[str, ValidationRecord]) -> ValidationRecord
     return next(iter(evidence.values())).model_copy(update={"what": METHODS_TRIED, "values": scores})
 
 
+def _shift_in_words(values: Mapping[str, float]) -> str:
+    if "agreement_under_shift" not in values:
+        return ""
+    shift, worst = values["agreement_under_shift"], values["worst_crop_agreement_under_shift"]
+    return f", and on {shift:.4f} at other settings of the instrument (worst crop {worst:.4f})"
+
+
 def _judge(record: ValidationRecord, settings: CalibrationSettings, target: str | Path) -> None:
     """Report the comparison; raise :class:`UserError` when it falls short."""
     values = record.values
@@ -355,13 +388,14 @@ def _judge(record: ValidationRecord, settings: CalibrationSettings, target: str 
     summary = (
         f"{named} labels equal FP32 on {values['agreement']:.4f} of the pixels (worst crop "
         f"{values['worst_crop_agreement']:.4f}; IoU against FP32 {values['miou_against_fp32']:.4f} on average, "
-        f"{per_class[worst]:.4f} for the worst class, {worst!r}); "
+        f"{per_class[worst]:.4f} for the worst class, {worst!r}){_shift_in_words(values)}; "
         f"{values[f'{settings.precision}_convolutions']:.0f} of {values['convolutions']:.0f} convolutions are {named}"
     )
     others = ", ".join([*METHODS, "auto"])
     advice = f"calibrate on more and more varied micrographs, try another method ({others}), or use FP16"
     for value, least, what in (
         (values["agreement"], settings.min_agreement, "agreement"),
+        (values.get("agreement_under_shift", 1.0), settings.min_agreement, "agreement"),
         (per_class[worst], settings.min_class_iou, "IoU per class"),
     ):
         if not value >= least:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hpddrnet_trt.core.files import sha256_of
 from hpddrnet_trt.core.magnification import PixelSizes
 from hpddrnet_trt.core.manifest import AxisRange, InputContract, Normalization
 from hpddrnet_trt.core.progress import progress_bar
+from hpddrnet_trt.data.augment import SHIFTS
 from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.data.preprocess import at_pixel_size, network_input, pad
@@ -29,20 +30,28 @@ LARGEST_SIZE = 1024  # crop edge in pixels, where neither the model nor the call
 _LOOKED_AT = 9  # images that the usual size is taken from
 MINIMUM_CROPS = 32  # few images are cut into several crops each, up to this many in total
 FLAT = 2.0  # grey levels: crops that spread less hold no content
+# Other settings of the instrument, as training and robustness know them (data/augment.py): ranges measured on pictures
+# as they are alone fit no others.
+SHIFTED = (
+    ("contrast", 0.5), ("gamma", 2.0), ("magnification", 0.5), ("brightness", 50.0), ("noise", 20.0), ("contrast", 2.0),
+    ("gamma", 0.5), ("magnification", 2.0), ("brightness", -50.0),
+)  # fmt: skip
 SURVEYED = 512  # at most this many images are read to choose from
 
 Grey = npt.NDArray[np.uint8]
+_SHIFTS = {shift.name: shift for shift in SHIFTS}
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A window of a micrograph, top-left corner in pixels."""
+    """A window of a micrograph, top-left corner in pixels; ``shift``: name and value of a setting to see it at."""
 
     image: Path
     top: int
     left: int
     intensity_range: IntensityRange = None  # of the model
     read_at_m: PixelSizes | None = None  # likewise
+    shift: tuple[str, float] | None = None
 
 
 def crop_size(
@@ -185,9 +194,36 @@ def _starts(length: int, crop: int) -> list[int]:
     return [spare // 2] if count == 1 else [round(index * spare / (count - 1)) for index in range(count)]
 
 
+def shifted(crops: Sequence[Crop]) -> list[Crop]:
+    """Every crop once more at one of the settings :data:`SHIFTED`, by turns; few crops more often, until all occur."""
+    turns = -(-len(SHIFTED) // max(1, len(crops)))
+    return [
+        replace(crop, shift=SHIFTED[(place * turns + turn) % len(SHIFTED)])
+        for place, crop in enumerate(crops)
+        for turn in range(turns)
+    ]
+
+
 def cut(grey: Grey, crop: Crop, height: int, width: int) -> Grey:
-    """The pixels of a crop, uint8 ``[height, width]``; a smaller image is continued by reflection."""
-    return np.ascontiguousarray(pad(grey[crop.top : crop.top + height, crop.left : crop.left + width], height, width))
+    """The pixels of a crop, uint8 ``[height, width]``; a smaller image is continued by reflection.
+
+    At another magnification they show more or less around the same middle.
+    """
+    if crop.shift is None:
+        return np.ascontiguousarray(
+            pad(grey[crop.top : crop.top + height, crop.left : crop.left + width], height, width)
+        )
+    shift, value = _SHIFTS[crop.shift[0]], crop.shift[1]
+    tall, wide = (round(edge / value) if shift.resizes else edge for edge in (height, width))
+    top, left = (
+        max(0, min(first + (edge - seen) // 2, whole - seen))
+        for first, edge, seen, whole in zip(
+            (crop.top, crop.left), (height, width), (tall, wide), grey.shape, strict=True
+        )
+    )
+    part = np.ascontiguousarray(grey[top : top + tall, left : left + wide])
+    shown, _ = shift(part, part, value, np.random.default_rng((crop.top, crop.left)))
+    return np.ascontiguousarray(pad(shown[:height, :width], height, width))
 
 
 def with_content(crops: Sequence[Crop], height: int, width: int) -> tuple[list[Crop], float]:

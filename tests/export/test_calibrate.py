@@ -379,6 +379,24 @@ def test_fp8_on_request(
     assert TensorProto.INT8 not in kinds
 
 
+def test_ranges_hold_at_other_settings_on_request(tmp_path: Path, source: Path, images: list[Path]) -> None:
+    target = tmp_path / "x.onnx"
+    settings = {"runtime": "onnxruntime", "size": (SIZE, SIZE), "cache": None}
+    plain = calibrate(source, target, images, **settings)
+    shifted = calibrate(source, target, images, under_shift=True, **settings)
+    values = shifted.validation[-1].values
+    assert 0.9 <= values["worst_crop_agreement_under_shift"] <= values["agreement_under_shift"] <= 1
+    assert "agreement_under_shift" not in plain.validation[-1].values
+    assert plain.calibration is not None
+    assert shifted.calibration is not None
+    crops = [int(record.source.split(": ")[1].split()[0]) for record in (plain.calibration, shifted.calibration)]
+    assert crops[1] == 2 * crops[0]
+    target.unlink()
+    with pytest.raises(UserError, match="at other settings of the instrument"):
+        calibrate(source, target, images, under_shift=True, min_agreement=1.0, **settings)
+    assert not target.exists()
+
+
 def test_every_method_on_a_trained_network(sem_data: Path, tmp_path: Path) -> None:
     train, test = (find_images(sem_data / "nasa-super1", split) for split in ("train", "test"))
     options: dict[str, Any] = {"held_out": test[:1], "max_images": 4, "size": (256, 256), "cache": tmp_path / "cache"}

@@ -146,3 +146,30 @@ def test_micrographs_are_seen_at_the_pixel_size_of_the_model(tmp_path: Path) -> 
     crops = plan_crops([place], 16, 16, 100, read_at_m=(10e-9, 10e-9))
     assert len(crops) == 2  # of 30 x 40 pixels
     assert len(plan_crops([place], 16, 16, 100)) == 15
+
+
+def test_crops_are_seen_once_more_at_every_setting_by_turns() -> None:
+    crops = [Crop(Path(str(number)), 0, 0) for number in range(40)]
+    for count in (1, 4, 9, 40):
+        again = micrographs.shifted(crops[:count])
+        assert {crop.shift for crop in again} == set(micrographs.SHIFTED)
+        assert [crop.image for crop in again] == sorted((crop.image for crop in again), key=lambda path: int(path.name))
+        assert len(again) <= max(count, 9 + count)
+
+
+def test_a_shifted_crop_keeps_its_size_and_its_middle() -> None:
+    grey = np.zeros((160, 200), np.uint8)
+    grey[78:82, 98:102] = 200  # the middle of the crop
+    for shift in micrographs.SHIFTED:
+        crop = Crop(Path(), 48, 68, shift=shift)
+        seen = micrographs.cut(grey, crop, 64, 64)
+        assert (seen.shape, seen.dtype) == ((64, 64), np.uint8)
+        np.testing.assert_array_equal(seen, micrographs.cut(grey, crop, 64, 64))
+        rows = np.flatnonzero(seen[:, 32] > (int(seen.max()) + int(seen.min())) / 2)
+        assert abs(rows.mean() - 31.5) <= 1, shift
+    larger, smaller = (
+        micrographs.cut(grey, Crop(Path(), 48, 68, shift=("magnification", factor)), 64, 64) for factor in (2, 0.5)
+    )
+    assert ((larger > 128).sum(), (smaller > 128).sum()) == (pytest.approx(64, abs=8), 4)
+    small = micrographs.cut(grey[:30, :40], Crop(Path(), 0, 0, shift=("magnification", 0.5)), 64, 64)
+    assert small.shape == (64, 64)
