@@ -128,7 +128,7 @@ def adapt(
     before, after = result.before, result.after
     if before.distance is not None:
         typer.echo(f"distance from the training pictures: {before.distance:.2f} before, {after.distance:.2f} after")
-    typer.echo(f"agreement with itself: {100 * before.agreement:.2f} % before, {100 * after.agreement:.2f} % after")
+    typer.echo(f"agreement with itself: {100 * before.agreement:.1f} % before, {100 * after.agreement:.1f} % after")
     for doubt in result.doubts:
         typer.echo(f"warning: {doubt}", err=True)
     typer.echo(f"written: {out}; next: hpddrnet-trt export {out}")
