@@ -4,9 +4,10 @@
 training, so that one sees where a model ends.
 
 Geometry first: rotation by any angle, flips, scale and the crop are one affine map, so picture and
-mask are resampled once. Then the instrument, in its own order: defocus (the probe), shot noise (the
-counting), charging and offsets of scan lines (the scan), contrast, brightness and gamma (the
-display). No colour tricks: there is no colour.
+mask are resampled once. Then the preparation (what etching does to the contrast between phases) and
+the instrument, in its own order: defocus (the probe), shot noise (the counting), charging and
+offsets of scan lines (the scan), contrast, brightness and gamma (the display). No colour tricks:
+there is no colour.
 Shrinking takes no average over the pixels that fall together, because a microscope at lower
 magnification does not either: its probe stays smaller than its pixel.
 
@@ -70,6 +71,8 @@ class AugmentConfig(BaseModel):
     scan_noise_probability: float = Field(default=0, ge=0, le=1)
     scan_noise: Range = (0.5, 5.0)  # grey levels: standard deviation of the offsets of single scan lines
     paste_probability: float = Field(default=0, ge=0, le=1)  # regions of a rare class, from another picture
+    etching_probability: float = Field(default=0, ge=0, le=1)
+    etching: Range = (-40.0, 40.0)  # grey levels, of each class another: brighter or darker beside the others
 
     @model_validator(mode="after")
     def _sensible(self) -> AugmentConfig:
@@ -79,9 +82,10 @@ class AugmentConfig(BaseModel):
             low, high = getattr(self, name)
             if not 0 < low <= high < math.inf:
                 raise ValueError(f"{name} must be a range (lowest, highest) of positive numbers, got ({low}, {high})")
-        low, high = self.brightness
-        if not -255 <= low <= high <= 255:
-            raise ValueError(f"brightness must be a range within -255..255, got ({low}, {high})")
+        for name in ("brightness", "etching"):
+            low, high = getattr(self, name)
+            if not -255 <= low <= high <= 255:
+                raise ValueError(f"{name} must be a range within -255..255, got ({low}, {high})")
         return self
 
     @classmethod
@@ -127,7 +131,19 @@ class Augmentation:
             other, other_mask, label = donor
             matrix = self._affine(np.where(other_mask == label, other_mask, IGNORE_INDEX), size, rng, aimed=1)
             paste(crop, labels, _warp_mirrored(other, matrix, size), _warp_labels(other_mask, matrix, size), label)
+        if self.config.etching_probability:
+            # A stream of its own: the other draws are the same without it.
+            crop = self._etch(crop, labels, rng.spawn(1)[0])
         return self._photograph(crop, rng), labels
+
+    def _etch(self, crop: npt.NDArray[np.float32], labels: Grey8, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Classes brighter or darker beside each other, as another etchant or alloy shows them."""
+        etched, offsets = rng.random(), rng.uniform(*self.config.etching, size=256).astype(np.float32)
+        if etched >= self.config.etching_probability:
+            return crop
+        offsets[IGNORE_INDEX] = 0
+        # No sharper than the picture's own edges, which would give the mask away.
+        return crop + np.asarray(cv2.GaussianBlur(offsets[labels], (0, 0), 1.0), dtype=np.float32)
 
     def _affine(
         self, mask: Grey8, size: tuple[int, int], rng: np.random.Generator, aimed: float | None = None
@@ -272,6 +288,7 @@ def _log_uniform(rng: np.random.Generator, limits: Range) -> float:
     low, high = limits
     value = math.exp(rng.uniform(math.log(low), math.log(high)))
     return low if low == high else value
+
 
 Apply = Callable[[Grey8, Grey8, float, np.random.Generator], Pair]
 

@@ -220,6 +220,7 @@ def test_senseless_settings(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AugmentConfig(**options)
 
+
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 20))
 grey_images = hnp.arrays(np.uint8, shapes)
 sweeps = pytest.mark.parametrize("shift", SHIFTS, ids=lambda shift: shift.name)
@@ -358,6 +359,28 @@ def test_new_chances_do_not_change_what_the_others_draw() -> None:
     other = Augmentation(never)(image, mask, np.random.default_rng(5))
     for one, two in zip(plain, other, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def test_etching_moves_the_grey_of_whole_classes_and_no_other_draw() -> None:
+    mask = blobs(64, 64, classes=3)
+    mask[:8] = 255
+    image = np.full(mask.shape, 120, np.uint8)
+    plain = AugmentConfig(crop=(64, 64), **GEOMETRY)
+    etching = plain.model_copy(update={"etching_probability": 0.5, "etching": (-30.0, 30.0)})
+    changed = 0
+    for seed in range(60):
+        before, labels = Augmentation(plain)(image, mask, np.random.default_rng(seed))
+        after, same = Augmentation(etching)(image, mask, np.random.default_rng(seed))
+        np.testing.assert_array_equal(labels, same)
+        difference = after.astype(int) - before
+        assert np.abs(difference).max() <= 30
+        if difference.any():
+            changed += 1
+            for label in np.unique(labels):
+                inside = cv2.erode((labels == label).astype(np.uint8), np.ones((9, 9), np.uint8)) > 0
+                assert not inside.any() or np.ptp(difference[inside]) <= 1
+                assert label != 255 or not difference[inside].any()
+    assert 15 <= changed <= 45
 
 
 def test_the_size_of_a_crop_can_be_another() -> None:
