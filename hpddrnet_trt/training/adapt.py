@@ -13,6 +13,7 @@ turned and shown in another contrast; where either became worse, :attr:`Adaptati
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,14 @@ from torch import nn
 
 from hpddrnet_trt.core.domain import domain_of
 from hpddrnet_trt.core.errors import UsageError
+from hpddrnet_trt.core.magnification import PixelSizes, in_words, rescaling
 from hpddrnet_trt.core.manifest import SIZE_MULTIPLE, Manifest
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.core.progress import progress_bar
 from hpddrnet_trt.data.augment import contrast
 from hpddrnet_trt.data.datasets import evenly, find_images
 from hpddrnet_trt.data.intensity import range_of
+from hpddrnet_trt.data.micrograph import read_micrograph
 from hpddrnet_trt.export.images import Crop, cut, plan_crops, read_grey, with_content
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
 from hpddrnet_trt.models.domain import domain_features
@@ -45,6 +48,7 @@ BATCH = 8
 CROP = (256, 256)  # where nothing is known of the training's
 _FADED = 0.7  # contrast of the second look at a picture
 Grey = npt.NDArray[np.uint8]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,26 @@ def adapt(
     ``data``: a folder of micrographs, a pattern, or a dataset, of which ``split`` is taken; masks are not looked
     at. ``mix``: share of their statistics, above 0 to 1. The description loses what was measured with the former
     statistics: metrics, temperature and errors of fractions. The statistics of the domain guard stay those of the
-    training pictures. The same pictures give the same file. Raises :class:`UsageError` for another ``mix`` and for
+    training pictures. The same pictures give the same file. Warns of pictures that are not at the pixel size of the
+    model. Raises :class:`UsageError` for another ``mix``, for an ONNX file, for ``model`` as its own ``target`` and for
     pictures that show nothing, and what reading model and pictures raises; then nothing is written.
     """
     if not 0 < mix <= 1:
         raise UsageError(f"the share of the new statistics must be above 0 and at most 1, not {mix:g}")
     path = locate(model, CHECKPOINT)
+    if path.suffix.lower() == ".onnx":
+        raise UsageError(
+            f"{model} is an ONNX file, where batch normalization is part of the convolutions or another program's; "
+            "give the checkpoint (.safetensors) that it was exported from"
+        )
+    if path.resolve() == Path(target).resolve():
+        raise UsageError(f"{target} would overwrite the model it is made from; choose another output path")
     network, manifest = load_checkpoint(path)
     images = evenly(find_images(data, split), MOST_PICTURES)
     crop = manifest.data.crop if manifest.data is not None and manifest.data.crop else CROP
     levels, read_at = range_of(manifest.intensity), manifest.read_at_m
+    if read_at is not None:
+        _tell_sizes(images, read_at)
     crops, _ = with_content(plan_crops(images, *crop, CROPS, intensity_range=levels, read_at_m=read_at), *crop)
     if len(crops) < 2:
         raise UsageError(f"{data} shows next to nothing ({len(images)} pictures); give micrographs of the material")
@@ -119,9 +133,21 @@ def adapt(
     return Adaptation(described, len(images), before, after, 1 - _agreement(labels, others))
 
 
-def remeasure(
-    network: HPDDRNet, manifest: Manifest, crops: Sequence[Crop], size: tuple[int, int], mix: float
-) -> None:
+def _tell_sizes(images: Sequence[Path], read_at_m: PixelSizes) -> None:
+    """Warn of pictures that are not brought to the pixel size of the model, or not without loss."""
+    pictures = [(path, read_micrograph(path)) for path in images]
+    unknown = sum(picture.pixel_size_m is None for _, picture in pictures)
+    if unknown:
+        log.warning(
+            "%d of %d pictures come without a pixel size and are read as they are, though the model was trained at %s",
+            unknown, len(images), in_words(read_at_m),
+        )  # fmt: skip
+    scales = [(path, rescaling(each.pixel_size_m, read_at_m, each.pixels.shape[:2]).remark) for path, each in pictures]
+    if remarks := [f"{path}: {remark}" for path, remark in scales if remark]:
+        log.warning("%s%s", remarks[0], f"; {len(remarks) - 1} more are like it" if len(remarks) > 1 else "")
+
+
+def remeasure(network: HPDDRNet, manifest: Manifest, crops: Sequence[Crop], size: tuple[int, int], mix: float) -> None:
     """Mix the batch-norm statistics of ``network`` with those of the crops, which are of ``size`` (height, width)."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     trained = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]

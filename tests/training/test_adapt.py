@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from hpddrnet_trt import load_segmenter
 from hpddrnet_trt.core.errors import BadInputFile, UsageError
-from hpddrnet_trt.core.manifest import Manifest, read_manifest
+from hpddrnet_trt.core.files import sha256_of
+from hpddrnet_trt.core.manifest import DataRecord, Manifest, read_manifest
+from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 from hpddrnet_trt.export.domain import describe_domain
-from hpddrnet_trt.export.images import plan_crops
+from hpddrnet_trt.export.images import plan_crops, read_grey
+from hpddrnet_trt.export.onnx import export_onnx
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
 from hpddrnet_trt.training.adapt import Adaptation, Look, adapt, remeasure
 from tests.tiny_network import tiny_manifest, tiny_network
@@ -112,4 +117,61 @@ def test_senseless_requests_write_nothing(tmp_path: Path, model: Path, home: Pat
     Image.fromarray(np.full((64, 64), 90, np.uint8)).save(tmp_path / "flat.png")
     with pytest.raises(UsageError, match="shows next to nothing"):
         adapt(model, tmp_path / "flat.png", target)
+    (tmp_path / "steady").mkdir()
+    (tmp_path / "flat.png").rename(tmp_path / "steady" / "one.png")
+    with pytest.raises(UsageError, match="shows next to nothing"):
+        adapt(model, tmp_path / "steady", target)
     assert not target.exists()
+
+
+def test_models_without_statistics_and_targets_that_are_the_model_are_refused(
+    tmp_path: Path, model: Path, home: Path
+) -> None:
+    before = model.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(model)
+    for target in (model, tmp_path / "link.safetensors"):
+        with pytest.raises(UsageError, match="would overwrite the model"):
+            adapt(model, home, target)
+    assert model.read_bytes() == before
+    for name in ("nasa-super1.onnx", "int8.ONNX"):
+        with pytest.raises(UsageError, match=r"give the checkpoint \(.safetensors\)"):
+            adapt(tmp_path / name, home, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=r"ends in .safetensors"):
+        adapt(model, home, tmp_path / "a.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.safetensors"]
+
+
+def test_pictures_that_are_not_brought_to_the_pixel_size_are_told(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, manifest = load_checkpoint(model)
+    sized = manifest.replace(data=DataRecord(name="sized", pixel_size_m=(1e-8, 1e-8)))
+    source = save_checkpoint(tmp_path / "sized.safetensors", network, sized)
+    pictures = micrographs(tmp_path / "far" / "images" / "train")
+    adapt(source, pictures, tmp_path / "a.safetensors")
+    assert "3 of 3 pictures come without a pixel size" in caplog.text
+    caplog.clear()
+    sizes = {"name": "far", "files": [{"split": "train", "name": str(k), "pixel_size_m": 1e-5} for k in range(2)]}
+    (tmp_path / "far" / "dataset.json").write_text(json.dumps(sizes))
+    adapt(source, tmp_path / "far", tmp_path / "a.safetensors")
+    assert "1 of 3 pictures come without" in caplog.text
+    assert "too far apart" in caplog.text
+    assert "1 more are like it" in caplog.text
+
+
+def test_the_result_is_a_checkpoint_like_any_other(tmp_path: Path, model: Path) -> None:
+    other = micrographs(tmp_path / "faded", faded=0.3)
+    adapted = tmp_path / "a.safetensors"
+    adapt(model, other, adapted)
+    exported, quantized = tmp_path / "a.onnx", tmp_path / "a.int8.onnx"
+    assert export_onnx(adapted, exported).checkpoint_sha256 == sha256_of(adapted)
+    loose = CalibrationSettings("onnxruntime", size=(120, 144), min_agreement=0, cache=None)
+    calibrate(exported, quantized, [other / "0.png"], loose)
+    picture = read_grey(other / "0.png")
+    was, labels, exact, rounded = (
+        load_segmenter(path, threads=1, precision=precision).segment(picture).labels
+        for path, precision in ((model, "fp32"), (adapted, "fp32"), (exported, "fp32"), (quantized, "int8"))
+    )
+    assert np.mean(labels == exact) > 0.999
+    assert np.mean(labels == rounded) > 0.8
+    assert np.mean(labels == was) < 0.95  # so the comparison would notice the former statistics
