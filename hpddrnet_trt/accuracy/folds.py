@@ -67,14 +67,15 @@ def cross_validate(config: TrainConfig, folds: int | None) -> CrossValidation:
     Pictures are those of ``data.fold_splits``; the others are not looked at. The runs and ``folds.json`` lie in
     ``<run.folder>/<run.name>-folds``. Raises what training does, and :class:`UsageError` for more folds than specimens.
     """
-    folder = config.run.folder / f"{config.run.name}-folds"
-    if folds is None:
-        folds = _specimens(config.data)
+    folds = _specimens(config.data) if folds is None else folds
+    steps = config.optimization.max_steps
+    first = fold_config(config, 1, folds)
+    log.info("%d trainings of %d steps, one after the other, in %s", folds, steps, first.run.folder)
     judged = []
     for number in range(1, folds + 1):
         log.info("fold %d of %d", number, folds)
-        judged.append(_fold(_config(config, folder, number, folds)))
-    result = CrossValidation(judged, folder / RECORD)
+        judged.append(_fold(fold_config(config, number, folds), later_steps=(folds - number) * steps))
+    result = CrossValidation(judged, first.run.folder / RECORD)
     write_text(result.file, json.dumps(plain(_record(config, result)), indent=1) + "\n")
     return result
 
@@ -91,7 +92,10 @@ def _specimens(section: DataSection) -> int:
     return len({sample.group for sample in dataset.pooled(section.fold_splits)})
 
 
-def _config(config: TrainConfig, folder: Path, number: int, folds: int) -> TrainConfig:
+def fold_config(config: TrainConfig, number: int, folds: int | None) -> TrainConfig:
+    """The settings of one fold (from 1) of a run; ``folds`` as in :func:`cross_validate`, which raises the same."""
+    folds = _specimens(config.data) if folds is None else folds
+    folder = config.run.folder / f"{config.run.name}-folds"
     run = {"folder": folder, "name": f"fold-{number}-of-{folds}", "val_every": config.optimization.max_steps}
     return config.model_copy(
         update={
@@ -101,15 +105,12 @@ def _config(config: TrainConfig, folder: Path, number: int, folds: int) -> Train
     )
 
 
-def _fold(config: TrainConfig) -> Fold:
-    from hpddrnet_trt.training.data import open_data
+def _fold(config: TrainConfig, later_steps: int) -> Fold:
     from hpddrnet_trt.training.run import train
 
-    trained = train(config)
-    dataset = open_data(config.data, config.run.path).dataset
-    split = config.data.val_split
+    trained = train(config, later_steps)
     segmenter = load_segmenter(trained.checkpoint, threads=config.run.threads, precision="fp32")
-    assessment = assess(segmenter, dataset, split, worst=0, progress=False)
+    assessment = assess(segmenter, trained.dataset, config.data.val_split, worst=0, progress=False)
     names = [image.name for image in assessment.images]
     return Fold(sorted({str(group) for group in assessment.groups}), names, _figures(assessment))
 

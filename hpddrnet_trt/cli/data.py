@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -61,16 +62,16 @@ def train(
         raise UsageError(f"one dataset folder is trained on, not {len(folders)} ({', '.join(folders)})")
     for module in ("torch", "lightning", "tensorboard", "safetensors"):
         require(module, "train", "train a network")
+    from hpddrnet_trt.accuracy.folds import cross_validate, fold_config
     from hpddrnet_trt.training.plan import plan_run
     from hpddrnet_trt.training.run import train as run_training
 
-    log = logging.getLogger("hpddrnet_trt.training")
-    log.setLevel(logging.INFO)  # says what it continues from, and how long it will take
+    for room in ("training", "accuracy.folds"):  # say what they continue from, and how long it will take
+        logging.getLogger(f"hpddrnet_trt.{room}").setLevel(logging.INFO)
     folder = Path(folders[0]) if folders else None
-    planned = plan_run(source, folder, settings, start=start)
+    first = None if folds is None else partial(fold_config, number=1, folds=count)
+    planned = plan_run(source, folder, settings, start=start, first=first)
     if folds is not None:
-        from hpddrnet_trt.accuracy.folds import cross_validate
-
         judged = cross_validate(planned, count)
         typer.echo(f"{judged.table()}\n\nwritten: {judged.file}")
         return

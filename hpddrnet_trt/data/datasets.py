@@ -24,7 +24,7 @@ from hpddrnet_trt.data.intensity import IntensityRange, to_grey8
 from hpddrnet_trt.data.labels import MaskColors, read_mask
 from hpddrnet_trt.data.micrograph import Micrograph, read_micrograph
 from hpddrnet_trt.data.preprocess import at_pixel_size, nearest
-from hpddrnet_trt.data.specimens import deal, specimens
+from hpddrnet_trt.data.specimens import deal, some, specimens
 
 log = logging.getLogger(__name__)
 
@@ -275,11 +275,11 @@ class FolderDataset:
         """
         samples = self.pooled(splits)
         groups = {sample.name: str(sample.group) for sample in samples}
-        present = len(set(groups.values()))
-        if not 2 <= count <= present:
+        if not 2 <= count <= len(set(groups.values())):
             raise UsageError(
-                f"{count} folds of whole specimens cannot be made of {self.root}: there are {present} in "
-                f"{', '.join(splits)}"
+                f"{count} folds of whole specimens cannot be made of {self.root}: {', '.join(splits)} hold "
+                f"{some(groups)}; choose fewer folds or, if these are not the specimens, write that of each picture "
+                "as `group` into dataset.json"
             )
         folds = deal(groups, count)
         within = [sample for sample in samples if folds[sample.name] == number - 1]

@@ -419,12 +419,13 @@ def write_dataset(
                 height, width, (seed, SPLITS.index(split), place), kind, magnification=magnification
             )
             write_pair(target, split, _file_name(split, place), image, mask, palette)
+        named = [(split, _file_name(split, place)) for split, place in jobs]  # each of a specimen of its own
         description = DatasetDescription(
             name="simulated-mudrock",
             license="CC0-1.0 (simulated)",
             classes=list(CLASSES),
             pixel_size_m=PIXEL_SIZE_M / magnification,
-            files=[DescribedFile(split=split, name=_file_name(split, place)) for split, place in jobs],
+            files=[DescribedFile(split=split, name=name, group=name) for split, name in named],
             simulation=simulation,
         )
         write_description(target / FILE_NAME, description)

@@ -28,13 +28,13 @@ def specimens(paths: Sequence[str], rule: str | None = None) -> tuple[dict[str, 
         return _by_rule(paths, rule), f"by specimen, as --specimen {rule} finds it"
     folders = {path: "/".join(_saying(PurePosixPath(path).parts[:-1])) for path in paths}
     if _tells(folders, 2):
-        return folders, f"by specimen, told by the folders ({_some(folders)})"
+        return folders, f"by specimen, told by the folders ({some(folders)})"
     beginnings = {path: _beginnings(PurePosixPath(path).stem) for path in paths}
     for least in (3, 2):
         for length in range(max(map(len, beginnings.values()), default=0)):
             groups = {path: f"{folders[path]}/{each[: length + 1][-1]}".strip("/") for path, each in beginnings.items()}
             if _tells(groups, least):
-                return groups, f"by specimen, told by how the names begin ({_some(groups)})"
+                return groups, f"by specimen, told by how the names begin ({some(groups)})"
     return {}, "by picture: neither folders nor names tell specimens (if there are several, say how with --specimen)"
 
 
@@ -65,7 +65,8 @@ def _tells(groups: Mapping[str, str], least: int) -> bool:
     return least <= len(set(groups.values())) <= len(groups) / 2
 
 
-def _some(groups: Mapping[str, str]) -> str:
+def some(groups: Mapping[str, str]) -> str:
+    """How many groups, and the first three, of ``groups`` by picture."""
     names = sorted(set(groups.values()))
     return f"{len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 

@@ -310,11 +310,12 @@ class Checkpoints(pl.Callback):
 
 class Progress(pl.Callback):
     """A bar with step, loss and validation mIoU on a terminal; and, anywhere, lines that say how long it will take:
-    measured on the first steps, and after each validation."""
+    measured on the first steps, and after each validation. ``later_steps`` are those of the runs that follow."""
 
-    def __init__(self, name: str, max_steps: int) -> None:
+    def __init__(self, name: str, max_steps: int, later_steps: int = 0) -> None:
         self.name = name
         self.max_steps = max_steps
+        self.later_steps = later_steps
         self._bar: Any = None
         self._loss = math.nan
         self._began: tuple[int, float] | None = None  # step and time, once the first steps of this process are done
@@ -367,7 +368,9 @@ class Progress(pl.Callback):
         return (time.monotonic() - begin) / max(1, trainer.global_step - step)
 
     def _left(self, trainer: pl.Trainer) -> str:
-        return duration(self._second_per_step(trainer) * (self.max_steps - trainer.global_step))
+        second, steps = self._second_per_step(trainer), self.max_steps - trainer.global_step
+        own, whole = (duration(second * count) for count in (steps, steps + self.later_steps))
+        return f"{own} ({whole} with the runs that follow)" if self.later_steps else own
 
     def _say(self, trainer: pl.Trainer, text: str) -> None:
         if trainer.is_global_zero and not os.environ.get(QUIET):

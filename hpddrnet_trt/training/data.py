@@ -126,16 +126,8 @@ def open_data(section: DataSection, folder: Path, start: Manifest | None = None)
     else:
         dataset = FolderDataset.open(section.path, section.layout)
     wanted = (section.train_split, section.val_split)
-    if section.fold_place is not None:
-        if missing := missing_splits(dataset.splits, *section.fold_splits):
-            raise UserError(unfit(dataset, missing))
-        dataset = dataset.fold(*section.fold_place, section.fold_splits, train=wanted[0], held_out=wanted[1])
-    if missing := missing_splits(dataset.splits, *wanted):
-        raise UserError(unfit(dataset, missing))
-    shared = dataset.shared_groups(section.train_split)
-    if section.separate_groups:
-        dataset = dataset.without_shared_groups(section.train_split)
-    elif shared:
+    dataset = parted(dataset, section)
+    if shared := dataset.shared_groups(section.train_split):
         log.warning(
             "groups in split %r and in others: %s; scores will flatter, see data.separate_groups",
             section.train_split, ", ".join(shared),
@@ -166,6 +158,19 @@ def open_data(section: DataSection, folder: Path, start: Manifest | None = None)
         log.warning("no pixel of split %r is labelled %s: it is not learned", section.train_split, ", ".join(absent))
     count = len(dataset.split(section.train_split))
     return TrainingData(dataset, of_training, intensity, dataset.checksum(), count, pixel_sizes)
+
+
+def parted(dataset: FolderDataset, section: DataSection) -> FolderDataset:
+    """The pictures of ``dataset`` that ``section`` trains and validates on: those of a fold, without shared groups.
+
+    Raises :class:`UserError` when a split is missing, and for more folds than specimens.
+    """
+    wanted = (section.train_split, section.val_split)
+    if missing := missing_splits(dataset.splits, *(wanted if section.fold_place is None else section.fold_splits)):
+        raise UserError(unfit(dataset, missing))
+    if section.fold_place is not None:
+        dataset = dataset.fold(*section.fold_place, section.fold_splits, train=wanted[0], held_out=wanted[1])
+    return dataset.without_shared_groups(section.train_split) if section.separate_groups else dataset
 
 
 def _pixels(

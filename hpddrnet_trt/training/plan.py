@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,7 @@ from hpddrnet_trt.data.datasets import FolderDataset, missing_splits
 from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.training.callbacks import LAST, read_training_checkpoint
 from hpddrnet_trt.training.config import SIMULATED, TrainConfig, apply_override, checked, read_settings
-from hpddrnet_trt.training.data import RARE, unfit
+from hpddrnet_trt.training.data import RARE, parted, unfit
 from hpddrnet_trt.weights import CHECKPOINT, locate
 
 AUTO = "auto"
@@ -142,6 +142,7 @@ def plan_run(
     *,
     start: Path | None = None,
     machine: Machine | None = None,
+    first: Callable[[TrainConfig], TrainConfig] | None = None,
 ) -> TrainConfig:
     """The configuration of a run: a recipe's settings, with what it leaves open filled in.
 
@@ -150,6 +151,7 @@ def plan_run(
     training goes on from: network and normalisation are then its own. ``machine``: None: this one.
 
     A run that ``folder`` names is continued when it was started so; otherwise the new one gets a number (``name-2``).
+    ``first``: where it is several trainings (folds), the settings of the one that is started first.
 
     Raises :class:`UsageError` for wrong settings and where no dataset is named, and what opening the dataset raises.
     """
@@ -170,7 +172,7 @@ def plan_run(
         settle_for_pictures(content, _pictures(content), machine, continued=start is not None)
     config = checked(content, source)
     named = any(text.partition("=")[0].strip() == "run.name" for text in overrides)
-    return config if folder is None or named else _under_free_name(config)
+    return config if folder is None or named else _under_free_name(config, first or (lambda run: run))
 
 
 def _pictures(content: Mapping[str, Any]) -> Pictures:
@@ -189,21 +191,22 @@ def run_name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("._-") or "run"
 
 
-def _under_free_name(config: TrainConfig) -> TrainConfig:
+def _under_free_name(config: TrainConfig, first: Callable[[TrainConfig], TrainConfig]) -> TrainConfig:
     """The same under the first name that is free, or whose run was started so and on the same files."""
     data_sha256 = ""
     for number in count(1):
         name = config.run.name if number == 1 else f"{config.run.name}-{number}"
         named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-        last = named.run.path / LAST
+        run = first(named)
+        last = run.run.path / LAST
         if not last.exists():
             break
         stored = read_training_checkpoint(last).get("hpddrnet_trt", {})
-        data_sha256 = data_sha256 or FolderDataset.open(config.data.path, config.data.layout).checksum()
-        if named.differences(stored.get("config", {})) == [] and stored.get("data_sha256") == data_sha256:
+        data_sha256 = data_sha256 or parted(FolderDataset.open(run.data.path, run.data.layout), run.data).checksum()
+        if run.differences(stored.get("config", {})) == [] and stored.get("data_sha256") == data_sha256:
             break
     if number > 1:
-        log.info("other runs of this name have other settings or data: this one is %s", named.run.path)
+        log.info("other runs of this name have other settings or data: this one is %s", run.run.path)
     return named
 
 

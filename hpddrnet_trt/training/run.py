@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import platform
 from collections.abc import Iterator
@@ -70,9 +71,10 @@ class TrainResult:
     checkpoint: Path  # best model, .safetensors with its description
     last: Path  # training checkpoint of the last step
     metrics: dict[str, float]  # validation metrics of the best model, fractions, and its "step"
+    dataset: FolderDataset  # as it was trained and validated on
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, later_steps: int = 0) -> TrainResult:
     """Train, or continue a run that was stopped, and return the best model.
 
     Everything is written to ``<run.folder>/<run.name>``: ``last.ckpt`` (resume), ``metrics.csv``,
@@ -80,6 +82,7 @@ def train(config: TrainConfig) -> TrainResult:
     the best validation mIoU. Raises :class:`UserError` with one sentence for everything a user can
     mend; :class:`~hpddrnet_trt.training.callbacks.TrainingInterrupted` after Ctrl-C.
 
+    ``later_steps``: how many more like its own will follow in other runs, for the estimate of the time.
     With ``run.workers`` processes are spawned, which import the calling script: it needs the usual
     ``if __name__ == "__main__":``.
     """
@@ -89,13 +92,13 @@ def train(config: TrainConfig) -> TrainResult:
     first_step, stored = _find_start(config, folder, data)
     if first_step >= config.optimization.max_steps:
         _describe_domain(config, data)  # where the run was stopped before it came to that
-        return _result(config, stored)
+        return _result(config, stored, data)
 
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     stop = StopRequest()
     module, manifest = _build(config, data)
-    trainer = _trainer(config, device, _callbacks(config, data, manifest, stop))
+    trainer = _trainer(config, device, _callbacks(config, data, manifest, stop, later_steps))
     datamodule = _datamodule(config, data, device, first_step)
     if not first_step:
         _observe(config, module, datamodule)
@@ -105,7 +108,7 @@ def train(config: TrainConfig) -> TrainResult:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
     if trainer.is_global_zero:
         _describe_domain(config, data)
-    return _result(config, read_training_checkpoint(folder / LAST))
+    return _result(config, read_training_checkpoint(folder / LAST), data)
 
 
 def _in_words(config: TrainConfig, data: TrainingData) -> str:
@@ -254,9 +257,13 @@ def _check_settings(config: TrainConfig, path: Path, manifest: Manifest) -> None
     compared = set(asked) & (set(asked) if "variant" in given else given)
     wrong = [f"{key} is {stored[key]}, not {asked[key]}" for key in sorted(compared) if asked[key] != stored[key]]
     if wrong:
+        own = {key: stored[key] for key in ("detail", "pool_border")} | {
+            key: getattr(section, key) for key in sorted(given - {"initial"})
+        }
+        anew = ", ".join(f"{key}: {json.dumps(value)}" for key, value in own.items())
         raise UsageError(
             f"{path} holds {manifest.network.name} ({'; '.join(wrong)}); leave out the network.* settings, which "
-            "the file brings along"
+            f"the file brings along, or train another network from random weights: 'network={{{anew}}}'"
         )
     if "normalization" in config.data.model_fields_set:
         imagenet = manifest.normalization == Normalization()
@@ -372,7 +379,9 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _callbacks(config: TrainConfig, data: TrainingData, manifest: Manifest, stop: StopRequest) -> list[pl.Callback]:
+def _callbacks(
+    config: TrainConfig, data: TrainingData, manifest: Manifest, stop: StopRequest, later_steps: int
+) -> list[pl.Callback]:
     optimization, run = config.optimization, config.run
     # In this order: the average is up to date before rows are written, rows before the checkpoint.
     callbacks: list[pl.Callback] = []
@@ -388,7 +397,7 @@ def _callbacks(config: TrainConfig, data: TrainingData, manifest: Manifest, stop
         )
     )
     if run.progress:
-        callbacks.append(Progress(run.name, optimization.max_steps))
+        callbacks.append(Progress(run.name, optimization.max_steps, later_steps))
     callbacks.append(
         Checkpoints(
             run.path,
@@ -484,7 +493,7 @@ def _best(config: TrainConfig) -> Path:
     return config.run.path / f"{config.run.name}.safetensors"
 
 
-def _result(config: TrainConfig, checkpoint: dict[str, Any]) -> TrainResult:
+def _result(config: TrainConfig, checkpoint: dict[str, Any], data: TrainingData) -> TrainResult:
     folder, best = config.run.path, _best(config)
     if not best.is_file():
         raise UserError(f"the run in {folder} is finished but {best} is missing; choose another run.name")
@@ -492,7 +501,7 @@ def _result(config: TrainConfig, checkpoint: dict[str, Any]) -> TrainResult:
         state["best_metrics"] for state in checkpoint["callbacks"].values() if "best_metrics" in state
     )
     read_manifest(best)  # raises when the file was damaged since
-    return TrainResult(best, folder / LAST, dict(metrics))
+    return TrainResult(best, folder / LAST, dict(metrics), data.dataset)
 
 
 @contextmanager

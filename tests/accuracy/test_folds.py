@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hpddrnet_trt.accuracy.folds import CrossValidation, Fold, cross_validate
+from hpddrnet_trt.accuracy.folds import CrossValidation, Fold, cross_validate, fold_config
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.simulate import write_dataset
-from hpddrnet_trt.training.config import TrainConfig, load_config
+from hpddrnet_trt.training import recipe_file
+from hpddrnet_trt.training.config import TrainConfig
+from hpddrnet_trt.training.plan import plan_run
 from tests.training.conftest import TINY
 
 
@@ -25,14 +28,23 @@ def config(tmp_path: Path) -> TrainConfig:
     described["files"] = [{"split": split, "name": name, "group": group} for (split, name), group in groups]
     (dataset.root / "dataset.json").write_text(json.dumps(described))
     dataset.split("test")[0].image.write_bytes(b"no picture")
-    return load_config(
-        None, [*TINY, f"data.path={dataset.root}", f"run.folder={tmp_path / 'runs'}", "run.name=x",
-               "optimization.max_steps=2"],
-    )  # fmt: skip
+    return planned(tmp_path)
 
 
-def test_every_specimen_is_held_out_once_and_test_is_not_looked_at(config: TrainConfig) -> None:
+def planned(tmp_path: Path, *settings: str) -> TrainConfig:
+    """The fixture's, by the command ``train data --folds 2``."""
+    short = ["optimization.max_steps=8", "optimization.warmup_steps=2", "run.progress=true"]
+    given = ["network={}", *TINY, *short, f"run.folder={tmp_path / 'runs'}", *settings]
+    first = partial(fold_config, number=1, folds=2)
+    return plan_run(recipe_file("demo"), tmp_path / "data", given, first=first)
+
+
+def test_every_specimen_is_held_out_once_and_test_is_not_looked_at(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = cross_validate(config, None)
+    estimates = [line for line in capsys.readouterr().err.splitlines() if "a step, about" in line]
+    assert ["with the runs that follow" in line for line in estimates] == [True, False]
     assert [fold.specimens for fold in result.folds] == [["p"], ["q"]]
     held_out = [name for fold in result.folds for name in fold.pictures]
     assert len(held_out) == len(set(held_out)) == 4
@@ -47,8 +59,17 @@ def test_every_specimen_is_held_out_once_and_test_is_not_looked_at(config: Train
     assert len(runs) == 2
     assert cross_validate(config, 2).folds == result.folds  # nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in config.run.folder.rglob("*.safetensors")} == runs
-    with pytest.raises(UsageError, match=r"3 folds of whole specimens.*there are 2 in train, val"):
+    with pytest.raises(UsageError, match=r"3 folds of whole specimens.*train, val hold 2: p, q; choose fewer folds"):
         cross_validate(config, 3)
+
+    assert planned(tmp_path) == config  # the same command goes on there, another one elsewhere
+    assert planned(tmp_path, "loss.kind=ohem").run.name == f"{config.run.name}-2"
+
+
+def test_simulated_pictures_are_specimens_of_their_own(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, train=3, val=1, test=0, size=64, progress=False)
+    folds = [dataset.fold(number, 4, ["train", "val"], train="a", held_out="b") for number in (1, 2, 3, 4)]
+    assert [len(fold.split("b")) for fold in folds] == [1, 1, 1, 1]
 
 
 def test_mean_and_spread_are_of_the_folds_that_have_the_figure(tmp_path: Path) -> None:

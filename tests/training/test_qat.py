@@ -401,7 +401,7 @@ def test_without_quantization_a_whole_network_is_continued_in_float(tmp_path: Pa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("network.channels=8", r"holds hpddrnet-4ch-detail \(channels is 4, not 8\); leave out the network"),
+        ("network.channels=8", r"-4ch-detail \(channels is 4, not 8\); leave out .* weights: 'network={detail: true,"),
         ("network.variant=ddrnet-23-slim", r"channels is 4, not 32; .*eca is context, not none"),
         ("data.normalization=imagenet", r"its data set's normalisation, not data\.normalization=imagenet"),
         ("network.initial=nowhere.safetensors", r"nowhere\.safetensors"),
