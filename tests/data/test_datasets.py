@@ -113,7 +113,7 @@ def test_folds_part_the_pictures_by_specimens(tmp_path: Path) -> None:
             assert not fold.shared_groups("val")
             assert sorted(sample.name for split in fold.splits for sample in fold.split(split)) == sorted(pooled)
     assert {len(fold.split("val")) for fold in folds} == {1, 2}
-    with pytest.raises(UsageError, match="there are 4 in train, val"):
+    with pytest.raises(UsageError, match="train, val hold 4"):
         dataset.fold(1, 5, ["train", "val"], train="train", held_out="val")
 
 
