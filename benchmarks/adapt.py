@@ -30,7 +30,7 @@ from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.augment import SHIFTS
 from hpddrnet_trt.data.datasets import FolderDataset, with_mask_at
-from hpddrnet_trt.training.adapt import MIX, Look, adapt
+from hpddrnet_trt.training.adapt import Look, adapt
 from hpddrnet_trt.weights import CHECKPOINT, locate
 
 Grey8 = npt.NDArray[np.uint8]
@@ -49,11 +49,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Trial:
-    """One model adapted to ``pictures`` pictures under one shift, scored on all. ``seconds``: of processor time."""
+    """One model adapted to ``pictures`` pictures under one shift, scored on all. ``mix``: as asked for, ``share``: as
+    it became; ``seconds``: of processor time."""
 
     model: str
     shift: str
-    mix: float
+    mix: str
+    share: float
     pictures: int
     truth_before: Score
     truth_after: Score
@@ -112,11 +114,12 @@ def trials(checkpoint: Path, name: str, pairs: Sequence[Pair], options: argparse
                 for mix in options.mix:
                     target = Path(folder, "adapted.safetensors")
                     begin = time.process_time()
-                    result = adapt(checkpoint, Path(folder, "*.png"), target, mix=mix)
+                    share = None if mix == "auto" else float(mix)
+                    result = adapt(checkpoint, Path(folder, "*.png"), target, mix=share)
                     seconds = time.process_time() - begin
                     after = scored(load_segmenter(target, precision="fp32", threads=1), seen)
-                    yield Trial(name, shift, mix, count, before, after, result.before, result.after, result.changed,
-                                result.doubts, round(seconds, 1))  # fmt: skip
+                    yield Trial(name, shift, mix, result.mix, count, before, after, result.before, result.after,
+                                result.changed, result.doubts, round(seconds, 1))  # fmt: skip
 
 
 def table(found: Sequence[Trial], classes: Sequence[str]) -> Iterator[str]:
@@ -129,7 +132,7 @@ def table(found: Sequence[Trial], classes: Sequence[str]) -> Iterator[str]:
         same = [trial for trial in found if (trial.shift, trial.mix, trial.pictures) == key]
         gains = [trial.gain for trial in same]
         both = [(trial.truth_before, trial.truth_after) for trial in same]
-        cells = [key[0], f"{key[1]:g}", str(key[2])]
+        cells = [key[0], key[1], str(key[2])]
         cells += [pair([(one.miou, other.miou) for one, other in both]), f"{100 * mean(gains):+.1f}"]
         cells += [f"{100 * float(np.std(gains, ddof=1)):.1f}" if len(gains) > 1 else "–"]
         cells += [pair([(one.micro, other.micro) for one, other in both])]
@@ -166,7 +169,7 @@ def main() -> None:
     parser.add_argument("--fold-splits", nargs="+", default=["train", "val"])
     parser.add_argument("--shift", nargs="+", default=["none", "contrast=0.4", "noise=15", "magnification=2"],
                         help=f"none, or NAME=VALUE of {', '.join(SETTINGS)}")  # fmt: skip
-    parser.add_argument("--mix", nargs="+", type=float, default=[MIX])
+    parser.add_argument("--mix", nargs="+", default=["auto"], help="shares, or auto: what `adapt` chooses")
     parser.add_argument("--pictures", nargs="+", type=int, help="adapt to so many of them (default: all)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -110,8 +110,12 @@ def adapt(
     out: Annotated[Path, typer.Option(help="Checkpoint to write (.safetensors).")],
     split: Split = "train",
     mix: Annotated[
-        float, typer.Option(help="Share of the new pictures' statistics, above 0 to 1; the rest are the training's.")
-    ] = 0.6,
+        float | None,
+        typer.Option(
+            help="Share of the new pictures' statistics, above 0 to 1; the rest are the training's. Default: of 0.3, "
+            "0.6 and 1 the one with which the model agrees best with itself."
+        ),
+    ] = None,
 ) -> None:
     """Carry a model to another material, instrument or day without masks.
 
@@ -125,7 +129,8 @@ def adapt(
     from hpddrnet_trt.training.adapt import adapt as run_adaptation
 
     result = run_adaptation(model, data, out, split=split, mix=mix)
-    typer.echo(f"{result.pictures} pictures; {100 * result.changed:.1f} % of the pixels have another label than before")
+    typer.echo(f"{result.pictures} pictures give {100 * result.mix:.0f} % of the statistics")
+    typer.echo(f"{100 * result.changed:.1f} % of the pixels have another label than before")
     before, after = result.before, result.after
     if before.distance is not None:
         typer.echo(f"distance from the training pictures: {before.distance:.2f} before, {after.distance:.2f} after")

@@ -13,8 +13,9 @@ turned and shown in another contrast; where either became worse, :attr:`Adaptati
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from hpddrnet_trt.models.domain import domain_features
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.weights import CHECKPOINT, locate
 
-MIX = 0.6  # share of the new statistics
+MIXES = (0.3, 0.6, 1.0)  # shares of the new statistics: tried where none is given
 MOST_PICTURES = 64
 LOOKED_AT = 12  # pictures that the network is judged on, before and after
 LARGEST = 768  # pixels: of such a picture, the middle
@@ -63,10 +64,12 @@ class Look:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What became of a model. ``changed``: share of pixels with another label than before."""
+    """What became of a model. ``mix``: share of the new statistics; ``changed``: of pixels with another label than
+    before."""
 
     manifest: Manifest
     pictures: int
+    mix: float
     before: Look
     after: Look
     changed: float
@@ -88,18 +91,19 @@ def adapt(
     target: str | Path,
     *,
     split: str = "train",
-    mix: float = MIX,
+    mix: float | None = None,
 ) -> Adaptation:
     """Write the checkpoint ``model`` (or a shipped model's) to ``target`` with the batch-norm statistics of ``data``.
 
     ``data``: a folder of micrographs, a pattern, or a dataset, of which ``split`` is taken; masks are not looked
-    at. ``mix``: share of their statistics, above 0 to 1. The description loses what was measured with the former
-    statistics: metrics, temperature and errors of fractions. The statistics of the domain guard stay those of the
-    training pictures. The same pictures give the same file. Warns of pictures that are not at the pixel size of the
-    model. Raises :class:`UsageError` for another ``mix``, for an ONNX file, for ``model`` as its own ``target`` and for
-    pictures that show nothing, and what reading model and pictures raises; then nothing is written.
+    at. ``mix``: share of their statistics, above 0 to 1; None: that of :data:`MIXES` with which the network agrees best
+    with itself. The description loses what was measured with the former statistics: metrics, temperature and errors of
+    fractions. The statistics of the domain guard stay those of the training pictures. The same pictures give the same
+    file. Warns of pictures that are not at the pixel size of the model. Raises :class:`UsageError` for another ``mix``,
+    for an ONNX file, for ``model`` as its own ``target`` and for pictures that show nothing, and what reading model and
+    pictures raises; then nothing is written.
     """
-    if not 0 < mix <= 1:
+    if mix is not None and not 0 < mix <= 1:
         raise UsageError(f"the share of the new statistics must be above 0 and at most 1, not {mix:g}")
     path = locate(model, CHECKPOINT)
     if path.suffix.lower() == ".onnx":
@@ -120,8 +124,15 @@ def adapt(
         raise UsageError(f"{data} shows next to nothing ({len(images)} pictures); give micrographs of the material")
     shown = [_middle(read_grey(path, levels, read_at)) for path in evenly(images, LOOKED_AT)]
     before, labels = _look(network, manifest, shown)
-    remeasure(network, manifest, crops, crop, mix)
-    after, others = _look(network, manifest, shown)
+    seen = measured(network, manifest, crops, crop)
+    trained = {name: network.state_dict()[name].clone() for name in seen}
+    looks: dict[float, tuple[Look, list[Grey]]] = {}
+    for share in MIXES if mix is None else (mix,):
+        network.load_state_dict(mixed(trained, seen, share), strict=False)
+        looks[share] = _look(network, manifest, shown)
+    mix = max(looks, key=lambda share: looks[share][0].agreement)
+    network.load_state_dict(mixed(trained, seen, mix), strict=False)
+    after, others = looks[mix]
     remark = (
         f"batch-norm statistics: {mix:.0%} those of {len(images)} pictures without masks ({Path(data).name}); "
         "not evaluated"
@@ -130,7 +141,7 @@ def adapt(
         metrics={}, temperature=None, fraction_errors=None, remarks=[*manifest.remarks, remark], checkpoint_sha256=None
     )
     save_checkpoint(target, network, described)
-    return Adaptation(described, len(images), before, after, 1 - _agreement(labels, others))
+    return Adaptation(described, len(images), mix, before, after, 1 - _agreement(labels, others))
 
 
 def _tell_sizes(images: Sequence[Path], read_at_m: PixelSizes) -> None:
@@ -147,12 +158,15 @@ def _tell_sizes(images: Sequence[Path], read_at_m: PixelSizes) -> None:
         log.warning("%s%s", remarks[0], f"; {len(remarks) - 1} more are like it" if len(remarks) > 1 else "")
 
 
-def remeasure(network: HPDDRNet, manifest: Manifest, crops: Sequence[Crop], size: tuple[int, int], mix: float) -> None:
-    """Mix the batch-norm statistics of ``network`` with those of the crops, which are of ``size`` (height, width)."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    trained = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
+def measured(
+    network: HPDDRNet, manifest: Manifest, crops: Sequence[Crop], size: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """Batch-norm statistics of crops of ``size`` (height, width), by their names in ``network``, which keeps its own.
+
+    Those of the auxiliary head, which is not run, are not among them."""
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    trained = {name: (norm.momentum, copy.deepcopy(norm.state_dict())) for name, norm in norms.items()}
+    for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
         norm.train()
@@ -165,12 +179,19 @@ def remeasure(network: HPDDRNet, manifest: Manifest, crops: Sequence[Crop], size
         ]
         with torch.no_grad():
             network(_normalized(np.stack(pictures), manifest))
-    for norm, before, momentum in zip(norms, trained, momenta, strict=True):
-        norm.momentum = momentum
+    found: dict[str, torch.Tensor] = {}
+    for name, norm in norms.items():
+        if norm.num_batches_tracked:
+            found |= {f"{name}.{kind}": getattr(norm, kind).clone() for kind in ("running_mean", "running_var")}
+        norm.momentum, known = trained[name]
+        norm.load_state_dict(known)
         norm.eval()
-        for name, value in norm.named_buffers():
-            seen = norm.num_batches_tracked and name != "num_batches_tracked"  # not those of the auxiliary head
-            value.copy_((1 - mix) * before[name] + mix * value if seen else before[name])
+    return found
+
+
+def mixed(trained: Mapping[str, torch.Tensor], seen: Mapping[str, torch.Tensor], mix: float) -> dict[str, torch.Tensor]:
+    """Statistics of which ``mix`` are those of ``seen``."""
+    return {name: (1 - mix) * trained[name] + mix * value for name, value in seen.items()}
 
 
 def _look(network: HPDDRNet, manifest: Manifest, pictures: Sequence[Grey]) -> tuple[Look, list[Grey]]:

@@ -19,7 +19,7 @@ from hpddrnet_trt.export.domain import describe_domain
 from hpddrnet_trt.export.images import plan_crops, read_grey
 from hpddrnet_trt.export.onnx import export_onnx
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
-from hpddrnet_trt.training.adapt import Adaptation, Look, adapt, remeasure
+from hpddrnet_trt.training.adapt import MIXES, Adaptation, Look, adapt, measured, mixed
 from tests.tiny_network import tiny_manifest, tiny_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
     network = tiny_network()
     manifest = tiny_manifest(network, metrics={"val/miou": 0.8}, temperature=1.5)
     crops = plan_crops(sorted(home.iterdir()), 96, 96, 12)
-    remeasure(network, manifest, crops, (96, 96), 1)
+    network.load_state_dict(measured(network, manifest, crops, (96, 96)), strict=False)
     path = save_checkpoint(tmp_path_factory.mktemp("model") / "m.safetensors", network, manifest)
     describe_domain(path, home)
     return path
@@ -92,13 +92,36 @@ def test_faded_pictures_come_nearer_and_the_model_says_what_it_no_longer_knows(t
     assert (written.metrics, written.temperature, written.fraction_errors) == ({}, None, None)
     for kept in ("domain", "classes", "normalization", "network"):
         assert getattr(written, kept) == getattr(known, kept)
-    assert "60% those of 3 pictures without masks (faded)" in written.remarks[-1]
+    assert f"{result.mix:.0%} those of 3 pictures without masks (faded)" in written.remarks[-1]
     assert result.pictures == 3
+
+
+def test_the_mixture_is_that_of_the_best_agreement(tmp_path: Path, model: Path) -> None:
+    other = micrographs(tmp_path / "faded", faded=0.3)
+    chosen = adapt(model, other, tmp_path / "chosen.safetensors")
+    fixed = {mix: adapt(model, other, tmp_path / f"{mix}.safetensors", mix=mix) for mix in MIXES}
+    assert chosen.after.agreement == max(result.after.agreement for result in fixed.values())
+    assert chosen == fixed[chosen.mix]
+    assert len({result.after.agreement for result in fixed.values()}) == len(MIXES)
+    written = [tmp_path / f"{name}.safetensors" for name in ("chosen", chosen.mix)]
+    assert written[0].read_bytes() == written[1].read_bytes()
+
+
+def test_measuring_leaves_the_network_as_it_was(model: Path, home: Path) -> None:
+    network, manifest = load_checkpoint(model)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    momenta = {module.momentum for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    seen = measured(network, manifest, plan_crops(sorted(home.iterdir()), 64, 64, 12), (64, 64))
+    assert not network.training
+    assert {module.momentum for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)} == momenta
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert mixed(before, seen, 1.0).keys() == seen.keys()
+    assert not any("num_batches_tracked" in name or "auxiliary" in name or "aux_" in name for name in seen)
 
 
 def test_what_became_worse_is_said() -> None:
     def doubts(before: Look, after: Look) -> list[str]:
-        return Adaptation(Manifest.model_construct(), 1, before, after, 0.0).doubts
+        return Adaptation(Manifest.model_construct(), 1, 0.6, before, after, 0.0).doubts
 
     assert doubts(Look(2.0, 0.9), Look(1.5, 0.95)) == []
     assert doubts(Look(None, 0.9), Look(None, 0.9)) == []
@@ -169,8 +192,8 @@ def test_the_result_is_a_checkpoint_like_any_other(tmp_path: Path, model: Path) 
     calibrate(exported, quantized, [other / "0.png"], loose)
     picture = read_grey(other / "0.png")
     was, labels, exact, rounded = (
-        load_segmenter(path, threads=1, precision=precision).segment(picture).labels
-        for path, precision in ((model, "fp32"), (adapted, "fp32"), (exported, "fp32"), (quantized, "int8"))
+        load_segmenter(path, threads=1, precision="file").segment(picture).labels
+        for path in (model, adapted, exported, quantized)
     )
     assert np.mean(labels == exact) > 0.999
     assert np.mean(labels == rounded) > 0.8
