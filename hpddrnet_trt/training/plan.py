@@ -114,6 +114,20 @@ def settle_for_pictures(content: dict[str, Any], pictures: Pictures, machine: Ma
     _settle(content, "optimization.lr", (1e-3 if continued else 2e-3) * (batch_size / 8) ** 0.5)
 
 
+def about_attention(pictures: Pictures) -> str:
+    """Whether position attention is worth a comparison on such pictures; measured in docs/results/shift-2026-11.md."""
+    worth = (
+        "was not needed (and once misled the network)"
+        if pictures.reach <= _COARSE
+        else "has not been shown to help or to harm"
+    )
+    return (
+        f"regions reach {pictures.reach:.0f} pixels in pictures of {pictures.side}: position attention {worth} at such "
+        "sizes; to compare, judge with --folds 3 as it is and, from random weights both, with 'network={variant: "
+        "hpddrnet-23-slim-no-pam, detail: true, pool_border: ignored}' and hpddrnet-23-slim there"
+    )
+
+
 def settle_for_machine(content: dict[str, Any], machine: Machine) -> None:
     """Fill in what ``content`` leaves open because of the machine."""
     _settle(content, "run.threads", min(machine.cores, _MOST_CORES))
@@ -169,7 +183,10 @@ def plan_run(
     machine = machine or Machine.here()
     settle_for_machine(content, machine)
     if any(_given(content, key) == AUTO for key in PICTURES_DECIDE):
-        settle_for_pictures(content, _pictures(content), machine, continued=start is not None)
+        pictures = _pictures(content)
+        settle_for_pictures(content, pictures, machine, continued=start is not None)
+        if start is None and {"variant", "pam"}.isdisjoint(content.get("network") or {}):
+            log.info("%s", about_attention(pictures))
     config = checked(content, source)
     named = any(text.partition("=")[0].strip() == "run.name" for text in overrides)
     return config if folder is None or named else _under_free_name(config, first or (lambda run: run))

@@ -89,11 +89,14 @@ def dataset(folder: Path, size: int, count: int, *, block: int, rare: float) -> 
     return folder
 
 
-def test_settings_come_from_the_pictures(tmp_path: Path) -> None:
+def test_settings_come_from_the_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     fine = plan_run(SMALL, dataset(tmp_path / "fine", 512, 2, block=20, rare=0.02), machine=CPU)
+    assert "position attention was not needed" in caplog.text
     assert fine.augmentation.crop == (256, 256)
     assert (fine.optimization.batch_size, fine.augmentation.class_balance) == (8, 0.25)
     coarse = plan_run(SMALL, dataset(tmp_path / "coarse", 1024, 40, block=400, rare=0.2), machine=CPU)
+    assert "regions reach 400 pixels in pictures of 1024: position attention has not been shown" in caplog.text
     assert coarse.augmentation.crop == (512, 512)
     assert (coarse.optimization.batch_size, coarse.augmentation.class_balance) == (4, 0.0)
     assert coarse.optimization.max_steps > fine.optimization.max_steps
