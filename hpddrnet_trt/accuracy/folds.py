@@ -4,24 +4,27 @@ specimen.
 Two validation pictures cannot tell whether a change of a recipe helps; the spread of the folds says what can be told.
 Every fold is a training as any other (``data.fold``), in a folder of its own below that of the run, and is continued or
 taken as it is when the same command is given again. The last step is judged: a step chosen by the pictures that are
-held out would flatter.
+held out would flatter. Asked for, the pictures are scored under shifts of the instrument's settings as well.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpddrnet_trt.accuracy.evaluate import Assessment, assess
-from hpddrnet_trt.core.errors import UserError
+from hpddrnet_trt.accuracy.evaluate import Assessment, Grey8, assess
+from hpddrnet_trt.accuracy.robustness import measure_robustness
+from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.core.text import aligned, plain
+from hpddrnet_trt.data.augment import SHIFTS, Pair, Shift, magnification
 from hpddrnet_trt.data.datasets import FolderDataset, missing_splits
 from hpddrnet_trt.inference import load_segmenter
 
@@ -61,11 +64,36 @@ class CrossValidation:
         return "\n".join([*aligned(lines, left={0}), "", *held_out])
 
 
-def cross_validate(config: TrainConfig, folds: int | None) -> CrossValidation:
+def shifts_at(settings: Iterable[tuple[str, float]]) -> list[Shift]:
+    """The shifts of :data:`~hpddrnet_trt.data.augment.SHIFTS` that ``settings`` name, each with the values given there.
+
+    Of enlarged pictures the middle part is shown, so that they keep their size. Raises :class:`UsageError` for an
+    unknown name.
+    """
+    values: dict[str, set[float]] = defaultdict(set)
+    for name, value in settings:
+        values[name].add(value)
+    known = {shift.name: shift for shift in SHIFTS}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise UsageError(f"there is no shift {unknown[0]!r}; choose of {', '.join(known)}")
+    chosen = [replace(known[name], values=tuple(sorted({known[name].neutral, *values[name]}))) for name in values]
+    return [replace(shift, apply=_magnified) if shift.resizes else shift for shift in chosen]
+
+
+def _magnified(image: Grey8, mask: Grey8, factor: float, rng: np.random.Generator) -> Pair:
+    kept = [round(edge / max(1, factor)) for edge in image.shape]
+    top, left = ((edge - seen) // 2 for edge, seen in zip(image.shape, kept, strict=True))
+    part = slice(top, top + kept[0]), slice(left, left + kept[1])
+    return magnification(np.ascontiguousarray(image[part]), np.ascontiguousarray(mask[part]), factor, rng)
+
+
+def cross_validate(config: TrainConfig, folds: int | None, shifts: Sequence[Shift] = ()) -> CrossValidation:
     """Train and judge every fold of ``config``; ``folds``: how many, None: one for each specimen.
 
-    Pictures are those of ``data.fold_splits``; the others are not looked at. The runs and ``folds.json`` lie in
-    ``<run.folder>/<run.name>-folds``. Raises what training does, and :class:`UsageError` for more folds than specimens.
+    Pictures are those of ``data.fold_splits``; the others are not looked at. With ``shifts`` (:func:`shifts_at`)
+    figures include mIoU at each of their values. Where ``network.initial`` is the folder of another cross-validation,
+    each fold goes on from the model of that fold. The runs and ``folds.json`` lie in ``<run.folder>/<run.name>-folds``.
+    Raises what training does, and :class:`UsageError` for more folds than specimens.
     """
     folds = _specimens(config.data) if folds is None else folds
     steps = config.optimization.max_steps
@@ -74,7 +102,7 @@ def cross_validate(config: TrainConfig, folds: int | None) -> CrossValidation:
     judged = []
     for number in range(1, folds + 1):
         log.info("fold %d of %d", number, folds)
-        judged.append(_fold(fold_config(config, number, folds), later_steps=(folds - number) * steps))
+        judged.append(_fold(fold_config(config, number, folds), (folds - number) * steps, shifts))
     result = CrossValidation(judged, first.run.folder / RECORD)
     write_text(result.file, json.dumps(plain(_record(config, result)), indent=1) + "\n")
     return result
@@ -95,24 +123,33 @@ def _specimens(section: DataSection) -> int:
 def fold_config(config: TrainConfig, number: int, folds: int | None) -> TrainConfig:
     """The settings of one fold (from 1) of a run; ``folds`` as in :func:`cross_validate`, which raises the same."""
     folds = _specimens(config.data) if folds is None else folds
-    folder = config.run.folder / f"{config.run.name}-folds"
-    run = {"folder": folder, "name": f"fold-{number}-of-{folds}", "val_every": config.optimization.max_steps}
+    folder, name = config.run.folder / f"{config.run.name}-folds", f"fold-{number}-of-{folds}"
+    run = {"folder": folder, "name": name, "val_every": config.optimization.max_steps}
+    network, start = config.network, config.network.initial
+    if start is not None and (start / RECORD).is_file():
+        network = network.model_copy(update={"initial": start / name / f"{name}.safetensors"})
     return config.model_copy(
         update={
+            "network": network,
             "data": config.data.model_copy(update={"fold": f"{number}/{folds}"}),
             "run": config.run.model_copy(update=run),
         }
     )
 
 
-def _fold(config: TrainConfig, later_steps: int) -> Fold:
+def _fold(config: TrainConfig, later_steps: int, shifts: Sequence[Shift]) -> Fold:
     from hpddrnet_trt.training.run import train
 
-    trained = train(config, later_steps)
+    trained, split = train(config, later_steps), config.data.val_split
     segmenter = load_segmenter(trained.checkpoint, threads=config.run.threads, precision="fp32")
-    assessment = assess(segmenter, trained.dataset, config.data.val_split, worst=0, progress=False)
+    assessment = assess(segmenter, trained.dataset, split, worst=0, progress=False)
     names = [image.name for image in assessment.images]
-    return Fold(sorted({str(group) for group in assessment.groups}), names, _figures(assessment))
+    figures = _figures(assessment)
+    if shifts:
+        for sweep in measure_robustness(segmenter, trained.dataset, split, shifts=shifts, progress=False).sweeps:
+            points = [point for point in sweep.points if point.value != sweep.shift.neutral]
+            figures |= {f"mIoU, {sweep.shift.name} {point.value:g}": point.miou for point in points}
+    return Fold(sorted({str(group) for group in assessment.groups}), names, figures)
 
 
 def _figures(assessment: Assessment) -> dict[str, float]:

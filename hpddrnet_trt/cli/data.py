@@ -44,6 +44,10 @@ def train(
             "specimens, and score the pictures left out.",
         ),
     ] = None,
+    under_shift: Annotated[
+        bool,
+        typer.Option("--under-shift", help="With --folds: mIoU at another contrast, gamma, dose, magnification, too."),
+    ] = False,
 ) -> None:
     """Train a network on a dataset folder; an interrupted run continues where it stopped when called again.
 
@@ -53,6 +57,8 @@ def train(
     together. The split test is not looked at, unless data.fold_splits=[train,val,test] says so.
     """
     count = None if folds in (None, "specimen") else _folds(str(folds))
+    if under_shift and folds is None:
+        raise UsageError("--under-shift belongs to --folds; a trained model is swept by evaluate --robustness")
     if recipe is not None and config is not None:
         raise UsageError("give either --recipe or --config, not both")
     source = config or recipe_file(recipe or DEFAULT_RECIPE)
@@ -62,7 +68,7 @@ def train(
         raise UsageError(f"one dataset folder is trained on, not {len(folders)} ({', '.join(folders)})")
     for module in ("torch", "lightning", "tensorboard", "safetensors"):
         require(module, "train", "train a network")
-    from hpddrnet_trt.accuracy.folds import cross_validate, fold_config
+    from hpddrnet_trt.accuracy.folds import cross_validate, fold_config, shifts_at
     from hpddrnet_trt.training.plan import plan_run
     from hpddrnet_trt.training.run import train as run_training
 
@@ -72,7 +78,9 @@ def train(
     first = None if folds is None else partial(fold_config, number=1, folds=count)
     planned = plan_run(source, folder, settings, start=start, first=first)
     if folds is not None:
-        judged = cross_validate(planned, count)
+        from hpddrnet_trt.export.images import SHIFTED
+
+        judged = cross_validate(planned, count, shifts_at(SHIFTED) if under_shift else ())
         typer.echo(f"{judged.table()}\n\nwritten: {judged.file}")
         return
     result = run_training(planned)

@@ -7,9 +7,10 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hpddrnet_trt.accuracy.folds import CrossValidation, Fold, cross_validate, fold_config
+from hpddrnet_trt.accuracy.folds import CrossValidation, Fold, cross_validate, fold_config, shifts_at
 from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.data.simulate import write_dataset
 from hpddrnet_trt.training import recipe_file
@@ -70,6 +71,21 @@ def test_simulated_pictures_are_specimens_of_their_own(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, train=3, val=1, test=0, size=64, progress=False)
     folds = [dataset.fold(number, 4, ["train", "val"], train="a", held_out="b") for number in (1, 2, 3, 4)]
     assert [len(fold.split("b")) for fold in folds] == [1, 1, 1, 1]
+
+
+def test_an_enlarged_picture_keeps_its_size_and_shows_its_middle() -> None:
+    image = np.zeros((40, 60), dtype=np.uint8)
+    image[10:30, 15:45] = 200
+    (shift,) = shifts_at([("magnification", 2), ("magnification", 0.5)])
+    assert shift.values == (0.5, 1.0, 2)
+    rng = np.random.default_rng(0)
+    enlarged, mask = shift(image, image // 200, 2, rng)
+    assert enlarged.shape == mask.shape == image.shape
+    assert enlarged.min() == 200
+    assert mask.min() == 1
+    assert shift(image, image, 0.5, rng)[0].shape == (20, 30)
+    with pytest.raises(UsageError, match="no shift 'tilt'; choose of contrast"):
+        shifts_at([("tilt", 1)])
 
 
 def test_mean_and_spread_are_of_the_folds_that_have_the_figure(tmp_path: Path) -> None:
