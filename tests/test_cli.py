@@ -84,7 +84,7 @@ BAD = [
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=empty"], "empty"),
     (["train", "--config", "{repo}/train/configs/demo.yaml", "data.path=outside"], "outside"),
     (["train", "outside", "--folds", "1"], "number of folds from 2 on"),
-    (["train", "outside", "--config", "{repo}/train/configs/nasa_super1.yaml", "--folds", "9"], "hold 1: P7 r1-c1"),
+    (["train", "outside", "--config", "{repo}/train/configs/nasa_super1.yaml", "--folds", "9"], "hold 1: a;"),
     (["adapt", "bad.onnx", "--data", "outside", "--out", "x.safetensors"], "bad.onnx"),
     (["adapt", "{checkpoint}", "--data", "outside", "--out", "x.safetensors"], "shows next to nothing"),
     (["evaluate", "none.onnx", "--data", "outside"], "none.onnx"),
