@@ -163,8 +163,8 @@ def tables(plan: Plan, lines: Sequence[Line]) -> str:
     """Markdown: a table of the changes and one of the shifts for each set of which there are lines."""
     changes, shifts = ["## Every change", ""], ["## Shifts", ""]
     for name, chosen in plan.sets.items():
-        # Lines without shifts are of other trials, which this table has no columns for.
-        here = [line for line in lines if line["data"] == name and line.get("shift")]
+        # Other lines are of other trials: without shifts, or of no fold.
+        here = [line for line in lines if line["data"] == name and line.get("shift") and line["fold"]]
         order = dict.fromkeys([*plan.rows, *(line["row"] for line in here)])
         by_row = {row: [line for line in here if line["row"] == row] for row in order}
         by_row = {row: found for row, found in by_row.items() if found}
