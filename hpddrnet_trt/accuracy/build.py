@@ -61,7 +61,9 @@ def _choose(source: Path, chosen: Path, acceptance: AcceptanceCheck, calibration
     if read_manifest(source).precision != "fp32":
         raise UsageError(f"{source} is not FP32; --precision auto starts from the FP32 file that export wrote")
     images = None if calibration is None else find_images(calibration, "train")
-    settings = StudySettings(acceptance.data, calibration_images=images, reference=acceptance.reference)
+    settings = StudySettings(
+        acceptance.data, calibration_images=images, reference=acceptance.reference, under_shift=acceptance.under_shift
+    )
     with open_study(source, settings) as study:
         cost = cost_model(study.cache.config, study.operations)
         return choose_precision(study.cache, chosen, acceptance.budget, cost, calibration=study.calibration)

@@ -178,7 +178,8 @@ class StudySettings:
     split, of which ``max_images`` give the ranges by ``method``. ``reference``: what candidates are compared with,
     default as :func:`~hpddrnet_trt.accuracy.acceptance.reference_for`. ``size``: height and width of the
     calibration crops; ``frame``: those that operations are counted for, default ``size``. With ``resume`` the
-    answers of an earlier run are used.
+    answers of an earlier run are used. ``under_shift``: labels are compared at other settings of the
+    microscope, too, as ranges are measured in any case.
     """
 
     data: Path
@@ -191,6 +192,7 @@ class StudySettings:
     frame: tuple[int, int] | None = None
     reference: Path | None = None
     resume: bool = True
+    under_shift: bool = False
 
 
 @contextmanager
@@ -220,6 +222,7 @@ def open_study(source: Path, settings: StudySettings) -> Iterator[Study]:
     crops = micrographs.plan_crops(
         chosen, height, width, intensity_range=range_of(manifest.intensity), read_at_m=manifest.read_at_m
     )
+    crops = micrographs.also_shifted(crops)
     shown = (height, width) if settings.frame is None else _checked_frame(settings.frame, contract)
     operations = macs_and_bytes(model, (contract.batch.minimum, contract.channels, *shown))
     measured = measure(model, manifest, plan.tensors, crops, (height, width), cache="user")
@@ -228,7 +231,7 @@ def open_study(source: Path, settings: StudySettings) -> Iterator[Study]:
     config = QuantizationConfig(model, manifest, plan, ranges, settings.precision)
     with (
         load_segmenter(compared_with, precision="file") as fp32,
-        AccuracyEvaluator(dataset, split, fp32) as evaluator,
+        AccuracyEvaluator(dataset, split, fp32, under_shift=settings.under_shift) as evaluator,
     ):
         journal = cache_folder() / "trials" / f"{config.digest()[:24]}.{evaluator.digest[:24]}.json"
         yield Study(
@@ -282,8 +285,7 @@ class PrecisionTable:
         width = max(len(row.name) for row in self.rows)
         lines = [
             f"{self.source}, {first.images} images, FP32 masked mIoU {100 * first.reference_masked_miou:.2f} %",
-            f"{'precision':<{width}}  {'8-bit convolutions':>18}  {'masked':>7}  {'change':>7}  {'labels equal':>12}  "
-            f"{'IoU to FP32':>11}",
+            f"{'precision':<{width}}  {'8-bit convolutions':>18}  {'masked':>7}  {'change':>7}  {first.headings()}",
         ]
         for row in self.rows:
             accuracy = row.accuracy

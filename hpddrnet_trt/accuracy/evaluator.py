@@ -10,6 +10,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from hpddrnet_trt.core.metrics import LabelComparison, Scores
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.data.micrograph import Micrograph
 from hpddrnet_trt.engines.onnxruntime import OnnxRuntimeEngine
+from hpddrnet_trt.export.images import Crop, also_shifted, at_setting
 from hpddrnet_trt.graph.model import save_model
 from hpddrnet_trt.graph.nodes import copied
 from hpddrnet_trt.graph.rounding import RUNTIME_REMARK, simulate_rounding, uses_half
@@ -53,6 +55,7 @@ class Accuracy:
     class_ious: dict[str, float]  # candidate's labels against the reference's, classes that occur
     images: int
     runtime: str
+    agreement_under_shift: float | None = None  # the same share at other settings of the microscope, where asked for
 
     @property
     def drop(self) -> float:
@@ -64,17 +67,33 @@ class Accuracy:
         """Mean IoU of the candidate's labels against the reference's: agreement that rare classes weigh on."""
         return float(np.mean(list(self.class_ious.values())))
 
+    @property
+    def least_agreement(self) -> float:
+        """Of the pictures as they are and under shift, what agrees less."""
+        return min(self.agreement, 1.0 if self.agreement_under_shift is None else self.agreement_under_shift)
+
     def text(self) -> str:
         """One line for people."""
+        shifted = self.agreement_under_shift
+        elsewhere = "" if shifted is None else f", {100 * shifted:.3f} % at other settings of the microscope"
         return (
             f"masked mIoU {100 * self.masked_miou:.2f} % ({-self.drop:+.2f} points against FP32's "
             f"{100 * self.reference_masked_miou:.2f} %), mIoU {100 * self.miou:.2f} %, "
-            f"labels equal on {100 * self.agreement:.3f} % of the pixels, {self.images} images, {self.runtime}"
+            f"labels equal on {100 * self.agreement:.3f} % of the pixels{elsewhere}, {self.images} images, "
+            f"{self.runtime}"
         )
 
     def cells(self) -> str:
-        """Change of masked mIoU in percentage points, equal labels and IoU to FP32, as three columns of a table."""
-        return f"{-self.drop:>+7.2f}  {100 * self.agreement:>11.3f}%  {100 * self.fidelity:>10.2f}%"
+        """Change of masked mIoU in percentage points, equal labels (under shift, too, where known) and IoU to FP32:
+        columns of a table."""
+        shifted = self.agreement_under_shift
+        elsewhere = "" if shifted is None else f"  {100 * shifted:>10.3f}%"
+        return f"{-self.drop:>+7.2f}  {100 * self.agreement:>11.3f}%{elsewhere}  {100 * self.fidelity:>10.2f}%"
+
+    def headings(self) -> str:
+        """Of :meth:`cells`, without the first."""
+        elsewhere = "" if self.agreement_under_shift is None else "  under shift"
+        return f"{'labels equal':>12}{elsewhere}  {'IoU to FP32':>11}"
 
     def evidence(self, what: str, source: str) -> ValidationRecord:
         """The same for a model file's description."""
@@ -85,6 +104,7 @@ class Accuracy:
             "reference_masked_miou": self.reference_masked_miou,
             "masked_miou_drop_percentage_points": self.drop,
             "agreement": self.agreement,
+            **({} if self.agreement_under_shift is None else {"agreement_under_shift": self.agreement_under_shift}),
             **{f"iou_against_reference/{name}": value for name, value in self.class_ious.items()},
         }
         return ValidationRecord(what=what, runtime=self.runtime, values=values, images=self.images, source=source)
@@ -99,12 +119,20 @@ class AccuracyEvaluator:
 
     Micrographs too large for the reference to run whole are cut into tiles, and then the candidate must take the
     same tiles: other cuts change labels too, which would pass for the cost of the precision.
+
+    ``under_shift``: labels are compared also at other settings of the microscope, those that calibration knows
+    (:data:`~hpddrnet_trt.export.images.SHIFTED`), each picture at one of them or, of few, at several.
     """
 
-    def __init__(self, dataset: FolderDataset, split: str, reference: Segmenter, *, progress: bool = True) -> None:
+    def __init__(
+        self, dataset: FolderDataset, split: str, reference: Segmenter, *, under_shift: bool = False,
+        progress: bool = True,
+    ) -> None:  # fmt: skip
         reference, dataset = matched(reference, dataset)
         self._dataset, self._split, self._progress = dataset, split, progress
-        self._tiles: dict[int, tuple[int, int] | None] = {}  # by image: of the reference, None where it ran whole
+        whole = [Crop(sample.image, 0, 0) for sample in dataset.split(split)]
+        self._views = also_shifted(whole) if under_shift else whole
+        self._tiles: dict[int, tuple[int, int] | None] = {}  # by view: of the reference, None where it ran whole
         self._folder = tempfile.TemporaryDirectory(prefix="hpddrnet-trt-")
         try:
             # Of the labels that candidates are compared with, whoever gave them, and of the masks.
@@ -128,13 +156,16 @@ class AccuracyEvaluator:
         Raises :class:`ContractError` when it cuts a micrograph otherwise than the reference does.
         """
         names = self._dataset.class_names
-        against_masks, against_reference = LabelComparison(len(names)), LabelComparison(len(names))
+        against_masks, against_reference, under_shift = (LabelComparison(len(names)) for _ in range(3))
         candidate, _ = matched(candidate, self._dataset)
 
         def add(index: int, image: Micrograph, mask: Labels) -> None:
             result = candidate.segment(image)
             self._check_tiles(index, image, _tile_of(result))
             labels = result.labels
+            if self._views[index].shift is not None:
+                under_shift.update(labels, self._recall(index))
+                return
             against_masks.update(labels, mask)
             against_reference.update(labels, self._recall(index))
 
@@ -149,6 +180,7 @@ class AccuracyEvaluator:
             class_ious=against_reference.class_ious(names),
             images=self.images,
             runtime=candidate.engine.runtime,
+            agreement_under_shift=under_shift.agreement if under_shift.images else None,
         )
 
     def score_graph(self, model: onnx.ModelProto, manifest: Manifest, title: str | None = None) -> Accuracy:
@@ -181,7 +213,8 @@ class AccuracyEvaluator:
             labels, self._tiles[index] = result.labels, _tile_of(result)
             digest.update(np.ascontiguousarray(labels).data)
             np.savez_compressed(self._kept(index), labels=labels)
-            comparison.update(labels, mask)
+            if self._views[index].shift is None:
+                comparison.update(labels, mask)
 
         self._each(f"FP32 reference on {self._split}", add)
         if not comparison.images:
@@ -205,8 +238,11 @@ class AccuracyEvaluator:
     def _each(self, title: str | None, use: Callable[[int, Micrograph, Labels], None]) -> None:
         shown = self._progress and title is not None
         samples = samples_of(self._dataset, self._split, title or "", progress=shown)
-        for index, (_, image, mask) in enumerate(samples):
-            use(index, image, mask)
+        views = groupby(enumerate(self._views), key=lambda entry: entry[1].image)
+        for (_, image, mask), (_, of_image) in zip(samples, views, strict=True):
+            for index, view in of_image:
+                pixels, labels = at_setting(image.pixels, mask, view, *mask.shape)
+                use(index, replace(image, pixels=pixels), labels)
 
     def _kept(self, index: int) -> Path:
         return Path(self._folder.name) / f"{index}.npz"

@@ -72,7 +72,7 @@ class Sensitivity:
         lines = [
             f"{self.precision.upper()} in one {self.by} at a time, on {self.source} "
             f"({self.together.images} images, FP32 masked mIoU {100 * self.together.reference_masked_miou:.2f} %)",
-            f"{'':>3}  {self.by:<{width}}  {'MACs':>6}  {'masked':>7}  {'labels equal':>12}  {'IoU to FP32':>11}",
+            f"{'':>3}  {self.by:<{width}}  {'MACs':>6}  {'masked':>7}  {self.together.headings()}",
         ]
         for rank, part in enumerate(self.parts, start=1):
             lines.append(f"{rank:>3}  {_row(short(part.name), width, part.accuracy, part.operations)}")
@@ -150,14 +150,14 @@ class Frontier:
             f"{self.precision.upper()} with some of {self.layers} layers in FP16, on {self.source}",
             f"budget: {self.budget}",
             f"time: {self.cost_source}",
-            f"{'float layers':>12}  {'time':>9}  {'masked':>7}  {'labels equal':>12}  budget",
+            f"{'float layers':>12}  {'time':>9}  {'masked':>7}  {self.points[0].accuracy.headings()}  budget",
         ]
         for point in self.points:
             accuracy = point.accuracy
             mark = "  <- chosen" if point is self.chosen else ""
             lines.append(
-                f"{len(point.floating):>12}  {point.milliseconds:>6.3f} ms  {-accuracy.drop:>+7.2f}  "
-                f"{100 * accuracy.agreement:>11.3f}%  {'kept' if self.budget.kept_by(accuracy) else 'missed'}{mark}"
+                f"{len(point.floating):>12}  {point.milliseconds:>6.3f} ms  {accuracy.cells()}  "
+                f"{'kept' if self.budget.kept_by(accuracy) else 'missed'}{mark}"
             )
         if self.chosen is not None and self.chosen.floating:
             lines.append(f"in FP16: {', '.join(short(name) for name in self.chosen.floating)}")
@@ -334,7 +334,7 @@ def _mixed(frontier: Frontier, floating: tuple[str, ...]) -> MixedPrecisionRecor
 def _none_holds(frontier: Frontier, target: str | Path) -> str:
     def badness(point: Point) -> tuple[int, float]:
         accuracy, limited = point.accuracy, frontier.budget.max_miou_drop is not None
-        return len(frontier.budget.breaches(accuracy)), accuracy.drop if limited else -accuracy.agreement
+        return len(frontier.budget.breaches(accuracy)), accuracy.drop if limited else -accuracy.least_agreement
 
     best = min(frontier.points, key=badness)
     return (

@@ -210,9 +210,8 @@ def calibrate(
         float, typer.Option(min=0, max=1, help="Refuse a result that agrees with FP32 on fewer pixels than this.")
     ] = 0.9,
     under_shift: Annotated[
-        bool,
-        typer.Option(help="Measure and judge also at other contrast, brightness, gamma, dose and magnification."),
-    ] = False,
+        bool, typer.Option(help="Measure and judge also at other contrast, brightness, gamma, dose and magnification.")
+    ] = True,
     cache: Annotated[bool, typer.Option(help="Keep what was measured, so that an interrupted run goes on.")] = True,
 ) -> None:
     """Measure activation ranges on micrographs and write an INT8 (or FP8) model."""
@@ -249,7 +248,7 @@ class StudyOptions:
     ] = None
     resume: Annotated[bool, typer.Option(help="Go on from what an interrupted run has measured.")] = True
 
-    def settings(self, frame: str | None = None) -> StudySettings:
+    def settings(self, under_shift: bool, frame: str | None = None) -> StudySettings:
         """The same for the study; ``frame``: height and width that operations are counted for."""
         from hpddrnet_trt.accuracy.candidates import StudySettings
         from hpddrnet_trt.data.datasets import find_images
@@ -259,6 +258,7 @@ class StudyOptions:
             self.data, self.split, self.precision, None if calibration is None else find_images(calibration, "train"),
             self.method, self.max_images, size=None if self.size is None else parse_size(self.size),
             frame=None if frame is None else parse_size(frame), reference=self.reference, resume=self.resume,
+            under_shift=under_shift,
         )  # fmt: skip
 
 
@@ -288,11 +288,19 @@ class BudgetOptions:
     min_agreement: Annotated[
         float | None, typer.Option(help="Budget: smallest share of pixels labelled as FP32, 0..1.")
     ] = None
+    under_shift: Annotated[
+        bool,
+        typer.Option(
+            "--under-shift", help="Ask --min-agreement also at other contrast, brightness, gamma, dose, magnification."
+        ),
+    ] = False
 
     def budget(self) -> Budget:
         """Both limits; :class:`UsageError` where there is none."""
         from hpddrnet_trt.accuracy.acceptance import Budget
 
+        if self.under_shift and self.min_agreement is None:
+            raise UsageError("--under-shift asks for agreement with FP32; say how much with --min-agreement")
         return Budget(self.max_miou_drop, self.min_agreement)
 
 
@@ -320,21 +328,22 @@ def choose_precision(
     if study:
         if target is not None:
             raise UsageError(f"--study writes no file; leave {target} or --study out")
-        _study(model, options, by, plot, json_file)
+        _study(model, options.settings(budget.under_shift), by, plot, json_file)
     elif target is None:
         raise UsageError("nothing says where to write; name an ONNX file, or give --study to look only")
     else:
-        _choose(model, target, options, budget.budget(), cost, frontier, plot, json_file)
+        settings = options.settings(budget.under_shift, cost.frame)
+        _choose(model, target, settings, budget.budget(), cost, frontier, plot, json_file)
 
 
 def _study(
-    model: Path, options: StudyOptions, by: Literal["layer", "block"], plot: Path | None, json_file: Path | None
+    model: Path, settings: StudySettings, by: Literal["layer", "block"], plot: Path | None, json_file: Path | None
 ) -> None:
     from hpddrnet_trt.accuracy.candidates import open_study, precision_table
     from hpddrnet_trt.accuracy.search import analyze
     from hpddrnet_trt.report.precision import draw_sensitivity
 
-    with open_study(locate(model, ".onnx"), options.settings()) as opened:
+    with open_study(locate(model, ".onnx"), settings) as opened:
         table = precision_table(opened)
         typer.echo(table.text())
         sensitivities = analyze(opened.cache, by=by, operations=opened.shares)
@@ -345,7 +354,7 @@ def _study(
 
 
 def _choose(
-    model: Path, target: Path, options: StudyOptions, budget: Budget, cost: CostOptions, frontier: bool,
+    model: Path, target: Path, settings: StudySettings, budget: Budget, cost: CostOptions, frontier: bool,
     plot: Path | None, json_file: Path | None,
 ) -> None:  # fmt: skip
     from hpddrnet_trt.accuracy.candidates import open_study
@@ -353,9 +362,9 @@ def _choose(
     from hpddrnet_trt.accuracy.search import choose_precision
     from hpddrnet_trt.report.precision import draw_frontier
 
-    check_device(cost.device, options.precision)
+    check_device(cost.device, settings.precision)
     _check_target(model, target)
-    with open_study(locate(model, ".onnx"), options.settings(cost.frame)) as study:
+    with open_study(locate(model, ".onnx"), settings) as study:
         costs = cost_model(study.cache.config, study.operations, device=cost.device, layer_times=cost.layer_times)
         choice = choose_precision(
             study.cache, target, budget, costs, calibration=study.calibration, always_search=frontier
@@ -387,8 +396,10 @@ class AcceptanceOptions(BudgetOptions):
         from hpddrnet_trt.accuracy.acceptance import AcceptanceCheck
 
         if self.verify is not None:
-            return AcceptanceCheck(self.verify, self.budget(), self.verify_split, self.reference, device)
-        if self.max_miou_drop is not None or self.min_agreement is not None:
+            return AcceptanceCheck(
+                self.verify, self.budget(), self.verify_split, self.reference, device, self.under_shift
+            )
+        if self.max_miou_drop is not None or self.min_agreement is not None or self.under_shift:
             raise UsageError(
                 "a budget is checked on a dataset: give --verify DATA with --max-miou-drop or --min-agreement"
             )

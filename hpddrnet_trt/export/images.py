@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ LARGEST_SIZE = 1024  # crop edge in pixels, where neither the model nor the call
 _LOOKED_AT = 9  # images that the usual size is taken from
 MINIMUM_CROPS = 32  # few images are cut into several crops each, up to this many in total
 FLAT = 2.0  # grey levels: crops that spread less hold no content
-# Other settings of the instrument, as training and robustness know them (data/augment.py): ranges measured on pictures
+# Other settings of the microscope, as training and robustness know them (data/augment.py): ranges measured on pictures
 # as they are alone fit no others.
 SHIFTED = (
     ("contrast", 0.5), ("gamma", 2.0), ("magnification", 0.5), ("brightness", 50.0), ("noise", 20.0), ("contrast", 2.0),
@@ -194,36 +195,39 @@ def _starts(length: int, crop: int) -> list[int]:
     return [spare // 2] if count == 1 else [round(index * spare / (count - 1)) for index in range(count)]
 
 
-def shifted(crops: Sequence[Crop]) -> list[Crop]:
-    """Every crop once more at one of the settings :data:`SHIFTED`, by turns; few crops more often, until all occur."""
+def also_shifted(crops: Sequence[Crop]) -> list[Crop]:
+    """Every crop as it is and once more at one of the settings :data:`SHIFTED`, by turns; few crops more often, until
+    all occur. Those of an image stay together."""
     turns = -(-len(SHIFTED) // max(1, len(crops)))
+    settings = cycle(SHIFTED)
     return [
-        replace(crop, shift=SHIFTED[(place * turns + turn) % len(SHIFTED)])
-        for place, crop in enumerate(crops)
-        for turn in range(turns)
+        seen for crop in crops for seen in (crop, *(replace(crop, shift=next(settings)) for _ in range(turns)))
     ]
 
 
 def cut(grey: Grey, crop: Crop, height: int, width: int) -> Grey:
-    """The pixels of a crop, uint8 ``[height, width]``; a smaller image is continued by reflection.
+    """The pixels of a crop, uint8 ``[height, width]``, at its setting; a smaller image is continued by reflection."""
+    return np.ascontiguousarray(pad(at_setting(grey, grey, crop, height, width)[0], height, width))
 
-    At another magnification they show more or less around the same middle.
+
+def at_setting(grey: Grey, mask: Grey, crop: Crop, height: int, width: int) -> tuple[Grey, Grey]:
+    """The part of a picture and of its mask, uint8 ``[H, W]`` both, that a crop of that size shows at its setting.
+
+    At another magnification it shows more or less around the same middle; no more than there is, so it may be smaller.
     """
-    if crop.shift is None:
-        return np.ascontiguousarray(
-            pad(grey[crop.top : crop.top + height, crop.left : crop.left + width], height, width)
-        )
-    shift, value = _SHIFTS[crop.shift[0]], crop.shift[1]
-    tall, wide = (round(edge / value) if shift.resizes else edge for edge in (height, width))
+    shift, value = (None, 1.0) if crop.shift is None else (_SHIFTS[crop.shift[0]], crop.shift[1])
+    tall, wide = (round(edge / value) if shift is not None and shift.resizes else edge for edge in (height, width))
     top, left = (
         max(0, min(first + (edge - seen) // 2, whole - seen))
         for first, edge, seen, whole in zip(
             (crop.top, crop.left), (height, width), (tall, wide), grey.shape, strict=True
         )
     )
-    part = np.ascontiguousarray(grey[top : top + tall, left : left + wide])
-    shown, _ = shift(part, part, value, np.random.default_rng((crop.top, crop.left)))
-    return np.ascontiguousarray(pad(shown[:height, :width], height, width))
+    place = slice(top, top + tall), slice(left, left + wide)
+    part, labels = np.ascontiguousarray(grey[place]), np.ascontiguousarray(mask[place])
+    if shift is not None:
+        part, labels = shift(part, labels, value, np.random.default_rng((crop.top, crop.left)))
+    return part[:height, :width], labels[:height, :width]
 
 
 def with_content(crops: Sequence[Crop], height: int, width: int) -> tuple[list[Crop], float]:

@@ -79,7 +79,7 @@ def draw_frontier(found: Frontier, target: str | Path) -> Path:
         left.set_ylabel("change of masked mIoU against FP32, percentage points")
         if budget.max_miou_drop is not None:
             left.axhline(-budget.max_miou_drop, color=ORANGE, linewidth=1, linestyle="--", label="budget")
-        _choices(right, found, lambda accuracy: 100 * (1 - accuracy.agreement))
+        _choices(right, found, lambda accuracy: 100 * (1 - accuracy.least_agreement))
         right.set_ylabel("pixels with another label than FP32, %")
         if budget.min_agreement is not None:
             right.axhline(100 * (1 - budget.min_agreement), color=ORANGE, linewidth=1, linestyle="--", label="budget")

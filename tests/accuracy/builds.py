@@ -13,10 +13,11 @@ from tests.tiny_onnx import QUIET
 
 def build(
     source: Path, target: Path, data: Path, budget: Budget, *, size: int = 96, reference: Path | None = None,
-    precision: Any = "int8", **options: Any,
+    precision: Any = "int8", under_shift: bool = False, **options: Any,
 ) -> Manifest:  # fmt: skip
     """``source`` built for square pictures of one size, and judged on the test split of ``data``."""
     return build_verified(
-        source, target, precision=precision, acceptance=AcceptanceCheck(data, budget, reference=reference),
+        source, target, precision=precision,
+        acceptance=AcceptanceCheck(data, budget, reference=reference, under_shift=under_shift),
         runtime="tensorrt-rtx", shapes=f"1x1x{size}x{size}", settings=QUIET, **options,
     )  # fmt: skip

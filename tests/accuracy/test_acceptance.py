@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,21 @@ def test_an_engine_too_small_for_the_micrographs_is_not_accepted(write: Write, d
     assert not (tmp_path / "m.engine").exists()
 
 
+@needs_rtx
+@without_gpu
+def test_an_engine_is_calibrated_and_judged_at_other_settings_too(fp32: Path, data: Path, tmp_path: Path) -> None:
+    train, target = str(data / "images" / "train"), tmp_path / "m.engine"
+    options = {"calibration_images": train, "reference": fp32, "under_shift": True}
+    manifest = build(fp32, target, data, Budget(min_agreement=0.9), **options)
+    assert manifest.calibration is not None
+    assert manifest.calibration.source.endswith(": 15 crops of 96x96")  # five, each at two of nine settings, too
+    assert 0.9 < manifest.validation[-1].values["agreement_under_shift"] < 1
+    target.unlink()
+    with pytest.raises(UserError, match=r"labels are equal on 9\d\.\d\d % of the pixels at other settings.*engine was"):
+        build(fp32, target, data, Budget(min_agreement=1.0), **options)
+    assert not target.exists()
+
+
 def test_a_refused_choice_is_not_told_to_choose(write: Write, data: Path, tmp_path: Path) -> None:
     path = write("model.int8.onnx", 1.0)
     model, manifest = load_model(path)
@@ -214,6 +230,11 @@ def test_budgets_in_words_and_senseless_ones() -> None:
         "labels are equal on 99.00 % of the pixels, 99.5 % are needed",
     ]
     assert str(budget) == "at most 0.3 points of masked mIoU lost and labels equal on at least 99.5 % of the pixels"
+    elsewhere = replace(accuracy(0.001), agreement_under_shift=0.98)
+    assert budget.breaches(elsewhere) == [
+        "labels are equal on 98.00 % of the pixels at other settings of the microscope, 99.5 % are needed"
+    ]
+    assert Budget(max_miou_drop=0.3).kept_by(elsewhere)
     for drop, agreement, words in ((None, None, "needs a limit"), (-1, None, "0 and 100"), (None, 99, "0 and 1")):
         with pytest.raises(UsageError, match=words):
             Budget(drop, agreement)

@@ -25,6 +25,7 @@ from hpddrnet_trt.core.errors import UsageError
 from hpddrnet_trt.core.manifest import CalibrationRecord
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.datasets import FolderDataset
+from hpddrnet_trt.export.images import SHIFTED, Crop, also_shifted, at_setting, read_grey
 from hpddrnet_trt.graph.model import load_model, save_model
 from hpddrnet_trt.graph.precision import to_half
 from hpddrnet_trt.graph.rounding import simulate_rounding
@@ -168,6 +169,35 @@ def test_all_places_give_the_same_two_means(fp32: Path, data: Path, config: Quan
     assert scores.miou < scores.masked_miou - 0.1
     assert {scores.miou, row.miou, evidence["miou"], chosen["miou"]} == {scores.miou}
     assert {scores.masked_miou, row.masked_miou, evidence["masked_miou"], chosen["masked_miou"]} == {scores.masked_miou}
+
+
+def test_agreement_is_asked_at_other_settings_too(
+    evaluator: AccuracyEvaluator, config: QuantizationConfig, data: Path, fp32: Path, tmp_path: Path
+) -> None:
+    """Against a straightforward computation; figures of pictures as they are stay what they are."""
+    model, manifest = load_model(fp32)
+    graph, described = (make(config.layers, half=False) for make in (config.graph, config.described))
+    dataset = FolderDataset.open(data)
+    with (
+        load_segmenter(fp32) as reference,
+        AccuracyEvaluator(dataset, "val", reference, under_shift=True, progress=False) as shifting,
+        load_segmenter(save_model(graph, tmp_path / "it.onnx", described), engine="onnxruntime") as candidate,
+    ):
+        assert shifting.digest != evaluator.digest
+        assert shifting.score_graph(model, manifest).agreement_under_shift == 1
+        found = shifting.score_graph(graph, described)
+        labels = LabelComparison(3)
+        views = also_shifted([Crop(sample.image, 0, 0) for sample in dataset.split("val")])
+        assert {view.shift for view in views} == {None, *SHIFTED}
+        for view in (view for view in views if view.shift is not None):
+            grey = read_grey(view.image)
+            shown, _ = at_setting(grey, grey, view, *grey.shape)
+            labels.update(candidate.segment(shown).labels, reference.segment(shown).labels)
+    assert found.agreement_under_shift == labels.agreement < 1
+    assert replace(found, agreement_under_shift=None) == evaluator.score_graph(graph, described)
+    assert found.evidence("a test", "it").values["agreement_under_shift"] == labels.agreement
+    assert found.least_agreement == min(found.agreement, labels.agreement)
+    assert len(found.cells()) == len(f"{'masked':>7}  {found.headings()}")
 
 
 @pytest.mark.parametrize(("split", "says"), [("empty", r"'empty'.*holds no images"), ("val", "label no pixel")])

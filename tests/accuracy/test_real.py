@@ -14,7 +14,7 @@ from hpddrnet_trt.accuracy.cost import cost_model
 from hpddrnet_trt.accuracy.search import choose_precision
 from hpddrnet_trt.core.errors import UserError
 from hpddrnet_trt.core.manifest import read_manifest
-from hpddrnet_trt.export.calibrate import calibrate
+from hpddrnet_trt.export.calibrate import CalibrationSettings, calibrate
 from hpddrnet_trt.graph import qdq
 from hpddrnet_trt.weights import locate
 from tests.accuracy.builds import build
@@ -78,7 +78,7 @@ def test_a_calibration_on_one_micrograph_is_refused(sem_data: Path, tmp_path: Pa
     """One that does not show what the others do: pixel agreement stays high, the rare class suffers."""
     source, broken = locate(MODEL, ".onnx"), tmp_path / "broken.int8.onnx"
     one = sem_data / MODEL / "images" / "train" / "spot4_180d_2.png"
-    manifest = calibrate(source, broken, [one])
+    manifest = calibrate(source, broken, [one], CalibrationSettings(under_shift=False))
     assert manifest.validation[-1].values["agreement"] > 0.9
     with pytest.raises(UserError, match=r"INT8 misses the budget on .*calibrated on 1 image \(method max\)"):
         build(broken, tmp_path / "m.engine", sem_data / MODEL, Budget(max_miou_drop=0.5), size=512, reference=source)

@@ -151,9 +151,11 @@ def test_micrographs_are_seen_at_the_pixel_size_of_the_model(tmp_path: Path) -> 
 def test_crops_are_seen_once_more_at_every_setting_by_turns() -> None:
     crops = [Crop(Path(str(number)), 0, 0) for number in range(40)]
     for count in (1, 4, 9, 40):
-        again = micrographs.shifted(crops[:count])
+        seen = micrographs.also_shifted(crops[:count])
+        assert [crop.image for crop in seen] == sorted((crop.image for crop in seen), key=lambda path: int(path.name))
+        assert [crop for crop in seen if crop.shift is None] == crops[:count]
+        again = [crop for crop in seen if crop.shift is not None]
         assert {crop.shift for crop in again} == set(micrographs.SHIFTED)
-        assert [crop.image for crop in again] == sorted((crop.image for crop in again), key=lambda path: int(path.name))
         assert len(again) <= max(count, 9 + count)
 
 
