@@ -26,7 +26,7 @@ MODEL = "nasa-super1"
 @pytest.fixture(scope="module")
 def study(sem_data: Path) -> Iterator[Study]:
     model = locate(MODEL, ".onnx")
-    settings = StudySettings(sem_data / MODEL, split="test", reference=model, max_images=4)
+    settings = StudySettings(sem_data / MODEL, split="test", reference=model, max_images=4, method="entropy")
     with open_study(model, settings) as found:
         yield found
 
