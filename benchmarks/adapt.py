@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from hpddrnet_trt import Segmenter, load_segmenter
+from hpddrnet_trt.accuracy.folds import shifts_at
 from hpddrnet_trt.core.manifest import Manifest, read_manifest
 from hpddrnet_trt.core.metrics import LabelComparison
 from hpddrnet_trt.data.augment import SHIFTS
@@ -35,7 +36,6 @@ from hpddrnet_trt.weights import CHECKPOINT, locate
 
 Grey8 = npt.NDArray[np.uint8]
 Pair = tuple[Grey8, Grey8]
-SETTINGS = {shift.name: shift for shift in SHIFTS}
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,11 @@ def opened(path: Path, model: str, manifest: Manifest, split: str, fold_splits: 
 
 
 def shifted(pairs: Sequence[Pair], name: str, value: float) -> list[Pair]:
-    """At another setting; magnified pictures are cut to the size that they had."""
-    seen = []
-    for place, (image, mask) in enumerate(pairs):
-        if name == "magnification" and value > 1:
-            tall, wide = (round(edge / value) for edge in image.shape)
-            top, left = ((edge - part) // 2 for edge, part in zip(image.shape, (tall, wide), strict=True))
-            image, mask = (each[top : top + tall, left : left + wide] for each in (image, mask))
-        image, mask = np.ascontiguousarray(image), np.ascontiguousarray(mask)
-        seen.append((image, mask) if name == "none" else
-                    SETTINGS[name](image, mask, value, np.random.default_rng(place)))  # fmt: skip
-    return seen
+    """At another setting, as folds are judged; of magnified pictures the middle part."""
+    if name == "none":
+        return list(pairs)
+    (shift,) = shifts_at([(name, value)])
+    return [shift(image, mask, value, np.random.default_rng(place)) for place, (image, mask) in enumerate(pairs)]
 
 
 def scored(segmenter: Segmenter, pairs: Sequence[Pair]) -> Score:
@@ -168,7 +162,7 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--fold-splits", nargs="+", default=["train", "val"])
     parser.add_argument("--shift", nargs="+", default=["none", "contrast=0.4", "noise=15", "magnification=2"],
-                        help=f"none, or NAME=VALUE of {', '.join(SETTINGS)}")  # fmt: skip
+                        help=f"none, or NAME=VALUE of {', '.join(shift.name for shift in SHIFTS)}")  # fmt: skip
     parser.add_argument("--mix", nargs="+", default=["auto"], help="shares, or auto: what `adapt` chooses")
     parser.add_argument("--pictures", nargs="+", type=int, help="adapt to so many of them (default: all)")
     parser.add_argument("--json", type=Path)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -36,9 +35,9 @@ from hpddrnet_trt.data.augment import Augmentation, AugmentConfig
 from hpddrnet_trt.data.datasets import FolderDataset
 from hpddrnet_trt.models.network import HPDDRNet, network_config
 from hpddrnet_trt.training import recipe_file
-from hpddrnet_trt.training.config import load_config
+from hpddrnet_trt.training.config import OptimizationSection, load_config
 from hpddrnet_trt.training.data import open_data
-from hpddrnet_trt.training.module import memory_format
+from hpddrnet_trt.training.module import build_optimizer, build_scheduler, memory_format
 
 Grey8 = npt.NDArray[np.uint8]
 SIZE, BLOCK = 256, 16  # pixels: of a crop, of what is covered together
@@ -170,25 +169,22 @@ def make_start(
     )
     network.to(memory_format=memory_format(network))  # type: ignore[call-overload]
     model = (Painter(network) if kind == "masked" else Pupil(network)).train()
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in learned if (parameter.ndim > 1) == many], "weight_decay": decay}
-        for many, decay in ((True, DECAY), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE)
+    optimization = OptimizationSection(
+        lr=RATE, weight_decay=DECAY, warmup_steps=min(WARM_UP, steps - 1), max_steps=steps
+    )
+    optimizer = build_optimizer(optimization, model)
+    scheduler = build_scheduler(optimization, optimizer)
     rng = np.random.default_rng(config.run.seed)
     mean, std = data.statistics.grey_mean, max(data.statistics.grey_std, 1.0)
     source = batches(own, rest, config.augmentation, 6, rng)
     for step in range(steps):
-        falling = (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP))) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * ((step + 1) / WARM_UP if step < WARM_UP else falling)
         seen, plain = (torch.from_numpy(arrays).float() for arrays in next(source))
         loss = model((seen - mean) / std, plain, rng)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(learned, 5.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
+        scheduler.step()
         if step % 10 == 0 or step == steps - 1:
             print(f"step {step}: {loss.item():.4f}", flush=True)
     weights = {f"backbone.{name}": value.contiguous() for name, value in network.backbone.state_dict().items()}

@@ -230,7 +230,8 @@ class Assessment:
         for image in self.images:
             record = plain(_image_record(image))
             values = [record[column] for column in _CSV_COLUMNS]
-            of_class = [record[key] for key in ("iou", "truth_fractions", "predicted_fractions", *kinds[3:5])]
+            keys = ("iou", "truth_fractions", "predicted_fractions", "hausdorff95_px", "boundary_f")
+            of_class = [record[key] for key in keys]
             of_class += [record[figure.key][side] for figure in FIGURES if figure.relative for side in _SIDES]
             writer.writerow([*values, *(value for row in of_class for value in row)])
         return stream.getvalue()

@@ -282,8 +282,10 @@ class FolderDataset:
                 "as `group` into dataset.json"
             )
         folds = deal(groups, count)
-        within = [sample for sample in samples if folds[sample.name] == number - 1]
-        return replace(self, samples={train: [each for each in samples if each not in within], held_out: within})
+        kept, within = (
+            [sample for sample in samples if (folds[sample.name] == number - 1) == inside] for inside in (False, True)
+        )
+        return replace(self, samples={train: kept, held_out: within})
 
     def load(self, sample: Sample) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """Read one sample: grey picture and mask, both uint8 ``[H, W]``, at the common pixel size.

@@ -236,7 +236,7 @@ def with_content(crops: Sequence[Crop], height: int, width: int) -> tuple[list[C
     The spread is the standard deviation of grey levels after a mean over 9 x 9 pixels, which leaves a tenth of noise: a
     blanked beam has 0, noise of 12 grey levels alone 1.3, the flattest real crop of four datasets 2.2.
     """
-    spreads = [float(cv2.blur(grey, (9, 9)).std()) for _, grey in _windows(crops, height, width)]
+    spreads = [float(cv2.blur(grey, (9, 9)).std()) for _, grey in windows(crops, height, width)]
     return [crop for crop, spread in zip(crops, spreads, strict=True) if spread >= FLAT], max(spreads, default=0.0)
 
 
@@ -247,7 +247,7 @@ def batches(
     size = contract.batch.minimum
     filled = [*crops, *(crops[index % len(crops)] for index in range(-len(crops) % size))]
     window: list[Grey] = []
-    for _, grey in _windows(filled, height, width):
+    for _, grey in windows(filled, height, width):
         window.append(grey)
         if len(window) == size:
             yield network_input(window, contract, normalization)
@@ -258,11 +258,12 @@ def inputs(
     crops: Sequence[Crop], height: int, width: int, contract: InputContract, normalization: Normalization
 ) -> Iterator[tuple[Crop, npt.NDArray[Any]]]:
     """Every crop by itself as a model input; a larger fixed batch is filled up with copies of it."""
-    for crop, grey in _windows(crops, height, width):
+    for crop, grey in windows(crops, height, width):
         yield crop, network_input([grey] * contract.batch.minimum, contract, normalization)
 
 
-def _windows(crops: Sequence[Crop], height: int, width: int) -> Iterator[tuple[Crop, Grey]]:
+def windows(crops: Sequence[Crop], height: int, width: int) -> Iterator[tuple[Crop, Grey]]:
+    """The crops with their pixels, uint8 ``[height, width]``."""
     path, grey = None, None  # crops of one image follow each other: read it once
     for crop in crops:
         if grey is None or path != crop.image:

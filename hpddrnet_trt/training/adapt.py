@@ -34,9 +34,9 @@ from hpddrnet_trt.data.augment import contrast
 from hpddrnet_trt.data.datasets import evenly, find_images
 from hpddrnet_trt.data.intensity import range_of
 from hpddrnet_trt.data.micrograph import read_micrograph
-from hpddrnet_trt.export.images import Crop, cut, plan_crops, read_grey, with_content
+from hpddrnet_trt.export.images import Crop, cut, plan_crops, read_grey, windows, with_content
 from hpddrnet_trt.models.checkpoints import load_checkpoint, save_checkpoint
-from hpddrnet_trt.models.domain import domain_features
+from hpddrnet_trt.models.domain import predict_with_domain
 from hpddrnet_trt.models.network import HPDDRNet
 from hpddrnet_trt.weights import CHECKPOINT, locate
 
@@ -171,14 +171,11 @@ def measured(
         norm.momentum = None  # the plain mean over all batches
         norm.train()
     # Every batch holds crops from all over the pictures; one of a single crop has no variance after global pooling.
-    count = max(1, len(crops) // BATCH)
+    pictures = np.stack([grey for _, grey in windows(crops, *size)])
+    count = max(1, len(pictures) // BATCH)
     for first in progress_bar(range(count), desc="batch-norm statistics", unit="batch", delay=2):
-        pictures = [
-            cut(read_grey(crop.image, crop.intensity_range, crop.read_at_m), crop, *size)
-            for crop in crops[first::count]
-        ]
         with torch.no_grad():
-            network(_normalized(np.stack(pictures), manifest))
+            network(_normalized(pictures[first::count], manifest))
     found: dict[str, torch.Tensor] = {}
     for name, norm in norms.items():
         if norm.num_batches_tracked:
@@ -196,24 +193,23 @@ def mixed(trained: Mapping[str, torch.Tensor], seen: Mapping[str, torch.Tensor],
 
 def _look(network: HPDDRNet, manifest: Manifest, pictures: Sequence[Grey]) -> tuple[Look, list[Grey]]:
     """How the network sees pictures, and their labels."""
-    labels = [_labels(network, manifest, picture) for picture in pictures]
-    again = []
+    labels, again, distances = [], [], []
     for picture in pictures:
+        seen, features = _predict(network, manifest, picture)
+        labels.append(seen)
+        if manifest.domain is not None:
+            distances.append(domain_of([features], manifest.domain).distance)
         faded, _ = contrast(picture, picture, _FADED, np.random.default_rng(0))
-        again.append(_labels(network, manifest, faded[::-1, ::-1])[::-1, ::-1])
-    distances = [
-        domain_of([domain_features(network, picture, manifest.normalization)], manifest.domain).distance
-        for picture in pictures
-        if manifest.domain is not None
-    ]
+        again.append(_predict(network, manifest, faded[::-1, ::-1])[0][::-1, ::-1])
     known = [distance for distance in distances if distance is not None]
     return Look(float(np.median(known)) if known else None, _agreement(labels, again)), labels
 
 
-def _labels(network: HPDDRNet, manifest: Manifest, picture: Grey) -> Grey:
+def _predict(network: HPDDRNet, manifest: Manifest, picture: Grey) -> tuple[Grey, npt.NDArray[np.float32]]:
+    """Labels of a picture, and its features for the domain guard."""
     with torch.inference_mode():
-        logits = network.predict_logits(_normalized(picture[None], manifest))
-    return logits.argmax(dim=1)[0].to(torch.uint8).numpy()
+        logits, features = predict_with_domain(network, _normalized(picture[None], manifest))
+    return logits.argmax(dim=1)[0].to(torch.uint8).numpy(), features[0].numpy()
 
 
 def _normalized(pictures: Grey, manifest: Manifest) -> torch.Tensor:

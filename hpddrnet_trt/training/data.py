@@ -264,7 +264,6 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         image, mask = self.augmentation(image, mask, rng, size=size, donor=self._donor(number))
         return torch.from_numpy(np.ascontiguousarray(image))[None], torch.from_numpy(np.ascontiguousarray(mask))
 
-
     def _donor(self, number: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], int] | None:
         """A picture with regions of a rare class, and its label, for the share of samples that gets some."""
         probability = self.augmentation.config.paste_probability
