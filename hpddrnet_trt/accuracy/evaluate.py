@@ -22,6 +22,7 @@ from hpddrnet_trt.accuracy.measurements import (
     Measured,
     class_errors,
     mean_boundary_f,
+    mean_centerline_f,
     mean_distance,
     measure,
 )
@@ -174,6 +175,12 @@ class Assessment:
         measured = [image.measured for image in self.images]
         return [mean_boundary_f(measured, self.groups, index) for index in range(len(self.classes))]
 
+    @cached_property
+    def centerline_scores(self) -> list[Interval]:
+        """Mean clDice of each class: what a network of lines keeps of its course."""
+        measured = [image.measured for image in self.images]
+        return [mean_centerline_f(measured, self.groups, index) for index in range(len(self.classes))]
+
     @property
     def remarks(self) -> list[str]:
         """What must be known of the intervals, in sentences."""
@@ -207,6 +214,7 @@ class Assessment:
                     **{entry.figure.key: _error_record(entry) for entry in self.errors[index]},
                     "hausdorff95_px": asdict(self.distances[index]),
                     "boundary_f": asdict(self.boundary_scores[index]),
+                    "centerline_f": asdict(self.centerline_scores[index]),
                 }
                 for index, name in enumerate(self.class_names)
             },
@@ -221,7 +229,7 @@ class Assessment:
 
     def to_csv(self) -> str:
         """One row per image; fractions 0..1, lengths in pixels, empty where a figure does not exist."""
-        kinds = ["iou", "truth", "predicted", "hausdorff95_px", "boundary_f"]
+        kinds = ["iou", "truth", "predicted", "hausdorff95_px", "boundary_f", "centerline_f"]
         kinds += [f"{figure.key}_{side}" for figure in FIGURES if figure.relative for side in _SIDES]
         per_class = [f"{kind}_{name}" for kind in kinds for name in self.class_names]
         stream = io.StringIO()
@@ -230,7 +238,7 @@ class Assessment:
         for image in self.images:
             record = plain(_image_record(image))
             values = [record[column] for column in _CSV_COLUMNS]
-            keys = ("iou", "truth_fractions", "predicted_fractions", "hausdorff95_px", "boundary_f")
+            keys = ("iou", "truth_fractions", "predicted_fractions", *kinds[3:6])
             of_class = [record[key] for key in keys]
             of_class += [record[figure.key][side] for figure in FIGURES if figure.relative for side in _SIDES]
             writer.writerow([*values, *(value for row in of_class for value in row)])
@@ -280,6 +288,7 @@ def _measured_record(measured: Measured) -> dict[str, Any]:
     }
     record["hausdorff95_px"] = measured.hausdorff_px.tolist()
     record["boundary_f"] = measured.boundary_f.tolist()
+    record["centerline_f"] = measured.centerline_f.tolist()
     if measured.pixel_size_m is not None:
         record["hausdorff95_m"] = (measured.hausdorff_px * measured.pixel_size_m).tolist()
     return record

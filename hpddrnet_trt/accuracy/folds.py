@@ -155,12 +155,14 @@ def _fold(config: TrainConfig, later_steps: int, shifts: Sequence[Shift]) -> Fol
 def _figures(assessment: Assessment) -> dict[str, float]:
     names, scores = assessment.class_names, assessment.scores
     boundary = [interval.value for interval in assessment.boundary_scores]
+    centerline = [interval.value for interval in assessment.centerline_scores]
     area = [errors[0].size.value for errors in assessment.errors]
     return {
         "mIoU": scores.miou,
         "micro IoU, per picture": scores.mean_image_micro_iou,
         **{f"IoU {name}": value for name, value in zip(names, scores.iou, strict=True)},
         **{f"boundary F {name}": value for name, value in zip(names, boundary, strict=True)},
+        **{f"centerline F {name}": value for name, value in zip(names, centerline, strict=True)},
         **{f"area error {name}": value for name, value in zip(names, area, strict=True)},
     }
 

@@ -21,6 +21,7 @@ from hpddrnet_trt.core.intervals import Interval, bootstrap, by_unit, unit_name
 from hpddrnet_trt.core.manifest import IGNORE_INDEX
 
 LARGEST = 1 << 24  # pixels: of larger pictures, distances are measured at every second pixel, or third, ...
+THINNED = 16  # pixels from the middle to the edge: what is thicker is no line
 _PERCENTILE = 95
 
 Labels = npt.NDArray[np.uint8]
@@ -52,14 +53,15 @@ FIGURES = (
 class Measured:
     """One picture. ``truth`` and ``predicted``: ``[figures, classes]`` in the order of :data:`FIGURES`; area fraction
     of the labelled pixels, number of objects, mean equivalent diameter in pixels (NaN without objects), length of the
-    boundary to all other classes in pixels. ``hausdorff_px``, ``boundary_f``: ``[classes]``, see :func:`hausdorff` and
-    :func:`boundary_f`.
+    boundary to all other classes in pixels. ``hausdorff_px``, ``boundary_f``, ``centerline_f``: ``[classes]``, see
+    :func:`hausdorff`, :func:`boundary_f` and :func:`centerline_f`.
     """
 
     truth: Numbers
     predicted: Numbers
     hausdorff_px: Numbers
     boundary_f: Numbers
+    centerline_f: Numbers
     pixel_size_m: float | None = None
 
 
@@ -81,9 +83,11 @@ def measure(truth: Labels, predicted: Labels, classes: int, pixel_size_m: float 
     there = np.where(labelled, truth, IGNORE_INDEX).astype(np.uint8)
     found = np.where(labelled & (predicted < classes), predicted, IGNORE_INDEX).astype(np.uint8)
     pixels = int(labelled.sum())
-    distances = np.array([hausdorff(there, found, index) for index in range(classes)])
-    scores = np.array([boundary_f(there, found, index) for index in range(classes)])
-    return Measured(_figures(there, classes, pixels), _figures(found, classes, pixels), distances, scores, pixel_size_m)
+    compared = [
+        np.array([figure(there, found, index) for index in range(classes)])
+        for figure in (hausdorff, boundary_f, centerline_f)
+    ]
+    return Measured(_figures(there, classes, pixels), _figures(found, classes, pixels), *compared, pixel_size_m)
 
 
 def _figures(labels: Labels, classes: int, labelled: int) -> Numbers:
@@ -153,9 +157,43 @@ def boundary_f(truth: Labels, predicted: Labels, index: int) -> float:
     edges = [_boundary(labels, index) for labels in (truth, predicted)]
     if not any(edge.any() for edge in edges):
         return math.nan
-    wide = [cv2.dilate(edge, np.ones((3, 3), np.uint8)) for edge in edges]
-    shares = [float(edge[other > 0].sum() / max(1, edge.sum())) for edge, other in zip(edges, wide[::-1], strict=True)]
+    return _shared(edges, [cv2.dilate(edge, np.ones((3, 3), np.uint8)) for edge in edges])
+
+
+def centerline_f(truth: Labels, predicted: Labels, index: int) -> float:
+    """clDice (Shit et al., CVPR 2021, eq. 1 and 2; arXiv:2003.07311): harmonic mean of the shares of a class's
+    centerline, in truth and in prediction, that lie within the other side. A crack that is found whole has 1 also where
+    it is a pixel too wide; a gap costs its length.
+
+    Centerlines are Lantuéjoul's skeletons: what opening takes away, at every depth of erosion up to :data:`THINNED`; of
+    things thicker than twice that only what juts out. NaN where neither side has any, 0 where one side has none.
+    """
+    sides = [(labels == index).astype(np.uint8) for labels in (truth, predicted)]
+    lines = [_centerline(side) for side in sides]
+    if not any(line.any() for line in lines):
+        return math.nan
+    return _shared(lines, sides)
+
+
+def _shared(things: Sequence[Labels], within: Sequence[Labels]) -> float:
+    """Harmonic mean of the shares of both sides' pixels (0 or 1) that lie within the other side's."""
+    shares = [
+        float(thing[other > 0].sum() / max(1, thing.sum())) for thing, other in zip(things, within[::-1], strict=True)
+    ]
     return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
+
+
+def _centerline(inside: Labels) -> Labels:
+    """Skeleton of uint8 0 or 1 ``[H, W]``, the same; pixels beyond the picture's edge count as inside."""
+    cross, square = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)), np.ones((3, 3), np.uint8)
+    line = np.zeros_like(inside)
+    for _ in range(THINNED + 1):
+        if not inside.any():
+            break
+        thinner = cv2.erode(inside, cross)
+        line |= inside & ~cv2.dilate(thinner, square)
+        inside = thinner
+    return line
 
 
 def _boundary(labels: Labels, index: int) -> Labels:
@@ -209,6 +247,11 @@ def mean_distance(pictures: Sequence[Measured], groups: Sequence[str | None], in
 def mean_boundary_f(pictures: Sequence[Measured], groups: Sequence[str | None], index: int) -> Interval:
     """Mean boundary F-score of a class, over the pictures that have one."""
     return _mean(np.array([picture.boundary_f[index] for picture in pictures]), groups, fraction=True)
+
+
+def mean_centerline_f(pictures: Sequence[Measured], groups: Sequence[str | None], index: int) -> Interval:
+    """Mean clDice of a class, over the pictures in which it has a centerline."""
+    return _mean(np.array([picture.centerline_f[index] for picture in pictures]), groups, fraction=True)
 
 
 def _mean(values: Numbers, groups: Sequence[str | None], *, fraction: bool = False) -> Interval:

@@ -52,7 +52,7 @@ def test_every_specimen_is_held_out_once_and_test_is_not_looked_at(
     assert not any(name.startswith("test/") for name in held_out)
     record = json.loads(result.file.read_text())
     assert record["folds"][0]["figures"]["mIoU"] == result.folds[0].figures["mIoU"]
-    kinds = {"mIoU", "micro IoU, per picture", "IoU pore", "boundary F pore", "area error pore"}
+    kinds = {"mIoU", "micro IoU, per picture", "IoU pore", "boundary F pore", "centerline F pore", "area error pore"}
     assert kinds <= record["summary"].keys()
     assert "fold 2 held out: q" in result.table()
 

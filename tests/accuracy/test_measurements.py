@@ -18,9 +18,11 @@ from hpddrnet_trt.accuracy.measurements import (
     Measured,
     boundary_f,
     boundary_lengths,
+    centerline_f,
     class_errors,
     hausdorff,
     mean_boundary_f,
+    mean_centerline_f,
     mean_distance,
     measure,
 )
@@ -139,18 +141,43 @@ def test_the_boundary_score_forgives_one_pixel_and_no_more() -> None:
     assert boundary_f(line, np.where(line == 1, 255, line).astype(np.uint8), 1) == 0
 
 
+def test_the_centerline_score_forgives_width_and_counts_gaps() -> None:
+    line = np.zeros((20, 200), np.uint8)
+    line[8:11] = 1
+    wide, broken, gone = line.copy(), line.copy(), np.zeros_like(line)
+    wide[6:13] = 1
+    broken[:, 80:120] = 0
+    assert centerline_f(line, line, 1) == centerline_f(line, wide, 1) == 1  # IoU: 3 / 7
+    assert centerline_f(line, broken, 1) == pytest.approx(2 * 0.8 / 1.8, abs=0.01)  # a fifth is missing
+    assert centerline_f(line, np.roll(line, 4, axis=0), 1) == 0
+    assert centerline_f(line, gone, 1) == centerline_f(gone, line, 1) == 0
+    assert math.isnan(centerline_f(gone, gone, 1))
+    assert math.isnan(centerline_f(np.ones_like(line), np.ones_like(line), 1))  # thicker than any line
+
+
+@settings(deadline=None, max_examples=40)
+@given(maps, maps)
+def test_the_centerline_score_is_symmetric_and_whole_for_what_is_equal(truth: Labels, predicted: Labels) -> None:
+    for index in range(3):
+        score = centerline_f(truth, predicted, index)
+        np.testing.assert_equal(score, centerline_f(predicted, truth, index))
+        assert math.isnan(score) or 0 <= score <= 1
+        own = centerline_f(truth, truth, index)
+        assert math.isnan(own) or own == 1
+
+
 @settings(deadline=None, max_examples=40)
 @given(maps, maps, maps)
 def test_ignored_pixels_never_count(truth: Labels, predicted: Labels, other: Labels) -> None:
     changed = np.where(truth == 255, other, predicted)
     first, second = measure(truth, predicted, 3), measure(truth, changed, 3)
-    for key in ("truth", "predicted", "hausdorff_px", "boundary_f"):
+    for key in ("truth", "predicted", "hausdorff_px", "boundary_f", "centerline_f"):
         np.testing.assert_array_equal(getattr(first, key), getattr(second, key))
 
 
 def measured(truth: float, predicted: float, distance: float = math.nan, score: float = math.nan) -> Measured:
     figures = [np.full((len(FIGURES), 1), value) for value in (truth, predicted)]
-    return Measured(figures[0], figures[1], np.array([distance]), np.array([score]))
+    return Measured(*figures, np.array([distance]), np.array([score]), np.array([score]))
 
 
 def test_errors_over_pictures() -> None:
@@ -164,8 +191,9 @@ def test_errors_over_pictures() -> None:
     assert str(area.error.remark).startswith("no interval: 3 pictures")
     distance = mean_distance(pictures, [None] * 5, 0)
     assert (distance.value, distance.units) == (4, 2)
-    score = mean_boundary_f([measured(1, 1, score=value) for value in (0.5, 1, math.nan)], [None] * 3, 0)
-    assert (score.value, score.units) == (0.75, 2)
+    for mean in (mean_boundary_f, mean_centerline_f):
+        score = mean([measured(1, 1, score=value) for value in (0.5, 1, math.nan)], [None] * 3, 0)
+        assert (score.value, score.units) == (0.75, 2)
     nothing = class_errors([measured(math.nan, math.nan)], [None], 0)[1]
     assert math.isnan(nothing.error.value)
     assert nothing.error.units == 0
