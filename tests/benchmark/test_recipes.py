@@ -19,15 +19,19 @@ from tests.training.conftest import TINY
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def recipes() -> Any:
-    spec = importlib.util.spec_from_file_location("recipes_benchmark", REPOSITORY / "benchmarks/recipes.py")
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", REPOSITORY / f"benchmarks/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def recipes() -> Any:
+    return _script("recipes")
 
 
 def _line(row: str, fold: int, miou: float, **values: Any) -> dict[str, Any]:
@@ -51,12 +55,13 @@ def test_the_committed_plan_is_one_that_training_takes(recipes: Any) -> None:
             given = [text for text in (*plan.sets[name]["settings"], *settings) if "@" not in text]
             # Without the dataset and machine that decide the rest.
             config = load_config(recipe_file(plan.sets[name]["recipe"]), [*given, "data.path=x", "run.threads=1"])
-            assert config.optimization.max_steps <= 300
+            assert config.optimization.max_steps <= 450
     assert plan.before("on-scale") == "on"
     assert plan.before("on") == plan.before("start random") == "baseline"
-    assert plan.settings("on-cldice", "super1") is None
-    assert plan.settings("on-cldice", "ebc")[-1] == "loss.overlap=cldice"
-    assert plan.settings("on-cldice", "ebc")[:-1] == plan.settings("on", "ebc")
+    assert plan.settings("long-more-cldice", "super1") is None
+    assert plan.settings("long-more-cldice", "ebc")[-1] == "loss.overlap=cldice"
+    assert plan.settings("long-more-cldice", "ebc")[:-1] == plan.settings("long-more", "ebc")
+    assert plan.before("long-more-cldice") == "long-more"
 
 
 def test_differences_are_of_the_same_folds(recipes: Any) -> None:
@@ -109,3 +114,26 @@ def test_rows_are_trained_on_every_fold_and_once(recipes: Any, tmp_path: Path, m
     plan.write_text("rows: 1")
     with pytest.raises(UsageError, match="YAML file with the keys"):
         recipes.main(command)
+
+
+def test_models_beside_each_other_at_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    write_dataset(tmp_path / "data", train=1, val=1, test=1, size=64, progress=False)
+    description = tmp_path / "data/dataset.json"
+    content = description.read_text()
+    for simulated, known in (("grain", "matrix"), ("pore", "secondary"), ("clay", "tertiary")):
+        content = content.replace(f'"{simulated}"', f'"{known}"')
+    description.write_text(content)
+    record = tmp_path / "shifts.json"
+    _script("shifts").main(
+        [str(tmp_path / "data"), "nasa-super1", "nasa-super1", "--splits", "val", "test", "--json", str(record),
+         "--shift", "gamma=0.5", "magnification=2"]
+    )  # fmt: skip
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.endswith("| nasa-super1 | nasa-super1 |")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["as they are", "gamma 0.5", "magnification 2"]
+    assert all(row[1] == row[2] for row in cells)
+    assert len({row[1] for row in cells}) == 3
+    assert json.loads(record.read_text())["nasa-super1"]["gamma 0.5"]["images"] == 2
