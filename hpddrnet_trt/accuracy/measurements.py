@@ -83,11 +83,12 @@ def measure(truth: Labels, predicted: Labels, classes: int, pixel_size_m: float 
     there = np.where(labelled, truth, IGNORE_INDEX).astype(np.uint8)
     found = np.where(labelled & (predicted < classes), predicted, IGNORE_INDEX).astype(np.uint8)
     pixels = int(labelled.sum())
-    compared = [
+    distances, boundaries, centerlines = (
         np.array([figure(there, found, index) for index in range(classes)])
         for figure in (hausdorff, boundary_f, centerline_f)
-    ]
-    return Measured(_figures(there, classes, pixels), _figures(found, classes, pixels), *compared, pixel_size_m)
+    )
+    figures = _figures(there, classes, pixels), _figures(found, classes, pixels)
+    return Measured(*figures, distances, boundaries, centerlines, pixel_size_m)
 
 
 def _figures(labels: Labels, classes: int, labelled: int) -> Numbers:
@@ -157,7 +158,7 @@ def boundary_f(truth: Labels, predicted: Labels, index: int) -> float:
     edges = [_boundary(labels, index) for labels in (truth, predicted)]
     if not any(edge.any() for edge in edges):
         return math.nan
-    return _shared(edges, [cv2.dilate(edge, np.ones((3, 3), np.uint8)) for edge in edges])
+    return _shared(edges, [_widened(edge) for edge in edges])
 
 
 def centerline_f(truth: Labels, predicted: Labels, index: int) -> float:
@@ -185,15 +186,20 @@ def _shared(things: Sequence[Labels], within: Sequence[Labels]) -> float:
 
 def _centerline(inside: Labels) -> Labels:
     """Skeleton of uint8 0 or 1 ``[H, W]``, the same; pixels beyond the picture's edge count as inside."""
-    cross, square = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)), np.ones((3, 3), np.uint8)
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     line = np.zeros_like(inside)
     for _ in range(THINNED + 1):
         if not inside.any():
             break
-        thinner = cv2.erode(inside, cross)
-        line |= inside & ~cv2.dilate(thinner, square)
+        thinner = np.asarray(cv2.erode(inside, cross), np.uint8)
+        line |= inside & (1 - _widened(thinner))
         inside = thinner
     return line
+
+
+def _widened(thing: Labels) -> Labels:
+    """By one pixel, of eight neighbours."""
+    return np.asarray(cv2.dilate(thing, np.ones((3, 3), np.uint8)), np.uint8)
 
 
 def _boundary(labels: Labels, index: int) -> Labels:
