@@ -95,7 +95,7 @@ def cross_validate(config: TrainConfig, folds: int | None, shifts: Sequence[Shif
     each fold goes on from the model of that fold. The runs and ``folds.json`` lie in ``<run.folder>/<run.name>-folds``.
     Raises what training does, and :class:`UsageError` for more folds than specimens.
     """
-    folds = _specimens(config.data) if folds is None else folds
+    folds = _checked(config.data, folds)
     steps = config.optimization.max_steps
     first = fold_config(config, 1, folds)
     log.info("%d trainings of %d steps, one after the other, in %s", folds, steps, first.run.folder)
@@ -108,21 +108,26 @@ def cross_validate(config: TrainConfig, folds: int | None, shifts: Sequence[Shif
     return result
 
 
-def _specimens(section: DataSection) -> int:
+def _checked(section: DataSection, folds: int | None) -> int:
+    """How many folds, one for each specimen if None; refused before anything is announced."""
     from hpddrnet_trt.training.config import SIMULATED
     from hpddrnet_trt.training.data import unfit
 
     if section.path == SIMULATED:
-        raise UserError("simulated pictures are of no specimens; say how many folds, for example --folds 3")
+        if folds is None:
+            raise UserError("simulated pictures are of no specimens; say how many folds, for example --folds 3")
+        return folds
     dataset = FolderDataset.open(section.path, section.layout)
     if missing := missing_splits(dataset.splits, *section.fold_splits):
         raise UserError(unfit(dataset, missing))
-    return len({sample.group for sample in dataset.pooled(section.fold_splits)})
+    count = len({sample.group for sample in dataset.pooled(section.fold_splits)}) if folds is None else folds
+    dataset.fold(1, count, section.fold_splits, train=section.train_split, held_out=section.val_split)
+    return count
 
 
 def fold_config(config: TrainConfig, number: int, folds: int | None) -> TrainConfig:
     """The settings of one fold (from 1) of a run; ``folds`` as in :func:`cross_validate`, which raises the same."""
-    folds = _specimens(config.data) if folds is None else folds
+    folds = _checked(config.data, folds)
     folder, name = config.run.folder / f"{config.run.name}-folds", f"fold-{number}-of-{folds}"
     run = {"folder": folder, "name": name, "val_every": config.optimization.max_steps}
     network, start = config.network, config.network.initial

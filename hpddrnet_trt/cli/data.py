@@ -68,21 +68,21 @@ def train(
         raise UsageError(f"one dataset folder is trained on, not {len(folders)} ({', '.join(folders)})")
     for module in ("torch", "lightning", "tensorboard", "safetensors"):
         require(module, "train", "train a network")
-    from hpddrnet_trt.accuracy.folds import cross_validate, fold_config, shifts_at
     from hpddrnet_trt.training.plan import plan_run
     from hpddrnet_trt.training.run import train as run_training
 
     for room in ("training", "accuracy.folds"):  # say what they continue from, and how long it will take
         logging.getLogger(f"hpddrnet_trt.{room}").setLevel(logging.INFO)
     folder = Path(folders[0]) if folders else None
-    first = None if folds is None else partial(fold_config, number=1, folds=count)
-    planned = plan_run(source, folder, settings, start=start, first=first)
     if folds is not None:
+        from hpddrnet_trt.accuracy.folds import cross_validate, fold_config, shifts_at
         from hpddrnet_trt.export.images import SHIFTED
 
+        planned = plan_run(source, folder, settings, start=start, first=partial(fold_config, number=1, folds=count))
         judged = cross_validate(planned, count, shifts_at(SHIFTED) if under_shift else ())
         typer.echo(f"{judged.table()}\n\nwritten: {judged.file}")
         return
+    planned = plan_run(source, folder, settings, start=start)
     result = run_training(planned)
     typer.echo(f"best mIoU {result.metrics['val/miou']:.4f} at step {result.metrics['step']:.0f}: {result.checkpoint}")
     if folder is not None:

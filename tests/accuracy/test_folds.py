@@ -41,7 +41,7 @@ def planned(tmp_path: Path, *settings: str) -> TrainConfig:
 
 
 def test_every_specimen_is_held_out_once_and_test_is_not_looked_at(
-    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     result = cross_validate(config, None)
     estimates = [line for line in capsys.readouterr().err.splitlines() if "a step, about" in line]
@@ -60,8 +60,13 @@ def test_every_specimen_is_held_out_once_and_test_is_not_looked_at(
     assert len(runs) == 2
     assert cross_validate(config, 2).folds == result.folds  # nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in config.run.folder.rglob("*.safetensors")} == runs
-    with pytest.raises(UsageError, match=r"3 folds of whole specimens.*train, val hold 2: p, q; choose fewer folds"):
+    caplog.clear()
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(UsageError, match=r"3 folds of whole specimens.*train, val hold 2: p, q; choose fewer folds"),
+    ):
         cross_validate(config, 3)
+    assert not caplog.messages  # no training is announced that cannot be
 
     assert planned(tmp_path) == config  # the same command goes on there, another one elsewhere
     assert planned(tmp_path, "loss.kind=ohem").run.name == f"{config.run.name}-2"
