@@ -22,6 +22,7 @@ import torch
 
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import existing_file
+from hpddrnet_trt.core.manifest import read_manifest
 from hpddrnet_trt.data.datasets import FolderDataset, missing_splits
 from hpddrnet_trt.data.labels import read_mask
 from hpddrnet_trt.training.callbacks import LAST, read_training_checkpoint
@@ -33,7 +34,7 @@ AUTO = "auto"
 # Settings that pictures decide, where a recipe leaves them open.
 PICTURES_DECIDE = (
     "augmentation.crop", "augmentation.class_balance", "optimization.batch_size", "optimization.max_steps",
-    "optimization.warmup_steps", "optimization.lr", "run.val_every",
+    "optimization.warmup_steps", "optimization.lr", "run.val_every", "loss.class_weights",
 )  # fmt: skip
 _LOOKED_AT = 32  # masks at most
 _COARSE = 128  # pixels: regions that reach further look alike in crops of 256
@@ -53,6 +54,7 @@ class Pictures:
     side: int  # pixels: the median of the shorter sides
     reach: float  # pixels: how far a region extends along rows and columns, median over the labelled pixels
     rarest: float  # share of the rarest class that occurs
+    class_names: list[str]
 
     @classmethod
     def of(cls, dataset: FolderDataset, split: str) -> Pictures:
@@ -70,6 +72,7 @@ class Pictures:
             int(np.median([min(mask.shape) for mask in masks])),
             float(runs[middle]),
             float(min(counts[counts > 0], default=0) / max(1, counts.sum())),
+            dataset.class_names,
         )
 
 
@@ -93,11 +96,16 @@ class Machine:
         return cls(cores, torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0)
 
 
-def settle_for_pictures(content: dict[str, Any], pictures: Pictures, machine: Machine, continued: bool) -> None:
+def settle_for_pictures(content: dict[str, Any], pictures: Pictures, machine: Machine, start: Path | None) -> None:
     """Fill in what ``content`` leaves open because of the pictures; what it states counts for the rest.
 
-    ``continued``: training starts from a trained network, which takes half the steps at half the rate.
+    ``start``: the trained network that training goes on from, which takes half the steps at half the rate, and without
+    class weights where it knows the classes: what brought it to rare ones makes these too large in the end
+    (docs/results/shift-2026-11.md).
     """
+    continued = start is not None
+    known = start is not None and read_manifest(locate(start, CHECKPOINT)).class_names == pictures.class_names
+    _settle(content, "loss.class_weights", "none" if known else "balanced")
     # Large enough for the regions to be told apart, and no larger than the pictures.
     wanted = 512 if pictures.reach > _COARSE or machine.gpu_bytes else 256
     side = max(64, min(wanted, pictures.side // 32 * 32))
@@ -184,7 +192,7 @@ def plan_run(
     settle_for_machine(content, machine)
     if any(_given(content, key) == AUTO for key in PICTURES_DECIDE):
         pictures = _pictures(content)
-        settle_for_pictures(content, pictures, machine, continued=start is not None)
+        settle_for_pictures(content, pictures, machine, start)
         if start is None and {"variant", "pam"}.isdisjoint(content.get("network") or {}):
             log.info("%s", about_attention(pictures))
     config = checked(content, source)

@@ -128,6 +128,18 @@ def test_what_is_given_counts_for_the_rest(folder: Path) -> None:
         plan_run(SMALL, folder, ["optimization=3"], machine=CPU)
 
 
+def test_a_model_of_the_same_classes_goes_on_without_class_weights(folder: Path, tmp_path: Path) -> None:
+    assert plan_run(SMALL, folder, machine=CPU).loss.class_weights == "balanced"
+    assert plan_run(SMALL, folder, machine=CPU, start=Path("nasa-super1")).loss.class_weights == "balanced"  # others
+    given = plan_run(SMALL, folder, ["loss.class_weights=none"], machine=CPU)
+    assert given.loss.class_weights == "none"
+    described = json.loads((folder / "dataset.json").read_text())
+    described["classes"] = [{"name": name} for name in ("matrix", "secondary", "tertiary")]
+    alloy = shutil.copytree(folder, tmp_path / "alloy")
+    (alloy / "dataset.json").write_text(json.dumps(described))
+    assert plan_run(SMALL, alloy, machine=CPU, start=Path("nasa-super1")).loss.class_weights == "none"
+
+
 def test_recipes_that_say_all_are_taken_as_they_are(folder: Path) -> None:
     config = plan_run(recipe_file("mudrock"), folder, machine=GPU)
     assert config.augmentation.crop == (1024, 1024)
