@@ -127,7 +127,7 @@ def about_attention(pictures: Pictures) -> str:
     worth = (
         "was not needed (and once misled the network)"
         if pictures.reach <= _COARSE
-        else "has not been shown to help or to harm"
+        else "was used, but not missed where a network went on without it"
     )
     return (
         f"regions reach {pictures.reach:.0f} pixels in pictures of {pictures.side}: position attention {worth} at such "

@@ -96,7 +96,7 @@ def test_settings_come_from_the_pictures(tmp_path: Path, caplog: pytest.LogCaptu
     assert fine.augmentation.crop == (256, 256)
     assert (fine.optimization.batch_size, fine.augmentation.class_balance) == (8, 0.25)
     coarse = plan_run(SMALL, dataset(tmp_path / "coarse", 1024, 40, block=400, rare=0.2), machine=CPU)
-    assert "regions reach 400 pixels in pictures of 1024: position attention has not been shown" in caplog.text
+    assert "regions reach 400 pixels in pictures of 1024: position attention was used, but not missed" in caplog.text
     assert coarse.augmentation.crop == (512, 512)
     assert (coarse.optimization.batch_size, coarse.augmentation.class_balance) == (4, 0.0)
     assert coarse.optimization.max_steps > fine.optimization.max_steps
