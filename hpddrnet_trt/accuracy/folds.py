@@ -24,8 +24,9 @@ from hpddrnet_trt.accuracy.robustness import measure_robustness
 from hpddrnet_trt.core.errors import UsageError, UserError
 from hpddrnet_trt.core.files import write_text
 from hpddrnet_trt.core.text import aligned, plain
-from hpddrnet_trt.data.augment import SHIFTS, Pair, Shift, magnification
+from hpddrnet_trt.data.augment import SHIFTS, Pair, Shift
 from hpddrnet_trt.data.datasets import FolderDataset, missing_splits
+from hpddrnet_trt.export.images import Crop, at_setting
 from hpddrnet_trt.inference import load_segmenter
 
 if TYPE_CHECKING:
@@ -81,10 +82,7 @@ def shifts_at(settings: Iterable[tuple[str, float]]) -> list[Shift]:
 
 
 def _magnified(image: Grey8, mask: Grey8, factor: float, rng: np.random.Generator) -> Pair:
-    kept = [round(edge / max(1, factor)) for edge in image.shape]
-    top, left = ((edge - seen) // 2 for edge, seen in zip(image.shape, kept, strict=True))
-    part = slice(top, top + kept[0]), slice(left, left + kept[1])
-    return magnification(np.ascontiguousarray(image[part]), np.ascontiguousarray(mask[part]), factor, rng)
+    return at_setting(image, mask, Crop(Path(), 0, 0, shift=("magnification", factor)), *image.shape)
 
 
 def cross_validate(config: TrainConfig, folds: int | None, shifts: Sequence[Shift] = ()) -> CrossValidation:

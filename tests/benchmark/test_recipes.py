@@ -54,7 +54,10 @@ def test_the_committed_plan_is_one_that_training_takes(recipes: Any) -> None:
                 continue
             given = [text for text in (*plan.sets[name]["settings"], *settings) if "@" not in text]
             # Without the dataset and machine that decide the rest.
-            config = load_config(recipe_file(plan.sets[name]["recipe"]), [*given, "data.path=x", "run.threads=1"])
+            config = load_config(
+                recipe_file(plan.sets[name]["recipe"]),
+                ["loss.class_weights=balanced", *given, "data.path=x", "run.threads=1"],
+            )
             assert config.optimization.max_steps <= 450
     assert plan.before("on-scale") == "on"
     assert plan.before("on") == plan.before("start random") == "baseline"
