@@ -229,7 +229,7 @@ class Assessment:
 
     def to_csv(self) -> str:
         """One row per image; fractions 0..1, lengths in pixels, empty where a figure does not exist."""
-        kinds = ["iou", "truth", "predicted", "hausdorff95_px", "boundary_f", "centerline_f"]
+        kinds = [*_CSV_OF_CLASS]
         kinds += [f"{figure.key}_{side}" for figure in FIGURES if figure.relative for side in _SIDES]
         per_class = [f"{kind}_{name}" for kind in kinds for name in self.class_names]
         stream = io.StringIO()
@@ -238,8 +238,7 @@ class Assessment:
         for image in self.images:
             record = plain(_image_record(image))
             values = [record[column] for column in _CSV_COLUMNS]
-            keys = ("iou", "truth_fractions", "predicted_fractions", *kinds[3:6])
-            of_class = [record[key] for key in keys]
+            of_class = [record[key] for key in _CSV_OF_CLASS.values()]
             of_class += [record[figure.key][side] for figure in FIGURES if figure.relative for side in _SIDES]
             writer.writerow([*values, *(value for row in of_class for value in row)])
         return stream.getvalue()
@@ -247,6 +246,10 @@ class Assessment:
 
 _CSV_COLUMNS = ["name", "group", "height", "width", "pixel_size_m", "ignored_pixels", "miou", "pixel_accuracy",
                 "micro_iou"]  # fmt: skip
+# Columns of each class, and where the record has them.
+_CSV_OF_CLASS = {"iou": "iou", "truth": "truth_fractions", "predicted": "predicted_fractions",
+                 "hausdorff95_px": "hausdorff95_px", "boundary_f": "boundary_f",
+                 "centerline_f": "centerline_f"}  # fmt: skip
 _SIDES = ("truth", "predicted")
 
 

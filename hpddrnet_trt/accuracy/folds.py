@@ -124,8 +124,8 @@ def _checked(section: DataSection, folds: int | None) -> int:
 
 
 def fold_config(config: TrainConfig, number: int, folds: int | None) -> TrainConfig:
-    """The settings of one fold (from 1) of a run; ``folds`` as in :func:`cross_validate`, which raises the same."""
-    folds = _checked(config.data, folds)
+    """The settings of one fold (from 1) of a run; ``folds`` as in :func:`cross_validate`, which refuses too many."""
+    folds = _checked(config.data, None) if folds is None else folds
     folder, name = config.run.folder / f"{config.run.name}-folds", f"fold-{number}-of-{folds}"
     run = {"folder": folder, "name": name, "val_every": config.optimization.max_steps}
     network, start = config.network, config.network.initial
